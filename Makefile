@@ -1,0 +1,44 @@
+# Everything happens in $(VENV), with the versions of constraints.txt. pip reads its usual settings.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+INSTALL = $(BIN)/pip install --quiet --constraint constraints.txt --editable
+
+.PHONY: run test bench lint types oracle clean
+
+run: $(VENV)/run
+	$(BIN)/attndsl run examples/longformer.attn --length 4096 --heads 12 --text examples/data/us-constitution.txt
+
+test: $(VENV)/test
+	$(BIN)/pytest -m "not oracle"
+
+oracle: $(VENV)/oracle
+	$(BIN)/pytest -m oracle
+
+bench: $(VENV)/run
+	$(BIN)/python -m benchmarks
+
+lint: $(VENV)/test
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: $(VENV)/test
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
+
+$(VENV)/bin/pip:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/run: pyproject.toml constraints.txt | $(VENV)/bin/pip
+	$(INSTALL) .
+	touch $@
+
+$(VENV)/test: pyproject.toml constraints.txt | $(VENV)/bin/pip
+	$(INSTALL) '.[test]'
+	touch $@
+
+$(VENV)/oracle: pyproject.toml constraints.txt | $(VENV)/bin/pip
+	$(INSTALL) '.[test,oracle]'
+	touch $@

@@ -1,0 +1,3 @@
+from attndsl.cli import main
+
+main(prog_name="attndsl")

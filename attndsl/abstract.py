@@ -1,0 +1,549 @@
+"""A mask over many boxes at once: is each empty, full or partial, and what decides its content.
+
+A box is S x S positions. Every integer node takes the value
+
+    base + qi * i + kj * j + rest(i, j)        lo <= rest <= hi
+
+at offset (i, j) of a box, where `rest` is a function of the offsets that `key`, a list of columns, fixes:
+two boxes of one size with equal keys have equal rests, whatever their bases. A truth is empty, partial
+or full; its key fixes its content and is zero where it is decided. A base enters a key only where it
+matters, so a window has a handful of keys whatever n is. Bounds need only be sound: what they leave
+undecided, smaller boxes decide, and at last the single positions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attndsl.expr import Expr, IntSet, Table, const, eq, le, lt, nodes, number, rebuild
+from attndsl.pointwise import segments
+
+Array = NDArray[Any]
+Key = Sequence[Array]
+
+EMPTY, PARTIAL, FULL = 0, 1, 2
+LARGEST = 2**58
+"""A node whose values could be larger is not followed, so that no bound overflows int64."""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The matrix: positions of its first row and column, and one past its last."""
+
+    q: tuple[int, int]
+    k: tuple[int, int]
+
+
+class Boxes(NamedTuple):
+    """Boxes of `size` x `size` with their first positions, and their last offsets inside the matrix."""
+
+    q: Array
+    k: Array
+    size: int
+    q_last: Array
+    k_last: Array
+
+
+def boxes_at(frame: Frame, q: Array, k: Array, size: int) -> Boxes:
+    return Boxes(
+        q, k, size, np.clip(frame.q[1] - 1 - q, 0, size - 1), np.clip(frame.k[1] - 1 - k, 0, size - 1)
+    )
+
+
+class Truth(NamedTuple):
+    status: Array
+    key: Key
+
+
+class Ints(NamedTuple):
+    """`wild`: a look-up below may be out of its range, so nothing that depends on it may be decided."""
+
+    base: Any
+    qi: Any = 0
+    kj: Any = 0
+    lo: Any = 0
+    hi: Any = 0
+    key: Sequence[Array] = ()
+    wild: Any = False
+
+
+Leaves = Mapping[Expr, Callable[[Boxes], Truth]]
+
+
+class Signatures:
+    """`self(boxes)` gives the status of each box and the columns of its key.
+
+    `leaves` answers for nodes that tiling treats itself, such as sets of links.
+    """
+
+    def __init__(
+        self,
+        mask: Expr,
+        frame: Frame,
+        tables: Mapping[str, Array],
+        leaves: Leaves,
+    ) -> None:
+        self.mask, self.frame, self.tables, self.leaves = mask, frame, tables, leaves
+        inside: list[Expr] = []
+        needed = {mask}
+        for node in reversed(list(nodes(mask))):
+            if node in needed:
+                inside.append(node)
+                needed.update(() if node in leaves or _opaque(node) else node.args)
+        self.order = inside[::-1]
+        self.magnitude: dict[Expr, float] = {}
+        for node in self.order:
+            self.magnitude[node] = self.largest(node)
+        self.parts: dict[Expr, _Part] = {}
+
+    def __call__(self, boxes: Boxes) -> Truth:
+        truth: Truth = self.root(boxes)
+        return truth
+
+    def root(self, boxes: Boxes) -> Any:
+        values: dict[Expr, Any] = {}
+        for node in self.order:
+            values[node] = self.value(node, boxes, [values.get(arg) for arg in node.args])
+        return values[self.mask]
+
+    def bounds(self) -> tuple[int, int] | None:
+        """Least and greatest value of an integer over the matrix, if known."""
+        (q, q_end), (k, k_end) = self.frame.q, self.frame.k
+        size = max(q_end - q, k_end - k)
+        boxes = boxes_at(self.frame, np.array([q]), np.array([k]), size)
+        value: Ints = self.root(boxes)
+        if np.any(value.wild):
+            return None
+        lo, hi = span(value, boxes)
+        return int(np.min(lo)), int(np.max(hi))
+
+    def largest(self, node: Expr) -> float:
+        """A bound of |node| over the matrix; infinite where it is not followed."""
+        args = [self.magnitude.get(arg, math.inf) for arg in node.args]
+        match node.op:
+            case _ if node.type != "int" or _opaque(node):
+                bound = math.inf if node.op != "const" else abs(float(node.value))  # type: ignore[arg-type]
+            case "const":
+                bound = abs(node.value)  # type: ignore[arg-type]
+            case "var":
+                # the root box may be 16 times as wide as the matrix
+                bound = 32 * sum(abs(edge) for edge in (*self.frame.q, *self.frame.k)) + 2**16
+            case "add":
+                bound = sum(args)
+            case "mul":
+                bound = args[0] * args[1]
+            case "mod":
+                bound = args[1] if args[0] < LARGEST else math.inf
+            case "where":
+                bound = args[1] + args[2]
+            case "pow":
+                bound = args[0] ** args[1] if args[1] < 64 and args[0] < LARGEST else math.inf
+            case "lookup":
+                data = self.tables[_table(node).name]
+                bound = 2 * max(-int(data.min()), int(data.max()), 0) if data.size else 0
+            case "rank_of" | "count_of":
+                bound = 2 * self.tables[_table(node).name].size
+            case _:
+                bound = sum(args)
+        return bound if bound < LARGEST else math.inf
+
+    def value(self, node: Expr, boxes: Boxes, args: list[Any]) -> Any:
+        if node in self.leaves:
+            return self.leaves[node](boxes)
+        if node.type == "bool":
+            return self.truth(node, boxes, args)
+        if node.type != "int" or math.isinf(self.magnitude[node]):
+            return Ints(0, key=_position(node, boxes), wild=True)
+        match node.op:
+            case "const":
+                return Ints(node.value)
+            case "var":
+                return Ints(boxes.q, qi=1) if node.value == "q" else Ints(boxes.k, kj=1)
+            case "add":
+                return linear([(1, arg) for arg in args])
+            case "mul" if node.args[0].op == "const":
+                return linear([(node.args[0].value, args[1])])  # type: ignore[list-item]
+            case "mul":
+                return product(args[0], args[1], boxes)
+            case "mod":
+                return remainder(args[0], node.args[1].value, boxes)
+            case "floordiv":
+                return quotient(args[0], node.args[1].value, boxes)
+            case "min":
+                return extreme(args[0], args[1], 1, boxes)
+            case "max":
+                return extreme(args[0], args[1], -1, boxes)
+            case "abs":
+                return absolute(args[0], boxes)
+            case "where":
+                return choose(args[0], args[1], args[2], boxes, shift=True)
+            case "pow":
+                return power(args[0], node.args[1].value, boxes)
+            case "isqrt":
+                return monotone(args[0], isqrt, 0, boxes)
+            case "log2":
+                return monotone(args[0], log2, 1, boxes)
+            case _:
+                return self.look_up(node, boxes, args)
+
+    def truth(self, node: Expr, boxes: Boxes, args: list[Any]) -> Truth:
+        match node.op:
+            case "const":
+                return Truth(np.full(boxes.q.shape, FULL if node.value else EMPTY, np.int8), [])
+            case "and":
+                return connect(args, np.minimum)
+            case "or":
+                return connect(args, np.maximum)
+            case "not":
+                return Truth(FULL - args[0].status, args[0].key)
+            case "le" | "lt" | "eq":
+                return self.compare(node, boxes, args)
+            case "inset":
+                return member(args[0], node.value, boxes)  # type: ignore[arg-type]
+            case "lookup":
+                found: Ints = self.look_up(node, boxes, args)
+                # the look-up is 0 or 1, or lies between them
+                status = np.where(found.lo != found.hi, PARTIAL, np.where(found.base == 1, FULL, EMPTY))
+                return undecided(status, found)
+            case _:
+                return Truth(np.full(boxes.q.shape, PARTIAL, np.int8), _position(node, boxes))
+
+    def compare(self, node: Expr, boxes: Boxes, args: list[Any]) -> Truth:
+        difference = linear([(1, args[0]), (-1, args[1])])
+        lo, hi = span(difference, boxes)
+        if node.op == "eq":
+            full, empty = (lo == 0) & (hi == 0), (lo > 0) | (hi < 0)
+        else:
+            most = 0 if node.op == "le" else -1
+            full, empty = hi <= most, lo > most
+        status = np.where(full, FULL, np.where(empty, EMPTY, PARTIAL))
+        return undecided(status, difference)
+
+    def look_up(self, node: Expr, boxes: Boxes, args: list[Any]) -> Ints:
+        """A look-up (also `rank_of`, `count_of`): constant indices first select a part of the table."""
+        table = _table(node)
+        part = self.parts.get(node)
+        if part is None:
+            part = self.parts[node] = _part(node, self.tables[table.name])
+        indices = [arg for arg, index in zip(args, node.args, strict=True) if index.op != "const"]
+        key = [column for index in indices for column in _open(index, boxes)]
+        wild: Any = False
+        for index in indices:
+            wild = wild | index.wild
+        if part.data is None:
+            return Ints(0, key=key, wild=True)
+        spans = [tuple(b + 0 * boxes.q for b in span(index, boxes)) for index in indices]
+        out = np.zeros(boxes.q.shape, bool)
+        missed = np.zeros(boxes.q.shape, bool)
+        for (start, end), size in zip(spans, part.data.shape, strict=True):
+            out |= (start < 0) | (end >= size)
+            missed |= (end < 0) | (start >= size)
+        inside = [
+            (np.clip(start, 0, size - 1), np.clip(end, 0, size - 1))
+            for (start, end), size in zip(spans, part.data.shape, strict=True)
+        ]
+        least, most = part.bounds(inside) if part.data.size else (0 * boxes.q, 0 * boxes.q)
+        if table.dtype == "bool":
+            return between(np.where(out, 0, least), np.where(missed, 0, most), key, wild)
+        return between(least, most, key, wild | out)
+
+
+class Extremes:
+    """Least and greatest value of any stretch of a one-axis table, by a sparse table."""
+
+    def __init__(self, values: Array) -> None:
+        small = values.size == 0 or max(-int(values.min()), int(values.max())) < 2**31
+        values = values.astype(np.int32 if small else np.int64)
+        self.levels = [(values, values)]
+        while 2 ** len(self.levels) <= len(values):
+            half = 2 ** (len(self.levels) - 1)
+            least, most = self.levels[-1]
+            self.levels.append(
+                (np.minimum(least[:-half], least[half:]), np.maximum(most[:-half], most[half:]))
+            )
+
+    def __call__(self, start: Array, end: Array) -> tuple[Array, Array]:
+        """Over start..end inclusive, both inside the table."""
+        level = np.frexp(end - start + 1)[1] - 1
+        least, most = np.empty(len(start), np.int64), np.empty(len(start), np.int64)
+        for power in np.unique(level):
+            at = np.flatnonzero(level == power)
+            low, high = self.levels[power]
+            first, second = start[at], end[at] - 2 ** int(power) + 1
+            least[at] = np.minimum(low[first], low[second])
+            most[at] = np.maximum(high[first], high[second])
+        return least, most
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """A table with some axes fixed (None: fixed outside of it), and bounds of its values over boxes."""
+
+    data: Array | None
+    bounds: Callable[[list[tuple[Array, Array]]], tuple[Array, Array]]
+
+
+def _part(node: Expr, data: Array) -> _Part:
+    fixed = [(index.value, size) for index, size in zip(node.args, data.shape, strict=False) if index.op == "const"]
+    if any(not 0 <= value < size for value, size in fixed):  # type: ignore[operator]
+        return _Part(None, lambda spans: (np.zeros(0), np.zeros(0)))
+    if node.op != "lookup":
+        data = segments(data)[0 if node.op == "rank_of" else 1]
+    data = np.asarray(data[tuple(i.value if i.op == "const" else slice(None) for i in node.args)])
+    if data.ndim == 1:
+        extremes = Extremes(data)
+        return _Part(data, lambda spans: extremes(*spans[0]))
+    if data.ndim == 2 and data.dtype == bool:
+        sums = np.zeros((data.shape[0] + 1, data.shape[1] + 1), np.int64)
+        sums[1:, 1:] = data.cumsum(0, dtype=np.int64).cumsum(1)
+        return _Part(data, lambda spans: _all_and_any(sums, *spans[0], *spans[1]))
+    return _Part(data, lambda spans: _coarse(data, spans))
+
+
+def _all_and_any(sums: Array, top: Array, bottom: Array, left: Array, right: Array) -> tuple[Array, Array]:
+    """Least and greatest entry of bool rectangles, from the sums of all entries above and left."""
+    b, r = bottom + 1, right + 1
+    live = sums[b, r] - sums[top, r] - sums[b, left] + sums[top, left]
+    return (live == (b - top) * (r - left)).astype(np.int64), (live > 0).astype(np.int64)
+
+
+def _coarse(data: Array, spans: list[tuple[Array, Array]]) -> tuple[Array, Array]:
+    """The value itself at single entries, the extremes of the whole table elsewhere."""
+    shape = np.broadcast_shapes(*(start.shape for start, _ in spans)) if spans else (1,)
+    single = np.ones(shape, bool)
+    for start, end in spans:
+        single &= start == end
+    found = np.asarray(data[tuple(start for start, _ in spans)], np.int64)
+    return np.where(single, found, int(data.min())), np.where(single, found, int(data.max()))
+
+
+def _table(node: Expr) -> Table:
+    assert isinstance(node.value, Table)
+    return node.value
+
+
+def _opaque(node: Expr) -> bool:
+    """Known by position only: nothing below it is looked at."""
+    match node.op:
+        case "floordiv" | "mod":
+            divisor = node.args[1]
+            return node.type != "int" or divisor.op != "const" or divisor.value < 1  # type: ignore[operator]
+        case "pow":
+            return node.type != "int" or node.args[1].op != "const"
+        case "floor" | "exists" | "intable" | "random":
+            return True
+        case _:
+            return node.type not in ("int", "bool")
+
+
+def _position(node: Expr, boxes: Boxes) -> Key:
+    key = [2 * boxes.q + 1] if "q" in node.free else []
+    return [*key, 2 * boxes.k + 1] if "k" in node.free or not key else key
+
+
+def integral(mask: Expr) -> Expr:
+    """Comparisons of an integer with a real constant as comparisons of integers."""
+    done: dict[Expr, Expr] = {}
+    for node in nodes(mask):
+        args = tuple(done[arg] for arg in node.args)
+        done[node] = rebuild(node, args)
+        if node.op in ("le", "lt", "eq") and {arg.type for arg in args} == {"int", "real"}:
+            a, b = args
+            x = number(a) if a.type == "real" else number(b)
+            if x is None or not abs(x) < 2**53:
+                continue
+            down, up = const(math.floor(x)), const(math.ceil(x))
+            if node.op == "eq":
+                done[node] = eq(a if a.type == "int" else b, down) if down is up else const(False)
+            elif node.op == "le":
+                done[node] = le(up, b) if a.type == "real" else le(a, down)
+            else:
+                done[node] = lt(down, b) if a.type == "real" else lt(a, up)
+    return done[mask]
+
+
+def linear(parts: list[tuple[int, Ints]]) -> Ints:
+    """The sum of c * x."""
+    base: Any = 0
+    qi: Any = 0
+    kj: Any = 0
+    lo: Any = 0
+    hi: Any = 0
+    key: Sequence[Array] = ()
+    wild: Any = False
+    for c, x in parts:
+        base, qi, kj = base + c * x.base, qi + c * x.qi, kj + c * x.kj
+        lo, hi = lo + c * (x.lo if c > 0 else x.hi), hi + c * (x.hi if c > 0 else x.lo)
+        key, wild = [*key, *x.key], wild | x.wild
+    return Ints(base, qi, kj, lo, hi, key, wild)
+
+
+def reach(x: Ints, boxes: Boxes) -> tuple[Any, Any]:
+    """Least and greatest value less the base."""
+    along_q, along_k = x.qi * boxes.q_last, x.kj * boxes.k_last
+    return (
+        x.lo + np.minimum(along_q, 0) + np.minimum(along_k, 0),
+        x.hi + np.maximum(along_q, 0) + np.maximum(along_k, 0),
+    )
+
+
+def span(x: Ints, boxes: Boxes) -> tuple[Any, Any]:
+    """Least and greatest value."""
+    lo, hi = reach(x, boxes)
+    return x.base + lo, x.base + hi
+
+
+def masked(where: Any, key: Key) -> Key:
+    return [np.where(where, column, 0) for column in key]
+
+
+def between(least: Any, most: Any, key: Key, wild: Any) -> Ints:
+    """What is known by its bounds alone: a base where they meet, otherwise fixed by the key."""
+    open_ = (least != most) | wild
+    return Ints(
+        np.where(open_, 0, least), 0, 0, np.where(open_, least, 0), np.where(open_, most, 0),
+        masked(open_, key), wild,
+    )  # fmt: skip
+
+
+def remainder(x: Ints, m: int, boxes: Boxes) -> Ints:
+    start = x.base % m
+    lo, hi = reach(x, boxes)
+    turn = (start + lo) // m
+    wraps = (turn != (start + hi) // m) | x.wild
+    return Ints(
+        np.where(wraps, 0, start - turn * m),
+        np.where(wraps, 0, x.qi),
+        np.where(wraps, 0, x.kj),
+        np.where(wraps, 0, x.lo),
+        np.where(wraps, m - 1, x.hi),
+        [np.where(wraps, 2 * start + 1, 0), *x.key],
+        x.wild,
+    )
+
+
+def quotient(x: Ints, m: int, boxes: Boxes) -> Ints:
+    start = x.base % m
+    lo, hi = reach(x, boxes)
+    first, last = (start + lo) // m, (start + hi) // m
+    moves = (first != last) | x.wild
+    return Ints(
+        x.base // m + np.where(moves, 0, first), 0, 0, np.where(moves, first, 0), np.where(moves, last, 0),
+        [np.where(moves, 2 * start + 1, 0), *masked(moves, x.key)], x.wild,
+    )  # fmt: skip
+
+
+def choose(cond: Truth, x: Ints, y: Ints, boxes: Boxes, *, shift: bool) -> Ints:
+    """x where cond is full, y where it is empty. `shift`: cond's key does not fix y.base - x.base."""
+    first, second, both = cond.status == FULL, cond.status == EMPTY, cond.status == PARTIAL
+    x_lo, x_hi = reach(x, boxes)
+    y_lo, y_hi = reach(y, boxes)
+    apart = y.base - x.base
+
+    def pick(a: Any, b: Any, c: Any) -> Array:
+        return np.where(first, a, np.where(second, b, c))
+
+    key = [cond.status.astype(np.int64), *cond.key, *masked(~second, x.key), *masked(~first, y.key)]
+    return Ints(
+        pick(x.base, y.base, x.base),
+        pick(x.qi, y.qi, 0),
+        pick(x.kj, y.kj, 0),
+        pick(x.lo, y.lo, np.minimum(x_lo, apart + y_lo)),
+        pick(x.hi, y.hi, np.maximum(x_hi, apart + y_hi)),
+        [*key, np.where(both, apart, 0)] if shift else key,
+        pick(x.wild, y.wild, x.wild | y.wild),
+    )
+
+
+def extreme(x: Ints, y: Ints, sign: int, boxes: Boxes) -> Ints:
+    """min for sign 1, max for sign -1."""
+    difference = linear([(sign, x), (-sign, y)])
+    lo, hi = span(difference, boxes)
+    cond = undecided(np.where(hi <= 0, FULL, np.where(lo > 0, EMPTY, PARTIAL)), difference)
+    chosen = choose(cond, x, y, boxes, shift=False)
+    x_lo, x_hi = reach(x, boxes)
+    y_lo, y_hi = reach(y, boxes)
+    both, apart = cond.status == PARTIAL, y.base - x.base
+    if sign == 1:
+        return chosen._replace(hi=np.where(both, np.minimum(x_hi, apart + y_hi), chosen.hi))
+    return chosen._replace(lo=np.where(both, np.maximum(x_lo, apart + y_lo), chosen.lo))
+
+
+def absolute(x: Ints, boxes: Boxes) -> Ints:
+    return extreme(x, linear([(-1, x)]), -1, boxes)
+
+
+def product(x: Ints, y: Ints, boxes: Boxes) -> Ints:
+    corners = np.stack([a * b + 0 * boxes.q for a in span(x, boxes) for b in span(y, boxes)])
+    key = [*_open(x, boxes), *_open(y, boxes)]
+    return between(corners.min(0), corners.max(0), key, x.wild | y.wild)
+
+
+def monotone(x: Ints, function: Callable[[Array], Array], least: int, boxes: Boxes) -> Ints:
+    """A rising function, defined from `least` on."""
+    lo, hi = span(x, boxes)
+    wild = x.wild | (lo < least)
+    lo, hi = (np.maximum(bound + 0 * boxes.q, least) for bound in (lo, hi))
+    return between(function(lo), function(hi), _open(x, boxes), wild)
+
+
+def power(x: Ints, exponent: int, boxes: Boxes) -> Ints:
+    lo, hi = span(x, boxes)
+    ends = np.stack([(lo + 0 * boxes.q) ** exponent, (hi + 0 * boxes.q) ** exponent])
+    least = np.where((exponent % 2 == 0) & (lo < 0) & (hi > 0), 0, ends.min(0))
+    return between(least, ends.max(0), _open(x, boxes), x.wild)
+
+
+def isqrt(x: Array) -> Array:
+    root = np.sqrt(x.astype(np.float64)).astype(np.int64)
+    root -= root * root > x
+    return root + ((root + 1) * (root + 1) <= x)
+
+
+def log2(x: Array) -> Array:
+    return np.searchsorted(1 << np.arange(62), x, side="right") - 1
+
+
+def _open(x: Ints, boxes: Boxes) -> Key:
+    """The key of a function of x that does not commute with shifts."""
+    return [2 * x.base + 1 + 0 * boxes.q, *x.key]
+
+
+def undecided(status: Array, x: Ints) -> Truth:
+    """A truth that a shift of x would change: where it is partial, x.base joins the key."""
+    status = np.where(x.wild, PARTIAL, status).astype(np.int8)
+    partial = status == PARTIAL
+    return Truth(status, masked(partial, [2 * x.base + 1, *x.key]))
+
+
+def connect(parts: list[Truth], join: Callable[[Array, Array], Array]) -> Truth:
+    """`and` (join = minimum) or `or` (maximum)."""
+    status = parts[0].status
+    for part in parts[1:]:
+        status = join(status, part.status)
+    return Truth(status, masked(status == PARTIAL, [column for part in parts for column in part.key]))
+
+
+def member(x: Ints, members: IntSet, boxes: Boxes) -> Truth:
+    """x in a constant set. One or two edges of the set within reach fix the content by their distances."""
+    edges = np.array([edge for lo, hi in members.intervals for edge in (lo, hi + 1)], np.int64)
+    lo, hi = (bound + 0 * boxes.q for bound in span(x, boxes))
+    first, last = np.searchsorted(edges, lo, side="right"), np.searchsorted(edges, hi, side="right")
+    within = last - first
+    status = np.where(within > 0, PARTIAL, np.where(first % 2 == 1, FULL, EMPTY))
+    status = np.where(x.wild, PARTIAL, status).astype(np.int8)
+    partial = status == PARTIAL
+    few = (within == 1) | (within == 2)
+    top = max(len(edges) - 1, 0)
+    key = [
+        np.where(few, 1 + 2 * within + first % 2, 1),
+        np.where(few, edges[np.minimum(first, top)] - x.base, x.base),
+        np.where(few, edges[np.clip(last - 1, 0, top)] - x.base, 0),
+    ]
+    return Truth(status, masked(partial, [*key, *x.key]))

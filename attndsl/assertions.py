@@ -1,0 +1,289 @@
+"""Assertions: what a pattern file claims of its patterns, typed, then proved or refuted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from attndsl import expr as ir
+from attndsl.attention import Attention
+from attndsl.elaborate import TOKENS, Elaborator, Env, K, Q, bind_arguments_of
+from attndsl.errors import AttnError, Span, fail
+from attndsl.expr import Expr
+from attndsl.syntax import nodes as ast
+from attndsl.values import AttentionOf, Pattern
+
+if TYPE_CHECKING:
+    from attndsl.proofs import Verdict
+
+
+@dataclass(frozen=True)
+class Heads:
+    """A relation per group of heads: mask and the truth over h and H that says which heads."""
+
+    groups: tuple[tuple[Expr, Expr], ...]
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What `layers` layers of the mask reach, the residual stream included: (R | radius(0)) ** layers."""
+
+    of: Expr
+    layers: int
+
+
+@dataclass(frozen=True)
+class Included:
+    """`left <= right`, or `==`."""
+
+    left: Heads | Reach
+    right: Heads | Reach
+    equal: bool
+
+
+@dataclass(frozen=True)
+class EveryRow:
+    """No query is without a key."""
+
+    of: Heads
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A number that an attention has at one length."""
+
+    kind: Literal["density", "nnz", "diameter"]
+    of: Attention
+    n: int
+    heads: int
+
+
+@dataclass(frozen=True)
+class Compared:
+    """`left op right` between quantities and constants."""
+
+    op: str
+    left: Quantity | float
+    right: Quantity | float
+
+
+Claim = Included | EveryRow | Compared
+PARAMETERS = {
+    "every_row": ("of",),
+    "density": ("of", "n", "heads"),
+    "nnz": ("of", "n", "heads"),
+    "diameter": ("of", "n"),
+    "reach": ("of", "layers"),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Assertion:
+    """One `assert` with its meaning; `claims` hold together."""
+
+    span: Span
+    claims: tuple[Claim, ...]
+
+    @property
+    def text(self) -> str:
+        return " ".join(self.span.text.split())
+
+
+def typed(e: ast.Expression, elaborator: Elaborator) -> Assertion:
+    """The meaning of an assertion. Raises AttnError where it has none."""
+    return Assertion(e.span, tuple(_claims(e, elaborator)))
+
+
+def _claims(e: ast.Expression, elaborator: Elaborator) -> list[Claim]:
+    if isinstance(e, ast.Nary) and e.op == "and":
+        return [claim for arg in e.args for claim in _claims(arg, elaborator)]
+    if _called(e) == "every_row":
+        return [EveryRow(_heads(_arguments(e)["of"], elaborator))]
+    if isinstance(e, ast.Compare):
+        return [
+            _compared(op, left, right, e, elaborator)
+            for op, left, right in zip(e.ops, e.args, e.args[1:], strict=False)
+        ]
+    raise fail(
+        "an assertion compares patterns or quantities, or is every_row(...)",
+        e.span,
+        help="write `A <= B`, `A == B` or `density(A, n = 4096) < 1%`",
+    )
+
+
+def _called(e: ast.Expression) -> str:
+    return e.func.id if isinstance(e, ast.Call) and isinstance(e.func, ast.Name) else ""
+
+
+def _arguments(e: ast.Expression) -> dict[str, ast.Expression]:
+    assert isinstance(e, ast.Call)
+    name = _called(e)
+    params = PARAMETERS[name]
+    required = tuple(p for p in params if p != "heads")
+    return bind_arguments_of(name, required, ("heads",) if "heads" in params else (), e, _usage(name))
+
+
+def _usage(name: str) -> str:
+    return f"{name}({', '.join(p if p == 'of' else f'{p} = ...' for p in PARAMETERS[name])})"
+
+
+def _compared(
+    op: str, left: ast.Expression, right: ast.Expression, e: ast.Compare, elaborator: Elaborator
+) -> Claim:
+    sides = [_side(side, elaborator) for side in (left, right)]
+    relations = [side for side in sides if isinstance(side, Heads | Reach)]
+    if len(relations) == 2:
+        if op not in ("<=", "=="):
+            raise fail(f"patterns are compared with `<=` and `==`, not `{op}`", e.span)
+        return Included(relations[0], relations[1], op == "==")
+    if relations:
+        at, number = (left, right) if isinstance(sides[0], Heads | Reach) else (right, left)
+        raise fail(
+            "a pattern is compared with a number",
+            at.span,
+            help=f"compare a quantity of it: nnz(..., n = 4096) or density(..., n = 4096) {op} ...",
+        )
+    if op == "in":
+        raise fail("a quantity is compared with `==`, `<`, `<=`, `>` or `>=`", e.span)
+    a, b = sides
+    assert isinstance(a, Quantity | float)
+    assert isinstance(b, Quantity | float)
+    return Compared(op, a, b)
+
+
+def _side(e: ast.Expression, elaborator: Elaborator) -> Heads | Reach | Quantity | float:
+    name = _called(e)
+    if name == "reach":
+        args = _arguments(e)
+        layers = elaborator.constant(args["layers"], Env({}), TOKENS, "the number of layers")
+        if layers < 0:
+            raise fail(f"the number of layers is {layers}, and must not be negative", args["layers"].span)
+        return Reach(elaborator.pattern(args["of"], Env({}, claims=True), TOKENS).at(Q, K, TOKENS).mask, layers)
+    if name in ("density", "nnz", "diameter"):
+        return _quantity(name, e, elaborator)  # type: ignore[arg-type]
+    try:
+        value = elaborator.value(e, Env({}, integral=False, claims=True), TOKENS)
+    except AttnError:
+        if _attention(e, elaborator) is None:
+            raise
+    else:
+        if not isinstance(value, Pattern | AttentionOf):
+            number = ir.number(elaborator.num(e, Env({}, integral=False), TOKENS))
+            if number is None:
+                raise fail("an assertion compares with a constant", e.span)
+            return float(number)
+    return _heads(e, elaborator)
+
+
+def _quantity(
+    kind: Literal["density", "nnz", "diameter"], e: ast.Expression, elaborator: Elaborator
+) -> Quantity:
+    args = _arguments(e)
+    attention = _attention(args["of"], elaborator)
+    if attention is None:
+        pattern = elaborator.pattern(args["of"], Env({}, claims=True), TOKENS)
+        attention = Attention.of_pattern(args["of"].span.text, pattern.at(Q, K, TOKENS))
+    n = elaborator.constant(args["n"], Env({}), TOKENS, "n")
+    if n < 0:
+        raise fail(f"n is {n}, and must not be negative", args["n"].span)
+    heads = 1
+    if "heads" in args:
+        heads = elaborator.constant(args["heads"], Env({}), TOKENS, "the number of heads")
+    elif len(attention.groups) > 1 or any({"h", "H"} & g.relation.mask.free for g in attention.groups):
+        raise fail(f"the {kind} depends on the heads", args["of"].span, help=f"write {kind}(..., heads = 12)")
+    return Quantity(kind, attention, n, heads)
+
+
+def _attention(e: ast.Expression, elaborator: Elaborator) -> Attention | None:
+    name = e.id if isinstance(e, ast.Name) else _called(e)
+    if not isinstance(elaborator.definitions.get(name), ast.AttentionDef):
+        return None
+    value = elaborator.value(e, Env({}, integral=False), TOKENS)
+    assert isinstance(value, AttentionOf)
+    return value.attention
+
+
+def _heads(e: ast.Expression, elaborator: Elaborator) -> Heads:
+    attention = _attention(e, elaborator)
+    if attention is not None:
+        return Heads(tuple((group.relation.mask, group.heads) for group in attention.groups))
+    return Heads(((elaborator.pattern(e, Env({}, claims=True), TOKENS).at(Q, K, TOKENS).mask, ir.TRUE),))
+
+
+def prove(assertion: Assertion) -> Verdict:
+    """`proved` for every n, head and table, `refuted` with the smallest counter-example found, or `undecided`.
+
+    Quantities are stated at one n and simply computed.
+    """
+    verdicts = [_verdict(claim) for claim in assertion.claims]
+    for status in ("refuted", "undecided"):
+        for verdict in verdicts:
+            if verdict.status == status:
+                return verdict
+    return verdicts[0]
+
+
+def _verdict(claim: Claim) -> Verdict:
+    from attndsl import proofs
+
+    if isinstance(claim, EveryRow):
+        return _worst([proofs.every_row(mask, heads) for mask, heads in claim.of.groups])
+    if isinstance(claim, Included):
+        decide = proofs.equal if claim.equal else proofs.subset
+        left, right = (_per_head(side) for side in (claim.left, claim.right))
+        return _worst(
+            [decide(a, b, ir.all_of(ha, hb)) for a, ha in left for b, hb in right]
+        )
+    left_value, right_value = (_measured(side) for side in (claim.left, claim.right))
+    if left_value is None or right_value is None:
+        return proofs.Verdict("undecided", reason="it depends on run-time tables")
+    holds = OPERATORS[claim.op](left_value, right_value)
+    stated = "; ".join(
+        f"{side.kind} is {_shown(side.kind, value)} at n = {side.n}"
+        for side, value in ((claim.left, left_value), (claim.right, right_value))
+        if isinstance(side, Quantity)
+    )
+    return proofs.Verdict("proved" if holds else "refuted", reason=stated)
+
+
+def _worst(verdicts: list[Verdict]) -> Verdict:
+    order = {"refuted": 0, "undecided": 1, "proved": 2}
+    return min(verdicts, key=lambda verdict: order[verdict.status])
+
+
+def _per_head(side: Heads | Reach) -> tuple[tuple[Expr, Expr], ...]:
+    if isinstance(side, Heads):
+        return side.groups
+    from attndsl.reach import reach
+
+    return ((reach([side.of], side.layers), ir.TRUE),)
+
+
+def _measured(side: Quantity | float) -> float | None:
+    if not isinstance(side, Quantity):
+        return side
+    if any(group.relation.mask.tables for group in side.of.groups):
+        return None
+    if side.kind == "diameter":
+        from attndsl.reach import diameter
+
+        return diameter([side.of.any_head()], side.n)
+    blocks = side.of.block_mask(side.n, heads=side.heads)
+    pairs = blocks.nnz * (side.heads // max(1, blocks.index.shape[1]))
+    return float(pairs) if side.kind == "nnz" else pairs / max(1, side.heads * side.n * side.n)
+
+
+def _shown(kind: str, value: float) -> str:
+    return f"{100 * value:.4g} %" if kind == "density" else f"{value:,.0f}"
+
+
+OPERATORS: dict[str, Callable[[float, float], bool]] = {
+    "==": lambda a, b: a == b,
+    "!=": lambda a, b: a != b,
+    "<": lambda a, b: a < b,
+    "<=": lambda a, b: a <= b,
+    ">": lambda a, b: a > b,
+    ">=": lambda a, b: a >= b,
+}
+

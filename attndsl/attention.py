@@ -1,0 +1,162 @@
+"""The typed, immutable attention that elaboration produces and everything else reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from attndsl.expr import TRUE, ZERO, Expr, Table, all_of, any_of, const, exists, mul, var
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import ArrayLike, NDArray
+
+    from attndsl.blockmask import BlockMask
+    from attndsl.lowering import Sizes
+
+
+@dataclass(frozen=True)
+class Relation:
+    """A pattern: which (q, k) are related and, where `+` was used, how many times.
+
+    `mask` is a truth over q, k, n, nq, h, H and tables; `count` an integer that is positive exactly where
+    the mask holds, or None where every multiplicity is one.
+    """
+
+    mask: Expr
+    count: Expr | None = None
+
+
+@dataclass(frozen=True)
+class Norm:
+    """`softmax` (with an optional sink logit per head), `sigmoid` or `relu`."""
+
+    kind: Literal["softmax", "sigmoid", "relu"] = "softmax"
+    sink: Expr | None = None
+
+
+@dataclass(frozen=True)
+class HeadGroup:
+    """What one set of query heads does.
+
+    score:  the logit, a real over s (= Q @ K / sqrt(D)), Q, K, q, k, n, h, H, D and tables; `var("s")` itself
+            where no score was given. `Q @ K` written out appears as inner(Q, K).
+    decay:  a real factor of the weight with the multiplicity already in it, or None.
+    heads:  a truth over h and H; the groups of one attention hold each head exactly once.
+    """
+
+    relation: Relation
+    score: Expr
+    decay: Expr | None = None
+    norm: Norm = Norm()
+    heads: Expr = TRUE
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The meaning of one attention, or of a pattern standing alone, with its parameters bound.
+
+    inputs:   run-time tables, in the order of their declaration.
+    learned:  trainable parameters, in the order of their first use.
+    offset:   position of query row 0 over n and nq; None means n - nq, which must not be negative.
+    rebind:   gives the attention with other parameters: what `attention(w=256)` calls.
+    """
+
+    name: str
+    groups: tuple[HeadGroup, ...]
+    inputs: tuple[Table, ...] = ()
+    learned: tuple[Table, ...] = ()
+    offset: Expr | None = None
+    rebind: Callable[..., Attention] | None = field(default=None, compare=False, repr=False)
+
+    @staticmethod
+    def of_pattern(name: str, relation: Relation, rebind: Callable[..., Attention] | None = None) -> Attention:
+        """A pattern as an attention of its own: no score, one group of heads."""
+        decay = None if relation.count is None else mul(const(1.0), relation.count)
+        return Attention(name, (HeadGroup(relation, var("s"), decay),), rebind=rebind)
+
+    def any_head(self) -> Expr:
+        """What some head relates, where every group holds a head."""
+        masks = [
+            exists("h", ZERO, var("H"), all_of(group.heads, group.relation.mask))
+            if "h" in group.relation.mask.free
+            else group.relation.mask
+            for group in self.groups
+        ]
+        return any_of(*masks)
+
+    def __call__(self, *args: Any, **params: Any) -> Attention:
+        assert self.rebind is not None
+        return self.rebind(*args, **params)
+
+    def mask(
+        self,
+        length: int,
+        q_length: int | None = None,
+        *,
+        q_offset: int | None = None,
+        k_offset: int | None = None,
+        heads: int = 1,
+        **inputs: ArrayLike,
+    ) -> NDArray[np.bool_]:
+        """The meaning, pointwise: bool [H or 1, nq, n], or [B, H or 1, nq, n] with batched tables."""
+        return self._dense(False, length, q_length, q_offset, k_offset, heads, inputs)
+
+    def counts(
+        self,
+        length: int,
+        q_length: int | None = None,
+        *,
+        q_offset: int | None = None,
+        k_offset: int | None = None,
+        heads: int = 1,
+        **inputs: ArrayLike,
+    ) -> NDArray[np.int64]:
+        """Multiplicities, int64, with the axes of `mask`."""
+        return self._dense(True, length, q_length, q_offset, k_offset, heads, inputs)
+
+    def _dense(
+        self,
+        counts: bool,
+        length: int,
+        q_length: int | None,
+        q_offset: int | None,
+        k_offset: int | None,
+        heads: int,
+        inputs: Mapping[str, ArrayLike],
+    ) -> NDArray[Any]:
+        from attndsl import lowering
+
+        sizes = self._sizes(length, q_length, q_offset, k_offset, heads)
+        tables = lowering.checked_tables(self, inputs, sizes)
+        found = lowering.dense(self, sizes, tables, counts)
+        return found if any(t.batched for t in self.inputs) or len(found) > 1 else found[0]
+
+    def block_mask(
+        self,
+        length: int,
+        block_size: int = 128,
+        q_length: int | None = None,
+        *,
+        q_offset: int | None = None,
+        k_offset: int | None = None,
+        heads: int = 1,
+        **inputs: ArrayLike,
+    ) -> BlockMask:
+        """The tiles of `block_size` (a multiple of 8) tokens on a side."""
+        from attndsl import lowering
+
+        lowering.checked_block_size(block_size)
+        sizes = self._sizes(length, q_length, q_offset, k_offset, heads)
+        tables = lowering.checked_tables(self, inputs, sizes)
+        return lowering.block_mask(self, sizes, tables, block_size)
+
+    def _sizes(
+        self, length: int, q_length: int | None, q_offset: int | None, k_offset: int | None, heads: int
+    ) -> Sizes:
+        from attndsl import lowering
+
+        keys = lowering.checked_length("length", length)
+        nq = keys if q_length is None else lowering.checked_length("q_length", q_length)
+        return lowering.sizes(self, keys, nq, lowering.checked_length("heads", heads), q_offset, k_offset)

@@ -1,0 +1,72 @@
+"""What a backend is: the three questions that attndsl asks it, and what a kernel receives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from attndsl.attention import Attention
+from attndsl.blockmask import BlockMask
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Sizes that a plan is made for. dtype is torch's name without `torch.`, device torch's name."""
+
+    length: int
+    q_length: int
+    batch: int = 1
+    heads: int = 1
+    kv_heads: int = 1
+    head_dim: int = 64
+    dtype: str = "float32"
+    device: str = "cpu"
+    block_size: int = 128
+    training: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call of a kernel; everything in it has been checked.
+
+    q  [B, H, nq, D], k [B, Hkv, n, D], v [B, Hkv, n, Dv], H a multiple of Hkv; query head h reads
+       key head h // (H // Hkv). All of one dtype and device.
+    block_mask  the tiles of this very problem (lengths, offsets and tables of this call).
+    tables      inputs and learned parameters by name, with axes [B] [H] before the explicit ones as the
+                Table says; learned ones never have B. Float ones may require gradients.
+    n           what `n` means in expressions: k_offset + number of keys, per call.
+    q_offset, k_offset   position of query row 0 and of key 0, one per batch row or the same for all.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    block_mask: BlockMask
+    tables: Mapping[str, Tensor]
+    q_offset: tuple[int, ...]
+    k_offset: tuple[int, ...]
+    n: tuple[int, ...]
+
+
+Kernel = Callable[[Call], "tuple[Tensor, Tensor]"]
+"""Gives the output [B, H, nq, Dv] in q's dtype and the log-sum-exp [B, H, nq] in float32 (float64 for
+float64), natural logarithm, -inf for an empty row, the sink included. For `sigmoid` and `relu`, where
+no sum is formed, the second is log of the sum of weights."""
+
+
+class Backend(Protocol):
+    """A lowering, registered under the entry-point group `attndsl.backends` by an object like this."""
+
+    def supports(self, attention: Attention, problem: Problem) -> str | None:
+        """None, or the reason why this attention on this problem is declined."""
+
+    def cost(self, attention: Attention, problem: Problem, block_mask: BlockMask | None) -> float:
+        """Estimated seconds of one forward pass (and backward, if training); `block_mask` is None
+        where tables are not bound yet, then an upper bound."""
+
+    def lower(self, attention: Attention, problem: Problem) -> Kernel:
+        """The kernel. It must be differentiable by torch's autograd where `problem.training`."""

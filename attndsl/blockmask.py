@@ -1,0 +1,251 @@
+"""BlockMask: the mask in tiles, as runs of full tiles and partial tiles with a dictionary of contents."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import torch
+    from torch.nn.attention import flex_attention
+
+
+class Tiles(NamedTuple):
+    """Numbers of tiles; `unique_partial` counts distinct contents."""
+
+    full: int
+    partial: int
+    empty: int
+    unique_partial: int
+
+
+@dataclass(frozen=True, eq=False)
+class TileGrid:
+    """The tiles of one nq x n mask, B = `block_size` tokens on a side, R = ceil(nq / B) rows of tiles.
+
+    run_ptr    int32 [R + 1]   the runs of row i are run_ptr[i] .. run_ptr[i + 1] - 1
+    run_start  int32 [runs]    first tile column of a run of full tiles
+    run_end    int32 [runs]    one past its last
+    part_ptr   int32 [R + 1]   likewise for partial tiles, by rising column
+    part_col   int32 [parts]   tile column
+    part_mask  int32 [parts]   index into `masks`
+    masks      uint8 [U, B, B / 8]  distinct contents, bits little-endian along the keys (numpy packbits
+                               with bitorder="little"); positions outside the matrix are 0
+
+    A tile that sticks out of the matrix is partial even if all that is inside is live, as in torch.
+    """
+
+    nq: int
+    n: int
+    block_size: int
+    run_ptr: NDArray[np.int32]
+    run_start: NDArray[np.int32]
+    run_end: NDArray[np.int32]
+    part_ptr: NDArray[np.int32]
+    part_col: NDArray[np.int32]
+    part_mask: NDArray[np.int32]
+    masks: NDArray[np.uint8]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of tiles."""
+        return -(-self.nq // self.block_size), -(-self.n // self.block_size)
+
+    @property
+    def entries(self) -> int:
+        """Runs and partial tiles."""
+        return len(self.run_start) + len(self.part_col)
+
+    @property
+    def nbytes(self) -> int:
+        arrays = (self.run_ptr, self.run_start, self.run_end, self.part_ptr, self.part_col, self.part_mask)
+        return sum(array.nbytes for array in (*arrays, self.masks))
+
+    @cached_property
+    def tiles(self) -> Tiles:
+        full = int((self.run_end.astype(np.int64) - self.run_start).sum())
+        rows, cols = self.shape
+        return Tiles(full, len(self.part_col), rows * cols - full - len(self.part_col), len(self.masks))
+
+    @cached_property
+    def live(self) -> NDArray[np.int64]:
+        """Live pairs in each row of each content, int64 [U, B]."""
+        return np.bitwise_count(self.masks).sum(axis=2, dtype=np.int64)
+
+    @cached_property
+    def nnz(self) -> int:
+        """Live (q, k) pairs; a run counts as a whole."""
+        uses = np.bincount(self.part_mask, minlength=len(self.masks))
+        return self.tiles.full * self.block_size**2 + int((uses * self.live.sum(axis=1)).sum())
+
+    def row_counts(self) -> NDArray[np.int64]:
+        """Live keys of each query row, int64 [nq]."""
+        rows, _ = self.shape
+        width = np.concatenate([[0], np.cumsum(self.run_end.astype(np.int64) - self.run_start)])
+        full = width[self.run_ptr[1:]] - width[self.run_ptr[:-1]]
+        counts = np.repeat(full[:, None] * self.block_size, self.block_size, axis=1)
+        row = np.repeat(np.arange(rows), np.diff(self.part_ptr))
+        pair, uses = np.unique(row * len(self.masks) + self.part_mask, return_counts=True)
+        if len(pair):
+            row, content = pair // len(self.masks), pair % len(self.masks)
+            starts = np.flatnonzero(np.diff(row, prepend=-1))
+            counts[row[starts]] += np.add.reduceat(self.live[content] * uses[:, None], starts, axis=0)
+        return counts.ravel()[: self.nq]
+
+    def select(self, row: NDArray[np.int64], rank: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The column of the live key of `rank` (from 0) in `row`, for each of the pairs given."""
+        size = self.block_size
+        rows = np.arange(self.shape[0])
+        tile_row = np.concatenate([np.repeat(rows, np.diff(p)) for p in (self.run_ptr, self.part_ptr)])
+        first = np.concatenate([self.run_start, self.part_col])
+        length = np.concatenate([self.run_end - self.run_start, np.zeros_like(self.part_col)])
+        content = np.concatenate([np.zeros_like(self.run_start), self.part_mask])
+        order = np.lexsort((first, tile_row))
+        tile_row, first, length, content = (a[order] for a in (tile_row, first, length, content))
+        live = np.repeat(length[:, None].astype(np.int64) * size, size, axis=1)
+        live[length == 0] = self.live[content[length == 0]]
+        before = np.concatenate([np.zeros((1, size), np.int64), np.cumsum(live, axis=0)])
+        place = row % size
+        low, high = (np.searchsorted(tile_row, row // size, side=side) for side in ("left", "right"))
+        rank = rank + before[low, place]
+        while (high - low > 1).any():
+            middle = (low + high) // 2
+            right = before[middle, place] <= rank
+            low, high = np.where(right, middle, low), np.where(right, high, middle)
+        rank -= before[low, place]
+        inside = np.flatnonzero(length[low] == 0)
+        for part in np.array_split(inside, 1 + len(inside) // 2**16):
+            bits = np.unpackbits(self.masks[content[low[part]], place[part]], axis=1, bitorder="little")
+            rank[part] = (np.cumsum(bits, axis=1) == rank[part, None] + 1).argmax(axis=1)
+        return first[low].astype(np.int64) * size + rank
+
+    def to_dense(self) -> NDArray[np.bool_]:
+        """The mask itself, bool [nq, n]."""
+        (rows, cols), size = self.shape, self.block_size
+        dense = np.zeros((rows, cols, size, size), bool)
+        for row in range(rows):
+            for run in range(self.run_ptr[row], self.run_ptr[row + 1]):
+                dense[row, self.run_start[run] : self.run_end[run]] = True
+            part = slice(self.part_ptr[row], self.part_ptr[row + 1])
+            contents = self.masks[self.part_mask[part]]
+            dense[row, self.part_col[part]] = np.unpackbits(contents, axis=2, bitorder="little")
+        return dense.transpose(0, 2, 1, 3).reshape(rows * size, cols * size)[: self.nq, : self.n]
+
+
+@dataclass(frozen=True, eq=False)
+class BlockMask:
+    """The tiles of an attention for one problem.
+
+    grids   the distinct masks; heads and batch rows with equal masks share one
+    index   int32 [B or 1, H or 1]: which grid a (batch row, query head) uses
+    """
+
+    nq: int
+    n: int
+    block_size: int
+    grids: tuple[TileGrid, ...]
+    index: NDArray[np.int32]
+
+    def uses(self) -> Iterator[TileGrid]:
+        """The grid of each (batch row, head) of `index`."""
+        return (self.grids[i] for i in self.index.ravel())
+
+    @property
+    def nnz(self) -> int:
+        """Live (q, k) pairs, summed over the batch rows and heads of `index`."""
+        return sum(grid.nnz for grid in self.uses())
+
+    @property
+    def tiles(self) -> Tiles:
+        """Summed over `index`; `unique_partial` over the grids that are stored."""
+        full, partial, empty, _ = (sum(count) for count in zip(*(g.tiles for g in self.uses()), strict=True))
+        return Tiles(full, partial, empty, sum(len(grid.masks) for grid in self.grids))
+
+    @property
+    def density(self) -> float:
+        """Share of the pairs that is live; 0 for a matrix without pairs."""
+        pairs = self.nq * self.n * self.index.size
+        return self.nnz / pairs if pairs else 0.0
+
+    @property
+    def entries(self) -> int:
+        """Runs and partial tiles that are stored."""
+        return sum(grid.entries for grid in self.grids)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are stored, contents included."""
+        return self.index.nbytes + sum(grid.nbytes for grid in self.grids)
+
+    def row_counts(self) -> NDArray[np.int64]:
+        """Live keys of each query row, int64 [B or 1, H or 1, nq]."""
+        return np.stack([grid.row_counts() for grid in self.grids])[self.index]
+
+    def empty_rows(self) -> NDArray[np.bool_]:
+        """Which query rows have no key, bool [B or 1, H or 1, nq]."""
+        return self.row_counts() == 0
+
+    def to_dense(self) -> NDArray[np.bool_]:
+        """The mask itself, bool [B or 1, H or 1, nq, n]."""
+        return np.stack([grid.to_dense() for grid in self.grids])[self.index]
+
+    def to_flex(self, device: str = "cpu") -> flex_attention.BlockMask:
+        """The same mask for FlexAttention: lists of tiles, and a mask_mod that reads the tile bits.
+
+        Takes 8 bytes for each of the ceil(nq / B) * ceil(n / B) tiles, live or not, as torch's does.
+        """
+        import torch
+        from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
+
+        contents = np.concatenate([grid.masks for grid in self.grids])
+        first = np.cumsum([0, *(len(grid.masks) for grid in self.grids)])
+        codes = np.stack([tile_codes(g, int(i)) for g, i in zip(self.grids, first[:-1], strict=True)])[self.index]
+        lists = [
+            torch.from_numpy(array).to(device)
+            for live in (codes >= 2, codes == 1)
+            for array in (live.sum(-1, dtype=np.int32), _columns(live))
+        ]
+        code, bits = torch.from_numpy(codes).to(device), torch.from_numpy(contents).to(device)
+        size, (b_last, h_last) = self.block_size, (extent - 1 for extent in self.index.shape)
+
+        def mask_mod(
+            b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor
+        ) -> torch.Tensor:
+            tile = code[b.clamp(max=b_last), h.clamp(max=h_last), q // size, k // size]
+            byte = bits[(tile - 2).clamp(min=0), q % size, k % size // 8]
+            return (tile == 1) | ((tile > 1) & ((byte >> (k % 8)) % 2 == 1))
+
+        if not len(contents):
+            bits = torch.zeros((1, size, size // 8), dtype=torch.uint8, device=device)
+        return FlexBlockMask.from_kv_blocks(
+            *lists, BLOCK_SIZE=size, mask_mod=mask_mod, seq_lengths=(self.nq, self.n)
+        )
+
+    def __str__(self) -> str:
+        full, partial, empty, unique = self.tiles
+        return (
+            f"{self.nq} x {self.n}, density {self.density:.2%}; tiles of {self.block_size}: {full} full, "
+            f"{partial} partial ({unique} distinct), {empty} empty; {self.nbytes} bytes"
+        )
+
+
+def tile_codes(grid: TileGrid, first: int) -> NDArray[np.int32]:
+    """0 for an empty tile, 1 for a full one, first + 2 + content for a partial one: int32 [rows, cols]."""
+    rows, cols = grid.shape
+    edges = np.zeros((rows, cols + 1), np.int32)
+    row = np.repeat(np.arange(rows), np.diff(grid.run_ptr))
+    edges[row, grid.run_start] += 1
+    edges[row, grid.run_end] -= 1
+    codes: NDArray[np.int32] = np.cumsum(edges, axis=1, dtype=np.int32)[:, :cols]
+    codes[np.repeat(np.arange(rows), np.diff(grid.part_ptr)), grid.part_col] = grid.part_mask + first + 2
+    return codes
+
+
+def _columns(live: NDArray[np.bool_]) -> NDArray[np.int32]:
+    """For each row the columns of live tiles first, by rising column, then the others."""
+    return np.argsort(~live, axis=-1, kind="stable").astype(np.int32)

@@ -1,0 +1,109 @@
+"""Diagnostics: where in a source something is, and the one exception for a user's mistake."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from functools import cached_property
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Source:
+    """A named text that spans point into."""
+
+    name: str
+    text: str = field(repr=False)
+
+    @cached_property
+    def line_starts(self) -> list[int]:
+        return [0, *(i + 1 for i, char in enumerate(self.text) if char == "\n")]
+
+    def position(self, offset: int) -> tuple[int, int]:
+        """Line and column of a character offset, both counted from 1."""
+        line = bisect.bisect_right(self.line_starts, offset) - 1
+        return line + 1, offset - self.line_starts[line] + 1
+
+    def line(self, number: int) -> str:
+        start = self.line_starts[number - 1]
+        end = self.text.find("\n", start)
+        return self.text[start : end if end >= 0 else len(self.text)]
+
+
+@dataclass(frozen=True)
+class Span:
+    """Characters [start, end) of a source."""
+
+    source: Source
+    start: int
+    end: int
+
+    def to(self, other: Span) -> Span:
+        return Span(self.source, self.start, other.end)
+
+    @property
+    def text(self) -> str:
+        return self.source.text[self.start : self.end]
+
+
+Severity = Literal["error", "warning", "note"]
+
+
+@dataclass(frozen=True)
+class Diagnostic:
+    """One terse message, the tightest span that shows it, and at most one help line."""
+
+    message: str
+    span: Span | None = None
+    help: str = ""
+    severity: Severity = "error"
+
+    def __str__(self) -> str:
+        head = f"{self.severity}: {self.message}"
+        if self.span is not None:
+            head += "\n" + excerpt(self.span)
+        return head + (f"\n  help: {self.help}" if self.help else "")
+
+
+def excerpt(span: Span, width: int = 76) -> str:
+    """The first line of the span with carets under it, cut to `width` columns around the carets."""
+    line, column = span.source.position(span.start)
+    raw = span.source.line(line)
+    text = raw.expandtabs(1)
+    marked = max(1, min(span.end - span.start, len(text) - column + 1))
+    gutter = len(str(line))
+    room = width - gutter - 3
+    cut = max(0, column - 1 + min(marked, room // 2) - room + 1) if len(text) > room else 0
+    shown = text[cut : cut + room]
+    carets = "^" * max(1, min(marked, room - (column - 1 - cut)))
+    return (
+        f"{' ' * gutter}--> {span.source.name}:{line}:{column}\n"
+        f"{line} | {shown}\n"
+        f"{' ' * gutter} | {' ' * (column - 1 - cut)}{carets}"
+    )
+
+
+class AttnError(Exception):
+    """A user's mistake. `str(error)` is the rendered diagnostics, all that were found in one run."""
+
+    def __init__(self, *diagnostics: Diagnostic) -> None:
+        super().__init__(*diagnostics)
+        self.diagnostics = diagnostics
+
+    def __str__(self) -> str:
+        return "\n\n".join(map(str, self.diagnostics))
+
+
+def fail(message: str, span: Span | None = None, help: str = "") -> AttnError:
+    """An AttnError of one diagnostic, to be raised by the caller."""
+    return AttnError(Diagnostic(message, span, help))
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """A help line with the known name that was probably meant, or an empty one."""
+    names = sorted(known)
+    same = [other for other in names if other.lower() == name.lower()]
+    near = same or get_close_matches(name, names, 1, cutoff=0.75)
+    return f"did you mean `{near[0]}`?" if near else ""

@@ -1,0 +1,526 @@
+"""The typed core: one kind of node, interned, so that equal expressions are one object.
+
+An attention is elaborated into these nodes: the mask is a Boolean expression over the query position
+`q` and the key position `k`, a score a real one over the current logit as well. Three evaluators read
+them (pointwise.py, tiling.py, relation.py) and the backends' torch_eval.py a fourth time.
+
+Legal nodes, by `op` (arguments -> type); anything else is a bug of the elaborator:
+
+    const                value: bool, int or float
+    var                  value: a name. int: q k n h H D B nq and bound variables; real: s; vec: Q K
+    lookup  i, j, ...    value: Table, all axes indexed -> its dtype; with the last axis `D` left over -> vec
+    count_of, rank_of i  value: Table (int, one axis): size of i's segment of equal values, rank of i in it -> int
+    intable e, i, ...    value: Table whose last axis is not indexed: some entry of that row equals e -> bool
+    inset   e            value: IntSet -> bool
+    random  q, k, n, seed, of   value: (r, row, col): k is one of r distinct keys drawn among the keys
+                         `col` in 0..n-1 for which `of` holds at row = q -> bool. row, col are bound in `of`
+    exists  lo, hi, body value: a bound variable m; some m in lo..hi-1 satisfies body -> bool
+    add mul (n-ary), div, floordiv, mod, pow, min, max, abs           numbers
+    where   cond, a, b                                                numbers
+    log2 isqrt floor exp log sqrt tanh sigmoid sin cos                functions of one number
+    inner   a, b                                                      inner product of two vectors -> real
+    and or (n-ary), not, le lt eq                                     truths
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+from weakref import WeakValueDictionary
+
+from attndsl.errors import fail
+
+Type = Literal["bool", "int", "real", "vec"]
+INT64 = (-(2**63), 2**63 - 1)
+DEPTH_LIMIT = 300
+
+
+@dataclass(frozen=True)
+class Table:
+    """A run-time input or a trainable parameter that expressions look up.
+
+    `dims` are the explicit axes: names bound by the tensor, or sizes. `batched` and `headed` say that
+    axes B and H stand before them, in that order. `init` is None for an input, the initial value of a
+    `learn` parameter otherwise; `serial` tells two evaluations of `learn` apart.
+    """
+
+    name: str
+    dtype: Literal["int", "bool", "float"]
+    dims: tuple[str | int, ...]
+    batched: bool = False
+    headed: bool = False
+    init: float | None = None
+    serial: int = 0
+
+    @property
+    def learned(self) -> bool:
+        return self.init is not None
+
+
+@dataclass(frozen=True)
+class IntSet:
+    """A constant set of integers as disjoint, sorted, non-adjacent inclusive intervals."""
+
+    intervals: tuple[tuple[int, int], ...]
+
+    @staticmethod
+    def of(intervals: Iterable[tuple[int, int]]) -> IntSet:
+        merged: list[tuple[int, int]] = []
+        for lo, hi in sorted(pair for pair in intervals if pair[0] <= pair[1]):
+            if merged and lo <= merged[-1][1] + 1:
+                merged[-1] = (merged[-1][0], max(hi, merged[-1][1]))
+            else:
+                merged.append((lo, hi))
+        return IntSet(tuple(merged))
+
+    def __contains__(self, value: int) -> bool:
+        return any(lo <= value <= hi for lo, hi in self.intervals)
+
+
+class Expr:
+    """An interned node; compare with `is` (`==` is identity too). Build with the functions below."""
+
+    __slots__ = ("__weakref__", "args", "depth", "free", "op", "tables", "type", "value")
+
+    op: str
+    args: tuple[Expr, ...]
+    value: Hashable
+    type: Type
+    depth: int
+    free: frozenset[str]
+    """Names of the variables that occur free."""
+    tables: frozenset[Table]
+    """Tables that occur anywhere below."""
+
+    def __repr__(self) -> str:
+        return render(self)
+
+    def __copy__(self) -> Expr:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Expr:
+        return self
+
+    def __reduce__(self) -> tuple[Callable[..., Expr], tuple[object, ...]]:
+        return make, (self.op, self.args, self.value, self.type)
+
+
+_interned: WeakValueDictionary[tuple[object, ...], Expr] = WeakValueDictionary()
+
+
+def make(op: str, args: tuple[Expr, ...], value: Hashable, type: Type) -> Expr:
+    """The one node with these fields. Only the constructors below call it: they simplify."""
+    key = (op, args, value, value.__class__, type)
+    found = _interned.get(key)
+    if found is not None:
+        return found
+    node = object.__new__(Expr)
+    node.op, node.args, node.value, node.type = op, args, value, type
+    node.depth = 1 + max((arg.depth for arg in args), default=0)
+    if node.depth > DEPTH_LIMIT:
+        raise fail(f"nested deeper than {DEPTH_LIMIT} operations once definitions are written out")
+    free: frozenset[str] = frozenset().union(*(arg.free for arg in args))
+    if op == "var":
+        free = frozenset({str(value)})
+    elif op == "exists":
+        free = args[0].free | args[1].free | (args[2].free - {str(value)})
+    elif op == "random":
+        _, row, col = value  # type: ignore[misc]
+        free = frozenset().union(*(arg.free for arg in args[:4])) | (args[4].free - {row, col})
+    node.free = free
+    tables = frozenset().union(*(arg.tables for arg in args))
+    node.tables = tables | {value} if isinstance(value, Table) else tables
+    _interned[key] = node
+    return node
+
+
+def nodes(root: Expr) -> Iterator[Expr]:
+    """Every distinct node below and including root, arguments before the nodes that use them."""
+    seen: set[Expr] = set()
+    stack = [(root, False)]
+    while stack:
+        node, ready = stack.pop()
+        if ready:
+            yield node
+        elif node not in seen:
+            seen.add(node)
+            stack.append((node, True))
+            stack.extend((arg, False) for arg in reversed(node.args) if arg not in seen)
+
+
+def const(value: bool | int | float) -> Expr:
+    if isinstance(value, bool):
+        return make("const", (), value, "bool")
+    if isinstance(value, int):
+        if not INT64[0] <= value <= INT64[1]:
+            raise fail("integer overflow: a value leaves the 64-bit range")
+        return make("const", (), value, "int")
+    return make("const", (), value, "real")
+
+
+TRUE, FALSE, ZERO, ONE = const(True), const(False), const(0), const(1)
+
+
+def var(name: str) -> Expr:
+    types: dict[str, Type] = {"s": "real", "Q": "vec", "K": "vec"}
+    return make("var", (), name, types.get(name, "int"))
+
+
+def number(e: Expr) -> int | float | None:
+    """The value of a constant number or truth, else None."""
+    return e.value if e.op == "const" else None  # type: ignore[return-value]
+
+
+def _joint(args: Iterable[Expr]) -> Type:
+    return "real" if any(a.type == "real" for a in args) else "int"
+
+
+def add(*args: Expr) -> Expr:
+    flat: list[Expr] = []
+    total: int | float = 0
+    for arg in args:
+        for part in arg.args if arg.op == "add" else (arg,):
+            value = number(part)
+            if value is None:
+                flat.append(part)
+            else:
+                total += value
+    type_ = _joint(args)
+    coefficients: dict[Expr, int] = {}
+    if type_ == "int":
+        for part in flat:
+            scale, base = _scaled(part)
+            coefficients[base] = coefficients.get(base, 0) + scale
+        flat = [mul(const(c), base) for base, c in coefficients.items() if c != 0]
+    if total != 0 or not flat:
+        flat.append(const(float(total) if type_ == "real" else total))
+    return flat[0] if len(flat) == 1 and flat[0].type == type_ else make("add", tuple(flat), None, type_)
+
+
+def _scaled(e: Expr) -> tuple[int, Expr]:
+    """c and x such that e = c * x, c a constant integer."""
+    if e.op == "mul" and len(e.args) == 2 and e.args[0].op == "const":
+        return e.args[0].value, e.args[1]  # type: ignore[return-value]
+    return 1, e
+
+
+def mul(a: Expr, b: Expr) -> Expr:
+    """Constants stand first; an integer constant distributes over a sum, so sums stay flat."""
+    if b.op == "const":
+        a, b = b, a
+    x, y, type_ = number(a), number(b), _joint((a, b))
+    if x is not None and y is not None:
+        return const(x * y)
+    if x is not None and type_ == "int":
+        if x == 0:
+            return ZERO
+        if x == 1:
+            return b
+        scale, base = _scaled(b)
+        if base is not b:
+            return mul(const(x * scale), base)
+        if b.op == "add":
+            return add(*(mul(a, part) for part in b.args))
+    return make("mul", (a, b), None, type_)
+
+
+def neg(a: Expr) -> Expr:
+    return mul(const(-1), a) if a.type == "int" else mul(const(-1.0), a)
+
+
+def sub(a: Expr, b: Expr) -> Expr:
+    return add(a, neg(b))
+
+
+def _divisor(b: Expr) -> int | float | None:
+    y = number(b)
+    if y is not None and y <= 0:
+        raise fail(f"the divisor is {y}, and must be positive")
+    return y
+
+
+def floordiv(a: Expr, b: Expr) -> Expr:
+    """Floor division; `b` positive."""
+    x, y = number(a), _divisor(b)
+    if x is not None and y is not None:
+        return const(x // y)
+    return a if y == 1 and a.type == "int" else make("floordiv", (a, b), None, _joint((a, b)))
+
+
+def mod(a: Expr, b: Expr) -> Expr:
+    """The remainder in 0..b-1; `b` positive."""
+    x, y = number(a), _divisor(b)
+    if x is not None and y is not None:
+        return const(x % y)
+    return ZERO if y == 1 and a.type == "int" else make("mod", (a, b), None, _joint((a, b)))
+
+
+FUNCTIONS: dict[str, Callable[[float], float]] = {
+    "log2": math.log2,
+    "exp": math.exp,
+    "log": math.log,
+    "sqrt": math.sqrt,
+    "tanh": math.tanh,
+    "sigmoid": lambda x: 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x)),
+    "sin": math.sin,
+    "cos": math.cos,
+}
+"""Real functions of one number. `isqrt`, `floor` and, of an integer, `log2` (rounded down) give integers."""
+
+
+def call(op: str, a: Expr) -> Expr:
+    """One of FUNCTIONS, `isqrt` or `floor`."""
+    integral = op in ("isqrt", "floor") or (op == "log2" and a.type == "int")
+    if op == "floor" and a.type == "int":
+        return a
+    x = number(a)
+    if x is None:
+        return make(op, (a,), None, "int" if integral else "real")
+    if op == "isqrt":
+        return const(math.isqrt(_within(op, x, 0)))
+    if op == "floor":
+        return const(math.floor(x))
+    if op == "log2" and integral:
+        return const(_within(op, x, 1).bit_length() - 1)
+    try:
+        return const(float(FUNCTIONS[op](x)))
+    except (ValueError, OverflowError):
+        raise fail(f"{op}({x}) is not a number") from None
+
+
+def _within(op: str, x: float, least: int) -> int:
+    if x < least:
+        raise fail(f"{op}({x}) is not a number")
+    return int(x)
+
+
+def power(a: Expr, b: Expr) -> Expr:
+    x, y = number(a), number(b)
+    integral = a.type == "int" and b.type == "int" and y is not None and y >= 0
+    if x is None or y is None:
+        return make("pow", (a, b), None, "int" if integral else "real")
+    if integral:
+        if abs(x) > 1 and y * math.log2(abs(x)) > 64:
+            raise fail("integer overflow: a power leaves the 64-bit range")
+        return const(x**y)
+    try:
+        result = float(x) ** float(y)
+    except (ZeroDivisionError, OverflowError):
+        raise fail(f"{x} ** {y} is not a number") from None
+    if isinstance(result, complex):
+        raise fail(f"{x} ** {y} is not a real number")
+    return const(result)
+
+
+def div(a: Expr, b: Expr) -> Expr:
+    x, y = number(a), number(b)
+    if y == 0:
+        raise fail("division by zero")
+    if x is not None and y is not None:
+        return const(x / y)
+    return make("div", (a, b), None, "real")
+
+
+def _extreme(op: str, a: Expr, b: Expr) -> Expr:
+    x, y = number(a), number(b)
+    if a is b:
+        return a
+    if x is not None and y is not None:
+        best = min(x, y) if op == "min" else max(x, y)
+        return const(float(best) if _joint((a, b)) == "real" else best)
+    return make(op, (a, b), None, _joint((a, b)))
+
+
+def minimum(a: Expr, b: Expr) -> Expr:
+    return _extreme("min", a, b)
+
+
+def maximum(a: Expr, b: Expr) -> Expr:
+    return _extreme("max", a, b)
+
+
+def absolute(a: Expr) -> Expr:
+    x = number(a)
+    return make("abs", (a,), None, a.type) if x is None else const(abs(x))
+
+
+def where(cond: Expr, a: Expr, b: Expr) -> Expr:
+    if cond.op == "const":
+        return a if cond.value else b
+    return a if a is b else make("where", (cond, a, b), None, _joint((a, b)))
+
+
+def _connective(op: str, args: Iterable[Expr], unit: Expr, zero: Expr) -> Expr:
+    flat: dict[Expr, None] = {}
+    for arg in args:
+        for part in arg.args if arg.op == op else (arg,):
+            if part is zero:
+                return zero
+            if part is not unit:
+                flat[part] = None
+    if any(part.op == "not" and part.args[0] in flat for part in flat):
+        return zero
+    return next(iter(flat), unit) if len(flat) < 2 else make(op, tuple(flat), None, "bool")
+
+
+def all_of(*args: Expr) -> Expr:
+    return _connective("and", args, TRUE, FALSE)
+
+
+def any_of(*args: Expr) -> Expr:
+    return _connective("or", args, FALSE, TRUE)
+
+
+def negate(a: Expr) -> Expr:
+    if a.op == "const":
+        return const(not a.value)
+    if a.op == "not":
+        return a.args[0]
+    if a.op == "lt":
+        return make("le", (a.args[1], a.args[0]), None, "bool")
+    if a.op == "le":
+        return make("lt", (a.args[1], a.args[0]), None, "bool")
+    return make("not", (a,), None, "bool")
+
+
+def _comparison(op: str, a: Expr, b: Expr, holds: Callable[[float, float], bool]) -> Expr:
+    if a is b:
+        return const(op != "lt")
+    x, y = number(a), number(b)
+    if x is None or y is None:
+        if a.type == b.type == "int":
+            difference = number(sub(a, b))
+            if difference is not None:
+                return const(holds(difference, 0))
+        return make(op, (a, b), None, "bool")
+    return const(holds(x, y))
+
+
+def le(a: Expr, b: Expr) -> Expr:
+    return _comparison("le", a, b, lambda x, y: x <= y)
+
+
+def lt(a: Expr, b: Expr) -> Expr:
+    return _comparison("lt", a, b, lambda x, y: x < y)
+
+
+def eq(a: Expr, b: Expr) -> Expr:
+    return _comparison("eq", a, b, lambda x, y: x == y)
+
+
+def inset(e: Expr, members: IntSet) -> Expr:
+    value = number(e)
+    if value is not None:
+        return const(value in members)
+    if len(members.intervals) <= 4:
+        return any_of(*(_between(e, lo, hi) for lo, hi in members.intervals))
+    return make("inset", (e,), members, "bool")
+
+
+def _between(e: Expr, lo: int, hi: int) -> Expr:
+    return eq(e, const(lo)) if lo == hi else all_of(le(const(lo), e), le(e, const(hi)))
+
+
+def lookup(table: Table, *indices: Expr) -> Expr:
+    types: dict[str, Type] = {"int": "int", "bool": "bool", "float": "real"}
+    left_over = len(indices) < len(table.dims)
+    return make("lookup", indices, table, "vec" if left_over else types[table.dtype])
+
+
+def intable(e: Expr, table: Table, *indices: Expr) -> Expr:
+    return make("intable", (e, *indices), table, "bool")
+
+
+def rank_of(table: Table, i: Expr) -> Expr:
+    return make("rank_of", (i,), table, "int")
+
+
+def count_of(table: Table, i: Expr) -> Expr:
+    return make("count_of", (i,), table, "int")
+
+
+def inner(a: Expr, b: Expr) -> Expr:
+    return make("inner", (a, b), None, "real")
+
+
+def random_keys(q: Expr, k: Expr, n: Expr, seed: Expr, of: Expr, r: int, row: str, col: str) -> Expr:
+    return FALSE if r == 0 else make("random", (q, k, n, seed, of), (r, row, col), "bool")
+
+
+def exists(m: str, lo: Expr, hi: Expr, body: Expr) -> Expr:
+    return FALSE if body is FALSE else make("exists", (lo, hi, body), m, "bool")
+
+
+REBUILD: dict[str, Callable[..., Expr]] = {
+    "add": add,
+    "mul": mul,
+    "div": div,
+    "floordiv": floordiv,
+    "mod": mod,
+    "pow": power,
+    "min": minimum,
+    "max": maximum,
+    "abs": absolute,
+    "where": where,
+    "inner": inner,
+    "and": all_of,
+    "or": any_of,
+    "not": negate,
+    "le": le,
+    "lt": lt,
+    "eq": eq,
+}
+
+
+def rebuild(node: Expr, args: tuple[Expr, ...]) -> Expr:
+    """The node with other arguments, simplified again."""
+    if args == node.args:
+        return node
+    if node.op in REBUILD:
+        return REBUILD[node.op](*args)
+    if node.op == "inset":
+        return inset(args[0], node.value)  # type: ignore[arg-type]
+    if node.op == "exists":
+        return exists(str(node.value), *args)
+    if node.op in FUNCTIONS or node.op in ("isqrt", "floor"):
+        return call(node.op, args[0])
+    return make(node.op, args, node.value, node.type)
+
+
+def substitute(root: Expr, values: dict[str, Expr]) -> Expr:
+    """Free variables replaced by expressions that contain none of root's bound variables."""
+    names = frozenset(values)
+    done: dict[Expr, Expr] = {}
+    for node in nodes(root):
+        if not node.free & names:
+            done[node] = node
+        elif node.op == "var":
+            done[node] = values[str(node.value)]
+        else:
+            done[node] = rebuild(node, tuple(done[arg] for arg in node.args))
+    return done[root]
+
+
+SYMBOLS = {"add": " + ", "and": " and ", "or": " or ", "mul": " * ", "floordiv": " // ", "mod": " mod "} | {
+    "div": " / ", "pow": " ** ", "le": " <= ", "lt": " < ", "eq": " == ", "inner": " @ "
+}  # fmt: skip
+
+
+def render(e: Expr) -> str:
+    """A readable text, fully parenthesised; shared nodes are written out, long ones cut."""
+
+    def text(e: Expr, depth: int) -> str:
+        if depth > 12:
+            return "…"
+        parts = [text(arg, depth + 1) for arg in e.args]
+        if e.op in ("const", "var"):
+            return str(e.value).lower() if isinstance(e.value, bool) else str(e.value)
+        if e.op in SYMBOLS:
+            return "(" + SYMBOLS[e.op].join(parts) + ")"
+        if isinstance(e.value, Table):
+            return f"{e.op if e.op != 'lookup' else ''}{e.value.name}[{', '.join(parts)}]"
+        return f"{e.op}({', '.join(parts)})"
+
+    return text(e, 0)

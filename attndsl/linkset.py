@@ -1,0 +1,152 @@
+"""Sets of links, the leaves that are scattered: `e in table[i]` where e and i follow one axis each.
+
+`random` becomes such a leaf as soon as the matrix is known: its keys are drawn for every row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attndsl.abstract import EMPTY, FULL, PARTIAL, Boxes, Frame, Truth
+from attndsl.expr import Expr, Table
+
+Array = NDArray[Any]
+
+PATTERN_BITS = 60
+
+
+class Stripe(NamedTuple):
+    """The value (x + shift) // width along an axis `q` or `k`."""
+
+    axis: str
+    shift: int
+    width: int
+
+    def at(self, x: Array) -> Array:
+        return (x + self.shift) // self.width
+
+    def count(self, size: int, origin: int) -> int:
+        """How many values meet a box of `size` at most; boxes begin at multiples of `size` after `origin`."""
+        if self.width % size == 0 and (origin + self.shift) % size == 0:
+            return 1
+        if size % self.width == 0 and (origin + self.shift) % self.width == 0:
+            return size // self.width
+        return (size - 1) // self.width + 2
+
+
+def stripe(e: Expr) -> Stripe | None:
+    if e.op == "var" and e.value in ("q", "k"):
+        return Stripe(str(e.value), 0, 1)
+    if e.op == "add" and len(e.args) == 2 and e.args[1].op == "const":
+        inner = stripe(e.args[0])
+        return inner and inner._replace(shift=inner.shift + e.args[1].value * inner.width)  # type: ignore[operator]
+    if e.op == "floordiv" and e.type == "int" and e.args[1].op == "const":
+        inner = stripe(e.args[0])
+        return inner and inner._replace(width=inner.width * e.args[1].value)  # type: ignore[operator]
+    return None
+
+
+@dataclass(frozen=True, eq=False)
+class Links:
+    """The pairs (value of `row`, value of `col`) that are linked, both stripes of different axes."""
+
+    frame: Frame
+    row: Stripe
+    col: Stripe
+    pairs: Array
+    """int64 [2, links]"""
+
+    def origin(self, axis: Stripe) -> int:
+        return (self.frame.q if axis.axis == "q" else self.frame.k)[0]
+
+    @cached_property
+    def codes(self) -> Array:
+        """Sorted row * span + col, both relative to the least."""
+        return np.unique(self.code(*self.pairs))
+
+    @cached_property
+    def least(self) -> tuple[int, int, int]:
+        rows, cols = self.pairs
+        return int(rows.min()), int(cols.min()), int(cols.max() - cols.min()) + 1
+
+    def code(self, rows: Array, cols: Array) -> Array:
+        row, col, span = self.least
+        inside = (cols >= col) & (cols < col + span)
+        return np.where(inside, (rows - row) * span + cols - col, -1)
+
+    def boxes(self, size: int) -> tuple[Array, Array]:
+        """First positions of the boxes that meet a link, without repetition, by rising q then k."""
+        spans = {}
+        for axis, values in ((self.row, self.pairs[0]), (self.col, self.pairs[1])):
+            start, end = self.frame.q if axis.axis == "q" else self.frame.k
+            first = values * axis.width - axis.shift - start
+            last = np.minimum(first + axis.width - 1, end - start - 1) // size
+            spans[axis.axis] = np.maximum(first, 0) // size, last
+        (q_first, q_last), (k_first, k_last) = spans["q"], spans["k"]
+        high, wide = np.maximum(q_last - q_first + 1, 0), np.maximum(k_last - k_first + 1, 0)
+        link = np.repeat(np.arange(len(high)), high * wide)
+        place = np.arange(len(link)) - np.repeat(np.cumsum(high * wide) - high * wide, high * wide)
+        q, k = q_first[link] + place // wide[link], k_first[link] + place % wide[link]
+        code = np.unique(q << 32 | k)
+        return self.frame.q[0] + (code >> 32) * size, self.frame.k[0] + (code & 2**32 - 1) * size
+
+    def __call__(self, boxes: Boxes) -> Truth:
+        size = boxes.size
+        rows, cols = (axis.count(size, self.origin(axis)) for axis in (self.row, self.col))
+        if rows * cols > PATTERN_BITS:
+            q, k = self.boxes(size)
+            known = (q - self.frame.q[0]) << 32 | (k - self.frame.k[0])
+            live = contains(known, (boxes.q - self.frame.q[0]) << 32 | (boxes.k - self.frame.k[0]))
+            return Truth(
+                np.where(live, PARTIAL, EMPTY).astype(np.int8),
+                [np.where(live, 2 * boxes.q + 1, 0), np.where(live, boxes.k, 0)],
+            )
+        starts, ends, phases = {}, {}, {}
+        for axis in (self.row, self.col):
+            x, last = (boxes.q, boxes.q_last) if axis.axis == "q" else (boxes.k, boxes.k_last)
+            starts[axis], ends[axis] = axis.at(x), axis.at(x + last)
+            phases[axis] = (x + axis.shift) % axis.width
+        pattern, every = np.zeros(boxes.q.shape, np.int64), np.ones(boxes.q.shape, bool)
+        for bit in range(rows * cols):
+            row, col = starts[self.row] + bit // cols, starts[self.col] + bit % cols
+            inside = (row <= ends[self.row]) & (col <= ends[self.col])
+            hit = inside & contains(self.codes, self.code(row, col))
+            pattern |= hit.astype(np.int64) << bit
+            every &= hit | ~inside
+        status = np.where(every, FULL, np.where(pattern == 0, EMPTY, PARTIAL)).astype(np.int8)
+        key = (pattern, *phases.values())
+        return Truth(status, [np.where(status == PARTIAL, column, 0) for column in key])
+
+
+def contains(known: Array, wanted: Array) -> Array:
+    """Which of `wanted` occur in `known`, sorted and not empty."""
+    return known[np.minimum(np.searchsorted(known, wanted), len(known) - 1)] == wanted
+
+
+def links_of(node: Expr, frame: Frame, tables: Mapping[str, Array]) -> Links | None:
+    """The links of an `intable` node, or None where it does not follow the axes or may be out of range."""
+    free = [index for index in node.args[1:] if index.op != "const"]
+    assert isinstance(node.value, Table)
+    data = tables[node.value.name]
+    col, row = stripe(node.args[0]), stripe(free[0]) if len(free) == 1 else None
+    if row is None or col is None or row.axis == col.axis:
+        return None
+    for index, size in zip(node.args[1:], data.shape, strict=False):
+        if index.op == "const" and not 0 <= index.value < size:  # type: ignore[operator]
+            return None
+    data = data[tuple(index.value if index.op == "const" else slice(None) for index in node.args[1:])]
+    (first, last), (least, most) = (
+        (axis.at(np.int64(start)), axis.at(np.int64(end - 1)))
+        for axis, (start, end) in ((a, frame.q if a.axis == "q" else frame.k) for a in (row, col))
+    )
+    if first < 0 or last >= len(data):
+        return None
+    data = data[first : last + 1]
+    row_at, slot = np.nonzero((data >= least) & (data <= most))
+    return Links(frame, row, col, np.stack([row_at + first, data[row_at, slot].astype(np.int64)]))

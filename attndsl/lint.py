@@ -1,0 +1,171 @@
+"""Warnings: what is legal and probably not meant."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields
+
+from attndsl import expr as ir
+from attndsl.attention import HeadGroup
+from attndsl.elaborate import TOKENS, Elaborator, Env, K, Q
+from attndsl.errors import Diagnostic, Span
+from attndsl.expr import Expr
+from attndsl.syntax import nodes as ast
+from attndsl.values import AttentionOf
+
+Definition = ast.Definition | ast.AttentionDef
+
+
+def warnings(definitions: list[Definition], elaborator: Elaborator) -> list[Diagnostic]:
+    """Of definitions that are right: by their text first, then by what their masks relate."""
+    found: list[Diagnostic] = []
+    for item in definitions:
+        found += _of_text(item)
+        bound = all(param.default is not None for param in item.params)
+        if isinstance(item, ast.AttentionDef) and bound:
+            found += _of_attention(item, elaborator)
+    return found
+
+
+def _warning(message: str, span: Span, help: str = "") -> Diagnostic:
+    return Diagnostic(message, span, help, "warning")
+
+
+def walk(node: object) -> Iterator[ast.Node]:
+    """Every node below and including this one."""
+    if isinstance(node, tuple):
+        for part in node:
+            yield from walk(part)
+    if isinstance(node, ast.Node):
+        yield node
+        for field in fields(node):
+            yield from walk(getattr(node, field.name))
+
+
+def _of_text(item: Definition) -> Iterator[Diagnostic]:
+    for node in walk(item):
+        if isinstance(node, ast.Builder):
+            for name in walk(node.pred):
+                if isinstance(name, ast.Name) and name.id == "nq":
+                    yield _warning(
+                        "`nq` in a pattern: its meaning changes with the number of queries",
+                        name.span,
+                        "positions are absolute: `q` counts from `offset`",
+                    )
+        if isinstance(node, ast.Range) and isinstance(node.lo, ast.Number) and isinstance(node.hi, ast.Number):
+            if node.lo.value > node.hi.value:
+                text = f"{node.lo.value}..{node.hi.value}"
+                yield _warning(
+                    f"the range {text} is empty", node.span, f"write `{node.hi.value}..{node.lo.value}`"
+                )
+        if (
+            isinstance(node, ast.Binary)
+            and node.op == "//"
+            and isinstance(node.left, ast.Unary)
+            and node.left.op == "-"
+            and isinstance(node.right, ast.Number)
+        ):
+            inner, divisor = node.left.arg.span.text, node.right.span.text
+            yield _warning(
+                f"`-{inner} // {divisor}` rounds down: the left side is longer than the right for odd `{inner}`",
+                node.span,
+                f"write `-({inner} // {divisor})`",
+            )
+
+
+def _of_attention(item: ast.AttentionDef, elaborator: Elaborator) -> Iterator[Diagnostic]:
+    value = elaborator.instance(item, {}, Env({}), item.name_span)
+    assert isinstance(value, AttentionOf)
+    masks = [c for c in item.clauses if isinstance(c, ast.Clause) and c.word == "mask"]
+    empty = [warning for clause in masks for warning in _empty_parts(clause.value, elaborator)]
+    yield from empty
+    span = masks[0].value.span if len(masks) == 1 else item.name_span
+    for group in value.attention.groups:
+        if not group.relation.mask.tables and not empty and value.attention.offset is None:
+            yield from _empty_rows(group, span)
+            yield from _holes(group, span)
+        yield from _shift_variance(group, item)
+    for clause in masks:
+        yield from _block_causality(clause.value, elaborator)
+
+
+def _empty_parts(e: ast.Expression, elaborator: Elaborator) -> Iterator[Diagnostic]:
+    """Operands of `&` that relate nothing."""
+    from attndsl.proofs import subset
+
+    for part in e.args if isinstance(e, ast.Nary) and e.op == "&" else (e,):
+        bound = {name.id for name in walk(part) if isinstance(name, ast.Name)}
+        if not bound <= {*elaborator.definitions, "q", "k", "n"}:
+            continue
+        mask = elaborator.pattern(part, Env({}), TOKENS).at(Q, K, TOKENS).mask
+        if not mask.tables and subset(mask, ir.FALSE).status == "proved":
+            yield _warning("no pair satisfies this", part.span)
+
+
+def _empty_rows(group: HeadGroup, span: Span) -> Iterator[Diagnostic]:
+    from attndsl.proofs import every_row
+
+    verdict = every_row(group.relation.mask, group.heads)
+    if verdict.status == "refuted" and verdict.counter_example is not None:
+        at = verdict.counter_example
+        where = "" if at["n"] == at["q"] + 1 else f" at n = {at['n']}"
+        yield _warning(f"query {at['q']} has no key{where}", span, "its output is 0")
+
+
+def _holes(group: HeadGroup, span: Span) -> Iterator[Diagnostic]:
+    """All distances share a divisor: the residues modulo it never meet."""
+    from attndsl.reach import common_divisor
+
+    divisor = common_divisor(group.relation.mask)
+    if divisor > 1:
+        yield _warning(
+            f"every distance is a multiple of {divisor}: positions of other residues never meet, "
+            "however many layers",
+            span,
+            "add what joins them, such as `| radius(1)`",
+        )
+
+
+def _block_causality(e: ast.Expression, elaborator: Elaborator) -> Iterator[Diagnostic]:
+    """`blocks(b, R)` with a causal R is causal over blocks alone."""
+    from attndsl.proofs import subset
+
+    causal = ir.le(K, Q)
+    if not (isinstance(e, ast.Call) and isinstance(e.func, ast.Name) and e.func.id == "blocks"):
+        return
+    inner = next((arg.value for arg in e.args if arg.name in ("", "R") and arg is e.args[-1]), None)
+    names = {name.id for name in walk(e) if isinstance(name, ast.Name)}
+    if inner is None or not names <= {*elaborator.definitions, "q", "k", "n", "blocks"}:
+        return
+    over_blocks = elaborator.pattern(inner, Env({}), TOKENS).at(Q, K, TOKENS).mask
+    over_tokens = elaborator.pattern(e, Env({}), TOKENS).at(Q, K, TOKENS).mask
+    if subset(over_blocks, causal).status != "proved":
+        return
+    verdict = subset(over_tokens, causal)
+    if verdict.status == "refuted" and verdict.counter_example is not None:
+        at = verdict.counter_example
+        yield _warning(
+            f"causal over blocks, not over tokens: query {at['q']} sees key {at['k']}",
+            e.span,
+            "write `causal & ...`",
+        )
+
+
+def _shift_variance(group: HeadGroup, item: ast.AttentionDef) -> Iterator[Diagnostic]:
+    """A bias of the key alone means a bias of the distance only where a shift of a row changes nothing."""
+    key_only = _key_only_bias(group.score)
+    if not key_only or (group.norm.kind == "softmax" and group.norm.sink is None):
+        return
+    score = next((c for c in item.clauses if isinstance(c, ast.Clause) and c.word == "score"), None)
+    what = "a sink" if group.norm.kind == "softmax" else group.norm.kind
+    yield _warning(
+        f"a bias of the key alone equals one of the distance under plain softmax only, not with {what}",
+        item.name_span if score is None else score.value.span,
+        "write the distance: q - k",
+    )
+
+
+def _key_only_bias(score: Expr) -> bool:
+    if score.op != "add" or ir.var("s") not in score.args:
+        return False
+    return any("k" in part.free and not part.free & {"q", "s", "Q", "K"} for part in score.args)

@@ -1,0 +1,302 @@
+"""From an attention and the sizes of a call to one closed mask per batch row and head, and their tiles."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attndsl import expr as ir
+from attndsl.attention import Attention
+from attndsl.blockmask import BlockMask, TileGrid
+from attndsl.errors import fail
+from attndsl.expr import Expr, Table
+from attndsl.pointwise import evaluate
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+Array = NDArray[Any]
+LENGTH_LIMIT = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of one call.
+
+    n counts tokens: `k_offset` plus the number of keys; offsets hold one entry for all batch rows, or one each.
+    """
+
+    nq: int
+    n_keys: int
+    heads: int
+    q_offset: tuple[int, ...]
+    k_offset: tuple[int, ...] = (0,)
+
+    @property
+    def n(self) -> tuple[int, ...]:
+        return tuple(start + self.n_keys for start in self.k_offset)
+
+
+def checked_length(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise fail(f"`{name}` is an integer, not {type(value).__name__}")
+    if value < 0:
+        raise fail(f"`{name}` is {value}, and must not be negative")
+    if value > LENGTH_LIMIT:
+        raise fail(f"`{name}` is {value}, and lengths end at {LENGTH_LIMIT}")
+    return int(value)
+
+
+def checked_block_size(value: int) -> int:
+    if checked_length("block_size", value) == 0 or value % 8:
+        raise fail(f"`block_size` is {value}, and must be a positive multiple of 8")
+    return value
+
+
+def sizes(
+    attention: Attention,
+    n_keys: int,
+    nq: int,
+    heads: int,
+    q_offset: int | tuple[int, ...] | None = None,
+    k_offset: int | tuple[int, ...] | None = None,
+) -> Sizes:
+    """Offsets filled in. Raises AttnError for a default offset that is negative."""
+    starts = _offsets("k_offset", k_offset) if k_offset is not None else (0,)
+    if q_offset is not None:
+        return Sizes(nq, n_keys, heads, _offsets("q_offset", q_offset), starts)
+    found = []
+    for start in starts:
+        n = start + n_keys
+        if attention.offset is not None:
+            row = ir.number(ir.substitute(attention.offset, {"n": ir.const(n), "nq": ir.const(nq)}))
+            assert row is not None
+            if row < 0:
+                raise fail(f"`offset` is {row} at n = {n}, nq = {nq}, and must not be negative")
+            found.append(int(row))
+        elif n < nq:
+            raise fail(
+                f"{nq} queries at the end of {n} keys would start before position 0",
+                help="cross attention: write `offset 0`",
+            )
+        else:
+            found.append(n - nq)
+    return Sizes(nq, n_keys, heads, tuple(found), starts)
+
+
+def _offsets(name: str, value: object) -> tuple[int, ...]:
+    listed = np.asarray(value).reshape(-1).tolist()
+    return tuple(checked_length(name, item) for item in listed)
+
+
+@functools.lru_cache(maxsize=4096)
+def closed(e: Expr, n: int, nq: int, h: int, heads: int) -> Expr:
+    """The expression at one length and head: only q, k and tables are left in it."""
+    constants = {"n": n, "nq": nq, "h": h, "H": heads}
+    return ir.substitute(e, {name: ir.const(value) for name, value in constants.items() if name in e.free})
+
+
+def head_groups(attention: Attention, heads: int) -> tuple[int, ...]:
+    """For each head the index of its group. Raises AttnError where a head has none or two."""
+    found = []
+    for h in range(heads):
+        here = [
+            i for i, group in enumerate(attention.groups) if closed(group.heads, 0, 0, h, heads) is ir.TRUE
+        ]
+        if len(here) != 1:
+            which = "no group" if not here else f"{len(here)} groups"
+            raise fail(
+                f"head {h} of {heads} is in {which} of `{attention.name}`",
+                help="`heads` and `else` together hold each head exactly once",
+            )
+        found.append(here[0])
+    beyond = ir.const(heads)
+    for group in attention.groups:
+        if len(attention.groups) > 1 and "h" in group.heads.free and not _open_ended(group.heads, beyond):
+            raise fail(f"`{attention.name}` speaks of head {heads}, and there are {heads} heads")
+    return tuple(found)
+
+
+def _open_ended(heads: Expr, beyond: Expr) -> bool:
+    """A range or set written out may not reach past the last head; `else` and rules such as parity may."""
+    return not (
+        heads.op in ("eq", "and", "or")
+        and ir.substitute(heads, {"h": beyond, "H": beyond}) is ir.TRUE
+        and ir.substitute(heads, {"h": ir.const(2**40), "H": beyond}) is ir.FALSE
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def quantifier_free(mask: Expr) -> Expr:
+    """The mask without `exists`, where the integer set library can remove it."""
+    if not any(node.op == "exists" for node in ir.nodes(mask)):
+        return mask
+    from attndsl.relation import eliminate
+
+    return eliminate(mask)
+
+
+def checked_tables(
+    attention: Attention,
+    given: Mapping[str, ArrayLike],
+    sizes: Sizes,
+    batch: int | None = None,
+    head_dim: int | None = None,
+) -> dict[str, Array]:
+    """The inputs as arrays [B or 1] [H or 1] then the explicit axes, both leading axes always there.
+
+    Raises AttnError for a table that is missing, unknown, of another type or shape.
+    """
+    check_names(attention, given)
+    bound: dict[str, int] = {"nq": sizes.nq, "H": sizes.heads}
+    if len(set(sizes.n)) == 1:
+        bound["n"] = sizes.n[0]
+    if head_dim is not None:
+        bound["D"] = head_dim
+    if batch is not None:
+        bound["B"] = batch
+    return {table.name: _checked(table, np.asarray(given[table.name]), bound) for table in attention.inputs}
+
+
+def check_names(attention: Attention, given: Mapping[str, object], complete: bool = True) -> None:
+    """Raises AttnError for a table that the attention does not have, or, if `complete`, that is missing."""
+    known = [table.name for table in attention.inputs]
+    for name in given:
+        if name not in known:
+            listed = ", ".join(known) or "none"
+            raise fail(f"`{attention.name}` has no input `{name}`", help=f"its inputs: {listed}")
+    for table in attention.inputs:
+        if complete and table.name not in given:
+            raise fail(
+                f"`{attention.name}` needs its input `{table.name}`",
+                help=f"pass {table.name} = ..., {_shape_text(table)}",
+            )
+
+
+KINDS = {"int": "iu", "bool": "b", "float": "f"}
+
+
+def _checked(table: Table, array: Array, bound: dict[str, int]) -> Array:
+    if array.dtype.kind not in KINDS[table.dtype]:
+        raise fail(f"`{table.name}` is {_shape_text(table)}, and was given as {array.dtype}")
+    axes = [*(["B"] if table.batched else []), *(["H"] if table.headed else []), *table.dims]
+    if array.ndim != len(axes):
+        raise fail(
+            f"`{table.name}` is {_shape_text(table)}, and was given with {array.ndim} axes: {array.shape}"
+        )
+    for axis, size in zip(axes, array.shape, strict=True):
+        wanted = axis if isinstance(axis, int) else bound.setdefault(axis, size)
+        if size != wanted and not (axis == "B" and size == 1):
+            raise fail(
+                f"`{table.name}` has {size} entries on its axis `{axis}`, and there `{axis}` is {wanted}"
+                if isinstance(axis, str)
+                else f"`{table.name}` has {size} entries on an axis of {axis}"
+            )
+    if not table.batched:
+        array = array[None]
+    if not table.headed:
+        array = array[:, None]
+    if table.dtype == "int":
+        array = array.astype(np.int64, copy=False)
+    return array
+
+
+def _shape_text(table: Table) -> str:
+    axes = [*(["B"] if table.batched else []), *(["H"] if table.headed else []), *map(str, table.dims)]
+    return f"{table.dtype}[{', '.join(axes)}]"
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One batch row and head: its closed mask and where it stands."""
+
+    row: int
+    head: int
+    group: int
+    mask: Expr
+    n: int
+    q_offset: int
+    k_offset: int
+    tables: Mapping[str, Array]
+
+
+def cases(attention: Attention, sizes: Sizes, tables: Mapping[str, Array]) -> Iterator[Case]:
+    """Every batch row and head that may differ: one row (head) stands for all where nothing depends on it."""
+    groups = head_groups(attention, sizes.heads)
+    masks = [quantifier_free(group.relation.mask) for group in attention.groups]
+    used = {table for mask in masks for table in mask.tables}
+    rows = max(len(sizes.q_offset), len(sizes.k_offset), *(len(tables[t.name]) for t in used), 1)
+    by_head = len(set(groups)) > 1 or any("h" in mask.free for mask in masks) or any(t.headed for t in used)
+    for row in range(rows):
+        start, keys_start = (o[row % len(o)] for o in (sizes.q_offset, sizes.k_offset))
+        n = keys_start + sizes.n_keys
+        for head in range(sizes.heads if by_head else min(1, sizes.heads)):
+            mask = ir.FALSE
+            if sizes.nq and sizes.n_keys:
+                mask = closed(masks[groups[head]], n, sizes.nq, head, sizes.heads)
+            here = {
+                t.name: tables[t.name][row % len(tables[t.name]), head % tables[t.name].shape[1]]
+                for t in sorted(mask.tables, key=lambda t: t.name)
+            }
+            yield Case(row, head, groups[head], mask, n, start, keys_start, here)
+
+
+def dense(attention: Attention, sizes: Sizes, tables: Mapping[str, Array], counts: bool = False) -> Array:
+    """The mask [B or 1, H or 1, nq, n_keys], pointwise; with `counts` the multiplicities instead."""
+    grid: dict[tuple[int, int], Array] = {}
+    for case in cases(attention, sizes, tables):
+        q = case.q_offset + np.arange(sizes.nq)[:, None]
+        k = case.k_offset + np.arange(sizes.n_keys)[None, :]
+        live = evaluate(case.mask, q, k, case.tables)
+        if counts:
+            count = attention.groups[case.group].relation.count
+            if count is not None and live.size:
+                at = closed(count, case.n, sizes.nq, case.head, sizes.heads)
+                live = np.where(live, evaluate(at, q, k, case.tables), 0)
+            live = live.astype(np.int64)
+        grid[case.row, case.head] = live
+    rows, heads = (1 + max((key[axis] for key in grid), default=0) for axis in (0, 1))
+    kind = np.int64 if counts else bool
+    empty = np.zeros((rows, 0, sizes.nq, sizes.n_keys), kind)
+    if not grid:
+        return empty
+    return np.stack([np.stack([grid[row, head] for head in range(heads)]) for row in range(rows)])
+
+
+def block_mask(
+    attention: Attention, sizes: Sizes, tables: Mapping[str, Array], block_size: int
+) -> BlockMask:
+    """The tiles; equal masks are tiled once."""
+    from attndsl.tiling import tile
+
+    grids: list[TileGrid] = []
+    known: dict[tuple[object, ...], int] = {}
+    index: dict[tuple[int, int], int] = {}
+    for case in cases(attention, sizes, tables):
+        contents = tuple((name, a.shape, a.tobytes()) for name, a in case.tables.items())
+        key = (case.mask, case.q_offset, case.k_offset, contents)
+        if key not in known:
+            known[key] = len(grids)
+            grids.append(
+                tile(
+                    case.mask,
+                    sizes.nq,
+                    sizes.n_keys,
+                    block_size,
+                    n=case.n,
+                    q_offset=case.q_offset,
+                    k_offset=case.k_offset,
+                    tables=case.tables,
+                )
+            )
+        index[case.row, case.head] = known[key]
+    shape = tuple(1 + max((key[axis] for key in index), default=0) for axis in (0, 1))
+    places = np.zeros(shape, np.int32)
+    for place, grid in index.items():
+        places[place] = grid
+    return BlockMask(sizes.nq, sizes.n_keys, block_size, tuple(grids), places)

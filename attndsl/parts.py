@@ -1,0 +1,266 @@
+"""A TileGrid taken apart into batches of equal problems that run on views or gathers of the keys.
+
+Every live pair lies in exactly one part; the parts of a query row are merged by log-sum-exp.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attndsl.blockmask import TileGrid
+
+FULL = -1
+STRETCH = 4
+"""Rows of tiles that must agree before a stretch is worth a call of its own."""
+LONG = 32
+"""Tiles of a full run from which it becomes a part without a mask."""
+WIDE = 64
+"""Tiles of the widest shared mask."""
+GATHER = 16
+"""Tiles gathered at most for one row at a time."""
+
+Bool = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
+class Strided:
+    """`count` problems: the c-th pairs `q_len` queries from q0 + c * q_step with `k_len` keys from
+    k0 + c * k_step, under one mask (None: all live)."""
+
+    q0: int
+    q_len: int
+    q_step: int
+    k0: int
+    k_len: int
+    k_step: int
+    count: int
+    mask: Bool | None
+
+
+@dataclass(frozen=True, eq=False)
+class Gathered:
+    """Problems of `q_len` queries from rows[c], in tokens, with the tiles cols[c] of the keys.
+
+    contents [M, T] indexes `masks` [U, block, block]; None where every tile is full.
+    """
+
+    rows: NDArray[np.int64]
+    q_len: int
+    block: int
+    cols: NDArray[np.int64]
+    contents: NDArray[np.int64] | None
+    masks: Bool
+
+
+Part = Strided | Gathered
+
+
+def take_apart(grid: TileGrid, unit: int) -> tuple[Part, ...]:
+    """The parts; masks of stretches are cut into pieces of `unit` query rows with trimmed keys."""
+    masks = np.unpackbits(grid.masks, axis=-1, bitorder="little").astype(bool)
+    entries = _entries(grid)
+    regular, long, rest = _sort_out(grid, entries)
+    parts: list[Part] = []
+    for stretch in regular:
+        parts.extend(_cut(stretch, masks, grid.block_size, unit))
+    parts.extend(_long_parts(long, grid.block_size))
+    parts.extend(_gather(rest, masks, grid))
+    return tuple(parts)
+
+
+def _entries(grid: TileGrid) -> NDArray[np.int64]:
+    """[E, 4]: tile row, first column, one past the last, contents (FULL of a run); by row and column."""
+    rows = np.arange(len(grid.run_ptr) - 1)
+    runs = np.stack(
+        [
+            np.repeat(rows, np.diff(grid.run_ptr)),
+            grid.run_start,
+            grid.run_end,
+            np.full(len(grid.run_start), FULL),
+        ],
+        axis=1,
+    )
+    partial = np.stack(
+        [np.repeat(rows, np.diff(grid.part_ptr)), grid.part_col, grid.part_col + 1, grid.part_mask], axis=1
+    )
+    both = np.concatenate([runs, partial]).astype(np.int64)
+    return both[np.lexsort((both[:, 1], both[:, 0]))]
+
+
+def _repeats(keys: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """For each entry the number of consecutive rows around it that hold an entry of the same key."""
+    if not len(keys):
+        return np.zeros(0, np.int64)
+    order = np.lexsort((rows, *keys.T))
+    sorted_keys, sorted_rows = keys[order], rows[order]
+    breaks = np.any(sorted_keys[1:] != sorted_keys[:-1], axis=1) | (np.diff(sorted_rows) != 1)
+    group = np.cumsum(np.r_[0, breaks])
+    length = np.bincount(group)[group]
+    result = np.empty(len(keys), np.int64)
+    result[order] = length
+    return result
+
+
+@dataclass(frozen=True)
+class _Stretch:
+    """Rows row .. row + count - 1 hold `tiles` (offset from the first column, width, contents) from
+    column col + c * step, c counting the rows; step is 0 or 1."""
+
+    row: int
+    count: int
+    col: int
+    step: int
+    tiles: tuple[tuple[int, int, int], ...]
+
+    @property
+    def width(self) -> int:
+        return self.tiles[-1][0] + self.tiles[-1][1]
+
+
+def _sort_out(
+    grid: TileGrid, entries: NDArray[np.int64]
+) -> tuple[list[_Stretch], list[_Stretch], dict[int, list[tuple[int, int, int]]]]:
+    """Stretches that repeat from row to row, long full runs, and what is left of each row."""
+    row, start, end, contents = entries.T
+    block = grid.block_size
+    ragged = ((row + 1) * block > grid.nq) | (end * block > grid.n)
+    odd = np.where(ragged, np.arange(1, len(row) + 1), 0)
+    along = _repeats(np.stack([start - row, end - row, contents, odd], axis=1), row)
+    down = _repeats(np.stack([start, end, contents, odd], axis=1), row)
+    kind = np.where(np.maximum(along, down) < STRETCH, 2, np.where(along >= down, 1, 0))
+    is_long = (end - start >= LONG) & ~ragged
+    segments: dict[tuple[int, int], list[list[tuple[int, int, int]]]] = defaultdict(list)
+    rest: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
+    long: list[tuple[int, int, int, int]] = []
+    for i, a, b, m, step, lengthy in zip(
+        *(x.tolist() for x in (row, start, end, contents, kind, is_long)), strict=True
+    ):
+        if lengthy:
+            long.append((i, a, b, step % 2))
+        elif step == 2:
+            rest[i].append((a, b, m))
+        else:
+            pieces = segments[i, step]
+            if pieces and pieces[-1][-1][1] == a and b - pieces[-1][0][0] <= WIDE:
+                pieces[-1].append((a, b, m))
+            else:
+                pieces.append([(a, b, m)])
+    found = _stretches(
+        (i, piece[0][0], step, tuple((a - piece[0][0], b - a, m) for a, b, m in piece))
+        for (i, step), pieces in segments.items()
+        for piece in pieces
+    )
+    regular = [s for s in found if s.count >= STRETCH]
+    for s in found:
+        if s.count < STRETCH:
+            for c in range(s.count):
+                col = s.col + c * s.step
+                rest[s.row + c].extend((col + a, col + a + w, m) for a, w, m in s.tiles)
+    return regular, _stretches((i, a, step, ((0, b - a, FULL),)) for i, a, b, step in long), rest
+
+
+def _stretches(pieces: Iterator[tuple[int, int, int, tuple[tuple[int, int, int], ...]]]) -> list[_Stretch]:
+    """(row, column, step, tiles) joined where the next row continues the same."""
+    chains: dict[tuple[object, ...], list[tuple[int, int]]] = defaultdict(list)
+    for row, col, step, tiles in pieces:
+        chains[step, col - row * step, tiles].append((row, col))
+    result = []
+    for (step, _, tiles), places in chains.items():
+        places.sort()
+        first = 0
+        for j in range(1, len(places) + 1):
+            if j == len(places) or places[j][0] != places[j - 1][0] + 1:
+                row, col = places[first]
+                result.append(_Stretch(row, j - first, col, step, tiles))  # type: ignore[arg-type]
+                first = j
+    return sorted(result, key=lambda s: (s.row, s.col))
+
+
+def _cut(stretch: _Stretch, masks: Bool, block: int, unit: int) -> list[Part]:
+    """The stretch in pieces of `unit` rows, joined again where they differ by a shift only."""
+    dense = np.zeros((block, stretch.width * block), bool)
+    for offset, width, contents in stretch.tiles:
+        columns = slice(offset * block, (offset + width) * block)
+        dense[:, columns] = True if contents == FULL else masks[contents]
+    q0, k0, step = stretch.row * block, stretch.col * block, stretch.step * block
+    if stretch.step == 0 and (dense == dense[0]).all():
+        return [
+            Strided(q0, stretch.count * block, 0, k0 + lo, hi - lo, 0, 1, None)
+            for lo, hi in _intervals(dense[0])
+        ]
+    pieces: list[Strided] = []
+    for top in range(0, block, unit):
+        rows = dense[top : top + unit]
+        used = np.flatnonzero(rows.any(0))
+        if len(used):
+            lo, hi = int(used[0]), int(used[-1]) + 1
+            mask = rows[:, lo:hi]
+            shape = (unit, block, k0 + lo, hi - lo, step, stretch.count)
+            pieces.append(Strided(q0 + top, *shape, None if mask.all() else mask))
+    return list(_join(pieces, unit, block // unit if stretch.step else 0))
+
+
+def _intervals(row: Bool) -> list[tuple[int, int]]:
+    edges = np.flatnonzero(np.diff(np.r_[False, row, False].astype(np.int8)))
+    return [(int(lo), int(hi)) for lo, hi in edges.reshape(-1, 2)]
+
+
+def _join(pieces: list[Strided], unit: int, per_block: int) -> list[Strided]:
+    """All pieces of a block of rows as one part if each is the one above it, shifted by `unit`."""
+    first = pieces[0]
+    same = len(pieces) == per_block and all(
+        p.k_len == first.k_len and p.k0 - first.k0 == j * unit and _same(p.mask, first.mask)
+        for j, p in enumerate(pieces)
+    )
+    if not same:
+        return pieces
+    return [replace(first, q_step=unit, k_step=unit, count=first.count * per_block)]
+
+
+def _same(a: Bool | None, b: Bool | None) -> bool:
+    return a is b or (a is not None and b is not None and np.array_equal(a, b))
+
+
+def _long_parts(stretches: list[_Stretch], block: int) -> list[Part]:
+    parts: list[Part] = []
+    for s in stretches:
+        q0, k0, k_len = s.row * block, s.col * block, s.width * block
+        if s.step == 0 or s.count == 1:
+            parts.append(Strided(q0, s.count * block, 0, k0, k_len, 0, 1, None))
+        else:
+            parts.append(Strided(q0, block, block, k0, k_len, block, s.count, None))
+    return parts
+
+
+def _gather(rest: dict[int, list[tuple[int, int, int]]], masks: Bool, grid: TileGrid) -> list[Part]:
+    """Rows with about equally many tiles left, together; padding is a tile without contents."""
+    block = grid.block_size
+    empty, full = len(masks), len(masks) + 1
+    known = np.concatenate([masks, np.zeros((1, block, block), bool), np.ones((1, block, block), bool)])
+    groups: dict[tuple[int, int, int], list[tuple[int, list[int], list[int]]]] = defaultdict(list)
+    for row in sorted(rest):
+        cols, contents = [], []
+        for a, b, m in sorted(rest[row]):
+            cols.extend(range(a, b))
+            contents.extend([full if m == FULL else m] * (b - a))
+        q_len = min(block, grid.nq - row * block)
+        for turn, i in enumerate(range(0, len(cols), GATHER)):
+            some, what = cols[i : i + GATHER], contents[i : i + GATHER]
+            size = _size_class(len(some))
+            padding = size - len(some)
+            groups[turn, q_len, size].append((row * block, some + [0] * padding, what + [empty] * padding))
+    parts: list[Part] = []
+    for (_, q_len, _), problems in groups.items():
+        rows, tiles, kinds = (np.array(x, np.int64) for x in zip(*problems, strict=True))
+        contents_or_none = None if (kinds == full).all() else kinds
+        parts.append(Gathered(rows, q_len, block, tiles, contents_or_none, known))
+    return parts
+
+
+def _size_class(tiles: int) -> int:
+    return tiles if tiles <= 8 else -(-tiles // 4) * 4

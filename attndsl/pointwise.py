@@ -1,0 +1,189 @@
+"""The meaning of a mask: a direct recursion over numpy arrays of positions.
+
+Slow and plain on purpose: every other evaluation is checked against this one, so it shares no code with
+them but the hash of `random`, which is part of the meaning (links.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attndsl.errors import fail
+from attndsl.expr import Expr, IntSet, Table
+from attndsl.links import sample
+
+Array = NDArray[Any]
+Tables = Mapping[str, Array]
+
+
+def evaluate(expr: Expr, q: Array, k: Array, tables: Tables | None = None) -> Array:
+    """`expr` at positions `q` and `k` (int64, broadcast against each other).
+
+    Every other variable has been replaced by a constant. `tables` maps a name to its explicit axes, batch
+    row and head already selected. Raises AttnError where an int or float table is read out of its range.
+    """
+    result = _Evaluation({"q": q, "k": k}, tables or {}).value(expr, None)
+    return np.broadcast_to(result, np.broadcast_shapes(np.shape(result), q.shape, k.shape))
+
+
+def segments(values: Array) -> tuple[Array, Array]:
+    """For each position of a one-axis table: its rank among equal values, and how many are equal."""
+    order = np.argsort(values, kind="stable")
+    starts = np.flatnonzero(np.r_[True, np.diff(values[order]) != 0]) if len(values) else np.zeros(0, int)
+    lengths = np.diff(np.r_[starts, len(values)])
+    rank, size = np.empty(len(values), np.int64), np.empty(len(values), np.int64)
+    rank[order] = np.arange(len(values)) - np.repeat(starts, lengths)
+    size[order] = np.repeat(lengths, lengths)
+    return rank, size
+
+
+class _Evaluation:
+    """One recursion: variables, tables, and what was already computed."""
+
+    def __init__(self, variables: dict[str, Array], tables: Tables) -> None:
+        self.variables, self.tables = variables, tables
+        self.memo: dict[tuple[Expr, int], tuple[Array, Array | None]] = {}
+
+    def value(self, e: Expr, active: Array | None) -> Array:
+        """`active` says where the value matters: a look-up elsewhere may lie out of range."""
+        if not e.tables:
+            active = None
+        known = self.memo.get((e, id(active)))
+        if known is None:
+            # the memo keeps `active` alive: its id must not be used again
+            known = self.memo[e, id(active)] = (self.compute(e, active), active)
+        return known[0]
+
+    def compute(self, e: Expr, active: Array | None) -> Array:
+        if e.op == "const":
+            return np.asarray(e.value)
+        if e.op == "var":
+            return self.variables[str(e.value)]
+        if e.op == "and":
+            result = self.value(e.args[0], active)
+            for arg in e.args[1:]:
+                guard = result if active is None else result & active
+                result = result & self.value(arg, guard)
+            return result
+        if e.op == "exists":
+            return self.exists(e, active)
+        if e.op == "random":
+            return self.random(e)
+        args = [self.value(arg, active) for arg in e.args]
+        if isinstance(e.value, Table):
+            return self.look_up(e, e.value, args, active)
+        if e.op == "inset":
+            assert isinstance(e.value, IntSet)
+            return np.any([(lo <= args[0]) & (args[0] <= hi) for lo, hi in e.value.intervals], axis=0)
+        if e.op == "add":
+            return sum(args[1:], start=args[0])
+        if e.op == "or":
+            return np.logical_or.reduce(np.broadcast_arrays(*args))
+        return np.asarray(OPERATIONS[e.op](*args))
+
+    def look_up(self, e: Expr, table: Table, args: list[Array], active: Array | None) -> Array:
+        data = self.tables[table.name]
+        if e.op in ("rank_of", "count_of"):
+            data = segments(data)[0 if e.op == "rank_of" else 1]
+        indices = args[1:] if e.op == "intable" else args
+        shape = np.broadcast_shapes(*(np.shape(i) for i in indices)) if indices else ()
+        inside = np.ones(shape, bool)
+        for index, size in zip(indices, data.shape, strict=False):
+            inside = inside & (0 <= index) & (index < size)
+        if table.dtype != "bool":
+            needed = ~inside if active is None else ~inside & active
+            if needed.any():
+                axis, bad = _first_outside(indices, data.shape, needed)
+                raise fail(
+                    f"`{table.name}` has {data.shape[axis]} entries on axis {axis}, but entry {bad} is read",
+                    help="guard the look-up: write the condition that keeps it inside left of it, with `and`",
+                )
+        safe = tuple(
+            np.clip(index, 0, max(size - 1, 0)) for index, size in zip(indices, data.shape, strict=False)
+        )
+        if 0 in data.shape[: len(indices)]:
+            return np.zeros(shape, bool)
+        found = data[safe]
+        if e.op == "intable":
+            return inside & np.any([found[..., t] == args[0] for t in range(data.shape[-1])], axis=0)
+        return inside & found if table.dtype == "bool" else found
+
+    def exists(self, e: Expr, active: Array | None) -> Array:
+        lo, hi = self.value(e.args[0], active), self.value(e.args[1], active)
+        found: Array = np.zeros((), bool)
+        for m in range(int(np.min(lo, initial=0)), int(np.max(hi, initial=0))):
+            position = np.asarray(m)
+            inner = _Evaluation(self.variables | {str(e.value): position}, self.tables)
+            found = found | ((lo <= m) & (m < hi) & inner.value(e.args[2], active))
+        return found
+
+    def random(self, e: Expr) -> Array:
+        r, row, col = e.value  # type: ignore[misc]
+        q, k, n, seed = (self.value(arg, None) for arg in e.args[:4])
+        rows, inverse = np.unique(
+            np.stack([a.ravel() for a in np.broadcast_arrays(q, n, seed)]), axis=1, return_inverse=True
+        )
+        keys = np.full((rows.shape[1], r), -1)
+        for i, (position, length, s) in enumerate(rows.T):
+            columns = np.arange(length)
+            inner = _Evaluation(self.variables | {row: np.asarray(position), col: columns}, self.tables)
+            live = columns[np.broadcast_to(inner.value(e.args[4], None), columns.shape)]
+            ranks = sample(np.asarray([s]), np.asarray([position]), np.asarray([len(live)]), r)[0]
+            keys[i, : (ranks >= 0).sum()] = live[ranks[ranks >= 0]]
+        chosen = keys[inverse].reshape(*np.broadcast_shapes(q.shape, n.shape, seed.shape), r)
+        return np.any(chosen == k[..., None], axis=-1) & (k >= 0)
+
+
+def _first_outside(indices: list[Array], sizes: tuple[int, ...], needed: Array) -> tuple[int, int]:
+    for axis, (index, size) in enumerate(zip(indices, sizes, strict=False)):
+        bad = needed & ~((0 <= index) & (index < size))
+        if bad.any():
+            return axis, int(np.broadcast_to(index, bad.shape)[bad][0])
+    raise AssertionError
+
+
+def _sigmoid(x: Array) -> Array:
+    return 1 / (1 + np.exp(-x))
+
+
+def _log2(x: Array) -> Array:
+    if not np.issubdtype(x.dtype, np.integer):
+        return np.log2(x)
+    return np.frexp(x.astype(np.float64))[1] - 1
+
+
+def _isqrt(x: Array) -> Array:
+    root = np.sqrt(x.astype(np.float64)).astype(np.int64)
+    root -= root * root > x
+    return root + ((root + 1) * (root + 1) <= x)
+
+
+OPERATIONS: dict[str, Any] = {
+    "mul": np.multiply,
+    "div": np.true_divide,
+    "floordiv": np.floor_divide,
+    "mod": np.mod,
+    "pow": np.power,
+    "min": np.minimum,
+    "max": np.maximum,
+    "abs": np.abs,
+    "where": np.where,
+    "log2": _log2,
+    "isqrt": _isqrt,
+    "floor": lambda x: np.floor(x).astype(np.int64),
+    "exp": np.exp,
+    "log": np.log,
+    "sqrt": np.sqrt,
+    "tanh": np.tanh,
+    "sigmoid": _sigmoid,
+    "sin": np.sin,
+    "cos": np.cos,
+    "not": np.logical_not,
+    "le": np.less_equal,
+    "lt": np.less,
+    "eq": np.equal,
+}

@@ -1,0 +1,355 @@
+"""A program: the definitions of a text and of the files it uses, ready to be bound and compiled."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from attndsl import expr as ir
+from attndsl import syntax
+from attndsl.assertions import Assertion, typed
+from attndsl.attention import Attention
+from attndsl.elaborate import (
+    BUILT_IN,
+    RESERVED,
+    TOKENS,
+    Elaborator,
+    Env,
+    K,
+    Q,
+    bind_arguments,
+    out_of_place,
+    signature,
+)
+from attndsl.errors import AttnError, Diagnostic, Source, Span, fail, suggest
+from attndsl.syntax import nodes as ast
+from attndsl.values import AttentionOf, GridPattern, Num, Pattern, SetOf, TableOf, Truth, Value, Vec
+
+Definition = ast.Definition | ast.AttentionDef
+FILE_LIMIT = 64
+DEFINITION_LIMIT = 20_000
+
+
+@functools.cache
+def prelude() -> Mapping[str, Definition]:
+    """The definitions that every program starts with, in the language itself."""
+    text = files("attndsl.grammar").joinpath("prelude.attn").read_text(encoding="utf-8")
+    module, problems = syntax.parse_partial(Source("prelude.attn", text))
+    assert not problems, AttnError(*problems)
+    return {item.name: item for item in module.items if isinstance(item, Definition)}
+
+
+def parse(text: str, name: str = "<text>") -> Program:
+    """The program of a text. Raises AttnError with everything that is wrong in it."""
+    return _program(Source(name, text), None)
+
+
+def load(path: str | Path) -> Program:
+    """The program of a file and of the files that it uses, which lie in its folder or below."""
+    path = Path(path)
+    return _program(_read(path, str(path), None), path.resolve())
+
+
+def _read(path: Path, shown: str, span: Span | None) -> Source:
+    try:
+        return Source(shown, path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise fail(f"cannot read `{shown}`: {(error.strerror or str(error)).lower()}", span) from None
+    except UnicodeDecodeError:
+        raise fail(f"`{shown}` is not UTF-8 text", span) from None
+
+
+def _program(source: Source, path: Path | None) -> Program:
+    problems: list[Diagnostic] = []
+    folder, chain = (path.parent, (path,)) if path else (None, ())
+    items = list(_items(source, folder, folder, chain, set(), problems))
+    definitions: dict[str, Definition] = {}
+    assertions: list[ast.Assert] = []
+    for item in items:
+        if isinstance(item, ast.Assert):
+            assertions.append(item)
+        elif isinstance(item, Definition):
+            problems += _declare(item, definitions)
+    if len(definitions) > DEFINITION_LIMIT:
+        raise fail(f"more than {DEFINITION_LIMIT:,} definitions in a program")
+    program = Program(source.name, definitions)
+    problems += program.check_definitions()
+    for assertion in assertions:
+        try:
+            program.assertions.append(typed(assertion.expr, program.elaborator))
+        except AttnError as error:
+            problems += error.diagnostics
+    if problems:
+        raise AttnError(*_in_order(problems))
+    return program
+
+
+def _in_order(problems: list[Diagnostic]) -> list[Diagnostic]:
+    """By place, each once."""
+    unique = {(d.message, d.span): d for d in problems}
+    return sorted(
+        unique.values(), key=lambda d: (d.span.source.name, d.span.start) if d.span else ("", 0)
+    )
+
+
+def _items(
+    source: Source,
+    folder: Path | None,
+    root: Path | None,
+    chain: tuple[Path, ...],
+    seen: set[Path],
+    problems: list[Diagnostic],
+) -> Iterator[ast.Item]:
+    module, found = syntax.parse_partial(source)
+    problems += found
+    for item in module.items:
+        if not isinstance(item, ast.Use):
+            yield item
+            continue
+        try:
+            path = _used_path(item, folder, root)
+            if path in chain:
+                raise fail(f"`{item.path}` uses itself in the end", item.span)
+            if path in seen:
+                continue
+            if len(seen) >= FILE_LIMIT:
+                raise fail(f"a program uses more than {FILE_LIMIT} files", item.span)
+            seen.add(path)
+            used = _read(path, item.path, item.span)
+        except AttnError as error:
+            problems += error.diagnostics
+            continue
+        yield from _items(used, path.parent, root, (*chain, path), seen, problems)
+
+
+def _used_path(item: ast.Use, folder: Path | None, root: Path | None) -> Path:
+    if folder is None or root is None:
+        raise fail("a text without a file cannot use another", item.span, "load it from a file")
+    path = (folder / item.path).resolve()
+    if Path(item.path).is_absolute() or not path.is_relative_to(root.resolve()):
+        raise fail("`use` reaches files in the folder of the first file or below it alone", item.span)
+    return path
+
+
+def _declare(item: Definition, definitions: dict[str, Definition]) -> list[Diagnostic]:
+    problems = []
+    name, earlier = item.name, definitions.get(item.name)
+    if earlier is not None:
+        line, _ = earlier.name_span.source.position(earlier.name_span.start)
+        where = f"{earlier.name_span.source.name}:{line}"
+        problems.append(
+            Diagnostic(f"`{name}` is defined twice", item.name_span, f"the first definition is at {where}")
+        )
+    if name in RESERVED or name in BUILT_IN:
+        what = "reserved" if name in RESERVED else "built in"
+        problems.append(Diagnostic(f"`{name}` is {what}", item.name_span, "choose another name"))
+    seen: set[str] = set()
+    for param in item.params:
+        if param.name in seen:
+            problems.append(Diagnostic(f"the parameter `{param.name}` is given twice", param.span))
+        # `slope(h)` hands the head on: the one reserved name that a parameter may carry
+        if param.name in RESERVED - {"h"} or param.name in BUILT_IN:
+            what = "reserved" if param.name in RESERVED else "built in"
+            problems.append(Diagnostic(f"`{param.name}` is {what}", param.span, "choose another name"))
+        seen.add(param.name)
+    definitions.setdefault(name, item)
+    return problems
+
+
+class Unbound:
+    """A definition that needs parameters: call it with them."""
+
+    def __init__(self, program: Program, definition: Definition) -> None:
+        self.program, self.definition = program, definition
+        self.name = definition.name
+
+    def __call__(self, *args: Any, **params: Any) -> Attention:
+        return self.program.bind(self.definition, args, params)
+
+    def __repr__(self) -> str:
+        return f"<{self.definition.name} needs parameters: {signature(self.definition)}>"
+
+
+class Program:
+    """Definitions by name. `program["longformer"]` is an Attention with the defaults bound.
+
+    names       the program's own attentions and patterns, in order
+    assertions  its `assert`s, typed, for `prove`
+    """
+
+    def __init__(self, name: str, definitions: Mapping[str, Definition]) -> None:
+        self.name, self.own = name, definitions
+        self.assertions: list[Assertion] = []
+        self.elaborator = Elaborator({**prelude(), **definitions})
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(name for name, item in self.own.items() if _compilable(item))
+
+    @property
+    def attentions(self) -> tuple[str, ...]:
+        return tuple(name for name, item in self.own.items() if isinstance(item, ast.AttentionDef))
+
+    def __getitem__(self, name: str) -> Attention | Unbound:
+        item = self.elaborator.definitions.get(name)
+        if item is None:
+            known = suggest(name, self.elaborator.definitions)
+            known = known or f"it defines {', '.join(f'`{own}`' for own in self.names) or 'nothing'}"
+            raise fail(f"`{self.name}` defines no `{name}`", help=known)
+        if not _compilable(item):
+            raise fail(f"`{name}` is a {item.word}, neither an attention nor a pattern", item.name_span)  # type: ignore[union-attr]
+        if any(param.default is None for param in item.params):
+            return Unbound(self, item)
+        return self.bind(item, (), {})
+
+    def default(self) -> str:
+        """The name meant where none is given: the only attention, or the one named like the file."""
+        stem = Path(self.name).stem
+        for names in (self.attentions, self.names):
+            if len(names) == 1:
+                return names[0]
+            if stem in names:
+                return stem
+        listed = ", ".join(self.names) or "nothing that can be compiled"
+        raise fail(f"`{self.name}` defines {listed}", help="give the name of one")
+
+    def bind(self, item: Definition, args: tuple[Any, ...], params: Mapping[str, Any]) -> Attention:
+        """An attention, or a pattern as an attention of its own, with parameters from Python."""
+        names = [param.name for param in item.params]
+        if len(args) > len(names):
+            raise fail(f"`{item.name}` takes {len(names)} parameters, not {len(args)}", item.name_span)
+        given = dict(zip(names, args, strict=False))
+        for name in params:
+            if name in given:
+                raise fail(f"`{name}` is given twice")
+            if name not in names:
+                help = suggest(name, names) or f"write `{signature(item)}`"
+                raise fail(f"`{item.name}` has no parameter `{name}`", help=help)
+        given |= params
+        values = {name: self.argument(name, value) for name, value in given.items()}
+        value = self.elaborator.instance(item, values, Env({}), item.name_span)
+        return _as_attention(item.name, value, lambda *a, **kw: self.bind(item, a, {**given, **kw}))
+
+    def argument(self, name: str, value: Any) -> Value:
+        """A Python number, a list or range of integers, or a text of the language."""
+        if isinstance(value, str):
+            expression = syntax.parse_expression(Source(f"<{name}>", value))
+            return self.elaborator.value(expression, Env({}, integral=False, binding=name), TOKENS)
+        if isinstance(value, range | list | tuple | set):
+            members = ir.IntSet.of((int(v), int(v)) for v in value)
+            return SetOf(lambda p, sp: ir.inset(p, members))
+        if hasattr(value, "item"):
+            value = value.item()
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise fail(f"`{name}` is a number, a list of integers or a text, not {type(value).__name__}")
+        return Num(ir.const(value))
+
+    def check_definitions(self) -> list[Diagnostic]:
+        """Everything wrong in the program's own definitions, each definition tried on its own."""
+        problems: list[Diagnostic] = []
+        for name, item in self.own.items():
+            self.elaborator.steps = 0
+            try:
+                self._check(item)
+            except AttnError as error:
+                problems += error.diagnostics
+                self.elaborator.broken.add(name)
+        return problems
+
+    def warnings(self) -> list[Diagnostic]:
+        """What is legal and probably not meant, in the order of the text."""
+        from attndsl.lint import warnings
+
+        return _in_order(warnings(list(self.own.values()), self.elaborator))
+
+    def _check(self, item: Definition) -> None:
+        """All its names, and where it needs no parameters its types as well."""
+        problems = _name_problems(item, self.elaborator)
+        if all(param.default is not None for param in item.params):
+            try:
+                self._check_types(item)
+            except AttnError as error:
+                raise AttnError(*problems, *error.diagnostics) from None
+        if problems:
+            raise AttnError(*problems)
+
+    def _check_types(self, item: Definition) -> None:
+        integral = isinstance(item, ast.Definition) and item.word == "pattern"
+        extra: dict[str, Value] = {}
+        if isinstance(item, ast.Definition) and item.word == "score":
+            extra = {"s": Num(ir.var("s")), "q": Num(Q), "k": Num(K)} | {
+                name: Vec(ir.var(name)) for name in ("Q", "K")
+            }
+        value = self.elaborator.instance(item, {}, Env({}, integral), item.name_span, extra)
+        if isinstance(value, Pattern):
+            value.at(Q, K, TOKENS)
+
+
+def _name_problems(item: Definition, elaborator: Elaborator) -> list[Diagnostic]:
+    """What can be known of a definition whose parameters are open: its names mean something, and calls
+    of definitions fit their parameters."""
+    score = isinstance(item, ast.Definition) and item.word == "score"
+    names = {param.name for param in item.params} | {"n", "nq", "h", "H", "D"}
+    if score or isinstance(item, ast.AttentionDef):
+        names |= {"s", "q", "k", "Q", "K"}
+    problems: list[Diagnostic] = []
+
+    def visit(node: object, names: frozenset[str]) -> None:
+        if isinstance(node, tuple):
+            for part in node:
+                visit(part, names)
+        if not isinstance(node, ast.Node):
+            return
+        if isinstance(node, ast.Inputs):
+            return
+        if isinstance(node, ast.Clause) and node.word == "norm":
+            visit(node.value.args if isinstance(node.value, ast.Call) else (), names)
+            return
+        if isinstance(node, ast.Builder):
+            names = names | {name.id for group in node.vars for name in group}
+            visit(node.pred, names)
+            return
+        if isinstance(node, ast.Name):
+            if node.id not in names and node.id not in BUILT_IN and node.id not in elaborator.definitions:
+                hidden = {"q", "k", "s", "Q", "K"} & {node.id}
+                env = Env(dict.fromkeys(names, Num(ir.ZERO)))
+                problems.extend(
+                    (out_of_place(node) if hidden else elaborator.unknown(node, env)).diagnostics
+                )
+            return
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id not in names:
+            called = elaborator.definitions.get(node.func.id)
+            if called is not None:
+                try:
+                    bind_arguments(called, node.args, node.func.span)
+                except AttnError as error:
+                    problems.extend(error.diagnostics)
+        for child in fields(node):
+            visit(getattr(node, child.name), names)
+
+    inputs = {
+        decl.name
+        for clause in (item.clauses if isinstance(item, ast.AttentionDef) else ())
+        if isinstance(clause, ast.Inputs)
+        for decl in clause.decls
+    }
+    visit((item.params, item.body if isinstance(item, ast.Definition) else item.clauses),
+          frozenset(names | inputs))  # fmt: skip
+    return problems
+
+
+def _compilable(item: Definition) -> bool:
+    return isinstance(item, ast.AttentionDef) or item.word == "pattern"
+
+
+def _as_attention(name: str, value: Value, rebind: Any) -> Attention:
+    if isinstance(value, AttentionOf):
+        found = value.attention
+        return Attention(found.name, found.groups, found.inputs, found.learned, found.offset, rebind)
+    if isinstance(value, Pattern):
+        return Attention.of_pattern(name, value.at(Q, K, TOKENS), rebind)
+    raise fail(f"`{name}` is {value.noun}, which cannot stand alone", help="give it to grid(height, width, ...)")

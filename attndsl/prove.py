@@ -1,0 +1,204 @@
+"""Verdicts on assertions: proved for every n, every head and every table, or refuted at a point, or undecided.
+
+A proof is an empty over-approximation of the counter-examples (relation.py). A refutation is a point at which
+the pointwise evaluation, which shares no code with the proof, confirms it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import islpy as isl
+import numpy as np
+from numpy.typing import NDArray
+
+from attndsl.errors import AttnError
+from attndsl.expr import TRUE, ZERO, Expr, Table, all_of, const, exists, negate, nodes, substitute, var
+from attndsl.pointwise import evaluate
+from attndsl.relation import LEADING, Translation, domain, limited, quota
+
+SEARCH_LENGTH = 24
+SEARCH_HEADS = 4
+SEARCH_TABLES = 4
+SEARCH_WORK = 20_000
+"""Nodes evaluated at one length, those below a bound variable once per value."""
+
+DTYPES = {"int": np.int64, "bool": np.bool_, "float": np.float64}
+
+Point = dict[str, int]
+Tables = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`counter_example` gives n, H, h, q and k where they matter, the smallest known; `tables` those it needs.
+
+    `reason` says why nothing was decided. `at` is "at n = 4096" for a verdict about given parameters alone.
+    """
+
+    status: Literal["proved", "refuted", "undecided"]
+    counter_example: Point | None = None
+    tables: Tables | None = None
+    reason: str = ""
+    at: str = ""
+
+
+def subset(left: Expr, right: Expr, assuming: Expr = TRUE, given: Mapping[str, int] | None = None) -> Verdict:
+    """Whether `left` implies `right` wherever `assuming` holds; `given` fixes n or H."""
+    return _never(all_of(assuming, left, negate(right)), ("n", "q", "k"), given or {})
+
+
+def equal(left: Expr, right: Expr, assuming: Expr = TRUE, given: Mapping[str, int] | None = None) -> Verdict:
+    """Whether two masks agree; of two counter-examples the smaller."""
+    verdicts = [subset(left, right, assuming, given), subset(right, left, assuming, given)]
+    refuted = [v for v in verdicts if v.status == "refuted"]
+    if refuted:
+        return min(refuted, key=lambda v: [(v.counter_example or {}).get(x, 0) for x in LEADING])
+    return next((v for v in verdicts if v.status == "undecided"), verdicts[0])
+
+
+def every_row(mask: Expr, assuming: Expr = TRUE, given: Mapping[str, int] | None = None) -> Verdict:
+    """Whether each query has a key."""
+    key = var("?k")
+    some = exists("?k", ZERO, var("n"), substitute(mask, {"k": key}))
+    return _never(all_of(assuming, negate(some)), ("n", "q"), given or {})
+
+
+def _never(formula: Expr, names: tuple[str, ...], given: Mapping[str, int]) -> Verdict:
+    """The verdict on "no point of the domain satisfies `formula`"."""
+    names = (
+        *names,
+        *(x for x in ("H", "h", "nq") if x in formula.free),
+        *(["H"] if "h" in formula.free else []),
+    )
+    values = {name: const(value) for name, value in given.items()}
+    formula, known = substitute(formula, values), substitute(domain(*names), values)
+    at = "at " + ", ".join(f"{name} = {value}" for name, value in given.items()) if given else ""
+    reason, candidates = "", list[tuple[Point, Tables]]()
+    # terms related to each other prove more, but slowly: where there are any, a search stands before
+    for related in (False, True):
+        try:
+            with quota():
+                space = Translation(formula, known, related)
+                found = space.where(True)
+                if found.is_empty():
+                    return Verdict("proved", at=at)
+                terms = [repr(space.abstraction.terms[name].expr) for name in sorted(space.terms)]
+                reason = "it depends on " + ", ".join(terms[:3]) + (", …" if len(terms) > 3 else "")
+                if related or space.exact:
+                    candidates = [_candidate(space, found)]
+        except AttnError as error:
+            terms, reason = [], error.diagnostics[0].message
+        for point, tables in candidates or _search(formula, names, given):
+            if _confirmed(formula, point, tables):
+                shown = {x: (point | given)[x] for x in LEADING if x in names}
+                return Verdict("refuted", shown, tables or None, at=at)
+        if not terms:
+            break
+    return Verdict("undecided", reason=reason, at=at)
+
+
+def _candidate(space: Translation, found: isl.Set) -> tuple[Point, Tables]:
+    """The least point of an over-approximation, and tables that the sampled values of its terms suggest."""
+    leading = [name for name in LEADING if name in space.position]
+    assert leading == space.names[: len(leading)]
+    rest = len(space.names) - len(leading)
+    least = found.project_out(isl.dim_type.set, len(leading), rest).lexmin().sample_point()
+    for i in range(len(leading)):
+        found = found.fix_val(isl.dim_type.set, i, least.get_coordinate_val(isl.dim_type.set, i))
+    model = _coordinates(space, limited(found).sample_point())
+    point = {name: model[name] for name in leading}
+    entries: dict[str, dict[tuple[int, ...], int]] = {}
+    values = {name: const(value) for name, value in model.items()}
+    for name in space.terms:
+        term = space.abstraction.terms[name]
+        index = tuple([substitute(arg, values).value for arg in term.args])
+        if term.expr.op == "lookup" and all(isinstance(i, int) and i >= 0 for i in index):
+            assert isinstance(term.expr.value, Table)
+            entries.setdefault(term.expr.value.name, {})[index] = model[name]  # type: ignore[index]
+    tables: Tables = {}
+    for table in space.tables:
+        known = entries.get(table.name, {})
+        least_shape = [1 + max((index[i] for index in known), default=0) for i in range(len(table.dims))]
+        sizes = {"n": point.get("n", 0)}
+        shape = [
+            size if isinstance(size, int) else sizes.get(size, least)
+            for size, least in zip(table.dims, least_shape, strict=True)
+        ]
+        data = np.zeros(shape, DTYPES[table.dtype])
+        for index, value in known.items():
+            if all(i < size for i, size in zip(index, shape, strict=True)):
+                data[index] = value
+        tables[table.name] = data
+    return point, tables
+
+
+def _coordinates(space: Translation, point: isl.Point) -> Point:
+    return {
+        name: int(point.get_coordinate_val(isl.dim_type.set, i).to_str())
+        for i, name in enumerate(space.names)
+    }
+
+
+def _confirmed(formula: Expr, point: Point, tables: Tables) -> bool:
+    return _first(formula, point, tables, np.array([point["q"]]), np.array([point.get("k", 0)])) is not None
+
+
+def _first(formula: Expr, point: Point, tables: Tables, q: NDArray[Any], k: NDArray[Any]) -> Point | None:
+    """The first of the points with these positions that satisfies `formula`, with the other values of `point`."""
+    others = {x: const(v) for x, v in point.items() if x not in ("q", "k")} | {"nq": const(point.get("n", 0))}
+    try:
+        hits = np.argwhere(evaluate(substitute(formula, others), q[:, None], k[None, :], tables))
+    except AttnError:
+        # the pattern does not accept these tables: they refute nothing
+        return None
+    return point | {"q": int(q[hits[0][0]]), "k": int(k[hits[0][1]])} if len(hits) else None
+
+
+def _search(
+    formula: Expr, names: tuple[str, ...], given: Mapping[str, int]
+) -> Iterator[tuple[Point, Tables]]:
+    """Points found by trying small n, few heads and random tables."""
+    size, nesting = sum(1 for _ in nodes(formula)), _nesting(formula)
+    for n in [given["n"]] if "n" in given else range(SEARCH_LENGTH + 1):
+        if n > SEARCH_LENGTH * 10 or size * n**nesting > SEARCH_WORK:
+            return
+        positions = np.arange(n)
+        keys = positions if "k" in names else np.zeros(1, np.int64)
+        for heads in [given["H"]] if "H" in given else range(1, SEARCH_HEADS + 1) if "H" in names else [1]:
+            for h in range(heads) if "h" in names else [0]:
+                for trial in range(SEARCH_TABLES if formula.tables else 1):
+                    tables = _random_tables(formula, n, trial)
+                    point = _first(formula, {"n": n, "H": heads, "h": h}, tables, positions, keys)
+                    if point is not None:
+                        yield point, tables
+
+
+def _nesting(formula: Expr) -> int:
+    """How many bound variables stand inside one another at most."""
+    depth: dict[Expr, int] = {}
+    for e in nodes(formula):
+        depth[e] = max((depth[arg] for arg in e.args), default=0) + (e.op == "exists")
+    return depth[formula]
+
+
+def _random_tables(formula: Expr, n: int, trial: int) -> Tables:
+    rng = np.random.default_rng([n, trial])
+    tables: Tables = {}
+    for table in sorted(formula.tables, key=lambda table: table.name):
+        shape = [size if isinstance(size, int) else n if size == "n" else max(n, 4) for size in table.dims]
+        if table.dtype == "float":
+            tables[table.name] = rng.normal(size=shape)
+        elif table.dtype == "bool":
+            tables[table.name] = rng.random(shape) < trial / (SEARCH_TABLES - 1)
+        else:
+            tables[table.name] = _integers(rng, shape, trial)
+    return tables
+
+
+def _integers(rng: np.random.Generator, shape: list[int], trial: int) -> NDArray[Any]:
+    """All zero, sorted as documents are, then unordered."""
+    values = rng.integers(0, (1, 2, 3, 4)[trial], shape)
+    return np.sort(values, axis=0) if trial % 2 else values

@@ -1,0 +1,295 @@
+"""Where information gets in several layers: (R | radius(0)) to the power of their number, over heads the union."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attndsl.errors import fail
+from attndsl.expr import (
+    TRUE,
+    ZERO,
+    Expr,
+    IntSet,
+    all_of,
+    any_of,
+    const,
+    eq,
+    exists,
+    inset,
+    le,
+    mod,
+    mul,
+    nodes,
+    sub,
+    substitute,
+    var,
+)
+from attndsl.pointwise import evaluate
+from attndsl.relation import distances, domain, eliminate
+
+Bits = NDArray[Any]
+
+SELF = domain("n", "q", "k")
+DENSE_LENGTH = 8192
+"""Longest sequence whose relation is written out to measure a diameter: 8 MB of bits."""
+PERIOD = 1 << 16
+LONGEST = 1 << 24
+"""Largest period of a set of distances, and most positions written out before it repeats."""
+
+
+def product(upper: Expr, lower: Expr) -> Expr:
+    """The Boolean matrix product of two masks over positions 0..n-1."""
+    used = {x.value for e in (upper, lower) for x in nodes(e) if x.op in ("var", "exists")}
+    m = next(name for name in (f"m{i}" for i in range(len(used) + 1)) if name not in used)
+    body = all_of(substitute(upper, {"k": var(m)}), substitute(lower, {"q": var(m)}))
+    return eliminate(exists(m, ZERO, var("n"), body), SELF)
+
+
+def over_heads(masks: Iterable[Expr]) -> Expr:
+    """The union of the masks of several head groups over all heads."""
+    return any_of(
+        *(exists("h", ZERO, var("H"), mask) if "h" in mask.free else mask for mask in masks),
+    )
+
+
+def reach(masks: Sequence[Expr], layers: int) -> Expr:
+    """The pairs joined through `layers` layers whose head groups have these masks, for every n."""
+    same = eq(var("q"), var("k"))
+    if layers == 0:
+        return same
+    step = any_of(eliminate(over_heads(masks), SELF), same)
+    sides = _sides(step)
+    if sides is not None:
+        return any_of(*(side.times(layers).mask() for side in sides))
+    result = step
+    for digit in f"{layers:b}"[1:]:
+        result = product(result, result)
+        result = product(step, result) if digit == "1" else result
+    return result
+
+
+@dataclass(frozen=True, eq=False)
+class Distances:
+    """Distances d >= 0 with k - q = sign * d: d belongs if `bits[d]`; the last `period` bits repeat for ever."""
+
+    bits: Bits
+    period: int
+    sign: int
+
+    @property
+    def start(self) -> int:
+        """Where the periodic part begins."""
+        return len(self.bits) - self.period
+
+    def unrolled(self, length: int) -> Bits:
+        missing = max(length - len(self.bits), 0)
+        return np.r_[self.bits, np.resize(self.bits[self.start :], missing)][:length]
+
+    def plus(self, other: Distances) -> Distances:
+        """All sums a + b, both sets of one period p. One of a and b is p past its start if a + b is 2p past both
+        starts together, so from p before that on the sums repeat."""
+        length = self.start + other.start + 3 * self.period
+        if length > LONGEST:
+            raise fail(f"the distances reached exceed the limit of {LONGEST} positions")
+        bits = sums(self.unrolled(length), other.unrolled(length))
+        return Distances(bits, self.period, self.sign).shortened()
+
+    def shortened(self) -> Distances:
+        differ = np.flatnonzero(self.bits[: self.start] != self.bits[self.period : self.start + self.period])
+        return Distances(
+            self.bits[: (differ[-1] + 1 if len(differ) else 0) + self.period], self.period, self.sign
+        )
+
+    def times(self, count: int) -> Distances:
+        """All sums of `count` members."""
+        result = self
+        for digit in f"{count:b}"[1:]:
+            result = result.plus(result)
+            result = result.plus(self) if digit == "1" else result
+        return result
+
+    def mask(self) -> Expr:
+        d = mul(const(self.sign), sub(var("k"), var("q")))
+        start, residues = self.start, np.roll(self.bits[self.start :], self.start % self.period)
+        early = inset(d, _intervals(self.bits[:start]))
+        late = TRUE if residues.all() else inset(mod(d, const(self.period)), _intervals(residues))
+        return any_of(early, all_of(le(const(start), d), late))
+
+
+def _intervals(bits: Bits) -> IntSet:
+    starts, ends = _runs(bits)
+    return IntSet.of(zip(starts.tolist(), (ends - 1).tolist(), strict=True))
+
+
+def _runs(bits: Bits) -> tuple[Bits, Bits]:
+    """Starts and ends, exclusive, of the runs of set bits of one row."""
+    steps = np.diff(np.r_[False, bits, False].astype(np.int8))
+    return np.flatnonzero(steps == 1), np.flatnonzero(steps == -1)
+
+
+def sums(a: Bits, b: Bits) -> Bits:
+    """Which numbers below their common length are sums of a member of each."""
+    length, total = len(a), 0
+    number = int.from_bytes(np.packbits(b, bitorder="little").tobytes(), "little")
+    widths: dict[int, list[int]] = {}
+    for start, end in zip(*_runs(a), strict=True):
+        widths.setdefault(int(end - start), []).append(int(start))
+    for width, starts in widths.items():
+        smeared, done = number, 1
+        while done < width:
+            shift = min(done, width - done)
+            smeared |= smeared << shift
+            done += shift
+        for start in starts:
+            total |= smeared << start
+    data = (total & ((1 << length) - 1)).to_bytes((length + 7) // 8, "little")
+    return np.unpackbits(np.frombuffer(data, np.uint8), count=length, bitorder="little").astype(bool)
+
+
+def _sides(step: Expr) -> tuple[Distances, Distances] | None:
+    """The distances to keys before and after the query that `step` holds at, if it depends on k - q alone and sums
+    of such distances can be walked inside the sequence: all to one side, or every one up to a width."""
+    held = distances(step, SELF)
+    if held is None:
+        return None
+    sides = tuple(_periodic(substitute(held, {"d": mul(const(sign), var("q"))}), sign) for sign in (-1, 1))
+    if None in sides:
+        return None
+    before, after = sides
+    assert before is not None
+    assert after is not None
+    # two periods, so that what repeats shows as more than one run
+    shown = (side.unrolled(len(side.bits) + side.period) for side in (before, after))
+    return (before, after) if _walkable(*shown) else None
+
+
+def _walkable(before: Bits, after: Bits) -> bool:
+    """Whether any order of steps can stay between the two ends, or steps of one sign suffice."""
+    return (
+        not before[1:].any()
+        or not after[1:].any()
+        or all(len(_runs(side)[0]) == 1 for side in (before, after))
+    )
+
+
+def _periodic(held: Expr, sign: int) -> Distances | None:
+    """The q >= 0 with `held`, a truth over q made of linear comparisons."""
+    period = _period(held)
+    if period > PERIOD:
+        return None
+    first = np.arange(period)
+    turns = 0
+    for e in nodes(held):
+        if e.op in ("le", "lt", "eq"):
+            difference = sub(e.args[0], e.args[1])
+            here, next_ = (evaluate(difference, q, q) for q in (first, first + period))
+            # x = p * y + r gives a * y + b(r): the sign of that is settled once y > |b / a|
+            slope = int(next_[0] - here[0])
+            turns = max(turns, int(np.abs(here).max()) // abs(slope) + 1 if slope else 0)
+    if (turns + 1) * period > LONGEST:
+        return None
+    positions = np.arange((turns + 1) * period)
+    return Distances(evaluate(held, positions, positions), period, sign).shortened()
+
+
+def _period(held: Expr) -> int:
+    """A p such that q -> q + p changes every number in `held` by a constant."""
+    period: dict[Expr, int] = {}
+    for e in nodes(held):
+        period[e] = math.lcm(*(period[arg] for arg in e.args))
+        if e.op in ("floordiv", "mod"):
+            period[e] *= int(e.args[1].value)  # type: ignore[call-overload]
+    return period[held]
+
+
+def diameter(masks: Sequence[Expr], n: int, heads: int | None = None) -> int:
+    """The number of layers after which `reach` stops growing, at n positions (and H = heads); exact.
+
+    Raises AttnError for a mask that depends on tables, or on more than k - q where n > DENSE_LENGTH.
+    """
+    values = {"n": const(n), "nq": const(n)} | ({} if heads is None else {"H": const(heads)})
+    mask = substitute(over_heads(masks), values)
+    if mask.tables:
+        raise fail(f"the diameter depends on the table `{min(t.name for t in mask.tables)}`")
+    if "H" in mask.free:
+        raise fail("the diameter depends on the number of heads H")
+    if n == 0:
+        return 0
+    held = distances(mask, substitute(SELF, values))
+    if held is not None:
+        d = np.arange(n)
+        sides = [
+            evaluate(substitute(held, {"d": mul(const(sign), var("q"))}), d, d) | (d == 0) for sign in (-1, 1)
+        ]
+        if _walkable(*sides):
+            return max(_layers(side, d == 0, sums) for side in sides)
+    if n > DENSE_LENGTH:
+        raise fail(
+            f"the diameter of a pattern that is not a set of distances is measured up to n = {DENSE_LENGTH}"
+        )
+    related = np.concatenate(
+        [evaluate(mask, np.arange(n)[i : i + 256, None], np.arange(n)[None, :]) for i in range(0, n, 256)]
+    )
+    identity = np.eye(n, dtype=bool)
+    return _layers(_packed(related | identity), _packed(identity), matrix_product)
+
+
+def _layers(step: Bits, none: Bits, product: Callable[[Bits, Bits], Bits]) -> int:
+    """The least power of `step`, an element that holds its identity `none`, which equals all higher ones."""
+    powers = [step]
+    while True:
+        square = product(powers[-1], powers[-1])
+        if (square == powers[-1]).all():
+            break
+        powers.append(square)
+    closure, reached, count = powers[-1], none, 0
+    if (closure == none).all():
+        return 0
+    for i, power in reversed(list(enumerate(powers))):
+        more = product(reached, power)
+        if (more != closure).any():
+            reached, count = more, count + 2**i
+    return count + 1
+
+
+def _packed(matrix: Bits) -> Bits:
+    """Rows of bits as rows of 64-bit words."""
+    data = np.packbits(matrix, axis=1, bitorder="little")
+    return np.pad(data, ((0, 0), (0, -data.shape[1] % 8))).view(np.uint64)
+
+
+def matrix_product(a: Bits, b: Bits) -> Bits:
+    """The Boolean product of two square matrices packed by rows.
+
+    Each row of the result is a union of rows of `b` over runs of consecutive ones in a row of `a`; a run is
+    two overlapping blocks of 2^i rows. Where runs are many, over bytes of `a` instead, by a table of 256 unions.
+    """
+    n = len(a)
+    ones = np.unpackbits(a.view(np.uint8), axis=1, count=n, bitorder="little").view(np.int8)
+    steps = np.diff(ones, axis=1, prepend=np.int8(0), append=np.int8(0))
+    (row, start), end = np.nonzero(steps == 1), np.nonzero(steps == -1)[1]
+    result = np.zeros_like(b)
+    if len(row) > 64 * n:
+        for byte, column in enumerate(a.view(np.uint8).T[: (n + 7) // 8]):
+            unions = np.zeros((256, b.shape[1]), np.uint64)
+            for i, line in enumerate(b[8 * byte : 8 * byte + 8]):
+                unions[2**i : 2 ** (i + 1)] = unions[: 2**i] | line
+            result |= unions[column]
+        return result
+    level = np.frexp(end - start)[1] - 1
+    blocks = b
+    for i in range(int(level.max(initial=-1)) + 1):
+        chosen = np.flatnonzero(level == i)
+        while len(chosen):
+            # one run of each row at a time: an indexed |= forgets repeated rows
+            first = np.r_[True, np.diff(row[chosen]) != 0]
+            now, chosen = chosen[first], chosen[~first]
+            result[row[now]] |= blocks[start[now]] | blocks[end[now] - 2**i]
+        blocks = blocks[: len(blocks) - 2**i] | blocks[2**i :]
+    return result

@@ -1,0 +1,45 @@
+"""What the terminals of grammar/attn.lark are to each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lark import Token
+
+OPENERS = {"LPAR": "RPAR", "LSQB": "RSQB", "LBRACE": "RBRACE"}
+OPERANDS = frozenset(["NAME", "INT", "FLOAT", "PERCENT", "STRING"])
+ENDS = OPERANDS | frozenset(OPENERS.values())
+"""What an operand ends with."""
+STARTS = OPERANDS | frozenset([*OPENERS, "BAR", "MINUS", "TILDE", "NOT"])
+"""What an expression begins with."""
+COMPARISONS = frozenset(["EQ", "NE", "LE", "LT", "GE", "GT", "IN"])
+LOOSE = COMPARISONS | frozenset(["_OR", "_AND", "DOTS", "AMP"])
+"""Operators that `|x|` cannot hold without parentheses."""
+OPERATORS = LOOSE | frozenset(["BAR", "PLUS", "MINUS", "STAR", "SLASH", "FLOORDIV", "MOD", "AT", "POW"])
+DEFINITIONS = ("pattern", "score", "let", "attention", "assert", "use")
+CLAUSES = ("inputs", "mask", "score", "decay", "norm", "offset", "heads")
+
+
+def absolute_bars(tokens: Sequence[Token]) -> tuple[dict[int, bool], int | None]:
+    """Which tokens are the bars of absolute values: position -> whether it opens; and the innermost left open.
+
+    A `|` opens one where an operand is due. The inside of `|x|` is a sum, so the next `|` after an operand on
+    the same level of brackets closes it.
+    """
+    bars: dict[int, bool] = {}
+    enclosing: list[int | None] = []
+    operand_due = True
+    for position, token in enumerate(tokens):
+        if token.type == "BAR" and operand_due:
+            bars[position] = True
+            enclosing.append(position)
+        elif token.type == "BAR" and enclosing and enclosing[-1] is not None:
+            bars[position] = False
+            enclosing.pop()
+            continue
+        elif token.type in OPENERS:
+            enclosing.append(None)
+        elif token.type in OPENERS.values():
+            enclosing.pop()
+        operand_due = token.type not in ENDS
+    return bars, enclosing[-1] if enclosing else None

@@ -1,0 +1,387 @@
+"""From a mask to its tiles, in time proportional to the tiles that are live.
+
+The matrix is a quadtree of square boxes: each level divides a box into f x f, the level of the tiles is
+one of them, and one or two more lie below. A level holds each distinct key (abstract.py) once, by one
+representative; only representatives are divided, and at the bottom only they are evaluated point by
+point. Going back up, equal contents become one number, so what turns out all false or all true is empty
+or full at every level. Expanding the tree from the root down then gives the tiles.
+
+Sets of links (`k in chosen[q]`, `random`) are too scattered for that: the mask is tiled as if they were
+empty, and the tiles that hold a link, found from the list of links, are tiled again with the whole mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attndsl import pointwise
+from attndsl.abstract import EMPTY, FULL, PARTIAL, Boxes, Frame, Leaves, Signatures, Truth, boxes_at, integral
+from attndsl.blockmask import TileGrid
+from attndsl.errors import fail
+from attndsl.expr import FALSE, TRUE, Expr, Table, const, intable, nodes, rebuild, sub, substitute, var
+from attndsl.links import sample
+from attndsl.linkset import contains, links_of
+
+Array = NDArray[Any]
+Tables = Mapping[str, Array]
+
+FANOUT = 8
+CHUNK = 2**16
+"""Boxes whose keys are computed at once, so that intermediate values stay in the cache."""
+CONTENT_LIMIT = 2**22
+CONTENT_BYTES = 2**31
+BOX_LIMIT = 2**18
+"""Different boxes of one size above the tiles; each is divided into 64."""
+EXISTS_LIMIT = 8192
+DRAWN_ROWS = 2**24
+COLUMN_BITS, CONTENT_BITS = 20, 22
+
+
+def tile(
+    mask: Expr,
+    nq: int,
+    n_keys: int,
+    block_size: int,
+    *,
+    n: int,
+    q_offset: int = 0,
+    k_offset: int = 0,
+    tables: Tables | None = None,
+) -> TileGrid:
+    """The tiles of a truth over `q` and `k`: row i is q = q_offset + i, column j is k = k_offset + j.
+
+    Every other variable has been replaced by a constant. `tables` maps a name to its explicit axes.
+    Raises AttnError where an int table is read out of its range and where the mask has more distinct
+    partial tiles than the limits allow.
+    """
+    if block_size % 8 or block_size < 8:
+        raise fail(f"block_size {block_size} is not a positive multiple of 8")
+    if max(nq, n_keys) > block_size << COLUMN_BITS:
+        raise fail(f"{max(nq, n_keys)} positions are more than {1 << COLUMN_BITS} tiles of {block_size}")
+    frame = Frame((q_offset, q_offset + nq), (k_offset, k_offset + n_keys))
+    if nq == 0 or n_keys == 0:
+        nothing = np.zeros((2, 0), np.int64)
+        return grid_of(frame, block_size, nothing, nothing, packed(0, block_size))
+    if n > EXISTS_LIMIT and any(node.op == "exists" for node in nodes(mask)):
+        raise fail(
+            f"a product of patterns that is not an integer relation is searched pair by pair, "
+            f"which is limited to {EXISTS_LIMIT} positions, and n is {n}"
+        )
+    mask, tables = draw(mask, frame, tables or {})
+    links = {
+        node: found
+        for node in nodes(mask)
+        if node.op == "intable" and (found := links_of(node, frame, tables)) is not None
+    }
+    quiet = replaced(mask, dict.fromkeys(links, FALSE))
+    parts, runs, masks = tiles_of(Source(quiet, frame, tables), max(nq, n_keys), block_size)
+    found = [leaf for leaf in links.values() if leaf.pairs.size]
+    if found:
+        boxes = np.unique(np.concatenate([np.stack(leaf.boxes(block_size)) for leaf in found], axis=1), axis=1)
+        live = {node: leaf if leaf.pairs.size else nowhere for node, leaf in links.items()}
+        numbers, _, more = descend(Source(mask, frame, tables, live), *boxes, block_size, block_size)
+        row, col = (boxes - np.array([[q_offset], [k_offset]])) // block_size
+        parts, runs = overlay(parts, runs, row * ROW + col, numbers, len(masks))
+        masks = np.concatenate([masks, more])
+        used, content = unique(parts[1])
+        masks, numbers = distinct(masks[parts[1][used]])
+        parts = np.stack([parts[0], numbers[content + 2] - 2])
+    return grid_of(frame, block_size, parts, runs, masks)
+
+
+def tiles_of(source: Source, extent: int, block_size: int) -> tuple[Array, Array, Array]:
+    """Partial tiles, runs of full tiles, and contents, by one descent from a box over everything."""
+    width = 1
+    while width * block_size < extent:
+        width *= FANOUT
+    corner = (np.array([start]) for start, _ in (source.frame.q, source.frame.k))
+    numbers, levels, masks = descend(source, *corner, width * block_size, block_size)
+    return *expand(int(numbers[0]), levels, width), masks
+
+
+def replaced(mask: Expr, done: dict[Expr, Expr]) -> Expr:
+    """The mask with nodes replaced by others."""
+    for node in nodes(mask):
+        if node not in done:
+            done[node] = rebuild(node, tuple(done[arg] for arg in node.args))
+    return done[mask]
+
+
+def nowhere(boxes: Boxes) -> Truth:
+    return Truth(np.zeros(boxes.q.shape, np.int8), [])
+
+
+def draw(mask: Expr, frame: Frame, tables: Tables) -> tuple[Expr, Tables]:
+    """`random` as look-ups in tables of the keys drawn, where n and the seed are constants."""
+    done: dict[Expr, Expr] = {}
+    drawn = dict(tables)
+    for node in nodes(mask):
+        if node.op != "random" or node.args[2].op != "const" or node.args[3].op != "const":
+            continue
+        bounds = Signatures(node.args[0], frame, tables, {}).bounds()
+        if bounds is None or bounds[1] - bounds[0] >= DRAWN_ROWS:
+            continue
+        r, row, col = node.value  # type: ignore[misc]
+        (first, last), n, seed = bounds, node.args[2].value, node.args[3].value
+        rows = np.arange(first, last + 1)
+        of = substitute(node.args[4], {row: var("q"), col: var("k")})
+        counts = np.full(len(rows), n)
+        if of is not TRUE:
+            grid = tile(of, len(rows), n, 128, n=n, q_offset=first, tables=tables)  # type: ignore[arg-type]
+            counts = grid.row_counts()
+        keys = sample(np.full(len(rows), seed), rows, counts, r)
+        if of is not TRUE:
+            at, slot = np.nonzero(keys >= 0)
+            keys[at, slot] = grid.select(at, keys[at, slot])
+        keys[keys < 0] = np.iinfo(np.int64).min
+        table = Table(f"random {len(drawn)}", "int", (len(rows), r))
+        drawn[table.name] = keys
+        done[node] = intable(node.args[1], table, sub(node.args[0], const(first)))
+    return (replaced(mask, done), drawn) if done else (mask, tables)
+
+
+class Source:
+    """A mask, evaluated over boxes and over points."""
+
+    def __init__(self, mask: Expr, frame: Frame, tables: Tables, leaves: Leaves | None = None) -> None:
+        self.mask, self.frame, self.tables = mask, frame, tables
+        self.signatures = Signatures(integral(mask), frame, tables, leaves or {})
+
+    def over(self, q: Array, k: Array, size: int) -> Truth:
+        """Status int8 [boxes], and the key columns of the partial ones, in their order."""
+        parts = []
+        for start in range(0, max(len(q), 1), CHUNK):
+            cut = slice(start, start + CHUNK)
+            status, key = self.signatures(boxes_at(self.frame, q[cut], k[cut], size))
+            rows = np.minimum(self.frame.q[1] - q[cut], size)
+            cols = np.minimum(self.frame.k[1] - k[cut], size)
+            whole = (rows == size) & (cols == size)
+            status = np.where((rows <= 0) | (cols <= 0), EMPTY, np.where(whole, status, np.minimum(status, PARTIAL)))
+            partial = np.flatnonzero(status == PARTIAL)
+            columns = (np.broadcast_to(column, status.shape)[partial] for column in (rows, cols, *key))
+            parts.append((status, list(columns)))
+        if len(parts) == 1:
+            return Truth(*parts[0])
+        status = np.concatenate([part[0] for part in parts])
+        return Truth(status, [np.concatenate(c) for c in zip(*(part[1] for part in parts), strict=True)])
+
+    def at(self, q: Array, k: Array, size: int) -> Array:
+        """Packed contents uint8 [boxes, size, size / 8], false outside the matrix."""
+        result = np.empty((len(q), size, size // 8), np.uint8)
+        step = max(1, CHUNK // size**2)
+        offsets = np.arange(size)
+        for start in range(0, len(q), step):
+            rows = (q[start : start + step, None] + offsets)[:, :, None]
+            cols = (k[start : start + step, None] + offsets)[:, None, :]
+            inside = (rows < self.frame.q[1]) & (cols < self.frame.k[1])
+            rows, cols = np.minimum(rows, self.frame.q[1] - 1), np.minimum(cols, self.frame.k[1] - 1)
+            live = pointwise.evaluate(self.mask, rows, cols, self.tables) & inside
+            result[start : start + step] = np.packbits(live, axis=2, bitorder="little")
+        return result
+
+
+def descend(
+    source: Source, q: Array, k: Array, size: int, block_size: int
+) -> tuple[Array, list[Array], Array]:
+    """The contents of the boxes of `size` at (q, k), by number: 0 empty, 1 full, v + 2 is content v.
+
+    Gives the numbers; for each level above the tiles the distinct contents int32 [V, f, f], numbers of
+    the next smaller size; and the tile contents uint8 [V, B, B / 8].
+    """
+    codes, q, k = intern(*source.over(q, k, size), q, k)
+    top, down = codes, list[Array]()
+    while size > block_size:
+        limit(len(q), BOX_LIMIT, f"boxes of {size} x {size}")
+        size //= FANOUT
+        q, k = divided(q, k, FANOUT, size)
+        codes, q, k = intern(*source.over(q, k, size), q, k)
+        down.append(codes)
+    limit(len(q), min(CONTENT_LIMIT, CONTENT_BYTES * 8 // block_size**2), f"tiles of {size} x {size}")
+    masks, numbers = distinct(tile_contents(source, q, k, block_size))
+    levels = []
+    for codes in reversed(down):
+        children, numbers = distinct(numbers[codes].reshape(-1, FANOUT, FANOUT))
+        levels.append(children)
+    return numbers[top], levels[::-1], masks
+
+
+def divided(q: Array, k: Array, f: int, size: int) -> tuple[Array, Array]:
+    """Positions of the f x f parts of each box, row by row."""
+    offsets = np.arange(f) * size
+    return np.repeat(q[:, None] + offsets, f), (k[:, None, None] + offsets + np.zeros((f, 1), int)).ravel()
+
+
+def tile_contents(source: Source, q: Array, k: Array, block_size: int) -> Array:
+    """Packed contents of the tiles at (q, k), put together from smaller boxes of whole bytes."""
+    size = block_size // 8 if block_size % 64 == 0 else 8
+    f = block_size // size
+    result = packed(len(q), block_size)
+    for start in range(0, len(q), CHUNK // 4):
+        part = slice(start, start + CHUNK // 4)
+        child_q, child_k = divided(q[part], k[part], f, size)
+        codes, rep_q, rep_k = intern(*source.over(child_q, child_k, size), child_q, child_k)
+        pieces = np.concatenate([packed(2, size), source.at(rep_q, rep_k, size)])
+        pieces[1] = 255
+        grid = pieces[codes].reshape(-1, f, f, size, size // 8)
+        result[part] = grid.transpose(0, 1, 3, 2, 4).reshape(-1, block_size, block_size // 8)
+    return result
+
+
+def packed(count: int, size: int) -> Array:
+    return np.zeros((count, size, size // 8), np.uint8)
+
+
+def limit(count: int, most: int, what: str) -> None:
+    if count > most:
+        raise fail(f"the mask has {count} different partial {what}; the limit is {most}")
+
+
+def intern(status: Array, key: Any, q: Array, k: Array) -> tuple[Array, Array, Array]:
+    """A code for each box (0 empty, 1 full, 2 + index of its key) and one representative per key."""
+    codes = (status == FULL).astype(np.int32)
+    partial = np.flatnonzero(status == PARTIAL)
+    first, index = unique(pack(key, len(partial)))
+    codes[partial] = index + 2
+    return codes, q[partial[first]], k[partial[first]]
+
+
+def pack(columns: Any, length: int) -> Array:
+    """One int64 per row, equal exactly where the rows are."""
+    code, radix = np.zeros(length, np.int64), 1
+    if length == 0:
+        return code
+    for column in columns:
+        low = int(column.min())
+        width = int(column.max()) - low + 1
+        if width == 1:
+            continue
+        if radix * width >= 2**62:
+            first, code = unique(code)
+            radix = len(first)
+        if radix * width >= 2**62:
+            first, column = unique(column)
+            low, width = 0, len(first)
+        code, radix = code * width + (column - low), radix * width
+    return code
+
+
+def unique(code: Array) -> tuple[Array, Array]:
+    """A first index of each distinct value, and for each element the number of its value."""
+    if len(code) == 0:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    low, high = int(code.min()), int(code.max())
+    if high - low > 4 * len(code) + 1024:
+        _, first, index = np.unique(code, return_index=True, return_inverse=True)
+        return first, index
+    seat = np.full(high - low + 1, -1)
+    seat[code - low] = np.arange(len(code))
+    present = seat >= 0
+    return seat[present], (np.cumsum(present) - 1)[code - low]
+
+
+def distinct(contents: Array) -> tuple[Array, Array]:
+    """Distinct partial contents, and numbers for what codes 0, 1, 2 + index mean: empty, full, content.
+
+    Packed bits are full at 255, numbers at 1.
+    """
+    flat = contents.reshape(len(contents), contents.shape[1] * contents.shape[2])
+    full = 255 if flat.dtype == np.uint8 else 1
+    is_empty, is_full = ~flat.any(1), (flat == full).all(1)
+    numbers = np.zeros(len(flat) + 2, np.int32)
+    numbers[1] = 1
+    numbers[2:][is_full] = 1
+    partial = np.flatnonzero(~is_empty & ~is_full)
+    rows = np.ascontiguousarray(flat[partial])
+    words = rows.view(np.dtype((np.void, rows.dtype.itemsize * rows.shape[1])))[:, 0]
+    _, first, index = np.unique(words, return_index=True, return_inverse=True)
+    numbers[2:][partial] = index + 2
+    return contents[partial[first]], numbers
+
+
+def spread(counts: Array) -> tuple[Array, Array]:
+    """For counts [c0, c1, ..]: the owner of each of the sum(counts) items, and its place there."""
+    owner = np.repeat(np.arange(len(counts)), counts)
+    return owner, np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
+ROW = np.int64(1) << 32
+"""Tile positions are row * ROW + column: sums and multiples of positions act on both."""
+
+
+def expand(root: int, levels: list[Array], width: int) -> tuple[Array, Array]:
+    """Partial tiles (position, content) and runs of full tiles (first position, one past its last).
+
+    root: number of the content of one box, `width` tiles wide.
+    """
+    if root == 1:
+        rows = np.arange(width) * ROW
+        return np.zeros((2, 0), np.int64), np.stack([rows, rows + width])
+    at = np.zeros(min(root, 1), np.int64)
+    what = at + root - 2
+    runs = [np.zeros((2, 0), np.int64)]
+    for children in levels:
+        width //= FANOUT
+        owner, row, start, end = full_runs(children)
+        count = np.bincount(owner, minlength=len(children))
+        box, item = spread(count[what])
+        item += (np.cumsum(count) - count)[what][box]
+        first = (at[box] * FANOUT + row[item] * ROW + start[item]) * width
+        length = (end - start)[item] * width
+        first = (first + np.arange(width)[:, None] * ROW).ravel()
+        runs.append(np.stack([first, first + np.tile(length, width)]))
+        owner, row, col = np.nonzero(children > 1)
+        count = np.bincount(owner, minlength=len(children))
+        box, item = spread(count[what])
+        item += (np.cumsum(count) - count)[what][box]
+        at = at[box] * FANOUT + (row * ROW + col)[item]
+        what = children[owner, row, col][item] - 2
+    return np.stack([at, what]), np.concatenate(runs, axis=1)
+
+
+def full_runs(children: Array) -> tuple[Array, Array, Array, Array]:
+    """Maximal runs of full children along each row: content, row, first column, one past the last."""
+    edges = np.diff((children == 1).astype(np.int8), axis=2, prepend=0, append=0)
+    owner, row, start = np.nonzero(edges == 1)
+    return owner, row, start, np.nonzero(edges == -1)[2]
+
+
+def overlay(parts: Array, runs: Array, at: Array, numbers: Array, offset: int) -> tuple[Array, Array]:
+    """The tiles `at` (sorted positions) replaced by contents `numbers`, which count from `offset`."""
+    kept = parts[:, ~contains(at, parts[0])]
+    partial = numbers > 1
+    parts = np.concatenate([kept, np.stack([at[partial], numbers[partial] - 2 + offset])], axis=1)
+    starts, ends = np.sort(runs, axis=1)
+    inside = np.searchsorted(starts, at, side="right") > np.searchsorted(ends, at, side="right")
+    cut, new = at[inside & (numbers != 1)], at[~inside & (numbers == 1)]
+    # sorted, the k-th start belongs to the k-th end; a tile cut from a run ends it and starts another
+    pieces = np.stack([np.sort(np.concatenate([starts, cut + 1])), np.sort(np.concatenate([ends, cut]))])
+    pieces = pieces[:, pieces[0] < pieces[1]]
+    return parts, np.concatenate([pieces, np.stack([new, new + 1])], axis=1)
+
+
+def grid_of(frame: Frame, block_size: int, parts: Array, runs: Array, masks: Array) -> TileGrid:
+    """Sorted arrays of a TileGrid from tiles and runs in any order; adjacent runs become one."""
+    nq, n = frame.q[1] - frame.q[0], frame.k[1] - frame.k[0]
+    rows = -(-nq // block_size)
+    starts, ends = np.sort(runs[0]), np.sort(runs[1])
+    apart = starts[1:] != ends[:-1]
+    starts = starts[np.concatenate([np.ones(len(starts[:1]), bool), apart])]
+    ends = ends[np.concatenate([apart, np.ones(len(ends[:1]), bool)])]
+    entries = np.sort((parts[0] // ROW << COLUMN_BITS | parts[0] % ROW) << CONTENT_BITS | parts[1])
+    what, at = entries & (1 << CONTENT_BITS) - 1, entries >> CONTENT_BITS
+    col = at & (1 << COLUMN_BITS) - 1
+    bounds = np.arange(rows + 1)
+    return TileGrid(
+        nq, n, block_size,
+        np.searchsorted(starts, bounds * ROW).astype(np.int32),
+        (starts % ROW).astype(np.int32),
+        (ends - starts // ROW * ROW).astype(np.int32),
+        np.searchsorted(at, bounds << COLUMN_BITS).astype(np.int32),
+        col.astype(np.int32),
+        what.astype(np.int32),
+        masks,
+    )  # fmt: skip

@@ -1,0 +1,379 @@
+"""Expressions evaluated with torch, and what backends ask about their structure.
+
+The axes of a pair tensor are the caller's choice: positions, heads and vectors only have to broadcast.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from attndsl import expr as ir
+from attndsl import pointwise
+from attndsl.errors import fail
+from attndsl.expr import Expr, IntSet, Table
+
+PAIR = frozenset({"q", "k", "s", "Q", "K"})
+
+
+@dataclass(frozen=True, eq=False)
+class Env:
+    """What the names of an expression stand for.
+
+    values  variables: int64 tensors of positions, heads and sizes that broadcast to the pairs; `s` as
+            well, a real. Vectors: `Q` [..., nq, D] and `K` [..., n, D] with the leading axes of the pairs.
+    tables  by name, with axes [B] [H] before the explicit ones as the Table says
+    batch, head   indices into axes B and H, int64, broadcasting to the pairs
+    dtype   of real results
+    """
+
+    values: Mapping[str, Tensor]
+    tables: Mapping[str, Tensor]
+    batch: Tensor
+    head: Tensor
+    dtype: torch.dtype
+
+
+def evaluate(expr: Expr, env: Env, live: Tensor | None = None) -> Tensor:
+    """The value at every pair, int64, bool or `env.dtype`, broadcasting to the pairs.
+
+    Where `live` (a truth per pair) does not hold the value is arbitrary, but neither it nor its
+    gradient poisons anything: functions see a harmless argument there, look-ups are clamped. Elsewhere a
+    look-up outside an int or float table is an error.
+    """
+    return _Evaluation(env).of(expr, live)
+
+
+UNARY: dict[str, tuple[Callable[[Tensor], Tensor], float | None]] = {
+    "exp": (torch.exp, 0.0),
+    "log": (torch.log, 1.0),
+    "log2": (torch.log2, 1.0),
+    "sqrt": (torch.sqrt, 1.0),
+    "tanh": (torch.tanh, None),
+    "sigmoid": (torch.sigmoid, None),
+    "sin": (torch.sin, None),
+    "cos": (torch.cos, None),
+}
+"""Real functions, and a harmless argument for those with a singular or overflowing derivative."""
+
+COMPARE = {"le": torch.le, "lt": torch.lt, "eq": torch.eq}
+
+
+class _Evaluation:
+    """One evaluation: the memo, by node and by the pairs that are live there."""
+
+    def __init__(self, env: Env) -> None:
+        self.env = env
+        self.memo: dict[tuple[Expr, int], Tensor] = {}
+        self.lives: list[Tensor] = []
+        self.device = env.batch.device
+
+    def of(self, node: Expr, live: Tensor | None) -> Tensor:
+        key = (node, id(live))
+        found = self.memo.get(key)
+        if found is None:
+            found = self.memo[key] = self.compute(node, live)
+        return found
+
+    def refine(self, live: Tensor | None, cond: Tensor) -> Tensor:
+        refined = cond if live is None else live & cond
+        self.lives.append(refined)
+        return refined
+
+    def real(self, node: Expr, live: Tensor | None, safe: float | None = None) -> Tensor:
+        value = self.of(node, live).to(self.env.dtype)
+        if safe is None or live is None or (node.free.isdisjoint(PAIR) and not node.tables):
+            return value
+        return torch.where(live, value, safe)
+
+    def compute(self, node: Expr, live: Tensor | None) -> Tensor:
+        op, args = node.op, node.args
+        if op == "const":
+            dtype = {"bool": torch.bool, "int": torch.int64}.get(node.type, self.env.dtype)
+            return torch.tensor(node.value, dtype=dtype, device=self.device)
+        if op == "var":
+            return self.env.values[str(node.value)]
+        if op in ("and", "or"):
+            return self.connective(node, live)
+        if op == "not":
+            return ~self.of(args[0], live)
+        if op == "where":
+            cond = self.of(args[0], live)
+            a = self.typed(args[1], node, self.refine(live, cond))
+            b = self.typed(args[2], node, self.refine(live, ~cond))
+            return torch.where(cond, a, b)
+        if op in UNARY and node.type == "real":
+            function, safe = UNARY[op]
+            return function(self.real(args[0], live, safe))
+        if op in COMPARE:
+            joint = next((a for a in args if a.type == "real"), args[0])
+            return COMPARE[op](self.typed(args[0], joint, live), self.typed(args[1], joint, live))
+        return getattr(self, f"on_{op}")(node, live)  # type: ignore[no-any-return]
+
+    def typed(self, node: Expr, like: Expr, live: Tensor | None) -> Tensor:
+        return self.real(node, live) if like.type == "real" else self.of(node, live)
+
+    def connective(self, node: Expr, live: Tensor | None) -> Tensor:
+        """Left to right: what stands right is looked at only where the left leaves it open."""
+        result = self.of(node.args[0], live)
+        for arg in node.args[1:]:
+            if node.op == "and":
+                result = result & self.of(arg, self.refine(live, result))
+            else:
+                result = result | self.of(arg, self.refine(live, ~result))
+        return result
+
+    def on_add(self, node: Expr, live: Tensor | None) -> Tensor:
+        result = self.typed(node.args[0], node, live)
+        for arg in node.args[1:]:
+            result = result + self.typed(arg, node, live)
+        return result
+
+    def on_mul(self, node: Expr, live: Tensor | None) -> Tensor:
+        return self.typed(node.args[0], node, live) * self.typed(node.args[1], node, live)
+
+    def on_div(self, node: Expr, live: Tensor | None) -> Tensor:
+        return self.real(node.args[0], live) / self.real(node.args[1], live, 1.0)
+
+    def on_floordiv(self, node: Expr, live: Tensor | None) -> Tensor:
+        a, b = (self.typed(arg, node, live) for arg in node.args)
+        return torch.div(a, b, rounding_mode="floor")
+
+    def on_mod(self, node: Expr, live: Tensor | None) -> Tensor:
+        return torch.remainder(*(self.typed(arg, node, live) for arg in node.args))
+
+    def on_pow(self, node: Expr, live: Tensor | None) -> Tensor:
+        if node.type == "int":
+            return torch.pow(self.of(node.args[0], live), self.of(node.args[1], live))
+        return torch.pow(self.real(node.args[0], live, 1.0), self.real(node.args[1], live, 1.0))
+
+    def on_min(self, node: Expr, live: Tensor | None) -> Tensor:
+        return torch.minimum(self.typed(node.args[0], node, live), self.typed(node.args[1], node, live))
+
+    def on_max(self, node: Expr, live: Tensor | None) -> Tensor:
+        return torch.maximum(self.typed(node.args[0], node, live), self.typed(node.args[1], node, live))
+
+    def on_abs(self, node: Expr, live: Tensor | None) -> Tensor:
+        return self.of(node.args[0], live).abs()
+
+    def on_floor(self, node: Expr, live: Tensor | None) -> Tensor:
+        return self.real(node.args[0], live, 0.0).floor().to(torch.int64)
+
+    def on_log2(self, node: Expr, live: Tensor | None) -> Tensor:
+        """Of an integer, rounded down: the exponent, less one where float64 rounded the number up."""
+        x = self.of(node.args[0], live).clamp_min(1)
+        exponent = torch.frexp(x.double()).exponent.to(torch.int64) - 1
+        exponent = exponent.clamp_max(62)
+        return exponent - (torch.ones_like(x) << exponent > x).to(torch.int64)
+
+    def on_isqrt(self, node: Expr, live: Tensor | None) -> Tensor:
+        x = self.of(node.args[0], live).clamp_min(0)
+        root = x.double().sqrt().to(torch.int64)
+        root = root - (root * root > x).to(torch.int64)
+        return root + ((root + 1) * (root + 1) <= x).to(torch.int64)
+
+    def on_inset(self, node: Expr, live: Tensor | None) -> Tensor:
+        members = node.value
+        assert isinstance(members, IntSet)
+        e = self.of(node.args[0], live)
+        lo, hi = torch.tensor(members.intervals, device=self.device).unbind(1)
+        i = torch.searchsorted(lo.contiguous(), e.contiguous(), right=True) - 1
+        return (i >= 0) & (e <= hi[i.clamp_min(0)])
+
+    def on_exists(self, node: Expr, live: Tensor | None) -> Tensor:
+        lo, hi, body = self.of(node.args[0], live), self.of(node.args[1], live), node.args[2]
+        result = torch.zeros((), dtype=torch.bool, device=self.device)
+        for m in range(int(lo.min()), int(hi.max())):
+            value = torch.tensor(m, device=self.device)
+            env = Env({**self.env.values, str(node.value): value}, *self.surroundings())
+            inside = (lo <= m) & (m < hi)
+            result = result | inside & evaluate(body, env, self.refine(live, inside))
+        return result
+
+    def surroundings(self) -> tuple[Mapping[str, Tensor], Tensor, Tensor, torch.dtype]:
+        return self.env.tables, self.env.batch, self.env.head, self.env.dtype
+
+    def on_random(self, node: Expr, live: Tensor | None) -> Tensor:
+        """Drawn by the evaluator that defines the meaning, once for every setting of what it depends on."""
+        q, k, n, seed, of = node.args
+        _, row, col = node.value  # type: ignore[misc]
+        if of.tables:
+            raise fail("a random pattern over a run-time table cannot be looked up in a score")
+        names = sorted(of.free - {row, col})
+        tensors = [self.of(arg, live) for arg in (q, k, n, seed)] + [self.env.values[name] for name in names]
+        arrays = [t.cpu().numpy() for t in torch.broadcast_tensors(*tensors)]
+        settings, which = np.unique(
+            np.stack([a.ravel() for a in arrays[2:]]), axis=1, return_inverse=True
+        )
+        drawn = np.zeros(arrays[0].shape, bool)
+        for i, setting in enumerate(settings.T):
+            fixed_n, fixed_seed, *others = (ir.const(int(value)) for value in setting)
+            fixed_of = ir.substitute(of, dict(zip(names, others, strict=True)))
+            chosen = ir.make("random", (ir.var("q"), ir.var("k"), fixed_n, fixed_seed, fixed_of), node.value, "bool")
+            here = which.reshape(drawn.shape) == i
+            drawn[here] = pointwise.evaluate(chosen, arrays[0][here], arrays[1][here])
+        return torch.from_numpy(drawn).to(self.device)
+
+    def on_lookup(self, node: Expr, live: Tensor | None) -> Tensor:
+        table = node.value
+        assert isinstance(table, Table)
+        values = self.env.tables[table.name]
+        if node.type == "vec":
+            index, _ = self.index(table, values, node.args, live)
+            return values[index].to(self.env.dtype)
+        index, inside = self.index(table, values, node.args, live)
+        found = values[index]
+        if table.dtype == "bool":
+            return found & inside
+        if table.dtype == "int":
+            return found.to(torch.int64)
+        return found.to(self.env.dtype) if live is None else torch.where(live, found.to(self.env.dtype), 0.0)
+
+    def index(
+        self, table: Table, values: Tensor, args: tuple[Expr, ...], live: Tensor | None
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Indices clamped into the table, the implicit axes in front, and where they were inside."""
+        lead = [self.env.batch] * table.batched + [self.env.head] * table.headed
+        explicit = [self.of(arg, live) for arg in args]
+        inside = torch.ones((), dtype=torch.bool, device=self.device)
+        for axis, i in enumerate(explicit, len(lead)):
+            inside = inside & (i >= 0) & (i < values.shape[axis])
+        outside = ~inside if live is None else live & ~inside
+        if table.dtype != "bool" and bool(outside.any()):
+            raise fail(f"`{table.name}` is looked up outside its range", None, "guard the look-up")
+        sizes = values.shape[len(lead) :]
+        clamped = [i.clamp(0, max(size - 1, 0)) for i, size in zip(explicit, sizes, strict=False)]
+        return (*lead, *clamped), inside
+
+    def on_intable(self, node: Expr, live: Tensor | None) -> Tensor:
+        table = node.value
+        assert isinstance(table, Table)
+        values = self.env.tables[table.name]
+        index, inside = self.index(table, values, node.args[1:], live)
+        return (values[index] == self.of(node.args[0], live).unsqueeze(-1)).any(-1) & inside
+
+    def on_rank_of(self, node: Expr, live: Tensor | None) -> Tensor:
+        return self.segment(node, live, rank=True)
+
+    def on_count_of(self, node: Expr, live: Tensor | None) -> Tensor:
+        return self.segment(node, live, rank=False)
+
+    def segment(self, node: Expr, live: Tensor | None, rank: bool) -> Tensor:
+        table = node.value
+        assert isinstance(table, Table)
+        values = self.env.tables[table.name]
+        ordered, order = values.sort(dim=-1, stable=True)
+        first = torch.searchsorted(ordered, values)
+        if rank:
+            places = torch.arange(values.shape[-1], device=self.device).expand_as(order)
+            derived = torch.empty_like(order).scatter_(-1, order, places) - first
+        else:
+            derived = torch.searchsorted(ordered, values, right=True) - first
+        index, _ = self.index(table, values, node.args, live)
+        return derived[index]
+
+    def on_inner(self, node: Expr, live: Tensor | None) -> Tensor:
+        a, b = node.args
+        vectors = {"Q": -2, "K": -3}
+        if {a.value, b.value} == {"Q", "K"}:
+            return self.env.values["Q"] @ self.env.values["K"].transpose(-1, -2)
+        if a.op != "var":
+            a, b = b, a
+        if a.op == "var" and b.op == "lookup":
+            return self.rows_of_table(self.env.values[str(a.value)], str(a.value), b, live)
+        parts = [
+            self.of(x, live).unsqueeze(vectors[str(x.value)]) if x.op == "var" else self.of(x, live)
+            for x in (a, b)
+        ]
+        return (parts[0] * parts[1]).sum(-1)
+
+    def rows_of_table(self, vectors: Tensor, axis: str, row: Expr, live: Tensor | None) -> Tensor:
+        """Products of Q (or K) with a looked-up row: one matrix product with the table, then a gather."""
+        table = row.value
+        assert isinstance(table, Table)
+        values = self.env.tables[table.name]
+        index, _ = self.index(table, values, row.args, live)
+        lead = table.batched + table.headed
+        chosen = values[tuple(i.squeeze((-1, -2)) for i in index[:lead])] if lead else values
+        flat = chosen.flatten(-len(table.dims), -2).to(vectors.dtype) if len(table.dims) > 1 else chosen
+        products = vectors @ flat.transpose(-1, -2)
+        place = torch.zeros((), dtype=torch.int64, device=self.device)
+        for i, size in zip(index[lead:], values.shape[lead:-1], strict=True):
+            place = place * size + i
+        if axis == "K":
+            products = products.transpose(-1, -2)
+        width = self.env.values["K"].shape[-2] if axis == "Q" else self.env.values["Q"].shape[-2]
+        shape = (*products.shape[:-1], width) if axis == "Q" else (*products.shape[:-2], width, products.shape[-1])
+        found = products.gather(-1 if axis == "Q" else -2, place.expand(shape)).to(self.env.dtype)
+        return found if live is None else torch.where(live, found, 0.0)
+
+
+def affine_in_s(score: Expr) -> tuple[Expr, Expr] | None:
+    """A and B, free of s, Q and K, with score = A * s + B; inner(Q, K) counts as sqrt(D) * s."""
+    content = frozenset({"s", "Q", "K"})
+    zero, one = ir.const(0.0), ir.const(1.0)
+
+    def split(e: Expr) -> tuple[Expr, Expr] | None:
+        if e.free.isdisjoint(content):
+            return zero, e
+        if e.op == "var":
+            return (one, zero) if e.value == "s" else None
+        if e.op == "inner" and {a.value for a in e.args} == {"Q", "K"}:
+            return ir.call("sqrt", ir.var("D")), zero
+        parts = [split(arg) for arg in e.args]
+        if None in parts:
+            return None
+        slopes, rests = zip(*(part for part in parts if part is not None), strict=True)
+        if e.op == "add":
+            return _sum(slopes), _sum(rests)
+        if e.op == "mul" and (slopes[0] is zero or slopes[1] is zero):
+            i = 0 if slopes[0] is zero else 1
+            return _times(rests[i], slopes[1 - i]), _times(rests[i], rests[1 - i])
+        if e.op == "div" and slopes[1] is zero:
+            return ir.div(slopes[0], rests[1]), zero if rests[0] is zero else ir.div(rests[0], rests[1])
+        if e.op == "where" and e.args[0].free.isdisjoint(content):
+            return ir.where(e.args[0], slopes[1], slopes[2]), ir.where(e.args[0], rests[1], rests[2])
+        return None
+
+    return split(score)
+
+
+def _sum(parts: tuple[Expr, ...]) -> Expr:
+    kept = [part for part in parts if ir.number(part) != 0]
+    return ir.add(*kept) if kept else ir.const(0.0)
+
+
+def _times(a: Expr, b: Expr) -> Expr:
+    if ir.number(a) == 0 or ir.number(b) == 0:
+        return ir.const(0.0)
+    if ir.number(a) == 1:
+        return b
+    return a if ir.number(b) == 1 else ir.mul(a, b)
+
+
+def by_distance(e: Expr) -> Expr | None:
+    """The expression over `d` = q - k in place of q and k, or None if it depends on more than that."""
+    shifted = {"q": ir.add(ir.var("k"), ir.var("d"))}
+    done: dict[Expr, Expr] = {}
+    for node in ir.nodes(e):
+        args = tuple(done[arg] for arg in node.args)
+        if node.op == "var":
+            done[node] = shifted.get(str(node.value), node)
+        elif node.op in COMPARE and all(a.type == "int" for a in args):
+            difference = ir.sub(args[1], args[0])
+            compare = {"le": ir.le, "lt": ir.lt, "eq": ir.eq}[node.op]
+            done[node] = compare(ir.ZERO, difference)
+        else:
+            done[node] = ir.rebuild(node, args)
+    return None if {"q", "k"} & done[e].free else done[e]
+
+
+def constant_scale(slope: Expr, head_dim: int) -> float | None:
+    """The number that A of `affine_in_s` is for this head dimension, or None if it varies."""
+    value = ir.number(ir.substitute(slope, {"D": ir.const(head_dim)}))
+    return None if value is None or not math.isfinite(value) else float(value)

@@ -1,0 +1,161 @@
+"""One plan on real data: its inputs, its error against `reference`, its times beside dense attention."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from attndsl import lowering
+from attndsl.attention import Attention
+from attndsl.backend import Problem
+from attndsl.errors import fail
+from attndsl.plan import Plan, compile
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PAIRS_VERIFIED = 2**29
+"""Pairs, over batch rows and heads, up to which every row is verified; beyond, rows are sampled."""
+PAIRS_AT_ONCE = 2**25
+SAMPLES = 8
+PAIRS_MASKED = 2**28
+"""Pairs up to which the mask is expanded for dense attention."""
+DENSE_FLOPS = 2e12
+BUDGET = 2.0
+"""Seconds of repetition for one timing."""
+
+
+def qkv(problem: Problem, text: Path | None, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """q [B, H, nq, D], k and v [B, Hkv, n, D]: normal numbers or, with a text, its bytes under a fixed
+    random projection, one batch row after the other. The queries are the last nq bytes of a row."""
+    import torch
+
+    p = problem
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(p.heads, p.q_length), (p.kv_heads, p.length), (p.kv_heads, p.length)]
+    if text is None:
+        tensors = [torch.randn(p.batch, *shape, p.head_dim, generator=generator) for shape in shapes]
+    else:
+        data = text.read_bytes()
+        span = max(p.length, p.q_length)
+        if len(data) < p.batch * span:
+            raise fail(f"`{text}` has {len(data):,} bytes, and the problem takes {p.batch * span:,}")
+        tokens = torch.tensor(list(data[: p.batch * span])).view(p.batch, span)
+        tensors = []
+        for heads, length in shapes:
+            projection = torch.randn(256, heads * p.head_dim, generator=generator)
+            rows = projection[tokens[:, -length:]].view(p.batch, length, heads, p.head_dim)
+            tensors.append(rows.transpose(1, 2).contiguous())
+    q, k, v = (tensor.to(p.device, getattr(torch, p.dtype)) for tensor in tensors)
+    return q, k, v
+
+
+@dataclass(frozen=True)
+class Verified:
+    """`rows` of the queries differ from `reference` in float64 by at most `error`; `tolerance` is what
+    rounding in the plan's dtype explains."""
+
+    rows: int
+    error: float
+    tolerance: float
+
+
+def verify(
+    plan: Plan, out: Tensor, q: Tensor, k: Tensor, v: Tensor, tables: Mapping[str, Any]
+) -> Verified | None:
+    """None where the meaning depends on the number of queries and all rows at once would not fit."""
+    import torch
+
+    p = plan.problem
+    width = max(1, p.batch * p.heads * p.length)
+    at_once = max(1, PAIRS_AT_ONCE // width)
+    if _depends_on_nq(plan.attention):
+        if p.q_length > at_once:
+            return None
+        starts, rows = [0], p.q_length
+    elif p.q_length * width <= PAIRS_VERIFIED:
+        rows = min(at_once, p.q_length)
+        starts = list(range(0, p.q_length, rows))
+    else:
+        rows = min(at_once, 64)
+        starts = [i * (p.q_length - rows) // (SAMPLES - 1) for i in range(SAMPLES)]
+    reference = compile(
+        plan.attention,
+        length=p.length,
+        q_length=rows,
+        batch=p.batch,
+        heads=p.heads,
+        kv_heads=p.kv_heads,
+        head_dim=p.head_dim,
+        dtype="float64",
+        device=p.device,
+        backend="reference",
+    )
+    (first, *_) = lowering.sizes(plan.attention, p.length, p.q_length, p.heads).q_offset
+    keys, values = k.double(), v.double()
+    error = largest = 0.0
+    covered: set[int] = set()
+    for start in starts:
+        part = slice(start, start + rows)
+        wanted = reference(q[:, :, part].double(), keys, values, q_offset=first + start, **tables)
+        gap = (out[:, :, part].double() - wanted).abs()
+        error = max(error, float(torch.where(gap.isnan(), torch.inf, gap).max()))
+        largest = max(largest, float(wanted.abs().max()))
+        covered.update(range(start, min(start + rows, p.q_length)))
+    return Verified(len(covered), error, 64 * torch.finfo(out.dtype).eps * max(1.0, largest))
+
+
+def _depends_on_nq(attention: Attention) -> bool:
+    masks = [group.relation.mask for group in attention.groups]
+    scores = [e for group in attention.groups for e in (group.score, group.decay) if e is not None]
+    return any("nq" in e.free for e in masks + scores) or any("nq" in t.dims for t in attention.inputs)
+
+
+def seconds(work: Callable[[], object], device: str) -> float:
+    """The median of up to 7 runs after a first one, of fewer where they would take over BUDGET."""
+    first = once(work, device)
+    return statistics.median(once(work, device) for _ in range(max(1, min(7, int(BUDGET / first)))))
+
+
+def once(work: Callable[[], object], device: str) -> float:
+    import torch
+
+    start = time.perf_counter()
+    work()
+    if device != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter() - start
+
+
+def backward_seconds(plan: Plan, qkv: tuple[Tensor, ...], tables: Mapping[str, Any]) -> float:
+    """The backward pass alone."""
+    import torch
+
+    q, k, v = (tensor.detach().requires_grad_() for tensor in qkv)
+    out = plan(q, k, v, **tables)
+    gradient = torch.randn_like(out)
+    return seconds(
+        lambda: torch.autograd.grad(out, (q, k, v), gradient, retain_graph=True), plan.problem.device
+    )
+
+
+def dense_seconds(plan: Plan, q: Tensor, k: Tensor, v: Tensor, masked: bool) -> float | None:
+    """torch's scaled_dot_product_attention on the same tensors; None where it would not fit."""
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+    p, blocks = plan.problem, plan.block_masks
+    if 4 * p.batch * p.heads * p.q_length * p.length * p.head_dim > DENSE_FLOPS:
+        return None
+    mask = None
+    if masked:
+        if blocks is None or blocks.index.size * p.q_length * p.length > PAIRS_MASKED:
+            return None
+        mask = torch.from_numpy(blocks.to_dense()).to(p.device)
+    gqa = p.heads != p.kv_heads
+    with torch.no_grad():
+        return seconds(lambda: sdpa(q, k, v, attn_mask=mask, enable_gqa=gqa), p.device)

@@ -1,0 +1,1 @@
+"""The grammar and the prelude: data, read with importlib.resources."""

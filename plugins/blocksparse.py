@@ -1,0 +1,561 @@
+"""The `torch` backend: block sparse attention from torch's own operators, forward and backward.
+
+A mask is taken apart (attndsl/parts.py) into batches of equal problems. Stretches of rows that look the
+same run on strided views of k and v, which overlap and are never copied; the rest on gathered tiles. Each
+part gives an output and a log-sum-exp; two parts of a row merge exactly:
+L = logaddexp(L1, L2), o = exp(L1 - L) o1 + exp(L2 - L) o2 (Dao et al., FlashAttention, 2022).
+Memory grows with the entries of the BlockMask and the tokens, never with their square.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from attndsl import expr as ir
+from attndsl.attention import Attention, HeadGroup
+from attndsl.backend import Call, Kernel, Problem
+from attndsl.blockmask import BlockMask, TileGrid
+from attndsl.expr import Expr
+from attndsl.operator import Runner, attend, register
+from attndsl.parts import Gathered, Part, Strided, take_apart
+from attndsl.torch_eval import Env, affine_in_s, by_distance, constant_scale, evaluate
+
+flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+FORWARD_UNIT, BACKWARD_UNIT = 32, 128
+"""Query rows of one problem in a band: what ran fastest on CPU (benchmarks/attention.py)."""
+TRANSIENT = 2**22
+"""Numbers that one step of a kernel may hold."""
+Q_MAX, K_MAX = 256, 2048
+"""Queries and keys of one problem where the weights are formed."""
+
+
+def windows(x: Tensor, start: int, step: int, length: int, count: int) -> Tensor:
+    """[X, n, ...] -> [X, count, length, ...]: the c-th window starts at start + c * step. A view."""
+    x = x[:, start:]
+    strides = (x.stride(0), step * x.stride(1), *x.stride()[1:])
+    return x.as_strided((x.shape[0], count, length, *x.shape[2:]), strides)
+
+
+@dataclass(frozen=True, eq=False)
+class Views:
+    """Some problems of a Strided part."""
+
+    part: Strided
+    first: int
+    count: int
+    mask: Tensor | None
+
+    def query_tokens(self, device: torch.device) -> Tensor:
+        return _tokens(self.part.q0, self.part.q_step, self.part.q_len, self.first, self.count, device)
+
+    def key_tokens(self, device: torch.device) -> Tensor:
+        return _tokens(self.part.k0, self.part.k_step, self.part.k_len, self.first, self.count, device)
+
+    def queries(self, x: Tensor) -> Tensor:
+        p = self.part
+        return windows(x, p.q0 + self.first * p.q_step, p.q_step, p.q_len, self.count)
+
+    def keys(self, x: Tensor) -> Tensor:
+        p = self.part
+        return windows(x, p.k0 + self.first * p.k_step, p.k_step, p.k_len, self.count)
+
+    def put_queries(self, x: Tensor, value: Tensor) -> None:
+        self.queries(x).copy_(value)
+
+    def add_keys(self, x: Tensor, value: Tensor) -> None:
+        """Windows that overlap are added in slabs as wide as their step, so that none overlaps itself."""
+        p, start = self.part, self.part.k0 + self.first * self.part.k_step
+        if self.count == 1 or p.k_step == 0:
+            x[:, start : start + p.k_len] += value.sum(1)
+            return
+        for left in range(0, p.k_len, p.k_step):
+            width = min(p.k_step, p.k_len - left)
+            windows(x, start + left, p.k_step, width, self.count).add_(value[:, :, left : left + width])
+
+
+@dataclass(frozen=True, eq=False)
+class Gathers:
+    """Some problems of a Gathered part: tokens [C, q_len] of the queries, [C, k_len] of the keys."""
+
+    rows: Tensor
+    cols: Tensor
+    mask: Tensor | None
+
+    def query_tokens(self, device: torch.device) -> Tensor:
+        return self.rows
+
+    def key_tokens(self, device: torch.device) -> Tensor:
+        return self.cols
+
+    def queries(self, x: Tensor) -> Tensor:
+        return x.index_select(1, self.rows.flatten()).unflatten(1, self.rows.shape)
+
+    def keys(self, x: Tensor) -> Tensor:
+        return x.index_select(1, self.cols.flatten()).unflatten(1, self.cols.shape)
+
+    def put_queries(self, x: Tensor, value: Tensor) -> None:
+        x.index_copy_(1, self.rows.flatten(), value.flatten(1, 2))
+
+    def add_keys(self, x: Tensor, value: Tensor) -> None:
+        x.index_add_(1, self.cols.flatten(), value.flatten(1, 2))
+
+
+Chunk = Views | Gathers
+
+
+def _tokens(start: int, step: int, length: int, first: int, count: int, device: torch.device) -> Tensor:
+    c = torch.arange(first, first + count, device=device)
+    return start + c[:, None] * step + torch.arange(length, device=device)
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """A part with its mask on the device; `fresh` where no earlier step has touched its rows."""
+
+    part: Part
+    fresh: bool
+    mask: Tensor | None
+    """Strided: [1, q_len, k_len]; Gathered: [U, block, block], chosen from by the part's contents."""
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Problems, queries and keys of each."""
+        if isinstance(self.part, Strided):
+            return self.part.count, self.part.q_len, self.part.k_len
+        return len(self.part.rows), self.part.q_len, self.part.cols.shape[1] * self.part.block
+
+    def chunks(self, size: int, n: int, device: torch.device) -> Iterator[Chunk]:
+        """At most `size` problems at a time."""
+        count, part = self.sizes[0], self.part
+        for first in range(0, count, size):
+            here = min(size, count - first)
+            if isinstance(part, Strided):
+                yield Views(part, first, here, self.mask)
+                continue
+            some = slice(first, first + here)
+            rows = torch.from_numpy(part.rows[some]).to(device)
+            cols = torch.from_numpy(part.cols[some]).to(device)
+            inside = torch.arange(part.block, device=device)
+            mask = None
+            if part.contents is not None:
+                assert self.mask is not None
+                mask = self.mask[torch.from_numpy(part.contents[some]).to(device)]
+                mask = mask[:, :, : part.q_len].transpose(1, 2).flatten(2)
+            tokens = (cols[:, :, None] * part.block + inside).flatten(1).clamp_max(n - 1)
+            yield Gathers(rows[:, None] + inside[: part.q_len], tokens, mask)
+
+
+def steps_of(grid: TileGrid, unit: int, bounded: bool, device: torch.device) -> list[Step]:
+    """What to run for this mask; `bounded` cuts parts whose weights would be many."""
+    parts = list(take_apart(grid, unit))
+    if bounded:
+        parts = [piece for part in parts for piece in _bound(part)]
+    parts.sort(key=lambda p: -p.count * p.q_len if isinstance(p, Strided) else 1)
+    touched = torch.zeros(grid.nq, dtype=torch.bool)
+    steps = []
+    for part in parts:
+        if isinstance(part, Strided):
+            rows = _tokens(part.q0, part.q_step, part.q_len, 0, part.count, touched.device).flatten()
+            mask = None if part.mask is None else torch.from_numpy(part.mask).to(device)[None]
+        else:
+            rows = (torch.from_numpy(part.rows)[:, None] + torch.arange(part.q_len)).flatten()
+            mask = None if part.contents is None else torch.from_numpy(part.masks).to(device)
+        steps.append(Step(part, not bool(touched[rows].any()), mask))
+        touched[rows] = True
+    return steps
+
+
+def _bound(part: Part) -> Iterator[Part]:
+    if not isinstance(part, Strided) or part.mask is not None or part.count > 1:
+        yield part
+        return
+    for q in range(0, part.q_len, Q_MAX):
+        for k in range(0, part.k_len, K_MAX):
+            yield replace(
+                part,
+                q0=part.q0 + q,
+                q_len=min(Q_MAX, part.q_len - q),
+                k0=part.k0 + k,
+                k_len=min(K_MAX, part.k_len - k),
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Lane:
+    """Query heads of one batch row that share a grid and read the same key heads, or one each."""
+
+    group: HeadGroup
+    grid: TileGrid
+    batch: int
+    heads: slice
+    kv_heads: slice
+
+    def queries(self, x: Tensor) -> Tensor:
+        return x[self.batch, self.heads]
+
+    def keys(self, x: Tensor) -> Tensor:
+        return x[self.batch, self.kv_heads]
+
+
+@dataclass(frozen=True, eq=False)
+class BlockSparse:
+    """The kernel of one attention."""
+
+    attention: Attention
+    steps: WeakKeyDictionary[TileGrid, dict[tuple[object, ...], list[Step]]]
+
+    def __call__(self, call: Call) -> tuple[Tensor, Tensor]:
+        names = tuple(call.tables)
+        runner = Runner(
+            self, names, lambda q, k, v, tables, *_: replace(call, q=q, k=k, v=v, tables=tables)
+        )
+        tables = [call.tables[name] for name in names]
+        out, lse = attend(
+            call.q, call.k, call.v, tables, list(call.q_offset), list(call.k_offset), register(runner)
+        )
+        return out, lse
+
+    def forward(self, call: Call) -> tuple[Tensor, Tensor]:
+        q = call.q
+        wide = torch.promote_types(q.dtype, torch.float32)
+        out = q.new_zeros((*q.shape[:3], call.v.shape[3]), dtype=wide)
+        lse = q.new_full(q.shape[:3], -torch.inf, dtype=wide)
+        for lane in lanes(self.attention, call):
+            work = self.work(call, lane, recorded=False)
+            o, l = lane.queries(out), lane.queries(lse)
+            for step, chunk in work.chunks(self.steps, FORWARD_UNIT):
+                work.merge(step, chunk, o, l, *work.part(chunk))
+            work.add_sink(o, l)
+        return out.to(q.dtype), lse
+
+    def gradient(
+        self,
+        call: Call,
+        wanted: Sequence[str],
+        out: Tensor,
+        lse: Tensor,
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        wide = torch.promote_types(call.q.dtype, torch.float32)
+        totals = [torch.zeros(x.shape, dtype=wide, device=x.device) for x in (call.q, call.k, call.v)]
+        tables = {name: torch.zeros_like(call.tables[name]) for name in wanted}
+        delta = (grad_out.to(wide) * out).sum(-1)
+        if grad_lse is not None:
+            delta = delta - grad_lse.masked_fill(lse == -torch.inf, 0.0)
+        for lane in lanes(self.attention, call):
+            work = self.work(call, lane, recorded=bool(tables) or grad_lse is not None)
+            rows = Rows(*(lane.queries(x) for x in (grad_out, out, lse, delta)))
+            dq, dk, dv = lane.queries(totals[0]), lane.keys(totals[1]), lane.keys(totals[2])
+            for _, chunk in work.chunks(self.steps, BACKWARD_UNIT):
+                gq, gk, gv = work.part_gradient(chunk, rows, tables)
+                chunk.put_queries(dq, chunk.queries(dq) + gq)
+                for total, g in ((dk, gk), (dv, gv)):
+                    chunk.add_keys(total, g.sum(0, keepdim=True) if len(total) < len(g) else g)
+            work.sink_gradient(rows, tables)
+        dq, dk, dv = (total.to(x.dtype) for total, x in zip(totals, (call.q, call.k, call.v), strict=True))
+        return dq, dk, dv, tables
+
+    def work(self, call: Call, lane: Lane, recorded: bool) -> Work:
+        return Work(call, lane, Simple.of(lane.group, call, recorded))
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Of every query row of a lane: [X, nq, Dv] gradient and output, [X, nq] log-sum-exp and
+    delta = sum(grad_out * out) - grad_lse."""
+
+    grad_out: Tensor
+    out: Tensor
+    lse: Tensor
+    delta: Tensor
+
+
+@dataclass(frozen=True)
+class Simple:
+    """A softmax of s * scale + bias, which torch's fused kernel can do."""
+
+    scale: float
+    bias: Expr | None
+    by_distance: bool
+
+    @staticmethod
+    def of(group: HeadGroup, call: Call, recorded: bool) -> Simple | None:
+        """`recorded`: some gradient is wanted that the fused kernel does not give."""
+        if call.q.device.type != "cpu" or recorded or group.norm.kind != "softmax" or group.decay is not None:
+            return None
+        split = affine_in_s(group.score)
+        scale = None if split is None else constant_scale(split[0], call.q.shape[3])
+        if split is None or scale is None:
+            return None
+        bias = None if ir.number(split[1]) == 0 else split[1]
+        return Simple(scale / call.q.shape[3] ** 0.5, bias, bias is None or by_distance(bias) is not None)
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """One lane of one call."""
+
+    call: Call
+    lane: Lane
+    simple: Simple | None
+
+    @cached_property
+    def q(self) -> Tensor:
+        return self.lane.queries(self.call.q)
+
+    @cached_property
+    def k(self) -> Tensor:
+        return self.lane.keys(self.call.k)
+
+    @cached_property
+    def v(self) -> Tensor:
+        return self.lane.keys(self.call.v)
+
+    @cached_property
+    def wide(self) -> torch.dtype:
+        return torch.promote_types(self.call.q.dtype, torch.float32)
+
+    def chunks(
+        self, cache: WeakKeyDictionary[TileGrid, dict[tuple[object, ...], list[Step]]], unit: int
+    ) -> Iterator[tuple[Step, Chunk]]:
+        block = self.lane.grid.block_size
+        unit = unit if block % unit == 0 else block
+        known = cache.setdefault(self.lane.grid, {})
+        key = (unit, self.simple is None, self.q.device)
+        if key not in known:
+            known[key] = steps_of(self.lane.grid, *key)  # type: ignore[arg-type]
+        lanes_, dim = len(self.q), max(self.q.shape[2], self.v.shape[2])
+        for step in known[key]:
+            _, q_len, k_len = step.sizes
+            strided = isinstance(step.part, Strided)
+            per_problem = lanes_ * (q_len * dim if strided and unit < block else k_len * dim)
+            if self.simple is None or not (self.simple.by_distance and strided):
+                per_problem = max(per_problem, lanes_ * q_len * k_len)
+            size = max(1, TRANSIENT // max(per_problem, 1))
+            for chunk in step.chunks(size, self.lane.grid.n, self.q.device):
+                yield step, chunk
+
+    def env(self, chunk: Chunk | None, tables: Mapping[str, Tensor]) -> Env:
+        """Axes [X, C, q_len, k_len]."""
+        call, b, device = self.call, self.lane.batch, self.q.device
+        heads = torch.arange(self.lane.heads.start, self.lane.heads.stop, device=device).view(-1, 1, 1, 1)
+        numbers = {
+            "n": call.n[b % len(call.n)],
+            "nq": call.q.shape[2],
+            "H": call.q.shape[1],
+            "D": call.q.shape[3],
+        }
+        values = {name: torch.tensor(value, device=device) for name, value in numbers.items()} | {"h": heads}
+        if chunk is not None:
+            q_offset = call.q_offset[b % len(call.q_offset)]
+            k_offset = call.k_offset[b % len(call.k_offset)]
+            values["q"] = chunk.query_tokens(device)[None, :, :, None] + q_offset
+            values["k"] = chunk.key_tokens(device)[None, :, None, :] + k_offset
+        batch = torch.full((1, 1, 1, 1), b, device=device)
+        return Env(values, {**call.tables, **tables}, batch, heads, self.wide)
+
+    def additive(self, chunk: Chunk) -> tuple[Tensor | None, Tensor | None]:
+        """Mask and bias as one addend [X or 1, C or 1, q_len, k_len], and which rows it kills."""
+        assert self.simple is not None
+        mask = None if chunk.mask is None else chunk.mask[None]
+        addend = None
+        if self.simple.bias is not None:
+            alike = isinstance(chunk, Views) and chunk.part.q_step == chunk.part.k_step
+            where = replace(chunk, count=1) if alike and self.simple.by_distance else chunk
+            env = self.env(where, {})
+            addend = evaluate(self.simple.bias, env, mask).to(self.wide)
+            pairs = (env.values["q"] + env.values["k"]).shape
+            addend = addend.expand(torch.broadcast_shapes(addend.shape, (1, 1, *pairs[-2:])))
+        if mask is not None:
+            zero = torch.zeros((), dtype=self.wide, device=self.q.device) if addend is None else addend
+            addend = torch.where(mask, zero, -torch.inf)
+        dead = None if addend is None else (addend == -torch.inf).all(-1)
+        return addend, dead if dead is not None and bool(dead.any()) else None
+
+    def fused_inputs(self, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
+        """Equal head dimensions, which the fused kernel wants: the narrower side is padded with zeros."""
+        q, k, v = chunk.queries(self.q), chunk.keys(self.k), chunk.keys(self.v)
+        k, v = (x.expand(len(q), -1, -1, -1) for x in (k, v))
+        gap = q.shape[3] - v.shape[3]
+        if gap > 0:
+            v = torch.nn.functional.pad(v, (0, gap))
+        if gap < 0:
+            q, k = (torch.nn.functional.pad(x, (0, -gap)) for x in (q, k))
+        return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # type: ignore[return-value]
+
+    def part(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        """Output [X, C, q_len, Dv] and log-sum-exp [X, C, q_len] of these pairs alone."""
+        if self.simple is None:
+            q, k, v = (f(x).to(self.wide) for f, x in self.sources(chunk))
+            return normalise(*self.weights(chunk, q, k, {}), v, self.lane.group.norm.kind)
+        addend, dead = self.additive(chunk)
+        q, k, v = self.fused_inputs(chunk)
+        out, lse = flash(q, k, v, attn_mask=addend, scale=self.simple.scale)
+        if dead is not None:
+            lse = lse.masked_fill(dead, -torch.inf)
+        return out[..., : self.v.shape[2]], lse
+
+    def sources(self, chunk: Chunk):  # type: ignore[no-untyped-def]
+        return (chunk.queries, self.q), (chunk.keys, self.k), (chunk.keys, self.v)
+
+    def weights(
+        self, chunk: Chunk, q: Tensor, k: Tensor, tables: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits with -inf outside the relation, and the factor of the weights; [X, C, q_len, k_len]."""
+        group = self.lane.group
+        env = self.env(chunk, tables)
+        s = q @ k.transpose(-1, -2) / self.call.q.shape[3] ** 0.5
+        env = replace(env, values={**env.values, "s": s, "Q": q, "K": k})
+        mask = torch.ones((), dtype=torch.bool, device=q.device) if chunk.mask is None else chunk.mask
+        live = mask.expand(1, *s.shape[1:])
+        logit = torch.where(live, evaluate(group.score, env, live).to(self.wide), -torch.inf).expand(s.shape)
+        if group.decay is None:
+            return logit, None
+        return logit, torch.where(live, evaluate(group.decay, env, live).to(self.wide), 0.0)
+
+    def merge(self, step: Step, chunk: Chunk, out: Tensor, lse: Tensor, o: Tensor, l: Tensor) -> None:
+        """One more part of some rows: exactly what the pairs of both give together."""
+        if not step.fresh:
+            before, o_before = chunk.queries(lse), chunk.queries(out)
+            both = torch.logaddexp(before, l)
+            if self.lane.group.norm.kind == "softmax":
+                top = both.masked_fill(both == -torch.inf, 0.0)
+                o = o_before * torch.exp(before - top)[..., None] + o * torch.exp(l - top)[..., None]
+            else:
+                o = o_before + o
+            l = both
+        chunk.put_queries(out, o)
+        chunk.put_queries(lse, l)
+
+    def sink(self, tables: Mapping[str, Tensor]) -> Tensor | None:
+        """The sink's logit [X, 1]; `tables` take the place of the call's."""
+        sink = self.lane.group.norm.sink
+        if sink is None:
+            return None
+        return evaluate(sink, self.env(None, tables)).to(self.wide).expand(len(self.q), 1, 1, 1).view(-1, 1)
+
+    def add_sink(self, out: Tensor, lse: Tensor) -> None:
+        sink = self.sink({})
+        if sink is not None:
+            total = torch.logaddexp(lse, sink).masked_fill(lse == -torch.inf, -torch.inf)
+            out *= torch.exp(lse - total.masked_fill(total == -torch.inf, 0.0))[..., None]
+            lse.copy_(total)
+
+    def sink_gradient(self, rows: Rows, tables: dict[str, Tensor]) -> None:
+        """The sink's weight exp(sink - L) has value vector 0, so its logit's gradient is -weight * delta."""
+        sink = self.lane.group.norm.sink
+        if sink is None or not tables:
+            return
+        value, pull = torch.func.vjp(self.sink, {name: self.call.tables[name] for name in tables})
+        assert value is not None
+        weight = torch.exp(value - rows.lse.masked_fill(rows.lse == -torch.inf, torch.inf))
+        (grads,) = pull(-(weight * rows.delta).sum(1, keepdim=True))
+        for name, g in grads.items():
+            tables[name] += g
+
+    def part_gradient(
+        self, chunk: Chunk, rows: Rows, tables: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of these queries, keys and values; those of `tables` are added in place.
+
+        With the L of the whole row, exp(l - L) is the final weight, so the parts need no merging.
+        """
+        grad_out, lse = chunk.queries(rows.grad_out), chunk.queries(rows.lse)
+        if self.simple is not None:
+            addend, _ = self.additive(chunk)
+            q, k, v = self.fused_inputs(chunk)
+            out = chunk.queries(rows.out)
+            gap = q.shape[3] - out.shape[3]
+            if gap:
+                out, grad_out = (torch.nn.functional.pad(x, (0, gap)) for x in (out, grad_out))
+            lse = lse.masked_fill(lse == -torch.inf, 0.0)
+            gq, gk, gv = flash_backward(
+                grad_out, q, k, v, out, lse, 0.0, False, attn_mask=addend, scale=self.simple.scale
+            )
+            d, dv = self.q.shape[2], self.v.shape[2]
+            return gq[..., :d], gk[..., :d], gv[..., :dv]
+        kind = self.lane.group.norm.kind
+        q, k, v = (f(x).to(self.wide) for f, x in self.sources(chunk))
+        grad_out, delta = grad_out.to(self.wide), chunk.queries(rows.delta)
+        over = lse.masked_fill(lse == -torch.inf, torch.inf)[..., None]
+
+        def weights(q: Tensor, k: Tensor, tables: Mapping[str, Tensor]) -> Tensor:
+            logit, factor = self.weights(chunk, q, k, tables)
+            weight = {
+                "softmax": lambda: torch.exp(logit - over),
+                "sigmoid": lambda: torch.sigmoid(logit),
+                "relu": lambda: torch.relu(logit),
+            }[kind]()
+            return weight if factor is None else factor * weight
+
+        weight, pull = torch.func.vjp(weights, q, k, {name: self.call.tables[name] for name in tables})
+        if kind != "softmax":
+            delta = (delta - (grad_out * chunk.queries(rows.out)).sum(-1)) * torch.exp(-over).squeeze(-1)
+        gq, gk, grads = pull(grad_out @ v.transpose(-1, -2) - delta[..., None])
+        for name, g in grads.items():
+            tables[name] += g
+        return gq, gk, weight.transpose(-1, -2) @ grad_out
+
+
+def normalise(logit: Tensor, factor: Tensor | None, v: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of one part."""
+    if kind == "softmax":
+        top = logit.amax(-1, keepdim=True)
+        top = top.masked_fill(top.isinf(), 0.0)
+        weight = torch.exp(logit - top)
+    else:
+        top = torch.zeros_like(logit[..., :1])
+        weight = torch.sigmoid(logit) if kind == "sigmoid" else torch.relu(logit)
+    weight = weight if factor is None else weight * factor
+    total = weight.sum(-1)
+    lse = torch.log(total) + top.squeeze(-1)
+    out = weight @ v
+    return (out / total.masked_fill(total == 0, 1.0)[..., None] if kind == "softmax" else out), lse
+
+
+def lanes(attention: Attention, call: Call) -> Iterator[Lane]:
+    """Every (batch row, query head) once."""
+    batch, heads = call.q.shape[:2]
+    share = heads // call.k.shape[1]
+    index = call.block_mask.index
+    axis = torch.arange(heads)
+    numbers = Env({"h": axis, "H": torch.tensor(heads)}, {}, axis, axis, torch.float32)
+    mine = [evaluate(group.heads, numbers).expand(heads).tolist() for group in attention.groups]
+    for b in range(batch):
+        row = index[b % len(index)]
+        place = [(next(g for g, m in enumerate(mine) if m[h]), int(row[h % len(row)])) for h in range(heads)]
+        start = 0
+        for h in range(1, heads + 1):
+            new_key_head = share > 1 and h % share == 0
+            if h == heads or place[h] != place[start] or new_key_head:
+                group, grid = place[start]
+                kv = slice(start, h) if share == 1 else slice(start // share, start // share + 1)
+                yield Lane(
+                    attention.groups[group], call.block_mask.grids[grid], b, slice(start, h), kv
+                )
+                start = h
+
+
+class Torch:
+    """Registered as `torch`."""
+
+    def supports(self, attention: Attention, problem: Problem) -> str | None:
+        if problem.dtype not in DTYPES:
+            return f"dtype {problem.dtype}: it takes {', '.join(DTYPES)}"
+        return None
+
+    def cost(self, attention: Attention, problem: Problem, block_mask: BlockMask | None) -> float:
+        return 0.0
+
+    def lower(self, attention: Attention, problem: Problem) -> Kernel:
+        return BlockSparse(attention, WeakKeyDictionary())

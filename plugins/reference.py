@@ -1,0 +1,97 @@
+"""The meaning of an attention: dense, slow and obvious, in the dtype of q."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attndsl.attention import Attention, HeadGroup
+from attndsl.backend import Call, Kernel, Problem
+from attndsl.blockmask import BlockMask
+from attndsl.torch_eval import Env, evaluate
+
+SECONDS_PER_PAIR = 4e-9
+
+
+class Reference:
+    """Registered as `reference`."""
+
+    def supports(self, attention: Attention, problem: Problem) -> str | None:
+        return None
+
+    def cost(self, attention: Attention, problem: Problem, block_mask: BlockMask | None) -> float:
+        pairs = problem.batch * problem.heads * problem.length * problem.q_length
+        return pairs * SECONDS_PER_PAIR * (2 + problem.head_dim / 64) * (3 if problem.training else 1)
+
+    def lower(self, attention: Attention, problem: Problem) -> Kernel:
+        return lambda call: attend(attention, call)
+
+
+def attend(attention: Attention, call: Call) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp as in `Kernel`; every pair is formed."""
+    heads = torch.arange(call.q.shape[1], device=call.q.device).view(1, -1, 1, 1)
+    env = environment(call, heads)
+    out, lse = None, None
+    for group in attention.groups:
+        o, l = attend_group(group, call, env)
+        mine = evaluate(group.heads, env).expand(1, len(heads.view(-1)), 1, 1)
+        out = o if out is None else torch.where(mine, o, out)
+        lse = l if lse is None else torch.where(mine.squeeze(-1), l, lse)
+    assert out is not None
+    assert lse is not None
+    return out.to(call.q.dtype), lse
+
+
+def environment(call: Call, heads: Tensor) -> Env:
+    """Every pair of every head: axes [B, H, nq, n], in at least float32."""
+    q, k = call.q, call.k
+    per_batch = [
+        torch.tensor(values, device=q.device).view(-1, 1, 1, 1)
+        for values in (call.q_offset, call.k_offset, call.n)
+    ]
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    vectors_q, vectors_k = q.to(dtype), k.to(dtype).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    size = {"H": q.shape[1], "D": q.shape[3], "nq": q.shape[2]}
+    values = {
+        "q": per_batch[0] + torch.arange(q.shape[2], device=q.device).view(-1, 1),
+        "k": per_batch[1] + torch.arange(k.shape[2], device=q.device),
+        "n": per_batch[2],
+        "h": heads,
+        "s": vectors_q @ vectors_k.transpose(-1, -2) / q.shape[3] ** 0.5,
+        "Q": vectors_q,
+        "K": vectors_k,
+    } | {name: torch.tensor(value, device=q.device) for name, value in size.items()}
+    batch = torch.arange(q.shape[0], device=q.device).view(-1, 1, 1, 1)
+    return Env(values, call.tables, batch, heads, dtype)
+
+
+def attend_group(group: HeadGroup, call: Call, env: Env) -> tuple[Tensor, Tensor]:
+    """w = decay * g(score) on the related pairs; o = sum w v / Z."""
+    mask = torch.from_numpy(call.block_mask.to_dense()).to(call.q.device)
+    v = call.v.to(env.dtype).repeat_interleave(call.q.shape[1] // call.v.shape[1], dim=1)
+    score = evaluate(group.score, env, mask).to(env.dtype).expand(env.values["s"].shape)
+    decay = torch.ones_like(score)
+    if group.decay is not None:
+        decay = evaluate(group.decay, env, mask).to(env.dtype).expand(score.shape)
+    logit = torch.where(mask, score, -torch.inf)
+    factor = torch.where(mask, decay, 0.0)
+    if group.norm.kind == "softmax":
+        sink = torch.full_like(logit[..., :1], -torch.inf)
+        if group.norm.sink is not None:
+            sink = evaluate(group.norm.sink, env).to(env.dtype).expand(sink.shape)
+        top = torch.maximum(logit.amax(-1, keepdim=True), sink) if logit.shape[-1] else sink
+        top = torch.where(top.isinf(), 0.0, top).detach()
+        weight = factor * torch.exp(logit - top)
+        total = weight.sum(-1, keepdim=True)
+        empty = (weight == 0).all(-1, keepdim=True)
+        weight = torch.where(empty, 0.0, weight)
+        normaliser = torch.where(empty, 1.0, total + torch.exp(sink - top))
+        lse = torch.where(empty, -torch.inf, torch.log(normaliser) + top)
+        return (weight / normaliser) @ v, lse.squeeze(-1)
+    weight = factor * (torch.sigmoid(logit) if group.norm.kind == "sigmoid" else torch.relu(logit))
+    total = weight.sum(-1)
+    empty = (weight == 0).all(-1)
+    return weight @ v, torch.where(empty, -torch.inf, torch.log(torch.where(empty, 1.0, total)))
+
+
+backend = Reference()

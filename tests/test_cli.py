@@ -1,0 +1,273 @@
+"""The command line as a user meets it: output, exit codes, and where each goes."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+import attndsl
+from attndsl import child
+from attndsl.cli import main
+from attndsl.errors import AttnError, fail
+
+GOOD = """pattern near(w = 3) = causal & last(w)
+pattern far = causal
+attention lm(w = 4) { mask near(w) }
+attention packed { inputs doc : int[n]  mask causal & documents(doc) }
+"""
+
+
+@pytest.fixture
+def good(tmp_path):
+    return write(tmp_path / "good.attn", GOOD)
+
+
+def write(path, text):
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def attn(*arguments):
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def attn_process(*arguments):
+    """In a process of its own: torch's threads and forks do not mix."""
+    command = [sys.executable, "-m", "attndsl", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["show", "FILE", "--length", "8"], 1, "give the name of one"),
+        (["show", "FILE", "lm2", "--length", "8"], 1, "did you mean `lm`?"),
+        (["show", "FILE", "lm", "--length", "8", "--set", "v=1"], 1, "no parameter `v`"),
+        (["show", "FILE", "lm", "--length", "8", "--set", "w=1 +"], 1, "error: "),
+        (["show", "FILE", "packed", "--length", "8"], 1, "needs its input `doc`"),
+        (["show", "FILE", "packed", "--length", "8", "--input", "doc=FILE"], 1, "as a .npy file"),
+        (["show", "FILE", "lm"], 2, "--length"),
+        (["show", "FILE", "lm", "--length", "0"], 2, "--length"),
+        (["show", "FILE", "lm", "--length", "8", "--set", "w"], 2, "name=value"),
+        (["show", "nowhere.attn", "--length", "8"], 2, "does not exist"),
+        (["show", "FILE", "lm", "--length", "8", "--block-size", "12"], 1, "multiple of 8"),
+        (["undo", "FILE"], 2, "No such command"),
+        (["diff", "FILE:lm", "FILE:nothing"], 1, "defines no `nothing`"),
+        (["check", "FILE", "--time-limit", "0"], 2, "--time-limit"),
+    ],
+)
+def test_a_mistake_is_said_on_stderr_without_a_traceback(good, arguments, code, said):
+    done = attn(*(argument.replace("FILE", good) for argument in arguments))
+    assert done.exit_code == code
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    assert isinstance(done.exception, SystemExit)
+
+
+def test_check_reports_every_file_and_fails_on_one(good, tmp_path):
+    bad = write(tmp_path / "bad.attn", "pattern p = causl\npattern q = 1 +\n")
+    done = attn("check", good, bad)
+    assert done.exit_code == 1
+    assert f"{good}: fine" in done.stdout
+    assert f"{bad}:1:13" in done.stderr
+    assert f"{bad}:2" in done.stderr
+
+
+def test_check_proves_and_refutes(tmp_path):
+    text = GOOD + "assert lm <= causal\nassert causal <= lm\n"
+    file = write(tmp_path / "claims.attn", text)
+    done = attn("check", file)
+    assert done.exit_code == 1
+    first, second = done.stdout.splitlines()
+    assert first == f"{file}:5: proved: assert lm <= causal"
+    assert second.startswith(f"{file}:6: refuted: assert causal <= lm (n = 5, q = 4, k = 0")
+    report = json.loads(attn("check", file, "--json").stdout)["files"][0]
+    assert [found["status"] for found in report["assertions"]] == ["proved", "refuted"]
+    assert report["assertions"][1]["counter_example"] == {"n": 5, "q": 4, "k": 0}
+    assert not report["fine"]
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "status", "pairs"),
+    [
+        ("near", "near", "equal", 0),
+        ("near", "far", "subset", 1),
+        ("far", "near", "superset", 1),
+        ("lm", "T(far)", None, 2),
+    ],
+)
+def test_diff_names_the_relation_and_a_pair_on_each_side(good, tmp_path, left, right, status, pairs):
+    file = write(tmp_path / "two.attn", GOOD + f"pattern other = {right}\n")
+    done = attn("diff", f"{file}:{left}", f"{file}:other", "--json")
+    assert done.exit_code == 0
+    found = json.loads(done.stdout)
+    assert found["status"] == (status or "different")
+    assert len(found["pairs"]) == pairs
+    program = attndsl.load(file)
+    for pair in found["pairs"]:
+        masks = [program[name].mask(pair["n"])[0] for name in (left, "other")]
+        mine = found["left"] == pair["only_in"]
+        assert [mask[pair["q"], pair["k"]] for mask in masks] == [mine, not mine]
+
+
+def test_fmt_changes_once_and_check_only_tells(tmp_path):
+    ugly = "pattern   p=causal&last( 3 )"
+    file = write(tmp_path / "ugly.attn", ugly)
+    assert attn("fmt", "--check", file).exit_code == 1
+    assert Path(file).read_text() == ugly
+    assert attn("fmt", file).exit_code == 0
+    assert Path(file).read_text() != ugly
+    done = attn("fmt", "--check", file)
+    assert (done.exit_code, done.output) == (0, "")
+
+
+def test_fmt_leaves_a_file_with_mistakes_alone(tmp_path):
+    file = write(tmp_path / "bad.attn", "pattern p = (causal")
+    done = attn("fmt", file)
+    assert done.exit_code == 1
+    assert Path(file).read_text() == "pattern p = (causal"
+
+
+def test_parameters_and_tables_reach_the_mask(good, tmp_path):
+    np.save(tmp_path / "doc.npy", np.array([0, 0, 1, 1, 1, 2]))
+    done = attn("analyze", good, "packed", "--length", 6, "--input", f"doc={tmp_path / 'doc.npy'}", "--json")
+    assert json.loads(done.stdout)["nnz"]["value"] == 3 + 6 + 1
+    done = attn("analyze", good, "lm", "--length", 6, "--set", "w=2", "--json")
+    assert json.loads(done.stdout)["nnz"]["value"] == 11
+
+
+def test_analyze_agrees_with_the_mask(tmp_path):
+    file = write(tmp_path / "p.attn", "pattern p = band(2..5) & columns(every(3))")
+    found = json.loads(attn("analyze", file, "--length", 50, "--json").stdout)
+    mask = attndsl.load(file)["p"].mask(50)[0]
+    assert found["nnz"]["value"] == mask.sum()
+    assert found["density"] == pytest.approx(mask.mean())
+    assert found["empty_rows"] == (~mask.any(axis=1)).sum()
+    assert found["causal"] is False
+    at = found["not_causal_at"]
+    assert at["k"] > at["q"]
+    assert attndsl.load(file)["p"].mask(at["n"])[0, at["q"], at["k"]]
+
+
+def test_show_writes_a_file(good, tmp_path):
+    out = tmp_path / "picture.txt"
+    assert attn("show", good, "lm", "--length", 16, "-o", out).stdout == ""
+    assert out.read_text(encoding="utf-8") == attn("show", good, "lm", "--length", 16).stdout
+
+
+def test_plugins_names_owners():
+    done = json.loads(attn("plugins", "--json").stdout)["plugins"]
+    ours = {row["name"]: row for row in done if row["group"] == "backends" and row["owner"] == "attndsl"}
+    assert ours.keys() == {"reference", "sdpa", "torch"}
+    assert not any(row["error"] for row in ours.values())
+
+
+COMPILED = {
+    "name", "length", "q_length", "block_size", "backend", "rejected", "tiles", "entries", "nnz", "density",
+    "plan_bytes", "compile_seconds",
+}  # fmt: skip
+
+
+def test_compile_prints_one_object_or_the_plan(good):
+    done = attn_process("compile", good, "lm", "--length", 256, "--block-size", 64, "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found.keys() == COMPILED
+    mask = attndsl.load(good)["lm"].mask(256)[0]
+    assert found["nnz"] == mask.sum()
+    assert found["density"] == pytest.approx(mask.mean())
+    assert found["tiles"] == {"full": 0, "partial": 7, "empty": 9, "unique_partial": 2}
+    assert {found["backend"], *found["rejected"]} >= {"reference", "sdpa", "torch"}
+
+
+def test_tables_may_come_later_for_compile_but_not_for_run(good):
+    done = attn_process("compile", good, "packed", "--length", 64, "--json")
+    assert json.loads(done.stdout)["tiles"] is None
+    done = attn_process("run", good, "packed", "--length", 64)
+    assert done.returncode == 1
+    assert "needs its input `doc`" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_run_verifies_and_times(good):
+    sizes = ("--length", 200, "--heads", 2, "--kv-heads", 1, "--head-dim", 16)
+    done = attn_process("run", good, "lm", *sizes, "--backward", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found.keys() == COMPILED | {"seconds", "gflops_live", "max_abs_error", "verified_rows"}
+    assert found["seconds"].keys() == {"forward", "backward", "dense", "dense_masked"}
+    assert all(taken > 0 for taken in found["seconds"].values())
+    assert found["verified_rows"] == 200
+    assert 0 < found["max_abs_error"] < 1e-5
+    assert found["nnz"] == 2 * attndsl.load(good)["lm"].mask(200).sum()
+    assert found["gflops_live"] == pytest.approx(4 * found["nnz"] * 16 / found["seconds"]["forward"] / 1e9)
+
+
+def test_run_reads_a_text_and_shows_everything(good):
+    text = Path(__file__).parent.parent / "examples/data/us-constitution.txt"
+    done = attn_process("run", good, "lm", "--length", 100, "--text", text)
+    assert done.returncode == 0, done.stderr
+    for part in ("lm: 100 queries", "┌──", "forward", "SDPA, this mask", "on all rows"):
+        assert part in done.stdout
+    short = attn_process("run", good, "lm", "--length", 10**6, "--text", text)
+    assert (short.returncode, short.stdout) == (1, "")
+    assert "45,345 bytes" in short.stderr
+
+
+def sleeper(stage):
+    stage("sleeping", 0.3)
+    time.sleep(30)
+
+
+def killed(stage):
+    import os
+
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_child_gives_its_result_or_its_mistake():
+    assert child.run(lambda stage: [1, 2]) == [1, 2]
+
+    def mistake(stage):
+        raise fail("no such thing", help="try another")
+
+    with pytest.raises(AttnError, match=r"error: no such thing\n  help: try another"):
+        child.run(mistake)
+
+
+def test_a_stage_past_its_limit_is_stopped():
+    start = time.monotonic()
+    with pytest.raises(AttnError, match=r"sleeping took longer than 0.3 s"):
+        child.run(sleeper)
+    assert time.monotonic() - start < 5
+
+
+def test_a_child_that_dies_is_reported():
+    with pytest.raises(AttnError, match="stopped by signal 9"):
+        child.run(killed)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_nothing_survives_a_signal(number):
+    script = """
+import os, sys, time
+from attndsl import child
+def work(stage):
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+child.run(work)
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as parent:
+        pid = int(parent.stdout.readline())
+        parent.send_signal(number)
+        assert parent.wait(10) != 0
+    assert not Path(f"/proc/{pid}").exists() or "zombie" in Path(f"/proc/{pid}/status").read_text()

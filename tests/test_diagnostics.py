@@ -1,0 +1,85 @@
+"""Malformed programs and calls against the exact diagnostics they must get: fixtures/diagnostics/README."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+import pytest
+
+import attndsl
+
+FOLDER = Path(__file__).parent / "fixtures" / "diagnostics"
+
+
+@dataclass(frozen=True)
+class Fixture:
+    kind: str
+    input: str
+    files: dict[str, str]
+    python: str
+    expect: str
+
+
+def read(path: Path) -> list[Fixture]:
+    fixtures = []
+    for block in re.split(r"^=== kind: ", path.read_text(), flags=re.MULTILINE)[1:]:
+        kind, *sections = re.split(r"^--- (.+)\n", block, flags=re.MULTILINE)
+        parts = dict(zip(sections[::2], sections[1::2], strict=True))
+        files = {name[5:]: text for name, text in parts.items() if name.startswith("file ")}
+        fixture = Fixture(
+            kind.strip(), parts.get("input", ""), files, parts.get("python", ""), parts["expect"].strip()
+        )
+        fixtures.append(fixture)
+    return fixtures
+
+
+def cases(*stems: str) -> list[object]:
+    return [
+        pytest.param(fixture, id=f"{stem}-{number}-{fixture.kind.replace(' ', '_')}")
+        for stem in stems
+        for number, fixture in enumerate(read(FOLDER / f"{stem}.txt"), 1)
+    ]
+
+
+STATIC = sorted({path.stem for path in FOLDER.glob("*.txt")} - {"api", "warnings"})
+
+
+@pytest.mark.parametrize("fixture", cases(*STATIC))
+def test_errors(fixture: Fixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(attndsl.AttnError) as caught:
+        if fixture.files or "\nuse " in "\n" + fixture.input:
+            for name, text in {"test.attn": fixture.input, **fixture.files}.items():
+                (tmp_path / name).write_text(text)
+            monkeypatch.chdir(tmp_path)
+            attndsl.load("test.attn")
+        else:
+            attndsl.parse(fixture.input, name="test.attn")
+    assert str(caught.value) == fixture.expect
+
+
+@pytest.mark.parametrize("fixture", cases("warnings"))
+def test_warnings(fixture: Fixture) -> None:
+    program = attndsl.parse(fixture.input, name="test.attn")
+    assert "\n\n".join(map(str, program.warnings)) == fixture.expect
+
+
+@pytest.mark.parametrize("fixture", cases("api"))
+def test_calls(fixture: Fixture) -> None:
+    """The last line of the snippet raises; `…` in the expected text stands for anything on its line."""
+    torch = pytest.importorskip("torch")
+    names = {
+        "attndsl": attndsl,
+        "numpy": numpy,
+        "torch": torch,
+        "zeros": torch.zeros,
+        "program": attndsl.parse(fixture.input, name="test.attn"),
+    }
+    *before, last = fixture.python.strip().split("\n")
+    exec("\n".join(before), names)
+    with pytest.raises(attndsl.AttnError) as caught:
+        exec(last, names)
+    expected = re.escape(fixture.expect).replace("…", ".+")
+    assert re.fullmatch(expected, str(caught.value)), str(caught.value)

@@ -1,0 +1,95 @@
+"""What holds of the repository as a whole: who imports what, what a wheel holds, what the README shows."""
+
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+import attndsl
+from attndsl.cli import main
+
+ROOT = Path(__file__).parent.parent
+HEAVY = {"torch", "sympy", "networkx", "scipy", "matplotlib"}
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PROGRAMS = re.findall(r"```attn\n(.*?)```", README, re.DOTALL)
+
+
+def imported(*arguments):
+    """Top-level modules that a fresh interpreter loads, those of its child processes included."""
+    command = [sys.executable, "-X", "importtime", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    return {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
+
+
+@pytest.fixture
+def readme_file(tmp_path):
+    file = tmp_path / "sparse.attn"
+    file.write_text(PROGRAMS[0], encoding="utf-8")
+    return file
+
+
+@pytest.mark.parametrize("command", ["check", "fmt"])
+def test_commands_that_only_read_text_load_nothing_heavy(command, readme_file):
+    found = imported("-m", "attndsl", command, readme_file)
+    assert "attndsl" in found
+    assert not found & HEAVY
+
+
+def test_importing_attndsl_loads_nothing_heavy():
+    assert not imported("-c", "import attndsl") & HEAVY
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "rule"),
+    [
+        ("attndsl/x.py", "from attndsl.plugins import reference", "TID251"),
+        ("attndsl/x.py", "import attndsl.plugins.reference", "TID251"),
+        ("plugins/x.py", "from attndsl.plugins.reference import backend", "TID251"),
+        ("plugins/x.py", "from . import reference", "TID252"),
+        ("attndsl/x.py", "import torch", "TID253"),
+        ("attndsl/cli.py", "from sympy import sympify", "TID253"),
+    ],
+)
+def test_the_linter_holds_the_architecture(file, line, rule):
+    command = [sys.executable, "-m", "ruff", "check", "--stdin-filename", file, "--output-format", "concise", "-"]
+    done = subprocess.run(command, input=line + "\n", capture_output=True, text=True, check=False, cwd=ROOT)
+    assert f" {rule} " in done.stdout
+
+
+def test_a_wheel_holds_the_grammar_and_the_plugins(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("attndsl", "grammar", "plugins"):
+        shutil.copytree(ROOT / name, source / name)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", source]
+    subprocess.run([*command, "--wheel-dir", tmp_path], check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    held = set(zipfile.ZipFile(wheel).namelist())
+    wanted = {
+        str(Path("attndsl", *(path.parts if path.parts[0] != "attndsl" else path.parts[1:])))
+        for folder in ("attndsl", "grammar", "plugins")
+        for path in (file.relative_to(ROOT) for file in (ROOT / folder).rglob("*") if file.is_file())
+        if path.suffix in (".py", ".lark", ".attn", ".typed")
+    }
+    assert wanted <= held
+
+
+@pytest.mark.parametrize("text", PROGRAMS)
+def test_the_programs_of_the_readme_are_right(text):
+    program = attndsl.parse(text)
+    assert program.names
+    assert {verdict.status for _, verdict in program.check()} <= {"proved"}
+
+
+def test_the_readme_shows_what_show_prints(readme_file):
+    picture = re.search(r"```\n(.*?)```", README.partition(PROGRAMS[0])[2], re.DOTALL)
+    done = CliRunner().invoke(main, ["show", str(readme_file), "--length", "48"])
+    assert done.exit_code == 0
+    assert done.stdout == picture[1]

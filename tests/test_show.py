@@ -1,0 +1,93 @@
+"""The terminal picture, read back character by character."""
+
+import re
+import time
+
+import numpy as np
+import pytest
+
+import attndsl
+from attndsl import show
+
+HALF = {" ": (0, 0), "▀": (1, 0), "▄": (0, 1), "█": (1, 1)}
+PATTERNS = {
+    "window": "radius(3) | global([0])",
+    "causal": "causal",
+    "random": "causal & random(2, seed = 1)",
+    "strided": "{ q, k : (q - k) mod 5 == 0 }",
+    "nothing": "full - full",
+}
+
+
+def block_mask(text, length, block_size=16, **sizes):
+    return attndsl.parse(f"pattern p = {text}")["p"].block_mask(length, block_size, **sizes)
+
+
+def body(picture):
+    """The lines inside the frames, without them; side by side masks stay on one line."""
+    return [line[1:-1] for line in picture.splitlines() if line.startswith("│")]
+
+
+@pytest.mark.parametrize("text", PATTERNS.values(), ids=PATTERNS)
+@pytest.mark.parametrize(("length", "q_length"), [(64, None), (78, 77), (40, 1), (1, 1), (33, 20)])
+def test_up_to_a_token_per_column_the_picture_is_the_mask(text, length, q_length):
+    mask = block_mask(text, length, q_length=q_length)
+    read = np.array([[HALF[char] for char in line] for line in body(show.picture(mask))])
+    rows = read.swapaxes(1, 2).reshape(-1, length)
+    dense = mask.to_dense()[0, 0]
+    assert (rows[: len(dense)] == dense).all()
+    assert not rows[len(dense) :].any()
+
+
+def shade(share):
+    return " " if share == 0 else "░" if share < 0.1 else "▒" if share < 0.5 else "▓" if share < 1 else "█"
+
+
+@pytest.mark.parametrize("limit", [show.DENSE_LIMIT, 0], ids=["expanded", "from tiles"])
+@pytest.mark.parametrize("text", PATTERNS.values(), ids=PATTERNS)
+@pytest.mark.parametrize(("length", "q_length"), [(300, None), (511, 17), (1000, 999)])
+def test_a_character_is_the_share_of_its_rectangle(monkeypatch, limit, text, length, q_length):
+    monkeypatch.setattr(show, "DENSE_LIMIT", limit)
+    mask = block_mask(text, length, q_length=q_length)
+    drawn = show.picture(mask)
+    keys, queries = (int(x) for x in re.search(r"= (\d+) keys x (\d+) queries", drawn).groups())
+    dense = mask.to_dense()[0, 0]
+    wanted = [
+        "".join(shade(dense[i : i + queries, j : j + keys].mean()) for j in range(0, length, keys))
+        for i in range(0, len(dense), queries)
+    ]
+    assert body(drawn) == wanted
+
+
+def test_a_narrow_window_is_visible_at_a_million_tokens():
+    mask = block_mask("last(3)", 2**20, block_size=128)
+    start = time.perf_counter()
+    lines = body(show.picture(mask))
+    assert time.perf_counter() - start < 1
+    assert len(lines) == 32
+    assert all(line.strip() == "░" * len(line.strip()) for line in lines)
+    assert all(line[2 * i : 2 * i + 2] == "░░" for i, line in enumerate(lines))
+
+
+def test_each_distinct_mask_stands_under_its_heads():
+    mask = attndsl.parse(
+        "attention a { heads 0..5 { mask causal } [6, 8] { mask last(9) } else { mask full } }"
+    )["a"].block_mask(64, 16, heads=10)
+    drawn = show.picture(mask)
+    names = [name.strip() for name in re.findall(r"heads [\d., ]+", drawn)]
+    assert names == ["heads 0..5", "heads 6, 8", "heads 7, 9"]
+    assert drawn.count("┌") == 3
+
+
+@pytest.mark.parametrize(("length", "heads"), [(64, 1), (70, 10), (4000, 1), (2**20, 10)])
+@pytest.mark.parametrize("width", [60, 80])
+def test_no_line_is_wider_than_the_terminal(length, heads, width):
+    groups = "heads 0..0 { mask causal } else { mask last(50) }" if heads > 1 else "mask causal"
+    mask = attndsl.parse(f"attention a {{ {groups} }}")["a"].block_mask(length, heads=heads)
+    assert max(map(len, show.picture(mask, width).splitlines())) <= width
+
+
+def test_colour_changes_no_character():
+    drawn = show.picture(block_mask("causal", 500))
+    assert re.sub("\x1b\\[\\d+m", "", show.coloured(drawn)) == drawn
+    assert show.coloured(drawn) != drawn

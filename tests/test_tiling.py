@@ -1,0 +1,376 @@
+"""Tiles against pointwise evaluation at every pair, and against torch's own BlockMask."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from attndsl import pointwise
+from attndsl.blockmask import BlockMask, TileGrid
+from attndsl.errors import AttnError
+from attndsl.expr import (
+    FALSE,
+    TRUE,
+    Expr,
+    IntSet,
+    Table,
+    absolute,
+    add,
+    all_of,
+    any_of,
+    call,
+    const,
+    count_of,
+    eq,
+    exists,
+    floordiv,
+    inset,
+    intable,
+    le,
+    lookup,
+    lt,
+    maximum,
+    minimum,
+    mod,
+    mul,
+    negate,
+    nodes,
+    power,
+    random_keys,
+    rank_of,
+    sub,
+    substitute,
+    var,
+    where,
+)
+from attndsl.links import absorb, sample
+from attndsl.tiling import tile
+
+Q, K = var("q"), var("k")
+
+DOC = Table("doc", "int", (97,))
+IDS = Table("ids", "int", (40,))
+FLAGS = Table("flags", "bool", (50,))
+CANVAS = Table("canvas", "bool", (30, 60))
+ROUTES = Table("routes", "int", (20, 30))
+CHOSEN = Table("chosen", "int", (40, 3))
+CHOSEN_BY_TOKEN = Table("chosen_by_token", "int", (320, 2))
+CHOSEN_BY_HEAD = Table("chosen_by_head", "int", (2, 40, 2))
+
+
+def tables(seed: int = 0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {
+        "doc": np.sort(rng.integers(0, 5, 97)),
+        "ids": rng.integers(-5, 60, 40),
+        "flags": rng.random(50) < np.repeat(rng.random(5), 10),
+        "canvas": rng.random((30, 60)) < np.repeat(rng.random((30, 6)), 10, axis=1) ** 3,
+        "routes": rng.integers(0, 4, (20, 30)),
+        "chosen": rng.integers(-1, 40, (40, 3)),
+        "chosen_by_token": rng.integers(-1, 320, (320, 2)),
+        "chosen_by_head": rng.integers(0, 40, (2, 40, 2)),
+    }
+
+
+class Masks:
+    """Random expressions in which every node that a mask can hold occurs."""
+
+    def __init__(self, seed: int) -> None:
+        self.r = random.Random(seed)
+
+    def integer(self, depth: int) -> Expr:
+        r = self.r
+        if depth == 0 or r.random() < 0.15:
+            return r.choice([Q, K, Q, K, const(r.randint(-9, 70))])
+        x = self.integer(depth - 1)
+        match r.randint(0, 15):
+            case 0 | 1:
+                return add(x, self.integer(depth - 1))
+            case 2 | 3:
+                return sub(x, self.integer(depth - 1))
+            case 4:
+                return mul(const(r.choice([-3, -1, 2, 5])), x)
+            case 5 | 6:
+                return floordiv(x, const(r.choice([2, 3, 8, 20, 64])))
+            case 7 | 8:
+                return mod(x, const(r.choice([2, 3, 7, 8, 16, 50, 128])))
+            case 9:
+                return minimum(x, self.integer(depth - 1))
+            case 10:
+                return maximum(x, self.integer(depth - 1))
+            case 11:
+                return absolute(x)
+            case 12:
+                return where(self.truth(depth - 1), x, self.integer(depth - 1))
+            case 13:
+                return r.choice([mul(x, self.integer(depth - 1)), power(x, const(2))])
+            case 14:
+                return r.choice([call("isqrt", absolute(x)), call("log2", maximum(x, const(1)))])
+            case _:
+                return r.choice(
+                    [
+                        lookup(DOC, mod(x, const(97))),
+                        lookup(IDS, minimum(maximum(x, const(0)), const(39))),
+                        lookup(ROUTES, mod(x, const(20)), mod(self.integer(depth - 1), const(30))),
+                        rank_of(DOC, mod(x, const(97))),
+                        count_of(DOC, mod(x, const(97))),
+                    ]
+                )
+
+    def truth(self, depth: int) -> Expr:
+        r = self.r
+        if depth > 0 and r.random() < 0.5:
+            parts = [self.truth(depth - 1) for _ in range(r.randint(2, 3))]
+            return r.choice([all_of, any_of, lambda *p: negate(any_of(*p))])(*parts)
+        x, y = self.integer(depth), self.integer(depth)
+        match r.randint(0, 13):
+            case 0 | 1 | 2:
+                return le(x, y)
+            case 3:
+                return le(x, r.choice([mul(const(0.5), y), const(7.5)]))
+            case 4 | 5:
+                return eq(x, y)
+            case 6:
+                return lt(absolute(x), const(r.randint(1, 60)))
+            case 7:
+                return inset(x, IntSet.of((p, p + r.randint(0, 9)) for p in r.sample(range(-20, 300), 9)))
+            case 8:
+                return lookup(FLAGS, r.choice([x, Q, K, sub(Q, K)]))
+            case 9:
+                return lookup(CANVAS, r.choice([x, Q, K]), r.choice([y, Q, K]))
+            case 10 | 11:
+                return self.links()
+            case 12:
+                return all_of(le(const(0), x), lt(x, const(40)), eq(lookup(IDS, x), mod(y, const(20))))
+            case _:
+                b = const(r.choice([3, 8, 16, 30]))
+                n = const(20)
+                of = r.choice([TRUE, le(var("i"), var("j")), eq(mod(var("i"), const(3)), mod(var("j"), const(3)))])
+                rows = r.choice([(Q, K), (K, Q)])
+                rows = r.choice([rows, rows, (mod(Q, const(11)), mod(K, const(12)))])
+                return random_keys(
+                    floordiv(rows[0], b), floordiv(rows[1], b), n, const(r.randint(-2, 3)), of, r.randint(1, 4), "i", "j"
+                )
+
+    def links(self) -> Expr:
+        r = self.r
+        b, c = const(r.choice([8, 12, 16, 30])), const(r.choice([1, 3, 8, 16]))
+        return r.choice(
+            [
+                intable(floordiv(K, b), CHOSEN, floordiv(Q, b)),
+                intable(floordiv(Q, c), CHOSEN, floordiv(K, b)),
+                intable(add(floordiv(add(K, const(5)), c), const(2)), CHOSEN, floordiv(Q, const(9))),
+                intable(K, CHOSEN_BY_TOKEN, Q),
+                intable(floordiv(K, b), CHOSEN_BY_HEAD, const(1), floordiv(Q, b)),
+                intable(mod(K, const(20)), CHOSEN, mod(Q, const(40))),
+            ]
+        )
+
+
+def dense(mask: Expr, nq: int, n: int, q_offset: int, k_offset: int, tables: dict[str, np.ndarray]) -> np.ndarray:
+    q, k = np.arange(nq)[:, None] + q_offset, np.arange(n)[None] + k_offset
+    return np.asarray(pointwise.evaluate(mask, q, k, tables))
+
+
+def check(mask: Expr, nq: int, n: int, size: int, q_offset: int = 0, k_offset: int = 0) -> TileGrid:
+    data = tables()
+    grid = tile(mask, nq, n, size, n=n + k_offset, q_offset=q_offset, k_offset=k_offset, tables=data)
+    expected = dense(mask, nq, n, q_offset, k_offset, data)
+    np.testing.assert_array_equal(grid.to_dense(), expected)
+    assert grid.nnz == expected.sum()
+    np.testing.assert_array_equal(grid.row_counts(), expected.sum(axis=1))
+    check_form(grid, expected)
+    return grid
+
+
+def check_form(grid: TileGrid, expected: np.ndarray) -> None:
+    """Sorted, disjoint, merged runs; whole tiles full, and nothing that is full, empty or double stored."""
+    size, (rows, cols) = grid.block_size, grid.shape
+    padded = np.zeros((rows * size, cols * size), bool)
+    padded[: grid.nq, : grid.n] = expected
+    live = padded.reshape(rows, size, cols, size).sum(axis=(1, 3))
+    assert (grid.tiles.full, grid.tiles.partial) == (
+        (live == size**2).sum(),
+        ((live > 0) & (live < size**2)).sum(),
+    )
+    for row in range(rows):
+        run = slice(grid.run_ptr[row], grid.run_ptr[row + 1])
+        part = slice(grid.part_ptr[row], grid.part_ptr[row + 1])
+        assert (grid.run_start[run] < grid.run_end[run]).all()
+        assert (grid.run_end[run][:-1] < grid.run_start[run][1:]).all()
+        assert (np.diff(grid.part_col[part]) > 0).all()
+    assert len({content.tobytes() for content in grid.masks}) == len(grid.masks)
+    assert set(grid.part_mask.tolist()) == set(range(len(grid.masks)))
+    arrays = (grid.run_ptr, grid.run_start, grid.run_end, grid.part_ptr, grid.part_col, grid.part_mask)
+    assert all(array.dtype == np.int32 for array in arrays)
+    assert (grid.run_ptr[-1], grid.part_ptr[-1]) == (len(grid.run_start), len(grid.part_col))
+
+
+SHAPES = [(300, 300, 0, 0), (1, 300, 299, 0), (64, 200, 100, 0), (250, 77, 13, 40), (17, 33, 0, 5), (128, 256, 128, 0)]
+seen: Counter[str] = Counter()
+
+
+@pytest.mark.parametrize("seed", range(240))
+def test_random_masks_equal_pointwise_evaluation(seed: int) -> None:
+    r = random.Random(seed)
+    mask = Masks(seed).truth(r.randint(1, 3))
+    seen.update(node.op for node in nodes(mask))
+    nq, n, q_offset, k_offset = r.choice(SHAPES)
+    check(mask, nq, n, r.choice([8, 16, 24, 32, 64, 128]), q_offset, k_offset)
+
+
+def test_the_random_masks_hold_every_node() -> None:
+    if sum(seen.values()) == 0:
+        pytest.skip("needs the random masks")
+    missing = set(
+        "const var lookup count_of rank_of intable inset random add mul floordiv mod pow min max abs where "
+        "log2 isqrt and or not le lt eq".split()
+    ) - set(seen)
+    assert not missing
+
+
+def band(lo: int, hi: int) -> Expr:
+    return all_of(le(const(lo), sub(K, Q)), le(sub(K, Q), const(hi)))
+
+
+CAUSAL = le(K, Q)
+NEIGHBOURS = all_of(
+    le(absolute(sub(floordiv(K, const(20)), minimum(maximum(floordiv(Q, const(20)), const(2)), const(12)))), const(2)),
+    le(absolute(sub(mod(K, const(20)), minimum(maximum(mod(Q, const(20)), const(3)), const(16)))), const(3)),
+)
+PATTERNS = {
+    "window": band(-25, 25),
+    "longformer": any_of(band(-25, 25), eq(Q, const(0)), eq(K, const(0)), eq(K, const(150))),
+    "streaming": all_of(CAUSAL, any_of(band(-40, 0), lt(K, const(4)))),
+    "chunked": all_of(CAUSAL, eq(floordiv(Q, const(50)), floordiv(K, const(50)))),
+    "dilated": all_of(band(-60, 60), eq(mod(sub(Q, K), const(4)), const(0))),
+    "neighbourhood": NEIGHBOURS,
+    "strided": all_of(CAUSAL, any_of(band(-31, 0), eq(mod(sub(Q, K), const(32)), const(0)))),
+    "fixed": all_of(CAUSAL, any_of(eq(floordiv(Q, const(32)), floordiv(K, const(32))), le(const(28), mod(K, const(32))))),
+    "documents": all_of(CAUSAL, eq(lookup(DOC, minimum(Q, const(96))), lookup(DOC, minimum(K, const(96))))),
+    "causal less random": all_of(CAUSAL, negate(random_keys(Q, K, const(300), const(1), TRUE, 30, "i", "j"))),
+    "everything": TRUE,
+    "nothing": FALSE,
+    "contradiction": all_of(eq(mod(Q, const(2)), const(0)), eq(mod(add(Q, mul(const(2), K)), const(2)), const(1))),
+}
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize(("nq", "n", "q_offset", "size"), [(300, 300, 0, 16), (300, 300, 0, 128), (44, 300, 256, 64)])
+def test_patterns_equal_pointwise_evaluation(name: str, nq: int, n: int, q_offset: int, size: int) -> None:
+    check(PATTERNS[name], nq, n, size, q_offset)
+
+
+@pytest.mark.parametrize("nq", [0, 1, 7, 8, 9])
+@pytest.mark.parametrize("n", [0, 1, 15, 16, 17])
+def test_tiny_sizes(nq: int, n: int) -> None:
+    check(CAUSAL, nq, n, 8)
+    check(TRUE, nq, n, 16)
+
+
+def test_a_contradiction_leaves_no_tile() -> None:
+    assert check(PATTERNS["contradiction"], 300, 300, 32).entries == 0
+
+
+def test_contents_do_not_grow_with_n() -> None:
+    for name in ("window", "streaming", "dilated", "strided", "fixed"):
+        short, long = (tile(PATTERNS[name], n, n, 64, n=n) for n in (2**12, 2**16))
+        assert len(short.masks) == len(long.masks), name
+
+
+def test_an_int_table_out_of_its_range_is_refused_unless_guarded() -> None:
+    data = {"ids": np.arange(40)}
+    with pytest.raises(AttnError, match="ids"):
+        tile(le(lookup(IDS, Q), const(100)), 64, 64, 16, n=64, tables=data)
+    with pytest.raises(AttnError, match="ids"):
+        tile(le(mod(lookup(IDS, Q), const(2)), const(5)), 64, 64, 16, n=64, tables=data)
+    with pytest.raises(AttnError, match="chosen"):
+        tile(intable(K, CHOSEN, Q), 64, 64, 16, n=64, tables=tables())
+    check(all_of(lt(Q, const(40)), le(lookup(IDS, Q), K)), 64, 64, 16)
+    check(all_of(lt(Q, const(40)), intable(K, CHOSEN, Q)), 64, 64, 16)
+
+
+def test_a_product_of_relations_is_searched_up_to_a_limit() -> None:
+    step = all_of(le(mul(var("m"), var("m")), Q), eq(mod(add(var("m"), K), const(7)), const(0)))
+    mask = exists("m", const(0), const(40), step)
+    check(mask, 40, 40, 8)
+    with pytest.raises(AttnError, match="8192"):
+        tile(mask, 8193, 8193, 128, n=8193)
+
+
+def test_limits_are_named() -> None:
+    with pytest.raises(AttnError, match="limit"):
+        tile(eq(mod(mul(Q, K), const(1_000_003)), const(0)), 2**20, 2**20, 128, n=2**20)
+    with pytest.raises(AttnError, match="multiple of 8"):
+        tile(CAUSAL, 64, 64, 12, n=64)
+
+
+def test_the_hash_of_random_is_splitmix64() -> None:
+    state = np.zeros(1, np.uint64)
+    assert absorb(state, np.array([0]))[0] == 0xE220A8397B1DCDAF
+
+
+def test_drawn_numbers_are_distinct_rising_and_in_range() -> None:
+    candidates = np.array([0, 1, 3, 4, 5, 50, 2**40])
+    drawn = sample(np.full(7, 3), np.arange(7), candidates, 4)
+    for row, c in zip(drawn, candidates, strict=True):
+        found = row[row >= 0]
+        assert len(found) == min(4, c) and (np.diff(found) > 0).all() and (found < c).all()
+        assert (row[len(found) :] == -1).all()
+
+
+def test_draws_are_uniform_and_do_not_depend_on_other_rows() -> None:
+    rows = np.arange(20_000)
+    drawn = sample(np.zeros(20_000, int), rows, np.full(20_000, 10), 3)
+    share = np.bincount(drawn.ravel(), minlength=10) / 60_000
+    assert abs(share - 0.1).max() < 0.01
+    np.testing.assert_array_equal(sample(np.array([0]), np.array([777]), np.array([10]), 3)[0], drawn[777])
+
+
+def test_select_inverts_rank() -> None:
+    grid = check(PATTERNS["streaming"], 300, 300, 16)
+    row, col = np.nonzero(grid.to_dense())
+    rank = np.arange(len(row)) - np.repeat(np.cumsum(grid.row_counts()) - grid.row_counts(), grid.row_counts())
+    np.testing.assert_array_equal(grid.select(row, rank), col)
+
+
+def flex_lists(mask: object, row: int) -> tuple[set[int], set[int]]:
+    parts = mask.kv_indices[0, 0, row][: mask.kv_num_blocks[0, 0, row]]  # type: ignore[attr-defined]
+    full = mask.full_kv_indices[0, 0, row][: mask.full_kv_num_blocks[0, 0, row]]  # type: ignore[attr-defined]
+    return set(parts.tolist()), set(full.tolist())
+
+
+@pytest.mark.parametrize("name", ["window", "longformer", "strided", "neighbourhood", "everything", "nothing"])
+@pytest.mark.parametrize(("nq", "n"), [(256, 256), (300, 300), (100, 333)])
+def test_tiles_equal_those_of_torch(name: str, nq: int, n: int) -> None:
+    torch = pytest.importorskip("torch")
+    from torch.nn.attention.flex_attention import create_block_mask, create_mask
+
+    expected = torch.from_numpy(np.array(dense(PATTERNS[name], nq, n, 0, 0, tables())))
+    grid = tile(PATTERNS[name], nq, n, 32, n=n)
+    ours = BlockMask(nq, n, 32, (grid,), np.zeros((1, 1), np.int32)).to_flex()
+    theirs = create_block_mask(lambda b, h, q, k: expected[q, k], None, None, nq, n, "cpu", BLOCK_SIZE=32)
+    assert ours.shape == theirs.shape
+    for row in range(grid.shape[0]):
+        assert flex_lists(ours, row) == flex_lists(theirs, row)
+    assert torch.equal(create_mask(ours.mask_mod, 1, 1, nq, n, "cpu")[0, 0], expected)
+
+
+def test_a_block_mask_sums_over_batch_rows_and_heads() -> None:
+    torch = pytest.importorskip("torch")
+    from torch.nn.attention.flex_attention import create_mask
+
+    grids = tuple(tile(PATTERNS[name], 100, 100, 16, n=100) for name in ("window", "strided"))
+    mask = BlockMask(100, 100, 16, grids, np.array([[0, 1, 1], [1, 1, 0]], np.int32))
+    whole = mask.to_dense()
+    assert whole.shape == (2, 3, 100, 100)
+    assert mask.nnz == whole.sum()
+    assert mask.density == whole.mean()
+    assert sum(mask.tiles[:3]) == 6 * 49
+    np.testing.assert_array_equal(mask.row_counts(), whole.sum(axis=-1))
+    np.testing.assert_array_equal(mask.empty_rows(), ~whole.any(axis=-1))
+    flex = create_mask(mask.to_flex().mask_mod, 2, 3, 100, 100, "cpu")
+    assert torch.equal(flex, torch.from_numpy(np.ascontiguousarray(whole)))
