@@ -1,11 +1,25 @@
 """attndsl: a compiler for attention mechanisms."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from attndsl.assertions import Assertion as Assertion
 from attndsl.assertions import prove as prove
 from attndsl.attention import Attention as Attention
 from attndsl.errors import AttnError as AttnError
-from attndsl.plan import Plan as Plan
-from attndsl.plan import compile as compile
 from attndsl.program import Program as Program
 from attndsl.program import load as load
 from attndsl.program import parse as parse
+
+if TYPE_CHECKING:
+    from attndsl.plan import Plan as Plan
+    from attndsl.plan import compile as compile
+
+LAZY = {"compile": "attndsl.plan", "Plan": "attndsl.plan"}
+"""What checking a file does not need is imported on first use: a check is to feel instant."""
+
+
+def __getattr__(name: str) -> object:
+    if name not in LAZY:
+        raise AttributeError(f"module 'attndsl' has no attribute '{name}'")
+    return getattr(import_module(LAZY[name]), name)

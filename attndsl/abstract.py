@@ -21,11 +21,25 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from attndsl.expr import Expr, IntSet, Table, const, eq, le, lt, nodes, number, rebuild
+from attndsl.expr import Expr, IntSet, Table, all_of, const, eq, le, lt, neg, nodes, number, rebuild
 from attndsl.pointwise import segments
 
 Array = NDArray[Any]
-Key = Sequence[Array]
+
+
+class Column(NamedTuple):
+    """A column of a key: `values` where all of `masks` hold, else 0. Few of its rows are ever needed.
+
+    Every mask is known from the columns: whoever masks a key adds to it a column of new values, never 0,
+    under the same mask (`choose`: the status).
+    """
+
+    values: Array
+    masks: tuple[Array, ...] = ()
+
+
+Key = Sequence[Column]
+
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
 LARGEST = 2**58
@@ -41,7 +55,11 @@ class Frame:
 
 
 class Boxes(NamedTuple):
-    """Boxes of `size` x `size` with their first positions, and their last offsets inside the matrix."""
+    """Boxes of `size` x `size` with their first positions, and their last offsets inside the matrix.
+
+    Arrays along q and along k broadcast against each other, and so do all that are computed from them:
+    what depends on q alone is computed once for all boxes beside each other.
+    """
 
     q: Array
     k: Array
@@ -69,7 +87,7 @@ class Ints(NamedTuple):
     kj: Any = 0
     lo: Any = 0
     hi: Any = 0
-    key: Sequence[Array] = ()
+    key: Key = ()
     wild: Any = False
 
 
@@ -77,7 +95,7 @@ Leaves = Mapping[Expr, Callable[[Boxes], Truth]]
 
 
 class Signatures:
-    """`self(boxes)` gives the status of each box and the columns of its key.
+    """A mask, or an integer, over boxes.
 
     `leaves` answers for nodes that tiling treats itself, such as sets of links.
     """
@@ -90,21 +108,23 @@ class Signatures:
         leaves: Leaves,
     ) -> None:
         self.mask, self.frame, self.tables, self.leaves = mask, frame, tables, leaves
-        inside: list[Expr] = []
-        needed = {mask}
-        for node in reversed(list(nodes(mask))):
-            if node in needed:
-                inside.append(node)
-                needed.update(() if node in leaves or _opaque(node) else node.args)
-        self.order = inside[::-1]
+        self.order = followed(mask, leaves)
         self.magnitude: dict[Expr, float] = {}
         for node in self.order:
             self.magnitude[node] = self.largest(node)
         self.parts: dict[Expr, _Part] = {}
 
-    def __call__(self, boxes: Boxes) -> Truth:
+    def __call__(self, q: Array, k: Array, size: int) -> tuple[Array, list[Array]]:
+        """Status int8 of the boxes at (q, k), broadcast against each other, and the key columns of the
+        partial ones, in their order. A box that sticks out of the matrix is partial at most.
+        """
+        boxes = boxes_at(self.frame, q, k, size)
+        rows, cols = (np.clip(end - x, 0, size) for (_, end), x in ((self.frame.q, q), (self.frame.k, k)))
+        within = np.minimum(rows, cols)
+        most = np.where(within == size, FULL, np.where(within > 0, PARTIAL, EMPTY))
         truth: Truth = self.root(boxes)
-        return truth
+        status = np.minimum(most, truth.status, dtype=np.int8, casting="unsafe")
+        return status, rows_of((Column(rows), Column(cols), *truth.key), status == PARTIAL)
 
     def root(self, boxes: Boxes) -> Any:
         values: dict[Expr, Any] = {}
@@ -195,7 +215,7 @@ class Signatures:
     def truth(self, node: Expr, boxes: Boxes, args: list[Any]) -> Truth:
         match node.op:
             case "const":
-                return Truth(np.full(boxes.q.shape, FULL if node.value else EMPTY, np.int8), [])
+                return Truth(np.int8(FULL if node.value else EMPTY), ())
             case "and":
                 return connect(args, np.minimum)
             case "or":
@@ -212,7 +232,7 @@ class Signatures:
                 status = np.where(found.lo != found.hi, PARTIAL, np.where(found.base == 1, FULL, EMPTY))
                 return undecided(status, found)
             case _:
-                return Truth(np.full(boxes.q.shape, PARTIAL, np.int8), _position(node, boxes))
+                return Truth(np.int8(PARTIAL), _position(node, boxes))
 
     def compare(self, node: Expr, boxes: Boxes, args: list[Any]) -> Truth:
         difference = linear([(1, args[0]), (-1, args[1])])
@@ -232,23 +252,23 @@ class Signatures:
         if part is None:
             part = self.parts[node] = _part(node, self.tables[table.name])
         indices = [arg for arg, index in zip(args, node.args, strict=True) if index.op != "const"]
-        key = [column for index in indices for column in _open(index, boxes)]
+        key = [column for index in indices for column in _open(index)]
         wild: Any = False
         for index in indices:
             wild = wild | index.wild
         if part.data is None:
             return Ints(0, key=key, wild=True)
-        spans = [tuple(b + 0 * boxes.q for b in span(index, boxes)) for index in indices]
-        out = np.zeros(boxes.q.shape, bool)
-        missed = np.zeros(boxes.q.shape, bool)
+        spans = [span(index, boxes) for index in indices]
+        out: Any = False
+        missed: Any = False
         for (start, end), size in zip(spans, part.data.shape, strict=True):
-            out |= (start < 0) | (end >= size)
-            missed |= (end < 0) | (start >= size)
+            out = out | (start < 0) | (end >= size)
+            missed = missed | (end < 0) | (start >= size)
         inside = [
             (np.clip(start, 0, size - 1), np.clip(end, 0, size - 1))
             for (start, end), size in zip(spans, part.data.shape, strict=True)
         ]
-        least, most = part.bounds(inside) if part.data.size else (0 * boxes.q, 0 * boxes.q)
+        least, most = part.bounds(inside) if part.data.size else (np.int64(0), np.int64(0))
         if table.dtype == "bool":
             return between(np.where(out, 0, least), np.where(missed, 0, most), key, wild)
         return between(least, most, key, wild | out)
@@ -271,9 +291,9 @@ class Extremes:
     def __call__(self, start: Array, end: Array) -> tuple[Array, Array]:
         """Over start..end inclusive, both inside the table."""
         level = np.frexp(end - start + 1)[1] - 1
-        least, most = np.empty(len(start), np.int64), np.empty(len(start), np.int64)
+        least, most = np.empty(level.shape, np.int64), np.empty(level.shape, np.int64)
         for power in np.unique(level):
-            at = np.flatnonzero(level == power)
+            at = level == power
             low, high = self.levels[power]
             first, second = start[at], end[at] - 2 ** int(power) + 1
             least[at] = np.minimum(low[first], low[second])
@@ -290,7 +310,9 @@ class _Part:
 
 
 def _part(node: Expr, data: Array) -> _Part:
-    fixed = [(index.value, size) for index, size in zip(node.args, data.shape, strict=False) if index.op == "const"]
+    fixed = [
+        (index.value, size) for index, size in zip(node.args, data.shape, strict=False) if index.op == "const"
+    ]
     if any(not 0 <= value < size for value, size in fixed):  # type: ignore[operator]
         return _Part(None, lambda spans: (np.zeros(0), np.zeros(0)))
     if node.op != "lookup":
@@ -315,10 +337,9 @@ def _all_and_any(sums: Array, top: Array, bottom: Array, left: Array, right: Arr
 
 def _coarse(data: Array, spans: list[tuple[Array, Array]]) -> tuple[Array, Array]:
     """The value itself at single entries, the extremes of the whole table elsewhere."""
-    shape = np.broadcast_shapes(*(start.shape for start, _ in spans)) if spans else (1,)
-    single = np.ones(shape, bool)
+    single: Any = True
     for start, end in spans:
-        single &= start == end
+        single = single & (start == end)
     found = np.asarray(data[tuple(start for start, _ in spans)], np.int64)
     return np.where(single, found, int(data.min())), np.where(single, found, int(data.max()))
 
@@ -342,17 +363,27 @@ def _opaque(node: Expr) -> bool:
             return node.type not in ("int", "bool")
 
 
+def odd(values: Any) -> Column:
+    """A new column that is nowhere 0 and tells the values."""
+    return Column(np.asarray(2 * values + 1))
+
+
 def _position(node: Expr, boxes: Boxes) -> Key:
-    key = [2 * boxes.q + 1] if "q" in node.free else []
-    return [*key, 2 * boxes.k + 1] if "k" in node.free or not key else key
+    key = [odd(boxes.q)] if "q" in node.free else []
+    return [*key, odd(boxes.k)] if "k" in node.free or not key else key
 
 
-def integral(mask: Expr) -> Expr:
-    """Comparisons of an integer with a real constant as comparisons of integers."""
+def prepared(mask: Expr) -> Expr:
+    """An equal mask that boxes decide better: a comparison with a real constant is one of integers, and
+    |x| <= y is two comparisons.
+    """
     done: dict[Expr, Expr] = {}
     for node in nodes(mask):
         args = tuple(done[arg] for arg in node.args)
         done[node] = rebuild(node, args)
+        if node.op in ("le", "lt") and args[0].op == "abs" and args[0].type == args[1].type == "int":
+            inner, compare = args[0].args[0], le if node.op == "le" else lt
+            done[node] = all_of(compare(inner, args[1]), compare(neg(inner), args[1]))
         if node.op in ("le", "lt", "eq") and {arg.type for arg in args} == {"int", "real"}:
             a, b = args
             x = number(a) if a.type == "real" else number(b)
@@ -375,13 +406,27 @@ def linear(parts: list[tuple[int, Ints]]) -> Ints:
     kj: Any = 0
     lo: Any = 0
     hi: Any = 0
-    key: Sequence[Array] = ()
+    key: Key = ()
     wild: Any = False
     for c, x in parts:
-        base, qi, kj = base + c * x.base, qi + c * x.qi, kj + c * x.kj
-        lo, hi = lo + c * (x.lo if c > 0 else x.hi), hi + c * (x.hi if c > 0 else x.lo)
+        x = x if c == 1 else scaled(c, x)
+        base, qi, kj, lo, hi = base + x.base, qi + x.qi, kj + x.kj, lo + x.lo, hi + x.hi
         key, wild = [*key, *x.key], wild | x.wild
     return Ints(base, qi, kj, lo, hi, key, wild)
+
+
+def _varies(value: Any) -> bool:
+    """Whether it is more than a plain 0, which need not be spread over the boxes."""
+    return not (isinstance(value, int) and value == 0)
+
+
+def scaled(c: int, x: Ints) -> Ints:
+    lo, hi = (x.lo, x.hi) if c > 0 else (x.hi, x.lo)
+    return Ints(c * x.base, c * x.qi, c * x.kj, c * lo, c * hi, x.key, x.wild)
+
+
+def unless(where: Array, value: Any) -> Any:
+    return np.where(where, 0, value) if _varies(value) else 0
 
 
 def reach(x: Ints, boxes: Boxes) -> tuple[Any, Any]:
@@ -399,8 +444,64 @@ def span(x: Ints, boxes: Boxes) -> tuple[Any, Any]:
     return x.base + lo, x.base + hi
 
 
-def masked(where: Any, key: Key) -> Key:
-    return [np.where(where, column, 0) for column in key]
+def masked(where: Array, key: Key) -> Key:
+    return [Column(column.values, (*column.masks, where)) for column in key]
+
+
+def rows_of(key: Key, wanted: Array) -> list[Array]:
+    """The rows of each different column where `wanted`.
+
+    Columns of the same values become one, masked where all of them are. That loses nothing: what a mask
+    tells, the column added with it tells too.
+    """
+    rows = np.nonzero(wanted)
+    count = len(rows[0])
+    gathered: dict[int, Array] = {}
+
+    def gather(mask: Array) -> Array:
+        if id(mask) not in gathered:
+            gathered[id(mask)] = np.broadcast_to(mask, wanted.shape)[rows]
+        return gathered[id(mask)]
+
+    variants: dict[int, dict[tuple[int, ...], Column]] = {}
+    for column in key:
+        variants.setdefault(id(column.values), {})[tuple(sorted(set(map(id, column.masks))))] = column
+    result = []
+    for group in variants.values():
+        common = set.intersection(*(set(names) for names in group))
+        first = next(iter(group.values()))
+        values, joint = np.asarray(first.values), list[Array]()
+        for mask in first.masks:
+            if id(mask) not in common:
+                continue
+            # along one axis alone masking is cheap, and often leaves nothing
+            if np.broadcast(values, mask).size < wanted.size:
+                values = np.where(mask, values, 0)
+            else:
+                joint.append(mask)
+        if not values.any():
+            result.append(np.zeros(count, np.int64))
+            continue
+        values = np.broadcast_to(values, wanted.shape)[rows]
+        for mask in joint:
+            values = np.where(gather(mask), values, 0)
+        rest = [[mask for mask in column.masks if id(mask) not in common] for column in group.values()]
+        if all(rest):
+            live = [np.logical_and.reduce([gather(mask) for mask in masks]) for masks in rest]
+            values = np.where(np.logical_or.reduce(live), values, 0)
+        result.append(values)
+    return result
+
+
+def followed(root: Expr, leaves: Leaves) -> list[Expr]:
+    """The nodes that are evaluated for root, arguments first."""
+    inside: list[Expr] = []
+    needed = {root}
+    for node in reversed(list(nodes(root))):
+        if node in needed:
+            inside.append(node)
+            needed.update(() if node in leaves or _opaque(node) else node.args)
+    return inside[::-1]
 
 
 def between(least: Any, most: Any, key: Key, wild: Any) -> Ints:
@@ -419,11 +520,11 @@ def remainder(x: Ints, m: int, boxes: Boxes) -> Ints:
     wraps = (turn != (start + hi) // m) | x.wild
     return Ints(
         np.where(wraps, 0, start - turn * m),
-        np.where(wraps, 0, x.qi),
-        np.where(wraps, 0, x.kj),
-        np.where(wraps, 0, x.lo),
+        unless(wraps, x.qi),
+        unless(wraps, x.kj),
+        unless(wraps, x.lo),
         np.where(wraps, m - 1, x.hi),
-        [np.where(wraps, 2 * start + 1, 0), *x.key],
+        [*masked(wraps, [odd(start)]), *x.key],
         x.wild,
     )
 
@@ -435,7 +536,7 @@ def quotient(x: Ints, m: int, boxes: Boxes) -> Ints:
     moves = (first != last) | x.wild
     return Ints(
         x.base // m + np.where(moves, 0, first), 0, 0, np.where(moves, first, 0), np.where(moves, last, 0),
-        [np.where(moves, 2 * start + 1, 0), *masked(moves, x.key)], x.wild,
+        masked(moves, [odd(start), *x.key]), x.wild,
     )  # fmt: skip
 
 
@@ -449,14 +550,14 @@ def choose(cond: Truth, x: Ints, y: Ints, boxes: Boxes, *, shift: bool) -> Ints:
     def pick(a: Any, b: Any, c: Any) -> Array:
         return np.where(first, a, np.where(second, b, c))
 
-    key = [cond.status.astype(np.int64), *cond.key, *masked(~second, x.key), *masked(~first, y.key)]
+    key = [Column(cond.status), *cond.key, *masked(~second, x.key), *masked(~first, y.key)]
     return Ints(
         pick(x.base, y.base, x.base),
-        pick(x.qi, y.qi, 0),
-        pick(x.kj, y.kj, 0),
+        pick(x.qi, y.qi, 0) if _varies(x.qi) or _varies(y.qi) else 0,
+        pick(x.kj, y.kj, 0) if _varies(x.kj) or _varies(y.kj) else 0,
         pick(x.lo, y.lo, np.minimum(x_lo, apart + y_lo)),
         pick(x.hi, y.hi, np.maximum(x_hi, apart + y_hi)),
-        [*key, np.where(both, apart, 0)] if shift else key,
+        [*key, Column(apart, (both,))] if shift else key,
         pick(x.wild, y.wild, x.wild | y.wild),
     )
 
@@ -480,8 +581,8 @@ def absolute(x: Ints, boxes: Boxes) -> Ints:
 
 
 def product(x: Ints, y: Ints, boxes: Boxes) -> Ints:
-    corners = np.stack([a * b + 0 * boxes.q for a in span(x, boxes) for b in span(y, boxes)])
-    key = [*_open(x, boxes), *_open(y, boxes)]
+    corners = np.stack([a * b for a in span(x, boxes) for b in span(y, boxes)])
+    key = [*_open(x), *_open(y)]
     return between(corners.min(0), corners.max(0), key, x.wild | y.wild)
 
 
@@ -489,15 +590,14 @@ def monotone(x: Ints, function: Callable[[Array], Array], least: int, boxes: Box
     """A rising function, defined from `least` on."""
     lo, hi = span(x, boxes)
     wild = x.wild | (lo < least)
-    lo, hi = (np.maximum(bound + 0 * boxes.q, least) for bound in (lo, hi))
-    return between(function(lo), function(hi), _open(x, boxes), wild)
+    return between(function(np.maximum(lo, least)), function(np.maximum(hi, least)), _open(x), wild)
 
 
 def power(x: Ints, exponent: int, boxes: Boxes) -> Ints:
     lo, hi = span(x, boxes)
-    ends = np.stack([(lo + 0 * boxes.q) ** exponent, (hi + 0 * boxes.q) ** exponent])
+    ends = np.stack([lo**exponent, hi**exponent])
     least = np.where((exponent % 2 == 0) & (lo < 0) & (hi > 0), 0, ends.min(0))
-    return between(least, ends.max(0), _open(x, boxes), x.wild)
+    return between(least, ends.max(0), _open(x), x.wild)
 
 
 def isqrt(x: Array) -> Array:
@@ -510,16 +610,16 @@ def log2(x: Array) -> Array:
     return np.searchsorted(1 << np.arange(62), x, side="right") - 1
 
 
-def _open(x: Ints, boxes: Boxes) -> Key:
+def _open(x: Ints) -> Key:
     """The key of a function of x that does not commute with shifts."""
-    return [2 * x.base + 1 + 0 * boxes.q, *x.key]
+    return [odd(x.base), *x.key]
 
 
 def undecided(status: Array, x: Ints) -> Truth:
     """A truth that a shift of x would change: where it is partial, x.base joins the key."""
     status = np.where(x.wild, PARTIAL, status).astype(np.int8)
     partial = status == PARTIAL
-    return Truth(status, masked(partial, [2 * x.base + 1, *x.key]))
+    return Truth(status, masked(partial, _open(x)))
 
 
 def connect(parts: list[Truth], join: Callable[[Array, Array], Array]) -> Truth:
@@ -527,13 +627,16 @@ def connect(parts: list[Truth], join: Callable[[Array, Array], Array]) -> Truth:
     status = parts[0].status
     for part in parts[1:]:
         status = join(status, part.status)
-    return Truth(status, masked(status == PARTIAL, [column for part in parts for column in part.key]))
+    partial = status == PARTIAL
+    return Truth(
+        status, masked(partial, [Column(partial), *(column for part in parts for column in part.key)])
+    )
 
 
 def member(x: Ints, members: IntSet, boxes: Boxes) -> Truth:
     """x in a constant set. One or two edges of the set within reach fix the content by their distances."""
     edges = np.array([edge for lo, hi in members.intervals for edge in (lo, hi + 1)], np.int64)
-    lo, hi = (bound + 0 * boxes.q for bound in span(x, boxes))
+    lo, hi = span(x, boxes)
     first, last = np.searchsorted(edges, lo, side="right"), np.searchsorted(edges, hi, side="right")
     within = last - first
     status = np.where(within > 0, PARTIAL, np.where(first % 2 == 1, FULL, EMPTY))
@@ -542,8 +645,8 @@ def member(x: Ints, members: IntSet, boxes: Boxes) -> Truth:
     few = (within == 1) | (within == 2)
     top = max(len(edges) - 1, 0)
     key = [
-        np.where(few, 1 + 2 * within + first % 2, 1),
-        np.where(few, edges[np.minimum(first, top)] - x.base, x.base),
-        np.where(few, edges[np.clip(last - 1, 0, top)] - x.base, 0),
+        Column(np.where(few, 1 + 2 * within + first % 2, 1)),
+        Column(np.where(few, edges[np.minimum(first, top)] - x.base, x.base)),
+        Column(edges[np.clip(last - 1, 0, top)] - x.base, (few,)),
     ]
     return Truth(status, masked(partial, [*key, *x.key]))

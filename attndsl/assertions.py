@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from attndsl import expr as ir
 from attndsl.attention import Attention
-from attndsl.elaborate import TOKENS, Elaborator, Env, K, Q, bind_arguments_of
+from attndsl.elaborate import TOKENS, Elaborator, Env, K, Q, bind_arguments_of, quoted
 from attndsl.errors import AttnError, Span, fail
 from attndsl.expr import Expr
 from attndsl.syntax import nodes as ast
@@ -135,14 +135,15 @@ def _compared(
     relations = [side for side in sides if isinstance(side, Heads | Reach)]
     if len(relations) == 2:
         if op not in ("<=", "=="):
-            raise fail(f"patterns are compared with `<=` and `==`, not `{op}`", e.span)
+            help = "write `<=`: every pair of the left is in the right" if op == "<" else ""
+            raise fail(f"patterns are compared with `<=` and `==`, not `{op}`", e.span, help)
         return Included(relations[0], relations[1], op == "==")
     if relations:
-        at, number = (left, right) if isinstance(sides[0], Heads | Reach) else (right, left)
+        at = left if isinstance(sides[0], Heads | Reach) else right
         raise fail(
             "a pattern is compared with a number",
             at.span,
-            help=f"compare a quantity of it: nnz(..., n = 4096) or density(..., n = 4096) {op} ...",
+            help=f"compare a quantity of it, as `nnz({quoted(at)}, n = 4096)` or `density(...)`",
         )
     if op == "in":
         raise fail("a quantity is compared with `==`, `<`, `<=`, `>` or `>=`", e.span)

@@ -204,7 +204,9 @@ class BlockMask:
 
         contents = np.concatenate([grid.masks for grid in self.grids])
         first = np.cumsum([0, *(len(grid.masks) for grid in self.grids)])
-        codes = np.stack([tile_codes(g, int(i)) for g, i in zip(self.grids, first[:-1], strict=True)])[self.index]
+        codes = np.stack([tile_codes(g, int(i)) for g, i in zip(self.grids, first[:-1], strict=True)])[
+            self.index
+        ]
         lists = [
             torch.from_numpy(array).to(device)
             for live in (codes >= 2, codes == 1)
@@ -213,9 +215,7 @@ class BlockMask:
         code, bits = torch.from_numpy(codes).to(device), torch.from_numpy(contents).to(device)
         size, (b_last, h_last) = self.block_size, (extent - 1 for extent in self.index.shape)
 
-        def mask_mod(
-            b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor
-        ) -> torch.Tensor:
+        def mask_mod(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
             tile = code[b.clamp(max=b_last), h.clamp(max=h_last), q // size, k // size]
             byte = bits[(tile - 2).clamp(min=0), q % size, k % size // 8]
             return (tile == 1) | ((tile > 1) & ((byte >> (k % 8)) % 2 == 1))

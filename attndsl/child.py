@@ -10,7 +10,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, Pipe
 from typing import Any, TypeVar
 
-from attndsl.errors import AttnError, fail
+from attndsl.errors import AttnError, Diagnostic, fail
 
 T = TypeVar("T")
 Stage = Callable[[str, float | None], None]
@@ -22,11 +22,15 @@ INTERNAL = 70
 """Exit code of a bug of ours, after its traceback."""
 
 
+class TimeLimitError(AttnError):
+    """A stage took longer than it may."""
+
+
 def run(work: Callable[[Stage], T]) -> T:
     """What `work(stage)` returns; both that and the AttnError it may raise must be picklable.
 
     While it runs, a terminal on stderr shows the stage and its seconds. A stage past its limit is stopped
-    and reported as an AttnError. Nothing survives Ctrl-C or SIGTERM. Call it from the main thread, before
+    and reported as TimeLimitError. Nothing survives Ctrl-C or SIGTERM. Call it from the main thread, before
     anything has started threads.
     """
     receiver, sender = Pipe(duplex=False)
@@ -81,7 +85,8 @@ def _wait(receiver: Connection) -> tuple[str, Any] | None:
         while True:
             spent = time.monotonic() - since
             if limit is not None and spent > limit:
-                raise fail(f"{label} took longer than {limit:g} s", help="raise it with --time-limit")
+                message = f"{label} took longer than {limit:g} s"
+                raise TimeLimitError(Diagnostic(message, help="give it more with --time-limit"))
             if spent > QUIET and sys.stderr.isatty():
                 sys.stderr.write(f"\r\x1b[K{label} ... {spent:.0f} s")
                 sys.stderr.flush()

@@ -15,14 +15,13 @@ import click
 from attndsl.errors import AttnError, fail
 
 if TYPE_CHECKING:
+    from attndsl.assertions import Assertion
     from attndsl.attention import Attention
     from attndsl.blockmask import BlockMask
     from attndsl.child import Stage
     from attndsl.expr import Expr
     from attndsl.plan import Plan
-    from attndsl.program import Program
-    from attndsl.prove import Verdict
-    from attndsl.syntax.nodes import Assert
+    from attndsl.proofs import Verdict
 
 Command = Callable[..., Any]
 T = TypeVar("T")
@@ -105,22 +104,16 @@ PROBLEM = options(
 
 
 def bound(file: str, name: str | None, params: dict[str, str]) -> Attention:
-    """The attention that a command is about; warnings go to stderr."""
+    """The attention that a command is about."""
     import attndsl
     from attndsl.attention import Attention
 
     program = attndsl.load(file)
-    warn(program)
     definition = program[name or program.default()]
     attention = definition(**params) if params else definition
     if not isinstance(attention, Attention):
         raise fail(str(attention).strip("<>"), help="give them with --set name=value")
     return attention
-
-
-def warn(program: Program) -> None:
-    for diagnostic in program.diagnostics:
-        click.echo(str(diagnostic), err=True)
 
 
 def tables(inputs: dict[str, str]) -> dict[str, Any]:
@@ -191,34 +184,46 @@ def report_lines(report: dict[str, Any]) -> list[str]:
 
 def check_file(file: str, time_limit: float) -> dict[str, Any]:
     import attndsl
+    from attndsl import facts
+
+    def warnings(stage: Stage) -> list[str]:
+        stage(f"looking for warnings in {file}", time_limit)
+        return [str(diagnostic) for diagnostic in program.warnings]
 
     try:
         program = attndsl.load(file)
+        warned = apart(warnings)
     except AttnError as error:
         click.echo(str(error), err=True)
-        return {"file": file, "fine": False, "error": str(error), "assertions": []}
-    warn(program)
-
-    def work(stage: Stage) -> dict[str, Any]:
-        stage(f"proving the assertions of {file}", time_limit)
-        return {"verdicts": [verdict(item, found) for item, found in program.check()]}
-
-    assertions = apart(work)["verdicts"] if program.assertions else []
+        return {"file": file, "fine": False, "error": str(error), "warnings": [], "assertions": []}
+    for warning in warned:
+        click.echo(warning, err=True)
+    assertions = [
+        {
+            "line": assertion.span.source.position(assertion.span.start)[0],
+            "assertion": assertion.text,
+            **facts.of_verdict(decided(assertion, time_limit)),
+        }
+        for assertion in program.assertions
+    ]
     fine = all(found["status"] != "refuted" for found in assertions)
-    return {"file": file, "fine": fine, "error": None, "assertions": assertions}
+    return {"file": file, "fine": fine, "error": None, "warnings": warned, "assertions": assertions}
 
 
-def verdict(item: Assert, found: Verdict) -> dict[str, Any]:
-    tables = {name: array.tolist() for name, array in (found.tables or {}).items()}
-    return {
-        "line": item.span.source.position(item.span.start)[0],
-        "assertion": item.span.text,
-        "status": found.status,
-        "at": found.at,
-        "counter_example": found.counter_example,
-        "tables": tables or None,
-        "reason": found.reason,
-    }
+def decided(assertion: Assertion, time_limit: float) -> Verdict:
+    """A proof that takes too long is undecided."""
+    from attndsl.assertions import prove
+    from attndsl.child import TimeLimitError
+    from attndsl.proofs import Verdict
+
+    def work(stage: Stage) -> Verdict:
+        stage(f"proving {assertion.text}", time_limit)
+        return prove(assertion)
+
+    try:
+        return apart(work)
+    except TimeLimitError as limit:
+        return Verdict("undecided", reason=limit.diagnostics[0].message)
 
 
 def detail(found: dict[str, Any]) -> str:
@@ -240,7 +245,7 @@ def fmt(files: tuple[str, ...], only_check: bool) -> None:
     changed = False
     for file in files:
         text = Path(file).read_text(encoding="utf-8")
-        formatted = syntax.render(syntax.parse(Source(file, text)))
+        formatted = syntax.format(Source(file, text))
         if formatted == text:
             continue
         changed = True
@@ -326,12 +331,14 @@ def compile(
     given = tables(inputs)
 
     def work(stage: Stage) -> tuple[dict[str, Any], str]:
-        plan = planned(stage, time_limit, attention, given, **problem)
-        return plan_facts(plan), plan_text(plan)
+        from attndsl import facts
 
-    facts, text = apart(work)
+        plan = planned(stage, time_limit, attention, given, **problem)
+        return facts.of_plan(plan), plan_text(plan)
+
+    found, text = apart(work)
     if as_json:
-        echo_json(facts)
+        echo_json(found)
     else:
         click.echo(text)
 
@@ -364,16 +371,18 @@ def run(
     given = tables(inputs)
 
     def work(stage: Stage) -> tuple[dict[str, Any], str]:
-        plan = planned(stage, time_limit, attention, given, training=backward, **problem)
-        facts = plan_facts(plan) | tried(stage, plan, given, backward, text, seed)
-        seen = "" if plan.block_masks is None else f"\n\n{picture(plan.block_masks)}"
-        return facts, plan_text(plan) + seen
+        from attndsl import facts
 
-    facts, said = apart(work)
+        plan = planned(stage, time_limit, attention, given, training=backward, **problem)
+        found = facts.of_run(stage, plan, given, backward, text, seed)
+        seen = "" if plan.block_masks is None else f"\n\n{picture(plan.block_masks)}"
+        return found, plan_text(plan) + seen
+
+    found, said = apart(work)
     if as_json:
-        echo_json(facts)
+        echo_json(found)
     else:
-        echo_picture(f"{said}\n\n{result_text(facts)}")
+        echo_picture(f"{said}\n\n{result_text(found)}")
 
 
 def planned(
@@ -390,100 +399,28 @@ def planned(
     return plan.bind(**given) if given else plan
 
 
-def plan_facts(plan: Plan) -> dict[str, Any]:
-    """What `compile --json` prints. Tiles and nnz are over all batch rows and heads."""
-    p, blocks = plan.problem, plan.block_masks
-    facts: dict[str, Any] = {
-        "name": plan.attention.name,
-        "length": p.length,
-        "q_length": p.q_length,
-        "block_size": p.block_size,
-        "backend": plan.backend,
-        "rejected": {name: why for name, why in plan.considered.items() if name != plan.backend},
-    }
-    if blocks is None:
-        unknown = ("tiles", "entries", "nnz", "density", "plan_bytes")
-        return facts | dict.fromkeys(unknown) | {"compile_seconds": plan.compile_seconds}
-    times = p.batch * p.heads // blocks.index.size
-    full, partial, empty, unique = blocks.tiles
-    return facts | {
-        "tiles": {
-            "full": full * times,
-            "partial": partial * times,
-            "empty": empty * times,
-            "unique_partial": unique,
-        },
-        "entries": blocks.entries,
-        "nnz": blocks.nnz * times,
-        "density": blocks.density,
-        "plan_bytes": blocks.nbytes,
-        "compile_seconds": plan.compile_seconds,
-    }
-
-
 def plan_text(plan: Plan) -> str:
     blocks = plan.block_masks
     held = f", {blocks.entries:,} entries in {blocks.nbytes:,} bytes" if blocks is not None else ""
     return f"{plan}\n  compiled  in {plan.compile_seconds:.3g} s{held}"
 
 
-def tried(
-    stage: Stage, plan: Plan, given: dict[str, Any], backward: bool, text: Path | None, seed: int
-) -> dict[str, Any]:
-    """What `run --json` prints beyond the plan. Raises AttnError where `reference` disagrees."""
-    from attndsl import trial
-
-    stage("making q, k and v", None)
-    problem = plan.problem
-    q, k, v = trial.qkv(problem, text, seed)
-    stage(f"running {plan.backend}", None)
-    out = plan(q, k, v, **given)
-    stage("running reference", None)
-    verified = trial.verify(plan, out, q, k, v, given)
-    if verified is not None and not verified.error <= verified.tolerance:
-        error, most = verified.error, verified.tolerance
-        raise fail(
-            f"`{plan.backend}` differs from `reference` by {error:.3g}, more than {most:.3g}",
-            help="this is a bug in that backend; another one may be right: --backend",
-        )
-    stage("timing the forward pass", None)
-    forward = trial.seconds(lambda: plan(q, k, v, **given), problem.device)
-    if backward:
-        stage("timing the backward pass", None)
-    backwards = trial.backward_seconds(plan, (q, k, v), given) if backward else None
-    stage("timing dense attention", None)
-    facts = plan_facts(plan)
-    flops = None if facts["nnz"] is None else 4 * facts["nnz"] * problem.head_dim
-    return {
-        "seconds": {
-            "forward": forward,
-            "backward": backwards,
-            "dense": trial.dense_seconds(plan, q, k, v, masked=False),
-            "dense_masked": trial.dense_seconds(plan, q, k, v, masked=True),
-        },
-        "gflops_live": None if flops is None else flops / forward / 1e9,
-        "max_abs_error": None if verified is None else verified.error,
-        "verified_rows": 0 if verified is None else verified.rows,
-    }
-
-
-def result_text(facts: dict[str, Any]) -> str:
-    seconds, rows = facts["seconds"], facts["verified_rows"]
-    speed = f"  {facts['gflops_live']:.3g} GFLOP/s on live pairs" if facts["gflops_live"] else ""
-    lines = [("forward", f"{seconds['forward']:.4g} s{speed}")]
+def result_text(found: dict[str, Any]) -> str:
+    seconds, rows = found["seconds"], found["verified_rows"]
+    forward = seconds["forward"]
+    speed = f"  {found['gflops_live']:.3g} GFLOP/s on live pairs" if found["gflops_live"] else ""
+    lines = [("forward", f"{forward:.4g} s{speed}")]
     if seconds["backward"] is not None:
         lines.append(("backward", f"{seconds['backward']:.4g} s"))
     for key, title in (("dense", "SDPA, no mask"), ("dense_masked", "SDPA, this mask")):
         taken = seconds[key]
-        ratio = (
-            "would not fit, left out"
-            if taken is None
-            else f"{taken:.4g} s  {taken / seconds['forward']:.3g} x"
-        )
-        lines.append((title, ratio))
-    which = "all" if rows == facts["q_length"] else f"{rows:,} sampled"
-    error = f"{facts['max_abs_error']:.3g} at most, against reference in float64 on {which} rows"
-    lines.append(("error", error if rows else "not verified: the pattern depends on nq and is too large"))
+        times = "left out: too large" if taken is None else f"{taken:.4g} s  {taken / forward:.3g} x"
+        lines.append((title, times))
+    which = "all" if rows == found["q_length"] else f"{rows:,} sampled"
+    error = "not verified: the pattern depends on nq, and reference does not fit"
+    if rows:
+        error = f"{found['max_abs_error']:.3g} at most, against reference in float64 on {which} rows"
+    lines.append(("error", error))
     return "\n".join(f"  {title:16} {said}" for title, said in lines)
 
 
@@ -505,17 +442,23 @@ def analyze(
     given = tables(inputs)
 
     def work(stage: Stage) -> dict[str, Any]:
+        from attndsl import facts
+
         stage("tiling", time_limit)
         block_mask = tiled(attention, given, **sizes)
         stage("proving causality", time_limit)
-        return mask_facts(attention, block_mask)
+        return facts.of_mask(attention, block_mask, sizes["batch"] * sizes["heads"])
 
-    facts = apart(work)
+    found = apart(work)
     if as_json:
-        echo_json(facts)
+        echo_json(found)
         return
-    for key, value in facts.items():
-        click.echo(f"  {key:12} {value}")
+    where = ", ".join(f"{name} = {value}" for name, value in (found["not_causal_at"] or {}).items())
+    causal = {True: "yes, for every n", False: f"no: {where}", None: "undecided"}[found["causal"]]
+    click.echo(f"{found['name']}: {found['q_length']:,} queries x {found['length']:,} keys")
+    click.echo(f"  live pairs  {found['nnz']['value']:,}, {100 * found['density']:.3g} %")
+    click.echo(f"  empty rows  {found['empty_rows']:,}")
+    click.echo(f"  causal      {causal}")
 
 
 @main.command()
@@ -528,10 +471,10 @@ def diff(left: str, right: str, as_json: bool, time_limit: float) -> None:
     mine, other = whole_mask(left), whole_mask(right)
 
     def work(stage: Stage) -> list[Verdict]:
-        from attndsl import prove
+        from attndsl import proofs
 
         stage("comparing", time_limit)
-        return [prove.subset(mine, other), prove.subset(other, mine)]
+        return [proofs.subset(mine, other), proofs.subset(other, mine)]
 
     inside, outside = apart(work)
     refuted = [found for found in (inside, outside) if found.status == "refuted"]
@@ -563,28 +506,4 @@ def diff(left: str, right: str, as_json: bool, time_limit: float) -> None:
 def whole_mask(target: str) -> Expr:
     """The mask of FILE:NAME over all its head groups."""
     file, _, name = target.rpartition(":") if ":" in target else (target, "", "")
-    return joined(bound(file, name or None, {}))
-
-
-def joined(attention: Attention) -> Expr:
-    from attndsl.expr import all_of, any_of
-
-    return any_of(*(all_of(group.heads, group.relation.mask) for group in attention.groups))
-
-
-def mask_facts(attention: Attention, block_mask: BlockMask) -> dict[str, Any]:
-    from attndsl import prove
-    from attndsl.expr import le, var
-
-    causal = prove.subset(joined(attention), le(var("k"), var("q")))
-    nnz = {"value": block_mask.nnz, "formula": None, "valid_for": f"n = {block_mask.n}"}
-    return {
-        "name": attention.name,
-        "length": block_mask.n,
-        "q_length": block_mask.nq,
-        "nnz": nnz,
-        "density": block_mask.density,
-        "empty_rows": int(block_mask.empty_rows().sum()),
-        "causal": {"proved": True, "refuted": False, "undecided": None}[causal.status],
-        "not_causal_at": causal.counter_example,
-    }
+    return bound(file, name or None, {}).any_head()

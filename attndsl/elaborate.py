@@ -101,7 +101,7 @@ class Elaborator:
 
     def unknown(self, name: ast.Name, env: Env, help: str = "") -> AttnError:
         candidates = {*env.names, *self.definitions, *BUILT_IN, "n", "nq", "h", "H", "D"}
-        near = RETIRED.get(name.id) or suggest(name.id, candidates)
+        near = RETIRED.get(name.id) or RETIRED.get(name.id.lower()) or suggest(name.id, candidates)
         if env.calls and name.id in {param.name for param in self.definitions[env.calls[-1]].params}:
             help = "a default sees only the parameters before its own"
         return fail(f"unknown name `{name.id}`", name.span, near or help)
@@ -270,7 +270,7 @@ class Elaborator:
         return int(value)
 
     def truth(self, e: ast.Expression, env: Env, space: Space) -> Expr:
-        return truth_of(self.value(e, env, space), e)
+        return truth_of(self.value(e, env, space), e, env)
 
     def pattern(self, e: ast.Expression, env: Env, space: Space) -> Pattern:
         value = self.value(e, env, space)
@@ -298,7 +298,7 @@ class Elaborator:
             value = self.value(e.arg, env, space)
             if isinstance(value, Pattern | SetOf):
                 raise fail(f"`not` is for truths, and this is {value.noun}", e.arg.span, help="write `~`")
-            return Truth(ir.negate(truth_of(value, e.arg)))
+            return Truth(ir.negate(truth_of(value, e.arg, env)))
         if e.op == "-":
             value = self.value(e.arg, env, space)
             help = "`~` is the complement" if isinstance(value, Pattern | SetOf) else ""
@@ -364,7 +364,7 @@ class Elaborator:
                     arg.span,
                     help=f"between {value.noun[2:]}s write `{symbol}`",
                 )
-            truths.append(truth_of(value, arg))
+            truths.append(truth_of(value, arg, env))
         return Truth(ir.all_of(*truths) if e.op == "and" else ir.any_of(*truths))
 
     def on_binary(self, e: ast.Binary, env: Env, space: Space) -> Value:
@@ -540,6 +540,7 @@ class Elaborator:
             )
         if call is not None and len(call.args) != 1:
             raise fail(f"`learn` takes one initial value, not {len(call.args)}", span)
+        env = env.bind(q=Num(Q), k=Num(K))
         init = self.num(call.args[0].value, env, space) if call is not None else ir.const(0.0)
         start = ir.number(init)
         if start is None:
@@ -634,6 +635,11 @@ class Elaborator:
 
             def segment(p: Expr, sp: Space) -> tuple[Expr, Expr, Expr]:
                 return ir.lookup(table, p), ir.rank_of(table, p), ir.count_of(table, p)
+        elif not isinstance(x, Num):
+            raise fail("`within` takes an int table of one axis or a length", args["x"].span)
+        elif isinstance(args["x"], ast.Index) and x.expr.free & {"q", "k"}:
+            base = quoted(args["x"].base)
+            raise fail("`within` takes a table without its index", args["x"].span, f"write `{base}`")
         else:
             b = self.positive(args["x"], env, space, "the length of a piece")
 
@@ -716,12 +722,12 @@ class Elaborator:
             if isinstance(clause, ast.Inputs):
                 for decl in clause.decls:
                     if decl.name in inputs:
-                        raise fail(f"`{decl.name}` is declared twice", decl.span)
+                        raise fail(f"`{decl.name}` is declared twice", name_span(decl))
                     if decl.name in env.names:
-                        raise fail(f"`{decl.name}` is a parameter and a table", decl.span, "rename one")
+                        raise fail(f"`{decl.name}` is a parameter and a table", name_span(decl), "rename one")
                     if decl.name in RESERVED or decl.name in BUILT_IN:
                         what = "reserved" if decl.name in RESERVED else "built in"
-                        raise fail(f"`{decl.name}` is {what}", decl.span, "choose another name")
+                        raise fail(f"`{decl.name}` is {what}", name_span(decl), "choose another name")
                     inputs[decl.name] = input_table(decl)
         env = env.bind(**{name: TableOf(table) for name, table in inputs.items()})
         return _AttentionBuilder(self, definition, env).build(tuple(inputs.values()))
@@ -793,7 +799,7 @@ class _AttentionBuilder:
         elif isinstance(value, Num) and value.expr.type == "int":
             which = ir.eq(h, value.expr)
         else:
-            raise _expected("a set of heads", value, e)
+            raise _expected("a set of heads", value, e, "write `0..5` or `[0, 2]`")
         if not which.free <= {"h", "H"} or which.tables:
             raise fail("a set of heads depends on h and H alone", e.span)
         if shared_head(which, which, -1) is not None:
@@ -951,11 +957,13 @@ def chosen(value: Value, e: ast.Expression, env: Env) -> str:
     return f"look it up: `where({quoted(e, tight=True)}[q, k], a, b)`"
 
 
-def truth_of(value: Value, e: ast.Expression) -> Expr:
+def truth_of(value: Value, e: ast.Expression, env: Env) -> Expr:
     truth = as_number(value)
     if isinstance(truth, Truth):
         return truth.expr
-    raise _expected("a truth", truth, e)
+    position = "k" if "k" in env.names else next(reversed(list(env.names)), "q")
+    help = f"ask for a member: `{position} in {quoted(e)}`" if isinstance(as_set(truth), SetOf) else ""
+    raise _expected("a truth", truth, e, help)
 
 
 def _expected(noun: str, value: Value, e: ast.Expression, help: str = "") -> AttnError:
@@ -976,7 +984,8 @@ def _expected(noun: str, value: Value, e: ast.Expression, help: str = "") -> Att
             help = help or f"look it up: `{{ q, k : {more} }}`"
         help = help or f"look it up: `{more}`"
     remedy = REMEDIES.get((noun, value.noun), "")
-    help = help or remedy.format(x=quoted(e), r=quoted(e, tight=True))
+    other = "K" if quoted(e) in ("Q", "K") else quoted(e)
+    help = help or remedy.format(x=quoted(e), r=quoted(e, tight=True), v=other)
     return fail(f"expected {noun}, and this is {value.noun}", e.span, help)
 
 
@@ -1017,13 +1026,17 @@ def blame(
         line, column = span.source.position(span.start)
         place = f"`{definition.name}` is given its arguments at {span.source.name}:{line}:{column}"
         return replace(d, help=place) if given and not d.help else d
-    text = d.span.text
+    text, help = d.span.text, d.help
+    if isinstance(definition, ast.Definition) and definition.word != "score" and re.search(r"\[[qk]\b", help):
+        help = ""  # there are no positions where the call stands
     used = [e for name, e in given.items() if re.search(rf"\b{name}\b", text)]
     message = f"in `{definition.name}`: " + re.sub(r"^in `\w+`: ", "", d.message)
     if len(used) != 1:
-        return replace(d, message=message, span=span, help="" if text in d.help else d.help)
-    in_code = re.compile(rf"(?<=`){re.escape(text)}(?=\W)|(?<=\W){re.escape(text)}(?=\W[^`]*`)")
-    return replace(d, message=message, span=used[0].span, help=in_code.sub(lambda _: quoted(used[0]), d.help))
+        return replace(d, message=message, span=span, help="" if text in help else help)
+    inner = re.compile(rf"(?<!\w){re.escape(text)}(?!\w)")
+    parts = help.split("`")
+    parts[1::2] = [inner.sub(lambda _: quoted(used[0]), code) for code in parts[1::2]]
+    return replace(d, message=message, span=used[0].span, help="`".join(parts))
 
 
 def _real(number: Expr, e: ast.Expression) -> AttnError:
@@ -1062,7 +1075,7 @@ def bind_arguments(
         name = arg.name or names[i]
         if name not in names:
             help = suggest(name, names) or f"write `{signature(definition)}`"
-            raise fail(f"`{definition.name}` has no parameter `{name}`", keyword(arg), help)
+            raise fail(f"`{definition.name}` has no parameter `{name}`", name_span(arg), help)
         if name in bound:
             raise fail(f"`{name}` is given twice", arg.span)
         bound[name] = arg.value
@@ -1088,7 +1101,7 @@ def bind_arguments_of(
         key = arg.name or names[i]
         if key not in names:
             help = suggest(key, names) or f"write `{usage}`"
-            raise fail(f"`{name}` has no parameter `{key}`", keyword(arg), help)
+            raise fail(f"`{name}` has no parameter `{key}`", name_span(arg), help)
         if key in bound:
             raise fail(f"`{key}` is given twice", arg.span)
         bound[key] = arg.value
@@ -1098,8 +1111,9 @@ def bind_arguments_of(
     return bound
 
 
-def keyword(arg: ast.Argument) -> Span:
-    return replace(arg.span, end=arg.span.start + len(arg.name))
+def name_span(node: ast.Argument | ast.Param | ast.InputDecl) -> Span:
+    """Where the name stands that the node begins with."""
+    return replace(node.span, end=node.span.start + len(node.name))
 
 
 def signature(definition: ast.Definition | ast.AttentionDef) -> str:
@@ -1196,10 +1210,9 @@ SIGNATURES = {
 
 REMEDIES = {
     ("a number", "a truth"): "write `where({x}, 1, 0)`",
-    ("a number", "a vector"): "`Q @ K` makes a number of two vectors",
+    ("a number", "a vector"): "an inner product is a number: `Q @ {v}`",
     ("a truth", "a number"): "compare it, as in `{x} == 0`",
     ("a truth", "a pattern"): "look it up: `{r}[q, k]`",
-    ("a truth", "a set"): "ask for a member: `k in {x}`",
     ("a set", "a number"): "write `[{x}]`",
     ("a pattern", "a truth"): "write `{{ q, k : {x} }}`",
     ("a pattern", "a set"): "write `columns({x})`, `rows({x})` or `global({x})`",

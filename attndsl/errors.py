@@ -70,13 +70,12 @@ class Diagnostic:
 def excerpt(span: Span, width: int = 76) -> str:
     """The first line of the span with carets under it, cut to `width` columns around the carets."""
     line, column = span.source.position(span.start)
-    raw = span.source.line(line)
-    text = raw.expandtabs(1)
+    text = span.source.line(line).removesuffix("\r")
     marked = max(1, min(span.end - span.start, len(text) - column + 1))
     gutter = len(str(line))
     room = width - gutter - 3
     cut = max(0, column - 1 + min(marked, room // 2) - room + 1) if len(text) > room else 0
-    shown = text[cut : cut + room]
+    shown = "".join(char if char.isprintable() else " " for char in text[cut : cut + room])
     carets = "^" * max(1, min(marked, room - (column - 1 - cut)))
     return (
         f"{' ' * gutter}--> {span.source.name}:{line}:{column}\n"

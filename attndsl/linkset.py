@@ -6,19 +6,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from attndsl.abstract import EMPTY, FULL, PARTIAL, Boxes, Frame, Truth
+from attndsl.abstract import EMPTY, FULL, PARTIAL, Boxes, Column, Frame, Truth, masked, odd
 from attndsl.expr import Expr, Table
 
 Array = NDArray[Any]
 
 PATTERN_BITS = 60
+"""Links possible in one box for their pattern to be its key; with more, the box is known by position."""
+ROW = np.int64(1) << 32
+"""Tile positions are row * ROW + column: sums and multiples of positions act on both."""
 
 
 class Stripe(NamedTuple):
@@ -28,10 +31,10 @@ class Stripe(NamedTuple):
     shift: int
     width: int
 
-    def at(self, x: Array) -> Array:
+    def at(self, x: Any) -> Any:
         return (x + self.shift) // self.width
 
-    def count(self, size: int, origin: int) -> int:
+    def per_box(self, size: int, origin: int) -> int:
         """How many values meet a box of `size` at most; boxes begin at multiples of `size` after `origin`."""
         if self.width % size == 0 and (origin + self.shift) % size == 0:
             return 1
@@ -61,6 +64,8 @@ class Links:
     col: Stripe
     pairs: Array
     """int64 [2, links]"""
+    known: dict[int, Array] = field(default_factory=dict)
+    """What `boxes` gave, by size."""
 
     def origin(self, axis: Stripe) -> int:
         return (self.frame.q if axis.axis == "q" else self.frame.k)[0]
@@ -68,7 +73,7 @@ class Links:
     @cached_property
     def codes(self) -> Array:
         """Sorted row * span + col, both relative to the least."""
-        return np.unique(self.code(*self.pairs))
+        return sorted_set(self.code(*self.pairs))
 
     @cached_property
     def least(self) -> tuple[int, int, int]:
@@ -80,8 +85,8 @@ class Links:
         inside = (cols >= col) & (cols < col + span)
         return np.where(inside, (rows - row) * span + cols - col, -1)
 
-    def boxes(self, size: int) -> tuple[Array, Array]:
-        """First positions of the boxes that meet a link, without repetition, by rising q then k."""
+    def boxes(self, size: int) -> Array:
+        """The boxes of `size` that meet a link, row * ROW + column of each, rising."""
         spans = {}
         for axis, values in ((self.row, self.pairs[0]), (self.col, self.pairs[1])):
             start, end = self.frame.q if axis.axis == "q" else self.frame.k
@@ -90,38 +95,50 @@ class Links:
             spans[axis.axis] = np.maximum(first, 0) // size, last
         (q_first, q_last), (k_first, k_last) = spans["q"], spans["k"]
         high, wide = np.maximum(q_last - q_first + 1, 0), np.maximum(k_last - k_first + 1, 0)
-        link = np.repeat(np.arange(len(high)), high * wide)
-        place = np.arange(len(link)) - np.repeat(np.cumsum(high * wide) - high * wide, high * wide)
+        link, place = spread(high * wide)
         q, k = q_first[link] + place // wide[link], k_first[link] + place % wide[link]
-        code = np.unique(q << 32 | k)
-        return self.frame.q[0] + (code >> 32) * size, self.frame.k[0] + (code & 2**32 - 1) * size
+        return sorted_set(q * ROW + k)
 
     def __call__(self, boxes: Boxes) -> Truth:
         size = boxes.size
-        rows, cols = (axis.count(size, self.origin(axis)) for axis in (self.row, self.col))
+        rows, cols = (axis.per_box(size, self.origin(axis)) for axis in (self.row, self.col))
         if rows * cols > PATTERN_BITS:
-            q, k = self.boxes(size)
-            known = (q - self.frame.q[0]) << 32 | (k - self.frame.k[0])
-            live = contains(known, (boxes.q - self.frame.q[0]) << 32 | (boxes.k - self.frame.k[0]))
+            if size not in self.known:
+                self.known[size] = self.boxes(size)
+            row, col = (boxes.q - self.frame.q[0]) // size, (boxes.k - self.frame.k[0]) // size
+            live = contains(self.known[size], row * ROW + col)
             return Truth(
                 np.where(live, PARTIAL, EMPTY).astype(np.int8),
-                [np.where(live, 2 * boxes.q + 1, 0), np.where(live, boxes.k, 0)],
+                masked(live, [odd(boxes.q), odd(boxes.k)]),
             )
         starts, ends, phases = {}, {}, {}
         for axis in (self.row, self.col):
             x, last = (boxes.q, boxes.q_last) if axis.axis == "q" else (boxes.k, boxes.k_last)
             starts[axis], ends[axis] = axis.at(x), axis.at(x + last)
             phases[axis] = (x + axis.shift) % axis.width
-        pattern, every = np.zeros(boxes.q.shape, np.int64), np.ones(boxes.q.shape, bool)
+        pattern: Any = np.int64(0)
+        every: Any = True
         for bit in range(rows * cols):
             row, col = starts[self.row] + bit // cols, starts[self.col] + bit % cols
             inside = (row <= ends[self.row]) & (col <= ends[self.col])
             hit = inside & contains(self.codes, self.code(row, col))
-            pattern |= hit.astype(np.int64) << bit
-            every &= hit | ~inside
+            pattern = pattern | hit.astype(np.int64) << bit
+            every = every & (hit | ~inside)
         status = np.where(every, FULL, np.where(pattern == 0, EMPTY, PARTIAL)).astype(np.int8)
-        key = (pattern, *phases.values())
-        return Truth(status, [np.where(status == PARTIAL, column, 0) for column in key])
+        partial = status == PARTIAL
+        return Truth(status, masked(partial, [Column(values) for values in (pattern, *phases.values())]))
+
+
+def spread(counts: Array) -> tuple[Array, Array]:
+    """For counts [c0, c1, ..]: the owner of each of the sum(counts) items, and its place there."""
+    owner = np.repeat(np.arange(len(counts)), counts)
+    return owner, np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
+def sorted_set(values: Array) -> Array:
+    """As np.unique, which hashes and is several times slower here."""
+    values = np.sort(values)
+    return values[np.concatenate([[True], values[1:] != values[:-1]])]
 
 
 def contains(known: Array, wanted: Array) -> Array:

@@ -15,6 +15,7 @@ from attndsl.attention import Attention
 from attndsl.blockmask import BlockMask, TileGrid
 from attndsl.errors import fail
 from attndsl.expr import Expr, Table
+from attndsl.intervals import check_range
 from attndsl.pointwise import evaluate
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 LENGTH_LIMIT = 2**31 - 1
+HEAD_DIM_LIMIT = 2**16
 
 
 @dataclass(frozen=True)
@@ -225,13 +227,18 @@ class Case:
     tables: Mapping[str, Array]
 
 
-def cases(attention: Attention, sizes: Sizes, tables: Mapping[str, Array]) -> Iterator[Case]:
-    """Every batch row and head that may differ: one row (head) stands for all where nothing depends on it."""
+def cases(
+    attention: Attention, sizes: Sizes, tables: Mapping[str, Array], counts: bool = False
+) -> Iterator[Case]:
+    """Every batch row and head whose mask (with `counts`, also multiplicities) may differ: one row (head)
+    stands for all where nothing depends on it."""
     groups = head_groups(attention, sizes.heads)
     masks = [quantifier_free(group.relation.mask) for group in attention.groups]
-    used = {table for mask in masks for table in mask.tables}
+    multiplicities = [group.relation.count or ir.ONE if counts else ir.ONE for group in attention.groups]
+    read = [*masks, *multiplicities]
+    used = {table for e in read for table in e.tables}
     rows = max(len(sizes.q_offset), len(sizes.k_offset), *(len(tables[t.name]) for t in used), 1)
-    by_head = len(set(groups)) > 1 or any("h" in mask.free for mask in masks) or any(t.headed for t in used)
+    by_head = len(set(groups)) > 1 or any("h" in e.free for e in read) or any(t.headed for t in used)
     for row in range(rows):
         start, keys_start = (o[row % len(o)] for o in (sizes.q_offset, sizes.k_offset))
         n = keys_start + sizes.n_keys
@@ -241,15 +248,35 @@ def cases(attention: Attention, sizes: Sizes, tables: Mapping[str, Array]) -> It
                 mask = closed(masks[groups[head]], n, sizes.nq, head, sizes.heads)
             here = {
                 t.name: tables[t.name][row % len(tables[t.name]), head % tables[t.name].shape[1]]
-                for t in sorted(mask.tables, key=lambda t: t.name)
+                for t in sorted(mask.tables | multiplicities[groups[head]].tables, key=lambda t: t.name)
             }
+            check_range(mask, _ranges(sizes, row), here)
             yield Case(row, head, groups[head], mask, n, start, keys_start, here)
+
+
+def _ranges(sizes: Sizes, row: int) -> dict[str, tuple[int, int]]:
+    """Least and greatest value of each variable in a batch row."""
+    q, k = (offsets[row % len(offsets)] for offsets in (sizes.q_offset, sizes.k_offset))
+    n, heads = k + sizes.n_keys, sizes.heads
+    return {
+        "q": (q, q + sizes.nq - 1), "k": (k, n - 1), "n": (n, n), "nq": (sizes.nq, sizes.nq),
+        "h": (0, heads - 1), "H": (heads, heads), "D": (1, HEAD_DIM_LIMIT),
+    }  # fmt: skip
+
+
+def check_scores(attention: Attention, sizes: Sizes, tables: Mapping[str, Array]) -> None:
+    """Raises AttnError where an integer of a score, decay or sink could leave the 64-bit range."""
+    for row in range(max(len(sizes.q_offset), len(sizes.k_offset))):
+        for group in attention.groups:
+            for e in (group.score, group.decay, group.norm.sink):
+                if e is not None and sizes.nq and sizes.n_keys:
+                    check_range(e, _ranges(sizes, row), tables)
 
 
 def dense(attention: Attention, sizes: Sizes, tables: Mapping[str, Array], counts: bool = False) -> Array:
     """The mask [B or 1, H or 1, nq, n_keys], pointwise; with `counts` the multiplicities instead."""
     grid: dict[tuple[int, int], Array] = {}
-    for case in cases(attention, sizes, tables):
+    for case in cases(attention, sizes, tables, counts):
         q = case.q_offset + np.arange(sizes.nq)[:, None]
         k = case.k_offset + np.arange(sizes.n_keys)[None, :]
         live = evaluate(case.mask, q, k, case.tables)
@@ -257,6 +284,7 @@ def dense(attention: Attention, sizes: Sizes, tables: Mapping[str, Array], count
             count = attention.groups[case.group].relation.count
             if count is not None and live.size:
                 at = closed(count, case.n, sizes.nq, case.head, sizes.heads)
+                check_range(at, _ranges(sizes, case.row), case.tables)
                 live = np.where(live, evaluate(at, q, k, case.tables), 0)
             live = live.astype(np.int64)
         grid[case.row, case.head] = live
@@ -274,6 +302,7 @@ def block_mask(
     """The tiles; equal masks are tiled once."""
     from attndsl.tiling import tile
 
+    check_scores(attention, sizes, tables)
     grids: list[TileGrid] = []
     known: dict[tuple[object, ...], int] = {}
     index: dict[tuple[int, int], int] = {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 from weakref import WeakValueDictionary
 
@@ -94,13 +94,13 @@ def attend_backward(
     runner = _runners[handle]
     named = dict(zip(runner.names, tables, strict=True))
     needing = [name for name, w in zip(runner.names, wanted, strict=True) if w]
+    call = runner.call_of(q, k, v, named, list(q_offset), list(k_offset))
     if isinstance(runner.kernel, Differentiable):
-        call = runner.call_of(q, k, v, named, list(q_offset), list(k_offset))
         *grads, by_name = runner.kernel.gradient(call, needing, out, lse, grad_out, grad_lse)
         return [*grads, *(by_name[name] for name in needing)]
 
     def again(q: Tensor, k: Tensor, v: Tensor, learned: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        return runner.kernel(runner.call_of(q, k, v, {**named, **learned}, list(q_offset), list(k_offset)))
+        return runner.kernel(replace(call, q=q, k=k, v=v, tables={**named, **learned}))
 
     # autograd does not record inside an operator; torch.func does
     _, pull = torch.func.vjp(again, q, k, v, {name: named[name] for name in needing})
@@ -165,7 +165,10 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
         )
     )
     dense = [next(grads) for _ in range(3)]
-    return *dense, [next(grads) if w else None for w in ctx.wanted], [None] * len(ctx.q_offset), [None] * len(ctx.k_offset), None
+    learned = [next(grads) if w else None for w in ctx.wanted]
+    # torch takes an empty list for a list of tensors, whose gradient is a list as well
+    offsets = [None if offset else [] for offset in (ctx.q_offset, ctx.k_offset)]
+    return *dense, learned, *offsets, None
 
 
 attend.register_autograd(_backward, setup_context=_setup_context)

@@ -13,7 +13,8 @@ from attndsl import lowering, registry
 from attndsl.attention import Attention
 from attndsl.backend import Backend, Call, Kernel, Problem
 from attndsl.blockmask import BlockMask
-from attndsl.errors import fail
+from attndsl.elaborate import signature
+from attndsl.errors import AttnError, fail
 from attndsl.expr import Table
 from attndsl.program import Program, Unbound
 
@@ -79,7 +80,8 @@ def _tabled(attention: Attention) -> bool:
 
 def _problem(attention: object, problem: Problem) -> Problem:
     if isinstance(attention, Unbound):
-        raise fail(f"`{attention.name}` needs parameters", help=f"write {attention!r}")
+        written = signature(attention.definition)
+        raise fail(f"`{attention.name}` needs parameters", help=f"call it with them: `{written}`")
     if isinstance(attention, Program):
         names = ", ".join(attention.names)
         raise fail("a program is compiled one attention at a time", help=f'write program["..."]: {names}')
@@ -99,8 +101,11 @@ def _problem(attention: object, problem: Problem) -> Problem:
 def _judged(
     name: str, attention: Attention, problem: Problem, blocks: BlockMask | None
 ) -> float | str:
-    """Predicted seconds, or the reason why the backend declines."""
-    backend: Backend = registry.plugin("backends", name)
+    """Predicted seconds, or the reason why the backend declines or cannot be loaded."""
+    try:
+        backend: Backend = registry.plugin("backends", name)
+    except AttnError as error:
+        return error.diagnostics[0].message
     reason = backend.supports(attention, problem)
     return reason if reason is not None else backend.cost(attention, problem, blocks)
 
@@ -259,6 +264,8 @@ class Plan:
             "v": (v, p.kv_heads, p.length, None),
         }
         for name, (tensor, heads, length, width) in wanted.items():
+            if not isinstance(tensor, torch.Tensor):
+                raise fail(f"`{name}` must be a torch tensor, and is of type {type(tensor).__name__}")
             shape = tuple(tensor.shape)
             if len(shape) != 4:
                 raise fail(f"`{name}` has {len(shape)} axes, and needs 4: [batch, heads, length, head_dim]")
@@ -267,9 +274,13 @@ class Plan:
             if width is not None and shape[3] != width:
                 raise fail(f"`{name}` has head_dim {shape[3]}, and the plan is for {width}")
             if shape[2] > length:
-                raise fail(f"`{name}` has length {shape[2]}, and the plan serves up to {length}")
+                size = "q_length" if name == "q" and p.q_length != p.length else "length"
+                help = f"compile with `{size}={shape[2]}`"
+                raise fail(f"`{name}` has length {shape[2]}, and the plan serves up to {length}", help=help)
             if tensor.dtype != getattr(torch, p.dtype):
-                raise fail(f"`{name}` is {str(tensor.dtype).removeprefix('torch.')}, and the plan is for {p.dtype}")
+                dtype = str(tensor.dtype).removeprefix("torch.")
+                help = f'compile with `dtype="{dtype}"`'
+                raise fail(f"`{name}` is {dtype}, and the plan is for {p.dtype}", help=help)
             if tensor.device.type != p.device.split(":")[0]:
                 raise fail(f"`{name}` is on {tensor.device}, and the plan is for {p.device}")
             if shape[0] != q.shape[0]:

@@ -6,6 +6,7 @@ them but the hash of `random`, which is part of the meaning (links.py).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,11 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attndsl.errors import fail
-from attndsl.expr import Expr, IntSet, Table
+from attndsl.expr import Expr, IntSet, Table, nodes
 from attndsl.links import sample
 
 Array = NDArray[Any]
 Tables = Mapping[str, Array]
+
+LEAST = {"isqrt": 0, "log2": 1}
+"""The least integer that these are defined for."""
+LARGEST_ROOT = 3_037_000_499
+"""isqrt(2**63 - 1)"""
+GUARD = "guard it: write the condition that keeps it inside left of it, with `and`"
 
 
 def evaluate(expr: Expr, q: Array, k: Array, tables: Tables | None = None) -> Array:
@@ -26,7 +33,7 @@ def evaluate(expr: Expr, q: Array, k: Array, tables: Tables | None = None) -> Ar
     Every other variable has been replaced by a constant. `tables` maps a name to its explicit axes, batch
     row and head already selected. Raises AttnError where an int or float table is read out of its range.
     """
-    result = _Evaluation({"q": q, "k": k}, tables or {}).value(expr, None)
+    result = _Evaluation({"q": q, "k": k}, tables or {}, expr).value(expr, None)
     return np.broadcast_to(result, np.broadcast_shapes(np.shape(result), q.shape, k.shape))
 
 
@@ -41,16 +48,28 @@ def segments(values: Array) -> tuple[Array, Array]:
     return rank, size
 
 
+@functools.lru_cache(maxsize=256)
+def partial(root: Expr) -> frozenset[Expr]:
+    """The nodes that have no value everywhere."""
+    found: set[Expr] = set()
+    for e in nodes(root):
+        undefined = isinstance(e.value, Table) or (e.op in LEAST and e.type == "int")
+        if undefined or any(arg in found for arg in e.args):
+            found.add(e)
+    return frozenset(found)
+
+
 class _Evaluation:
     """One recursion: variables, tables, and what was already computed."""
 
-    def __init__(self, variables: dict[str, Array], tables: Tables) -> None:
+    def __init__(self, variables: dict[str, Array], tables: Tables, root: Expr) -> None:
         self.variables, self.tables = variables, tables
+        self.partial = partial(root)
         self.memo: dict[tuple[Expr, int], tuple[Array, Array | None]] = {}
 
     def value(self, e: Expr, active: Array | None) -> Array:
         """`active` says where the value matters: a look-up elsewhere may lie out of range."""
-        if not e.tables:
+        if e not in self.partial:
             active = None
         known = self.memo.get((e, id(active)))
         if known is None:
@@ -72,13 +91,18 @@ class _Evaluation:
         if e.op == "exists":
             return self.exists(e, active)
         if e.op == "random":
-            return self.random(e)
+            return self.random(e, active)
         args = [self.value(arg, active) for arg in e.args]
         if isinstance(e.value, Table):
             return self.look_up(e, e.value, args, active)
         if e.op == "inset":
             assert isinstance(e.value, IntSet)
             return np.any([(lo <= args[0]) & (args[0] <= hi) for lo, hi in e.value.intervals], axis=0)
+        if e in self.partial and e.op in LEAST:
+            needed = args[0] < LEAST[e.op] if active is None else (args[0] < LEAST[e.op]) & active
+            if needed.any():
+                bad = np.broadcast_to(args[0], needed.shape)[needed][0]
+                raise fail(f"{e.op}({bad}) is not a number", help=GUARD)
         if e.op == "add":
             return sum(args[1:], start=args[0])
         if e.op == "or":
@@ -117,20 +141,23 @@ class _Evaluation:
         found: Array = np.zeros((), bool)
         for m in range(int(np.min(lo, initial=0)), int(np.max(hi, initial=0))):
             position = np.asarray(m)
-            inner = _Evaluation(self.variables | {str(e.value): position}, self.tables)
+            inner = _Evaluation(self.variables | {str(e.value): position}, self.tables, e.args[2])
             found = found | ((lo <= m) & (m < hi) & inner.value(e.args[2], active))
         return found
 
-    def random(self, e: Expr) -> Array:
+    def random(self, e: Expr, active: Array | None) -> Array:
         r, row, col = e.value  # type: ignore[misc]
-        q, k, n, seed = (self.value(arg, None) for arg in e.args[:4])
+        q, k, n, seed = (self.value(arg, active) for arg in e.args[:4])
+        if active is not None:
+            q, n = (np.where(active, a, 0) for a in (q, n))
         rows, inverse = np.unique(
             np.stack([a.ravel() for a in np.broadcast_arrays(q, n, seed)]), axis=1, return_inverse=True
         )
         keys = np.full((rows.shape[1], r), -1)
         for i, (position, length, s) in enumerate(rows.T):
             columns = np.arange(length)
-            inner = _Evaluation(self.variables | {row: np.asarray(position), col: columns}, self.tables)
+            variables = self.variables | {row: np.asarray(position), col: columns}
+            inner = _Evaluation(variables, self.tables, e.args[4])
             live = columns[np.broadcast_to(inner.value(e.args[4], None), columns.shape)]
             ranks = sample(np.asarray([s]), np.asarray([position]), np.asarray([len(live)]), r)[0]
             keys[i, : (ranks >= 0).sum()] = live[ranks[ranks >= 0]]
@@ -153,13 +180,22 @@ def _sigmoid(x: Array) -> Array:
 def _log2(x: Array) -> Array:
     if not np.issubdtype(x.dtype, np.integer):
         return np.log2(x)
-    return np.frexp(x.astype(np.float64))[1] - 1
+    exponent = np.frexp(x.astype(np.float64))[1] - 1
+    # beyond 2**53 the conversion may have rounded up to the next power
+    return exponent - (np.uint64(1) << np.maximum(exponent, 0).astype(np.uint64) > np.maximum(x, 1).astype(np.uint64))
 
 
 def _isqrt(x: Array) -> Array:
-    root = np.sqrt(x.astype(np.float64)).astype(np.int64)
+    x = np.maximum(x, 0)
+    root = np.minimum(np.sqrt(x.astype(np.float64)).astype(np.int64), LARGEST_ROOT)
     root -= root * root > x
-    return root + ((root + 1) * (root + 1) <= x)
+    after = np.minimum(root + 1, LARGEST_ROOT)
+    return np.where(after * after <= x, after, root)
+
+
+def _power(a: Array, b: Array) -> Array:
+    """Of integers an integer, which numpy has for exponents from 0 on alone."""
+    return np.power(a, b) if np.ndim(b) == 0 and b >= 0 else np.power(np.asarray(a, np.float64), b)
 
 
 OPERATIONS: dict[str, Any] = {
@@ -167,7 +203,7 @@ OPERATIONS: dict[str, Any] = {
     "div": np.true_divide,
     "floordiv": np.floor_divide,
     "mod": np.mod,
-    "pow": np.power,
+    "pow": _power,
     "min": np.minimum,
     "max": np.maximum,
     "abs": np.abs,

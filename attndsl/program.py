@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from attndsl import expr as ir
 from attndsl import syntax
-from attndsl.assertions import Assertion, typed
+from attndsl.assertions import Assertion, prove, typed
 from attndsl.attention import Attention
 from attndsl.elaborate import (
     BUILT_IN,
@@ -22,12 +22,16 @@ from attndsl.elaborate import (
     K,
     Q,
     bind_arguments,
+    name_span,
     out_of_place,
     signature,
 )
 from attndsl.errors import AttnError, Diagnostic, Source, Span, fail, suggest
 from attndsl.syntax import nodes as ast
 from attndsl.values import AttentionOf, GridPattern, Num, Pattern, SetOf, TableOf, Truth, Value, Vec
+
+if TYPE_CHECKING:
+    from attndsl.proofs import Verdict
 
 Definition = ast.Definition | ast.AttentionDef
 FILE_LIMIT = 64
@@ -150,11 +154,11 @@ def _declare(item: Definition, definitions: dict[str, Definition]) -> list[Diagn
     seen: set[str] = set()
     for param in item.params:
         if param.name in seen:
-            problems.append(Diagnostic(f"the parameter `{param.name}` is given twice", param.span))
+            problems.append(Diagnostic(f"the parameter `{param.name}` is given twice", name_span(param)))
         # `slope(h)` hands the head on: the one reserved name that a parameter may carry
         if param.name in RESERVED - {"h"} or param.name in BUILT_IN:
             what = "reserved" if param.name in RESERVED else "built in"
-            problems.append(Diagnostic(f"`{param.name}` is {what}", param.span, "choose another name"))
+            problems.append(Diagnostic(f"`{param.name}` is {what}", name_span(param), "choose another name"))
         seen.add(param.name)
     definitions.setdefault(name, item)
     return problems
@@ -221,7 +225,8 @@ class Program:
         """An attention, or a pattern as an attention of its own, with parameters from Python."""
         names = [param.name for param in item.params]
         if len(args) > len(names):
-            raise fail(f"`{item.name}` takes {len(names)} parameters, not {len(args)}", item.name_span)
+            takes = f"{len(names)} parameter{'s' * (len(names) > 1)}, not {len(args)}" if names else "none"
+            raise fail(f"`{item.name}` takes {takes}", help=f"write `{signature(item)}`")
         given = dict(zip(names, args, strict=False))
         for name in params:
             if name in given:
@@ -239,11 +244,13 @@ class Program:
         if isinstance(value, str):
             expression = syntax.parse_expression(Source(f"<{name}>", value))
             return self.elaborator.value(expression, Env({}, integral=False, binding=name), TOKENS)
+        if hasattr(value, "tolist"):
+            value = value.tolist()
         if isinstance(value, range | list | tuple | set):
-            members = ir.IntSet.of((int(v), int(v)) for v in value)
+            if not all(isinstance(v, int) and not isinstance(v, bool) for v in value):
+                raise fail(f"`{name}` is a list of integers, and this is {value}")
+            members = ir.IntSet.of((v, v) for v in value)
             return SetOf(lambda p, sp: ir.inset(p, members))
-        if hasattr(value, "item"):
-            value = value.item()
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise fail(f"`{name}` is a number, a list of integers or a text, not {type(value).__name__}")
         return Num(ir.const(value))
@@ -260,6 +267,11 @@ class Program:
                 self.elaborator.broken.add(name)
         return problems
 
+    def check(self) -> Iterator[tuple[Assertion, Verdict]]:
+        """Each assertion with its verdict."""
+        return ((assertion, prove(assertion)) for assertion in self.assertions)
+
+    @functools.cached_property
     def warnings(self) -> list[Diagnostic]:
         """What is legal and probably not meant, in the order of the text."""
         from attndsl.lint import warnings
@@ -273,7 +285,8 @@ class Program:
             try:
                 self._check_types(item)
             except AttnError as error:
-                raise AttnError(*problems, *error.diagnostics) from None
+                told = {d.message for d in error.diagnostics}
+                raise AttnError(*(d for d in problems if d.message not in told), *error.diagnostics) from None
         if problems:
             raise AttnError(*problems)
 
@@ -315,7 +328,7 @@ def _name_problems(item: Definition, elaborator: Elaborator) -> list[Diagnostic]
             return
         if isinstance(node, ast.Name):
             if node.id not in names and node.id not in BUILT_IN and node.id not in elaborator.definitions:
-                hidden = {"q", "k", "s", "Q", "K"} & {node.id}
+                hidden = node.id in RESERVED
                 env = Env(dict.fromkeys(names, Num(ir.ZERO)))
                 problems.extend(
                     (out_of_place(node) if hidden else elaborator.unknown(node, env)).diagnostics
@@ -339,7 +352,7 @@ def _name_problems(item: Definition, elaborator: Elaborator) -> list[Diagnostic]
     }
     visit((item.params, item.body if isinstance(item, ast.Definition) else item.clauses),
           frozenset(names | inputs))  # fmt: skip
-    return problems
+    return list({d.message: d for d in reversed(problems)}.values())
 
 
 def _compilable(item: Definition) -> bool:

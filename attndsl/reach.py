@@ -1,11 +1,11 @@
-"""Where information gets in several layers: (R | radius(0)) to the power of their number, over heads the union."""
+"""Where information gets in several layers: the union over heads, with radius(0), to that power."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,7 @@ from attndsl.expr import (
     var,
 )
 from attndsl.pointwise import evaluate
+from attndsl.proofs import subset
 from attndsl.relation import distances, domain, eliminate
 
 Bits = NDArray[Any]
@@ -76,11 +77,11 @@ def reach(masks: Sequence[Expr], layers: int) -> Expr:
 
 @dataclass(frozen=True, eq=False)
 class Distances:
-    """Distances d >= 0 with k - q = sign * d: d belongs if `bits[d]`; the last `period` bits repeat for ever."""
+    """Distances d >= 0, where k - q = sign * d: those with `bits[d]`, whose last `period` repeat for ever."""
 
     bits: Bits
     period: int
-    sign: int
+    sign: Literal[-1, 1]
 
     @property
     def start(self) -> int:
@@ -89,11 +90,13 @@ class Distances:
 
     def unrolled(self, length: int) -> Bits:
         missing = max(length - len(self.bits), 0)
-        return np.r_[self.bits, np.resize(self.bits[self.start :], missing)][:length]
+        return cast(Bits, np.r_[self.bits, np.resize(self.bits[self.start :], missing)][:length])
 
     def plus(self, other: Distances) -> Distances:
-        """All sums a + b, both sets of one period p. One of a and b is p past its start if a + b is 2p past both
-        starts together, so from p before that on the sums repeat."""
+        """All sums a + b, both sets of one period p.
+
+        If a + b is 2p past both starts together, a or b is p past its own: from p before that, sums repeat.
+        """
         length = self.start + other.start + 3 * self.period
         if length > LONGEST:
             raise fail(f"the distances reached exceed the limit of {LONGEST} positions")
@@ -153,24 +156,26 @@ def sums(a: Bits, b: Bits) -> Bits:
 
 
 def _sides(step: Expr) -> tuple[Distances, Distances] | None:
-    """The distances to keys before and after the query that `step` holds at, if it depends on k - q alone and sums
-    of such distances can be walked inside the sequence: all to one side, or every one up to a width."""
+    """The distances to keys before and after the query where `step` holds, if it depends on k - q alone.
+
+    None too unless sums of them can be walked inside the sequence.
+    """
     held = distances(step, SELF)
     if held is None:
         return None
-    sides = tuple(_periodic(substitute(held, {"d": mul(const(sign), var("q"))}), sign) for sign in (-1, 1))
-    if None in sides:
+    before, after = _periodic(held, -1), _periodic(held, 1)
+    if before is None or after is None:
         return None
-    before, after = sides
-    assert before is not None
-    assert after is not None
     # two periods, so that what repeats shows as more than one run
     shown = (side.unrolled(len(side.bits) + side.period) for side in (before, after))
     return (before, after) if _walkable(*shown) else None
 
 
 def _walkable(before: Bits, after: Bits) -> bool:
-    """Whether any order of steps can stay between the two ends, or steps of one sign suffice."""
+    """Whether a sum of steps has an order that stays between its two ends.
+
+    So do steps of one sign, and steps of every length up to a width to either side.
+    """
     return (
         not before[1:].any()
         or not after[1:].any()
@@ -178,8 +183,9 @@ def _walkable(before: Bits, after: Bits) -> bool:
     )
 
 
-def _periodic(held: Expr, sign: int) -> Distances | None:
-    """The q >= 0 with `held`, a truth over q made of linear comparisons."""
+def _periodic(held: Expr, sign: Literal[-1, 1]) -> Distances | None:
+    """The multiples d of `sign`, not negative, with `held`, a truth over d made of linear comparisons."""
+    held = substitute(held, {"d": mul(const(sign), var("q"))})
     period = _period(held)
     if period > PERIOD:
         return None
@@ -231,13 +237,26 @@ def diameter(masks: Sequence[Expr], n: int, heads: int | None = None) -> int:
             return max(_layers(side, d == 0, sums) for side in sides)
     if n > DENSE_LENGTH:
         raise fail(
-            f"the diameter of a pattern that is not a set of distances is measured up to n = {DENSE_LENGTH}"
+            f"a diameter is measured up to n = {DENSE_LENGTH}, unless the pattern depends on k - q alone"
         )
     related = np.concatenate(
         [evaluate(mask, np.arange(n)[i : i + 256, None], np.arange(n)[None, :]) for i in range(0, n, 256)]
     )
     identity = np.eye(n, dtype=bool)
-    return _layers(_packed(related | identity), _packed(identity), matrix_product)
+    return _layers(packed(related | identity), packed(identity), matrix_product)
+
+
+def common_divisor(mask: Expr) -> int:
+    """The largest number that divides every k - q of the mask whatever n, head and table; 1 where none is found.
+
+    Each counter-example to a divisor leaves a smaller one to try.
+    """
+    apart = sub(var("k"), var("q"))
+    divisor, verdict = 0, subset(mask, eq(apart, ZERO))
+    while verdict.counter_example is not None:
+        divisor = math.gcd(divisor, verdict.counter_example["k"] - verdict.counter_example["q"])
+        verdict = subset(mask, eq(mod(apart, const(divisor)), ZERO))
+    return divisor if divisor and verdict.status == "proved" else 1
 
 
 def _layers(step: Bits, none: Bits, product: Callable[[Bits, Bits], Bits]) -> int:
@@ -258,7 +277,7 @@ def _layers(step: Bits, none: Bits, product: Callable[[Bits, Bits], Bits]) -> in
     return count + 1
 
 
-def _packed(matrix: Bits) -> Bits:
+def packed(matrix: Bits) -> Bits:
     """Rows of bits as rows of 64-bit words."""
     data = np.packbits(matrix, axis=1, bitorder="little")
     return np.pad(data, ((0, 0), (0, -data.shape[1] % 8))).view(np.uint64)

@@ -1,11 +1,12 @@
-"""Masks as integer relations: exact for every n where a mask is quasi-affine, bounded from both sides elsewhere.
+"""Masks as integer relations: exact for every n where a mask is quasi-affine, else bounded from both sides.
 
-A number or truth that isl cannot hold (a table, a product of variables, a drawn link) is an *unknown term*: a
-variable of its own beside q and k. This is sound because every question asked here is about one point at a time:
-what holds at (n, q, k) for all values of its terms holds for those that the tables give. Where a bound variable
-is projected out, so are the terms that mention it: some values of them bound the truth from above, all values
-from below. What is known of a term whatever the table (two reads of one entry agree) only narrows the values.
-The converse fails: values of terms need not fit together into tables, so a point found proves nothing.
+A number or truth that isl cannot hold (a table, a product of variables, a drawn link) is an *unknown term*:
+a variable of its own beside q and k. This is sound because every question here is about one point at a time:
+what holds at (n, q, k) for all values of its terms holds for those that the tables give. Where a bound
+variable is projected out, so are the terms that depend on it: some values of them bound the truth from above,
+all values from below. What is known of a term whatever the table (two reads of one entry agree) only narrows
+the values. The converse fails: values of terms need not fit together into tables, so a point found proves
+nothing.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import combinations
+from typing import cast
 
 import islpy as isl
 
@@ -45,7 +47,7 @@ from attndsl.expr import (
 
 DISJUNCTS = 300
 """Conjunctions in one union."""
-DIVISIONS = 10
+DIVISIONS = 8
 """Roundings (`//` and `mod`) in one conjunction."""
 PIECES = 64
 """Pieces of one number written with `min`, `max`, `where`, absolute values."""
@@ -53,7 +55,7 @@ PERIOD = 2**62
 """Least common multiple of the divisors in one comparison."""
 RELATED_TERMS = 8
 """Unknown terms whose pairs are related to each other: more are left independent, which only proves less."""
-OPERATIONS = 10_000_000
+OPERATIONS = 5_000_000
 """isl's own count for one question; it bounds no time, the limits above do."""
 
 OTHER = {"rank_of": "count_of", "count_of": "rank_of"}
@@ -84,9 +86,14 @@ class Term:
     def function(self) -> tuple[object, ...]:
         return self.expr.op, self.expr.value, *(self.expr.args[4:] if self.expr.op == "random" else ())
 
+    @property
+    def free(self) -> frozenset[str]:
+        """The variables that its value depends on."""
+        return self.expr.free | ({"h"} if any(table.headed for table in self.expr.tables) else set())
+
 
 class Abstraction:
-    """Expressions with every unknown term replaced by a variable."""
+    """Expressions with each unknown term replaced by a variable; `terms` may hold some that none mentions."""
 
     def __init__(self, related: bool = True) -> None:
         self.related = related
@@ -95,8 +102,9 @@ class Abstraction:
         self.done: dict[Expr, Expr] = {}
 
     def __call__(self, e: Expr) -> Expr:
-        if e not in self.done:
-            self.done[e] = self.abstract(e)
+        for node in nodes(e):
+            if node not in self.done:
+                self.done[node] = self.abstract(node)
         return self.done[e]
 
     def abstract(self, e: Expr) -> Expr:
@@ -104,7 +112,7 @@ class Abstraction:
             return e
         if e.op == "random":
             q, k, n, _, of = e.args
-            _, row, col = e.value  # type: ignore[misc]
+            _, row, col = cast("tuple[int, str, str]", e.value)
             eligible = substitute(of, {row: q, col: k})
             return all_of(self.unknown(e, e.args[:4]), self(eligible), self(le(ZERO, k)), self(lt(k, n)))
         if any(arg.type not in ("int", "bool") for arg in e.args):
@@ -112,7 +120,7 @@ class Abstraction:
         if e.op == "eq" and e.args[0].type == "bool":
             a, b = self(e.args[0]), self(e.args[1])
             return any_of(all_of(a, b), all_of(negate(a), negate(b)))
-        args = [self(arg) for arg in e.args]
+        args = [self.done[arg] for arg in e.args]
         if e.type != "bool" and not self.affine(e, args):
             return self.unknown(e, e.args)
         if isinstance(e.value, Table) or (isinstance(e.value, IntSet) and len(e.value.intervals) > PIECES):
@@ -325,7 +333,7 @@ class Translation:
         if (e, upper) not in self.projections:
             m, (lo, hi, body) = str(e.value), e.args
             scope = self.abstraction.scope(e) | self.abstraction.scope(body)
-            hidden = {name for name in scope if m in self.abstraction.terms[name].expr.free}
+            hidden = {name for name in scope if m in self.abstraction.terms[name].free}
             domain = self.meet(self.base, all_of(le(lo, var(m)), lt(var(m), hi)), True, True)
             facts = all_of(*(f for f in self.abstraction.facts(scope) if f.free & hidden))
             if upper or not hidden:
@@ -426,8 +434,7 @@ def quota() -> Iterator[None]:
 def is_affine(mask: Expr) -> bool:
     """Whether `mask` is an integer relation, exact for every n."""
     abstraction = Abstraction()
-    abstraction(mask)
-    return not abstraction.terms
+    return not abstraction.scope(abstraction(mask))
 
 
 def bounds(mask: Expr) -> tuple[isl.Set, isl.Set]:

@@ -19,18 +19,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attndsl import pointwise
-from attndsl.abstract import EMPTY, FULL, PARTIAL, Boxes, Frame, Leaves, Signatures, Truth, boxes_at, integral
+from attndsl.abstract import EMPTY, FULL, PARTIAL, Boxes, Frame, Leaves, Signatures, Truth, prepared
 from attndsl.blockmask import TileGrid
 from attndsl.errors import fail
 from attndsl.expr import FALSE, TRUE, Expr, Table, const, intable, nodes, rebuild, sub, substitute, var
 from attndsl.links import sample
-from attndsl.linkset import contains, links_of
+from attndsl.linkset import ROW, contains, links_of, sorted_set, spread
 
 Array = NDArray[Any]
 Tables = Mapping[str, Array]
 
-FANOUT = 8
-CHUNK = 2**16
+FANOUT = 4
+CHUNK = 2**15
 """Boxes whose keys are computed at once, so that intermediate values stay in the cache."""
 CONTENT_LIMIT = 2**22
 CONTENT_BYTES = 2**31
@@ -79,13 +79,13 @@ def tile(
     }
     quiet = replaced(mask, dict.fromkeys(links, FALSE))
     parts, runs, masks = tiles_of(Source(quiet, frame, tables), max(nq, n_keys), block_size)
-    found = [leaf for leaf in links.values() if leaf.pairs.size]
-    if found:
-        boxes = np.unique(np.concatenate([np.stack(leaf.boxes(block_size)) for leaf in found], axis=1), axis=1)
+    present = [leaf for leaf in links.values() if leaf.pairs.size]
+    if present:
+        at = sorted_set(np.concatenate([leaf.boxes(block_size) for leaf in present]))
+        corners = q_offset + at // ROW * block_size, k_offset + at % ROW * block_size
         live = {node: leaf if leaf.pairs.size else nowhere for node, leaf in links.items()}
-        numbers, _, more = descend(Source(mask, frame, tables, live), *boxes, block_size, block_size)
-        row, col = (boxes - np.array([[q_offset], [k_offset]])) // block_size
-        parts, runs = overlay(parts, runs, row * ROW + col, numbers, len(masks))
+        numbers, _, more = descend(Source(mask, frame, tables, live), *corners, block_size, block_size)
+        parts, runs = overlay(parts, runs, at, numbers, len(masks))
         masks = np.concatenate([masks, more])
         used, content = unique(parts[1])
         masks, numbers = distinct(masks[parts[1][used]])
@@ -112,7 +112,7 @@ def replaced(mask: Expr, done: dict[Expr, Expr]) -> Expr:
 
 
 def nowhere(boxes: Boxes) -> Truth:
-    return Truth(np.zeros(boxes.q.shape, np.int8), [])
+    return Truth(np.int8(EMPTY), ())
 
 
 def draw(mask: Expr, frame: Frame, tables: Tables) -> tuple[Expr, Tables]:
@@ -149,25 +149,19 @@ class Source:
 
     def __init__(self, mask: Expr, frame: Frame, tables: Tables, leaves: Leaves | None = None) -> None:
         self.mask, self.frame, self.tables = mask, frame, tables
-        self.signatures = Signatures(integral(mask), frame, tables, leaves or {})
+        self.signatures = Signatures(prepared(mask), frame, tables, leaves or {})
 
-    def over(self, q: Array, k: Array, size: int) -> Truth:
-        """Status int8 [boxes], and the key columns of the partial ones, in their order."""
+    def over(self, q: Array, k: Array, size: int) -> tuple[Array, list[Array]]:
+        """Status int8 [U, f, f] of the boxes at q [U, f, 1], k [U, 1, f]; key columns of the partial ones."""
         parts = []
-        for start in range(0, max(len(q), 1), CHUNK):
-            cut = slice(start, start + CHUNK)
-            status, key = self.signatures(boxes_at(self.frame, q[cut], k[cut], size))
-            rows = np.minimum(self.frame.q[1] - q[cut], size)
-            cols = np.minimum(self.frame.k[1] - k[cut], size)
-            whole = (rows == size) & (cols == size)
-            status = np.where((rows <= 0) | (cols <= 0), EMPTY, np.where(whole, status, np.minimum(status, PARTIAL)))
-            partial = np.flatnonzero(status == PARTIAL)
-            columns = (np.broadcast_to(column, status.shape)[partial] for column in (rows, cols, *key))
-            parts.append((status, list(columns)))
+        step = CHUNK // q.shape[1] ** 2
+        for start in range(0, max(len(q), 1), step):
+            cut = slice(start, start + step)
+            parts.append(self.signatures(q[cut], k[cut], size))
         if len(parts) == 1:
-            return Truth(*parts[0])
-        status = np.concatenate([part[0] for part in parts])
-        return Truth(status, [np.concatenate(c) for c in zip(*(part[1] for part in parts), strict=True)])
+            return parts[0]
+        columns = zip(*(key for _, key in parts), strict=True)
+        return np.concatenate([status for status, _ in parts]), [np.concatenate(c) for c in columns]
 
     def at(self, q: Array, k: Array, size: int) -> Array:
         """Packed contents uint8 [boxes, size, size / 8], false outside the matrix."""
@@ -192,42 +186,49 @@ def descend(
     Gives the numbers; for each level above the tiles the distinct contents int32 [V, f, f], numbers of
     the next smaller size; and the tile contents uint8 [V, B, B / 8].
     """
-    codes, q, k = intern(*source.over(q, k, size), q, k)
-    top, down = codes, list[Array]()
+    codes, q, k = interned(source, q[:, None, None], k[:, None, None], size)
+    top, down = codes.ravel(), list[Array]()
     while size > block_size:
         limit(len(q), BOX_LIMIT, f"boxes of {size} x {size}")
         size //= FANOUT
-        q, k = divided(q, k, FANOUT, size)
-        codes, q, k = intern(*source.over(q, k, size), q, k)
+        codes, q, k = interned(source, *divided(q, k, FANOUT, size), size)
         down.append(codes)
     limit(len(q), min(CONTENT_LIMIT, CONTENT_BYTES * 8 // block_size**2), f"tiles of {size} x {size}")
     masks, numbers = distinct(tile_contents(source, q, k, block_size))
     levels = []
     for codes in reversed(down):
-        children, numbers = distinct(numbers[codes].reshape(-1, FANOUT, FANOUT))
+        children, numbers = distinct(numbers[codes])
         levels.append(children)
     return numbers[top], levels[::-1], masks
 
 
 def divided(q: Array, k: Array, f: int, size: int) -> tuple[Array, Array]:
-    """Positions of the f x f parts of each box, row by row."""
+    """Positions of the f x f parts of each box: [U, f, 1] and [U, 1, f]."""
     offsets = np.arange(f) * size
-    return np.repeat(q[:, None] + offsets, f), (k[:, None, None] + offsets + np.zeros((f, 1), int)).ravel()
+    return (q[:, None] + offsets)[:, :, None], (k[:, None] + offsets)[:, None, :]
+
+
+def interned(source: Source, q: Array, k: Array, size: int) -> tuple[Array, Array, Array]:
+    """A code for each box (0 empty, 1 full, 2 + number of its key) and one representative per key."""
+    status, key = source.over(q, k, size)
+    codes = (status == FULL).astype(np.int32)
+    partial = np.nonzero(status == PARTIAL)
+    first, number = unique(pack(key, len(partial[0])))
+    codes[partial] = number + 2
+    return codes, *(np.broadcast_to(x, status.shape)[tuple(p[first] for p in partial)] for x in (q, k))
 
 
 def tile_contents(source: Source, q: Array, k: Array, block_size: int) -> Array:
     """Packed contents of the tiles at (q, k), put together from smaller boxes of whole bytes."""
-    size = block_size // 8 if block_size % 64 == 0 else 8
+    size = block_size // 4 if block_size % 32 == 0 else 8
     f = block_size // size
     result = packed(len(q), block_size)
     for start in range(0, len(q), CHUNK // 4):
         part = slice(start, start + CHUNK // 4)
-        child_q, child_k = divided(q[part], k[part], f, size)
-        codes, rep_q, rep_k = intern(*source.over(child_q, child_k, size), child_q, child_k)
-        pieces = np.concatenate([packed(2, size), source.at(rep_q, rep_k, size)])
+        codes, *corners = interned(source, *divided(q[part], k[part], f, size), size)
+        pieces = np.concatenate([packed(2, size), source.at(*corners, size)])
         pieces[1] = 255
-        grid = pieces[codes].reshape(-1, f, f, size, size // 8)
-        result[part] = grid.transpose(0, 1, 3, 2, 4).reshape(-1, block_size, block_size // 8)
+        result[part] = pieces[codes].transpose(0, 1, 3, 2, 4).reshape(-1, block_size, block_size // 8)
     return result
 
 
@@ -238,15 +239,6 @@ def packed(count: int, size: int) -> Array:
 def limit(count: int, most: int, what: str) -> None:
     if count > most:
         raise fail(f"the mask has {count} different partial {what}; the limit is {most}")
-
-
-def intern(status: Array, key: Any, q: Array, k: Array) -> tuple[Array, Array, Array]:
-    """A code for each box (0 empty, 1 full, 2 + index of its key) and one representative per key."""
-    codes = (status == FULL).astype(np.int32)
-    partial = np.flatnonzero(status == PARTIAL)
-    first, index = unique(pack(key, len(partial)))
-    codes[partial] = index + 2
-    return codes, q[partial[first]], k[partial[first]]
 
 
 def pack(columns: Any, length: int) -> Array:
@@ -300,16 +292,6 @@ def distinct(contents: Array) -> tuple[Array, Array]:
     _, first, index = np.unique(words, return_index=True, return_inverse=True)
     numbers[2:][partial] = index + 2
     return contents[partial[first]], numbers
-
-
-def spread(counts: Array) -> tuple[Array, Array]:
-    """For counts [c0, c1, ..]: the owner of each of the sum(counts) items, and its place there."""
-    owner = np.repeat(np.arange(len(counts)), counts)
-    return owner, np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
-
-
-ROW = np.int64(1) << 32
-"""Tile positions are row * ROW + column: sums and multiples of positions act on both."""
 
 
 def expand(root: int, levels: list[Array], width: int) -> tuple[Array, Array]:

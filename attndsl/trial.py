@@ -25,8 +25,8 @@ SAMPLES = 8
 PAIRS_MASKED = 2**28
 """Pairs up to which the mask is expanded for dense attention."""
 DENSE_FLOPS = 2e12
-BUDGET = 2.0
-"""Seconds of repetition for one timing."""
+BUDGET = 5.0
+"""Seconds of repetition for the timings of one run."""
 
 
 def qkv(problem: Problem, text: Path | None, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -115,13 +115,18 @@ def _depends_on_nq(attention: Attention) -> bool:
     return any("nq" in e.free for e in masks + scores) or any("nq" in t.dims for t in attention.inputs)
 
 
-def seconds(work: Callable[[], object], device: str) -> float:
-    """The median of up to 7 runs after a first one, of fewer where they would take over BUDGET."""
-    first = once(work, device)
-    return statistics.median(once(work, device) for _ in range(max(1, min(7, int(BUDGET / first)))))
+Work = Callable[[], object]
 
 
-def once(work: Callable[[], object], device: str) -> float:
+def medians(works: Mapping[str, Work], device: str) -> dict[str, float]:
+    """Seconds of each, taken in turns: a first round, then up to 7, fewer where they would go over BUDGET."""
+    first = sum(once(work, device) for work in works.values())
+    rounds = range(max(1, min(7, int(BUDGET / first))))
+    taken = [{name: once(work, device) for name, work in works.items()} for _ in rounds]
+    return {name: statistics.median(row[name] for row in taken) for name in works}
+
+
+def once(work: Work, device: str) -> float:
     import torch
 
     start = time.perf_counter()
@@ -131,19 +136,17 @@ def once(work: Callable[[], object], device: str) -> float:
     return time.perf_counter() - start
 
 
-def backward_seconds(plan: Plan, qkv: tuple[Tensor, ...], tables: Mapping[str, Any]) -> float:
+def backward(plan: Plan, qkv: tuple[Tensor, ...], tables: Mapping[str, Any]) -> Work:
     """The backward pass alone."""
     import torch
 
     q, k, v = (tensor.detach().requires_grad_() for tensor in qkv)
     out = plan(q, k, v, **tables)
     gradient = torch.randn_like(out)
-    return seconds(
-        lambda: torch.autograd.grad(out, (q, k, v), gradient, retain_graph=True), plan.problem.device
-    )
+    return lambda: torch.autograd.grad(out, (q, k, v), gradient, retain_graph=True)
 
 
-def dense_seconds(plan: Plan, q: Tensor, k: Tensor, v: Tensor, masked: bool) -> float | None:
+def dense(plan: Plan, q: Tensor, k: Tensor, v: Tensor, masked: bool) -> Work | None:
     """torch's scaled_dot_product_attention on the same tensors; None where it would not fit."""
     import torch
     from torch.nn.functional import scaled_dot_product_attention as sdpa
@@ -157,5 +160,4 @@ def dense_seconds(plan: Plan, q: Tensor, k: Tensor, v: Tensor, masked: bool) -> 
             return None
         mask = torch.from_numpy(blocks.to_dense()).to(p.device)
     gqa = p.heads != p.kv_heads
-    with torch.no_grad():
-        return seconds(lambda: sdpa(q, k, v, attn_mask=mask, enable_gqa=gqa), p.device)
+    return lambda: sdpa(q, k, v, attn_mask=mask, enable_gqa=gqa)

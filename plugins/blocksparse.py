@@ -27,13 +27,14 @@ from attndsl.parts import Gathered, Part, Strided, take_apart
 from attndsl.torch_eval import Env, affine_in_s, by_distance, constant_scale, evaluate
 
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
-FORWARD_UNIT, BACKWARD_UNIT = 32, 128
+FORWARD_UNIT, BACKWARD_UNIT = 32, 64
 """Query rows of one problem in a band: what ran fastest on CPU (benchmarks/attention.py)."""
-TRANSIENT = 2**22
-"""Numbers that one step of a kernel may hold."""
+TRANSIENT, FORMED = 2**22, 3 * 2**18
+"""Numbers that one step may copy, and weights that it may form: the latter pay off while in cache."""
+LANES = 8
+"""Heads that run together."""
 Q_MAX, K_MAX = 256, 2048
 """Queries and keys of one problem where the weights are formed."""
 
@@ -90,6 +91,10 @@ class Gathers:
     cols: Tensor
     mask: Tensor | None
 
+    @property
+    def count(self) -> int:
+        return len(self.rows)
+
     def query_tokens(self, device: torch.device) -> Tensor:
         return self.rows
 
@@ -103,10 +108,10 @@ class Gathers:
         return x.index_select(1, self.cols.flatten()).unflatten(1, self.cols.shape)
 
     def put_queries(self, x: Tensor, value: Tensor) -> None:
-        x.index_copy_(1, self.rows.flatten(), value.flatten(1, 2))
+        x.index_copy_(1, self.rows.flatten(), value.flatten(1, 2).to(x.dtype))
 
     def add_keys(self, x: Tensor, value: Tensor) -> None:
-        x.index_add_(1, self.cols.flatten(), value.flatten(1, 2))
+        x.index_add_(1, self.cols.flatten(), value.flatten(1, 2).to(x.dtype))
 
 
 Chunk = Views | Gathers
@@ -232,7 +237,7 @@ class BlockSparse:
         for lane in lanes(self.attention, call):
             work = self.work(call, lane, recorded=False)
             o, l = lane.queries(out), lane.queries(lse)
-            for step, chunk in work.chunks(self.steps, FORWARD_UNIT):
+            for step, chunk in work.chunks(self.steps, work.fused):
                 work.merge(step, chunk, o, l, *work.part(chunk))
             work.add_sink(o, l)
         return out.to(q.dtype), lse
@@ -253,10 +258,10 @@ class BlockSparse:
         if grad_lse is not None:
             delta = delta - grad_lse.masked_fill(lse == -torch.inf, 0.0)
         for lane in lanes(self.attention, call):
-            work = self.work(call, lane, recorded=bool(tables) or grad_lse is not None)
+            work = self.work(call, lane, recorded=bool(tables))
             rows = Rows(*(lane.queries(x) for x in (grad_out, out, lse, delta)))
             dq, dk, dv = lane.queries(totals[0]), lane.keys(totals[1]), lane.keys(totals[2])
-            for _, chunk in work.chunks(self.steps, BACKWARD_UNIT):
+            for _, chunk in work.chunks(self.steps, fused=False):
                 gq, gk, gv = work.part_gradient(chunk, rows, tables)
                 chunk.put_queries(dq, chunk.queries(dq) + gq)
                 for total, g in ((dk, gk), (dv, gv)):
@@ -282,7 +287,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Simple:
-    """A softmax of s * scale + bias, which torch's fused kernel can do."""
+    """A softmax of Q @ K * scale + bias, which torch's fused kernel can do."""
 
     scale: float
     bias: Expr | None
@@ -290,8 +295,8 @@ class Simple:
 
     @staticmethod
     def of(group: HeadGroup, call: Call, recorded: bool) -> Simple | None:
-        """`recorded`: some gradient is wanted that the fused kernel does not give."""
-        if call.q.device.type != "cpu" or recorded or group.norm.kind != "softmax" or group.decay is not None:
+        """`recorded`: the gradient of some table is wanted."""
+        if recorded or group.norm.kind != "softmax" or group.decay is not None:
             return None
         split = affine_in_s(group.score)
         scale = None if split is None else constant_scale(split[0], call.q.shape[3])
@@ -326,24 +331,27 @@ class Work:
         return torch.promote_types(self.call.q.dtype, torch.float32)
 
     def chunks(
-        self, cache: WeakKeyDictionary[TileGrid, dict[tuple[object, ...], list[Step]]], unit: int
+        self, cache: WeakKeyDictionary[TileGrid, dict[tuple[object, ...], list[Step]]], fused: bool
     ) -> Iterator[tuple[Step, Chunk]]:
         block = self.lane.grid.block_size
-        unit = unit if block % unit == 0 else block
+        unit = FORWARD_UNIT if fused else BACKWARD_UNIT
+        key = (unit if block % unit == 0 else block, not fused, self.q.device)
         known = cache.setdefault(self.lane.grid, {})
-        key = (unit, self.simple is None, self.q.device)
         if key not in known:
-            known[key] = steps_of(self.lane.grid, *key)  # type: ignore[arg-type]
-        lanes_, dim = len(self.q), max(self.q.shape[2], self.v.shape[2])
+            known[key] = steps_of(self.lane.grid, *key)
+        dim = max(self.q.shape[2], self.v.shape[2])
         for step in known[key]:
             _, q_len, k_len = step.sizes
             strided = isinstance(step.part, Strided)
-            per_problem = lanes_ * (q_len * dim if strided and unit < block else k_len * dim)
-            if self.simple is None or not (self.simple.by_distance and strided):
-                per_problem = max(per_problem, lanes_ * q_len * k_len)
-            size = max(1, TRANSIENT // max(per_problem, 1))
-            for chunk in step.chunks(size, self.lane.grid.n, self.q.device):
+            size = TRANSIENT // (len(self.q) * dim * (q_len if strided else q_len + k_len))
+            if not fused or not strided or (self.simple is not None and not self.simple.by_distance):
+                size = min(size, FORMED // (len(self.q) * q_len * k_len))
+            for chunk in step.chunks(max(size, 1), self.lane.grid.n, self.q.device):
                 yield step, chunk
+
+    @property
+    def fused(self) -> bool:
+        return self.simple is not None and self.q.device.type == "cpu"
 
     def env(self, chunk: Chunk | None, tables: Mapping[str, Tensor]) -> Env:
         """Axes [X, C, q_len, k_len]."""
@@ -395,11 +403,12 @@ class Work:
 
     def part(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         """Output [X, C, q_len, Dv] and log-sum-exp [X, C, q_len] of these pairs alone."""
-        if self.simple is None:
+        if not self.fused:
             q, k, v = (f(x).to(self.wide) for f, x in self.sources(chunk))
             return normalise(*self.weights(chunk, q, k, {}), v, self.lane.group.norm.kind)
         addend, dead = self.additive(chunk)
         q, k, v = self.fused_inputs(chunk)
+        assert self.simple is not None
         out, lse = flash(q, k, v, attn_mask=addend, scale=self.simple.scale)
         if dead is not None:
             lse = lse.masked_fill(dead, -torch.inf)
@@ -470,20 +479,9 @@ class Work:
 
         With the L of the whole row, exp(l - L) is the final weight, so the parts need no merging.
         """
-        grad_out, lse = chunk.queries(rows.grad_out), chunk.queries(rows.lse)
         if self.simple is not None:
-            addend, _ = self.additive(chunk)
-            q, k, v = self.fused_inputs(chunk)
-            out = chunk.queries(rows.out)
-            gap = q.shape[3] - out.shape[3]
-            if gap:
-                out, grad_out = (torch.nn.functional.pad(x, (0, gap)) for x in (out, grad_out))
-            lse = lse.masked_fill(lse == -torch.inf, 0.0)
-            gq, gk, gv = flash_backward(
-                grad_out, q, k, v, out, lse, 0.0, False, attn_mask=addend, scale=self.simple.scale
-            )
-            d, dv = self.q.shape[2], self.v.shape[2]
-            return gq[..., :d], gk[..., :d], gv[..., :dv]
+            return self.simple_gradient(chunk, rows)
+        grad_out, lse = chunk.queries(rows.grad_out), chunk.queries(rows.lse)
         kind = self.lane.group.norm.kind
         q, k, v = (f(x).to(self.wide) for f, x in self.sources(chunk))
         grad_out, delta = grad_out.to(self.wide), chunk.queries(rows.delta)
@@ -505,6 +503,26 @@ class Work:
         for name, g in grads.items():
             tables[name] += g
         return gq, gk, weight.transpose(-1, -2) @ grad_out
+
+    def simple_gradient(self, chunk: Chunk, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+        """dV = P^T dO and dS = P * (dO V^T - delta), for P = exp(S - L)."""
+        assert self.simple is not None
+        scale, count = self.simple.scale, chunk.count
+        addend, _ = self.additive(chunk)
+        q, k, v = (
+            f(x).to(self.wide).expand(len(self.q), -1, -1, -1).flatten(0, 1) for f, x in self.sources(chunk)
+        )
+        grad_out = chunk.queries(rows.grad_out).to(self.wide).flatten(0, 1)
+        lse, delta = chunk.queries(rows.lse), chunk.queries(rows.delta)
+        lse = lse.masked_fill(lse == -torch.inf, torch.inf)
+        p = torch.bmm(q, k.transpose(1, 2)).unflatten(0, (-1, count)).mul_(scale)
+        if addend is not None:
+            p += addend
+        p = p.sub_(lse[..., None]).exp_().flatten(0, 1)
+        gv = torch.bmm(p.transpose(1, 2), grad_out)
+        ds = torch.bmm(grad_out, v.transpose(1, 2)).sub_(delta.flatten(0, 1)[..., None]).mul_(p).mul_(scale)
+        gq, gk = torch.bmm(ds, k), torch.bmm(ds.transpose(1, 2), q)
+        return gq.unflatten(0, (-1, count)), gk.unflatten(0, (-1, count)), gv.unflatten(0, (-1, count))
 
 
 def normalise(logit: Tensor, factor: Tensor | None, v: Tensor, kind: str) -> tuple[Tensor, Tensor]:
@@ -537,7 +555,7 @@ def lanes(attention: Attention, call: Call) -> Iterator[Lane]:
         start = 0
         for h in range(1, heads + 1):
             new_key_head = share > 1 and h % share == 0
-            if h == heads or place[h] != place[start] or new_key_head:
+            if h == heads or place[h] != place[start] or new_key_head or h - start == LANES:
                 group, grid = place[start]
                 kv = slice(start, h) if share == 1 else slice(start // share, start // share + 1)
                 yield Lane(
@@ -559,3 +577,6 @@ class Torch:
 
     def lower(self, attention: Attention, problem: Problem) -> Kernel:
         return BlockSparse(attention, WeakKeyDictionary())
+
+
+backend = Torch()

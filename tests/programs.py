@@ -59,7 +59,7 @@ FLOATS = (
     Input("bias", "float", ("n",)),
     Input("dist", "float", ("H", "9")),
     Input("vecs", "float", ("9", "D")),
-    Input("rows", "float", ("n", "D")),
+    Input("keyed", "float", ("n", "D")),
     Input("gain", "float", ("B",)),
 )
 
@@ -159,7 +159,7 @@ class Writer:
 
     def size(self) -> str:
         """A number that is the same for all positions."""
-        options = [self.small(), "n", "(n // 2)", "(n - 1)", "h", "(h + 1)", "H", *self.lets]
+        options = [self.small(), "n", "(n // 2)", "(n - 1)", "h", "(h + 1)", "(H - 1)", *self.lets]
         return self.rng.choice(options if self.integral else [*options, "isqrt(n)", "log2(n + 1)", "nq", "floor(0.25 * n)"])
 
     def divisor(self, scope: Scope) -> str:
@@ -291,7 +291,7 @@ class Writer:
             lambda: self.builder(scope, 1),
             lambda: self.builder(scope, 2),
             (lambda: f"documents({self.table(INTS[0], INTS[1]).name})") if free and scope.tables else None,
-            (lambda: f"random({self.rng.randint(0, 4)}, seed = {self.rng.choice(('0', '7', 'h', 'n'))})") if free else None,
+            (lambda: f"random({self.rng.randint(0, 4)}, seed = {self.rng.choice(('0', '7', 'h', *(('n',) if scope.uniform else ())))})") if free else None,
         )
 
     def pattern(self, scope: Scope, depth: int) -> str:
@@ -476,7 +476,7 @@ class Writer:
             found += [f"score {self.score()}" for _ in range(self.rng.choice((0, 1, 1, 2)))]
             if self.rng.random() < 0.3:
                 found.append(
-                    f"decay {self.rng.choice(('0.9 ** |q - k|', 'ramp(q - k, 3, 4)', 'sigmoid(s)', 'exp(-|q - k| / 8)'))}"
+                    f"decay {self.rng.choice(('0.9 ** |q - k|', 'ramp(q - k, 3, 4)', 'exp(-|q - k| / 8)'))}"
                 )
         return found
 

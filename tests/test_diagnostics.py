@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy
 import pytest
 
 import attndsl
+from attndsl.errors import Diagnostic
 
 FOLDER = Path(__file__).parent / "fixtures" / "diagnostics"
 
@@ -47,17 +49,47 @@ def cases(*stems: str) -> list[object]:
 STATIC = sorted({path.stem for path in FOLDER.glob("*.txt")} - {"api", "warnings"})
 
 
+def problems(text: str) -> tuple[Diagnostic, ...]:
+    """Those of a text that is refused, none of one that is legal."""
+    try:
+        attndsl.parse(text, name="test.attn")
+    except attndsl.AttnError as error:
+        return error.diagnostics
+    return ()
+
+
 @pytest.mark.parametrize("fixture", cases(*STATIC))
 def test_errors(fixture: Fixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, text in {"test.attn": fixture.input, **fixture.files}.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(attndsl.AttnError) as caught:
-        if fixture.files or "\nuse " in "\n" + fixture.input:
-            for name, text in {"test.attn": fixture.input, **fixture.files}.items():
-                (tmp_path / name).write_text(text)
-            monkeypatch.chdir(tmp_path)
-            attndsl.load("test.attn")
-        else:
-            attndsl.parse(fixture.input, name="test.attn")
+        attndsl.load("test.attn")
     assert str(caught.value) == fixture.expect
+
+
+PIECES = (
+    *("causal", "last", "last(4)", "alibi", "slope(h)", "documents", "band", "blocks"),
+    *("doc", "doc[q]", "z[q, k]"),
+    *("q", "k", "h", "n", "D", "s", "Q", "0", "-1", "2.5", "[0]", "0..3", "50%", "learn[H](0.1)", "softmax"),
+    *("{ q, k : q >= k }", "{ p : p < 4 }", "{ (y, x), (v, u) : y == v }", "random(2)", "causal[q, k]"),
+    *("&", "|", "-", "+", "*", "/", "//", "mod", "@", "**", "and", "==", "<=", "in", ".."),
+)
+"""What mutations put in place of a token."""
+
+
+@pytest.mark.parametrize("stem", [stem for stem in STATIC if stem != "uses"])
+def test_mutations_are_legal_or_refused_where_they_were_written(stem: str) -> None:
+    """No other exception, no error without a place, and none placed in the prelude."""
+    rng = random.Random(stem)
+    for fixture in read(FOLDER / f"{stem}.txt"):
+        tokens = re.findall(r"\w+|\s+|\S", fixture.input)
+        for _ in range(6):
+            mutated = list(tokens)
+            mutated[rng.randrange(len(tokens))] = rng.choice(PIECES)
+            for diagnostic in problems("".join(mutated)):
+                assert diagnostic.span is not None, (diagnostic, mutated)
+                assert diagnostic.span.source.name == "test.attn", (diagnostic, mutated)
 
 
 @pytest.mark.parametrize("fixture", cases("warnings"))

@@ -56,7 +56,17 @@ def test_importing_attndsl_loads_nothing_heavy():
     ],
 )
 def test_the_linter_holds_the_architecture(file, line, rule):
-    command = [sys.executable, "-m", "ruff", "check", "--stdin-filename", file, "--output-format", "concise", "-"]
+    command = [
+        sys.executable,
+        "-m",
+        "ruff",
+        "check",
+        "--stdin-filename",
+        file,
+        "--output-format",
+        "concise",
+        "-",
+    ]
     done = subprocess.run(command, input=line + "\n", capture_output=True, text=True, check=False, cwd=ROOT)
     assert f" {rule} " in done.stdout
 
@@ -89,7 +99,7 @@ def test_the_programs_of_the_readme_are_right(text):
 
 
 def test_the_readme_shows_what_show_prints(readme_file):
-    picture = re.search(r"```\n(.*?)```", README.partition(PROGRAMS[0])[2], re.DOTALL)
-    done = CliRunner().invoke(main, ["show", str(readme_file), "--length", "48"])
+    picture = re.search(r"\n\n```\n(.*?)```", README.partition(PROGRAMS[0])[2], re.DOTALL)
+    done = CliRunner().invoke(main, ["show", str(readme_file), "--length", "36"])
     assert done.exit_code == 0
     assert done.stdout == picture[1]

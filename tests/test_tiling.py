@@ -42,7 +42,6 @@ from attndsl.expr import (
     random_keys,
     rank_of,
     sub,
-    substitute,
     var,
     where,
 )
@@ -148,11 +147,20 @@ class Masks:
             case _:
                 b = const(r.choice([3, 8, 16, 30]))
                 n = const(20)
-                of = r.choice([TRUE, le(var("i"), var("j")), eq(mod(var("i"), const(3)), mod(var("j"), const(3)))])
+                of = r.choice(
+                    [TRUE, le(var("i"), var("j")), eq(mod(var("i"), const(3)), mod(var("j"), const(3)))]
+                )
                 rows = r.choice([(Q, K), (K, Q)])
                 rows = r.choice([rows, rows, (mod(Q, const(11)), mod(K, const(12)))])
                 return random_keys(
-                    floordiv(rows[0], b), floordiv(rows[1], b), n, const(r.randint(-2, 3)), of, r.randint(1, 4), "i", "j"
+                    floordiv(rows[0], b),
+                    floordiv(rows[1], b),
+                    n,
+                    const(r.randint(-2, 3)),
+                    of,
+                    r.randint(1, 4),
+                    "i",
+                    "j",
                 )
 
     def links(self) -> Expr:
@@ -170,7 +178,9 @@ class Masks:
         )
 
 
-def dense(mask: Expr, nq: int, n: int, q_offset: int, k_offset: int, tables: dict[str, np.ndarray]) -> np.ndarray:
+def dense(
+    mask: Expr, nq: int, n: int, q_offset: int, k_offset: int, tables: dict[str, np.ndarray]
+) -> np.ndarray:
     q, k = np.arange(nq)[:, None] + q_offset, np.arange(n)[None] + k_offset
     return np.asarray(pointwise.evaluate(mask, q, k, tables))
 
@@ -209,7 +219,14 @@ def check_form(grid: TileGrid, expected: np.ndarray) -> None:
     assert (grid.run_ptr[-1], grid.part_ptr[-1]) == (len(grid.run_start), len(grid.part_col))
 
 
-SHAPES = [(300, 300, 0, 0), (1, 300, 299, 0), (64, 200, 100, 0), (250, 77, 13, 40), (17, 33, 0, 5), (128, 256, 128, 0)]
+SHAPES = [
+    (300, 300, 0, 0),
+    (1, 300, 299, 0),
+    (64, 200, 100, 0),
+    (250, 77, 13, 40),
+    (17, 33, 0, 5),
+    (128, 256, 128, 0),
+]
 seen: Counter[str] = Counter()
 
 
@@ -238,7 +255,10 @@ def band(lo: int, hi: int) -> Expr:
 
 CAUSAL = le(K, Q)
 NEIGHBOURS = all_of(
-    le(absolute(sub(floordiv(K, const(20)), minimum(maximum(floordiv(Q, const(20)), const(2)), const(12)))), const(2)),
+    le(
+        absolute(sub(floordiv(K, const(20)), minimum(maximum(floordiv(Q, const(20)), const(2)), const(12)))),
+        const(2),
+    ),
     le(absolute(sub(mod(K, const(20)), minimum(maximum(mod(Q, const(20)), const(3)), const(16)))), const(3)),
 )
 PATTERNS = {
@@ -249,17 +269,23 @@ PATTERNS = {
     "dilated": all_of(band(-60, 60), eq(mod(sub(Q, K), const(4)), const(0))),
     "neighbourhood": NEIGHBOURS,
     "strided": all_of(CAUSAL, any_of(band(-31, 0), eq(mod(sub(Q, K), const(32)), const(0)))),
-    "fixed": all_of(CAUSAL, any_of(eq(floordiv(Q, const(32)), floordiv(K, const(32))), le(const(28), mod(K, const(32))))),
+    "fixed": all_of(
+        CAUSAL, any_of(eq(floordiv(Q, const(32)), floordiv(K, const(32))), le(const(28), mod(K, const(32))))
+    ),
     "documents": all_of(CAUSAL, eq(lookup(DOC, minimum(Q, const(96))), lookup(DOC, minimum(K, const(96))))),
     "causal less random": all_of(CAUSAL, negate(random_keys(Q, K, const(300), const(1), TRUE, 30, "i", "j"))),
     "everything": TRUE,
     "nothing": FALSE,
-    "contradiction": all_of(eq(mod(Q, const(2)), const(0)), eq(mod(add(Q, mul(const(2), K)), const(2)), const(1))),
+    "contradiction": all_of(
+        eq(mod(Q, const(2)), const(0)), eq(mod(add(Q, mul(const(2), K)), const(2)), const(1))
+    ),
 }
 
 
 @pytest.mark.parametrize("name", PATTERNS)
-@pytest.mark.parametrize(("nq", "n", "q_offset", "size"), [(300, 300, 0, 16), (300, 300, 0, 128), (44, 300, 256, 64)])
+@pytest.mark.parametrize(
+    ("nq", "n", "q_offset", "size"), [(300, 300, 0, 16), (300, 300, 0, 128), (44, 300, 256, 64)]
+)
 def test_patterns_equal_pointwise_evaluation(name: str, nq: int, n: int, q_offset: int, size: int) -> None:
     check(PATTERNS[name], nq, n, size, q_offset)
 
@@ -273,6 +299,12 @@ def test_tiny_sizes(nq: int, n: int) -> None:
 
 def test_a_contradiction_leaves_no_tile() -> None:
     assert check(PATTERNS["contradiction"], 300, 300, 32).entries == 0
+
+
+def test_a_shared_condition_under_two_connectives() -> None:
+    """g's key is the same in all tiles; whether the first `and` is decided is not in it."""
+    g, w = (lt(mod(x, const(8)), const(3)) for x in (sub(Q, K), add(Q, K)))
+    check(any_of(all_of(g, lt(Q, const(64))), all_of(g, w)), 128, 128, 16)
 
 
 def test_contents_do_not_grow_with_n() -> None:
@@ -318,7 +350,9 @@ def test_drawn_numbers_are_distinct_rising_and_in_range() -> None:
     drawn = sample(np.full(7, 3), np.arange(7), candidates, 4)
     for row, c in zip(drawn, candidates, strict=True):
         found = row[row >= 0]
-        assert len(found) == min(4, c) and (np.diff(found) > 0).all() and (found < c).all()
+        assert len(found) == min(4, c)
+        assert (np.diff(found) > 0).all()
+        assert (found < c).all()
         assert (row[len(found) :] == -1).all()
 
 
@@ -333,7 +367,9 @@ def test_draws_are_uniform_and_do_not_depend_on_other_rows() -> None:
 def test_select_inverts_rank() -> None:
     grid = check(PATTERNS["streaming"], 300, 300, 16)
     row, col = np.nonzero(grid.to_dense())
-    rank = np.arange(len(row)) - np.repeat(np.cumsum(grid.row_counts()) - grid.row_counts(), grid.row_counts())
+    rank = np.arange(len(row)) - np.repeat(
+        np.cumsum(grid.row_counts()) - grid.row_counts(), grid.row_counts()
+    )
     np.testing.assert_array_equal(grid.select(row, rank), col)
 
 
@@ -343,7 +379,9 @@ def flex_lists(mask: object, row: int) -> tuple[set[int], set[int]]:
     return set(parts.tolist()), set(full.tolist())
 
 
-@pytest.mark.parametrize("name", ["window", "longformer", "strided", "neighbourhood", "everything", "nothing"])
+@pytest.mark.parametrize(
+    "name", ["window", "longformer", "strided", "neighbourhood", "everything", "nothing"]
+)
 @pytest.mark.parametrize(("nq", "n"), [(256, 256), (300, 300), (100, 333)])
 def test_tiles_equal_those_of_torch(name: str, nq: int, n: int) -> None:
     torch = pytest.importorskip("torch")

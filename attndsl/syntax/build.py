@@ -37,6 +37,7 @@ from attndsl.syntax.nodes import (
     Unary,
     Use,
 )
+from attndsl.syntax.tokens import extent
 
 INTEGER_LIMIT = 2**63 - 1
 DTYPES = ("int", "bool", "float")
@@ -49,7 +50,8 @@ def span_of(item: Token | nodes.Node) -> Span:
     if isinstance(item, nodes.Node):
         return item.span
     source, offset = place.get()
-    return Span(source, offset + item.start_pos, offset + item.end_pos)
+    start, end = extent(item)
+    return Span(source, offset + start, offset + end)
 
 
 def around(first: Token | nodes.Node, last: Token | nodes.Node) -> Span:
@@ -135,9 +137,7 @@ class Build(Transformer[Token, Any]):
 
     def group(self, children: list[Any]) -> HeadGroup:
         which, *clauses, end = children
-        return HeadGroup(
-            None if isinstance(which, Token) else which, tuple(clauses), span=around(which, end)
-        )
+        return HeadGroup(None if isinstance(which, Token) else which, tuple(clauses), span=around(which, end))
 
     def or_(self, args: list[Any]) -> Nary:
         return nary("or", args)

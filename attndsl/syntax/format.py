@@ -11,18 +11,30 @@ from lark import Token
 from attndsl.errors import AttnError, Source
 from attndsl.syntax.parse import Chunk, chunks
 from attndsl.syntax.render import render as render
-from attndsl.syntax.tokens import CLAUSES, COMPARISONS, ENDS, OPENERS, absolute_bars
+from attndsl.syntax.tokens import CLAUSES, ENDS, OPENERS, absolute_bars, extent
 
 WIDTH = 100
 INDENT = 4
 COMMENT = re.compile(r"#[^\n]*")
 CLAUSE_TYPES = frozenset(word.upper() for word in CLAUSES)
-LEVELS: dict[str, int] = (
-    {"COMMA": 0, "_OR": 1, "_AND": 2, "DOTS": 4, "BAR": 5, "AMP": 6, "PLUS": 7, "MINUS": 7}
-    | dict.fromkeys(COMPARISONS, 3)
-    | dict.fromkeys(["STAR", "SLASH", "FLOORDIV", "MOD", "AT"], 8)
-    | {"POW": 9}
-)
+LEVELS = {
+    level: position
+    for position, levels in enumerate(
+        (
+            ["COMMA"],
+            ["_OR"],
+            ["_AND"],
+            ["COMPARE"],
+            ["DOTS"],
+            ["BAR"],
+            ["AMP"],
+            ["PLUS", "MINUS"],
+            ["MULTIPLY"],
+            ["POW"],
+        )
+    )
+    for level in levels
+}
 """How loosely a separator binds: a line is broken at the loosest first."""
 
 
@@ -65,8 +77,8 @@ Items = list["Leaf | Group"]
 def format(text: str | Source) -> str:
     """The canonical layout of a text. Raises AttnError where it cannot be parsed.
 
-    `parse(format(text)) == parse(text)`, `format(format(text)) == format(text)`, and every comment stays between
-    the same two tokens.
+    `parse(format(text)) == parse(text)`, `format(format(text)) == format(text)`, and every comment stays
+    between the same two tokens.
     """
     source = text if isinstance(text, Source) else Source("<text>", text)
     parsed = list(chunks(source))
@@ -76,7 +88,7 @@ def format(text: str | Source) -> str:
     for leaves, one_line in definitions(source, parsed):
         if leaves[0].type != "$END":
             lay_out(grouped(leaves), one_line)
-        leaves[0].breaks = True
+        start_line(leaves[0], 0)
         written += leaves
     return emit(written)
 
@@ -89,10 +101,10 @@ def definitions(source: Source, parsed: list[Chunk]) -> Iterator[tuple[list[Leaf
         leaves = [Leaf(str(token), token.type) for token in chunk.tokens]
         set_gaps(chunk.tokens, leaves)
         first = last = chunk.start
-        for token, leaf in zip(chunk.tokens, leaves):
-            assert token.start_pos is not None and token.end_pos is not None
-            attach(source.text[position : chunk.start + token.start_pos], previous, leaf)
-            position = last = chunk.start + token.end_pos
+        for token, leaf in zip(chunk.tokens, leaves, strict=True):
+            begin, stop = extent(token)
+            attach(source.text[position : chunk.start + begin], previous, leaf)
+            position = last = chunk.start + stop
             previous = leaf
         if leaves:
             yield leaves, "\n" not in source.text[first:last]
@@ -127,7 +139,7 @@ def set_gaps(tokens: list[Token], leaves: list[Leaf]) -> None:
         closes = position in bars and not opens
         called = operand and before != "RBRACE" and kind in ("LPAR", "LSQB")
         leaf.gap = 0 if tight or closes or called or kind in ("COMMA", "RPAR", "RSQB") else 1
-        if kind in CLAUSE_TYPES and before != "LBRACE" or kind == "NAME" and before == "RSQB":
+        if (kind in CLAUSE_TYPES and before != "LBRACE") or (kind == "NAME" and before == "RSQB"):
             leaf.gap = 2
         prefix = kind in ("MINUS", "TILDE") and not operand
         if position not in bars and not prefix:
@@ -157,17 +169,20 @@ def grouped(leaves: list[Leaf]) -> Items:
 def tighten_ranges(items: Items) -> None:
     """`a..b` is written without spaces where neither end is a sum or a product."""
     for position, item in enumerate(items):
-        if isinstance(item, Leaf) and item.type == "DOTS":
-            if not composite(reversed(items[:position])) and not composite(iter(items[position + 1 :])):
-                item.gap = 0
-                first_leaf(items[position + 1 :]).gap = 0
+        if isinstance(item, Group) or item.type != "DOTS":
+            continue
+        before, after = items[:position], items[position + 1 :]
+        if not composite(reversed(before)) and not composite(iter(after)):
+            item.gap = first_leaf(after).gap = 0
 
 
 def composite(items: Iterator[Leaf | Group]) -> bool:
     """Whether an operator that binds tighter than `..` comes before one that binds as loosely."""
     for item in items:
         if isinstance(item, Leaf):
-            if item.type in ("ASSIGN", "COLON", *CLAUSE_TYPES) or (item.level is not None and item.level <= 4):
+            if item.type in ("ASSIGN", "COLON", *CLAUSE_TYPES) or (
+                item.level is not None and item.level <= LEVELS["DOTS"]
+            ):
                 return False
             if item.level is not None:
                 return True
@@ -264,11 +279,14 @@ def fill(items: Items, base: int, after: int, column: int, tail: int) -> int:
     Lines that go on begin at `after`, closing brackets at `base`.
     """
     for leaf in leaves_of(items):
-        leaf.indent = after
+        if not leaf.breaks:
+            leaf.indent = after
     width = flat_width(items)
     if width is not None and column + width + tail <= WIDTH:
         return column + width
-    loosest = min((item.level for item in items if isinstance(item, Leaf) and item.level is not None), default=None)
+    loosest = min(
+        (item.level for item in items if isinstance(item, Leaf) and item.level is not None), default=None
+    )
     if loosest is None:
         return fill_brackets(items, base, column, tail)
     # A comma ends a part, any other operator begins one.
@@ -295,11 +313,13 @@ def fill_brackets(items: Items, base: int, column: int, tail: int) -> int:
             column += space + len(item.text)
             continue
         width = flat_width([item])
-        if width is not None and column + space + width + tail <= WIDTH or not item.items:
+        if (width is not None and column + space + width + tail <= WIDTH) or not item.items:
             column += space + (width or 0)
             continue
         inner = item.items
-        colon = next((i for i, leaf in enumerate(inner) if isinstance(leaf, Leaf) and leaf.type == "COLON"), -1)
+        colon = next(
+            (i for i, leaf in enumerate(inner) if isinstance(leaf, Leaf) and leaf.type == "COLON"), -1
+        )
         start_line(first_leaf(inner[colon + 1 :]), base + INDENT)
         fill(inner[colon + 1 :], base + INDENT, base + INDENT, base + INDENT, 0)
         start_line(item.close, base)

@@ -16,10 +16,13 @@ from lark import Lark, Token, UnexpectedInput, UnexpectedToken
 
 from attndsl.errors import AttnError, Diagnostic, Source, Span, fail
 from attndsl.syntax.build import Build, place
-from attndsl.syntax.explain import explain
-from attndsl.syntax.nodes import Argument, AttentionDef, Definition, Item, Module, Node
+from attndsl.syntax.explain import DEFINITION, explain
+from attndsl.syntax.nodes import Argument, AttentionDef, Definition, Expression, Item, Module, Node
+from attndsl.syntax.tokens import extent
 
 TEXT_LIMIT = 2_000_000
+SIZE_LIMIT = 100_000
+"""Words and signs in one definition."""
 NESTING_LIMIT = 100
 ERROR_LIMIT = 100
 STACK_LIMIT = 10 * NESTING_LIMIT
@@ -66,11 +69,25 @@ def parse_partial(source: Source) -> tuple[Module, list[Diagnostic]]:
     return Module(tuple(items), source=source), diagnostics
 
 
+def parse_expression(source: Source) -> Expression:
+    """The expression that a source is."""
+    if len(source.text) > TEXT_LIMIT:
+        raise AttnError(too_long(source))
+    chunk, *others = cut(source)
+    expression = read(source, chunk, "expr") if chunk.error is None else None
+    if chunk.error is None and others:
+        word = Span(source, others[0].start, others[0].start + 1)
+        raise fail("expected an expression, not a definition", word)
+    if not isinstance(expression, Expression):
+        assert chunk.error is not None
+        raise AttnError(chunk.error)
+    return expression
+
+
 def chunks(source: Source) -> Iterator[Chunk]:
     """The definitions of a text one after the other, parsed; ends with an error where a limit is reached."""
     if len(source.text) > TEXT_LIMIT:
-        message = f"text of {len(source.text)} characters, the limit is {TEXT_LIMIT}"
-        yield Chunk(0, 0, error=Diagnostic(message, Span(source, TEXT_LIMIT, TEXT_LIMIT)))
+        yield Chunk(0, 0, error=too_long(source))
         return
     errors = 0
     for chunk in cut(source):
@@ -86,62 +103,79 @@ def chunks(source: Source) -> Iterator[Chunk]:
 @cache
 def grammar() -> Lark:
     text = files("attndsl.grammar").joinpath("attn.lark").read_text(encoding="utf-8")
-    return Lark(text, start="module", parser="lalr", maybe_placeholders=False, transformer=Build())
+    return Lark(text, start=["module", "expr"], parser="lalr", maybe_placeholders=False, transformer=Build())
 
 
 def parse_chunk(source: Source, chunk: Chunk) -> None:
-    """Fill in `item`, `tokens` and `error`. An item that is complete before an error is kept."""
-    parser = grammar().parse_interactive(source.text[chunk.start : chunk.end])
+    """Fill in `item`, `tokens` and `error`."""
+    module = read(source, chunk, "module")
+    if isinstance(module, Module):
+        for item in module.items:
+            chunk.item = item
+            if chunk.doc and isinstance(item, Definition | AttentionDef):
+                chunk.item = replace(item, doc=chunk.doc)
+
+
+def read(source: Source, chunk: Chunk, start: str) -> Module | Expression | None:
+    """What a chunk is by the rule `start`. Fills in `tokens`, and `error` where the result is None."""
+    parser = grammar().parse_interactive(source.text[chunk.start : chunk.end], start)
     stack = parser.parser_state.value_stack
     outer = place.set((source, chunk.start))
     try:
         for token in parser.iter_parse():
             if len(stack) > STACK_LIMIT:
                 raise too_deep(token_span(source, chunk, token))
+            if len(chunk.tokens) == SIZE_LIMIT:
+                raise fail(
+                    f"the definition is too long, the limit is {SIZE_LIMIT} words and signs",
+                    token_span(source, chunk, token),
+                )
             chunk.tokens.append(token)
-        module = parser.feed_eof()
-        check(source, chunk, module)
-        for item in module.items:
-            documented = chunk.doc and isinstance(item, Definition | AttentionDef)
-            chunk.item = replace(item, doc=chunk.doc) if documented else item
+        tree: Module | Expression = parser.feed_eof()  # type: ignore[no-untyped-call]
+        check(source, chunk, tree)
+        return tree
     except AttnError as error:
         (chunk.error,) = error.diagnostics
     except UnexpectedInput as error:
         if isinstance(error, UnexpectedToken) and chunk.tokens and error.token is chunk.tokens[-1]:
             chunk.tokens.pop()
-        recover(source, chunk, error)
+        recover(source, chunk, start, error)
     finally:
         place.reset(outer)
+    return None
 
 
-def recover(source: Source, chunk: Chunk, error: UnexpectedInput) -> None:
-    """Say what is wrong after the tokens of a chunk; if they are an item already, keep it."""
+def recover(source: Source, chunk: Chunk, start: str, error: UnexpectedInput) -> None:
+    """Say what is wrong after the tokens of a chunk; keep what stands before an unknown definition."""
     # The refused token may have made the parser reduce, so that it wants less than it did before.
-    parser = grammar().parse_interactive("")
+    parser = grammar().parse_interactive("", start)
     for token in chunk.tokens:
         parser.feed_token(token)
-    accepts = parser.accepts()
+    accepts = parser.accepts()  # type: ignore[no-untyped-call]
     chunk.error = explain(source, chunk.start, chunk.tokens, error, accepts)
-    if "$END" in accepts and chunk.tokens:
+    if chunk.tokens and chunk.error.message.startswith(DEFINITION):
         complete = Chunk(chunk.start, token_span(source, chunk, chunk.tokens[-1]).end, chunk.doc)
         parse_chunk(source, complete)
         chunk.item = complete.item
 
 
 def token_span(source: Source, chunk: Chunk, token: Token) -> Span:
-    assert token.start_pos is not None and token.end_pos is not None
-    return Span(source, chunk.start + token.start_pos, chunk.start + token.end_pos)
+    start, end = extent(token)
+    return Span(source, chunk.start + start, chunk.start + end)
 
 
-def check(source: Source, chunk: Chunk, module: Module) -> None:
-    """What the grammar does not say: percentages only in assertions, bounded depth."""
+def check(source: Source, chunk: Chunk, tree: Module | Expression) -> None:
+    """What the grammar does not say: percentages only in assertions, bounded depth, `2let` is no `2 let`."""
+    if isinstance(tree, Module) and len(tree.items) > 1:
+        start = tree.items[1].span.start
+        raise fail("a name cannot begin with a digit", Span(source, start - 1, start))
     for token in chunk.tokens:
         if token.type == "PERCENT" and chunk.tokens[0].type != "ASSERT":
             raise fail("a percentage stands only in an assertion", token_span(source, chunk, token))
     # A node has a token of its own, so that a short definition cannot be deep.
     if len(chunk.tokens) > NESTING_LIMIT:
-        for item in module.items:
-            check_depth(item)
+        for root in tree.items if isinstance(tree, Module) else [tree]:
+            check_depth(root)
 
 
 def check_depth(root: Node) -> None:
@@ -160,6 +194,10 @@ def check_depth(root: Node) -> None:
                 values.extend(value)
 
 
+def too_long(source: Source) -> Diagnostic:
+    return Diagnostic(f"`{source.name}` has {len(source.text)} characters, the limit is {TEXT_LIMIT}")
+
+
 def too_deep(span: Span) -> AttnError:
     return fail(f"nested too deeply, the limit is {NESTING_LIMIT} levels", span)
 
@@ -168,8 +206,8 @@ def cut(source: Source) -> Iterator[Chunk]:
     """The unparsed chunks of a text, their brackets checked.
 
     The words of definitions are reserved: one begins a definition wherever it stands outside of brackets, and
-    inside of them where it begins a line, since then a bracket above was never closed. `score` is a clause too,
-    and a definition word straight after another is a name badly chosen.
+    inside of them where it begins a line, since then a bracket above was never closed. `score` is a clause
+    too, and a definition word straight after another is a name badly chosen.
     """
     text = source.text
     chunk = Chunk(1 if text.startswith("\ufeff") else 0, len(text))
@@ -196,7 +234,12 @@ def cut(source: Source) -> Iterator[Chunk]:
                 doc_end = end
         elif found[0] == '"':
             if len(found) == 1 or found[-1] != '"':
-                wrong("the string is never closed", start, start + len(found.rstrip()), 'end it with `"` on its line')
+                wrong(
+                    "the string is never closed",
+                    start,
+                    start + len(found.rstrip()),
+                    'end it with `"` on its line',
+                )
         elif found in CLOSER:
             if len(brackets) < NESTING_LIMIT:
                 brackets.append((found, start))

@@ -67,7 +67,9 @@ def write(node: Expression) -> tuple[str, int]:
             return f" {op} ".join([start, *(operand(arg, level + 1) for arg in rest)]), level
         case Compare(ops, args):
             parts = [operand(arg, COMPARE + 1) for arg in args]
-            return parts[0] + "".join(f" {op} {part}" for op, part in zip(ops, parts[1:])), COMPARE
+            return parts[0] + "".join(
+                f" {op} {part}" for op, part in zip(ops, parts[1:], strict=True)
+            ), COMPARE
         case Range(lo, hi):
             return f"{operand(lo, UNION)}..{operand(hi, UNION)}", RANGE
         case Abs(arg):

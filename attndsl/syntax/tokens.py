@@ -12,16 +12,22 @@ ENDS = OPERANDS | frozenset(OPENERS.values())
 """What an operand ends with."""
 STARTS = OPERANDS | frozenset([*OPENERS, "BAR", "MINUS", "TILDE", "NOT"])
 """What an expression begins with."""
-COMPARISONS = frozenset(["EQ", "NE", "LE", "LT", "GE", "GT", "IN"])
-LOOSE = COMPARISONS | frozenset(["_OR", "_AND", "DOTS", "AMP"])
+LOOSE = frozenset(["_OR", "_AND", "COMPARE", "DOTS", "AMP"])
 """Operators that `|x|` cannot hold without parentheses."""
-OPERATORS = LOOSE | frozenset(["BAR", "PLUS", "MINUS", "STAR", "SLASH", "FLOORDIV", "MOD", "AT", "POW"])
+OPERATORS = LOOSE | frozenset(["BAR", "PLUS", "MINUS", "MULTIPLY", "POW"])
 DEFINITIONS = ("pattern", "score", "let", "attention", "assert", "use")
 CLAUSES = ("inputs", "mask", "score", "decay", "norm", "offset", "heads")
 
 
+def extent(token: Token) -> tuple[int, int]:
+    """Where a token stands in the text that was lexed."""
+    assert token.start_pos is not None
+    assert token.end_pos is not None
+    return token.start_pos, token.end_pos
+
+
 def absolute_bars(tokens: Sequence[Token]) -> tuple[dict[int, bool], int | None]:
-    """Which tokens are the bars of absolute values: position -> whether it opens; and the innermost left open.
+    """The bars of absolute values, position -> whether it opens one; and the innermost that is left open.
 
     A `|` opens one where an operand is due. The inside of `|x|` is a sum, so the next `|` after an operand on
     the same level of brackets closes it.

@@ -1,4 +1,4 @@
-"""Verdicts on assertions: proved for every n, every head and every table, or refuted at a point, or undecided.
+"""Verdicts: proved for every n, every head and every table, or refuted at a point, or undecided.
 
 A proof is an empty over-approximation of the counter-examples (relation.py). A refutation is a point at which
 the pointwise evaluation, which shares no code with the proof, confirms it.
@@ -19,10 +19,10 @@ from attndsl.expr import TRUE, ZERO, Expr, Table, all_of, const, exists, negate,
 from attndsl.pointwise import evaluate
 from attndsl.relation import LEADING, Translation, domain, limited, quota
 
-SEARCH_LENGTH = 24
-SEARCH_HEADS = 4
+SEARCH_LENGTH = 16
+SEARCH_HEADS = 3
 SEARCH_TABLES = 4
-SEARCH_WORK = 20_000
+SEARCH_WORK = 10_000
 """Nodes evaluated at one length, those below a bound variable once per value."""
 
 DTYPES = {"int": np.int64, "bool": np.bool_, "float": np.float64}
@@ -33,7 +33,7 @@ Tables = dict[str, NDArray[Any]]
 
 @dataclass(frozen=True)
 class Verdict:
-    """`counter_example` gives n, H, h, q and k where they matter, the smallest known; `tables` those it needs.
+    """`counter_example` gives n, H, h, q and k where they matter, the smallest found; `tables` go with it.
 
     `reason` says why nothing was decided. `at` is "at n = 4096" for a verdict about given parameters alone.
     """
@@ -70,10 +70,11 @@ def _never(formula: Expr, names: tuple[str, ...], given: Mapping[str, int]) -> V
     """The verdict on "no point of the domain satisfies `formula`"."""
     names = (
         *names,
-        *(x for x in ("H", "h", "nq") if x in formula.free),
+        *(x for x in ("H", "h") if x in formula.free),
         *(["H"] if "h" in formula.free else []),
     )
     values = {name: const(value) for name, value in given.items()}
+    values["nq"] = values.get("n", var("n"))
     formula, known = substitute(formula, values), substitute(domain(*names), values)
     at = "at " + ", ".join(f"{name} = {value}" for name, value in given.items()) if given else ""
     reason, candidates = "", list[tuple[Point, Tables]]()
@@ -93,7 +94,7 @@ def _never(formula: Expr, names: tuple[str, ...], given: Mapping[str, int]) -> V
             terms, reason = [], error.diagnostics[0].message
         for point, tables in candidates or _search(formula, names, given):
             if _confirmed(formula, point, tables):
-                shown = {x: (point | given)[x] for x in LEADING if x in names}
+                shown = {x: {**point, **given}[x] for x in LEADING if x in names}
                 return Verdict("refuted", shown, tables or None, at=at)
         if not terms:
             break
@@ -127,7 +128,7 @@ def _candidate(space: Translation, found: isl.Set) -> tuple[Point, Tables]:
             size if isinstance(size, int) else sizes.get(size, least)
             for size, least in zip(table.dims, least_shape, strict=True)
         ]
-        data = np.zeros(shape, DTYPES[table.dtype])
+        data: NDArray[Any] = np.zeros(shape, DTYPES[table.dtype])
         for index, value in known.items():
             if all(i < size for i, size in zip(index, shape, strict=True)):
                 data[index] = value
@@ -147,8 +148,8 @@ def _confirmed(formula: Expr, point: Point, tables: Tables) -> bool:
 
 
 def _first(formula: Expr, point: Point, tables: Tables, q: NDArray[Any], k: NDArray[Any]) -> Point | None:
-    """The first of the points with these positions that satisfies `formula`, with the other values of `point`."""
-    others = {x: const(v) for x, v in point.items() if x not in ("q", "k")} | {"nq": const(point.get("n", 0))}
+    """The first of the points with these positions, and the other values of `point`, that satisfies `formula`."""
+    others = {x: const(v) for x, v in point.items() if x not in ("q", "k")}
     try:
         hits = np.argwhere(evaluate(substitute(formula, others), q[:, None], k[None, :], tables))
     except AttnError:

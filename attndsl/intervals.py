@@ -1,0 +1,137 @@
+"""Bounds of the numbers below an expression: integers that could leave 64 bits are refused, not wrapped."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attndsl.errors import fail
+from attndsl.expr import INT64, Expr, Table, nodes, render
+
+Interval = tuple[float, float]
+"""Least and greatest value; Python integers, so exact, for an integer."""
+
+ANYTHING: Interval = (-math.inf, math.inf)
+BOUND_VARIABLE: Interval = (0, 2**31)
+
+
+def check_range(root: Expr, variables: Mapping[str, Interval], tables: Mapping[str, NDArray[Any]]) -> None:
+    """Raises AttnError where an integer could leave the 64-bit range.
+
+    The bounds see no guards: `q < 4 and q ** 20 > k` is refused for a long sequence. `variables` gives the
+    ranges of the free ones; bound ones are positions. `tables` needs those of integers.
+    """
+    known: dict[Expr, Interval] = {}
+    for node in nodes(root):
+        if node.type not in ("int", "real"):
+            continue
+        known[node] = interval = _interval(node, known, variables, tables)
+        if node.type == "int" and not (INT64[0] <= interval[0] and interval[1] <= INT64[1]):
+            what = "is not bounded" if math.isinf(interval[1] - interval[0]) else "leaves the 64-bit range"
+            raise fail(f"integer overflow: {render(node)} {what}", help="bound it with min(...) and max(...)")
+
+
+def _interval(
+    e: Expr,
+    known: Mapping[Expr, Interval],
+    variables: Mapping[str, Interval],
+    tables: Mapping[str, NDArray[Any]],
+) -> Interval:
+    args = [known[arg] for arg in e.args if arg in known]
+    if e.op == "const":
+        return e.value, e.value  # type: ignore[return-value]
+    if e.op == "var":
+        return variables.get(str(e.value), BOUND_VARIABLE if e.type == "int" else ANYTHING)
+    if isinstance(e.value, Table):
+        return _entries(e, e.value, tables)
+    if e.op == "where":
+        return _hull(args[-2:])
+    if e.op in ("min", "max"):
+        join = min if e.op == "min" else max
+        return join(a[0] for a in args), join(a[1] for a in args)
+    if e.op == "add":
+        return sum(a[0] for a in args), sum(a[1] for a in args)
+    return RULES[e.op](*args) if e.op in RULES else ANYTHING
+
+
+def _entries(e: Expr, table: Table, tables: Mapping[str, NDArray[Any]]) -> Interval:
+    if e.op in ("rank_of", "count_of"):
+        return 0, tables[table.name].size
+    data = tables.get(table.name)
+    if data is None:
+        return ANYTHING
+    if not data.size:
+        return 0, 0
+    return data.min().item(), data.max().item()
+
+
+def _hull(intervals: list[Interval]) -> Interval:
+    return min(a[0] for a in intervals), max(a[1] for a in intervals)
+
+
+def _corners(operation: Callable[[float, float], float]) -> Callable[[Interval, Interval], Interval]:
+    def rule(a: Interval, b: Interval) -> Interval:
+        ends = [operation(x, y) for x in a for y in b]
+        return ANYTHING if any(map(math.isnan, ends)) else (min(ends), max(ends))
+
+    return rule
+
+
+def _times(x: float, y: float) -> float:
+    return 0 if x == 0 or y == 0 else x * y
+
+
+def _divide(a: Interval, b: Interval) -> Interval:
+    return ANYTHING if b[0] <= 0 <= b[1] else _corners(lambda x, y: x / y)(a, b)
+
+
+def _absolute(a: Interval) -> Interval:
+    return (0 if a[0] <= 0 <= a[1] else min(map(abs, a))), max(map(abs, a))
+
+
+def _power(a: Interval, b: Interval) -> Interval:
+    if b[0] == b[1] and b[0] == int(b[0]) >= 0:
+        exponent = int(b[0])
+        if max(map(abs, a)) > 1 and exponent * math.log2(max(map(abs, a))) > 1000:
+            return ANYTHING
+        ends = [x**exponent for x in a]
+        return (0 if exponent % 2 == 0 and a[0] <= 0 <= a[1] else min(ends)), max(ends)
+    if a[0] <= 0 or max(abs(y * math.log2(x)) for x in a for y in b) > 1000:
+        return ANYTHING
+    return _corners(lambda x, y: x**y)(a, b)
+
+
+def _monotone(function: Callable[[float], float], least: float, most: float) -> Callable[[Interval], Interval]:
+    def rule(a: Interval) -> Interval:
+        """A rising function; outside least..most it is not a number."""
+        return ANYTHING if a[0] < least or a[1] > most else (function(a[0]), function(a[1]))
+
+    return rule
+
+
+def _floor(a: Interval) -> Interval:
+    return ANYTHING if math.isinf(a[1] - a[0]) else (math.floor(a[0]), math.floor(a[1]))
+
+
+RULES: dict[str, Callable[..., Interval]] = {
+    "mul": _corners(_times),
+    "div": _divide,
+    "floordiv": _corners(lambda x, y: x // y),
+    "mod": lambda a, b: (0, max(b[1], 0)),
+    "abs": _absolute,
+    "pow": _power,
+    "floor": _floor,
+    "isqrt": lambda a: (0, math.isqrt(max(int(a[1]), 0))),
+    "log2": lambda a: (0, max(int(a[1]), 1).bit_length()) if isinstance(a[1], int) else ANYTHING,
+    "exp": _monotone(math.exp, -math.inf, 700.0),
+    "log": _monotone(math.log, 5e-324, math.inf),
+    "sqrt": _monotone(math.sqrt, 0.0, math.inf),
+    "tanh": lambda a: (-1.0, 1.0),
+    "sigmoid": lambda a: (0.0, 1.0),
+    "sin": lambda a: (-1.0, 1.0),
+    "cos": lambda a: (-1.0, 1.0),
+}
