@@ -16,7 +16,7 @@ oracle: $(VENV)/oracle
 	$(BIN)/pytest -m oracle
 
 bench: $(VENV)/run
-	$(BIN)/python -m benchmarks
+	for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done
 
 lint: $(VENV)/test
 	$(BIN)/ruff check

@@ -75,7 +75,7 @@ def boxes_at(frame: Frame, q: Array, k: Array, size: int) -> Boxes:
 
 
 class Truth(NamedTuple):
-    status: Array
+    status: Any
     key: Key
 
 
@@ -188,13 +188,13 @@ class Signatures:
             case "add":
                 return linear([(1, arg) for arg in args])
             case "mul" if node.args[0].op == "const":
-                return linear([(node.args[0].value, args[1])])  # type: ignore[list-item]
+                return linear([(integer(node.args[0]), args[1])])
             case "mul":
                 return product(args[0], args[1], boxes)
             case "mod":
-                return remainder(args[0], node.args[1].value, boxes)
+                return remainder(args[0], integer(node.args[1]), boxes)
             case "floordiv":
-                return quotient(args[0], node.args[1].value, boxes)
+                return quotient(args[0], integer(node.args[1]), boxes)
             case "min":
                 return extreme(args[0], args[1], 1, boxes)
             case "max":
@@ -204,7 +204,7 @@ class Signatures:
             case "where":
                 return choose(args[0], args[1], args[2], boxes, shift=True)
             case "pow":
-                return power(args[0], node.args[1].value, boxes)
+                return power(args[0], integer(node.args[1]), boxes)
             case "isqrt":
                 return monotone(args[0], isqrt, 0, boxes)
             case "log2":
@@ -309,15 +309,29 @@ class _Part:
     bounds: Callable[[list[tuple[Array, Array]]], tuple[Array, Array]]
 
 
+def selected(data: Array, indices: Sequence[Expr]) -> tuple[Array, bool]:
+    """The part of a table that its constant indices leave, and whether they are in its range."""
+    fixed = [(axis, integer(index)) for axis, index in enumerate(indices) if index.op == "const"]
+    if any(not 0 <= index < data.shape[axis] for axis, index in fixed):
+        return data, False
+    at: list[Any] = [slice(None)] * data.ndim
+    for axis, index in fixed:
+        at[axis] = index
+    return np.asarray(data[tuple(at)]), True
+
+
+def integer(e: Expr) -> int:
+    """The value of a constant."""
+    assert isinstance(e.value, int)
+    return e.value
+
+
 def _part(node: Expr, data: Array) -> _Part:
-    fixed = [
-        (index.value, size) for index, size in zip(node.args, data.shape, strict=False) if index.op == "const"
-    ]
-    if any(not 0 <= value < size for value, size in fixed):  # type: ignore[operator]
-        return _Part(None, lambda spans: (np.zeros(0), np.zeros(0)))
     if node.op != "lookup":
         data = segments(data)[0 if node.op == "rank_of" else 1]
-    data = np.asarray(data[tuple(i.value if i.op == "const" else slice(None) for i in node.args)])
+    data, inside = selected(data, node.args)
+    if not inside:
+        return _Part(None, lambda spans: (np.zeros(0), np.zeros(0)))
     if data.ndim == 1:
         extremes = Extremes(data)
         return _Part(data, lambda spans: extremes(*spans[0]))
@@ -547,7 +561,7 @@ def choose(cond: Truth, x: Ints, y: Ints, boxes: Boxes, *, shift: bool) -> Ints:
     y_lo, y_hi = reach(y, boxes)
     apart = y.base - x.base
 
-    def pick(a: Any, b: Any, c: Any) -> Array:
+    def pick(a: Any, b: Any, c: Any) -> Any:
         return np.where(first, a, np.where(second, b, c))
 
     key = [Column(cond.status), *cond.key, *masked(~second, x.key), *masked(~first, y.key)]
@@ -603,11 +617,11 @@ def power(x: Ints, exponent: int, boxes: Boxes) -> Ints:
 def isqrt(x: Array) -> Array:
     root = np.sqrt(x.astype(np.float64)).astype(np.int64)
     root -= root * root > x
-    return root + ((root + 1) * (root + 1) <= x)
+    return np.asarray(root + ((root + 1) * (root + 1) <= x))
 
 
 def log2(x: Array) -> Array:
-    return np.searchsorted(1 << np.arange(62), x, side="right") - 1
+    return np.asarray(np.searchsorted(1 << np.arange(62), x, side="right") - 1)
 
 
 def _open(x: Ints) -> Key:

@@ -160,7 +160,8 @@ def _side(e: ast.Expression, elaborator: Elaborator) -> Heads | Reach | Quantity
         layers = elaborator.constant(args["layers"], Env({}), TOKENS, "the number of layers")
         if layers < 0:
             raise fail(f"the number of layers is {layers}, and must not be negative", args["layers"].span)
-        return Reach(elaborator.pattern(args["of"], Env({}, claims=True), TOKENS).at(Q, K, TOKENS).mask, layers)
+        of = elaborator.pattern(args["of"], Env({}, claims=True), TOKENS)
+        return Reach(of.at(Q, K, TOKENS).mask, layers)
     if name in ("density", "nnz", "diameter"):
         return _quantity(name, e, elaborator)  # type: ignore[arg-type]
     try:
@@ -213,7 +214,7 @@ def _heads(e: ast.Expression, elaborator: Elaborator) -> Heads:
 
 
 def prove(assertion: Assertion) -> Verdict:
-    """`proved` for every n, head and table, `refuted` with the smallest counter-example found, or `undecided`.
+    """Proved for every n, head and table, refuted at the smallest point found, or undecided.
 
     Quantities are stated at one n and simply computed.
     """
@@ -258,7 +259,7 @@ def _per_head(side: Heads | Reach) -> tuple[tuple[Expr, Expr], ...]:
         return side.groups
     from attndsl.reach import reach
 
-    return ((reach([side.of], side.layers), ir.TRUE),)
+    return ((reach(side.of, side.layers), ir.TRUE),)
 
 
 def _measured(side: Quantity | float) -> float | None:
@@ -269,7 +270,7 @@ def _measured(side: Quantity | float) -> float | None:
     if side.kind == "diameter":
         from attndsl.reach import diameter
 
-        return diameter([side.of.any_head()], side.n)
+        return diameter(side.of.any_head(), side.n)
     blocks = side.of.block_mask(side.n, heads=side.heads)
     pairs = blocks.nnz * (side.heads // max(1, blocks.index.shape[1]))
     return float(pairs) if side.kind == "nnz" else pairs / max(1, side.heads * side.n * side.n)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -71,20 +71,16 @@ class Attention:
     rebind: Callable[..., Attention] | None = field(default=None, compare=False, repr=False)
 
     @staticmethod
-    def of_pattern(name: str, relation: Relation, rebind: Callable[..., Attention] | None = None) -> Attention:
+    def of_pattern(
+        name: str, relation: Relation, rebind: Callable[..., Attention] | None = None
+    ) -> Attention:
         """A pattern as an attention of its own: no score, one group of heads."""
         decay = None if relation.count is None else mul(const(1.0), relation.count)
         return Attention(name, (HeadGroup(relation, var("s"), decay),), rebind=rebind)
 
     def any_head(self) -> Expr:
         """What some head relates, where every group holds a head."""
-        masks = [
-            exists("h", ZERO, var("H"), all_of(group.heads, group.relation.mask))
-            if "h" in group.relation.mask.free
-            else group.relation.mask
-            for group in self.groups
-        ]
-        return any_of(*masks)
+        return over_heads(all_of(group.heads, group.relation.mask) for group in self.groups)
 
     def __call__(self, *args: Any, **params: Any) -> Attention:
         assert self.rebind is not None
@@ -160,3 +156,8 @@ class Attention:
         keys = lowering.checked_length("length", length)
         nq = keys if q_length is None else lowering.checked_length("q_length", q_length)
         return lowering.sizes(self, keys, nq, lowering.checked_length("heads", heads), q_offset, k_offset)
+
+
+def over_heads(masks: Iterable[Expr]) -> Expr:
+    """What some head relates, whose groups have these masks over h and H."""
+    return any_of(*(exists("h", ZERO, var("H"), mask) if "h" in mask.free else mask for mask in masks))

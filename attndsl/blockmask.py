@@ -75,7 +75,7 @@ class TileGrid:
     @cached_property
     def live(self) -> NDArray[np.int64]:
         """Live pairs in each row of each content, int64 [U, B]."""
-        return np.bitwise_count(self.masks).sum(axis=2, dtype=np.int64)
+        return np.asarray(np.bitwise_count(self.masks).sum(axis=2, dtype=np.int64))
 
     @cached_property
     def nnz(self) -> int:
@@ -188,7 +188,7 @@ class BlockMask:
 
     def empty_rows(self) -> NDArray[np.bool_]:
         """Which query rows have no key, bool [B or 1, H or 1, nq]."""
-        return self.row_counts() == 0
+        return np.equal(self.row_counts(), 0)
 
     def to_dense(self) -> NDArray[np.bool_]:
         """The mask itself, bool [B or 1, H or 1, nq, n]."""
@@ -222,8 +222,15 @@ class BlockMask:
 
         if not len(contents):
             bits = torch.zeros((1, size, size // 8), dtype=torch.uint8, device=device)
+        part, part_cols, full, full_cols = lists
         return FlexBlockMask.from_kv_blocks(
-            *lists, BLOCK_SIZE=size, mask_mod=mask_mod, seq_lengths=(self.nq, self.n)
+            part,
+            part_cols,
+            full,
+            full_cols,
+            BLOCK_SIZE=size,
+            mask_mod=mask_mod,
+            seq_lengths=(self.nq, self.n),
         )
 
     def __str__(self) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import pickle
+import select
 import signal
 import sys
 import time
 from collections.abc import Callable
-from multiprocessing.connection import Connection, Pipe
 from typing import Any, TypeVar
 
 from attndsl.errors import AttnError, Diagnostic, fail
@@ -33,21 +34,22 @@ def run(work: Callable[[Stage], T]) -> T:
     and reported as TimeLimitError. Nothing survives Ctrl-C or SIGTERM. Call it from the main thread, before
     anything has started threads.
     """
-    receiver, sender = Pipe(duplex=False)
+    receiver, sender = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
     if pid == 0:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        receiver.close()
+        os.close(receiver)
         os._exit(_child(work, sender))
-    sender.close()
+    os.close(sender)
     previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         message = _wait(receiver)
     finally:
         if sys.exc_info()[0] is not None:
             os.kill(pid, signal.SIGKILL)
+        os.close(receiver)
         _, status = os.waitpid(pid, 0)
         signal.signal(signal.SIGTERM, previous)
     if message is None and os.WIFSIGNALED(status):
@@ -61,23 +63,23 @@ def run(work: Callable[[Stage], T]) -> T:
     return result
 
 
-def _child(work: Callable[[Stage], Any], sender: Connection) -> int:
+def _child(work: Callable[[Stage], Any], sender: int) -> int:
     def stage(label: str, limit: float | None) -> None:
-        sender.send(("stage", (label, limit)))
+        _send(sender, ("stage", (label, limit)))
 
     try:
         try:
             message = ("result", work(stage))
         except AttnError as error:
             message = ("error", error)
-        sender.send(message)
+        _send(sender, message)
     except BaseException:  # the child must not return into its parent's stack
         sys.excepthook(*sys.exc_info())
         return INTERNAL
     return 0
 
 
-def _wait(receiver: Connection) -> tuple[str, Any] | None:
+def _wait(receiver: int) -> tuple[str, Any] | None:
     """The last message of the child, or None if it ended without one."""
     label, limit, since = "starting", None, time.monotonic()
     shown = False
@@ -91,12 +93,12 @@ def _wait(receiver: Connection) -> tuple[str, Any] | None:
                 sys.stderr.write(f"\r\x1b[K{label} ... {spent:.0f} s")
                 sys.stderr.flush()
                 shown = True
-            if not receiver.poll(0.1):
+            if not select.select([receiver], [], [], 0.1)[0]:
                 continue
-            try:
-                kind, value = receiver.recv()
-            except EOFError:
+            message = _receive(receiver)
+            if message is None:
                 return None
+            kind, value = message
             if kind != "stage":
                 return kind, value
             (label, limit), since = value, time.monotonic()
@@ -104,3 +106,29 @@ def _wait(receiver: Connection) -> tuple[str, Any] | None:
         if shown:
             sys.stderr.write("\r\x1b[K")
             sys.stderr.flush()
+
+
+def _send(pipe: int, message: tuple[str, Any]) -> None:
+    data = pickle.dumps(message)
+    data = len(data).to_bytes(8, "big") + data
+    while data:
+        data = data[os.write(pipe, data) :]
+
+
+def _receive(pipe: int) -> tuple[str, Any] | None:
+    """The next message, or None at the end."""
+    size = _read(pipe, 8)
+    body = _read(pipe, int.from_bytes(size, "big")) if size else b""
+    message: tuple[str, Any] | None = pickle.loads(body) if body else None
+    return message
+
+
+def _read(pipe: int, size: int) -> bytes:
+    """`size` bytes, or none if the pipe ends before."""
+    parts = bytearray()
+    while len(parts) < size:
+        part = os.read(pipe, size - len(parts))
+        if not part:
+            return b""
+        parts += part
+    return bytes(parts)

@@ -34,8 +34,10 @@ from attndsl.plan import Plan
 
 Named = dict[str, Tensor]
 LENGTHS = (0, 1, 3, 127, 300)
-ROUNDINGS = 16
-"""Relative error allowed beside the yardstick, in units of the dtype's epsilon."""
+ROUNDINGS, GRAD_ROUNDINGS = 8, 32
+"""Error allowed beside the yardstick, in units of the dtype's epsilon: the latter for gradients, which are
+differences of inner products; `LOUD` times that for loud logits and tables, summed over all pairs."""
+LOUD = 4
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,9 @@ class Case:
 
     def __str__(self) -> str:
         sizes = f"{self.nq}x{self.n}-b{self.batch}h{self.heads}-{self.kv_heads}d{self.head_dim}-{self.v_dim}"
-        extras = "-loud" * self.loud + (f"-at{self.q_offset}" if self.q_offset else "") + f"-B{self.block_size}"
+        extras = (
+            "-loud" * self.loud + (f"-at{self.q_offset}" if self.q_offset else "") + f"-B{self.block_size}"
+        )
         return f"{self.mechanism.name}-{self.dtype}-{sizes}{extras}"
 
 
@@ -124,7 +128,9 @@ MECHANISMS = (
     Mechanism("t5", "mask full score t5(table)", params="(table = learn[H, 32](0.1))"),
     Mechanism("shaw", "mask radius(12) score shaw(table, 6)", params="(table = learn[13, D](0.05))"),
     Mechanism("da", "mask causal score da(a, b)", params="(a = learn[H](0.2), b = learn[H](0.1))"),
-    Mechanism("gauss", "mask radius(25) score s + gaussian(|q - k|, sigma)", params="(sigma = learn[H](9.0))"),
+    Mechanism(
+        "gauss", "mask radius(25) score s + gaussian(|q - k|, sigma)", params="(sigma = learn[H](9.0))"
+    ),
     Mechanism("bias", "inputs z : float[B, H, n, n] mask causal score s + z[q, k]", tables=_bias),
     Mechanism("adaptive", "mask band(-60 .. -1) decay ramp(q - k, z, 16)", params="(z = learn[H](20.3))"),
     Mechanism("multiset", "mask radius(8) + last(4)"),
@@ -137,7 +143,7 @@ MECHANISMS = (
 def _draw(mechanism: Mechanism, dtype: str, turn: int) -> Case:
     """Sizes that differ from case to case and from run to run never."""
     rng = random.Random(zlib.crc32(f"{mechanism.name} {dtype} {turn}".encode()))
-    n = LENGTHS[-1 - turn] if turn < 2 else rng.choice(LENGTHS)
+    n = 127 if turn == 0 else rng.choice(LENGTHS)
     square = mechanism.name in ("documents", "chosen") or rng.random() < 0.5
     nq = n if square else rng.choice([size for size in LENGTHS if size <= n])
     heads, kv_heads = rng.choice([(2, 2), (4, 2), (3, 1), (4, 4)])
@@ -164,7 +170,7 @@ def _draw(mechanism: Mechanism, dtype: str, turn: int) -> Case:
 CASES = tuple(
     _draw(mechanism, dtype, turn)
     for mechanism in MECHANISMS
-    for dtype, turns in (("float32", 3), ("float64", 1), ("bfloat16", 1))
+    for dtype, turns in (("float32", 2), ("float64", 1), ("bfloat16", 1))
     for turn in range(turns)
 )
 
@@ -196,14 +202,14 @@ def check(backend: str, case: Case) -> str | None:
         assert not mine.isnan().any(), f"{name} is NaN in {int(mine.isnan().sum())} places"
         assert torch.equal(mine == -torch.inf, value == -torch.inf), f"{name}: other rows are -inf"
         error = _relative(mine, value)
-        bound = allowed["out" if name in ("out", "lse") else "grad"]
+        bound = allowed.get(name, allowed["table"])
         assert error <= bound, f"{name}: error {error:.2e}, allowed {bound:.2e}"
     return None
 
 
 @functools.lru_cache(maxsize=1)
 def _expected(attention: Attention, case: Case) -> tuple[Named, Named, dict[str, float]]:
-    """The inputs, the exact results, and the error allowed; shared by the backends that run a case in turn."""
+    """Inputs, exact results and the errors allowed; shared by the backends that run a case in turn."""
     inputs = _inputs(attention, case)
     exact = _run(_plan(attention, case, "reference", "float64"), case, inputs, "float64")
     return inputs, exact, _yardstick(attention, case, inputs)
@@ -213,7 +219,7 @@ def _relative(a: Tensor, b: Tensor) -> float:
     if not b.numel():
         return 0.0
     a, b = a.nan_to_num(neginf=0.0), b.nan_to_num(neginf=0.0)
-    return float((a - b).abs().max() / b.abs().max().clamp_min(1e-3))
+    return float((a - b).abs().max() / b.abs().max().clamp_min(1.0))
 
 
 @contextmanager
@@ -244,7 +250,7 @@ def _plan(attention: Attention, case: Case, backend: str, dtype: str) -> Plan:
 
 
 def _inputs(attention: Attention, case: Case) -> Named:
-    """q, k, v, the gradients of the results, tables and learned parameters, float64, rounded to the case's dtype."""
+    """q, k, v, gradients of the results, tables and parameters: float64, rounded to the case's dtype."""
     rng = np.random.default_rng(zlib.crc32(str(case).encode()))
     c, dtype = case, getattr(torch, case.dtype)
     shapes = {
@@ -270,9 +276,7 @@ def _inputs(attention: Attention, case: Case) -> Named:
 def _run(plan: Plan, case: Case, inputs: Named, dtype: str) -> Named:
     """Output, log-sum-exp, and gradients of both with respect to everything real."""
     kind = getattr(torch, dtype)
-    leaves = {
-        name: x.to(kind).requires_grad_() if x.is_floating_point() else x for name, x in inputs.items()
-    }
+    leaves = {name: x.to(kind).requires_grad_() if x.is_floating_point() else x for name, x in inputs.items()}
     learned = {table.name: leaves[table.name] for table in plan.attention.learned}
     tables = {table.name: leaves[table.name] for table in plan.attention.inputs}
     out, lse = plan.run(leaves["q"], leaves["k"], leaves["v"], case.q_offset, None, True, tables, learned)
@@ -300,12 +304,20 @@ def _yardstick(attention: Attention, case: Case, inputs: Named) -> dict[str, flo
     for kind in (torch.float64, measured):
         q, k, v = (inputs[name].to(kind).requires_grad_() for name in ("q", "k", "v"))
         out, _ = torch.ops.aten._scaled_dot_product_attention_math(
-            q, k.repeat_interleave(share, 1), v.repeat_interleave(share, 1), mask.expand(case.batch, case.heads, -1, -1)
+            q,
+            k.repeat_interleave(share, 1),
+            v.repeat_interleave(share, 1),
+            mask.expand(case.batch, case.heads, -1, -1),
         )
         out = torch.where(mask.any(-1, keepdim=True), out, 0.0)
         grads = torch.autograd.grad(out, (q, k, v), inputs["grad_out"].to(kind))
-        results.append([out.double(), *(g.double().nan_to_num() for g in grads)])
+        results.append([out.detach().double(), *(g.double().nan_to_num() for g in grads)])
     errors = [_relative(mine, value) for value, mine in zip(*results, strict=True)]
-    epsilon = torch.finfo(getattr(torch, case.dtype)).eps
-    out, grad = (2 * e / torch.finfo(measured).eps + ROUNDINGS for e in (errors[0], max(errors[1:])))
-    return {"out": out * epsilon, "grad": grad * epsilon}
+    eps, measured_eps = (torch.finfo(kind).eps for kind in (getattr(torch, case.dtype), measured))
+    # the exact results of float64 are off by as much again
+    factor = (4 if case.dtype == "float64" else 2) * eps / measured_eps
+    rounding = eps * (LOUD if case.loud else 1)
+    out = factor * errors[0] + ROUNDINGS * rounding
+    grad = factor * max(errors[1:]) + GRAD_ROUNDINGS * rounding
+    of_inputs = {f"gradient of {name}": grad for name in ("q", "k", "v")}
+    return {"out": out, "lse": out, **of_inputs, "table": LOUD * grad}

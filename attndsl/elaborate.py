@@ -12,10 +12,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from attndsl import expr as ir
 from attndsl.attention import Attention, HeadGroup, Norm, Relation
 from attndsl.errors import AttnError, Diagnostic, Span, fail, suggest
 from attndsl.expr import Expr, IntSet, Table
+from attndsl.pointwise import evaluate
 from attndsl.syntax import nodes as ast
 from attndsl.syntax.format import render
 from attndsl.values import (
@@ -42,6 +45,7 @@ FUNCTIONS = frozenset(("min", "max", "where", "isqrt", "floor", *ir.FUNCTIONS))
 CLAIMS = frozenset("every_row density nnz diameter reach".split())
 BUILT_IN = COMBINATORS | FUNCTIONS | CLAIMS | {"learn"}
 CALL_DEPTH = 64
+HEAD_LIMIT = 4096
 STEP_LIMIT = 200_000
 TOKENS = Space(ir.var("n"))
 Q, K = ir.var("q"), ir.var("k")
@@ -169,6 +173,7 @@ class Elaborator:
             cycle = " -> ".join((*env.calls[env.calls.index(definition.name) :], definition.name))
             raise fail(f"`{definition.name}` is defined by itself: {cycle}", span)
         if len(env.calls) >= CALL_DEPTH:
+            self.broken.update(env.calls)
             raise fail(f"definitions use each other more than {CALL_DEPTH} deep", span)
         integral = env.integral and not isinstance(definition, ast.AttentionDef)
         inner = Env({}, integral, calls=(*env.calls, definition.name))
@@ -231,6 +236,18 @@ class Elaborator:
 
     def relation(self, holds: Callable[[Expr, Expr, Space], Expr]) -> Pattern:
         return self.memoised(lambda q, k, space: Relation(holds(q, k, space)))
+
+    def members(self, contains: Callable[[Expr, Space], Expr]) -> SetOf:
+        """A set that remembers, likewise."""
+        known: dict[tuple[Expr, Space], Expr] = {}
+
+        def lookup(p: Expr, space: Space) -> Expr:
+            if (p, space) not in known:
+                self.step()
+                known[p, space] = contains(p, space)
+            return known[p, space]
+
+        return SetOf(lookup)
 
     # expressions
 
@@ -307,7 +324,7 @@ class Elaborator:
         if isinstance(value, Pattern):
             return self.relation(lambda q, k, sp: ir.negate(value.at(q, k, sp).mask))
         if isinstance(value, SetOf):
-            return SetOf(lambda p, sp: ir.negate(value.contains(p, sp)))
+            return self.members(lambda p, sp: ir.negate(value.contains(p, sp)))
         help = "write `not`" if isinstance(value, Truth) else ""
         raise fail(f"`~` is for patterns and sets, and this is {value.noun}", e.arg.span, help)
 
@@ -325,7 +342,7 @@ class Elaborator:
         if all(isinstance(v, SetOf) for v in values):
             combine = ir.any_of if e.op == "|" else ir.all_of
             sets = [v for v in values if isinstance(v, SetOf)]
-            return SetOf(lambda p, sp: combine(*(s.contains(p, sp) for s in sets)))
+            return self.members(lambda p, sp: combine(*(s.contains(p, sp) for s in sets)))
         word = "or" if e.op == "|" else "and"
         for arg, value in zip(e.args, values, strict=True):
             if isinstance(as_number(value), Truth | Num):
@@ -412,7 +429,7 @@ class Elaborator:
         if isinstance(a, Pattern) and isinstance(b, Pattern):
             return self.memoised(lambda q, k, sp: restrict(a.at(q, k, sp), ir.negate(b.at(q, k, sp).mask)))
         if isinstance(a, SetOf) and isinstance(b, SetOf):
-            return SetOf(lambda p, sp: ir.all_of(a.contains(p, sp), ir.negate(b.contains(p, sp))))
+            return self.members(lambda p, sp: ir.all_of(a.contains(p, sp), ir.negate(b.contains(p, sp))))
         return None
 
     def product(self, left: Value, right: Value) -> Value | None:
@@ -466,7 +483,7 @@ class Elaborator:
             return ir.all_of(ir.le(lo, p), ir.le(p, hi))
 
         contains(Q, space)
-        return SetOf(contains)
+        return self.members(contains)
 
     def on_setlist(self, e: ast.SetList, env: Env, space: Space) -> Value:
         def contains(p: Expr, sp: Space) -> Expr:
@@ -482,7 +499,7 @@ class Elaborator:
             return ir.any_of(ir.inset(p, IntSet.of(constant)), *rest)
 
         contains(Q, space)
-        return SetOf(contains)
+        return self.members(contains)
 
     def on_builder(self, e: ast.Builder, env: Env, space: Space) -> Value:
         check_builder(e)
@@ -495,7 +512,7 @@ class Elaborator:
         names = [name.id for group in e.vars for name in group]
         holds(names, tuple(ir.var("q" if i % 2 == 0 else "k") for i in range(len(names))), space)
         if len(e.vars) == 1:
-            return SetOf(lambda p, sp: holds(names, (p,), sp))
+            return self.members(lambda p, sp: holds(names, (p,), sp))
         if all(len(group) == 1 for group in e.vars):
             return self.relation(lambda q, k, sp: holds(names, (q, k), sp))
         return GridPattern(len(e.vars[0]), lambda qs, ks, sp: holds(names, (*qs, *ks), sp))
@@ -776,6 +793,7 @@ class _AttentionBuilder:
     def groups(self, heads: ast.Heads) -> list[tuple[Expr, tuple[ast.Clause, ...]]]:
         h = ir.var("h")
         found: list[tuple[Expr, tuple[ast.Clause, ...]]] = []
+        taken: set[int] = set()
         for i, group in enumerate(heads.groups):
             if group.which is None:
                 if i != len(heads.groups) - 1:
@@ -785,10 +803,10 @@ class _AttentionBuilder:
                 which = ir.FALSE
                 with self.going_on():
                     which = self.head_set(group.which, h)
-                    for earlier, _ in found:
-                        shared = shared_head(earlier, which)
-                        if shared is not None:
-                            raise fail(f"head {shared} is in two groups", group.which.span)
+                    listed = listed_heads(which)
+                    if taken & listed:
+                        raise fail(f"head {min(taken & listed)} is in two groups", group.which.span)
+                    taken |= listed
             found.append((which, group.clauses))
         return found
 
@@ -802,9 +820,7 @@ class _AttentionBuilder:
             raise _expected("a set of heads", value, e, "write `0..5` or `[0, 2]`")
         if not which.free <= {"h", "H"} or which.tables:
             raise fail("a set of heads depends on h and H alone", e.span)
-        if shared_head(which, which, -1) is not None:
-            raise fail("heads count from 0", e.span)
-        if "H" not in which.free and shared_head(which, which) is None:
+        if "H" not in which.free and not listed_heads(which):
             raise fail("this set of heads is empty", e.span)
         return which
 
@@ -866,6 +882,11 @@ class _AttentionBuilder:
             "Q": Vec(ir.var("Q")),
             "K": Vec(ir.var("K")),
         }
+        if "s" in self.env.names:
+            for node in ast.walk(e):
+                if isinstance(node, ast.Name) and node.id == "s":
+                    what = f"`s` is a parameter of `{self.definition.name}`, and the logit in a score"
+                    raise fail(what, node.span, help="give the parameter another name")
         env = self.env.bind(**named)
         call = score_call(e, self.elaborator.definitions, env)
         if call is None:
@@ -1175,15 +1196,13 @@ def input_table(decl: ast.InputDecl) -> Table:
     return Table(decl.name, decl.dtype, tuple(dims), batched, headed)  # type: ignore[arg-type]
 
 
-def shared_head(a: Expr, b: Expr, first: int = 0, most: int = 1024) -> int | None:
-    """The first head below `most` in both sets, where they do not depend on H."""
-    both = ir.all_of(a, b)
-    if "H" in both.free:
-        return None
-    for h in range(first, most) if first >= 0 else (first,):
-        if ir.substitute(both, {"h": ir.const(h)}) is ir.TRUE:
-            return h
-    return None
+def listed_heads(which: Expr) -> set[int]:
+    """The heads below HEAD_LIMIT in a set; none where it depends on H."""
+    if "H" in which.free:
+        return set()
+    heads = np.arange(HEAD_LIMIT)
+    held = evaluate(ir.substitute(which, {"h": Q}), heads[:, None], np.zeros((1, 1), np.int64))
+    return {*heads[held[:, 0]].tolist()}
 
 
 COMPARISONS: dict[str, Callable[[Expr, Expr], Expr]] = {
@@ -1228,6 +1247,6 @@ RETIRED = {
     "window": "write `last(w)` for w keys up to the query, `radius(r)` for r on each side, or `band(a..b)`",
     "abs": "write `|x|`",
     "B": "the batch stands only in the axes of `inputs`, first",
-    "true": "write `full`, or a comparison such as `0 == 0`",
-    "false": "write `none`, or a comparison such as `0 == 1`",
+    "true": "write `0 == 0`, or the pattern `full`",
+    "false": "write `0 == 1`, or the pattern `none`",
 }

@@ -157,6 +157,8 @@ def const(value: bool | int | float) -> Expr:
         if not INT64[0] <= value <= INT64[1]:
             raise fail("integer overflow: a value leaves the 64-bit range")
         return make("const", (), value, "int")
+    if not math.isfinite(value):
+        raise fail("real overflow: a value is not a finite number")
     return make("const", (), value, "real")
 
 
@@ -280,8 +282,10 @@ def call(op: str, a: Expr) -> Expr:
         return make(op, (a,), None, "int" if integral else "real")
     if op == "isqrt":
         return const(math.isqrt(_within(op, x, 0)))
-    if op == "floor":
+    if op == "floor" and math.isfinite(x):
         return const(math.floor(x))
+    if op == "floor":
+        raise fail(f"floor({x}) is not a number")
     if op == "log2" and integral:
         return const(_within(op, x, 1).bit_length() - 1)
     try:

@@ -31,8 +31,10 @@ def check_range(root: Expr, variables: Mapping[str, Interval], tables: Mapping[s
             continue
         known[node] = interval = _interval(node, known, variables, tables)
         if node.type == "int" and not (INT64[0] <= interval[0] and interval[1] <= INT64[1]):
-            what = "is not bounded" if math.isinf(interval[1] - interval[0]) else "leaves the 64-bit range"
-            raise fail(f"integer overflow: {render(node)} {what}", help="bound it with min(...) and max(...)")
+            raise fail(
+                f"integer overflow: {render(node)} can leave the 64-bit range",
+                help="bound it with min(...) and max(...)",
+            )
 
 
 def _interval(

@@ -7,6 +7,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from attndsl.errors import fail
+
+KEYS_LIMIT = 2**12
+DRAWN_LIMIT = 2**26
 GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -22,12 +26,21 @@ def absorb(state: NDArray[np.uint64], word: NDArray[Any]) -> NDArray[np.uint64]:
 
 
 def sample(seed: NDArray[Any], q: NDArray[Any], c: NDArray[Any], r: int) -> NDArray[np.int64]:
-    """min(r, c) distinct numbers of 0..c-1 for each row: int64 [rows, r], rising, padded with -1.
+    """min(r, c) distinct numbers of 0..c-1 for each row: int64 [rows, min(r, max(c))], rising, padded with -1.
 
-    seed, q, c: int64 [rows]. Floyd's algorithm (Bentley, Floyd, CACM 30(9), 1987): slot s draws one of
+    seed, q, c: int64 [rows]. Raises AttnError beyond a limit. Floyd's algorithm (Bentley, Floyd, CACM 30(9), 1987): slot s draws one of
     0..j, j = c - r + s, by the hash of (seed, q, s) modulo j + 1, and takes j where that is taken already.
     """
     seed, q, c = (np.atleast_1d(a).astype(np.int64) for a in (seed, q, c))
+    most = int(c.max(initial=0))
+    if len(q) * min(r, most) > DRAWN_LIMIT or (KEYS_LIMIT < r < most):
+        raise fail(
+            f"random draws {min(r, most):,} keys for each of {len(q):,} rows",
+            help=f"the limits are {KEYS_LIMIT:,} keys a row and {DRAWN_LIMIT:,} together",
+        )
+    if r >= most:
+        every = np.arange(most)
+        return np.where(every < c[:, None], every, -1)
     state = absorb(absorb(np.zeros(len(q), np.uint64), seed), q)
     taken = np.full((len(q), r), np.iinfo(np.int64).max)
     for slot in range(r):

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from attndsl.abstract import EMPTY, FULL, PARTIAL, Boxes, Column, Frame, Truth, masked, odd
+from attndsl.abstract import EMPTY, FULL, PARTIAL, Boxes, Column, Frame, Truth, integer, masked, odd, selected
 from attndsl.expr import Expr, Table
 
 Array = NDArray[Any]
@@ -48,10 +48,10 @@ def stripe(e: Expr) -> Stripe | None:
         return Stripe(str(e.value), 0, 1)
     if e.op == "add" and len(e.args) == 2 and e.args[1].op == "const":
         inner = stripe(e.args[0])
-        return inner and inner._replace(shift=inner.shift + e.args[1].value * inner.width)  # type: ignore[operator]
+        return inner and inner._replace(shift=inner.shift + integer(e.args[1]) * inner.width)
     if e.op == "floordiv" and e.type == "int" and e.args[1].op == "const":
         inner = stripe(e.args[0])
-        return inner and inner._replace(width=inner.width * e.args[1].value)  # type: ignore[operator]
+        return inner and inner._replace(width=inner.width * integer(e.args[1]))
     return None
 
 
@@ -138,12 +138,12 @@ def spread(counts: Array) -> tuple[Array, Array]:
 def sorted_set(values: Array) -> Array:
     """As np.unique, which hashes and is several times slower here."""
     values = np.sort(values)
-    return values[np.concatenate([[True], values[1:] != values[:-1]])]
+    return np.compress(np.concatenate([[True], values[1:] != values[:-1]]), values)
 
 
 def contains(known: Array, wanted: Array) -> Array:
     """Which of `wanted` occur in `known`, sorted and not empty."""
-    return known[np.minimum(np.searchsorted(known, wanted), len(known) - 1)] == wanted
+    return np.equal(known[np.minimum(np.searchsorted(known, wanted), len(known) - 1)], wanted)
 
 
 def links_of(node: Expr, frame: Frame, tables: Mapping[str, Array]) -> Links | None:
@@ -154,15 +154,12 @@ def links_of(node: Expr, frame: Frame, tables: Mapping[str, Array]) -> Links | N
     col, row = stripe(node.args[0]), stripe(free[0]) if len(free) == 1 else None
     if row is None or col is None or row.axis == col.axis:
         return None
-    for index, size in zip(node.args[1:], data.shape, strict=False):
-        if index.op == "const" and not 0 <= index.value < size:  # type: ignore[operator]
-            return None
-    data = data[tuple(index.value if index.op == "const" else slice(None) for index in node.args[1:])]
+    data, inside = selected(data, node.args[1:])
     (first, last), (least, most) = (
         (axis.at(np.int64(start)), axis.at(np.int64(end - 1)))
         for axis, (start, end) in ((a, frame.q if a.axis == "q" else frame.k) for a in (row, col))
     )
-    if first < 0 or last >= len(data):
+    if not inside or first < 0 or last >= len(data):
         return None
     data = data[first : last + 1]
     row_at, slot = np.nonzero((data >= least) & (data <= most))

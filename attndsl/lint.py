@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields
 
 from attndsl import expr as ir
 from attndsl.attention import HeadGroup
@@ -31,21 +30,10 @@ def _warning(message: str, span: Span, help: str = "") -> Diagnostic:
     return Diagnostic(message, span, help, "warning")
 
 
-def walk(node: object) -> Iterator[ast.Node]:
-    """Every node below and including this one."""
-    if isinstance(node, tuple):
-        for part in node:
-            yield from walk(part)
-    if isinstance(node, ast.Node):
-        yield node
-        for field in fields(node):
-            yield from walk(getattr(node, field.name))
-
-
 def _of_text(item: Definition) -> Iterator[Diagnostic]:
-    for node in walk(item):
+    for node in ast.walk(item):
         if isinstance(node, ast.Builder):
-            for name in walk(node.pred):
+            for name in ast.walk(node.pred):
                 if isinstance(name, ast.Name) and name.id == "nq":
                     yield _warning(
                         "`nq` in a pattern: its meaning changes with the number of queries",
@@ -83,8 +71,9 @@ def _of_attention(item: ast.AttentionDef, elaborator: Elaborator) -> Iterator[Di
     for group in value.attention.groups:
         if not group.relation.mask.tables and not empty and value.attention.offset is None:
             yield from _empty_rows(group, span)
-            yield from _holes(group, span)
         yield from _shift_variance(group, item)
+    if not any(group.relation.mask.tables for group in value.attention.groups) and not empty:
+        yield from _holes(value.attention.any_head(), span)
     for clause in masks:
         yield from _block_causality(clause.value, elaborator)
 
@@ -94,7 +83,7 @@ def _empty_parts(e: ast.Expression, elaborator: Elaborator) -> Iterator[Diagnost
     from attndsl.proofs import subset
 
     for part in e.args if isinstance(e, ast.Nary) and e.op == "&" else (e,):
-        bound = {name.id for name in walk(part) if isinstance(name, ast.Name)}
+        bound = {name.id for name in ast.walk(part) if isinstance(name, ast.Name)}
         if not bound <= {*elaborator.definitions, "q", "k", "n"}:
             continue
         mask = elaborator.pattern(part, Env({}), TOKENS).at(Q, K, TOKENS).mask
@@ -108,15 +97,15 @@ def _empty_rows(group: HeadGroup, span: Span) -> Iterator[Diagnostic]:
     verdict = every_row(group.relation.mask, group.heads)
     if verdict.status == "refuted" and verdict.counter_example is not None:
         at = verdict.counter_example
-        where = "" if at["n"] == at["q"] + 1 else f" at n = {at['n']}"
-        yield _warning(f"query {at['q']} has no key{where}", span, "its output is 0")
+        head = f", head {at['h']}" if "h" in at else ""
+        yield _warning(f"query {at['q']} has no key at n = {at['n']}{head}", span, "its output is 0")
 
 
-def _holes(group: HeadGroup, span: Span) -> Iterator[Diagnostic]:
+def _holes(mask: Expr, span: Span) -> Iterator[Diagnostic]:
     """All distances share a divisor: the residues modulo it never meet."""
     from attndsl.reach import common_divisor
 
-    divisor = common_divisor(group.relation.mask)
+    divisor = common_divisor(mask)
     if divisor > 1:
         yield _warning(
             f"every distance is a multiple of {divisor}: positions of other residues never meet, "
@@ -134,7 +123,7 @@ def _block_causality(e: ast.Expression, elaborator: Elaborator) -> Iterator[Diag
     if not (isinstance(e, ast.Call) and isinstance(e.func, ast.Name) and e.func.id == "blocks"):
         return
     inner = next((arg.value for arg in e.args if arg.name in ("", "R") and arg is e.args[-1]), None)
-    names = {name.id for name in walk(e) if isinstance(name, ast.Name)}
+    names = {name.id for name in ast.walk(e) if isinstance(name, ast.Name)}
     if inner is None or not names <= {*elaborator.definitions, "q", "k", "n", "blocks"}:
         return
     over_blocks = elaborator.pattern(inner, Env({}), TOKENS).at(Q, K, TOKENS).mask

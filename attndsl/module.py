@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from attndsl.errors import fail
+
 if TYPE_CHECKING:
     from attndsl.plan import Plan
 
@@ -20,6 +22,11 @@ class PlanModule(nn.Module):
         super().__init__()
         self.plan = plan
         for table in plan.attention.learned:
+            if hasattr(self, table.name):
+                raise fail(
+                    f"the learned parameter `{table.name}` has the name of an attribute of nn.Module",
+                    help="bind it to another name",
+                )
             self.register_parameter(table.name, nn.Parameter(plan.initial(table)))
 
     def forward(

@@ -23,6 +23,9 @@ from attndsl.backend import Call, Kernel
 class Differentiable(Protocol):
     """A kernel that gives its own gradients; any other is differentiated by running it again."""
 
+    def __call__(self, call: Call) -> tuple[Tensor, Tensor]:
+        """As `Kernel`."""
+
     def forward(self, call: Call) -> tuple[Tensor, Tensor]:
         """As `Kernel`, without recording anything for autograd."""
 
@@ -45,10 +48,13 @@ class Runner:
     call_of(q, k, v, tables, q_offset, k_offset) -> Call; it may build or look up the BlockMask.
     """
 
-    kernel: Kernel
+    kernel: Kernel | Differentiable
     names: tuple[str, ...]
     call_of: Callable[[Tensor, Tensor, Tensor, Mapping[str, Tensor], list[int], list[int]], Call]
 
+
+vjp: Callable[..., tuple[Any, Callable[..., Any]]] = torch.func.vjp
+"""Autograd records nothing inside an operator; torch.func does."""
 
 _runners: WeakValueDictionary[int, Runner] = WeakValueDictionary()
 _handles = itertools.count()
@@ -63,7 +69,13 @@ def register(runner: Runner) -> int:
 
 @torch.library.custom_op("attndsl::attend", mutates_args=())
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, tables: list[Tensor], q_offset: list[int], k_offset: list[int], handle: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tables: list[Tensor],
+    q_offset: list[int],
+    k_offset: list[int],
+    handle: int,
 ) -> tuple[Tensor, Tensor]:
     """Output [B, H, nq, Dv] and log-sum-exp [B, H, nq] of the runner; see `Kernel`."""
     runner = _runners[handle]
@@ -96,22 +108,27 @@ def attend_backward(
     needing = [name for name, w in zip(runner.names, wanted, strict=True) if w]
     call = runner.call_of(q, k, v, named, list(q_offset), list(k_offset))
     if isinstance(runner.kernel, Differentiable):
-        *grads, by_name = runner.kernel.gradient(call, needing, out, lse, grad_out, grad_lse)
-        return [*grads, *(by_name[name] for name in needing)]
+        gq, gk, gv, by_name = runner.kernel.gradient(call, needing, out, lse, grad_out, grad_lse)
+        return [gq, gk, gv, *(by_name[name] for name in needing)]
 
     def again(q: Tensor, k: Tensor, v: Tensor, learned: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         return runner.kernel(replace(call, q=q, k=k, v=v, tables={**named, **learned}))
 
-    # autograd does not record inside an operator; torch.func does
-    _, pull = torch.func.vjp(again, q, k, v, {name: named[name] for name in needing})
-    *grads, by_name = pull((grad_out, torch.zeros_like(lse) if grad_lse is None else grad_lse))
+    _, pull = vjp(again, q, k, v, {name: named[name] for name in needing})
+    gq, gk, gv, by_name = pull((grad_out, torch.zeros_like(lse) if grad_lse is None else grad_lse))
     # the fake kernel promises contiguous tensors
-    return [grad.contiguous() for grad in (*grads, *(by_name[name] for name in needing))]
+    return [grad.contiguous() for grad in (gq, gk, gv, *(by_name[name] for name in needing))]
 
 
 @attend.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, tables: list[Tensor], q_offset: list[int], k_offset: list[int], handle: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tables: list[Tensor],
+    q_offset: list[int],
+    k_offset: list[int],
+    handle: int,
 ) -> tuple[Tensor, Tensor]:
     out = q.new_empty((*q.shape[:3], v.shape[3]))
     return out, q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
@@ -167,7 +184,7 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
     dense = [next(grads) for _ in range(3)]
     learned = [next(grads) if w else None for w in ctx.wanted]
     # torch takes an empty list for a list of tensors, whose gradient is a list as well
-    offsets = [None if offset else [] for offset in (ctx.q_offset, ctx.k_offset)]
+    offsets: list[list[None] | None] = [None if offset else [] for offset in (ctx.q_offset, ctx.k_offset)]
     return *dense, learned, *offsets, None
 
 

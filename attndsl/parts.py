@@ -166,7 +166,8 @@ def _sort_out(
 
 def _stretches(pieces: Iterator[tuple[int, int, int, tuple[tuple[int, int, int], ...]]]) -> list[_Stretch]:
     """(row, column, step, tiles) joined where the next row continues the same."""
-    chains: dict[tuple[object, ...], list[tuple[int, int]]] = defaultdict(list)
+    Chain = tuple[int, int, tuple[tuple[int, int, int], ...]]
+    chains: dict[Chain, list[tuple[int, int]]] = defaultdict(list)
     for row, col, step, tiles in pieces:
         chains[step, col - row * step, tiles].append((row, col))
     result = []
@@ -176,7 +177,7 @@ def _stretches(pieces: Iterator[tuple[int, int, int, tuple[tuple[int, int, int],
         for j in range(1, len(places) + 1):
             if j == len(places) or places[j][0] != places[j - 1][0] + 1:
                 row, col = places[first]
-                result.append(_Stretch(row, j - first, col, step, tiles))  # type: ignore[arg-type]
+                result.append(_Stretch(row, j - first, col, step, tiles))
                 first = j
     return sorted(result, key=lambda s: (s.row, s.col))
 
@@ -244,7 +245,8 @@ def _gather(rest: dict[int, list[tuple[int, int, int]]], masks: Bool, grid: Tile
     known = np.concatenate([masks, np.zeros((1, block, block), bool), np.ones((1, block, block), bool)])
     groups: dict[tuple[int, int, int], list[tuple[int, list[int], list[int]]]] = defaultdict(list)
     for row in sorted(rest):
-        cols, contents = [], []
+        cols: list[int] = []
+        contents: list[int] = []
         for a, b, m in sorted(rest[row]):
             cols.extend(range(a, b))
             contents.extend([full if m == FULL else m] * (b - a))

@@ -153,16 +153,20 @@ class _Evaluation:
         rows, inverse = np.unique(
             np.stack([a.ravel() for a in np.broadcast_arrays(q, n, seed)]), axis=1, return_inverse=True
         )
-        keys = np.full((rows.shape[1], r), -1)
-        for i, (position, length, s) in enumerate(rows.T):
+        drawn = []
+        for position, length, s in rows.T:
             columns = np.arange(length)
             variables = self.variables | {row: np.asarray(position), col: columns}
             inner = _Evaluation(variables, self.tables, e.args[4])
             live = columns[np.broadcast_to(inner.value(e.args[4], None), columns.shape)]
             ranks = sample(np.asarray([s]), np.asarray([position]), np.asarray([len(live)]), r)[0]
-            keys[i, : (ranks >= 0).sum()] = live[ranks[ranks >= 0]]
-        chosen = keys[inverse].reshape(*np.broadcast_shapes(q.shape, n.shape, seed.shape), r)
-        return np.any(chosen == k[..., None], axis=-1) & (k >= 0)
+            drawn.append(live[ranks[ranks >= 0]])
+        at = inverse.reshape(np.broadcast_shapes(q.shape, n.shape, seed.shape))
+        found = np.zeros(np.broadcast_shapes(at.shape, k.shape), bool)
+        for slot in range(max(map(len, drawn), default=0)):
+            keys = np.array([keys[slot] if slot < len(keys) else -1 for keys in drawn])
+            found |= (keys[at] == k) & (k >= 0)
+        return found
 
 
 def _first_outside(indices: list[Array], sizes: tuple[int, ...], needed: Array) -> tuple[int, int]:

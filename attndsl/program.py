@@ -155,8 +155,10 @@ def _declare(item: Definition, definitions: dict[str, Definition]) -> list[Diagn
     for param in item.params:
         if param.name in seen:
             problems.append(Diagnostic(f"the parameter `{param.name}` is given twice", name_span(param)))
-        # `slope(h)` hands the head on: the one reserved name that a parameter may carry
-        if param.name in RESERVED - {"h"} or param.name in BUILT_IN:
+        # `slope(h)` hands the head on, and the number of sinks is `s`: where no score reads the logit
+        score = isinstance(item, ast.Definition) and item.word == "score"
+        allowed = {"h"} if score else {"h", "s"}
+        if param.name in RESERVED - allowed or param.name in BUILT_IN:
             what = "reserved" if param.name in RESERVED else "built in"
             problems.append(Diagnostic(f"`{param.name}` is {what}", name_span(param), "choose another name"))
         seen.add(param.name)

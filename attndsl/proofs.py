@@ -148,7 +148,7 @@ def _confirmed(formula: Expr, point: Point, tables: Tables) -> bool:
 
 
 def _first(formula: Expr, point: Point, tables: Tables, q: NDArray[Any], k: NDArray[Any]) -> Point | None:
-    """The first of the points with these positions, and the other values of `point`, that satisfies `formula`."""
+    """The first point with these positions, and the other values of `point`, where `formula` holds."""
     others = {x: const(v) for x, v in point.items() if x not in ("q", "k")}
     try:
         hits = np.argwhere(evaluate(substitute(formula, others), q[:, None], k[None, :], tables))

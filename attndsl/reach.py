@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from attndsl.attention import over_heads
 from attndsl.errors import fail
 from attndsl.expr import (
     TRUE,
@@ -23,6 +24,7 @@ from attndsl.expr import (
     exists,
     inset,
     le,
+    lt,
     mod,
     mul,
     nodes,
@@ -52,19 +54,12 @@ def product(upper: Expr, lower: Expr) -> Expr:
     return eliminate(exists(m, ZERO, var("n"), body), SELF)
 
 
-def over_heads(masks: Iterable[Expr]) -> Expr:
-    """The union of the masks of several head groups over all heads."""
-    return any_of(
-        *(exists("h", ZERO, var("H"), mask) if "h" in mask.free else mask for mask in masks),
-    )
-
-
-def reach(masks: Sequence[Expr], layers: int) -> Expr:
-    """The pairs joined through `layers` layers whose head groups have these masks, for every n."""
+def reach(mask: Expr, layers: int) -> Expr:
+    """The pairs joined through `layers` layers of some head, for every n; the residual stream counts."""
     same = eq(var("q"), var("k"))
     if layers == 0:
         return same
-    step = any_of(eliminate(over_heads(masks), SELF), same)
+    step = any_of(eliminate(over_heads([mask]), SELF), same)
     sides = _sides(step)
     if sides is not None:
         return any_of(*(side.times(layers).mask() for side in sides))
@@ -120,9 +115,32 @@ class Distances:
     def mask(self) -> Expr:
         d = mul(const(self.sign), sub(var("k"), var("q")))
         start, residues = self.start, np.roll(self.bits[self.start :], self.start % self.period)
-        early = inset(d, _intervals(self.bits[:start]))
+        early = _member(d, self.bits[:start])
         late = TRUE if residues.all() else inset(mod(d, const(self.period)), _intervals(residues))
         return any_of(early, all_of(le(const(start), d), late))
+
+
+FEW = 8
+"""Runs that are listed; of more, the longest stretch that repeats is written with a residue."""
+
+
+def _member(d: Expr, bits: Bits) -> Expr:
+    """Whether bits[d] is set."""
+    starts, _ = _runs(bits)
+    if len(starts) <= FEW:
+        return inset(d, _intervals(bits))
+    gaps, counts = np.unique(np.diff(starts), return_counts=True)
+    period = int(gaps[counts.argmax()])
+    firsts, lasts = _runs(bits[period:] == bits[:-period])
+    longest = int((lasts - firsts).argmax())
+    start, end = int(firsts[longest]), int(lasts[longest]) + period
+    residues = np.roll(bits[start : start + period], start % period)
+    inside = all_of(
+        le(const(start), d), lt(d, const(end)), inset(mod(d, const(period)), _intervals(residues))
+    )
+    rest = bits.copy()
+    rest[start:end] = False
+    return any_of(inside, inset(d, _intervals(rest)))
 
 
 def _intervals(bits: Bits) -> IntSet:
@@ -214,13 +232,13 @@ def _period(held: Expr) -> int:
     return period[held]
 
 
-def diameter(masks: Sequence[Expr], n: int, heads: int | None = None) -> int:
+def diameter(mask: Expr, n: int, heads: int | None = None) -> int:
     """The number of layers after which `reach` stops growing, at n positions (and H = heads); exact.
 
     Raises AttnError for a mask that depends on tables, or on more than k - q where n > DENSE_LENGTH.
     """
     values = {"n": const(n), "nq": const(n)} | ({} if heads is None else {"H": const(heads)})
-    mask = substitute(over_heads(masks), values)
+    mask = substitute(over_heads([mask]), values)
     if mask.tables:
         raise fail(f"the diameter depends on the table `{min(t.name for t in mask.tables)}`")
     if "H" in mask.free:
@@ -247,7 +265,7 @@ def diameter(masks: Sequence[Expr], n: int, heads: int | None = None) -> int:
 
 
 def common_divisor(mask: Expr) -> int:
-    """The largest number that divides every k - q of the mask whatever n, head and table; 1 where none is found.
+    """The largest number that divides every k - q, whatever n, head and table; 1 where none is found.
 
     Each counter-example to a divisor leaves a smaller one to try.
     """
@@ -287,7 +305,7 @@ def matrix_product(a: Bits, b: Bits) -> Bits:
     """The Boolean product of two square matrices packed by rows.
 
     Each row of the result is a union of rows of `b` over runs of consecutive ones in a row of `a`; a run is
-    two overlapping blocks of 2^i rows. Where runs are many, over bytes of `a` instead, by a table of 256 unions.
+    two overlapping blocks of 2^i rows. Where runs are many, over bytes of `a`, by a table of 256 unions.
     """
     n = len(a)
     ones = np.unpackbits(a.view(np.uint8), axis=1, count=n, bitorder="little").view(np.int8)

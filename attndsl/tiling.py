@@ -13,13 +13,13 @@ empty, and the tiles that hold a link, found from the list of links, are tiled a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from attndsl import pointwise
-from attndsl.abstract import EMPTY, FULL, PARTIAL, Boxes, Frame, Leaves, Signatures, Truth, prepared
+from attndsl.abstract import EMPTY, FULL, PARTIAL, Boxes, Frame, Leaves, Signatures, Truth, integer, prepared
 from attndsl.blockmask import TileGrid
 from attndsl.errors import fail
 from attndsl.expr import FALSE, TRUE, Expr, Table, const, intable, nodes, rebuild, sub, substitute, var
@@ -98,8 +98,8 @@ def tiles_of(source: Source, extent: int, block_size: int) -> tuple[Array, Array
     width = 1
     while width * block_size < extent:
         width *= FANOUT
-    corner = (np.array([start]) for start, _ in (source.frame.q, source.frame.k))
-    numbers, levels, masks = descend(source, *corner, width * block_size, block_size)
+    q, k = np.array(source.frame.q[:1]), np.array(source.frame.k[:1])
+    numbers, levels, masks = descend(source, q, k, width * block_size, block_size)
     return *expand(int(numbers[0]), levels, width), masks
 
 
@@ -125,20 +125,20 @@ def draw(mask: Expr, frame: Frame, tables: Tables) -> tuple[Expr, Tables]:
         bounds = Signatures(node.args[0], frame, tables, {}).bounds()
         if bounds is None or bounds[1] - bounds[0] >= DRAWN_ROWS:
             continue
-        r, row, col = node.value  # type: ignore[misc]
-        (first, last), n, seed = bounds, node.args[2].value, node.args[3].value
+        r, row, col = cast(tuple[int, str, str], node.value)
+        (first, last), n, seed = bounds, integer(node.args[2]), integer(node.args[3])
         rows = np.arange(first, last + 1)
         of = substitute(node.args[4], {row: var("q"), col: var("k")})
         counts = np.full(len(rows), n)
         if of is not TRUE:
-            grid = tile(of, len(rows), n, 128, n=n, q_offset=first, tables=tables)  # type: ignore[arg-type]
+            grid = tile(of, len(rows), n, 128, n=n, q_offset=first, tables=tables)
             counts = grid.row_counts()
         keys = sample(np.full(len(rows), seed), rows, counts, r)
         if of is not TRUE:
             at, slot = np.nonzero(keys >= 0)
             keys[at, slot] = grid.select(at, keys[at, slot])
         keys[keys < 0] = np.iinfo(np.int64).min
-        table = Table(f"random {len(drawn)}", "int", (len(rows), r))
+        table = Table(f"random {len(drawn)}", "int", keys.shape)
         drawn[table.name] = keys
         done[node] = intable(node.args[1], table, sub(node.args[0], const(first)))
     return (replaced(mask, done), drawn) if done else (mask, tables)
@@ -225,8 +225,8 @@ def tile_contents(source: Source, q: Array, k: Array, block_size: int) -> Array:
     result = packed(len(q), block_size)
     for start in range(0, len(q), CHUNK // 4):
         part = slice(start, start + CHUNK // 4)
-        codes, *corners = interned(source, *divided(q[part], k[part], f, size), size)
-        pieces = np.concatenate([packed(2, size), source.at(*corners, size)])
+        codes, child_q, child_k = interned(source, *divided(q[part], k[part], f, size), size)
+        pieces = np.concatenate([packed(2, size), source.at(child_q, child_k, size)])
         pieces[1] = 255
         result[part] = pieces[codes].transpose(0, 1, 3, 2, 4).reshape(-1, block_size, block_size // 8)
     return result

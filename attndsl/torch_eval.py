@@ -49,6 +49,8 @@ def evaluate(expr: Expr, env: Env, live: Tensor | None = None) -> Tensor:
     return _Evaluation(env).of(expr, live)
 
 
+broadcast_tensors: Callable[..., tuple[Tensor, ...]] = torch.broadcast_tensors
+
 UNARY: dict[str, tuple[Callable[[Tensor], Tensor], float | None]] = {
     "exp": (torch.exp, 0.0),
     "log": (torch.log, 1.0),
@@ -201,20 +203,21 @@ class _Evaluation:
     def on_random(self, node: Expr, live: Tensor | None) -> Tensor:
         """Drawn by the evaluator that defines the meaning, once for every setting of what it depends on."""
         q, k, n, seed, of = node.args
-        _, row, col = node.value  # type: ignore[misc]
+        bound: tuple[int, str, str] = node.value  # type: ignore[assignment]
         if of.tables:
             raise fail("a random pattern over a run-time table cannot be looked up in a score")
-        names = sorted(of.free - {row, col})
+        names = sorted(of.free - set(bound[1:]))
         tensors = [self.of(arg, live) for arg in (q, k, n, seed)] + [self.env.values[name] for name in names]
-        arrays = [t.cpu().numpy() for t in torch.broadcast_tensors(*tensors)]
-        settings, which = np.unique(
-            np.stack([a.ravel() for a in arrays[2:]]), axis=1, return_inverse=True
-        )
+        # lists, because under torch.func a tensor has no memory to share with numpy
+        arrays = [np.array(t.tolist(), np.int64).reshape(t.shape) for t in broadcast_tensors(*tensors)]
+        settings, which = np.unique(np.stack([a.ravel() for a in arrays[2:]]), axis=1, return_inverse=True)
         drawn = np.zeros(arrays[0].shape, bool)
         for i, setting in enumerate(settings.T):
             fixed_n, fixed_seed, *others = (ir.const(int(value)) for value in setting)
             fixed_of = ir.substitute(of, dict(zip(names, others, strict=True)))
-            chosen = ir.make("random", (ir.var("q"), ir.var("k"), fixed_n, fixed_seed, fixed_of), node.value, "bool")
+            chosen = ir.make(
+                "random", (ir.var("q"), ir.var("k"), fixed_n, fixed_seed, fixed_of), node.value, "bool"
+            )
             here = which.reshape(drawn.shape) == i
             drawn[here] = pointwise.evaluate(chosen, arrays[0][here], arrays[1][here])
         return torch.from_numpy(drawn).to(self.device)
@@ -225,14 +228,15 @@ class _Evaluation:
         values = self.env.tables[table.name]
         if node.type == "vec":
             index, _ = self.index(table, values, node.args, live)
-            return values[index].to(self.env.dtype)
+            return values.to(self.env.dtype)[index]
         index, inside = self.index(table, values, node.args, live)
-        found = values[index]
+        # converted before the look-up, so that its gradient is summed in the wider dtype
+        found = (values.to(self.env.dtype) if table.dtype == "float" else values)[index]
         if table.dtype == "bool":
             return found & inside
         if table.dtype == "int":
             return found.to(torch.int64)
-        return found.to(self.env.dtype) if live is None else torch.where(live, found.to(self.env.dtype), 0.0)
+        return found if live is None else torch.where(live, found, 0.0)
 
     def index(
         self, table: Table, values: Tensor, args: tuple[Expr, ...], live: Tensor | None
@@ -296,11 +300,11 @@ class _Evaluation:
         """Products of Q (or K) with a looked-up row: one matrix product with the table, then a gather."""
         table = row.value
         assert isinstance(table, Table)
-        values = self.env.tables[table.name]
+        values = self.env.tables[table.name].to(vectors.dtype)
         index, _ = self.index(table, values, row.args, live)
         lead = table.batched + table.headed
         chosen = values[tuple(i.squeeze((-1, -2)) for i in index[:lead])] if lead else values
-        flat = chosen.flatten(-len(table.dims), -2).to(vectors.dtype) if len(table.dims) > 1 else chosen
+        flat = chosen.flatten(-len(table.dims), -2) if len(table.dims) > 1 else chosen
         products = vectors @ flat.transpose(-1, -2)
         place = torch.zeros((), dtype=torch.int64, device=self.device)
         for i, size in zip(index[lead:], values.shape[lead:-1], strict=True):
@@ -308,7 +312,11 @@ class _Evaluation:
         if axis == "K":
             products = products.transpose(-1, -2)
         width = self.env.values["K"].shape[-2] if axis == "Q" else self.env.values["Q"].shape[-2]
-        shape = (*products.shape[:-1], width) if axis == "Q" else (*products.shape[:-2], width, products.shape[-1])
+        shape = (
+            (*products.shape[:-1], width)
+            if axis == "Q"
+            else (*products.shape[:-2], width, products.shape[-1])
+        )
         found = products.gather(-1 if axis == "Q" else -2, place.expand(shape)).to(self.env.dtype)
         return found if live is None else torch.where(live, found, 0.0)
 

@@ -24,7 +24,7 @@ PAIRS_AT_ONCE = 2**25
 SAMPLES = 8
 PAIRS_MASKED = 2**28
 """Pairs up to which the mask is expanded for dense attention."""
-DENSE_FLOPS = 2e12
+DENSE_FLOPS = 1e12
 BUDGET = 5.0
 """Seconds of repetition for the timings of one run."""
 

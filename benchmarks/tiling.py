@@ -1,4 +1,4 @@
-"""How long tiling takes, on one core, against an allowance of 30 ms and 0.5 us for each entry.
+"""CPU time of tiling, on one core, against an allowance of 30 ms and 0.5 us for each entry.
 
 python benchmarks/tiling.py [name part ...]
 """

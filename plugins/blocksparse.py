@@ -9,7 +9,7 @@ Memory grows with the entries of the BlockMask and the tokens, never with their 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from weakref import WeakKeyDictionary
@@ -22,11 +22,11 @@ from attndsl.attention import Attention, HeadGroup
 from attndsl.backend import Call, Kernel, Problem
 from attndsl.blockmask import BlockMask, TileGrid
 from attndsl.expr import Expr
-from attndsl.operator import Runner, attend, register
-from attndsl.parts import Gathered, Part, Strided, take_apart
+from attndsl.operator import Runner, attend, register, vjp
+from attndsl.parts import Part, Strided, take_apart
 from attndsl.torch_eval import Env, affine_in_s, by_distance, constant_scale, evaluate
 
-flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+flash: Callable[..., tuple[Tensor, Tensor]] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 FORWARD_UNIT, BACKWARD_UNIT = 32, 64
@@ -35,6 +35,8 @@ TRANSIENT, FORMED = 2**22, 3 * 2**18
 """Numbers that one step may copy, and weights that it may form: the latter pay off while in cache."""
 LANES = 8
 """Heads that run together."""
+FLOPS, SECONDS_PER_WEIGHT, SECONDS_PER_CALL = 85e9, 6e-9, 2e-4
+"""Of two cores with AVX-512: the rate over live tiles, a weight that is formed, a call of a kernel."""
 Q_MAX, K_MAX = 256, 2048
 """Queries and keys of one problem where the weights are formed."""
 
@@ -102,10 +104,10 @@ class Gathers:
         return self.cols
 
     def queries(self, x: Tensor) -> Tensor:
-        return x.index_select(1, self.rows.flatten()).unflatten(1, self.rows.shape)
+        return x.index_select(1, self.rows.flatten()).view(len(x), *self.rows.shape, *x.shape[2:])
 
     def keys(self, x: Tensor) -> Tensor:
-        return x.index_select(1, self.cols.flatten()).unflatten(1, self.cols.shape)
+        return x.index_select(1, self.cols.flatten()).view(len(x), *self.cols.shape, *x.shape[2:])
 
     def put_queries(self, x: Tensor, value: Tensor) -> None:
         x.index_copy_(1, self.rows.flatten(), value.flatten(1, 2).to(x.dtype))
@@ -220,9 +222,7 @@ class BlockSparse:
 
     def __call__(self, call: Call) -> tuple[Tensor, Tensor]:
         names = tuple(call.tables)
-        runner = Runner(
-            self, names, lambda q, k, v, tables, *_: replace(call, q=q, k=k, v=v, tables=tables)
-        )
+        runner = Runner(self, names, lambda q, k, v, tables, *_: replace(call, q=q, k=k, v=v, tables=tables))
         tables = [call.tables[name] for name in names]
         out, lse = attend(
             call.q, call.k, call.v, tables, list(call.q_offset), list(call.k_offset), register(runner)
@@ -236,10 +236,10 @@ class BlockSparse:
         lse = q.new_full(q.shape[:3], -torch.inf, dtype=wide)
         for lane in lanes(self.attention, call):
             work = self.work(call, lane, recorded=False)
-            o, l = lane.queries(out), lane.queries(lse)
+            o, total = lane.queries(out), lane.queries(lse)
             for step, chunk in work.chunks(self.steps, work.fused):
-                work.merge(step, chunk, o, l, *work.part(chunk))
-            work.add_sink(o, l)
+                work.merge(step, chunk, o, total, *work.part(chunk))
+            work.add_sink(o, total)
         return out.to(q.dtype), lse
 
     def gradient(
@@ -267,8 +267,8 @@ class BlockSparse:
                 for total, g in ((dk, gk), (dv, gv)):
                     chunk.add_keys(total, g.sum(0, keepdim=True) if len(total) < len(g) else g)
             work.sink_gradient(rows, tables)
-        dq, dk, dv = (total.to(x.dtype) for total, x in zip(totals, (call.q, call.k, call.v), strict=True))
-        return dq, dk, dv, tables
+        gq, gk, gv = (total.to(x.dtype) for total, x in zip(totals, (call.q, call.k, call.v), strict=True))
+        return gq, gk, gv, tables
 
     def work(self, call: Call, lane: Lane, recorded: bool) -> Work:
         return Work(call, lane, Simple.of(lane.group, call, recorded))
@@ -296,12 +296,12 @@ class Simple:
     @staticmethod
     def of(group: HeadGroup, call: Call, recorded: bool) -> Simple | None:
         """`recorded`: the gradient of some table is wanted."""
-        if recorded or group.norm.kind != "softmax" or group.decay is not None:
+        if recorded or not is_simple(group, call.q.shape[3]):
             return None
         split = affine_in_s(group.score)
-        scale = None if split is None else constant_scale(split[0], call.q.shape[3])
-        if split is None or scale is None:
-            return None
+        assert split is not None
+        scale = constant_scale(split[0], call.q.shape[3])
+        assert scale is not None
         bias = None if ir.number(split[1]) == 0 else split[1]
         return Simple(scale / call.q.shape[3] ** 0.5, bias, bias is None or by_distance(bias) is not None)
 
@@ -378,12 +378,16 @@ class Work:
         mask = None if chunk.mask is None else chunk.mask[None]
         addend = None
         if self.simple.bias is not None:
-            alike = isinstance(chunk, Views) and chunk.part.q_step == chunk.part.k_step
-            where = replace(chunk, count=1) if alike and self.simple.by_distance else chunk
-            env = self.env(where, {})
+            env = self.env(chunk, {})
+            if (
+                isinstance(chunk, Views)
+                and chunk.part.q_step == chunk.part.k_step
+                and self.simple.by_distance
+            ):
+                env = self.env(replace(chunk, count=1), {})
             addend = evaluate(self.simple.bias, env, mask).to(self.wide)
-            pairs = (env.values["q"] + env.values["k"]).shape
-            addend = addend.expand(torch.broadcast_shapes(addend.shape, (1, 1, *pairs[-2:])))
+            pairs = (1, 1, env.values["q"].shape[2], env.values["k"].shape[3])
+            addend = addend + torch.zeros(pairs, dtype=self.wide, device=self.q.device)
         if mask is not None:
             zero = torch.zeros((), dtype=self.wide, device=self.q.device) if addend is None else addend
             addend = torch.where(mask, zero, -torch.inf)
@@ -404,7 +408,7 @@ class Work:
     def part(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         """Output [X, C, q_len, Dv] and log-sum-exp [X, C, q_len] of these pairs alone."""
         if not self.fused:
-            q, k, v = (f(x).to(self.wide) for f, x in self.sources(chunk))
+            q, k, v = self.sources(chunk)
             return normalise(*self.weights(chunk, q, k, {}), v, self.lane.group.norm.kind)
         addend, dead = self.additive(chunk)
         q, k, v = self.fused_inputs(chunk)
@@ -414,8 +418,10 @@ class Work:
             lse = lse.masked_fill(dead, -torch.inf)
         return out[..., : self.v.shape[2]], lse
 
-    def sources(self, chunk: Chunk):  # type: ignore[no-untyped-def]
-        return (chunk.queries, self.q), (chunk.keys, self.k), (chunk.keys, self.v)
+    def sources(self, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of the chunk in at least float32."""
+        q, k, v = chunk.queries(self.q), chunk.keys(self.k), chunk.keys(self.v)
+        return q.to(self.wide), k.to(self.wide), v.to(self.wide)
 
     def weights(
         self, chunk: Chunk, q: Tensor, k: Tensor, tables: Mapping[str, Tensor]
@@ -432,19 +438,19 @@ class Work:
             return logit, None
         return logit, torch.where(live, evaluate(group.decay, env, live).to(self.wide), 0.0)
 
-    def merge(self, step: Step, chunk: Chunk, out: Tensor, lse: Tensor, o: Tensor, l: Tensor) -> None:
+    def merge(self, step: Step, chunk: Chunk, out: Tensor, lse: Tensor, o: Tensor, more: Tensor) -> None:
         """One more part of some rows: exactly what the pairs of both give together."""
         if not step.fresh:
             before, o_before = chunk.queries(lse), chunk.queries(out)
-            both = torch.logaddexp(before, l)
+            both = torch.logaddexp(before, more)
             if self.lane.group.norm.kind == "softmax":
                 top = both.masked_fill(both == -torch.inf, 0.0)
-                o = o_before * torch.exp(before - top)[..., None] + o * torch.exp(l - top)[..., None]
+                o = o_before * torch.exp(before - top)[..., None] + o * torch.exp(more - top)[..., None]
             else:
                 o = o_before + o
-            l = both
+            more = both
         chunk.put_queries(out, o)
-        chunk.put_queries(lse, l)
+        chunk.put_queries(lse, more)
 
     def sink(self, tables: Mapping[str, Tensor]) -> Tensor | None:
         """The sink's logit [X, 1]; `tables` take the place of the call's."""
@@ -465,7 +471,7 @@ class Work:
         sink = self.lane.group.norm.sink
         if sink is None or not tables:
             return
-        value, pull = torch.func.vjp(self.sink, {name: self.call.tables[name] for name in tables})
+        value, pull = vjp(self.sink, {name: self.call.tables[name] for name in tables})
         assert value is not None
         weight = torch.exp(value - rows.lse.masked_fill(rows.lse == -torch.inf, torch.inf))
         (grads,) = pull(-(weight * rows.delta).sum(1, keepdim=True))
@@ -483,7 +489,7 @@ class Work:
             return self.simple_gradient(chunk, rows)
         grad_out, lse = chunk.queries(rows.grad_out), chunk.queries(rows.lse)
         kind = self.lane.group.norm.kind
-        q, k, v = (f(x).to(self.wide) for f, x in self.sources(chunk))
+        q, k, v = self.sources(chunk)
         grad_out, delta = grad_out.to(self.wide), chunk.queries(rows.delta)
         over = lse.masked_fill(lse == -torch.inf, torch.inf)[..., None]
 
@@ -496,7 +502,7 @@ class Work:
             }[kind]()
             return weight if factor is None else factor * weight
 
-        weight, pull = torch.func.vjp(weights, q, k, {name: self.call.tables[name] for name in tables})
+        weight, pull = vjp(weights, q, k, {name: self.call.tables[name] for name in tables})
         if kind != "softmax":
             delta = (delta - (grad_out * chunk.queries(rows.out)).sum(-1)) * torch.exp(-over).squeeze(-1)
         gq, gk, grads = pull(grad_out @ v.transpose(-1, -2) - delta[..., None])
@@ -509,20 +515,19 @@ class Work:
         assert self.simple is not None
         scale, count = self.simple.scale, chunk.count
         addend, _ = self.additive(chunk)
-        q, k, v = (
-            f(x).to(self.wide).expand(len(self.q), -1, -1, -1).flatten(0, 1) for f, x in self.sources(chunk)
-        )
+        q, k, v = (x.expand(len(self.q), -1, -1, -1).flatten(0, 1) for x in self.sources(chunk))
         grad_out = chunk.queries(rows.grad_out).to(self.wide).flatten(0, 1)
         lse, delta = chunk.queries(rows.lse), chunk.queries(rows.delta)
         lse = lse.masked_fill(lse == -torch.inf, torch.inf)
-        p = torch.bmm(q, k.transpose(1, 2)).unflatten(0, (-1, count)).mul_(scale)
+        p = torch.bmm(q, k.transpose(1, 2)).view(-1, count, q.shape[1], k.shape[1]).mul_(scale)
         if addend is not None:
             p += addend
         p = p.sub_(lse[..., None]).exp_().flatten(0, 1)
         gv = torch.bmm(p.transpose(1, 2), grad_out)
         ds = torch.bmm(grad_out, v.transpose(1, 2)).sub_(delta.flatten(0, 1)[..., None]).mul_(p).mul_(scale)
         gq, gk = torch.bmm(ds, k), torch.bmm(ds.transpose(1, 2), q)
-        return gq.unflatten(0, (-1, count)), gk.unflatten(0, (-1, count)), gv.unflatten(0, (-1, count))
+        gq, gk, gv = (g.view(-1, count, *g.shape[1:]) for g in (gq, gk, gv))
+        return gq, gk, gv
 
 
 def normalise(logit: Tensor, factor: Tensor | None, v: Tensor, kind: str) -> tuple[Tensor, Tensor]:
@@ -558,10 +563,15 @@ def lanes(attention: Attention, call: Call) -> Iterator[Lane]:
             if h == heads or place[h] != place[start] or new_key_head or h - start == LANES:
                 group, grid = place[start]
                 kv = slice(start, h) if share == 1 else slice(start // share, start // share + 1)
-                yield Lane(
-                    attention.groups[group], call.block_mask.grids[grid], b, slice(start, h), kv
-                )
+                yield Lane(attention.groups[group], call.block_mask.grids[grid], b, slice(start, h), kv)
                 start = h
+
+
+def is_simple(group: HeadGroup, head_dim: int) -> bool:
+    """A softmax of s * number + bias."""
+    split = affine_in_s(group.score)
+    plain = group.norm.kind == "softmax" and group.decay is None
+    return plain and split is not None and constant_scale(split[0], head_dim) is not None
 
 
 class Torch:
@@ -573,7 +583,21 @@ class Torch:
         return None
 
     def cost(self, attention: Attention, problem: Problem, block_mask: BlockMask | None) -> float:
-        return 0.0
+        """From the live tiles alone: half of a partial tile is cut away where it repeats in a band."""
+        every = problem.batch * problem.heads
+        if block_mask is None:
+            pairs, calls = float(problem.length * problem.q_length), 1.0
+        else:
+            tiles, size = block_mask.tiles, max(1, block_mask.index.size)
+            pairs = (tiles.full + 0.6 * tiles.partial) / size * block_mask.block_size**2
+            calls = 1 + block_mask.entries / max(1, len(block_mask.grids)) / 32
+        simple = all(is_simple(group, problem.head_dim) for group in attention.groups)
+        flops = 4 * pairs * every * problem.head_dim * (3.5 if problem.training else 1)
+        formed = pairs * every * (0.0 if simple else SECONDS_PER_WEIGHT) * (3 if problem.training else 1)
+        lanes_ = problem.batch * max(
+            problem.kv_heads if problem.kv_heads < problem.heads else 1, every / LANES
+        )
+        return flops / FLOPS + formed + calls * lanes_ * SECONDS_PER_CALL
 
     def lower(self, attention: Attention, problem: Problem) -> Kernel:
         return BlockSparse(attention, WeakKeyDictionary())

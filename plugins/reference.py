@@ -33,10 +33,10 @@ def attend(attention: Attention, call: Call) -> tuple[Tensor, Tensor]:
     env = environment(call, heads)
     out, lse = None, None
     for group in attention.groups:
-        o, l = attend_group(group, call, env)
+        some, sums = attend_group(group, call, env)
         mine = evaluate(group.heads, env).expand(1, len(heads.view(-1)), 1, 1)
-        out = o if out is None else torch.where(mine, o, out)
-        lse = l if lse is None else torch.where(mine.squeeze(-1), l, lse)
+        out = some if out is None else torch.where(mine, some, out)
+        lse = sums if lse is None else torch.where(mine.squeeze(-1), sums, lse)
     assert out is not None
     assert lse is not None
     return out.to(call.q.dtype), lse
@@ -76,7 +76,7 @@ def attend_group(group: HeadGroup, call: Call, env: Env) -> tuple[Tensor, Tensor
     logit = torch.where(mask, score, -torch.inf)
     factor = torch.where(mask, decay, 0.0)
     if group.norm.kind == "softmax":
-        sink = torch.full_like(logit[..., :1], -torch.inf)
+        sink = logit.new_full((*logit.shape[:-1], 1), -torch.inf)
         if group.norm.sink is not None:
             sink = evaluate(group.norm.sink, env).to(env.dtype).expand(sink.shape)
         top = torch.maximum(logit.amax(-1, keepdim=True), sink) if logit.shape[-1] else sink

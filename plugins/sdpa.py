@@ -1,4 +1,4 @@
-"""The `sdpa` backend: torch's scaled_dot_product_attention, dense, for patterns that are full, causal or nearly so."""
+"""The `sdpa` backend: torch's dense attention, for patterns that are full, causal or nearly so."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ from attndsl.attention import Attention, HeadGroup
 from attndsl.backend import Call, Kernel, Problem
 from attndsl.blockmask import BlockMask, TileGrid
 from attndsl.expr import Expr
+from attndsl.operator import vjp
 from attndsl.torch_eval import Env, affine_in_s, constant_scale, evaluate
 
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+Gradients = tuple[Tensor, Tensor, Tensor, Mapping[str, Tensor]]
 
 FLOPS = 130e9
 SECONDS_PER_CALL = 3e-5
@@ -91,18 +94,19 @@ class Dense:
         lse: Tensor,
         grad_out: Tensor,
         grad_lse: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor, Mapping[str, Tensor]]:
+    ) -> Gradients:
         fused = call.q.device.type == "cpu" and 0 not in (*call.q.shape, *call.k.shape)
         if not fused or wanted or grad_lse is not None:
             tables = {name: call.tables[name] for name in wanted}
-            _, pull = torch.func.vjp(
+            _, pull = vjp(
                 lambda q, k, v, t: self.formula(call, q, k, v, {**call.tables, **t}),
                 call.q,
                 call.k,
                 call.v,
                 tables,
             )
-            return pull((grad_out, torch.zeros_like(lse) if grad_lse is None else grad_lse))  # type: ignore[no-any-return]
+            grads: Gradients = pull((grad_out, torch.zeros_like(lse) if grad_lse is None else grad_lse))
+            return grads
         causal, addend = self.addend(call)
         q, k, v = self.padded(call)
         gap = q.shape[3] - out.shape[3]
@@ -129,7 +133,9 @@ class Dense:
     def mask(self, call: Call) -> Tensor:
         known = self.masks.get(call.block_mask)
         if known is None:
-            known = self.masks[call.block_mask] = torch.from_numpy(call.block_mask.to_dense()).to(call.q.device)
+            known = self.masks[call.block_mask] = torch.from_numpy(call.block_mask.to_dense()).to(
+                call.q.device
+            )
         return known
 
     def bias_of(self, call: Call, tables: Mapping[str, Tensor]) -> Tensor:
@@ -167,7 +173,11 @@ class Dense:
         """The same from matrix products: differentiable in everything, the log-sum-exp included."""
         wide = torch.promote_types(q.dtype, torch.float32)
         share = q.shape[1] // k.shape[1]
-        q_, k_, v_ = q.to(wide), k.to(wide).repeat_interleave(share, 1), v.to(wide).repeat_interleave(share, 1)
+        q_, k_, v_ = (
+            q.to(wide),
+            k.to(wide).repeat_interleave(share, 1),
+            v.to(wide).repeat_interleave(share, 1),
+        )
         mask = self.mask(call)
         logit = q_ @ k_.transpose(-1, -2) * self.scale + self.bias_of(call, tables)
         logit = torch.where(mask, logit, -torch.inf)
@@ -186,8 +196,9 @@ class Sdpa:
 
     def cost(self, attention: Attention, problem: Problem, block_mask: BlockMask | None) -> float:
         pairs = problem.batch * problem.heads * problem.length * problem.q_length
-        _, bias = lowered(attention, problem.head_dim)
-        if block_mask is not None and bias is None and all(is_causal(grid) for grid in block_mask.grids):
+        found = lowered(attention, problem.head_dim)
+        biased = isinstance(found, str) or found[1] is not None
+        if block_mask is not None and not biased and all(is_causal(grid) for grid in block_mask.grids):
             pairs = pairs // 2
         flops = 4 * pairs * problem.head_dim * (3.5 if problem.training else 1)
         return SECONDS_PER_CALL + flops / FLOPS

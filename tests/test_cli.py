@@ -86,8 +86,8 @@ def test_check_proves_and_refutes(tmp_path):
     done = attn("check", file)
     assert done.exit_code == 1
     first, second = done.stdout.splitlines()
-    assert first == f"{file}:5: proved: assert lm <= causal"
-    assert second.startswith(f"{file}:6: refuted: assert causal <= lm (n = 5, q = 4, k = 0")
+    assert first == f"{file}:5: proved: lm <= causal"
+    assert second.startswith(f"{file}:6: refuted: causal <= lm (n = 5, q = 4, k = 0")
     report = json.loads(attn("check", file, "--json").stdout)["files"][0]
     assert [found["status"] for found in report["assertions"]] == ["proved", "refuted"]
     assert report["assertions"][1]["counter_example"] == {"n": 5, "q": 4, "k": 0}

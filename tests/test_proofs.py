@@ -148,6 +148,16 @@ def test_a_table_with_a_row_per_head_differs_between_heads() -> None:
     assert subset(x.exists("h", x.ZERO, var("H"), all_of(chosen, negate(chosen))), x.FALSE).status == "proved"
 
 
+def test_a_number_that_hangs_on_an_unknown_search_is_unknown() -> None:
+    some = x.exists("m", x.ZERO, N, eq(x.lookup(DOC, var("m")), x.lookup(DOC, x.add(Q, K))))
+    flag = x.where(all_of(some, x.lookup(FLAG, Q)), x.ONE, x.ZERO)
+    assert subset(eq(flag, x.ZERO), x.FALSE).status != "proved"
+    assert subset(eq(flag, x.ONE), x.FALSE).status != "proved"
+    assert subset(le(flag, x.ZERO), eq(flag, x.ONE)).status != "proved"
+    other = x.where(x.exists("m", x.ZERO, N, eq(x.lookup(DOC, var("m")), x.ONE)), x.ONE, x.ZERO)
+    assert subset(eq(other, x.ZERO), x.FALSE).status == "refuted"
+
+
 def test_rows() -> None:
     assert every_row(all_of(CAUSAL, DOCUMENTS)).status == "proved"
     assert every_row(all_of(PAST_LINKS, lt(K, Q))).status == "refuted"

@@ -114,6 +114,13 @@ def test_a_table_may_hold_anything_but_one_entry_is_one_value() -> None:
         to_set(documents)
 
 
+def test_ranks_follow_positions_in_one_document_alone() -> None:
+    documents = eq(x.lookup(DOC, Q), x.lookup(DOC, K))
+    backwards = all_of(lt(Q, K), lt(x.rank_of(DOC, K), x.rank_of(DOC, Q)))
+    assert bounds(all_of(backwards, documents))[1].is_empty()
+    assert not bounds(all_of(backwards, negate(documents)))[1].is_empty()
+
+
 def test_a_drawn_link_is_among_the_eligible_keys() -> None:
     link = x.random_keys(Q, K, N, x.ZERO, le(var("col"), var("row")), 3, "row", "col")
     under, over = bounds(link)

@@ -103,6 +103,8 @@ def test_flat_and_chained_nodes() -> None:
     a, b, c = (nodes.Name(x, span=NOWHERE) for x in "abc")
     assert expression("a | b | c") == nodes.Nary("|", (a, b, c), span=NOWHERE)
     assert expression("(a | b) | c") != expression("a | b | c")
+    for text in ("a - b + c", "(a + b) + c", "a + b - c", "a - (b - c)", "a * b @ c", "(-1) ** 2", "-1 ** 2"):
+        assert render(expression(text)) == text
     assert expression("a < b in c") == nodes.Compare(("<", "in"), (a, b, c), span=NOWHERE)
     assert expression("1e-5") == nodes.Number(1e-5, span=NOWHERE)
     (item,) = parse("assert density(x) < 7%").items

@@ -5,7 +5,8 @@ Every node is a frozen value; `span` takes no part in equality, so `parse(format
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
 
 from attndsl.errors import Source, Span
 
@@ -209,3 +210,14 @@ class Module:
 
     items: tuple[Item, ...]
     source: Source = field(compare=False, repr=False)
+
+
+def walk(node: object) -> Iterator[Node]:
+    """Every node below and including this one, or the members of a tuple."""
+    if isinstance(node, tuple):
+        for part in node:
+            yield from walk(part)
+    if isinstance(node, Node):
+        yield node
+        for child in fields(node):
+            yield from walk(getattr(node, child.name))

@@ -1,4 +1,4 @@
-"""Every mask of transformers' masking_utils, T5's buckets, ALiBi's slopes and Longformer, against its code."""
+"""Every mask of transformers' masking_utils, T5's buckets, ALiBi's slopes and Longformer, against theirs."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from torch import Tensor
 import attndsl
 from attndsl import expr as ir
 from attndsl import pointwise
+from attndsl.torch_eval import Env, evaluate
 
 hf = pytest.importorskip("transformers.masking_utils")
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor  # noqa: E402
@@ -26,6 +27,9 @@ from transformers.models.longformer.configuration_longformer import LongformerCo
 from transformers.models.longformer.modeling_longformer import LongformerSelfAttention  # noqa: E402
 from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor  # noqa: E402
 from transformers.models.t5.modeling_t5 import T5Attention  # noqa: E402
+from transformers.models.wav2vec2_bert.modeling_wav2vec2_bert import (  # noqa: E402
+    _apply_relative_key_position_encoding,
+)
 
 pytestmark = pytest.mark.oracle
 
@@ -239,6 +243,23 @@ def test_alibi_slopes(heads: int) -> None:
         slope = numbers(f"score -slope({head}, base = 2 ** log2({heads})) * |q - k|", n)[-1]
         np.testing.assert_allclose(slope, bloom[head] - bloom[head, -1], rtol=1e-6, atol=1e-6)
         np.testing.assert_allclose(slope, mpt[head] - mpt[head, -1], rtol=1e-6, atol=1e-6)
+
+
+def test_relative_vectors() -> None:
+    """Wav2Vec2-BERT's, by clipped distance: what they add to a logit that is 0."""
+    n, heads, width = 90, 2, 6
+    q, k, vectors = torch.randn(3, n, heads, width), torch.randn(3, n, heads, width), torch.randn(73, width)
+    q, k = q.transpose(1, 2), k.transpose(1, 2)
+    layer = SimpleNamespace(
+        left_max_position_embeddings=64, right_max_position_embeddings=8, scaling=width**-0.5,
+        distance_embedding=torch.nn.Embedding.from_pretrained(vectors),
+    )  # fmt: skip
+    _, theirs = _apply_relative_key_position_encoding(layer, q, k)
+    [group] = attndsl.load(EXAMPLES / "wav2vec2_bert.attn")["wav2vec2_bert"].groups
+    values = {"q": torch.arange(n).view(-1, 1), "k": torch.arange(n), "D": torch.tensor(width)}
+    values |= {"s": torch.zeros(()), "Q": q, "K": k, "h": torch.arange(heads).view(-1, 1, 1)}
+    env = Env(values, {"table": vectors}, torch.arange(3).view(-1, 1, 1, 1), values["h"], torch.float32)
+    torch.testing.assert_close(evaluate(group.score, env), theirs)
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch", None])

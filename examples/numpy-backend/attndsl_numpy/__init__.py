@@ -1,4 +1,4 @@
-"""Attention over live pairs alone, in numpy's extended precision. Registered as the backend `numpy`."""
+"""Dense attention in numpy's extended precision, with gradients: the backend `numpy`."""
 
 from __future__ import annotations
 
@@ -9,27 +9,29 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from attndsl import expr as ir
 from attndsl import lowering
 from attndsl.attention import Attention, HeadGroup
 from attndsl.backend import Call, Kernel, Problem
-from attndsl.blockmask import BlockMask, TileGrid
+from attndsl.blockmask import BlockMask
 from attndsl.expr import Expr
 from attndsl.pointwise import evaluate
 from attndsl.torch_eval import affine_in_s
 
 Array = NDArray[Any]
-SECONDS_PER_PRODUCT = 2e-8
-PAIRS_AT_ONCE = 2**16
+SECONDS_PER_PRODUCT = 5e-9
+ROWS = 256
+"""Query rows at a time."""
 
 
 class Numpy:
     def supports(self, attention: Attention, problem: Problem) -> str | None:
         if problem.device != "cpu":
             return "it runs on the CPU alone"
-        if problem.training:
-            return "it has no backward pass"
+        if problem.training and (attention.learned or any(t.dtype == "float" for t in attention.inputs)):
+            return "it has gradients of q, k and v alone"
         for group in attention.groups:
             if affine_in_s(group.score) is None:
                 return "it takes scores of the form A * s + B alone"
@@ -39,110 +41,163 @@ class Numpy:
 
     def cost(self, attention: Attention, problem: Problem, block_mask: BlockMask | None) -> float:
         p = problem
-        share = 1.0 if block_mask is None else block_mask.density
-        return p.batch * p.heads * p.q_length * p.length * share * p.head_dim * SECONDS_PER_PRODUCT
+        passes = 3 if p.training else 1
+        return passes * p.batch * p.heads * p.q_length * p.length * p.head_dim * SECONDS_PER_PRODUCT
 
     def lower(self, attention: Attention, problem: Problem) -> Kernel:
-        return lambda call: attend(attention, call)
+        return Attend(attention)
 
 
 backend = Numpy()
 
 
-def attend(attention: Attention, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
-    heads = call.q.shape[1]
-    groups = lowering.head_groups(attention, heads)
-    q, k, v = (extended(tensor) for tensor in (call.q, call.k, call.v))
-    out = np.zeros((*q.shape[:3], v.shape[3]), np.longdouble)
-    lse = np.full(q.shape[:3], -np.inf, np.longdouble)
-    for b in range(q.shape[0]):
-        for h in range(heads):
-            shared = h // (heads // k.shape[1])
-            row = Row(attention.groups[groups[h]], call, b, h)
-            out[b, h], lse[b, h] = row.attend(q[b, h], k[b, shared], v[b, shared])
-    kept = torch.float64 if call.q.dtype == torch.float64 else torch.float32
-    return torch.from_numpy(out.astype(np.float64)).to(call.q.dtype), torch.from_numpy(
-        lse.astype(np.float64)
-    ).to(kept)
+@dataclass(frozen=True)
+class Attend:
+    """The kernel. By `forward` and `gradient` attndsl's operator knows one that brings its gradients."""
 
+    attention: Attention
 
-def extended(tensor: torch.Tensor) -> Array:
-    return tensor.detach().double().numpy().astype(np.longdouble)
+    def __call__(self, call: Call) -> tuple[Tensor, Tensor]:
+        return self.forward(call)
 
+    def forward(self, call: Call) -> tuple[Tensor, Tensor]:
+        out = np.zeros((*call.q.shape[:3], call.v.shape[3]), np.longdouble)
+        lse = np.zeros(call.q.shape[:3], np.longdouble)
+        for part in parts(self.attention, call):
+            weight, total, top = part.weights()
+            place = (part.b, part.h, part.rows)
+            out[place] = weight @ part.v
+            with np.errstate(divide="ignore"):
+                lse[place] = np.log(total) + top
+        return rounded(out, call.q.dtype), rounded(lse, torch.promote_types(call.q.dtype, torch.float32))
 
-def rounded(array: Array, dtype: torch.dtype) -> torch.Tensor:
-    return torch.from_numpy(array.astype(np.float64)).to(dtype)
+    def gradient(
+        self,
+        call: Call,
+        needing: list[str],
+        out: Tensor,
+        lse: Tensor,
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        """With w the weight of a pair before and p after division by Z, L the loss and l the logit:
+        dL/dl = p (dL/do . (v - o) + dL/dlse) for softmax, g'(l) m (dL/do . v + dL/dlse / sum w) else."""
+        gq, gk, gv = (np.zeros(x.shape, np.longdouble) for x in (call.q, call.k, call.v))
+        go = extended(grad_out)
+        gl = np.zeros(lse.shape, np.longdouble) if grad_lse is None else extended(grad_lse)
+        for part in parts(self.attention, call):
+            place = (part.b, part.h, part.rows)
+            weight, total, _ = part.weights()
+            towards = go[place] @ part.v.T
+            if part.group.norm.kind == "softmax":
+                o = weight @ part.v
+                slope = weight * (towards - (go[place] * o).sum(-1, keepdims=True) + gl[place][:, None])
+            else:
+                share = np.divide(gl[place], total, out=np.zeros_like(total), where=total > 0)
+                slope = part.steepness() * (towards + share[:, None])
+            gs = slope * part.scale / np.sqrt(np.longdouble(part.q.shape[1]))
+            gq[place] = gs @ part.k
+            gk[part.b, part.shared] += gs.T @ part.q
+            gv[part.b, part.shared] += weight.T @ go[place]
+        return *(rounded(g, call.q.dtype) for g in (gq, gk, gv)), {}
 
 
 @dataclass(frozen=True)
-class Row:
-    """One batch row and head."""
+class Part:
+    """Some query rows of one batch row and head: q [r, D], k [n, D], v [n, Dv], and for each pair whether it
+    is `live`, the logit scale * s + `bias`, and the `factor` of the weight; 0 where not live."""
 
     group: HeadGroup
+    b: int
+    h: int
+    shared: int
+    rows: slice
+    q: Array
+    k: Array
+    v: Array
+    live: Array
+    scale: Array
+    bias: Array
+    factor: Array
+    sink: Any
+
+    def logits(self) -> Array:
+        s = self.q @ self.k.T / np.sqrt(np.longdouble(self.q.shape[1]))
+        return self.scale * s + self.bias
+
+    def weights(self) -> tuple[Array, Array, Array]:
+        """Weights [r, n] divided by Z; Z / exp(top) or, without a norm's sum, their sum [r]; top [r]."""
+        logit = self.logits()
+        if self.group.norm.kind != "softmax":
+            g = 1 / (1 + np.exp(-logit)) if self.group.norm.kind == "sigmoid" else np.maximum(logit, 0)
+            weight = self.factor * g
+            return weight, weight.sum(-1), np.zeros(len(logit))
+        top = np.where(self.live, logit, -np.inf).max(-1, initial=-np.inf)
+        top = np.maximum(top, self.sink)
+        top = np.where(np.isfinite(top), top, 0)
+        weight = self.factor * np.exp(np.where(self.live, logit - top[:, None], -np.inf))
+        # a row without weight is empty, whatever its sink: its output is 0 and its log-sum-exp -inf
+        total = np.where((weight == 0).all(-1), 0, weight.sum(-1) + np.exp(self.sink - top))
+        return weight / np.where(total == 0, 1, total)[:, None], total, top
+
+    def steepness(self) -> Array:
+        """factor * g'(logit) of `sigmoid` and `relu`."""
+        logit = self.logits()
+        if self.group.norm.kind == "relu":
+            return self.factor * (logit > 0)
+        g = 1 / (1 + np.exp(-logit))
+        return self.factor * g * (1 - g)
+
+
+def parts(attention: Attention, call: Call) -> Iterator[Part]:
+    q, k, v = (extended(tensor) for tensor in (call.q, call.k, call.v))
+    batch, heads, nq, _ = q.shape
+    groups = lowering.head_groups(attention, heads)
+    mask = call.block_mask.to_dense()
+    for b in range(batch):
+        for h in range(heads):
+            group, shared = attention.groups[groups[h]], h // (heads // k.shape[1])
+            at = Positions(call, b, h)
+            slope, rest = affine_in_s(group.score) or (ir.ONE, ir.ZERO)
+            sink = -np.inf
+            if group.norm.sink is not None:
+                sink = at.of(group.norm.sink, np.ones((1, 1), bool), 0)[0, 0]
+            for start in range(0, nq, ROWS):
+                rows = slice(start, min(start + ROWS, nq))
+                live = mask[b % len(mask), h % mask.shape[1], rows]
+                factor = live if group.decay is None else at.of(group.decay, live, start)
+                yield Part(
+                    group, b, h, shared, rows, q[b, h, rows], k[b, shared], v[b, shared], live,
+                    at.of(slope, live, start), at.of(rest, live, start), factor, sink,
+                )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Positions:
     call: Call
     b: int
     h: int
 
-    def attend(self, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
-        """o [nq, Dv] and lse [nq] of q [nq, D], k [n, D], v [n, Dv]."""
-        kind = self.group.norm.kind
-        top = np.full(len(q), -np.inf, np.longdouble)
-        if kind == "softmax":
-            for rows, columns in self.pairs():
-                np.maximum.at(top, rows, self.logits(q, k, rows, columns))
-            if self.group.norm.sink is not None:
-                top = np.maximum(top, self.values(self.group.norm.sink, np.zeros(1, int), np.zeros(1, int)))
-        top = np.where(np.isfinite(top), top, 0)
-        out = np.zeros((len(q), v.shape[1]), np.longdouble)
-        total = np.zeros(len(q), np.longdouble)
-        for rows, columns in self.pairs():
-            logit = self.logits(q, k, rows, columns)
-            if kind == "softmax":
-                weight = np.exp(logit - top[rows])
-            else:
-                weight = 1 / (1 + np.exp(-logit)) if kind == "sigmoid" else np.maximum(logit, 0)
-            if self.group.decay is not None:
-                weight = weight * self.values(self.group.decay, rows, columns)
-            np.add.at(total, rows, weight)
-            np.add.at(out, rows, weight[:, None] * v[columns])
-        empty = total == 0
-        if kind == "softmax":
-            if self.group.norm.sink is not None:
-                sink = self.values(self.group.norm.sink, np.zeros(1, int), np.zeros(1, int))
-                total = total + np.exp(sink - top)
-            out = out / np.where(empty, 1, total)[:, None]
-        return out, np.where(empty, -np.inf, np.log(np.where(empty, 1, total)) + top)
-
-    @property
-    def grid(self) -> TileGrid:
-        index = self.call.block_mask.index
-        return self.call.block_mask.grids[index[self.b % index.shape[0], self.h % index.shape[1]]]
-
-    def pairs(self) -> Iterator[tuple[Array, Array]]:
-        """Rows and columns of the live pairs, some rows at a time."""
-        live = self.grid.to_dense()
-        step = max(1, PAIRS_AT_ONCE // max(1, live.shape[1]))
-        for start in range(0, len(live), step):
-            rows, columns = np.nonzero(live[start : start + step])
-            yield rows + start, columns
-
-    def logits(self, q: Array, k: Array, rows: Array, columns: Array) -> Array:
-        split = affine_in_s(self.group.score)
-        assert split is not None
-        slope, rest = (self.values(part, rows, columns) for part in split)
-        s = np.einsum("id,id->i", q[rows], k[columns]) / np.sqrt(np.longdouble(q.shape[1]))
-        return slope * s + rest
-
-    def values(self, e: Expr, rows: Array, columns: Array) -> Array:
-        """An expression without s, Q and K at live pairs, where tables may be read."""
-        call, b = self.call, self.b
-        sizes = {"n": call.n, "q": call.q_offset, "k": call.k_offset}
-        here = {name: values[b % len(values)] for name, values in sizes.items()}
-        closed = lowering.closed(e, here["n"], call.q.shape[2], self.h, call.q.shape[1])
+    def of(self, e: Expr, live: Array, start: int) -> Array:
+        """An expression without s, Q and K where `live`, 0 elsewhere: there tables may not reach."""
+        call = self.call
+        n, q_offset, k_offset = (here[self.b % len(here)] for here in (call.n, call.q_offset, call.k_offset))
+        closed = lowering.closed(e, n, call.q.shape[2], self.h, call.q.shape[1])
         closed = ir.substitute(closed, {"D": ir.const(call.q.shape[3])})
         tables = {}
         for table in closed.tables:
             array = call.tables[table.name].detach()
             array = array.double().numpy() if array.is_floating_point() else array.numpy()
-            tables[table.name] = array[(b,) * table.batched + (self.h,) * table.headed]
-        return evaluate(closed, here["q"] + rows, here["k"] + columns, tables)
+            tables[table.name] = array[(self.b,) * table.batched + (self.h,) * table.headed]
+        found = np.zeros(live.shape, np.longdouble)
+        rows, columns = np.nonzero(live)
+        found[rows, columns] = evaluate(closed, q_offset + start + rows, k_offset + columns, tables)
+        return found
+
+
+def extended(tensor: Tensor) -> Array:
+    return tensor.detach().double().numpy().astype(np.longdouble)
+
+
+def rounded(array: Array, dtype: torch.dtype) -> Tensor:
+    return torch.from_numpy(array.astype(np.float64)).to(dtype)

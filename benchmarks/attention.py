@@ -1,0 +1,162 @@
+"""Block sparse attention beside torch's own: python benchmarks/attention.py [--length N] [--only NAME].
+
+Every pair of contestants alternates within one run; medians of nine and the spread between quartiles are
+reported, after a gate: on sampled rows the outputs must agree with dense attention, or nothing is timed.
+Peak memory is measured in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.functional import scaled_dot_product_attention
+
+import attndsl
+
+MECHANISMS = {
+    "window": "mask radius(256)",
+    "longformer": "mask radius(256) | global([0])",
+    "bigbird": "mask blocks(64, radius(1) | global([0, n - 1]) | random(3))",
+    "dilated": "mask band(-1024 .. 1024, step = 4)",
+    "alibi": "mask causal & last(512) score alibi",
+    "softcap": "mask causal & last(512) score softcap(30.0)",
+}
+HEADS, HEAD_DIM, RUNS = 8, 64, 9
+Thunk = Callable[[], object]
+
+
+def alternate(contestants: dict[str, Thunk]) -> dict[str, list[float]]:
+    """Seconds of each, in turn, after one run to warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for run in contestants.values():
+        run()
+    for _ in range(RUNS):
+        for name, run in contestants.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def plan_of(name: str, length: int, training: bool) -> attndsl.Plan:
+    attention = attndsl.parse(f"attention a {{ {MECHANISMS[name]} }}")["a"]
+    return attndsl.compile(
+        attention, length=length, heads=HEADS, head_dim=HEAD_DIM, backend="torch", training=training
+    )
+
+
+def tensors(length: int) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(1, HEADS, length, HEAD_DIM) for _ in range(4)]
+
+
+def gate(name: str, out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Sixteen rows against `reference`, each as a single query at its own position."""
+    attention = attndsl.parse(f"attention a {{ {MECHANISMS[name]} }}")["a"]
+    n = k.shape[2]
+    plan = attndsl.compile(
+        attention, length=n, q_length=1, heads=HEADS, head_dim=HEAD_DIM, backend="reference"
+    )
+    for row in torch.linspace(0, n - 1, 16).long().tolist():
+        expected = plan(q[:, :, row : row + 1], k, v, q_offset=row)
+        error = float((expected - out[:, :, row : row + 1]).abs().max())
+        assert error < 1e-4, f"{name}: row {row} is off by {error}; nothing is timed"
+
+
+def summary(seconds: list[float]) -> str:
+    low, _, high = statistics.quantiles(seconds, n=4)
+    return f"{statistics.median(seconds):8.4f} s [{low:.4f} .. {high:.4f}]"
+
+
+def forward(name: str, length: int) -> None:
+    """Forward of a mechanism, beside compiled FlexAttention for the window."""
+    q, k, v, _ = tensors(length)
+    plan = plan_of(name, length, training=False)
+    gate(name, plan(q, k, v), q, k, v)
+    contestants: dict[str, Thunk] = {"attndsl": lambda: plan(q, k, v)}
+    if name == "window":
+        mask = create_block_mask(
+            lambda b, h, i, j: (i - j).abs() <= 256, None, None, length, length, device="cpu"
+        )
+        compiled = torch.compile(flex_attention)
+        contestants["flex"] = lambda: compiled(q, k, v, block_mask=mask)
+    with torch.no_grad():
+        seconds = alternate(contestants)
+    assert plan.block_masks is not None
+    live = plan.block_masks.nnz * HEADS // plan.block_masks.index.size
+    for side, values in seconds.items():
+        rate = 4 * live * HEAD_DIM / statistics.median(values) / 1e9
+        print(f"{name:11} forward  {side:8} {summary(values)} {rate:6.1f} GFLOP/s of live pairs")
+    if "flex" in seconds:
+        ratios = [b / a for a, b in zip(seconds["attndsl"], seconds["flex"], strict=True)]
+        print(f"{name:11} flex / attndsl, run by run: median {statistics.median(ratios):.2f}")
+
+
+def backward(name: str, length: int) -> None:
+    """Forward and backward beside dense SDPA with the mask, scaled by the mask's density."""
+    q, k, v, grad = tensors(length)
+    plan = plan_of(name, length, training=True)
+    assert plan.block_masks is not None
+    mask = torch.from_numpy(plan.block_masks.to_dense())
+    addend = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
+
+    def train(attend: Callable[..., torch.Tensor]) -> None:
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        attend(*leaves).backward(grad)
+
+    seconds = alternate(
+        {
+            "attndsl": lambda: train(plan),
+            "dense": lambda: train(lambda q, k, v: scaled_dot_product_attention(q, k, v, attn_mask=addend)),
+        }
+    )
+    density = plan.block_masks.density
+    for side, values in seconds.items():
+        print(f"{name:11} training {side:8} {summary(values)}")
+    ratios = [a / (b * density) for a, b in zip(seconds["attndsl"], seconds["dense"], strict=True)]
+    print(f"{name:11} attndsl / (dense * density), run by run: median {statistics.median(ratios):.2f}")
+
+
+def memory(length: int) -> None:
+    """Prints the peak of this process in MiB above what it held before the first call."""
+    q, k, v, grad = tensors(length)
+    plan = plan_of("window", length, training=True)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    plan(*leaves).backward(grad)
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--length", type=int, default=16384)
+    parser.add_argument("--train-length", type=int, default=4096)
+    parser.add_argument("--only", choices=MECHANISMS)
+    parser.add_argument("--memory", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(2)
+    if options.memory:
+        memory(options.memory)
+        return
+    for name in [options.only] if options.only else MECHANISMS:
+        forward(name, options.length)
+        backward(name, options.train_length)
+    for length in (4096, 16384, 65536):
+        peak = subprocess.run(
+            [sys.executable, __file__, "--memory", str(length)], capture_output=True, text=True, check=True
+        )
+        print(
+            f"window      training peak at {length:6}: {float(peak.stdout):8.1f} MiB beyond inputs and plan"
+        )
+
+
+if __name__ == "__main__":
+    main()
