@@ -37,14 +37,19 @@ def run(work: Callable[[Stage], T]) -> T:
     receiver, sender = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
+    ends = {signal.SIGINT, signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, ends)
     pid = os.fork()
     if pid == 0:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        for end in ends:
+            signal.signal(end, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ends)
         os.close(receiver)
         os._exit(_child(work, sender))
     os.close(sender)
     previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ends)
         message = _wait(receiver)
     finally:
         if sys.exc_info()[0] is not None:
@@ -87,8 +92,8 @@ def _wait(receiver: int) -> tuple[str, Any] | None:
         while True:
             spent = time.monotonic() - since
             if limit is not None and spent > limit:
-                message = f"{label} took longer than {limit:g} s"
-                raise TimeLimitError(Diagnostic(message, help="give it more with --time-limit"))
+                late = f"{label} took longer than {limit:g} s"
+                raise TimeLimitError(Diagnostic(late, help="give it more with --time-limit"))
             if spent > QUIET and sys.stderr.isatty():
                 sys.stderr.write(f"\r\x1b[K{label} ... {spent:.0f} s")
                 sys.stderr.flush()

@@ -124,9 +124,23 @@ def tables(inputs: dict[str, str]) -> dict[str, Any]:
     for name, path in inputs.items():
         try:
             found[name] = np.load(path, allow_pickle=False)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             raise fail(f"cannot read `{path}` as a .npy file: {error}") from None
     return found
+
+
+def read(file: str) -> str:
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise fail(f"`{file}` is not UTF-8 text") from None
+
+
+def write(file: str, text: str) -> None:
+    try:
+        Path(file).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise fail(f"cannot write `{file}`: {error.strerror}") from None
 
 
 def apart(work: Callable[[Stage], T]) -> T:
@@ -244,14 +258,14 @@ def fmt(files: tuple[str, ...], only_check: bool) -> None:
 
     changed = False
     for file in files:
-        text = Path(file).read_text(encoding="utf-8")
+        text = read(file)
         formatted = syntax.format(Source(file, text))
         if formatted == text:
             continue
         changed = True
-        click.echo(f"{'would change' if only_check else 'changed'} {file}")
         if not only_check:
-            Path(file).write_text(formatted, encoding="utf-8")
+            write(file, formatted)
+        click.echo(f"{'would change' if only_check else 'changed'} {file}")
     if changed and only_check:
         raise click.exceptions.Exit(1)
 
@@ -299,7 +313,7 @@ def show(
     if output is None:
         echo_picture(text)
     else:
-        Path(output).write_text(text + "\n", encoding="utf-8")
+        write(output, text + "\n")
 
 
 def tiled(attention: Attention, given: dict[str, Any], **sizes: Any) -> BlockMask:
@@ -390,10 +404,14 @@ def planned(
 ) -> Plan:
     """The plan, its tables bound if they were given."""
     stage("loading torch", None)
-    import torch  # noqa: F401
+    import torch
 
     import attndsl
 
+    try:
+        torch.empty(0, device=problem["device"])
+    except (RuntimeError, AssertionError) as error:
+        raise fail(f"no device `{problem['device']}`: {str(error).splitlines()[0]}") from None
     stage("tiling", time_limit)
     plan = attndsl.compile(attention, **problem)
     return plan.bind(**given) if given else plan
@@ -468,7 +486,7 @@ def analyze(
 @LIMIT
 def diff(left: str, right: str, as_json: bool, time_limit: float) -> None:
     """Whether two patterns are equal, one a subset of the other, or a pair that differs."""
-    mine, other = whole_mask(left), whole_mask(right)
+    mine, other = each_head(left), each_head(right)
 
     def work(stage: Stage) -> list[Verdict]:
         from attndsl import proofs
@@ -503,7 +521,10 @@ def diff(left: str, right: str, as_json: bool, time_limit: float) -> None:
         click.echo(f"  only in {pair['only_in']}: {where}")
 
 
-def whole_mask(target: str) -> Expr:
-    """The mask of FILE:NAME over all its head groups."""
+def each_head(target: str) -> Expr:
+    """The mask of FILE:NAME at head `h`."""
+    from attndsl.expr import all_of, any_of
+
     file, _, name = target.rpartition(":") if ":" in target else (target, "", "")
-    return bound(file, name or None, {}).any_head()
+    attention = bound(file, name or None, {})
+    return any_of(*(all_of(group.heads, group.relation.mask) for group in attention.groups))

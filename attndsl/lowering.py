@@ -265,11 +265,15 @@ def _ranges(sizes: Sizes, row: int) -> dict[str, tuple[int, int]]:
 
 
 def check_scores(attention: Attention, sizes: Sizes, tables: Mapping[str, Array]) -> None:
-    """Raises AttnError where an integer of a score, decay or sink could leave the 64-bit range."""
+    """Raises AttnError where an integer of a score, decay or sink could leave the 64-bit range; those that
+    read a table wait until it is given."""
+    if not (sizes.nq and sizes.n_keys):
+        return
+    known = {table for table in attention.inputs if table.name in tables} | set(attention.learned)
     for row in range(max(len(sizes.q_offset), len(sizes.k_offset))):
         for group in attention.groups:
             for e in (group.score, group.decay, group.norm.sink):
-                if e is not None and sizes.nq and sizes.n_keys:
+                if e is not None and e.tables <= known:
                     check_range(e, _ranges(sizes, row), tables)
 
 

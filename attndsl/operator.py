@@ -53,7 +53,7 @@ class Runner:
     call_of: Callable[[Tensor, Tensor, Tensor, Mapping[str, Tensor], list[int], list[int]], Call]
 
 
-vjp: Callable[..., tuple[Any, Callable[..., Any]]] = torch.func.vjp
+vjp: Callable[..., tuple[Any, Callable[..., Any]]] = torch.func.vjp  # type: ignore[assignment]
 """Autograd records nothing inside an operator; torch.func does."""
 
 _runners: WeakValueDictionary[int, Runner] = WeakValueDictionary()

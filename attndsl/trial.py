@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -35,6 +36,10 @@ def qkv(problem: Problem, text: Path | None, seed: int = 0) -> tuple[Tensor, Ten
     import torch
 
     p = problem
+    held = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    wanted = 4 * p.batch * (p.heads * p.q_length + 2 * p.kv_heads * p.length) * p.head_dim
+    if wanted > held:
+        raise fail(f"q, k and v take {wanted / 2**30:,.0f} GiB, and this machine has {held / 2**30:,.0f}")
     generator = torch.Generator().manual_seed(seed)
     shapes = [(p.heads, p.q_length), (p.kv_heads, p.length), (p.kv_heads, p.length)]
     if text is None:

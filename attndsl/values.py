@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -103,12 +104,10 @@ def union(relations: list[Relation]) -> Relation:
 def intersection(relations: list[Relation]) -> Relation:
     """Multiplicities: the smallest."""
     mask = ir.all_of(*(r.mask for r in relations))
-    if all(r.count is None for r in relations):
+    counts = [r.count for r in relations if r.count is not None]
+    if len(counts) < len(relations):
         return Relation(mask)
-    count = multiplicity(relations[0])
-    for r in relations[1:]:
-        count = ir.minimum(count, multiplicity(r))
-    return Relation(mask, count)
+    return Relation(mask, functools.reduce(ir.minimum, counts))
 
 
 def total(relations: list[Relation]) -> Relation:

@@ -1,6 +1,6 @@
 """BlockMask against torch's `create_block_mask`: eager at n = 16,384, compiled at n = 65,536.
 
-    python benchmarks/block_mask.py [name part ...]
+    python -m benchmarks.block_mask [name part ...]
 
 Both sides make the same tiles, which is checked first; runs alternate and medians of the ratio are
 reported. Torch's compilation is not counted. Torch takes seconds and gigabytes, so it runs three times.

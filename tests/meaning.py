@@ -1,15 +1,15 @@
-"""The meaning of a mask once more, straight from the syntax tree: relations as dense matrices.
+"""The meaning of an attention once more, straight from the syntax tree: relations as dense matrices.
 
 Small and slow, and written from the language's description alone: it shares the parser and the hash of
 `random` with attndsl, and nothing else. A pattern is a function of a space, the number of positions in it,
-that gives a matrix of multiplicities; a set a function of a space and of integers.
+that gives a matrix of multiplicities; a set a function of a space and of integers; a score a matrix.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,14 @@ class Absent(Exception):
 
 @dataclass(frozen=True)
 class Table:
+    """`vectors`: the last axis is the head dimension."""
+
+    data: Array
+    vectors: bool = False
+
+
+@dataclass(frozen=True)
+class Vector:
     data: Array
 
 
@@ -44,12 +52,13 @@ class Kind:
 
 @dataclass(frozen=True)
 class Meaning:
-    """Names in sight; `n` is the space's, `tokens` the number of tokens."""
+    """Names in sight; `n` is the space's, `tokens` the number of tokens; `learned` by the name it is bound to."""
 
     definitions: Mapping[str, ast.Definition | ast.AttentionDef]
     names: Mapping[str, Any]
     tokens: int
     n: int
+    learned: Mapping[str, Any] = field(default_factory=dict)
 
     def bind(self, **names: Any) -> Meaning:
         return replace(self, names={**self.names, **names})
@@ -62,16 +71,18 @@ class Meaning:
             return self.names[e.id]
         return self.n if e.id == "n" else self.apply(e.id, ())
 
-    def apply(self, name: str, args: tuple[ast.Argument, ...]) -> Any:
+    def apply(self, name: str, args: tuple[ast.Argument, ...], **extra: Any) -> Any:
+        if name in self.learned:
+            return self.learned[name]
         definition = self.definitions[name]
         params = definition.params
         given = {arg.name or params[i].name: self(arg.value) for i, arg in enumerate(args)}
-        sizes = {name: self.names[name] for name in ("nq", "h", "H")}
-        inner = Meaning(self.definitions, sizes, self.tokens, self.tokens)
+        sizes = {name: self.names[name] for name in ("nq", "h", "H", "D")}
+        inner = replace(self, names=sizes, n=self.tokens)
         for param in params:
             value = given[param.name] if param.name in given else inner(param.default)  # type: ignore[arg-type]
             inner = inner.bind(**{param.name: value})
-        return inner(definition.body)  # type: ignore[union-attr]
+        return inner.bind(**extra)(definition.body)  # type: ignore[union-attr]
 
     def number(self, e: ast.Number) -> Any:
         return e.value
@@ -120,11 +131,14 @@ class Meaning:
             if a.noun == "pattern":
                 return Kind("pattern", lambda n: a.at(n) * (b.at(n) == 0))
             return Kind("set", lambda n, p: a.at(n, p) & ~b.at(n, p))
+        if isinstance(a, Vector):
+            return (a.data * b.data).sum(-1)
         if e.op == "@":
             return Kind("pattern", lambda n: ((a.at(n) > 0).astype(int) @ (b.at(n) > 0) > 0).astype(int))
         operations: dict[str, Callable[[Any, Any], Any]] = {
             "-": lambda a, b: a - b,
             "*": lambda a, b: a * b,
+            "/": lambda a, b: np.true_divide(a, b),
             "//": lambda a, b: a // b,
             "mod": lambda a, b: a % b,
             "**": lambda a, b: a**b,
@@ -184,6 +198,8 @@ class Meaning:
         data: Array = base.data
         if len(indices) == data.ndim:
             return look_up(data, indices)
+        if base.vectors:
+            return Vector(data[tuple(indices)])
         rows = Table(np.moveaxis(data, -1, 0))
         return Kind("set", lambda n, p: entries(rows.data, indices, p))
 
@@ -192,7 +208,15 @@ class Meaning:
             return Kind("set", lambda n, p: look_up(value.data, [p]))
         return value
 
+    def learn(self, e: ast.Index, init: float) -> Any:
+        """A parameter that no score reads in the end, at its initial value."""
+        sizes = [i for i in e.indices if not (isinstance(i, ast.Name) and i.id == "H")]
+        vectors = bool(sizes) and isinstance(sizes[-1], ast.Name)
+        return Table(np.full([int(self(size)) for size in sizes], init), vectors) if sizes else init
+
     def call(self, e: ast.Call) -> Any:
+        if isinstance(e.func, ast.Index):
+            return self.learn(e.func, self(e.args[0].value))
         assert isinstance(e.func, ast.Name)
         name = e.func.id
         if name in self.definitions:
@@ -268,6 +292,8 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "where": lambda cond, a, b: np.where(cond, a, b),
     "isqrt": np.vectorize(math.isqrt, otypes=[int]),
     "log2": np.vectorize(lambda x: int(x).bit_length() - 1, otypes=[int]),
+    "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
+    **{name: getattr(np, name) for name in ("exp", "log", "tanh", "sin", "cos")},
     "floor": lambda x: np.floor(x).astype(int),
     "sqrt": np.sqrt,
 }
@@ -306,38 +332,105 @@ def entries(rows: Array, indices: list[Array], p: Array) -> Array:
     return np.any([part[tuple(indices)] == p for part in rows], axis=0)
 
 
-def mask(
-    items: Mapping[str, ast.Definition | ast.AttentionDef], name: str, n: int, nq: int, heads: int,
-    tables: Mapping[str, Array], axes: Mapping[str, tuple[str, ...]],
-) -> Array:  # fmt: skip
-    """Multiplicities [B, H, nq, n] of the attention `name`, its rows the last nq positions."""
-    definitions = {**prelude(), **items}
-    attention = definitions[name]
-    assert isinstance(attention, ast.AttentionDef)
-    batch = max([len(tables[t]) for t in tables if axes[t][0] == "B"], default=1)
-    result = np.zeros((batch, heads, nq, n), int)
-    for b in range(batch):
-        for h in range(heads):
-            bound: dict[str, Any] = {"nq": nq, "h": h, "H": heads}
-            for table, data in tables.items():
-                at = tuple({"B": b, "H": h}[axis] for axis in axes[table] if axis in "BH")
-                bound[table] = data[at][()] if data[at].ndim == 0 else Table(np.asarray(data[at]))
-            meaning = Meaning(definitions, bound, n, n)
-            parts = [meaning(pattern).at(n) for pattern in clauses(attention, meaning, h)]
-            result[b, h] = np.minimum.reduce(parts)[n - nq :]
-    return result
+@dataclass(frozen=True)
+class Problem:
+    """An attention `main` among definitions, and what it is computed for.
+
+    tables, learned   arrays, and for each name its axes, [B] [H] before the explicit ones
+    """
+
+    definitions: Mapping[str, ast.Definition | ast.AttentionDef]
+    n: int
+    nq: int
+    heads: int
+    tables: Mapping[str, Array]
+    axes: Mapping[str, tuple[str, ...]]
+    learned: Mapping[str, Array] = field(default_factory=dict)
+    head_dim: int = 0
+
+    @property
+    def attention(self) -> ast.AttentionDef:
+        definition = self.definitions["main"]
+        assert isinstance(definition, ast.AttentionDef)
+        return definition
+
+    def at(self, b: int, h: int) -> Meaning:
+        """One batch row and head."""
+
+        def here(name: str, data: Array) -> Any:
+            axes = self.axes[name]
+            part = data[tuple({"B": b, "H": h}[axis] for axis in axes if axis in "BH")]
+            return part[()] if part.ndim == 0 else Table(np.asarray(part), axes[-1] == "D")
+
+        names = {"nq": self.nq, "h": h, "H": self.heads, "D": self.head_dim}
+        names |= {name: here(name, data) for name, data in self.tables.items()}
+        learned = {name: here(name, data) for name, data in self.learned.items()}
+        return Meaning({**prelude(), **self.definitions}, names, self.n, self.n, learned)
+
+    def counts(self, meaning: Meaning) -> Array:
+        """Multiplicities [n, n]."""
+        patterns = [clause.value for clause in self.clauses(meaning) if clause.word == "mask"]
+        return np.minimum.reduce([meaning(pattern).at(self.n) for pattern in patterns])
+
+    def clauses(self, meaning: Meaning) -> list[ast.Clause]:
+        """Those that the head obeys."""
+        found: list[ast.Clause] = []
+        for clause in self.attention.clauses:
+            if isinstance(clause, ast.Clause):
+                found.append(clause)
+            elif isinstance(clause, ast.Heads):
+                found += next(g.clauses for g in clause.groups if g.which is None or _has(meaning, g.which))
+        return found
+
+    def mask(self) -> Array:
+        """Multiplicities [B, H, nq, n]; the rows are the last nq positions."""
+        batch = max([len(data) for name, data in self.tables.items() if self.axes[name][0] == "B"], default=1)
+        found = [[self.counts(self.at(b, h))[self.n - self.nq :] for h in range(self.heads)] for b in range(batch)]
+        return np.array(found, int).reshape(batch, self.heads, self.nq, self.n)
+
+    def output(self, q: Array, k: Array, v: Array) -> Array:
+        """Attention of q [B, H, nq, D], k and v [B, H, n, D]."""
+        result = np.zeros((*q.shape[:3], v.shape[3]))
+        for b in range(len(q)):
+            for h in range(self.heads):
+                meaning = self.at(b, h)
+                rows = np.concatenate([np.zeros((self.n - self.nq, q.shape[3])), q[b, h]])
+                weights = self.weights(meaning, Vector(rows[:, None]), Vector(k[b, h][None]))
+                result[b, h] = (weights @ v[b, h])[self.n - self.nq :]
+        return result
+
+    def weights(self, meaning: Meaning, queries: Vector, keys: Vector) -> Array:
+        """What each value is multiplied with, [n, n]."""
+        logit = (queries.data * keys.data).sum(-1) / np.sqrt(self.head_dim)
+        factor, norm, sink = self.counts(meaning).astype(float), "softmax", -np.inf
+        positions = {"q": np.arange(self.n)[:, None], "k": np.arange(self.n)[None, :]}
+        for clause in self.clauses(meaning):
+            e = clause.value
+            func, args = (e.func, e.args) if isinstance(e, ast.Call) else (e, ())
+            name = func.id if isinstance(func, ast.Name) else ""
+            if clause.word == "score":
+                named = {"s": logit, "Q": queries, "K": keys, **positions}
+                inside = meaning.bind(**named)
+                scored = isinstance(meaning.definitions.get(name), ast.Definition) and name not in meaning.learned
+                if scored and meaning.definitions[name].word == "score":  # type: ignore[union-attr]
+                    logit = inside.apply(name, args, **named)
+                else:
+                    logit = inside(e)
+            elif clause.word == "decay":
+                factor = factor * meaning.bind(**positions)(e)
+            elif clause.word == "norm":
+                norm = name
+                for arg in args:
+                    sink = meaning(arg.value)
+        logit = np.broadcast_to(logit, factor.shape)
+        if norm != "softmax":
+            gain = 1 / (1 + np.exp(-logit)) if norm == "sigmoid" else np.maximum(logit, 0)
+            return np.where(factor != 0, factor * gain, 0)
+        weights = np.where(factor != 0, factor * np.exp(np.where(factor != 0, logit, 0)), 0)
+        total = weights.sum(1, keepdims=True) + np.exp(sink)
+        return weights / np.where(total > 0, total, 1)
 
 
-def clauses(attention: ast.AttentionDef, meaning: Meaning, h: int) -> list[ast.Expression]:
-    """The mask clauses that head h obeys."""
-    found = []
-    for clause in attention.clauses:
-        own: tuple[ast.Clause, ...] = (clause,) if isinstance(clause, ast.Clause) else ()
-        if isinstance(clause, ast.Heads):
-            own = next(g.clauses for g in clause.groups if g.which is None or _has(meaning(g.which), h))
-        found += [c.value for c in own if c.word == "mask"]
-    return found
-
-
-def _has(which: Any, h: int) -> bool:
-    return bool(which.at(0, np.asarray(h))) if isinstance(which, Kind) else which == h
+def _has(meaning: Meaning, which: ast.Expression) -> bool:
+    value, h = meaning(which), meaning.names["h"]
+    return bool(value.at(0, np.asarray(h))) if isinstance(value, Kind) else value == h

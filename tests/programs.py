@@ -420,9 +420,11 @@ class Writer:
             return self.pick(
                 lambda: "s",
                 lambda: "s",
-                lambda: "Q @ K / sqrt(D)",
+                lambda: "(Q @ K / sqrt(D))",
                 lambda: f"{self.rng.choice(('0.5', '1.5', '0.25', '2'))}",
                 lambda: f"0.1 * {distance}",
+                lambda: f"log(1 + |{distance}|)",
+                lambda: f"exp(-|{distance}| / 8)",
                 lambda: "slope(h)",
                 lambda: f"{self.learn('H', '0.3')}",
                 lambda: f"{self.learn('3', '0.1')}[|{distance}| mod 3]",
@@ -483,7 +485,7 @@ class Writer:
     def norm(self) -> str:
         return self.pick(
             lambda: "softmax",
-            lambda: f"softmax(sink = {self.rng.choice(('learn[H](0.5)', '1.0', 'h / H'))})",
+            lambda: f"softmax(sink = {self.rng.choice((self.learn('H', '0.5'), '1.0', 'h / H'))})",
             lambda: "sigmoid",
             lambda: "relu",
         )

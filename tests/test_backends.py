@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
 
+import attndsl
+from attndsl import expr as ir
+from attndsl.blockmask import TileGrid
 from attndsl.conformance import CASES, Case, check
+from attndsl.parts import Strided, take_apart
+from attndsl.torch_eval import affine_in_s, by_distance
 
-BACKENDS = ("sdpa", "torch")
+s, q, k, h = map(ir.var, "sqkh")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["sdpa", "torch"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_conforms(backend: str, case: Case) -> None:
     reason = check(backend, case)
@@ -20,3 +30,110 @@ def test_conforms(backend: str, case: Case) -> None:
 @pytest.mark.parametrize("case", CASES[::7], ids=str)
 def test_the_reference_agrees_with_itself_in_other_dtypes(case: Case) -> None:
     assert check("reference", case) is None
+
+
+MASKS = (
+    "radius(37)",
+    "causal",
+    "causal & last(50)",
+    "radius(20) | global([0, 133])",
+    "band(-60 .. 60, step = 4)",
+    "block(32)",
+    "strided(16)",
+    "fixed(16, 4)",
+    "full",
+    "none",
+    "{ q, k : q * k mod 7 == 3 }",
+    "{ q, k : |q + k - 299| < 20 }",
+)
+
+
+def pairs_of(grid: TileGrid, unit: int) -> NDArray[np.int64]:
+    """How many parts hold each pair."""
+    times = np.zeros((grid.nq, grid.n), np.int64)
+    for part in take_apart(grid, unit):
+        if isinstance(part, Strided):
+            for c in range(part.count):
+                top, left = part.q0 + c * part.q_step, part.k0 + c * part.k_step
+                assert top + part.q_len <= grid.nq
+                assert left + part.k_len <= grid.n
+                here = times[top : top + part.q_len, left : left + part.k_len]
+                here += 1 if part.mask is None else part.mask
+            continue
+        full = np.full(part.cols.shape, len(part.masks) - 1)
+        contents = full if part.contents is None else part.contents
+        for row, cols, kinds in zip(part.rows, part.cols, contents, strict=True):
+            for col, kind in zip(cols, kinds, strict=True):
+                here = times[row : row + part.q_len, col * part.block : (col + 1) * part.block]
+                assert not part.masks[kind][:, here.shape[1] :].any()
+                here += part.masks[kind][: part.q_len, : here.shape[1]]
+    return times
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(MASKS), st.sampled_from([(300, 300), (256, 256), (13, 300), (0, 7), (1, 90)]), st.data()
+)
+def test_parts_hold_each_live_pair_once(mask: str, sizes: tuple[int, int], data: st.DataObject) -> None:
+    nq, n = sizes
+    block = data.draw(st.sampled_from([8, 16]))
+    unit = data.draw(st.sampled_from([8, block]))
+    attention = attndsl.parse(f"attention a {{ mask {mask} }}")["a"]
+    grid = attention.block_mask(n, block, q_length=nq).grids[0]
+    assert np.array_equal(pairs_of(grid, unit), grid.to_dense())
+
+
+def test_a_band_is_one_part_on_views() -> None:
+    grid = attndsl.parse("attention a { mask radius(37) }")["a"].block_mask(1024, 16).grids[0]
+    shared = [part for part in take_apart(grid, 8) if isinstance(part, Strided)]
+    assert [(part.q_step, part.k_step, part.k_len) for part in shared] == [(8, 8, 82)]
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa", "torch"])
+def test_a_compiled_module_equals_the_eager_one(backend: str) -> None:
+    attention = attndsl.parse(
+        "attention a(t = learn[13](0.1)) { mask causal & last(20) score relative(t, 6) }"
+    )["a"]
+    plan = attndsl.compile(attention, length=50, heads=2, head_dim=8, backend=backend, training=True)
+    module = plan.module()
+    inputs = [torch.randn(1, 2, 50, 8, requires_grad=True) for _ in range(3)]
+    leaves = [*inputs, *module.parameters()]
+    results = []
+    for run in (module, torch.compile(module, fullgraph=True, backend="aot_eager")):
+        out = run(*inputs)
+        results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    for eager, compiled in zip(*results, strict=True):
+        assert torch.equal(eager, compiled)
+
+
+def test_an_out_of_range_look_up_in_a_score_is_an_error() -> None:
+    attention = attndsl.parse("attention a { inputs z : float[m] mask causal score s + z[q - k] }")["a"]
+    plan = attndsl.compile(attention, length=8, heads=1, head_dim=4, backend="torch")
+    x = torch.randn(1, 1, 8, 4)
+    with pytest.raises(attndsl.AttnError, match="outside"):
+        plan(x, x, x, z=torch.zeros(7))
+
+
+@pytest.mark.parametrize(
+    ("score", "slope", "rest"),
+    [
+        (s, ir.const(1.0), ir.const(0.0)),
+        (ir.sub(s, ir.absolute(ir.sub(q, k))), ir.const(1.0), ir.neg(ir.absolute(ir.sub(q, k)))),
+        (ir.mul(ir.const(2.0), ir.add(s, h)), ir.const(2.0), ir.mul(ir.const(2.0), h)),
+    ],
+)
+def test_affine_scores_are_recognised(score: ir.Expr, slope: ir.Expr, rest: ir.Expr) -> None:
+    found = affine_in_s(score)
+    assert found is not None
+    assert ir.number(found[0]) == ir.number(slope)
+    assert repr(found[1]) == repr(rest) or ir.number(found[1]) == ir.number(rest) == 0
+
+
+def test_other_scores_are_not_affine() -> None:
+    assert affine_in_s(ir.call("tanh", s)) is None
+    assert affine_in_s(ir.mul(s, s)) is None
+
+
+def test_what_depends_on_the_distance_alone() -> None:
+    assert by_distance(ir.where(ir.lt(k, q), ir.absolute(ir.sub(q, k)), ir.ZERO)) is not None
+    assert by_distance(ir.add(q, k)) is None

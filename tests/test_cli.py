@@ -58,6 +58,8 @@ def attn_process(*arguments):
         (["show", "nowhere.attn", "--length", "8"], 2, "does not exist"),
         (["show", "FILE", "lm", "--length", "8", "--block-size", "12"], 1, "multiple of 8"),
         (["undo", "FILE"], 2, "No such command"),
+        (["show", "FILE", "lm", "--length", "8", "-o", "/nowhere/x"], 1, "cannot write `/nowhere/x`"),
+        (["fmt", __file__ + "c"], 2, "does not exist"),
         (["diff", "FILE:lm", "FILE:nothing"], 1, "defines no `nothing`"),
         (["check", "FILE", "--time-limit", "0"], 2, "--time-limit"),
     ],
@@ -133,6 +135,34 @@ def test_fmt_leaves_a_file_with_mistakes_alone(tmp_path):
     done = attn("fmt", file)
     assert done.exit_code == 1
     assert Path(file).read_text() == "pattern p = (causal"
+
+
+def test_diff_tells_heads_apart(tmp_path):
+    """Both relate the same pairs in some head."""
+    one = "attention one { heads 0 { mask causal } else { mask last(3) } }\n"
+    two = "attention two { heads 0 { mask last(3) } else { mask causal } }\n"
+    file = write(tmp_path / "heads.attn", one + two)
+    found = json.loads(attn("diff", f"{file}:one", f"{file}:two", "--json").stdout)
+    assert found["status"] == "different"
+    assert [pair["h"] for pair in found["pairs"]] == [0, 1]
+
+
+@pytest.mark.parametrize("command", [["fmt"], ["check"], ["show", "--length", 8]])
+def test_a_file_that_is_no_text(tmp_path, command):
+    file = tmp_path / "binary.attn"
+    file.write_bytes(b"\xff\xfe\x00")
+    done = attn(command[0], file, *command[1:])
+    assert done.exit_code == 1
+    assert "is not UTF-8 text" in done.stderr
+
+
+@pytest.mark.parametrize(("option", "said"), [("--device=nothing", "no device `nothing`"),
+                                              ("--head-dim=2000000000", "GiB")])  # fmt: skip
+def test_run_refuses_what_the_machine_has_not(good, option, said):
+    done = attn_process("run", good, "lm", "--length", 64, option)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_parameters_and_tables_reach_the_mask(good, tmp_path):

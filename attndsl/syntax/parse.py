@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.resources import files
 
 from lark import Lark, Token, UnexpectedInput, UnexpectedToken
+from platformdirs import user_cache_path
 
 from attndsl.errors import AttnError, Diagnostic, Source, Span, fail
 from attndsl.syntax.build import Build, place
@@ -103,7 +105,19 @@ def chunks(source: Source) -> Iterator[Chunk]:
 @cache
 def grammar() -> Lark:
     text = files("attndsl.grammar").joinpath("attn.lark").read_text(encoding="utf-8")
-    return Lark(text, start=["module", "expr"], parser="lalr", maybe_placeholders=False, transformer=Build())
+    tables = user_cache_path("attndsl") / "grammar.lark-cache"
+    # Lark reads its tables from here in a tenth of the time that it takes to make them; where the
+    # folder cannot be written to it makes them each time
+    with suppress(OSError):
+        tables.parent.mkdir(parents=True, exist_ok=True)
+    return Lark(
+        text,
+        start=["module", "expr"],
+        parser="lalr",
+        maybe_placeholders=False,
+        transformer=Build(),
+        cache=str(tables),
+    )
 
 
 def parse_chunk(source: Source, chunk: Chunk) -> None:
