@@ -42,6 +42,8 @@ Key = Sequence[Column]
 
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
+KEY_LIMIT = 160
+"""Columns of one key, which shared parts would double at every step; longer ones become the position."""
 LARGEST = 2**58
 """A node whose values could be larger is not followed, so that no bound overflows int64."""
 
@@ -129,7 +131,11 @@ class Signatures:
     def root(self, boxes: Boxes) -> Any:
         values: dict[Expr, Any] = {}
         for node in self.order:
-            values[node] = self.value(node, boxes, [values.get(arg) for arg in node.args])
+            value = self.value(node, boxes, [values.get(arg) for arg in node.args])
+            if len(value.key) > KEY_LIMIT:
+                key = _position(node, boxes)
+                value = value._replace(key=masked(value.status == PARTIAL, key) if node.type == "bool" else key)
+            values[node] = value
         return values[self.mask]
 
     def bounds(self) -> tuple[int, int] | None:

@@ -46,7 +46,7 @@ CLAIMS = frozenset("every_row density nnz diameter reach".split())
 BUILT_IN = COMBINATORS | FUNCTIONS | CLAIMS | {"learn"}
 CALL_DEPTH = 64
 HEAD_LIMIT = 4096
-STEP_LIMIT = 200_000
+STEP_LIMIT = 320_000
 TOKENS = Space(ir.var("n"))
 Q, K = ir.var("q"), ir.var("k")
 
@@ -216,8 +216,8 @@ class Elaborator:
             )
         return result
 
-    def step(self, span: Span | None = None) -> None:
-        self.steps += 1
+    def step(self, span: Span | None = None, weight: int = 1) -> None:
+        self.steps += weight
         if self.steps > STEP_LIMIT:
             raise fail(f"the program takes more than {STEP_LIMIT:,} steps to write out", span)
 
@@ -228,8 +228,8 @@ class Elaborator:
         def lookup(q: Expr, k: Expr, space: Space) -> Relation:
             key = (q, k, space)
             if key not in known:
-                self.step()
                 known[key] = at(q, k, space)
+                self.step(weight=1 + len(known[key].mask.args))
             return known[key]
 
         return Pattern(lookup)

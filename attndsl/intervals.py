@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from attndsl.errors import fail
@@ -107,7 +106,9 @@ def _power(a: Interval, b: Interval) -> Interval:
     return _corners(lambda x, y: x**y)(a, b)
 
 
-def _monotone(function: Callable[[float], float], least: float, most: float) -> Callable[[Interval], Interval]:
+def _monotone(
+    function: Callable[[float], float], least: float, most: float
+) -> Callable[[Interval], Interval]:
     def rule(a: Interval) -> Interval:
         """A rising function; outside least..most it is not a number."""
         return ANYTHING if a[0] < least or a[1] > most else (function(a[0]), function(a[1]))

@@ -26,10 +26,11 @@ def absorb(state: NDArray[np.uint64], word: NDArray[Any]) -> NDArray[np.uint64]:
 
 
 def sample(seed: NDArray[Any], q: NDArray[Any], c: NDArray[Any], r: int) -> NDArray[np.int64]:
-    """min(r, c) distinct numbers of 0..c-1 for each row: int64 [rows, min(r, max(c))], rising, padded with -1.
+    """min(r, c) distinct numbers of 0..c-1 for each row, rising, padded with -1.
 
-    seed, q, c: int64 [rows]. Raises AttnError beyond a limit. Floyd's algorithm (Bentley, Floyd, CACM 30(9), 1987): slot s draws one of
-    0..j, j = c - r + s, by the hash of (seed, q, s) modulo j + 1, and takes j where that is taken already.
+    seed, q, c: int64 [rows]; the result: int64 [rows, min(r, max(c))]. Raises AttnError beyond a limit.
+    Floyd's algorithm (Bentley, Floyd, CACM 30(9), 1987): slot s draws one of 0..j, j = c - r + s, by the
+    hash of (seed, q, s) modulo j + 1, and takes j where that is taken already.
     """
     seed, q, c = (np.atleast_1d(a).astype(np.int64) for a in (seed, q, c))
     most = int(c.max(initial=0))

@@ -7,8 +7,8 @@ them but the hash of `random`, which is part of the meaning (links.py).
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -97,7 +97,7 @@ class _Evaluation:
             return self.look_up(e, e.value, args, active)
         if e.op == "inset":
             assert isinstance(e.value, IntSet)
-            return np.any([(lo <= args[0]) & (args[0] <= hi) for lo, hi in e.value.intervals], axis=0)
+            return _any([(lo <= args[0]) & (args[0] <= hi) for lo, hi in e.value.intervals])
         if e in self.partial and e.op in LEAST:
             needed = args[0] < LEAST[e.op] if active is None else (args[0] < LEAST[e.op]) & active
             if needed.any():
@@ -106,7 +106,7 @@ class _Evaluation:
         if e.op == "add":
             return sum(args[1:], start=args[0])
         if e.op == "or":
-            return np.logical_or.reduce(np.broadcast_arrays(*args))
+            return _any(np.broadcast_arrays(*args))
         return np.asarray(OPERATIONS[e.op](*args))
 
     def look_up(self, e: Expr, table: Table, args: list[Array], active: Array | None) -> Array:
@@ -131,9 +131,9 @@ class _Evaluation:
         )
         if 0 in data.shape[: len(indices)]:
             return np.zeros(shape, bool)
-        found = data[safe]
+        found: Array = data[safe]
         if e.op == "intable":
-            return inside & np.any([found[..., t] == args[0] for t in range(data.shape[-1])], axis=0)
+            return inside & _any([found[..., t] == args[0] for t in range(data.shape[-1])])
         return inside & found if table.dtype == "bool" else found
 
     def exists(self, e: Expr, active: Array | None) -> Array:
@@ -146,7 +146,7 @@ class _Evaluation:
         return found
 
     def random(self, e: Expr, active: Array | None) -> Array:
-        r, row, col = e.value  # type: ignore[misc]
+        r, row, col = cast(tuple[int, str, str], e.value)
         q, k, n, seed = (self.value(arg, active) for arg in e.args[:4])
         if active is not None:
             q, n = (np.where(active, a, 0) for a in (q, n))
@@ -181,12 +181,18 @@ def _sigmoid(x: Array) -> Array:
     return 1 / (1 + np.exp(-x))
 
 
+def _any(truths: Sequence[Array]) -> Array:
+    result: Array = np.any(truths, axis=0)
+    return result
+
+
 def _log2(x: Array) -> Array:
     if not np.issubdtype(x.dtype, np.integer):
         return np.log2(x)
-    exponent = np.frexp(x.astype(np.float64))[1] - 1
+    x = np.maximum(x, 1).astype(np.uint64)
+    exponent: Array = np.frexp(x.astype(np.float64))[1] - 1
     # beyond 2**53 the conversion may have rounded up to the next power
-    return exponent - (np.uint64(1) << np.maximum(exponent, 0).astype(np.uint64) > np.maximum(x, 1).astype(np.uint64))
+    return exponent - (np.uint64(1) << exponent.astype(np.uint64) > x)
 
 
 def _isqrt(x: Array) -> Array:

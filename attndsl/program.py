@@ -16,6 +16,7 @@ from attndsl.attention import Attention
 from attndsl.elaborate import (
     BUILT_IN,
     RESERVED,
+    STEP_LIMIT,
     TOKENS,
     Elaborator,
     Env,
@@ -237,6 +238,7 @@ class Program:
                 help = suggest(name, names) or f"write `{signature(item)}`"
                 raise fail(f"`{item.name}` has no parameter `{name}`", help=help)
         given |= params
+        self.elaborator.steps = 0
         values = {name: self.argument(name, value) for name, value in given.items()}
         value = self.elaborator.instance(item, values, Env({}), item.name_span)
         return _as_attention(item.name, value, lambda *a, **kw: self.bind(item, a, {**given, **kw}))
@@ -261,12 +263,13 @@ class Program:
         """Everything wrong in the program's own definitions, each definition tried on its own."""
         problems: list[Diagnostic] = []
         for name, item in self.own.items():
-            self.elaborator.steps = 0
             try:
                 self._check(item)
             except AttnError as error:
                 problems += error.diagnostics
                 self.elaborator.broken.add(name)
+            if self.elaborator.steps > STEP_LIMIT:
+                break
         return problems
 
     def check(self) -> Iterator[tuple[Assertion, Verdict]]:

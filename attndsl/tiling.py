@@ -36,7 +36,8 @@ CONTENT_LIMIT = 2**22
 CONTENT_BYTES = 2**31
 BOX_LIMIT = 2**18
 """Different boxes of one size above the tiles; each is divided into 64."""
-EXISTS_LIMIT = 8192
+POINT_LIMIT = 2**31
+"""Evaluations of what a product of patterns is made of."""
 DRAWN_ROWS = 2**24
 COLUMN_BITS, CONTENT_BITS = 20, 22
 
@@ -66,12 +67,13 @@ def tile(
     if nq == 0 or n_keys == 0:
         nothing = np.zeros((2, 0), np.int64)
         return grid_of(frame, block_size, nothing, nothing, packed(0, block_size))
-    if n > EXISTS_LIMIT and any(node.op == "exists" for node in nodes(mask)):
-        raise fail(
-            f"a product of patterns that is not an integer relation is searched pair by pair, "
-            f"which is limited to {EXISTS_LIMIT} positions, and n is {n}"
-        )
     mask, tables = draw(mask, frame, tables or {})
+    points = nq * n_keys * n ** searches(mask)
+    if points > POINT_LIMIT and searches(mask):
+        raise fail(
+            f"a product of patterns that is not an integer relation is searched pair by pair: "
+            f"{points:,} steps at n = {n}, and the limit is {POINT_LIMIT:,}"
+        )
     links = {
         node: found
         for node in nodes(mask)
@@ -91,6 +93,15 @@ def tile(
         masks, numbers = distinct(masks[parts[1][used]])
         parts = np.stack([parts[0], numbers[content + 2] - 2])
     return grid_of(frame, block_size, parts, runs, masks)
+
+
+def searches(mask: Expr) -> int:
+    """How deep products, and draws among the keys of another pattern, stand in one another."""
+    depth: dict[Expr, int] = {}
+    for node in nodes(mask):
+        within = max((depth[arg] for arg in node.args), default=0)
+        depth[node] = within + (node.op == "exists" or (node.op == "random" and within > 0))
+    return depth[mask]
 
 
 def tiles_of(source: Source, extent: int, block_size: int) -> tuple[Array, Array, Array]:
@@ -119,29 +130,47 @@ def draw(mask: Expr, frame: Frame, tables: Tables) -> tuple[Expr, Tables]:
     """`random` as look-ups in tables of the keys drawn, where n and the seed are constants."""
     done: dict[Expr, Expr] = {}
     drawn = dict(tables)
+    searched = {node.value: node.args[1] for node in nodes(mask) if node.op == "exists"}
     for node in nodes(mask):
         if node.op != "random" or node.args[2].op != "const" or node.args[3].op != "const":
             continue
-        bounds = Signatures(node.args[0], frame, tables, {}).bounds()
+        r, row, col = cast(tuple[int, str, str], node.value)
+        n, seed = integer(node.args[2]), integer(node.args[3])
+        wide = widened(frame, [searched.get(name) for name in node.args[0].free - {"q", "k"}])
+        bounds = Signatures(node.args[0], wide, tables, {}).bounds() if wide is not None else None
         if bounds is None or bounds[1] - bounds[0] >= DRAWN_ROWS:
             continue
-        r, row, col = cast(tuple[int, str, str], node.value)
-        (first, last), n, seed = bounds, integer(node.args[2]), integer(node.args[3])
+        first, last = bounds
         rows = np.arange(first, last + 1)
         of = substitute(node.args[4], {row: var("q"), col: var("k")})
         counts = np.full(len(rows), n)
         if of is not TRUE:
-            grid = tile(of, len(rows), n, 128, n=n, q_offset=first, tables=tables)
-            counts = grid.row_counts()
+            if of.tables and not 0 <= frame.q[0] <= frame.q[1] <= n:
+                continue
+            # rows outside are guarded where the draw is looked up, so that tables need not hold them
+            inside = np.flatnonzero((0 <= rows) & (rows < n)) if of.tables else np.arange(len(rows))
+            start = int(rows[inside[0]]) if len(inside) else 0
+            grid = tile(of, len(inside), n, 128, n=n, q_offset=start, tables=tables)
+            counts = np.zeros(len(rows), np.int64)
+            counts[inside] = grid.row_counts()
         keys = sample(np.full(len(rows), seed), rows, counts, r)
         if of is not TRUE:
             at, slot = np.nonzero(keys >= 0)
-            keys[at, slot] = grid.select(at, keys[at, slot])
+            keys[at, slot] = grid.select(at + first - start, keys[at, slot])
         keys[keys < 0] = np.iinfo(np.int64).min
         table = Table(f"random {len(drawn)}", "int", keys.shape)
         drawn[table.name] = keys
         done[node] = intable(node.args[1], table, sub(node.args[0], const(first)))
     return (replaced(mask, done), drawn) if done else (mask, tables)
+
+
+def widened(frame: Frame, ends: list[Expr | None]) -> Frame | None:
+    """The frame with keys for the values of bound variables, which count from 0 to below `ends`; None
+    where an end is not known."""
+    if not all(end is not None and end.op == "const" for end in ends):
+        return None
+    limits = [integer(end) for end in ends if end is not None]
+    return Frame(frame.q, (min([0, frame.k[0]]), max([*limits, frame.k[1]]))) if ends else frame
 
 
 class Source:

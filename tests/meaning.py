@@ -25,7 +25,7 @@ Members = Callable[[int, Array], Array]
 Canvas = Callable[[int, tuple[Array, ...], tuple[Array, ...]], Array]
 
 
-class Absent(Exception):
+class AbsentError(Exception):
     """An int table is read outside it."""
 
 
@@ -52,7 +52,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class Meaning:
-    """Names in sight; `n` is the space's, `tokens` the number of tokens; `learned` by the name it is bound to."""
+    """Names in sight; `n` is the space's, `tokens` the number of tokens; `learned` by the name bound to."""
 
     definitions: Mapping[str, ast.Definition | ast.AttentionDef]
     names: Mapping[str, Any]
@@ -112,7 +112,9 @@ class Meaning:
             join = {"|": np.maximum, "&": np.minimum, "+": np.add}[e.op]
             return Kind("pattern", lambda n: join.reduce([value.at(n) for value in values]))
         combine = np.logical_or if e.op == "|" else np.logical_and
-        return Kind("set", lambda n, p: combine.reduce(np.broadcast_arrays(*(value.at(n, p) for value in values))))
+        return Kind(
+            "set", lambda n, p: combine.reduce(np.broadcast_arrays(*(value.at(n, p) for value in values)))
+        )
 
     def conjunction(self, args: tuple[ast.Expression, ...]) -> Any:
         """What a guard excludes may lie outside a table."""
@@ -120,7 +122,7 @@ class Meaning:
         for arg in args:
             try:
                 result = result & self(arg)
-            except Absent:
+            except AbsentError:
                 if np.any(result):
                     raise
         return result
@@ -250,7 +252,9 @@ class Meaning:
                 members = np.flatnonzero(labels == label)
                 # an inner space may be a part of the tokens alone: ranks count all of the segment
                 size = int((x.data == label).sum()) if isinstance(x, Table) else len(members)
-                found[np.ix_(members, members)] = self.within_space(args["1"], size)[: len(members), : len(members)]
+                found[np.ix_(members, members)] = self.within_space(args["1"], size)[
+                    : len(members), : len(members)
+                ]
             return found
 
         return Kind("pattern", matrix)
@@ -313,7 +317,7 @@ def look_up(data: Array, indices: list[Array]) -> Array:
     for i, size in zip(indices, data.shape, strict=True):
         inside = inside & (i >= 0) & (i < size)
     if data.dtype != bool and not inside.all() and data.dtype.name == "int64" and data.ndim != 2:
-        raise Absent
+        raise AbsentError
     if 0 in data.shape:
         return np.zeros(inside.shape, data.dtype)
     found = data[tuple(np.where(inside, i, 0) for i in indices)]
@@ -328,7 +332,7 @@ def entries(rows: Array, indices: list[Array], p: Array) -> Array:
     for i, size in zip(indices, rows.shape[1:], strict=True):
         inside = inside & (i >= 0) & (i < size)
     if not np.all(inside):
-        raise Absent
+        raise AbsentError
     return np.any([part[tuple(indices)] == p for part in rows], axis=0)
 
 
@@ -385,7 +389,9 @@ class Problem:
     def mask(self) -> Array:
         """Multiplicities [B, H, nq, n]; the rows are the last nq positions."""
         batch = max([len(data) for name, data in self.tables.items() if self.axes[name][0] == "B"], default=1)
-        found = [[self.counts(self.at(b, h))[self.n - self.nq :] for h in range(self.heads)] for b in range(batch)]
+        found = [
+            [self.counts(self.at(b, h))[self.n - self.nq :] for h in range(self.heads)] for b in range(batch)
+        ]
         return np.array(found, int).reshape(batch, self.heads, self.nq, self.n)
 
     def output(self, q: Array, k: Array, v: Array) -> Array:
@@ -411,7 +417,9 @@ class Problem:
             if clause.word == "score":
                 named = {"s": logit, "Q": queries, "K": keys, **positions}
                 inside = meaning.bind(**named)
-                scored = isinstance(meaning.definitions.get(name), ast.Definition) and name not in meaning.learned
+                scored = (
+                    isinstance(meaning.definitions.get(name), ast.Definition) and name not in meaning.learned
+                )
                 if scored and meaning.definitions[name].word == "score":  # type: ignore[union-attr]
                     logit = inside.apply(name, args, **named)
                 else:

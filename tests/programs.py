@@ -80,7 +80,14 @@ class Program:
     def tables(
         self, length: int, seed: int = 0, *, batch: int = 2, head_dim: int = 4
     ) -> dict[str, NDArray[Any]]:
-        sizes = {"n": length, "B": batch, "H": self.heads, "D": head_dim, "top": 2, "tiles": -(-length // TILE)}
+        sizes = {
+            "n": length,
+            "B": batch,
+            "H": self.heads,
+            "D": head_dim,
+            "top": 2,
+            "tiles": -(-length // TILE),
+        }
         rng = np.random.default_rng(seed)
         return {table.name: table.draw(rng, sizes) for table in self.inputs}
 
@@ -105,13 +112,13 @@ class Scope:
 
 @dataclass
 class Writer:
-    """One program being written. `budget` bounds the products and restricted draws, which are slow to test."""
+    """A program being written. `budget` bounds the products and restricted draws, which are slow to test."""
 
     rng: Random
     integral: bool = False
     budget: int = 1
     inputs: dict[str, Input] = field(default_factory=dict)
-    learned: int = 0
+    parameters: list[str] = field(default_factory=list)
     definitions: dict[str, Callable[[Scope, int], str]] = field(default_factory=dict)
     sets: list[str] = field(default_factory=list)
     lets: list[str] = field(default_factory=list)
@@ -139,7 +146,9 @@ class Writer:
 
         if depth <= 0:
             free = not self.integral
-            return self.pick(name, name, self.small, lambda: self.size(), (lambda: self.entry(scope)) if free else None)
+            return self.pick(
+                name, name, self.small, lambda: self.size(), (lambda: self.entry(scope)) if free else None
+            )
         leaf = name if self.rng.random() < 0.5 else lambda: self.number(scope, 0)
         return self.pick(
             leaf,
@@ -160,7 +169,9 @@ class Writer:
     def size(self) -> str:
         """A number that is the same for all positions."""
         options = [self.small(), "n", "(n // 2)", "(n - 1)", "h", "(h + 1)", "(H - 1)", *self.lets]
-        return self.rng.choice(options if self.integral else [*options, "isqrt(n)", "log2(n + 1)", "nq", "floor(0.25 * n)"])
+        return self.rng.choice(
+            options if self.integral else [*options, "isqrt(n)", "log2(n + 1)", "nq", "floor(0.25 * n)"]
+        )
 
     def divisor(self, scope: Scope) -> str:
         constant = str(self.rng.randint(1, 6))
@@ -204,22 +215,36 @@ class Writer:
             return self.number(scope, depth - 1)
 
         def compare() -> str:
-            signs = [self.rng.choice(("==", "!=", "<", "<=", ">", ">=")) for _ in range(self.rng.choice((1, 1, 1, 2)))]
+            signs = [
+                self.rng.choice(("==", "!=", "<", "<=", ">", ">="))
+                for _ in range(self.rng.choice((1, 1, 1, 2)))
+            ]
             return f"({number()} " + " ".join(f"{sign} {number()}" for sign in signs) + ")"
 
         tables = scope.tables and not self.integral
         return self.pick(
             compare,
             lambda: f"({number()} in {self.members(scope, depth - 1)})",
-            *((lambda: f"({sub()} and {sub()})", lambda: f"({sub()} or {sub()} or {sub()})", lambda: f"(not {sub()})")
-              if depth > 0 else ()),
-            (lambda: f"({number()} <= {number()} in {self.members(scope, depth - 1)})") if depth > 0 else None,
+            *(
+                (
+                    lambda: f"({sub()} and {sub()})",
+                    lambda: f"({sub()} or {sub()} or {sub()})",
+                    lambda: f"(not {sub()})",
+                )
+                if depth > 0
+                else ()
+            ),
+            (lambda: f"({number()} <= {number()} in {self.members(scope, depth - 1)})")
+            if depth > 0
+            else None,
             (lambda: self.bit(scope)) if tables else None,
             (lambda: f"{self.rng.choice(scope.patterns)}[{number()}, {number()}]")
-            if scope.patterns and scope.numbers and depth > 0 else None,
+            if scope.patterns and scope.numbers and depth > 0
+            else None,
             (lambda: f"{{ q, k : {self.truth(Scope(POSITIONS, POSITIONS), 1)} }}[{number()}, {number()}]")
-            if depth > 1 else None,
-        )  # fmt: skip
+            if depth > 1
+            else None,
+        )
 
     def bit(self, scope: Scope) -> str:
         table = self.table(*BOOLS)
@@ -247,7 +272,9 @@ class Writer:
             (lambda: self.rng.choice(self.sets)) if self.sets else None,
             (lambda: self.table(BOOLS[0]).name) if tables else None,
             (lambda: f"{self.table(BOOLS[1]).name}[{number()}]") if tables else None,
-            (lambda: f"{self.table(INTS[5]).name}[{self.rng.choice(scope.inside)}]") if tables and scope.inside else None,
+            (lambda: f"{self.table(INTS[5]).name}[{self.rng.choice(scope.inside)}]")
+            if tables and scope.inside
+            else None,
             *(
                 (
                     lambda: f"({sub()} | {sub()})",
@@ -273,6 +300,7 @@ class Writer:
     def leaf(self, scope: Scope) -> str:
         size = self.size
         free = not self.integral
+        seeds = ("0", "7", "h", *(("n",) if scope.uniform else ()))
         return self.pick(
             lambda: "causal",
             lambda: f"last({self.rng.randint(0, 9)})",
@@ -291,7 +319,7 @@ class Writer:
             lambda: self.builder(scope, 1),
             lambda: self.builder(scope, 2),
             (lambda: f"documents({self.table(INTS[0], INTS[1]).name})") if free and scope.tables else None,
-            (lambda: f"random({self.rng.randint(0, 4)}, seed = {self.rng.choice(('0', '7', 'h', *(('n',) if scope.uniform else ())))})") if free else None,
+            (lambda: f"random({self.rng.randint(0, 4)}, seed = {self.rng.choice(seeds)})") if free else None,
         )
 
     def pattern(self, scope: Scope, depth: int) -> str:
@@ -323,13 +351,20 @@ class Writer:
             spent, self.budget = self.budget, 0
             text = self.pick(
                 lambda: f"({sub()} @ {sub()})",
-                (lambda: f"random({self.rng.randint(1, 3)}, of = {self.pattern(scope, 1)})") if scope.uniform else None,
+                (lambda: f"random({self.rng.randint(1, 3)}, of = {self.pattern(scope, 1)})")
+                if scope.uniform
+                else None,
             )
             self.budget = spent
             return text
 
         free = not self.integral
-        lookups = replace(scope, patterns=tuple(self.rng.sample(("causal", "full", "T(causal)", "block(3)", "(last(2) - radius(0))"), 2)))
+        lookups = replace(
+            scope,
+            patterns=tuple(
+                self.rng.sample(("causal", "full", "T(causal)", "block(3)", "(last(2) - radius(0))"), 2)
+            ),
+        )
         return self.pick(
             lambda: self.leaf(scope),
             lambda: f"({sub()} | {sub()})",
@@ -348,9 +383,15 @@ class Writer:
             canvas,
             *([lambda: self.use(scope, depth - 1)] * 2 if self.definitions else []),
             heavy if self.budget else None,
-            (lambda: f"within({self.table(INTS[0], INTS[1]).name}, {pieces()})") if free and scope.tables else None,
-            (lambda: f"blocks({TILE}, {{ q, k : k in {self.table(CHOSEN).name}[q] }})") if free and scope.tables else None,
-            (lambda: f"blocks({self.rng.choice(('(1 + n // 5)', '(h + 1)'))}, {sub()})") if scope.uniform else None,
+            (lambda: f"within({self.table(INTS[0], INTS[1]).name}, {pieces()})")
+            if free and scope.tables
+            else None,
+            (lambda: f"blocks({TILE}, {{ q, k : k in {self.table(CHOSEN).name}[q] }})")
+            if free and scope.tables
+            else None,
+            (lambda: f"blocks({self.rng.choice(('(1 + n // 5)', '(h + 1)'))}, {sub()})")
+            if scope.uniform
+            else None,
         )
 
     # definitions
@@ -373,25 +414,30 @@ class Writer:
         name = f"p{number}"
         if kind == "combinator":
             scope = Scope(POSITIONS, POSITIONS, patterns=("R",))
-            body = self.rng.choice((
-                f"{{ q, k : {self.truth(scope, 2)} }}",
-                "R | shift(w, R)",
-                "blocks(w + 1, R) & ~R",
-                "within(w + 2, R) | { q, k : q - k in set }",
-                "(R & causal) + columns(set)",
-            ))  # fmt: skip
-
+            body = self.rng.choice(
+                (
+                    f"{{ q, k : {self.truth(scope, 2)} }}",
+                    "R | shift(w, R)",
+                    "blocks(w + 1, R) & ~R",
+                    "within(w + 2, R) | { q, k : q - k in set }",
+                    "(R & causal) + columns(set)",
+                )
+            )
 
             def combined(scope: Scope, depth: int) -> str:
                 text = self.pattern(replace(scope, uniform=False), depth)
-                return self.rng.choice((
-                    f"{name}({text})",
-                    f"{name}({text}, {self.rng.randint(0, 3)})",
-                    f"{name}(set = {self.members(Scope(), 1)}, R = {text})",
-                ))  # fmt: skip
+                return self.rng.choice(
+                    (
+                        f"{name}({text})",
+                        f"{name}({text}, {self.rng.randint(0, 3)})",
+                        f"{name}(set = {self.members(Scope(), 1)}, R = {text})",
+                    )
+                )
 
             self.definitions[name] = combined
-            return f"pattern {name}(R, w = {self.rng.randint(1, 3)}, set = {self.members(Scope(), 0)}) = {body}"
+            return (
+                f"pattern {name}(R, w = {self.rng.randint(1, 3)}, set = {self.members(Scope(), 0)}) = {body}"
+            )
         body = self.pattern(Scope(("w",)), 2)
         self.definitions[name] = lambda scope, depth: self.rng.choice(
             (name, f"{name}({self.rng.randint(1, 6)})", f"{name}(w = {self.size()})")
@@ -401,13 +447,10 @@ class Writer:
     # scores
 
     def learn(self, shape: str, init: str) -> str:
-        """A definition line's name: a parameter of its own."""
-        self.learned += 1
-        name = f"l{self.learned}"
-        self.parameters.append(f"let {name} = learn[{shape}]({init})" if shape else "")
+        """The name of a new parameter."""
+        name = f"l{len(self.parameters) + 1}"
+        self.parameters.append(f"let {name} = learn[{shape}]({init})")
         return name
-
-    parameters: list[str] = field(default_factory=list)
 
     def real(self, depth: int) -> str:
         """A smooth number of moderate size over one pair."""
@@ -455,7 +498,6 @@ class Writer:
         )
 
     def score(self) -> str:
-        self_table = self.learn
         return self.pick(
             lambda: self.real(2),
             lambda: f"(s + {self.real(1)})",
@@ -463,13 +505,13 @@ class Writer:
             lambda: "alibi",
             lambda: "sandwich",
             lambda: f"softcap({self.rng.choice(('2.0', '5'))})",
-            lambda: f"relative({self_table('H, 7', '0.1')}, 3)",
-            lambda: f"shaw({self_table('7, D', '0.1')}, 3)",
-            lambda: f"t5({self_table('H, 32', '0.1')})",
-            lambda: f"t5_causal({self_table('H, 32', '0.1')})",
-            lambda: f"da({self_table('H', '0.2')}, {self_table('H', '0.4')})",
-            lambda: f"kerple_log({self_table('H', '0.5')}, {self_table('H', '0.7')})",
-            lambda: f"kerple_power({self_table('H', '0.1')}, {self_table('H', '0.7')})",
+            lambda: f"relative({self.learn('H, 7', '0.1')}, 3)",
+            lambda: f"shaw({self.learn('7, D', '0.1')}, 3)",
+            lambda: f"t5({self.learn('H, 32', '0.1')})",
+            lambda: f"t5_causal({self.learn('H, 32', '0.1')})",
+            lambda: f"da({self.learn('H', '0.2')}, {self.learn('H', '0.4')})",
+            lambda: f"kerple_log({self.learn('H', '0.5')}, {self.learn('H', '0.7')})",
+            lambda: f"kerple_power({self.learn('H', '0.1')}, {self.learn('H', '0.7')})",
         )
 
     def clauses(self, scope: Scope, depth: int, scores: bool) -> list[str]:
@@ -507,7 +549,10 @@ def program(rng: Random, *, integral: bool = False, scores: bool = False, depth:
         own = [" ".join(writer.clauses(scope, 1, scores)) for _ in range(3)]
         norms = [f" norm {writer.norm()}" if scores else "" for _ in range(3)]
         which = rng.choice((("0", "2..3"), ("[1, 3]", "0"), ("{ p : 0 <= p and p mod 2 == 1 }", "0..0")))
-        groups = [f"{heads_} {{ {text}{norm} }}" for heads_, text, norm in zip((*which, "else"), own, norms, strict=True)]
+        groups = [
+            f"{heads_} {{ {text}{norm} }}"
+            for heads_, text, norm in zip((*which, "else"), own, norms, strict=True)
+        ]
         clauses.append("heads " + " ".join(groups))
     if rng.random() < 0.2:
         clauses.append("offset n - nq")

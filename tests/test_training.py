@@ -38,29 +38,54 @@ def spread(low: float, high: float) -> Callable[[Shape], Tensor]:
 
 TASKS = {
     "t5": Task("attention a(table = learn[H, 32]) { score t5(table, far = 32) }", 0.1, 0.003),
-    "t5_causal": Task("attention a(table = learn[H, 32]) { mask causal score t5_causal(table, far = 32) }", 0.09, 0.001),
-    "relative": Task("attention a(table = learn[H, 9]) { mask radius(6) score relative(table, 4) }", 0.1, 0.002),
+    "t5_causal": Task(
+        "attention a(table = learn[H, 32]) { mask causal score t5_causal(table, far = 32) }", 0.09, 0.001
+    ),
+    "relative": Task(
+        "attention a(table = learn[H, 9]) { mask radius(6) score relative(table, 4) }", 0.1, 0.002
+    ),
     "shaw": Task("attention a(table = learn[H, 9, D]) { mask last(12) score shaw(table, 4) }", 0.1, 0.002),
     "da": Task("attention a(a = learn[H], b = learn[H]) { score da(a, b) }", 0.2, 0.001, spread(-1.5, 1.5)),
     "kerple_log": Task(
         "attention a(a = learn[H], b = learn[H]) { mask causal score kerple_log(softplus(a), exp(b)) }",
-        0.3, 0.002, spread(1.0, 2.0),
+        0.3,
+        0.002,
+        spread(1.0, 2.0),
     ),
     "kerple_power": Task(
         "attention a(a = learn[H], p = learn[H]) { mask causal score kerple_power(exp(a), 2 * sigmoid(p)) }",
-        0.02, 0.0002, spread(-1.0, 0.5),
+        0.02,
+        0.0002,
+        spread(-1.0, 0.5),
     ),
     "alibi": Task(
-        "attention a(slopes = learn[H](0.0)) { mask causal score s - exp(slopes) * |q - k| }", 0.5, 0.007, spread(-2.5, -1.0)
+        "attention a(slopes = learn[H](0.0)) { mask causal score s - exp(slopes) * |q - k| }",
+        0.5,
+        0.007,
+        spread(-2.5, -1.0),
     ),
     "gaussian": Task(
         "attention a(sigma = learn[H](3)) { mask radius(12) score s + 4 * gaussian(|q - k|, sigma) }",
-        0.2, 0.003, spread(0.8, 1.2), 0.2,
+        0.2,
+        0.003,
+        spread(0.8, 1.2),
+        0.2,
     ),
-    "span": Task("attention a(z = learn[H](0.1)) { mask causal decay ramp(q - k, 40 * z, 8) }", 0.2, 0.006, spread(0.4, 0.8), 0.02),
+    "span": Task(
+        "attention a(z = learn[H](0.1)) { mask causal decay ramp(q - k, 40 * z, 8) }",
+        0.2,
+        0.006,
+        spread(0.4, 0.8),
+        0.02,
+    ),
     "sink": Task("attention a { mask last(6) norm softmax(sink = learn[H]) }", 0.4, 0.01, spread(1.5, 3.0)),
-    "sigmoid": Task("attention a(bias = learn[H](-2)) { mask causal score s + bias norm sigmoid }", 0.3, 0.01, spread(0.0, 1.0)),
-}  # fmt: skip
+    "sigmoid": Task(
+        "attention a(bias = learn[H](-2)) { mask causal score s + bias norm sigmoid }",
+        0.3,
+        0.01,
+        spread(0.0, 1.0),
+    ),
+}
 
 
 @cache
