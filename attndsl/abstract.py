@@ -115,6 +115,7 @@ class Signatures:
         for node in self.order:
             self.magnitude[node] = self.largest(node)
         self.parts: dict[Expr, _Part] = {}
+        self.numbers: dict[tuple[Expr, int], Numbers] = {}
 
     def __call__(self, q: Array, k: Array, size: int) -> tuple[Array, list[Array]]:
         """Status int8 of the boxes at (q, k), broadcast against each other, and the key columns of the
@@ -133,8 +134,8 @@ class Signatures:
         for node in self.order:
             value = self.value(node, boxes, [values.get(arg) for arg in node.args])
             if len(value.key) > KEY_LIMIT:
-                key = _position(node, boxes)
-                value = value._replace(key=masked(value.status == PARTIAL, key) if node.type == "bool" else key)
+                numbers = self.numbers.setdefault((node, boxes.size), Numbers())
+                value = value._replace(key=numbers(value.key, node.type != "bool" or value.status == PARTIAL))
             values[node] = value
         return values[self.mask]
 
@@ -511,6 +512,71 @@ def rows_of(key: Key, wanted: Array) -> list[Array]:
             values = np.where(np.logical_or.reduce(live), values, 0)
         result.append(values)
     return result
+
+
+class Numbers:
+    """Different keys, numbered as they come."""
+
+    def __init__(self) -> None:
+        self.rows: list[Array] = []
+        self.ids = np.zeros(0, np.int64)
+        self.count = 0
+
+    def __call__(self, key: Key, wanted: Any) -> Key:
+        """One column that is equal where the rows of the key are, and 0 where they are not `wanted`."""
+        arrays = [array for column in key for array in (column.values, *column.masks)]
+        wanted = np.broadcast_to(wanted, np.broadcast_shapes((1,), np.shape(wanted), *map(np.shape, arrays)))
+        rows = rows_of(key, wanted)
+        if not self.rows or len(rows) * len(self.ids) > KNOWN_LIMIT:
+            # what is forgotten gets new numbers: boxes are told apart that are equal, which costs time alone
+            self.rows, self.ids = [np.zeros(0, np.int64)] * len(rows), np.zeros(0, np.int64)
+        known = len(self.ids)
+        self.rows = [np.concatenate(pair) for pair in zip(self.rows, rows, strict=True)]
+        some, which = unique(pack(self.rows, known + len(rows[0])))
+        ids = np.zeros(len(some), np.int64)
+        ids[which[:known]] = self.ids
+        new = np.flatnonzero(ids == 0)
+        ids[new] = self.count + 1 + np.arange(len(new))
+        self.count += len(new)
+        kept = np.concatenate([np.arange(known), some[new]])
+        self.rows, self.ids = [values[kept] for values in self.rows], np.concatenate([self.ids, ids[new]])
+        column = np.zeros(wanted.shape, np.int64)
+        column[wanted] = ids[which[known:]]
+        return [Column(column)]
+
+
+def pack(columns: Any, length: int) -> Array:
+    """One int64 per row, equal exactly where the rows are."""
+    code, radix = np.zeros(length, np.int64), 1
+    if length == 0:
+        return code
+    for column in columns:
+        low = int(column.min())
+        width = int(column.max()) - low + 1
+        if width == 1:
+            continue
+        if radix * width >= 2**62:
+            first, code = unique(code)
+            radix = len(first)
+        if radix * width >= 2**62:
+            first, column = unique(column)
+            low, width = 0, len(first)
+        code, radix = code * width + (column - low), radix * width
+    return code
+
+
+def unique(code: Array) -> tuple[Array, Array]:
+    """An index of each distinct value, and for each element the number of its value."""
+    if len(code) == 0:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    low, high = int(code.min()), int(code.max())
+    if high - low > 4 * len(code) + 1024:
+        _, first, index = np.unique(code, return_index=True, return_inverse=True)
+        return first, index
+    seat = np.full(high - low + 1, -1)
+    seat[code - low] = np.arange(len(code))
+    present = seat >= 0
+    return seat[present], (np.cumsum(present) - 1)[code - low]
 
 
 def followed(root: Expr, leaves: Leaves) -> list[Expr]:

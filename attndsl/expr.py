@@ -8,8 +8,9 @@ Legal nodes, by `op` (arguments -> type); anything else is a bug of the elaborat
 
     const                value: bool, int or float
     var                  value: a name. int: q k n h H D B nq and bound variables; real: s; vec: Q K
-    lookup  i, j, ...    value: Table, all axes indexed -> its dtype; with the last axis `D` left over -> vec
-    count_of, rank_of i  value: Table (int, one axis): size of i's segment of equal values, rank of i in it -> int
+    lookup  i, j, ...    value: Table, all axes indexed -> its dtype; with the last axis `D` left -> vec
+    count_of, rank_of i  value: Table (int, one axis): how many entries equal i's, and i's rank among them
+                         -> int
     intable e, i, ...    value: Table whose last axis is not indexed: some entry of that row equals e -> bool
     inset   e            value: IntSet -> bool
     random  q, k, n, seed, of   value: (r, row, col): k is one of r distinct keys drawn among the keys
@@ -27,7 +28,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 from weakref import WeakValueDictionary
 
 from attndsl.errors import fail
@@ -127,7 +128,7 @@ def make(op: str, args: tuple[Expr, ...], value: Hashable, type: Type) -> Expr:
     elif op == "exists":
         free = args[0].free | args[1].free | (args[2].free - {str(value)})
     elif op == "random":
-        _, row, col = value  # type: ignore[misc]
+        _, row, col = cast(tuple[int, str, str], value)
         free = frozenset().union(*(arg.free for arg in args[:4])) | (args[4].free - {row, col})
     node.free = free
     tables = frozenset().union(*(arg.tables for arg in args))
@@ -417,7 +418,7 @@ def eq(a: Expr, b: Expr) -> Expr:
 def inset(e: Expr, members: IntSet) -> Expr:
     value = number(e)
     if value is not None:
-        return const(value in members)
+        return const(int(value) in members)
     if len(members.intervals) <= 4:
         return any_of(*(_between(e, lo, hi) for lo, hi in members.intervals))
     return make("inset", (e,), members, "bool")

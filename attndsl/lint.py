@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from attndsl import expr as ir
-from attndsl.attention import HeadGroup
+from attndsl.attention import Attention, HeadGroup
 from attndsl.elaborate import TOKENS, Elaborator, Env, K, Q
 from attndsl.errors import Diagnostic, Span
 from attndsl.expr import Expr
@@ -40,25 +40,16 @@ def _of_text(item: Definition) -> Iterator[Diagnostic]:
                         name.span,
                         "positions are absolute: `q` counts from `offset`",
                     )
-        if isinstance(node, ast.Range) and isinstance(node.lo, ast.Number) and isinstance(node.hi, ast.Number):
-            if node.lo.value > node.hi.value:
-                text = f"{node.lo.value}..{node.hi.value}"
+        match node:
+            case ast.Range(lo=ast.Number(value=lo), hi=ast.Number(value=hi)) if lo > hi:
+                yield _warning(f"the range {lo}..{hi} is empty", node.span, f"write `{hi}..{lo}`")
+            case ast.Binary("//", ast.Unary("-", half), ast.Number() as divisor):
+                width, by = half.span.text, divisor.span.text
                 yield _warning(
-                    f"the range {text} is empty", node.span, f"write `{node.hi.value}..{node.lo.value}`"
+                    f"`-{width} // {by}` rounds down: the left side is longer for odd `{width}`",
+                    node.span,
+                    f"write `-({width} // {by})`",
                 )
-        if (
-            isinstance(node, ast.Binary)
-            and node.op == "//"
-            and isinstance(node.left, ast.Unary)
-            and node.left.op == "-"
-            and isinstance(node.right, ast.Number)
-        ):
-            inner, divisor = node.left.arg.span.text, node.right.span.text
-            yield _warning(
-                f"`-{inner} // {divisor}` rounds down: the left side is longer than the right for odd `{inner}`",
-                node.span,
-                f"write `-({inner} // {divisor})`",
-            )
 
 
 def _of_attention(item: ast.AttentionDef, elaborator: Elaborator) -> Iterator[Diagnostic]:
@@ -72,10 +63,28 @@ def _of_attention(item: ast.AttentionDef, elaborator: Elaborator) -> Iterator[Di
         if not group.relation.mask.tables and not empty and value.attention.offset is None:
             yield from _empty_rows(group, span)
         yield from _shift_variance(group, item)
+    yield from _inexact(value.attention, masks)
     if not any(group.relation.mask.tables for group in value.attention.groups) and not empty:
         yield from _holes(value.attention.any_head(), span)
     for clause in masks:
         yield from _block_causality(clause.value, elaborator)
+
+
+def _inexact(attention: Attention, masks: list[ast.Clause]) -> Iterator[Diagnostic]:
+    """What is no integer relation is bounded from both sides: right, but verdicts may stay open."""
+    from attndsl.relation import is_affine
+
+    if all(is_affine(group.relation.mask) for group in attention.groups):
+        return
+    tables = {table.name for table in attention.inputs}
+    for clause in masks:
+        whole = clause.value
+        for part in whole.args if isinstance(whole, ast.Nary) and whole.op == "&" else (whole,):
+            names = {name.id for name in ast.walk(part) if isinstance(name, ast.Name)}
+            if names & tables or not tables:
+                message = "this is no integer relation: tiles and proofs bound it from both sides"
+                yield Diagnostic(message, part.span, severity="note")
+                return
 
 
 def _empty_parts(e: ast.Expression, elaborator: Elaborator) -> Iterator[Diagnostic]:

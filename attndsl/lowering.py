@@ -30,7 +30,8 @@ HEAD_DIM_LIMIT = 2**16
 class Sizes:
     """The sizes of one call.
 
-    n counts tokens: `k_offset` plus the number of keys; offsets hold one entry for all batch rows, or one each.
+    n counts tokens: `k_offset` plus the number of keys. Offsets hold one entry for all batch rows, or one
+    each.
     """
 
     nq: int

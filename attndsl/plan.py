@@ -191,7 +191,8 @@ class Plan:
         from attndsl.operator import attend
 
         self._check(q, k, v)
-        tensors = [*self._tensors({**self.tables, **inputs}), *(learned[t.name] for t in self.attention.learned)]
+        given = self._tensors({**self.tables, **inputs})
+        tensors = [*given, *(learned[table.name] for table in self.attention.learned)]
         out, lse = attend(q, k, v, tensors, _listed(q_offset), _listed(k_offset), self.handle)
         return (out, lse) if return_lse else out
 
@@ -320,8 +321,8 @@ class Plan:
     def __str__(self) -> str:
         p, blocks = self.problem, self.block_masks
         lines = [
-            f"{self.attention.name}: {p.q_length} queries x {p.length} keys, {p.heads} heads of {p.head_dim}, "
-            f"{p.dtype} on {p.device}"
+            f"{self.attention.name}: {p.q_length} queries x {p.length} keys, "
+            f"{p.heads} heads of {p.head_dim}, {p.dtype} on {p.device}"
         ]
         if blocks is None:
             lines.append("  tiles     unknown until the tables are bound")
@@ -331,8 +332,8 @@ class Plan:
                 f"  tiles     {tiles.full:,} full, {tiles.partial:,} partial of "
                 f"{tiles.unique_partial} kinds, {tiles.empty:,} empty ({p.block_size} tokens a side)"
             )
-            shared = p.heads // max(1, blocks.index.shape[1])
-            lines.append(f"  density   {100 * blocks.nnz * shared / pairs:.3g} % ({blocks.nnz * shared:,} pairs)")
+            pairs = blocks.nnz * (p.heads // max(1, blocks.index.shape[1]))
+            lines.append(f"  density   {100 * blocks.density:.3g} % ({pairs:,} pairs)")
         for name, verdict in self.considered.items():
             mark = "->" if name == self.backend else "  "
             said = verdict if isinstance(verdict, str) else f"{verdict:.3g} s predicted"

@@ -29,7 +29,7 @@ from attndsl.elaborate import (
 )
 from attndsl.errors import AttnError, Diagnostic, Source, Span, fail, suggest
 from attndsl.syntax import nodes as ast
-from attndsl.values import AttentionOf, GridPattern, Num, Pattern, SetOf, TableOf, Truth, Value, Vec
+from attndsl.values import AttentionOf, Num, Pattern, SetOf, Value, Vec
 
 if TYPE_CHECKING:
     from attndsl.proofs import Verdict
@@ -299,9 +299,8 @@ class Program:
         integral = isinstance(item, ast.Definition) and item.word == "pattern"
         extra: dict[str, Value] = {}
         if isinstance(item, ast.Definition) and item.word == "score":
-            extra = {"s": Num(ir.var("s")), "q": Num(Q), "k": Num(K)} | {
-                name: Vec(ir.var(name)) for name in ("Q", "K")
-            }
+            extra |= {"s": Num(ir.var("s")), "q": Num(Q), "k": Num(K)}
+            extra |= {name: Vec(ir.var(name)) for name in ("Q", "K")}
         value = self.elaborator.instance(item, {}, Env({}, integral), item.name_span, extra)
         if isinstance(value, Pattern):
             value.at(Q, K, TOKENS)
@@ -370,4 +369,6 @@ def _as_attention(name: str, value: Value, rebind: Any) -> Attention:
         return Attention(found.name, found.groups, found.inputs, found.learned, found.offset, rebind)
     if isinstance(value, Pattern):
         return Attention.of_pattern(name, value.at(Q, K, TOKENS), rebind)
-    raise fail(f"`{name}` is {value.noun}, which cannot stand alone", help="give it to grid(height, width, ...)")
+    raise fail(
+        f"`{name}` is {value.noun}, which cannot stand alone", help="give it to grid(height, width, ...)"
+    )

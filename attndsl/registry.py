@@ -30,7 +30,8 @@ def _points(group: str) -> dict[str, EntryPoint]:
         other = found.setdefault(point.name, point)
         if (other.value, _owner(other)) != (point.value, _owner(point)):
             raise fail(
-                f"`{point.name}` is registered twice under attndsl.{group}, by {_owner(other)} and {_owner(point)}",
+                f"`{point.name}` is registered twice under attndsl.{group}: "
+                f"by {_owner(other)} and by {_owner(point)}",
                 help="uninstall one of the two",
             )
     return found

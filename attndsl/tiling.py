@@ -19,7 +19,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attndsl import pointwise
-from attndsl.abstract import EMPTY, FULL, PARTIAL, Boxes, Frame, Leaves, Signatures, Truth, integer, prepared
+from attndsl.abstract import (
+    EMPTY,
+    FULL,
+    PARTIAL,
+    Boxes,
+    Frame,
+    Leaves,
+    Signatures,
+    Truth,
+    integer,
+    pack,
+    prepared,
+    unique,
+)
 from attndsl.blockmask import TileGrid
 from attndsl.errors import fail
 from attndsl.expr import FALSE, TRUE, Expr, Table, const, intable, nodes, rebuild, sub, substitute, var
@@ -268,40 +281,6 @@ def packed(count: int, size: int) -> Array:
 def limit(count: int, most: int, what: str) -> None:
     if count > most:
         raise fail(f"the mask has {count} different partial {what}; the limit is {most}")
-
-
-def pack(columns: Any, length: int) -> Array:
-    """One int64 per row, equal exactly where the rows are."""
-    code, radix = np.zeros(length, np.int64), 1
-    if length == 0:
-        return code
-    for column in columns:
-        low = int(column.min())
-        width = int(column.max()) - low + 1
-        if width == 1:
-            continue
-        if radix * width >= 2**62:
-            first, code = unique(code)
-            radix = len(first)
-        if radix * width >= 2**62:
-            first, column = unique(column)
-            low, width = 0, len(first)
-        code, radix = code * width + (column - low), radix * width
-    return code
-
-
-def unique(code: Array) -> tuple[Array, Array]:
-    """A first index of each distinct value, and for each element the number of its value."""
-    if len(code) == 0:
-        return np.zeros(0, np.int64), np.zeros(0, np.int64)
-    low, high = int(code.min()), int(code.max())
-    if high - low > 4 * len(code) + 1024:
-        _, first, index = np.unique(code, return_index=True, return_inverse=True)
-        return first, index
-    seat = np.full(high - low + 1, -1)
-    seat[code - low] = np.arange(len(code))
-    present = seat >= 0
-    return seat[present], (np.cumsum(present) - 1)[code - low]
 
 
 def distinct(contents: Array) -> tuple[Array, Array]:
