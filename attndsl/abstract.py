@@ -42,8 +42,10 @@ Key = Sequence[Column]
 
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
-KEY_LIMIT = 160
-"""Columns of one key, which shared parts would double at every step; longer ones become the position."""
+KEY_LIMIT = 32
+"""Columns of one key; more become one column of numbers, or shared parts would double them at every step."""
+KNOWN_LIMIT = 2**22
+"""Entries of the keys that are remembered with their numbers, for one node and one size of boxes."""
 LARGEST = 2**58
 """A node whose values could be larger is not followed, so that no bound overflows int64."""
 

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from attndsl import expr as ir
+from attndsl.arguments import bind_arguments_of
 from attndsl.attention import Attention
-from attndsl.elaborate import TOKENS, Elaborator, Env, K, Q, bind_arguments_of, quoted
+from attndsl.elaborate import Elaborator
 from attndsl.errors import AttnError, Span, fail
 from attndsl.expr import Expr
+from attndsl.mistakes import quoted
 from attndsl.syntax import nodes as ast
-from attndsl.values import AttentionOf, Pattern
+from attndsl.values import TOKENS, AttentionOf, Env, K, Pattern, Q
 
 if TYPE_CHECKING:
     from attndsl.proofs import Verdict
@@ -234,9 +236,7 @@ def _verdict(claim: Claim) -> Verdict:
     if isinstance(claim, Included):
         decide = proofs.equal if claim.equal else proofs.subset
         left, right = (_per_head(side) for side in (claim.left, claim.right))
-        return _worst(
-            [decide(a, b, ir.all_of(ha, hb)) for a, ha in left for b, hb in right]
-        )
+        return _worst([decide(a, b, ir.all_of(ha, hb)) for a, ha in left for b, hb in right])
     left_value, right_value = (_measured(side) for side in (claim.left, claim.right))
     if left_value is None or right_value is None:
         return proofs.Verdict("undecided", reason="it depends on run-time tables")
@@ -288,4 +288,3 @@ OPERATORS: dict[str, Callable[[float, float], bool]] = {
     ">": lambda a, b: a > b,
     ">=": lambda a, b: a >= b,
 }
-

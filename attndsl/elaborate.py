@@ -7,68 +7,72 @@ combinator that opens a new space (`blocks within grid`) is text of that space.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-
-import numpy as np
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from attndsl import expr as ir
-from attndsl.attention import Attention, HeadGroup, Norm, Relation
-from attndsl.errors import AttnError, Diagnostic, Span, fail, suggest
+from attndsl.arguments import (
+    bind_arguments,
+    bind_built_in,
+    check_builder,
+    input_table,
+    name_span,
+    signature,
+)
+from attndsl.attention import Attention, Relation
+from attndsl.clauses import AttentionBuilder
+from attndsl.errors import AttnError, Span, fail, suggest
 from attndsl.expr import Expr, IntSet, Table
-from attndsl.pointwise import evaluate
+from attndsl.mistakes import (
+    IN_SCORES,
+    blame,
+    chosen,
+    expected,
+    not_integer,
+    number_of,
+    out_of_place,
+    quoted,
+    truth_of,
+)
 from attndsl.syntax import nodes as ast
-from attndsl.syntax.format import render
 from attndsl.values import (
+    TOKENS,
     AttentionOf,
+    Env,
     GridPattern,
+    K,
     Num,
     Pattern,
+    Q,
     SetOf,
     Space,
     TableOf,
     Truth,
     Value,
     Vec,
+    as_number,
+    as_set,
     intersection,
+    is_whole,
     restrict,
     total,
     union,
 )
+from attndsl.vocabulary import (
+    BUILT_IN,
+    CLAIMS,
+    COMBINATORS,
+    FUNCTIONS,
+    POSITIONS,
+    RESERVED,
+    RETIRED,
+    SIGNATURES,
+)
 
-RESERVED = frozenset("q k n nq h H D s Q K layer".split())
-POSITIONS = frozenset("q k s Q K".split())
-COMBINATORS = frozenset("blocks within grid random".split())
-FUNCTIONS = frozenset(("min", "max", "where", "isqrt", "floor", *ir.FUNCTIONS))
-CLAIMS = frozenset("every_row density nnz diameter reach".split())
-BUILT_IN = COMBINATORS | FUNCTIONS | CLAIMS | {"learn"}
 CALL_DEPTH = 64
-HEAD_LIMIT = 4096
+
+
 STEP_LIMIT = 320_000
-TOKENS = Space(ir.var("n"))
-Q, K = ir.var("q"), ir.var("k")
-
-
-@dataclass(frozen=True)
-class Env:
-    """The names in sight besides definitions.
-
-    integral: real numbers are refused: the text of a mask.
-    binding:  the name that a `learn` met here is bound to.
-    calls:    the definitions being written out, outermost first.
-    claims:   the text of an assertion: an attention stands for the union of its heads.
-    """
-
-    names: Mapping[str, Value]
-    integral: bool = True
-    binding: str = ""
-    calls: tuple[str, ...] = ()
-    claims: bool = False
-
-    def bind(self, **names: Value) -> Env:
-        return replace(self, names={**self.names, **names})
 
 
 class Elaborator:
@@ -149,9 +153,7 @@ class Elaborator:
     ) -> dict[str, Value]:
         """Parameters bound by position or name, evaluated where they are written."""
         bound = bind_arguments(definition, args, span)
-        return {
-            name: self.value(value, replace(env, binding=name), space) for name, value in bound.items()
-        }
+        return {name: self.value(value, replace(env, binding=name), space) for name, value in bound.items()}
 
     def instance(
         self,
@@ -207,7 +209,7 @@ class Elaborator:
 
     def typed(self, definition: ast.Definition, result: Value) -> Value:
         if definition.word == "pattern" and not isinstance(result, Pattern | GridPattern):
-            raise _expected("a pattern", result, definition.body)
+            raise expected("a pattern", result, definition.body)
         if definition.word == "let" and isinstance(result, Pattern | GridPattern):
             raise fail(
                 f"`let {definition.name}` denotes a pattern",
@@ -257,9 +259,7 @@ class Elaborator:
             return getattr(self, f"on_{type(e).__name__.lower()}")(e, env, space)  # type: ignore[no-any-return]
         except AttnError as error:
             # the constructors of expr.py know what is wrong, but not where
-            raise AttnError(
-                *(d if d.span else replace(d, span=e.span) for d in error.diagnostics)
-            ) from None
+            raise AttnError(*(d if d.span else replace(d, span=e.span) for d in error.diagnostics)) from None
 
     def num(self, e: ast.Expression, env: Env, space: Space) -> Expr:
         value = self.value(e, env, space)
@@ -268,7 +268,7 @@ class Elaborator:
     def integer(self, e: ast.Expression, env: Env, space: Space) -> Expr:
         number = self.num(e, env, space)
         if number.type != "int":
-            raise _real(number, e)
+            raise not_integer(number, e)
         return number
 
     def positive(self, e: ast.Expression, env: Env, space: Space, what: str) -> Expr:
@@ -293,7 +293,7 @@ class Elaborator:
         value = self.value(e, env, space)
         if isinstance(value, Pattern):
             return value
-        raise _expected("a pattern", value, e)
+        raise expected("a pattern", value, e)
 
     def on_name(self, e: ast.Name, env: Env, space: Space) -> Value:
         value = self.lookup(e, env, space)
@@ -357,10 +357,10 @@ class Elaborator:
         """For sets among patterns and the like: what the first operand is, all must be."""
         first = as_set(values[0])
         if not isinstance(first, Pattern | SetOf):
-            return _expected("a pattern", values[0], e.args[0])
+            return expected("a pattern", values[0], e.args[0])
         for arg, value in zip(e.args, values, strict=True):
             if as_set(value).noun != first.noun:
-                return _expected(first.noun, value, arg)
+                return expected(first.noun, value, arg)
         raise AssertionError
 
     def sum(self, e: ast.Nary, values: list[Value], env: Env) -> Value:
@@ -398,7 +398,7 @@ class Elaborator:
             found = f"{left.noun} and {right.noun}"
             raise fail(f"`@` multiplies two patterns or two vectors, not {found}", e.span, help)
         if e.op == "-" and isinstance(left, Pattern | SetOf):
-            raise _expected(left.noun, right, e.right)
+            raise expected(left.noun, right, e.right)
         both = isinstance(left, Pattern) and isinstance(right, Pattern)
         help = "between patterns write `&`" if both else ""
         a = number_of(left, e.left, help or chosen(left, e.left, env))
@@ -466,7 +466,7 @@ class Elaborator:
             help = f"patterns are compared in an `assert` alone; look one up: `{quoted(e, tight=True)}[q, k]`"
         number = number_of(value, e, help)
         if env.integral and number.type == "real":
-            raise _real(number, e)
+            raise not_integer(number, e)
         return number
 
     def member(self, e: ast.Expression, of: ast.Expression, env: Env, space: Space) -> Expr:
@@ -474,7 +474,7 @@ class Elaborator:
         members = as_set(self.value(of, env, space))
         if not isinstance(members, SetOf):
             help = f"look it up: `{quoted(of, tight=True)}[q, k]`" if isinstance(members, Pattern) else ""
-            raise _expected("a set", members, of, help)
+            raise expected("a set", members, of, help)
         return members.contains(position, space)
 
     def on_range(self, e: ast.Range, env: Env, space: Space) -> Value:
@@ -622,7 +622,7 @@ class Elaborator:
                 result = join(result, other)
             return Num(result)
         if name == "isqrt" and numbers[0].type != "int":
-            raise _real(numbers[0], args[0])
+            raise not_integer(numbers[0], args[0])
         return Num(ir.call(name, numbers[0]))
 
     # combinators
@@ -698,7 +698,7 @@ class Elaborator:
             body = self.value(last, env, inside)
             if not isinstance(body, GridPattern):
                 help = "write `{ (y, x), (v, u) : ... }`" if len(sizes) == 2 else ""
-                raise _expected("a pattern of coordinates", body, last, help)
+                raise expected("a pattern of coordinates", body, last, help)
             if body.rank != len(sizes):
                 raise fail(
                     f"the canvas has {len(sizes)} sizes, and the pattern {body.rank} coordinates", last.span
@@ -747,462 +747,7 @@ class Elaborator:
                         raise fail(f"`{decl.name}` is {what}", name_span(decl), "choose another name")
                     inputs[decl.name] = input_table(decl)
         env = env.bind(**{name: TableOf(table) for name, table in inputs.items()})
-        return _AttentionBuilder(self, definition, env).build(tuple(inputs.values()))
-
-
-class _AttentionBuilder:
-    """The clauses of one attention, put together group by group."""
-
-    def __init__(self, elaborator: Elaborator, definition: ast.AttentionDef, env: Env) -> None:
-        self.elaborator, self.definition = elaborator, definition
-        self.mask_env = replace(env, integral=True, binding="")
-        self.env = replace(env, integral=False, binding="")
-        # where positions have no meaning they are in sight all the same: the clause says what it depends on
-        self.placed = self.mask_env.bind(q=Num(Q), k=Num(K))
-        self.learned: dict[str, Table] = {}
-        self.failed: list[AttnError] = []
-
-    @contextmanager
-    def going_on(self) -> Iterator[None]:
-        """A mistake in one clause does not hide those in others."""
-        try:
-            yield
-        except AttnError as error:
-            self.failed.append(error)
-
-    def build(self, inputs: tuple[Table, ...]) -> Attention:
-        clauses = self.definition.clauses
-        heads = [clause for clause in clauses if isinstance(clause, ast.Heads)]
-        if len(heads) > 1:
-            raise fail("an attention has one `heads` clause", heads[1].span)
-        offset = None
-        with self.going_on():
-            self.once("offset", [c for c in clauses if isinstance(c, ast.Clause)])
-        for clause in clauses:
-            if isinstance(clause, ast.Clause) and clause.word == "offset":
-                with self.going_on():
-                    offset = self.elaborator.integer(clause.value, self.placed, TOKENS)
-                    if not offset.free <= {"n", "nq"} or offset.tables:
-                        raise fail("`offset` depends on n and nq alone", clause.value.span)
-        groups = self.groups(heads[0]) if heads else [(ir.TRUE, ())]
-        built = tuple(self.group(which, own) for which, own in groups)
-        if self.failed:
-            raise AttnError(*dict.fromkeys(d for error in self.failed for d in error.diagnostics))
-        return Attention(self.definition.name, built, inputs, tuple(self.learned.values()), offset)
-
-    def groups(self, heads: ast.Heads) -> list[tuple[Expr, tuple[ast.Clause, ...]]]:
-        h = ir.var("h")
-        found: list[tuple[Expr, tuple[ast.Clause, ...]]] = []
-        taken: set[int] = set()
-        for i, group in enumerate(heads.groups):
-            if group.which is None:
-                if i != len(heads.groups) - 1:
-                    raise fail("`else` comes last", group.span)
-                which = ir.negate(ir.any_of(*(earlier for earlier, _ in found)))
-            else:
-                which = ir.FALSE
-                with self.going_on():
-                    which = self.head_set(group.which, h)
-                    listed = listed_heads(which)
-                    if taken & listed:
-                        raise fail(f"head {min(taken & listed)} is in two groups", group.which.span)
-                    taken |= listed
-            found.append((which, group.clauses))
-        return found
-
-    def head_set(self, e: ast.Expression, h: Expr) -> Expr:
-        value = as_set(as_number(self.elaborator.value(e, self.placed, TOKENS)))
-        if isinstance(value, SetOf):
-            which = value.contains(h, TOKENS)
-        elif isinstance(value, Num) and value.expr.type == "int":
-            which = ir.eq(h, value.expr)
-        else:
-            raise _expected("a set of heads", value, e, "write `0..5` or `[0, 2]`")
-        if not which.free <= {"h", "H"} or which.tables:
-            raise fail("a set of heads depends on h and H alone", e.span)
-        if "H" not in which.free and not listed_heads(which):
-            raise fail("this set of heads is empty", e.span)
-        return which
-
-    def once(self, word: str, clauses: list[ast.Clause]) -> None:
-        found = [clause for clause in clauses if clause.word == word]
-        if len(found) > 1:
-            raise fail(f"`{word}` is given twice", found[1].span)
-
-    def group(self, heads: Expr, own: tuple[ast.Clause, ...]) -> HeadGroup:
-        clauses: list[ast.Clause] = []
-        for clause in self.definition.clauses:
-            if isinstance(clause, ast.Clause):
-                clauses.append(clause)
-            elif isinstance(clause, ast.Heads):
-                clauses.extend(own)
-        for clause in own:
-            if clause.word not in ("mask", "score", "decay", "norm"):
-                raise fail(f"`{clause.word}` cannot stand inside `heads`", clause.span)
-        with self.going_on():
-            self.once("norm", clauses)
-        relations: list[Relation] = []
-        score, norm = ir.var("s"), Norm()
-        decays: list[Expr] = []
-        for clause in clauses:
-            self.elaborator.clause = clause
-            with self.going_on():
-                if clause.word == "mask":
-                    pattern = self.mask(clause.value)
-                    relations.append(pattern.at(Q, K, TOKENS))
-                elif clause.word == "score":
-                    score = self.score(clause.value, score)
-                elif clause.word == "decay":
-                    decays.append(self.real(clause.value, self.positions()))
-                elif clause.word == "norm":
-                    norm = self.norm(clause.value)
-        joined = intersection(relations) if relations else Relation(ir.TRUE)
-        if joined.count is not None:
-            decays.append(ir.mul(ir.const(1.0), joined.count))
-        decay = None
-        for factor in decays:
-            decay = factor if decay is None else ir.mul(decay, factor)
-        return HeadGroup(joined, score, decay, norm, heads)
-
-    def mask(self, e: ast.Expression) -> Pattern:
-        if isinstance(e, ast.Name) and e.id in self.elaborator.definitions:
-            definition = self.elaborator.definitions[e.id]
-            if isinstance(definition, ast.Definition) and definition.word == "score":
-                raise fail(f"expected a pattern, and `{e.id}` is a score", e.span, f"write `score {e.id}`")
-        return self.elaborator.pattern(e, self.mask_env, TOKENS)
-
-    def positions(self) -> Env:
-        return self.env.bind(q=Num(Q), k=Num(K))
-
-    def score(self, e: ast.Expression, current: Expr) -> Expr:
-        named: dict[str, Value] = {
-            "s": Num(current),
-            "q": Num(Q),
-            "k": Num(K),
-            "Q": Vec(ir.var("Q")),
-            "K": Vec(ir.var("K")),
-        }
-        if "s" in self.env.names:
-            for node in ast.walk(e):
-                if isinstance(node, ast.Name) and node.id == "s":
-                    what = f"`s` is a parameter of `{self.definition.name}`, and the logit in a score"
-                    raise fail(what, node.span, help="give the parameter another name")
-        env = self.env.bind(**named)
-        call = score_call(e, self.elaborator.definitions, env)
-        if call is None:
-            return self.real(e, env)
-        definition, name, args = call
-        values = self.elaborator.arguments(definition, args, env, TOKENS, name.span)
-        given = bind_arguments(definition, args, name.span)
-        result = self.elaborator.instance(definition, values, env, name.span, named, given)
-        return self.number(result, definition.body)
-
-    def real(self, e: ast.Expression, env: Env) -> Expr:
-        return self.number(self.elaborator.value(e, env, TOKENS), e)
-
-    def number(self, value: Value, e: ast.Expression) -> Expr:
-        help = ""
-        if isinstance(value, Pattern):
-            help = f"a pattern goes into `mask`; look it up: `where({quoted(e, tight=True)}[q, k], a, b)`"
-        result = number_of(value, e, help)
-        for table in sorted(result.tables, key=lambda table: table.name):
-            if table.learned:
-                self.declare(table, e)
-        return result
-
-    def declare(self, table: Table, e: ast.Expression) -> None:
-        known = self.learned.setdefault(table.name, table)
-        if known != table:
-            raise fail(
-                f"two learned parameters are named `{table.name}`",
-                e.span,
-                help="bind them to different names, or share one through a `let`",
-            )
-
-    def norm(self, e: ast.Expression) -> Norm:
-        func, args = (e.func, e.args) if isinstance(e, ast.Call) else (e, ())
-        if not isinstance(func, ast.Name) or func.id not in ("softmax", "sigmoid", "relu"):
-            raise fail("a norm is `softmax`, `softmax(sink = ...)`, `sigmoid` or `relu`", e.span)
-        for arg in args:
-            if func.id != "softmax":
-                raise fail(f"`{func.id}` takes no arguments", arg.span, help="only `softmax` has a sink")
-            if arg.name != "sink" or len(args) > 1:
-                raise fail("`softmax` takes one argument, `sink = ...`", arg.span)
-            sink = self.real(arg.value, replace(self.positions(), binding="sink"))
-            if not sink.free <= {"h", "H", "n", "nq", "D"}:
-                raise fail("a sink is one logit per head", arg.value.span)
-            return Norm("softmax", sink)
-        return Norm(func.id)  # type: ignore[arg-type]
-
-
-def as_number(value: Value) -> Value:
-    """A table with all axes indexed is a number or a truth, one with the axis D left over a vector."""
-    if not isinstance(value, TableOf):
-        return value
-    left = len(value.table.dims) - len(value.indices)
-    if left == 0:
-        found = ir.lookup(value.table, *value.indices)
-        return Truth(found) if found.type == "bool" else Num(found)
-    if left == 1 and value.table.dims[-1] == "D" and value.table.dtype == "float":
-        return Vec(ir.lookup(value.table, *value.indices))
-    return value
-
-
-def as_set(value: Value) -> Value:
-    """A table that one axis is left of is a set: of the true positions, or of the integers listed."""
-    if not isinstance(value, TableOf) or len(value.table.dims) - len(value.indices) != 1:
-        return value
-    table, indices = value.table, value.indices
-    if table.dtype == "bool":
-        return SetOf(lambda p, sp: ir.lookup(table, *indices, p))
-    if table.dtype == "int":
-        return SetOf(lambda p, sp: ir.intable(p, table, *indices))
-    return value
-
-
-def is_whole(value: Value) -> bool:
-    return isinstance(value, TableOf) and not value.indices
-
-
-def number_of(value: Value, e: ast.Expression, help: str = "") -> Expr:
-    number = as_number(value)
-    if isinstance(number, Num):
-        return number.expr
-    raise _expected("a number", number, e, help)
-
-
-def chosen(value: Value, e: ast.Expression, env: Env) -> str:
-    """The help where a score or a `let` takes a pattern for a number."""
-    if env.integral or not isinstance(value, Pattern):
-        return ""
-    return f"look it up: `where({quoted(e, tight=True)}[q, k], a, b)`"
-
-
-def truth_of(value: Value, e: ast.Expression, env: Env) -> Expr:
-    truth = as_number(value)
-    if isinstance(truth, Truth):
-        return truth.expr
-    position = "k" if "k" in env.names else next(reversed(list(env.names)), "q")
-    help = f"ask for a member: `{position} in {quoted(e)}`" if isinstance(as_set(truth), SetOf) else ""
-    raise _expected("a truth", truth, e, help)
-
-
-def _expected(noun: str, value: Value, e: ast.Expression, help: str = "") -> AttnError:
-    value = as_number(value)
-    if isinstance(value, TableOf):
-        listed = isinstance(as_set(value), SetOf)
-        if listed and (value.indices or noun == "a truth" or value.table.dtype == "bool"):
-            value = as_set(value)
-        elif listed and noun == "a pattern":
-            name = quoted(e)
-            help = help or f"write `documents({name})`, or `columns({name})` for the keys it lists"
-    if isinstance(value, TableOf):
-        left = len(value.table.dims) - len(value.indices)
-        more = f"{quoted(e)}[{('q', 'q, k')[left - 1] if left <= 2 else '...'}]"
-        if value.indices:
-            help = help or f"it takes {left} more ind{'ex' if left == 1 else 'ices'}"
-        elif noun == "a pattern":
-            help = help or f"look it up: `{{ q, k : {more} }}`"
-        help = help or f"look it up: `{more}`"
-    remedy = REMEDIES.get((noun, value.noun), "")
-    other = "K" if quoted(e) in ("Q", "K") else quoted(e)
-    help = help or remedy.format(x=quoted(e), r=quoted(e, tight=True), v=other)
-    return fail(f"expected {noun}, and this is {value.noun}", e.span, help)
-
-
-def quoted(e: ast.Expression, tight: bool = False, most: int = 40) -> str:
-    """What was written, for a help line: without the parentheses around it, unless it is to stand `tight`."""
-    text = e.span.text
-    if len(text) > most or "\n" in text:
-        return "..."
-    loose = isinstance(e, ast.Nary | ast.Binary | ast.Unary | ast.Compare | ast.Range)
-    bare = text[1:-1].strip() if loose and _enclosed(text) else text
-    return f"({bare})" if loose and tight else bare
-
-
-def _enclosed(text: str) -> bool:
-    depth = 0
-    for i, char in enumerate(text):
-        depth += (char == "(") - (char == ")")
-        if depth == 0:
-            return i == len(text) - 1 and text[0] == "("
-    return False
-
-
-def blame(
-    d: Diagnostic,
-    definition: ast.Definition | ast.AttentionDef,
-    given: Mapping[str, ast.Expression],
-    span: Span,
-) -> Diagnostic:
-    """A mistake found in a definition that arguments were given to.
-
-    In the prelude it is the caller's: told at the argument that the prelude stumbled over, if there is just
-    one, else at the call. In a program's own definition it is told where it is, with the call as a help.
-    """
-    inside = definition.span
-    if d.span is None or d.span.source is not inside.source or not inside.start <= d.span.start < inside.end:
-        return d
-    if inside.source.name != PRELUDE:
-        line, column = span.source.position(span.start)
-        place = f"`{definition.name}` is given its arguments at {span.source.name}:{line}:{column}"
-        return replace(d, help=place) if given and not d.help else d
-    text, help = d.span.text, d.help
-    if isinstance(definition, ast.Definition) and definition.word != "score" and re.search(r"\[[qk]\b", help):
-        help = ""  # there are no positions where the call stands
-    used = [e for name, e in given.items() if re.search(rf"\b{name}\b", text)]
-    message = f"in `{definition.name}`: " + re.sub(r"^in `\w+`: ", "", d.message)
-    if len(used) != 1:
-        return replace(d, message=message, span=span, help="" if text in help else help)
-    inner = re.compile(rf"(?<!\w){re.escape(text)}(?!\w)")
-    parts = help.split("`")
-    parts[1::2] = [inner.sub(lambda _: quoted(used[0]), code) for code in parts[1::2]]
-    return replace(d, message=message, span=used[0].span, help="`".join(parts))
-
-
-def _real(number: Expr, e: ast.Expression) -> AttnError:
-    for table in sorted(number.tables, key=lambda table: table.name):
-        if table.learned:
-            return fail(f"`{table.name}` is learned, and a mask may not depend on it", e.span, IN_SCORES)
-        if table.dtype == "float":
-            help = f"declare it `int`, or round it: `floor({quoted(e)})`"
-            return fail(f"expected an integer, and `{table.name}` is a float table", e.span, help)
-    if isinstance(e, ast.Binary) and e.op == "/":
-        return fail("`/` is real where an integer is needed", e.span, "write `//` to round down")
-    help = f"round it down: `floor({quoted(e)})`"
-    return fail("expected an integer, and this is a real number", e.span, help)
-
-
-def out_of_place(name: ast.Name) -> AttnError:
-    if name.id in ("q", "k"):
-        help = "write `{ q, k : ... }` around it"
-        return fail(f"`{name.id}` has no meaning outside a pattern or a score", name.span, help)
-    if name.id == "layer":
-        return fail("`layer` has no meaning outside a stack of layers", name.span)
-    what = {"s": "the logit", "Q": "the query's vector", "K": "the key's vector", "D": "the head dimension"}
-    return fail(f"`{name.id}` is {what[name.id]}, and stands in a score alone", name.span)
-
-
-def bind_arguments(
-    definition: ast.Definition | ast.AttentionDef, args: tuple[ast.Argument, ...], span: Span
-) -> dict[str, ast.Expression]:
-    names = [param.name for param in definition.params]
-    bound: dict[str, ast.Expression] = {}
-    for i, arg in enumerate(args):
-        if not arg.name and i >= len(names):
-            takes = f"{len(names)} argument{'s' * (len(names) > 1)}, not {len(args)}"
-            takes = takes if names else "no arguments"
-            raise fail(f"`{definition.name}` takes {takes}", arg.span, f"write `{signature(definition)}`")
-        name = arg.name or names[i]
-        if name not in names:
-            help = suggest(name, names) or f"write `{signature(definition)}`"
-            raise fail(f"`{definition.name}` has no parameter `{name}`", name_span(arg), help)
-        if name in bound:
-            raise fail(f"`{name}` is given twice", arg.span)
-        bound[name] = arg.value
-    return bound
-
-
-def bind_built_in(
-    name: str, required: tuple[str, ...], optional: tuple[str, ...], e: ast.Call
-) -> dict[str, ast.Expression]:
-    return bind_arguments_of(name, required, optional, e, SIGNATURES[name])
-
-
-def bind_arguments_of(
-    name: str, required: tuple[str, ...], optional: tuple[str, ...], e: ast.Call, usage: str
-) -> dict[str, ast.Expression]:
-    """Arguments of something built in, by parameter; `usage` shows how it is written."""
-    names = (*required, *optional)
-    bound: dict[str, ast.Expression] = {}
-    for i, arg in enumerate(e.args):
-        if not arg.name and i >= len(names):
-            takes = f"{len(names)} argument{'s' * (len(names) > 1)}"
-            raise fail(f"`{name}` takes {takes}, not {len(e.args)}", arg.span, f"write `{usage}`")
-        key = arg.name or names[i]
-        if key not in names:
-            help = suggest(key, names) or f"write `{usage}`"
-            raise fail(f"`{name}` has no parameter `{key}`", name_span(arg), help)
-        if key in bound:
-            raise fail(f"`{key}` is given twice", arg.span)
-        bound[key] = arg.value
-    for key in required:
-        if key not in bound:
-            raise fail(f"`{name}` needs its argument `{key}`", e.span, f"write `{usage}`")
-    return bound
-
-
-def name_span(node: ast.Argument | ast.Param | ast.InputDecl) -> Span:
-    """Where the name stands that the node begins with."""
-    return replace(node.span, end=node.span.start + len(node.name))
-
-
-def signature(definition: ast.Definition | ast.AttentionDef) -> str:
-    params = (p.name if p.default is None else f"{p.name} = {render(p.default)}" for p in definition.params)
-    return f"{definition.name}({', '.join(params)})" if definition.params else definition.name
-
-
-def score_call(
-    e: ast.Expression, definitions: Mapping[str, ast.Definition | ast.AttentionDef], env: Env
-) -> tuple[ast.Definition, ast.Name, tuple[ast.Argument, ...]] | None:
-    """The named score that a whole clause is, if it is one."""
-    func, args = (e.func, e.args) if isinstance(e, ast.Call) else (e, ())
-    if not isinstance(func, ast.Name) or func.id in env.names:
-        return None
-    definition = definitions.get(func.id)
-    if isinstance(definition, ast.Definition) and definition.word == "score":
-        return definition, func, args
-    return None
-
-
-def check_builder(e: ast.Builder) -> None:
-    if len(e.vars) > 2:
-        raise fail("a pattern relates two positions, a query and a key", e.vars[2][0].span)
-    if len({len(group) for group in e.vars}) > 1:
-        first, second = map(len, e.vars)
-        here = e.vars[1][0].span.to(e.vars[1][-1].span)
-        raise fail(f"the query has {first} coordinate{'s' * (first > 1)}, and the key {second}", here)
-    if [name.id for group in e.vars for name in group] == ["k", "q"]:
-        raise fail("the query comes first", e.vars[0][0].span.to(e.vars[1][0].span), "write `{ q, k : ... }`")
-    seen: set[str] = set()
-    for i, group in enumerate(e.vars):
-        for name in group:
-            if name.id in seen:
-                raise fail(f"`{name.id}` is bound twice", name.span)
-            seen.add(name.id)
-            if name.id in RESERVED and not (len(e.vars) == 2 and len(group) == 1 and name.id == "qk"[i]):
-                help = "name it otherwise: `{ p : ... }`" if len(e.vars) == 1 else "choose another name"
-                raise fail(f"`{name.id}` is reserved", name.span, help)
-
-
-def input_table(decl: ast.InputDecl) -> Table:
-    if decl.dtype not in ("int", "bool", "float"):
-        raise fail(f"unknown type `{decl.dtype}`", decl.span, help="a table is int, bool or float")
-    dims: list[str | int] = []
-    batched = headed = False
-    for i, dim in enumerate(decl.dims):
-        if isinstance(dim, ast.Name) and dim.id == "B" and i == 0:
-            batched = True
-        elif isinstance(dim, ast.Name) and dim.id == "H" and i == int(batched):
-            headed = True
-        elif isinstance(dim, ast.Name):
-            if dim.id in ("B", "H"):
-                raise fail("the axes `B` and `H` come first, in this order", dim.span)
-            dims.append(dim.id)
-        elif isinstance(dim, ast.Number) and isinstance(dim.value, int) and dim.value > 0:
-            dims.append(dim.value)
-        else:
-            raise fail("a size is a name or a positive integer", dim.span)
-    return Table(decl.name, decl.dtype, tuple(dims), batched, headed)  # type: ignore[arg-type]
-
-
-def listed_heads(which: Expr) -> set[int]:
-    """The heads below HEAD_LIMIT in a set; none where it depends on H."""
-    if "H" in which.free:
-        return set()
-    heads = np.arange(HEAD_LIMIT)
-    held = evaluate(ir.substitute(which, {"h": Q}), heads[:, None], np.zeros((1, 1), np.int64))
-    return {*heads[held[:, 0]].tolist()}
+        return AttentionBuilder(self, definition, env).build(tuple(inputs.values()))
 
 
 COMPARISONS: dict[str, Callable[[Expr, Expr], Expr]] = {
@@ -1212,41 +757,4 @@ COMPARISONS: dict[str, Callable[[Expr, Expr], Expr]] = {
     "<=": ir.le,
     ">": lambda a, b: ir.lt(b, a),
     ">=": lambda a, b: ir.le(b, a),
-}
-
-SIGNATURES = {
-    "blocks": "blocks(b, R)",
-    "within": "within(x, R)",
-    "grid": "grid(height, width, { (y, x), (v, u) : ... })",
-    "random": "random(r, seed = 0, of = full)",
-    "learn": "learn[SHAPE](init)",
-    "where": "where(cond, a, b)",
-    "min": "min(a, b)",
-    "max": "max(a, b)",
-} | {name: f"{name}(x)" for name in ("isqrt", "floor", *ir.FUNCTIONS)} | {
-    name: f"assert {name}(...)" for name in CLAIMS
-}
-
-REMEDIES = {
-    ("a number", "a truth"): "write `where({x}, 1, 0)`",
-    ("a number", "a vector"): "an inner product is a number: `Q @ {v}`",
-    ("a truth", "a number"): "compare it, as in `{x} == 0`",
-    ("a truth", "a pattern"): "look it up: `{r}[q, k]`",
-    ("a set", "a number"): "write `[{x}]`",
-    ("a pattern", "a truth"): "write `{{ q, k : {x} }}`",
-    ("a pattern", "a set"): "write `columns({x})`, `rows({x})` or `global({x})`",
-    ("a pattern", "a pattern of coordinates"): "write `grid(height, width, {x})`",
-    ("a pattern", "an attention"): "name its mask as a `pattern` and use that",
-}
-"""What to write where one kind of value is expected and another found."""
-
-PRELUDE = "prelude.attn"
-IN_SCORES = "`score`, `decay` and a sink may"
-
-RETIRED = {
-    "window": "write `last(w)` for w keys up to the query, `radius(r)` for r on each side, or `band(a..b)`",
-    "abs": "write `|x|`",
-    "B": "the batch stands only in the axes of `inputs`, first",
-    "true": "write `0 == 0`, or the pattern `full`",
-    "false": "write `0 == 1`, or the pattern `none`",
 }

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 from attndsl import expr as ir
 from attndsl.attention import Attention, HeadGroup
-from attndsl.elaborate import TOKENS, Elaborator, Env, K, Q
+from attndsl.elaborate import Elaborator
 from attndsl.errors import Diagnostic, Span
 from attndsl.expr import Expr
 from attndsl.syntax import nodes as ast
-from attndsl.values import AttentionOf
+from attndsl.values import TOKENS, AttentionOf, Env, K, Q
 
 Definition = ast.Definition | ast.AttentionDef
 

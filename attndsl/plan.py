@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from attndsl import lowering, registry
+from attndsl.arguments import signature
 from attndsl.attention import Attention
 from attndsl.backend import Backend, Call, Kernel, Problem
 from attndsl.blockmask import BlockMask
-from attndsl.elaborate import signature
 from attndsl.errors import AttnError, fail
 from attndsl.expr import Table
 from attndsl.program import Program, Unbound

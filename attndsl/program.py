@@ -11,25 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from attndsl import expr as ir
 from attndsl import syntax
+from attndsl.arguments import bind_arguments, name_span, signature
 from attndsl.assertions import Assertion, prove, typed
 from attndsl.attention import Attention
-from attndsl.elaborate import (
-    BUILT_IN,
-    RESERVED,
-    STEP_LIMIT,
-    TOKENS,
-    Elaborator,
-    Env,
-    K,
-    Q,
-    bind_arguments,
-    name_span,
-    out_of_place,
-    signature,
-)
+from attndsl.elaborate import STEP_LIMIT, Elaborator
 from attndsl.errors import AttnError, Diagnostic, Source, Span, fail, suggest
+from attndsl.mistakes import out_of_place
 from attndsl.syntax import nodes as ast
-from attndsl.values import AttentionOf, Num, Pattern, SetOf, Value, Vec
+from attndsl.values import TOKENS, AttentionOf, Env, K, Num, Pattern, Q, SetOf, Value, Vec
+from attndsl.vocabulary import BUILT_IN, RESERVED
 
 if TYPE_CHECKING:
     from attndsl.proofs import Verdict
@@ -96,9 +86,7 @@ def _program(source: Source, path: Path | None) -> Program:
 def _in_order(problems: list[Diagnostic]) -> list[Diagnostic]:
     """By place, each once."""
     unique = {(d.message, d.span): d for d in problems}
-    return sorted(
-        unique.values(), key=lambda d: (d.span.source.name, d.span.start) if d.span else ("", 0)
-    )
+    return sorted(unique.values(), key=lambda d: (d.span.source.name, d.span.start) if d.span else ("", 0))
 
 
 def _items(
@@ -334,9 +322,7 @@ def _name_problems(item: Definition, elaborator: Elaborator) -> list[Diagnostic]
             if node.id not in names and node.id not in BUILT_IN and node.id not in elaborator.definitions:
                 hidden = node.id in RESERVED
                 env = Env(dict.fromkeys(names, Num(ir.ZERO)))
-                problems.extend(
-                    (out_of_place(node) if hidden else elaborator.unknown(node, env)).diagnostics
-                )
+                problems.extend((out_of_place(node) if hidden else elaborator.unknown(node, env)).diagnostics)
             return
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id not in names:
             called = elaborator.definitions.get(node.func.id)

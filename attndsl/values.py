@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 from attndsl import expr as ir
 from attndsl.attention import Attention, Relation
@@ -119,3 +119,58 @@ def total(relations: list[Relation]) -> Relation:
 def restrict(r: Relation, guard: Expr) -> Relation:
     count = None if r.count is None else ir.where(guard, r.count, ir.ZERO)
     return Relation(ir.all_of(guard, r.mask), count)
+
+
+TOKENS = Space(ir.var("n"))
+
+
+Q, K = ir.var("q"), ir.var("k")
+
+
+@dataclass(frozen=True)
+class Env:
+    """The names in sight besides definitions.
+
+    integral: real numbers are refused: the text of a mask.
+    binding:  the name that a `learn` met here is bound to.
+    calls:    the definitions being written out, outermost first.
+    claims:   the text of an assertion: an attention stands for the union of its heads.
+    """
+
+    names: Mapping[str, Value]
+    integral: bool = True
+    binding: str = ""
+    calls: tuple[str, ...] = ()
+    claims: bool = False
+
+    def bind(self, **names: Value) -> Env:
+        return replace(self, names={**self.names, **names})
+
+
+def as_number(value: Value) -> Value:
+    """A table with all axes indexed is a number or a truth, one with the axis D left over a vector."""
+    if not isinstance(value, TableOf):
+        return value
+    left = len(value.table.dims) - len(value.indices)
+    if left == 0:
+        found = ir.lookup(value.table, *value.indices)
+        return Truth(found) if found.type == "bool" else Num(found)
+    if left == 1 and value.table.dims[-1] == "D" and value.table.dtype == "float":
+        return Vec(ir.lookup(value.table, *value.indices))
+    return value
+
+
+def as_set(value: Value) -> Value:
+    """A table that one axis is left of is a set: of the true positions, or of the integers listed."""
+    if not isinstance(value, TableOf) or len(value.table.dims) - len(value.indices) != 1:
+        return value
+    table, indices = value.table, value.indices
+    if table.dtype == "bool":
+        return SetOf(lambda p, sp: ir.lookup(table, *indices, p))
+    if table.dtype == "int":
+        return SetOf(lambda p, sp: ir.intable(p, table, *indices))
+    return value
+
+
+def is_whole(value: Value) -> bool:
+    return isinstance(value, TableOf) and not value.indices

@@ -1,0 +1,131 @@
+"""Arguments meet parameters, and the checks that need syntax alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from attndsl.errors import Span, fail, suggest
+from attndsl.expr import Table
+from attndsl.syntax import nodes as ast
+from attndsl.syntax.format import render
+from attndsl.values import (
+    Env,
+)
+from attndsl.vocabulary import (
+    RESERVED,
+    SIGNATURES,
+)
+
+
+def bind_arguments(
+    definition: ast.Definition | ast.AttentionDef, args: tuple[ast.Argument, ...], span: Span
+) -> dict[str, ast.Expression]:
+    names = [param.name for param in definition.params]
+    bound: dict[str, ast.Expression] = {}
+    for i, arg in enumerate(args):
+        if not arg.name and i >= len(names):
+            takes = f"{len(names)} argument{'s' * (len(names) > 1)}, not {len(args)}"
+            takes = takes if names else "no arguments"
+            raise fail(f"`{definition.name}` takes {takes}", arg.span, f"write `{signature(definition)}`")
+        name = arg.name or names[i]
+        if name not in names:
+            help = suggest(name, names) or f"write `{signature(definition)}`"
+            raise fail(f"`{definition.name}` has no parameter `{name}`", name_span(arg), help)
+        if name in bound:
+            raise fail(f"`{name}` is given twice", arg.span)
+        bound[name] = arg.value
+    return bound
+
+
+def bind_built_in(
+    name: str, required: tuple[str, ...], optional: tuple[str, ...], e: ast.Call
+) -> dict[str, ast.Expression]:
+    return bind_arguments_of(name, required, optional, e, SIGNATURES[name])
+
+
+def bind_arguments_of(
+    name: str, required: tuple[str, ...], optional: tuple[str, ...], e: ast.Call, usage: str
+) -> dict[str, ast.Expression]:
+    """Arguments of something built in, by parameter; `usage` shows how it is written."""
+    names = (*required, *optional)
+    bound: dict[str, ast.Expression] = {}
+    for i, arg in enumerate(e.args):
+        if not arg.name and i >= len(names):
+            takes = f"{len(names)} argument{'s' * (len(names) > 1)}"
+            raise fail(f"`{name}` takes {takes}, not {len(e.args)}", arg.span, f"write `{usage}`")
+        key = arg.name or names[i]
+        if key not in names:
+            help = suggest(key, names) or f"write `{usage}`"
+            raise fail(f"`{name}` has no parameter `{key}`", name_span(arg), help)
+        if key in bound:
+            raise fail(f"`{key}` is given twice", arg.span)
+        bound[key] = arg.value
+    for key in required:
+        if key not in bound:
+            raise fail(f"`{name}` needs its argument `{key}`", e.span, f"write `{usage}`")
+    return bound
+
+
+def name_span(node: ast.Argument | ast.Param | ast.InputDecl) -> Span:
+    """Where the name stands that the node begins with."""
+    return replace(node.span, end=node.span.start + len(node.name))
+
+
+def signature(definition: ast.Definition | ast.AttentionDef) -> str:
+    params = (p.name if p.default is None else f"{p.name} = {render(p.default)}" for p in definition.params)
+    return f"{definition.name}({', '.join(params)})" if definition.params else definition.name
+
+
+def score_call(
+    e: ast.Expression, definitions: Mapping[str, ast.Definition | ast.AttentionDef], env: Env
+) -> tuple[ast.Definition, ast.Name, tuple[ast.Argument, ...]] | None:
+    """The named score that a whole clause is, if it is one."""
+    func, args = (e.func, e.args) if isinstance(e, ast.Call) else (e, ())
+    if not isinstance(func, ast.Name) or func.id in env.names:
+        return None
+    definition = definitions.get(func.id)
+    if isinstance(definition, ast.Definition) and definition.word == "score":
+        return definition, func, args
+    return None
+
+
+def check_builder(e: ast.Builder) -> None:
+    if len(e.vars) > 2:
+        raise fail("a pattern relates two positions, a query and a key", e.vars[2][0].span)
+    if len({len(group) for group in e.vars}) > 1:
+        first, second = map(len, e.vars)
+        here = e.vars[1][0].span.to(e.vars[1][-1].span)
+        raise fail(f"the query has {first} coordinate{'s' * (first > 1)}, and the key {second}", here)
+    if [name.id for group in e.vars for name in group] == ["k", "q"]:
+        raise fail("the query comes first", e.vars[0][0].span.to(e.vars[1][0].span), "write `{ q, k : ... }`")
+    seen: set[str] = set()
+    for i, group in enumerate(e.vars):
+        for name in group:
+            if name.id in seen:
+                raise fail(f"`{name.id}` is bound twice", name.span)
+            seen.add(name.id)
+            if name.id in RESERVED and not (len(e.vars) == 2 and len(group) == 1 and name.id == "qk"[i]):
+                help = "name it otherwise: `{ p : ... }`" if len(e.vars) == 1 else "choose another name"
+                raise fail(f"`{name.id}` is reserved", name.span, help)
+
+
+def input_table(decl: ast.InputDecl) -> Table:
+    if decl.dtype not in ("int", "bool", "float"):
+        raise fail(f"unknown type `{decl.dtype}`", decl.span, help="a table is int, bool or float")
+    dims: list[str | int] = []
+    batched = headed = False
+    for i, dim in enumerate(decl.dims):
+        if isinstance(dim, ast.Name) and dim.id == "B" and i == 0:
+            batched = True
+        elif isinstance(dim, ast.Name) and dim.id == "H" and i == int(batched):
+            headed = True
+        elif isinstance(dim, ast.Name):
+            if dim.id in ("B", "H"):
+                raise fail("the axes `B` and `H` come first, in this order", dim.span)
+            dims.append(dim.id)
+        elif isinstance(dim, ast.Number) and isinstance(dim.value, int) and dim.value > 0:
+            dims.append(dim.value)
+        else:
+            raise fail("a size is a name or a positive integer", dim.span)
+    return Table(decl.name, decl.dtype, tuple(dims), batched, headed)  # type: ignore[arg-type]

@@ -1,0 +1,239 @@
+"""The clauses of an attention, put together group by group."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from attndsl import expr as ir
+from attndsl.arguments import (
+    bind_arguments,
+    score_call,
+)
+from attndsl.attention import Attention, HeadGroup, Norm, Relation
+from attndsl.errors import AttnError, fail
+from attndsl.expr import Expr, Table
+from attndsl.mistakes import (
+    expected,
+    number_of,
+    quoted,
+)
+from attndsl.pointwise import evaluate
+from attndsl.syntax import nodes as ast
+from attndsl.values import (
+    TOKENS,
+    Env,
+    K,
+    Num,
+    Pattern,
+    Q,
+    SetOf,
+    Value,
+    Vec,
+    as_number,
+    as_set,
+    intersection,
+)
+
+if TYPE_CHECKING:
+    from attndsl.elaborate import Elaborator
+
+HEAD_LIMIT = 4096
+
+
+class AttentionBuilder:
+    """The clauses of one attention, put together group by group."""
+
+    def __init__(self, elaborator: Elaborator, definition: ast.AttentionDef, env: Env) -> None:
+        self.elaborator, self.definition = elaborator, definition
+        self.mask_env = replace(env, integral=True, binding="")
+        self.env = replace(env, integral=False, binding="")
+        # where positions have no meaning they are in sight all the same: the clause says what it depends on
+        self.placed = self.mask_env.bind(q=Num(Q), k=Num(K))
+        self.learned: dict[str, Table] = {}
+        self.failed: list[AttnError] = []
+
+    @contextmanager
+    def going_on(self) -> Iterator[None]:
+        """A mistake in one clause does not hide those in others."""
+        try:
+            yield
+        except AttnError as error:
+            self.failed.append(error)
+
+    def build(self, inputs: tuple[Table, ...]) -> Attention:
+        clauses = self.definition.clauses
+        heads = [clause for clause in clauses if isinstance(clause, ast.Heads)]
+        if len(heads) > 1:
+            raise fail("an attention has one `heads` clause", heads[1].span)
+        offset = None
+        with self.going_on():
+            self.once("offset", [c for c in clauses if isinstance(c, ast.Clause)])
+        for clause in clauses:
+            if isinstance(clause, ast.Clause) and clause.word == "offset":
+                with self.going_on():
+                    offset = self.elaborator.integer(clause.value, self.placed, TOKENS)
+                    if not offset.free <= {"n", "nq"} or offset.tables:
+                        raise fail("`offset` depends on n and nq alone", clause.value.span)
+        groups = self.groups(heads[0]) if heads else [(ir.TRUE, ())]
+        built = tuple(self.group(which, own) for which, own in groups)
+        if self.failed:
+            raise AttnError(*dict.fromkeys(d for error in self.failed for d in error.diagnostics))
+        return Attention(self.definition.name, built, inputs, tuple(self.learned.values()), offset)
+
+    def groups(self, heads: ast.Heads) -> list[tuple[Expr, tuple[ast.Clause, ...]]]:
+        h = ir.var("h")
+        found: list[tuple[Expr, tuple[ast.Clause, ...]]] = []
+        taken: set[int] = set()
+        for i, group in enumerate(heads.groups):
+            if group.which is None:
+                if i != len(heads.groups) - 1:
+                    raise fail("`else` comes last", group.span)
+                which = ir.negate(ir.any_of(*(earlier for earlier, _ in found)))
+            else:
+                which = ir.FALSE
+                with self.going_on():
+                    which = self.head_set(group.which, h)
+                    listed = listed_heads(which)
+                    if taken & listed:
+                        raise fail(f"head {min(taken & listed)} is in two groups", group.which.span)
+                    taken |= listed
+            found.append((which, group.clauses))
+        return found
+
+    def head_set(self, e: ast.Expression, h: Expr) -> Expr:
+        value = as_set(as_number(self.elaborator.value(e, self.placed, TOKENS)))
+        if isinstance(value, SetOf):
+            which = value.contains(h, TOKENS)
+        elif isinstance(value, Num) and value.expr.type == "int":
+            which = ir.eq(h, value.expr)
+        else:
+            raise expected("a set of heads", value, e, "write `0..5` or `[0, 2]`")
+        if not which.free <= {"h", "H"} or which.tables:
+            raise fail("a set of heads depends on h and H alone", e.span)
+        if "H" not in which.free and not listed_heads(which):
+            raise fail("this set of heads is empty", e.span)
+        return which
+
+    def once(self, word: str, clauses: list[ast.Clause]) -> None:
+        found = [clause for clause in clauses if clause.word == word]
+        if len(found) > 1:
+            raise fail(f"`{word}` is given twice", found[1].span)
+
+    def group(self, heads: Expr, own: tuple[ast.Clause, ...]) -> HeadGroup:
+        clauses: list[ast.Clause] = []
+        for clause in self.definition.clauses:
+            if isinstance(clause, ast.Clause):
+                clauses.append(clause)
+            elif isinstance(clause, ast.Heads):
+                clauses.extend(own)
+        for clause in own:
+            if clause.word not in ("mask", "score", "decay", "norm"):
+                raise fail(f"`{clause.word}` cannot stand inside `heads`", clause.span)
+        with self.going_on():
+            self.once("norm", clauses)
+        relations: list[Relation] = []
+        score, norm = ir.var("s"), Norm()
+        decays: list[Expr] = []
+        for clause in clauses:
+            self.elaborator.clause = clause
+            with self.going_on():
+                if clause.word == "mask":
+                    pattern = self.mask(clause.value)
+                    relations.append(pattern.at(Q, K, TOKENS))
+                elif clause.word == "score":
+                    score = self.score(clause.value, score)
+                elif clause.word == "decay":
+                    decays.append(self.real(clause.value, self.positions()))
+                elif clause.word == "norm":
+                    norm = self.norm(clause.value)
+        joined = intersection(relations) if relations else Relation(ir.TRUE)
+        if joined.count is not None:
+            decays.append(ir.mul(ir.const(1.0), joined.count))
+        decay = None
+        for factor in decays:
+            decay = factor if decay is None else ir.mul(decay, factor)
+        return HeadGroup(joined, score, decay, norm, heads)
+
+    def mask(self, e: ast.Expression) -> Pattern:
+        if isinstance(e, ast.Name) and e.id in self.elaborator.definitions:
+            definition = self.elaborator.definitions[e.id]
+            if isinstance(definition, ast.Definition) and definition.word == "score":
+                raise fail(f"expected a pattern, and `{e.id}` is a score", e.span, f"write `score {e.id}`")
+        return self.elaborator.pattern(e, self.mask_env, TOKENS)
+
+    def positions(self) -> Env:
+        return self.env.bind(q=Num(Q), k=Num(K))
+
+    def score(self, e: ast.Expression, current: Expr) -> Expr:
+        named: dict[str, Value] = {
+            "s": Num(current),
+            "q": Num(Q),
+            "k": Num(K),
+            "Q": Vec(ir.var("Q")),
+            "K": Vec(ir.var("K")),
+        }
+        if "s" in self.env.names:
+            for node in ast.walk(e):
+                if isinstance(node, ast.Name) and node.id == "s":
+                    what = f"`s` is a parameter of `{self.definition.name}`, and the logit in a score"
+                    raise fail(what, node.span, help="give the parameter another name")
+        env = self.env.bind(**named)
+        call = score_call(e, self.elaborator.definitions, env)
+        if call is None:
+            return self.real(e, env)
+        definition, name, args = call
+        values = self.elaborator.arguments(definition, args, env, TOKENS, name.span)
+        given = bind_arguments(definition, args, name.span)
+        result = self.elaborator.instance(definition, values, env, name.span, named, given)
+        return self.number(result, definition.body)
+
+    def real(self, e: ast.Expression, env: Env) -> Expr:
+        return self.number(self.elaborator.value(e, env, TOKENS), e)
+
+    def number(self, value: Value, e: ast.Expression) -> Expr:
+        help = ""
+        if isinstance(value, Pattern):
+            help = f"a pattern goes into `mask`; look it up: `where({quoted(e, tight=True)}[q, k], a, b)`"
+        result = number_of(value, e, help)
+        for table in sorted(result.tables, key=lambda table: table.name):
+            if table.learned:
+                self.declare(table, e)
+        return result
+
+    def declare(self, table: Table, e: ast.Expression) -> None:
+        known = self.learned.setdefault(table.name, table)
+        if known != table:
+            raise fail(
+                f"two learned parameters are named `{table.name}`",
+                e.span,
+                help="bind them to different names, or share one through a `let`",
+            )
+
+    def norm(self, e: ast.Expression) -> Norm:
+        func, args = (e.func, e.args) if isinstance(e, ast.Call) else (e, ())
+        if not isinstance(func, ast.Name) or func.id not in ("softmax", "sigmoid", "relu"):
+            raise fail("a norm is `softmax`, `softmax(sink = ...)`, `sigmoid` or `relu`", e.span)
+        for arg in args:
+            if func.id != "softmax":
+                raise fail(f"`{func.id}` takes no arguments", arg.span, help="only `softmax` has a sink")
+            if arg.name != "sink" or len(args) > 1:
+                raise fail("`softmax` takes one argument, `sink = ...`", arg.span)
+            sink = self.real(arg.value, replace(self.positions(), binding="sink"))
+            if not sink.free <= {"h", "H", "n", "nq", "D"}:
+                raise fail("a sink is one logit per head", arg.value.span)
+            return Norm("softmax", sink)
+        return Norm(func.id)  # type: ignore[arg-type]
+
+
+def listed_heads(which: Expr) -> set[int]:
+    """The heads below HEAD_LIMIT in a set; none where it depends on H."""
+    if "H" in which.free:
+        return set()
+    heads = np.arange(HEAD_LIMIT)
+    held = evaluate(ir.substitute(which, {"h": Q}), heads[:, None], np.zeros((1, 1), np.int64))
+    return {*heads[held[:, 0]].tolist()}

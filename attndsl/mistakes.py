@@ -1,0 +1,160 @@
+"""What a user is told: what was expected, what was found, and what to write instead."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+
+from attndsl.errors import AttnError, Diagnostic, Span, fail
+from attndsl.expr import Expr
+from attndsl.syntax import nodes as ast
+from attndsl.values import (
+    Env,
+    Num,
+    Pattern,
+    SetOf,
+    TableOf,
+    Truth,
+    Value,
+    as_number,
+    as_set,
+)
+
+REMEDIES = {
+    ("a number", "a truth"): "write `where({x}, 1, 0)`",
+    ("a number", "a vector"): "an inner product is a number: `Q @ {v}`",
+    ("a truth", "a number"): "compare it, as in `{x} == 0`",
+    ("a truth", "a pattern"): "look it up: `{r}[q, k]`",
+    ("a set", "a number"): "write `[{x}]`",
+    ("a pattern", "a truth"): "write `{{ q, k : {x} }}`",
+    ("a pattern", "a set"): "write `columns({x})`, `rows({x})` or `global({x})`",
+    ("a pattern", "a pattern of coordinates"): "write `grid(height, width, {x})`",
+    ("a pattern", "an attention"): "name its mask as a `pattern` and use that",
+}
+"""What to write where one kind of value is expected and another found."""
+
+
+PRELUDE = "prelude.attn"
+
+
+IN_SCORES = "`score`, `decay` and a sink may"
+
+
+def number_of(value: Value, e: ast.Expression, help: str = "") -> Expr:
+    number = as_number(value)
+    if isinstance(number, Num):
+        return number.expr
+    raise expected("a number", number, e, help)
+
+
+def truth_of(value: Value, e: ast.Expression, env: Env) -> Expr:
+    truth = as_number(value)
+    if isinstance(truth, Truth):
+        return truth.expr
+    position = "k" if "k" in env.names else next(reversed(list(env.names)), "q")
+    help = f"ask for a member: `{position} in {quoted(e)}`" if isinstance(as_set(truth), SetOf) else ""
+    raise expected("a truth", truth, e, help)
+
+
+def chosen(value: Value, e: ast.Expression, env: Env) -> str:
+    """The help where a score or a `let` takes a pattern for a number."""
+    if env.integral or not isinstance(value, Pattern):
+        return ""
+    return f"look it up: `where({quoted(e, tight=True)}[q, k], a, b)`"
+
+
+def expected(noun: str, value: Value, e: ast.Expression, help: str = "") -> AttnError:
+    value = as_number(value)
+    if isinstance(value, TableOf):
+        listed = isinstance(as_set(value), SetOf)
+        if listed and (value.indices or noun == "a truth" or value.table.dtype == "bool"):
+            value = as_set(value)
+        elif listed and noun == "a pattern":
+            name = quoted(e)
+            help = help or f"write `documents({name})`, or `columns({name})` for the keys it lists"
+    if isinstance(value, TableOf):
+        left = len(value.table.dims) - len(value.indices)
+        more = f"{quoted(e)}[{('q', 'q, k')[left - 1] if left <= 2 else '...'}]"
+        if value.indices:
+            help = help or f"it takes {left} more ind{'ex' if left == 1 else 'ices'}"
+        elif noun == "a pattern":
+            help = help or f"look it up: `{{ q, k : {more} }}`"
+        help = help or f"look it up: `{more}`"
+    remedy = REMEDIES.get((noun, value.noun), "")
+    other = "K" if quoted(e) in ("Q", "K") else quoted(e)
+    help = help or remedy.format(x=quoted(e), r=quoted(e, tight=True), v=other)
+    return fail(f"expected {noun}, and this is {value.noun}", e.span, help)
+
+
+def not_integer(number: Expr, e: ast.Expression) -> AttnError:
+    for table in sorted(number.tables, key=lambda table: table.name):
+        if table.learned:
+            return fail(f"`{table.name}` is learned, and a mask may not depend on it", e.span, IN_SCORES)
+        if table.dtype == "float":
+            help = f"declare it `int`, or round it: `floor({quoted(e)})`"
+            return fail(f"expected an integer, and `{table.name}` is a float table", e.span, help)
+    if isinstance(e, ast.Binary) and e.op == "/":
+        return fail("`/` is real where an integer is needed", e.span, "write `//` to round down")
+    help = f"round it down: `floor({quoted(e)})`"
+    return fail("expected an integer, and this is a real number", e.span, help)
+
+
+def out_of_place(name: ast.Name) -> AttnError:
+    if name.id in ("q", "k"):
+        help = "write `{ q, k : ... }` around it"
+        return fail(f"`{name.id}` has no meaning outside a pattern or a score", name.span, help)
+    if name.id == "layer":
+        return fail("`layer` has no meaning outside a stack of layers", name.span)
+    what = {"s": "the logit", "Q": "the query's vector", "K": "the key's vector", "D": "the head dimension"}
+    return fail(f"`{name.id}` is {what[name.id]}, and stands in a score alone", name.span)
+
+
+def quoted(e: ast.Expression, tight: bool = False, most: int = 40) -> str:
+    """What was written, for a help line: without the parentheses around it, unless it is to stand `tight`."""
+    text = e.span.text
+    if len(text) > most or "\n" in text:
+        return "..."
+    loose = isinstance(e, ast.Nary | ast.Binary | ast.Unary | ast.Compare | ast.Range)
+    bare = text[1:-1].strip() if loose and _enclosed(text) else text
+    return f"({bare})" if loose and tight else bare
+
+
+def _enclosed(text: str) -> bool:
+    depth = 0
+    for i, char in enumerate(text):
+        depth += (char == "(") - (char == ")")
+        if depth == 0:
+            return i == len(text) - 1 and text[0] == "("
+    return False
+
+
+def blame(
+    d: Diagnostic,
+    definition: ast.Definition | ast.AttentionDef,
+    given: Mapping[str, ast.Expression],
+    span: Span,
+) -> Diagnostic:
+    """A mistake found in a definition that arguments were given to.
+
+    In the prelude it is the caller's: told at the argument that the prelude stumbled over, if there is just
+    one, else at the call. In a program's own definition it is told where it is, with the call as a help.
+    """
+    inside = definition.span
+    if d.span is None or d.span.source is not inside.source or not inside.start <= d.span.start < inside.end:
+        return d
+    if inside.source.name != PRELUDE:
+        line, column = span.source.position(span.start)
+        place = f"`{definition.name}` is given its arguments at {span.source.name}:{line}:{column}"
+        return replace(d, help=place) if given and not d.help else d
+    text, help = d.span.text, d.help
+    if isinstance(definition, ast.Definition) and definition.word != "score" and re.search(r"\[[qk]\b", help):
+        help = ""  # there are no positions where the call stands
+    used = [e for name, e in given.items() if re.search(rf"\b{name}\b", text)]
+    message = f"in `{definition.name}`: " + re.sub(r"^in `\w+`: ", "", d.message)
+    if len(used) != 1:
+        return replace(d, message=message, span=span, help="" if text in help else help)
+    inner = re.compile(rf"(?<!\w){re.escape(text)}(?!\w)")
+    parts = help.split("`")
+    parts[1::2] = [inner.sub(lambda _: quoted(used[0]), code) for code in parts[1::2]]
+    return replace(d, message=message, span=used[0].span, help="`".join(parts))

@@ -1,0 +1,47 @@
+"""The words that mean something without a definition, and how they are written."""
+
+from __future__ import annotations
+
+from attndsl import expr as ir
+
+RESERVED = frozenset("q k n nq h H D s Q K layer".split())
+
+
+POSITIONS = frozenset("q k s Q K".split())
+
+
+COMBINATORS = frozenset("blocks within grid random".split())
+
+
+FUNCTIONS = frozenset(("min", "max", "where", "isqrt", "floor", *ir.FUNCTIONS))
+
+
+CLAIMS = frozenset("every_row density nnz diameter reach".split())
+
+
+BUILT_IN = COMBINATORS | FUNCTIONS | CLAIMS | {"learn"}
+
+
+SIGNATURES = (
+    {
+        "blocks": "blocks(b, R)",
+        "within": "within(x, R)",
+        "grid": "grid(height, width, { (y, x), (v, u) : ... })",
+        "random": "random(r, seed = 0, of = full)",
+        "learn": "learn[SHAPE](init)",
+        "where": "where(cond, a, b)",
+        "min": "min(a, b)",
+        "max": "max(a, b)",
+    }
+    | {name: f"{name}(x)" for name in ("isqrt", "floor", *ir.FUNCTIONS)}
+    | {name: f"assert {name}(...)" for name in CLAIMS}
+)
+
+
+RETIRED = {
+    "window": "write `last(w)` for w keys up to the query, `radius(r)` for r on each side, or `band(a..b)`",
+    "abs": "write `|x|`",
+    "B": "the batch stands only in the axes of `inputs`, first",
+    "true": "write `0 == 0`, or the pattern `full`",
+    "false": "write `0 == 1`, or the pattern `none`",
+}
