@@ -70,8 +70,6 @@ from attndsl.vocabulary import (
 )
 
 CALL_DEPTH = 64
-
-
 STEP_LIMIT = 320_000
 
 

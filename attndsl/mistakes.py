@@ -33,11 +33,7 @@ REMEDIES = {
     ("a pattern", "an attention"): "name its mask as a `pattern` and use that",
 }
 """What to write where one kind of value is expected and another found."""
-
-
 PRELUDE = "prelude.attn"
-
-
 IN_SCORES = "`score`, `decay` and a sink may"
 
 

@@ -5,23 +5,11 @@ from __future__ import annotations
 from attndsl import expr as ir
 
 RESERVED = frozenset("q k n nq h H D s Q K layer".split())
-
-
 POSITIONS = frozenset("q k s Q K".split())
-
-
 COMBINATORS = frozenset("blocks within grid random".split())
-
-
 FUNCTIONS = frozenset(("min", "max", "where", "isqrt", "floor", *ir.FUNCTIONS))
-
-
 CLAIMS = frozenset("every_row density nnz diameter reach".split())
-
-
 BUILT_IN = COMBINATORS | FUNCTIONS | CLAIMS | {"learn"}
-
-
 SIGNATURES = (
     {
         "blocks": "blocks(b, R)",
@@ -36,8 +24,6 @@ SIGNATURES = (
     | {name: f"{name}(x)" for name in ("isqrt", "floor", *ir.FUNCTIONS)}
     | {name: f"assert {name}(...)" for name in CLAIMS}
 )
-
-
 RETIRED = {
     "window": "write `last(w)` for w keys up to the query, `radius(r)` for r on each side, or `band(a..b)`",
     "abs": "write `|x|`",

@@ -124,7 +124,7 @@ def members(found: isl.Set, sizes: dict[str, int]) -> NDArray[np.bool_]:
     return dense
 
 
-@each(MASKS, step=2)
+@each(MASKS, step=3)
 def test_relations_bound_the_mask(program: programs.Program) -> None:
     """Whatever the tables: nothing outside the upper bound, everything in the lower; equal if affine."""
     n = 6
