@@ -70,7 +70,7 @@ from attndsl.vocabulary import (
 )
 
 CALL_DEPTH = 64
-STEP_LIMIT = 320_000
+STEP_LIMIT = 200_000
 
 
 class Elaborator:
