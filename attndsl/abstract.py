@@ -526,8 +526,13 @@ class Numbers:
 
     def __call__(self, key: Key, wanted: Any) -> Key:
         """One column that is equal where the rows of the key are, and 0 where they are not `wanted`."""
-        arrays = [array for column in key for array in (column.values, *column.masks)]
-        wanted = np.broadcast_to(wanted, np.broadcast_shapes((1,), np.shape(wanted), *map(np.shape, arrays)))
+        shapes = {array.shape for column in key for array in (column.values, *column.masks)}
+        wanted = np.broadcast_to(wanted, np.broadcast_shapes((1,), np.shape(wanted), *shapes))
+        column, count = np.zeros(wanted.shape, np.int64), int(np.count_nonzero(wanted))
+        if count <= len(key):
+            # so few are told apart for less than it takes to compare them
+            column[wanted] = self.new(count)
+            return [Column(column)]
         rows = rows_of(key, wanted)
         if not self.rows or len(rows) * len(self.ids) > KNOWN_LIMIT:
             # what is forgotten gets new numbers: boxes are told apart that are equal, which costs time alone
@@ -538,13 +543,15 @@ class Numbers:
         ids = np.zeros(len(some), np.int64)
         ids[which[:known]] = self.ids
         new = np.flatnonzero(ids == 0)
-        ids[new] = self.count + 1 + np.arange(len(new))
-        self.count += len(new)
+        ids[new] = self.new(len(new))
         kept = np.concatenate([np.arange(known), some[new]])
         self.rows, self.ids = [values[kept] for values in self.rows], np.concatenate([self.ids, ids[new]])
-        column = np.zeros(wanted.shape, np.int64)
         column[wanted] = ids[which[known:]]
         return [Column(column)]
+
+    def new(self, count: int) -> Array:
+        self.count += count
+        return np.arange(self.count - count, self.count) + 1
 
 
 def pack(columns: Any, length: int) -> Array:

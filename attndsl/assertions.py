@@ -75,7 +75,7 @@ PARAMETERS = {
     "every_row": ("of",),
     "density": ("of", "n", "heads"),
     "nnz": ("of", "n", "heads"),
-    "diameter": ("of", "n"),
+    "diameter": ("of", "n", "heads"),
     "reach": ("of", "layers"),
 }
 
@@ -211,7 +211,13 @@ def _attention(e: ast.Expression, elaborator: Elaborator) -> Attention | None:
 def _heads(e: ast.Expression, elaborator: Elaborator) -> Heads:
     attention = _attention(e, elaborator)
     if attention is not None:
-        return Heads(tuple((group.relation.mask, group.heads) for group in attention.groups))
+        enough = ir.le(ir.const(attention.enough_heads()), ir.var("H"))
+        return Heads(
+            tuple(
+                (group.relation.mask, ir.TRUE if group.heads is ir.TRUE else ir.all_of(enough, group.heads))
+                for group in attention.groups
+            )
+        )
     return Heads(((elaborator.pattern(e, Env({}, claims=True), TOKENS).at(Q, K, TOKENS).mask, ir.TRUE),))
 
 
@@ -270,7 +276,7 @@ def _measured(side: Quantity | float) -> float | None:
     if side.kind == "diameter":
         from attndsl.reach import diameter
 
-        return diameter(side.of.any_head(), side.n)
+        return diameter(side.of.any_head(), side.n, side.heads)
     blocks = side.of.block_mask(side.n, heads=side.heads)
     pairs = blocks.nnz * (side.heads // max(1, blocks.index.shape[1]))
     return float(pairs) if side.kind == "nnz" else pairs / max(1, side.heads * side.n * side.n)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from attndsl.expr import TRUE, ZERO, Expr, Table, all_of, any_of, const, exists, mul, var
+from attndsl.errors import fail
+from attndsl.expr import TRUE, ZERO, Expr, Table, all_of, any_of, const, exists, maximum, mul, substitute, var
 
 if TYPE_CHECKING:
     import numpy as np
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 
     from attndsl.blockmask import BlockMask
     from attndsl.lowering import Sizes
+
+HEADS_TRIED = 256
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ class Attention:
     inputs:   run-time tables, in the order of their declaration.
     learned:  trainable parameters, in the order of their first use.
     offset:   position of query row 0 over n and nq; None means n - nq, which must not be negative.
+    least_heads: how many heads there are at least: one more than the last that a range or list names.
     rebind:   gives the attention with other parameters: what `attention(w=256)` calls.
     """
 
@@ -68,6 +72,7 @@ class Attention:
     inputs: tuple[Table, ...] = ()
     learned: tuple[Table, ...] = ()
     offset: Expr | None = None
+    least_heads: int = 1
     rebind: Callable[..., Attention] | None = field(default=None, compare=False, repr=False)
 
     @staticmethod
@@ -78,9 +83,23 @@ class Attention:
         decay = None if relation.count is None else mul(const(1.0), relation.count)
         return Attention(name, (HeadGroup(relation, var("s"), decay),), rebind=rebind)
 
+    def enough_heads(self) -> int:
+        """The least number of heads at which every group holds one; claims are about that many or more."""
+        heads = self.least_heads
+        while not all(self._holds_one(group, heads) for group in self.groups):
+            heads += 1
+            if heads > self.least_heads + HEADS_TRIED:
+                raise fail(f"a group of heads of `{self.name}` holds no head")
+        return heads
+
+    def _holds_one(self, group: HeadGroup, heads: int) -> bool:
+        return any(substitute(group.heads, {"h": const(h), "H": const(heads)}) is TRUE for h in range(heads))
+
     def any_head(self) -> Expr:
         """What some head relates, where every group holds a head."""
-        return over_heads(all_of(group.heads, group.relation.mask) for group in self.groups)
+        heads = maximum(var("H"), const(self.enough_heads()))
+        masks = ((group.heads, group.relation.mask) for group in self.groups)
+        return any_of(*(exists("h", ZERO, heads, all_of(w, m)) if "h" in m.free else m for w, m in masks))
 
     def __call__(self, *args: Any, **params: Any) -> Attention:
         assert self.rebind is not None
@@ -158,6 +177,6 @@ class Attention:
         return lowering.sizes(self, keys, nq, lowering.checked_length("heads", heads), q_offset, k_offset)
 
 
-def over_heads(masks: Iterable[Expr]) -> Expr:
-    """What some head relates, whose groups have these masks over h and H."""
-    return any_of(*(exists("h", ZERO, var("H"), mask) if "h" in mask.free else mask for mask in masks))
+def over_heads(mask: Expr) -> Expr:
+    """What some head relates."""
+    return exists("h", ZERO, var("H"), mask) if "h" in mask.free else mask

@@ -32,6 +32,7 @@ from attndsl.values import (
     Pattern,
     Q,
     SetOf,
+    Truth,
     Value,
     Vec,
     as_number,
@@ -83,7 +84,15 @@ class AttentionBuilder:
         built = tuple(self.group(which, own) for which, own in groups)
         if self.failed:
             raise AttnError(*dict.fromkeys(d for error in self.failed for d in error.diagnostics))
-        return Attention(self.definition.name, built, inputs, tuple(self.learned.values()), offset)
+        least = 1 + max((head for which, _ in groups for head in listed_heads(which)), default=0)
+        return Attention(
+            self.definition.name,
+            built,
+            inputs,
+            tuple(self.learned.values()),
+            offset,
+            least if least < HEAD_LIMIT else 1,
+        )
 
     def groups(self, heads: ast.Heads) -> list[tuple[Expr, tuple[ast.Clause, ...]]]:
         h = ir.var("h")
@@ -148,7 +157,7 @@ class AttentionBuilder:
                 elif clause.word == "score":
                     score = self.score(clause.value, score)
                 elif clause.word == "decay":
-                    decays.append(self.real(clause.value, self.positions()))
+                    decays.append(self.decay(clause.value))
                 elif clause.word == "norm":
                     norm = self.norm(clause.value)
         joined = intersection(relations) if relations else Relation(ir.TRUE)
@@ -195,10 +204,19 @@ class AttentionBuilder:
     def real(self, e: ast.Expression, env: Env) -> Expr:
         return self.number(self.elaborator.value(e, env, TOKENS), e)
 
+    def decay(self, e: ast.Expression) -> Expr:
+        factor = self.real(e, self.positions())
+        value = ir.number(factor)
+        if value is not None and value < 0:
+            raise fail(f"a decay is {value}, and a weight may not be negative", e.span)
+        return factor
+
     def number(self, value: Value, e: ast.Expression) -> Expr:
         help = ""
         if isinstance(value, Pattern):
             help = f"a pattern goes into `mask`; look it up: `where({quoted(e, tight=True)}[q, k], a, b)`"
+        if isinstance(as_number(value), Truth):
+            help = f"a condition goes into `mask`: `{{ q, k : {quoted(e)} }}`"
         result = number_of(value, e, help)
         for table in sorted(result.tables, key=lambda table: table.name):
             if table.learned:

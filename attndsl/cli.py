@@ -191,7 +191,7 @@ def report_lines(report: dict[str, Any]) -> list[str]:
     if not report["assertions"]:
         return [f"{file}: {'fine' if report['fine'] else 'not checked further'}"]
     return [
-        f"{file}:{found['line']}: {found['status']}: {found['assertion']}{detail(found)}"
+        f"{found['file']}:{found['line']}: {found['status']}: {found['assertion']}{detail(found)}"
         for found in report["assertions"]
     ]
 
@@ -214,6 +214,7 @@ def check_file(file: str, time_limit: float) -> dict[str, Any]:
         click.echo(warning, err=True)
     assertions = [
         {
+            "file": assertion.span.source.name,
             "line": assertion.span.source.position(assertion.span.start)[0],
             "assertion": assertion.text,
             **facts.of_verdict(decided(assertion, time_limit)),

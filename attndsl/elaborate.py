@@ -674,7 +674,8 @@ class Elaborator:
 
     def grid_of(self, e: ast.Call, env: Env, space: Space) -> Value:
         if len(e.args) < 2:
-            raise fail("`grid` takes the sizes of a canvas and a pattern of coordinates", e.span)
+            help = f"write `grid(height, width, {COORDINATES})`"
+            raise fail("`grid` takes the sizes of a canvas and a pattern of coordinates", e.span, help)
         for arg in e.args:
             if arg.name:
                 raise fail("`grid` takes no named arguments", arg.span)
@@ -695,7 +696,12 @@ class Elaborator:
             inside = replace(sp, n=area)
             body = self.value(last, env, inside)
             if not isinstance(body, GridPattern):
-                help = "write `{ (y, x), (v, u) : ... }`" if len(sizes) == 2 else ""
+                if isinstance(body, Num):
+                    help = (
+                        f"after the sizes write it: `grid({e.args[0].value.span.text}, ..., {COORDINATES})`"
+                    )
+                else:
+                    help = f"write `{COORDINATES}`" if len(sizes) == 2 else ""
                 raise expected("a pattern of coordinates", body, last, help)
             if body.rank != len(sizes):
                 raise fail(
@@ -748,6 +754,7 @@ class Elaborator:
         return AttentionBuilder(self, definition, env).build(tuple(inputs.values()))
 
 
+COORDINATES = "{ (y, x), (v, u) : ... }"
 COMPARISONS: dict[str, Callable[[Expr, Expr], Expr]] = {
     "==": ir.eq,
     "!=": lambda a, b: ir.negate(ir.eq(a, b)),

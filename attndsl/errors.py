@@ -76,6 +76,8 @@ def excerpt(span: Span, width: int = 76) -> str:
     room = width - gutter - 3
     cut = max(0, column - 1 + min(marked, room // 2) - room + 1) if len(text) > room else 0
     shown = "".join(char if char.isprintable() else " " for char in text[cut : cut + room])
+    shown = "…" + shown[1:] if cut else shown
+    shown = shown[:-1] + "…" if cut + room < len(text) else shown
     carets = "^" * max(1, min(marked, room - (column - 1 - cut)))
     return (
         f"{' ' * gutter}--> {span.source.name}:{line}:{column}\n"

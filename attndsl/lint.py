@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from attndsl import expr as ir
 from attndsl.attention import Attention, HeadGroup
 from attndsl.elaborate import Elaborator
-from attndsl.errors import Diagnostic, Span
+from attndsl.errors import AttnError, Diagnostic, Span
 from attndsl.expr import Expr
 from attndsl.syntax import nodes as ast
 from attndsl.values import TOKENS, AttentionOf, Env, K, Q
@@ -43,7 +43,9 @@ def _of_text(item: Definition) -> Iterator[Diagnostic]:
         match node:
             case ast.Range(lo=ast.Number(value=lo), hi=ast.Number(value=hi)) if lo > hi:
                 yield _warning(f"the range {lo}..{hi} is empty", node.span, f"write `{hi}..{lo}`")
-            case ast.Binary("//", ast.Unary("-", half), ast.Number() as divisor):
+            case ast.Binary("//", ast.Unary("-", half), ast.Number() as divisor) if not isinstance(
+                half, ast.Number
+            ):
                 width, by = half.span.text, divisor.span.text
                 yield _warning(
                     f"`-{width} // {by}` rounds down: the left side is longer for odd `{width}`",
@@ -68,6 +70,37 @@ def _of_attention(item: ast.AttentionDef, elaborator: Elaborator) -> Iterator[Di
         yield from _holes(value.attention.any_head(), span)
     for clause in masks:
         yield from _block_causality(clause.value, elaborator)
+    yield from _scattered(value.attention, span)
+
+
+TRIED = 4096
+"""The length at which tiles are looked at."""
+MOST, FEW = 0.9, 0.3
+
+
+def _scattered(attention: Attention, span: Span) -> Iterator[Diagnostic]:
+    """Nearly every tile of the causal half, or of the whole, is live for a few live pairs in each."""
+    from attndsl.proofs import subset
+
+    masks = [group.relation.mask for group in attention.groups]
+    if any(mask.tables for mask in masks):
+        return
+    try:
+        blocks = attention.block_mask(TRIED, heads=attention.enough_heads())
+    except AttnError:
+        return  # a mask that is refused at this length says nothing about tiles
+    full, partial, empty, _ = blocks.tiles
+    half = all(subset(mask, ir.le(K, Q)).status == "proved" for mask in masks)
+    side = TRIED // blocks.block_size
+    area = (side + 1) / (2 * side) if half else 1.0
+    live, kept = (full + partial) / (full + partial + empty) / area, blocks.density / area
+    if live >= MOST and kept <= FEW:
+        yield _warning(
+            f"at n = {TRIED} {live:.0%} of the tiles are live for {kept:.0%} of the pairs: "
+            "dense attention costs the same",
+            span,
+            "gather what is related into blocks, as `blocks(64, ...)` does",
+        )
 
 
 def _inexact(attention: Attention, masks: list[ast.Clause]) -> Iterator[Diagnostic]:
@@ -82,7 +115,7 @@ def _inexact(attention: Attention, masks: list[ast.Clause]) -> Iterator[Diagnost
         for part in whole.args if isinstance(whole, ast.Nary) and whole.op == "&" else (whole,):
             names = {name.id for name in ast.walk(part) if isinstance(name, ast.Name)}
             if names & tables or not tables:
-                message = "this is no integer relation: tiles and proofs bound it from both sides"
+                message = "no integer relation: right, but found tile by tile, and proofs may stay open"
                 yield Diagnostic(message, part.span, severity="note")
                 return
 

@@ -105,7 +105,11 @@ def closed(e: Expr, n: int, nq: int, h: int, heads: int) -> Expr:
 
 
 def head_groups(attention: Attention, heads: int) -> tuple[int, ...]:
-    """For each head the index of its group. Raises AttnError where a head has none or two."""
+    """For each head the index of its group. Raises AttnError where a head has none or two, or is missing."""
+    if heads < attention.least_heads:
+        last = attention.least_heads - 1
+        there = f"there {'is' if heads == 1 else 'are'} {heads} head{'s' * (heads != 1)}"
+        raise fail(f"`{attention.name}` speaks of head {last}, and {there}")
     found = []
     for h in range(heads):
         here = [
@@ -118,20 +122,7 @@ def head_groups(attention: Attention, heads: int) -> tuple[int, ...]:
                 help="`heads` and `else` together hold each head exactly once",
             )
         found.append(here[0])
-    beyond = ir.const(heads)
-    for group in attention.groups:
-        if len(attention.groups) > 1 and "h" in group.heads.free and not _open_ended(group.heads, beyond):
-            raise fail(f"`{attention.name}` speaks of head {heads}, and there are {heads} heads")
     return tuple(found)
-
-
-def _open_ended(heads: Expr, beyond: Expr) -> bool:
-    """A range or set written out may not reach past the last head; `else` and rules such as parity may."""
-    return not (
-        heads.op in ("eq", "and", "or")
-        and ir.substitute(heads, {"h": beyond, "H": beyond}) is ir.TRUE
-        and ir.substitute(heads, {"h": ir.const(2**40), "H": beyond}) is ir.FALSE
-    )
 
 
 @functools.lru_cache(maxsize=1024)
@@ -301,9 +292,7 @@ def dense(attention: Attention, sizes: Sizes, tables: Mapping[str, Array], count
     return np.stack([np.stack([grid[row, head] for head in range(heads)]) for row in range(rows)])
 
 
-def block_mask(
-    attention: Attention, sizes: Sizes, tables: Mapping[str, Array], block_size: int
-) -> BlockMask:
+def block_mask(attention: Attention, sizes: Sizes, tables: Mapping[str, Array], block_size: int) -> BlockMask:
     """The tiles; equal masks are tiled once."""
     from attndsl.tiling import tile
 

@@ -22,7 +22,7 @@ from attndsl.values import (
 )
 
 REMEDIES = {
-    ("a number", "a truth"): "write `where({x}, 1, 0)`",
+    ("a number", "a truth"): "join conditions with `and`; as a number it is `where({x}, 1, 0)`",
     ("a number", "a vector"): "an inner product is a number: `Q @ {v}`",
     ("a truth", "a number"): "compare it, as in `{x} == 0`",
     ("a truth", "a pattern"): "look it up: `{r}[q, k]`",
@@ -34,7 +34,7 @@ REMEDIES = {
 }
 """What to write where one kind of value is expected and another found."""
 PRELUDE = "prelude.attn"
-IN_SCORES = "`score`, `decay` and a sink may"
+IN_SCORES = "give the mask a number; `score`, `decay` and a sink may read what is learned"
 
 
 def number_of(value: Value, e: ast.Expression, help: str = "") -> Expr:
@@ -92,6 +92,8 @@ def not_integer(number: Expr, e: ast.Expression) -> AttnError:
             return fail(f"expected an integer, and `{table.name}` is a float table", e.span, help)
     if isinstance(e, ast.Binary) and e.op == "/":
         return fail("`/` is real where an integer is needed", e.span, "write `//` to round down")
+    if isinstance(e, ast.Number):
+        return fail("expected an integer, and this is a real number", e.span, f"write `{int(e.value)}`")
     help = f"round it down: `floor({quoted(e)})`"
     return fail("expected an integer, and this is a real number", e.span, help)
 
@@ -103,7 +105,7 @@ def out_of_place(name: ast.Name) -> AttnError:
     if name.id == "layer":
         return fail("`layer` has no meaning outside a stack of layers", name.span)
     what = {"s": "the logit", "Q": "the query's vector", "K": "the key's vector", "D": "the head dimension"}
-    return fail(f"`{name.id}` is {what[name.id]}, and stands in a score alone", name.span)
+    return fail(f"`{name.id}` is {what[name.id]}, and may be used in a `score` only", name.span)
 
 
 def quoted(e: ast.Expression, tight: bool = False, most: int = 40) -> str:

@@ -23,6 +23,10 @@ WIDE = 64
 """Tiles of the widest shared mask."""
 GATHER = 16
 """Tiles gathered at most for one row at a time."""
+PADDING = 8
+"""Tiles of padding for which two batches of gathered rows become one."""
+FINEST = 32
+"""Tokens of a side below which tiles are not cut further."""
 
 Bool = NDArray[np.bool_]
 
@@ -63,14 +67,60 @@ Part = Strided | Gathered
 def take_apart(grid: TileGrid, unit: int) -> tuple[Part, ...]:
     """The parts; masks of stretches are cut into pieces of `unit` query rows with trimmed keys."""
     masks = np.unpackbits(grid.masks, axis=-1, bitorder="little").astype(bool)
-    entries = _entries(grid)
-    regular, long, rest = _sort_out(grid, entries)
+    entries, block = _entries(grid), grid.block_size
+    while block >= 2 * FINEST and (finer := _halved(entries, masks)) is not None:
+        (entries, masks), block = finer, block // 2
     parts: list[Part] = []
+    entries, level = _level_rows(entries, masks, block)
+    parts.extend(level)
+    regular, long, rest = _sort_out(grid, block, entries)
     for stretch in regular:
-        parts.extend(_cut(stretch, masks, grid.block_size, unit))
-    parts.extend(_long_parts(long, grid.block_size))
-    parts.extend(_gather(rest, masks, grid))
+        parts.extend(_cut(stretch, masks, block, unit if block % unit == 0 else block))
+    parts.extend(_long_parts(long, block))
+    parts.extend(_gather(rest, masks, block, grid.nq))
     return tuple(parts)
+
+
+def _halved(entries: NDArray[np.int64], masks: Bool) -> tuple[NDArray[np.int64], Bool] | None:
+    """The same in tiles of half the side, if that leaves few of them partial: a mask of smaller blocks."""
+    count, half = len(masks), masks.shape[1] // 2
+    quarters = masks.reshape(count, 2, half, 2, half).swapaxes(2, 3)
+    full, live = (np.asarray(x) for x in (quarters.all((3, 4)), quarters.any((3, 4))))
+    mixed = live & ~full
+    contents = np.where(full, FULL, np.arange(4 * count).reshape(count, 2, 2))
+    runs, partial = entries[entries[:, 3] == FULL], entries[entries[:, 3] != FULL]
+    if not len(partial) or mixed[partial[:, 3]].mean() > 1 / 8:
+        return None
+    finer = [runs * (2, 2, 2, 1), runs * (2, 2, 2, 1) + (1, 0, 0, 0)]
+    for r, c in np.ndindex(2, 2):
+        row, col, _, m = partial[live[partial[:, 3], r, c]].T
+        finer.append(np.stack([2 * row + r, 2 * col + c, 2 * col + c + 1, contents[m, r, c]], axis=1))
+    found = np.concatenate(finer)
+    found = found[np.lexsort((found[:, 1], found[:, 0]))]
+    before, after = found[:-1], found[1:]
+    joined = (before[:, 0] == after[:, 0]) & (before[:, 2] == after[:, 1])
+    joined &= (before[:, 3] == FULL) & (after[:, 3] == FULL)
+    first = np.flatnonzero(np.r_[True, ~joined])
+    result = found[first]
+    result[:, 2] = found[np.r_[first[1:] - 1, len(found) - 1], 2]
+    return result, quarters.reshape(-1, half, half)
+
+
+def _level_rows(entries: NDArray[np.int64], masks: Bool, block: int) -> tuple[NDArray[np.int64], list[Part]]:
+    """Rows that keep the same few queries over many tiles, such as global queries, and the entries left."""
+    row, start, end, contents = entries.T
+    level = np.r_[(masks == masks[:, :, :1]).all((1, 2)), False][contents]
+    joined = (row[1:] == row[:-1]) & (start[1:] == end[:-1]) & (contents[1:] == contents[:-1])
+    first = np.flatnonzero(np.r_[True, ~joined][: len(entries)])
+    tiles = np.diff(np.r_[first, len(entries)])
+    long = level[first] & (tiles >= STRETCH)
+    parts: list[Part] = []
+    chosen = np.stack([row[first], start[first], contents[first], tiles], axis=1)[long]
+    for i, a, m, count in chosen.tolist():
+        for lo, hi in _intervals(masks[m][:, 0]):
+            parts.append(Strided(i * block + lo, hi - lo, 0, a * block, count * block, 0, 1, None))
+    taken = np.repeat(long, tiles)
+    return entries[~taken], parts
 
 
 def _entries(grid: TileGrid) -> NDArray[np.int64]:
@@ -123,11 +173,10 @@ class _Stretch:
 
 
 def _sort_out(
-    grid: TileGrid, entries: NDArray[np.int64]
+    grid: TileGrid, block: int, entries: NDArray[np.int64]
 ) -> tuple[list[_Stretch], list[_Stretch], dict[int, list[tuple[int, int, int]]]]:
     """Stretches that repeat from row to row, long full runs, and what is left of each row."""
     row, start, end, contents = entries.T
-    block = grid.block_size
     ragged = ((row + 1) * block > grid.nq) | (end * block > grid.n)
     odd = np.where(ragged, np.arange(1, len(row) + 1), 0)
     along = _repeats(np.stack([start - row, end - row, contents, odd], axis=1), row)
@@ -194,6 +243,8 @@ def _cut(stretch: _Stretch, masks: Bool, block: int, unit: int) -> list[Part]:
             Strided(q0, stretch.count * block, 0, k0 + lo, hi - lo, 0, 1, None)
             for lo, hi in _intervals(dense[0])
         ]
+    if dense.all():
+        return [Strided(q0, block, block, k0, stretch.width * block, step, stretch.count, None)]
     pieces: list[Strided] = []
     for top in range(0, block, unit):
         rows = dense[top : top + unit]
@@ -238,31 +289,44 @@ def _long_parts(stretches: list[_Stretch], block: int) -> list[Part]:
     return parts
 
 
-def _gather(rest: dict[int, list[tuple[int, int, int]]], masks: Bool, grid: TileGrid) -> list[Part]:
+def _gather(rest: dict[int, list[tuple[int, int, int]]], masks: Bool, block: int, nq: int) -> list[Part]:
     """Rows with about equally many tiles left, together; padding is a tile without contents."""
-    block = grid.block_size
     empty, full = len(masks), len(masks) + 1
     known = np.concatenate([masks, np.zeros((1, block, block), bool), np.ones((1, block, block), bool)])
-    groups: dict[tuple[int, int, int], list[tuple[int, list[int], list[int]]]] = defaultdict(list)
+    groups: dict[tuple[int, int], list[tuple[int, list[int], list[int]]]] = defaultdict(list)
     for row in sorted(rest):
         cols: list[int] = []
         contents: list[int] = []
         for a, b, m in sorted(rest[row]):
             cols.extend(range(a, b))
             contents.extend([full if m == FULL else m] * (b - a))
-        q_len = min(block, grid.nq - row * block)
+        q_len = min(block, nq - row * block)
         for turn, i in enumerate(range(0, len(cols), GATHER)):
-            some, what = cols[i : i + GATHER], contents[i : i + GATHER]
-            size = _size_class(len(some))
-            padding = size - len(some)
-            groups[turn, q_len, size].append((row * block, some + [0] * padding, what + [empty] * padding))
+            groups[turn, q_len].append((row * block, cols[i : i + GATHER], contents[i : i + GATHER]))
     parts: list[Part] = []
-    for (_, q_len, _), problems in groups.items():
-        rows, tiles, kinds = (np.array(x, np.int64) for x in zip(*problems, strict=True))
-        contents_or_none = None if (kinds == full).all() else kinds
-        parts.append(Gathered(rows, q_len, block, tiles, contents_or_none, known))
+    for (_, q_len), problems in groups.items():
+        for size, batch in _batches(problems):
+            rows = np.array([row for row, _, _ in batch], np.int64)
+            tiles = np.array([c + [0] * (size - len(c)) for _, c, _ in batch], np.int64)
+            kinds = np.array([m + [empty] * (size - len(m)) for _, _, m in batch], np.int64)
+            contents_or_none = None if (kinds == full).all() else kinds
+            parts.append(Gathered(rows, q_len, block, tiles, contents_or_none, known))
     return parts
 
 
-def _size_class(tiles: int) -> int:
-    return tiles if tiles <= 8 else -(-tiles // 4) * 4
+def _batches(
+    problems: list[tuple[int, list[int], list[int]]],
+) -> list[tuple[int, list[tuple[int, list[int], list[int]]]]]:
+    """Problems of the same number of tiles, and few of fewer with the next."""
+    by_size: dict[int, list[tuple[int, list[int], list[int]]]] = defaultdict(list)
+    for problem in problems:
+        by_size[len(problem[1])].append(problem)
+    batches: list[tuple[int, list[tuple[int, list[int], list[int]]]]] = []
+    for size in sorted(by_size):
+        some = by_size[size]
+        if batches:
+            smaller = sum(size - len(cols) for _, cols, _ in batches[-1][1])
+            if smaller <= PADDING:
+                some = batches.pop()[1] + some
+        batches.append((size, some))
+    return batches

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -318,6 +318,11 @@ def _name_problems(item: Definition, elaborator: Elaborator) -> list[Diagnostic]
             names = names | {name.id for group in node.vars for name in group}
             visit(node.pred, names)
             return
+        if isinstance(node, ast.Index):
+            # `t[B, k]` is told where it is looked up
+            indices = (i for i in node.indices if not (isinstance(i, ast.Name) and i.id == "B"))
+            visit((node.base, *indices), names)
+            return
         if isinstance(node, ast.Name):
             if node.id not in names and node.id not in BUILT_IN and node.id not in elaborator.definitions:
                 hidden = node.id in RESERVED
@@ -351,8 +356,7 @@ def _compilable(item: Definition) -> bool:
 
 def _as_attention(name: str, value: Value, rebind: Any) -> Attention:
     if isinstance(value, AttentionOf):
-        found = value.attention
-        return Attention(found.name, found.groups, found.inputs, found.learned, found.offset, rebind)
+        return replace(value.attention, rebind=rebind)
     if isinstance(value, Pattern):
         return Attention.of_pattern(name, value.at(Q, K, TOKENS), rebind)
     raise fail(

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from attndsl.errors import AttnError
 from attndsl.expr import TRUE, ZERO, Expr, Table, all_of, const, exists, negate, nodes, substitute, var
 from attndsl.pointwise import evaluate
-from attndsl.relation import LEADING, Translation, domain, limited, quota
+from attndsl.relation import LEADING, Translation, domain, limited, quota, whole
 
 SEARCH_LENGTH = 16
 SEARCH_HEADS = 3
@@ -137,10 +137,7 @@ def _candidate(space: Translation, found: isl.Set) -> tuple[Point, Tables]:
 
 
 def _coordinates(space: Translation, point: isl.Point) -> Point:
-    return {
-        name: int(point.get_coordinate_val(isl.dim_type.set, i).to_str())
-        for i, name in enumerate(space.names)
-    }
+    return {name: whole(point.get_coordinate_val(isl.dim_type.set, i)) for i, name in enumerate(space.names)}
 
 
 def _confirmed(formula: Expr, point: Point, tables: Tables) -> bool:
@@ -202,4 +199,4 @@ def _random_tables(formula: Expr, n: int, trial: int) -> Tables:
 def _integers(rng: np.random.Generator, shape: list[int], trial: int) -> NDArray[Any]:
     """All zero, sorted as documents are, then unordered."""
     values = rng.integers(0, (1, 2, 3, 4)[trial], shape)
-    return np.sort(values, axis=0) if trial % 2 else values
+    return np.sort(values, axis=0) if shape and trial % 2 else values

@@ -60,7 +60,7 @@ def reach(mask: Expr, layers: int) -> Expr:
     same = eq(var("q"), var("k"))
     if layers == 0:
         return same
-    step = any_of(eliminate(over_heads([mask]), SELF), same)
+    step = any_of(eliminate(over_heads(mask), SELF), same)
     sides = _sides(step)
     if sides is not None:
         return any_of(*(side.times(layers).mask() for side in sides))
@@ -239,7 +239,7 @@ def diameter(mask: Expr, n: int, heads: int | None = None) -> int:
     Raises AttnError for a mask that depends on tables, or on more than k - q where n > DENSE_LENGTH.
     """
     values = {"n": const(n), "nq": const(n)} | ({} if heads is None else {"H": const(heads)})
-    mask = substitute(over_heads([mask]), values)
+    mask = substitute(over_heads(mask), values)
     if mask.tables:
         raise fail(f"the diameter depends on the table `{min(t.name for t in mask.tables)}`")
     if "H" in mask.free:
@@ -329,11 +329,13 @@ def matrix_product(a: Bits, b: Bits) -> Bits:
     level = np.frexp(end - start)[1] - 1
     blocks = b
     for i in range(int(level.max(initial=-1)) + 1):
+        if i:
+            half = 2 ** (i - 1)
+            blocks = blocks[:-half] | blocks[half:]
         chosen = np.flatnonzero(level == i)
         while len(chosen):
             # one run of each row at a time: an indexed |= forgets repeated rows
             first = np.r_[True, np.diff(row[chosen]) != 0]
             now, chosen = chosen[first], chosen[~first]
             result[row[now]] |= blocks[start[now]] | blocks[end[now] - 2**i]
-        blocks = blocks[: len(blocks) - 2**i] | blocks[2**i :]
     return result

@@ -55,7 +55,7 @@ PERIOD = 2**62
 """Least common multiple of the divisors in one comparison."""
 RELATED_TERMS = 8
 """Unknown terms whose pairs are related to each other: more are left independent, which only proves less."""
-OPERATIONS = 5_000_000
+OPERATIONS = 1_000_000
 """isl's own count for one question; it bounds no time, the limits above do."""
 
 OTHER = {"rank_of": "count_of", "count_of": "rank_of"}
@@ -397,14 +397,22 @@ def _val(value: object) -> isl.Val:
     return isl.Val(str(value))
 
 
+def whole(value: isl.Val) -> int:
+    """The integer that isl holds."""
+    text = value.to_str()
+    if text is None:
+        raise isl.Error("the quota ended while it was written")
+    return int(text)
+
+
 def _linear(a: isl.Aff, variables: list[Expr], roundings: list[Expr]) -> tuple[Expr, int]:
     """x and c such that `a` is x / c: an integer sum and a positive denominator."""
-    scale = int(a.get_denominator_val().to_str())
+    scale = whole(a.get_denominator_val())
     a = a.scale_val(_val(scale))
-    total = [const(int(a.get_constant_val().to_str()))]
+    total = [const(whole(a.get_constant_val()))]
     for kind, values in ((isl.dim_type.in_, variables), (isl.dim_type.div, roundings)):
         for i, value in enumerate(values):
-            total.append(mul(const(int(a.get_coefficient_val(kind, i).to_str())), value))
+            total.append(mul(const(whole(a.get_coefficient_val(kind, i))), value))
     return add(*total), scale
 
 

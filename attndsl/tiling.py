@@ -49,8 +49,10 @@ CONTENT_LIMIT = 2**22
 CONTENT_BYTES = 2**31
 BOX_LIMIT = 2**18
 """Different boxes of one size above the tiles; each is divided into 64."""
-POINT_LIMIT = 2**31
+POINT_LIMIT = 2**30
 """Evaluations of what a product of patterns is made of."""
+ENTRY_LIMIT = 2**24
+"""Partial tiles and runs of one mask; writing them out takes about 60 bytes each."""
 DRAWN_ROWS = 2**24
 COLUMN_BITS, CONTENT_BITS = 20, 22
 
@@ -69,8 +71,9 @@ def tile(
     """The tiles of a truth over `q` and `k`: row i is q = q_offset + i, column j is k = k_offset + j.
 
     Every other variable has been replaced by a constant. `tables` maps a name to its explicit axes.
-    Raises AttnError where an int table is read out of its range and where the mask has more distinct
-    partial tiles than the limits allow.
+    Raises AttnError where an int table is read out of its range, and where the mask has more tiles or more
+    different ones than the limits allow. Unlike pointwise evaluation it does not look at a table in boxes
+    that the rest of the mask decides: `causal | doc[k] == 3` never reads `doc` left of the diagonal.
     """
     if block_size % 8 or block_size < 8:
         raise fail(f"block_size {block_size} is not a positive multiple of 8")
@@ -124,6 +127,7 @@ def tiles_of(source: Source, extent: int, block_size: int) -> tuple[Array, Array
         width *= FANOUT
     q, k = np.array(source.frame.q[:1]), np.array(source.frame.k[:1])
     numbers, levels, masks = descend(source, q, k, width * block_size, block_size)
+    limit(entries(int(numbers[0]), levels, len(masks)), ENTRY_LIMIT, "tiles and runs of tiles")
     return *expand(int(numbers[0]), levels, width), masks
 
 
@@ -231,11 +235,15 @@ def descend(
     codes, q, k = interned(source, q[:, None, None], k[:, None, None], size)
     top, down = codes.ravel(), list[Array]()
     while size > block_size:
-        limit(len(q), BOX_LIMIT, f"boxes of {size} x {size}")
+        limit(len(q), BOX_LIMIT, f"different partial boxes of {size} x {size}")
         size //= FANOUT
         codes, q, k = interned(source, *divided(q, k, FANOUT, size), size)
         down.append(codes)
-    limit(len(q), min(CONTENT_LIMIT, CONTENT_BYTES * 8 // block_size**2), f"tiles of {size} x {size}")
+    limit(
+        len(q),
+        min(CONTENT_LIMIT, CONTENT_BYTES * 8 // block_size**2),
+        f"different partial tiles of {size} x {size}",
+    )
     masks, numbers = distinct(tile_contents(source, q, k, block_size))
     levels = []
     for codes in reversed(down):
@@ -280,7 +288,7 @@ def packed(count: int, size: int) -> Array:
 
 def limit(count: int, most: int, what: str) -> None:
     if count > most:
-        raise fail(f"the mask has {count} different partial {what}; the limit is {most}")
+        raise fail(f"the mask has {count} {what}; the limit is {most}")
 
 
 def distinct(contents: Array) -> tuple[Array, Array]:
@@ -300,6 +308,16 @@ def distinct(contents: Array) -> tuple[Array, Array]:
     _, first, index = np.unique(words, return_index=True, return_inverse=True)
     numbers[2:][partial] = index + 2
     return contents[partial[first]], numbers
+
+
+def entries(root: int, levels: list[Array], contents: int) -> int:
+    """How many partial tiles and runs `expand` would give, at most."""
+    count, height = np.ones(contents, np.int64), 1
+    for children in reversed(levels):
+        below = np.concatenate([[0, 0], count])[children].sum(axis=(1, 2))
+        runs = np.bincount(full_runs(children)[0], minlength=len(children))
+        count, height = below + runs * height, height * FANOUT
+    return int(count[root - 2]) if root > 1 else root * height
 
 
 def expand(root: int, levels: list[Array], width: int) -> tuple[Array, Array]:

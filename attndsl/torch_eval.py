@@ -8,9 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from attndsl import expr as ir
@@ -63,6 +65,14 @@ UNARY: dict[str, tuple[Callable[[Tensor], Tensor], float | None]] = {
 }
 """Real functions, and a harmless argument for those with a singular or overflowing derivative."""
 
+NUMPY = {"int": np.int64, "bool": np.bool_, "float": np.float64}
+
+
+def in_numpy(tensor: Tensor, dtype: type[np.generic]) -> NDArray[Any]:
+    """By way of lists, because under torch.func a tensor has no memory to share with numpy."""
+    return np.array(tensor.tolist(), dtype).reshape(tensor.shape)
+
+
 COMPARE = {"le": torch.le, "lt": torch.lt, "eq": torch.eq}
 
 
@@ -73,6 +83,7 @@ class _Evaluation:
         self.env = env
         self.memo: dict[tuple[Expr, int], Tensor] = {}
         self.lives: list[Tensor] = []
+        self.problems: dict[int, Tensor] = {}
         self.device = env.batch.device
 
     def of(self, node: Expr, live: Tensor | None) -> Tensor:
@@ -89,9 +100,16 @@ class _Evaluation:
 
     def real(self, node: Expr, live: Tensor | None, safe: float | None = None) -> Tensor:
         value = self.of(node, live).to(self.env.dtype)
-        if safe is None or live is None or (node.free.isdisjoint(PAIR) and not node.tables):
+        alone = node.free.isdisjoint(PAIR) and not node.tables
+        if safe is None or live is None or (alone and "h" not in node.free):
             return value
-        return torch.where(live, value, safe)
+        return torch.where(self.somewhere(live) if alone else live, value, safe)
+
+    def somewhere(self, live: Tensor) -> Tensor:
+        """Whether any pair of a problem is live, with axes of size 1 for the pairs."""
+        if id(live) not in self.problems:
+            self.problems[id(live)] = live.any(-1, keepdim=True).any(-2, keepdim=True)
+        return self.problems[id(live)]
 
     def compute(self, node: Expr, live: Tensor | None) -> Tensor:
         op, args = node.op, node.args
@@ -204,22 +222,31 @@ class _Evaluation:
         """Drawn by the evaluator that defines the meaning, once for every setting of what it depends on."""
         q, k, n, seed, of = node.args
         bound: tuple[int, str, str] = node.value  # type: ignore[assignment]
-        if of.tables:
-            raise fail("a random pattern over a run-time table cannot be looked up in a score")
         names = sorted(of.free - set(bound[1:]))
-        tensors = [self.of(arg, live) for arg in (q, k, n, seed)] + [self.env.values[name] for name in names]
-        # lists, because under torch.func a tensor has no memory to share with numpy
-        arrays = [np.array(t.tolist(), np.int64).reshape(t.shape) for t in broadcast_tensors(*tensors)]
+        nought = torch.zeros((), dtype=torch.int64, device=self.device)
+        tensors = [
+            torch.ones_like(nought, dtype=torch.bool) if live is None else live,
+            *(self.of(arg, live) for arg in (q, k, n, seed)),
+            self.env.batch if any(table.batched for table in of.tables) else nought,
+            self.env.head if any(table.headed for table in of.tables) else nought,
+            *(self.env.values[name] for name in names),
+        ]
+        asked, *arrays = (in_numpy(tensor, np.int64) for tensor in broadcast_tensors(*tensors))
         settings, which = np.unique(np.stack([a.ravel() for a in arrays[2:]]), axis=1, return_inverse=True)
-        drawn = np.zeros(arrays[0].shape, bool)
-        for i, setting in enumerate(settings.T):
-            fixed_n, fixed_seed, *others = (ir.const(int(value)) for value in setting)
-            fixed_of = ir.substitute(of, dict(zip(names, others, strict=True)))
-            chosen = ir.make(
-                "random", (ir.var("q"), ir.var("k"), fixed_n, fixed_seed, fixed_of), node.value, "bool"
-            )
-            here = which.reshape(drawn.shape) == i
-            drawn[here] = pointwise.evaluate(chosen, arrays[0][here], arrays[1][here])
+        drawn = np.zeros(asked.shape, bool)
+        for i, (length, state, batch, head, *others) in enumerate(settings.T.tolist()):
+            fixed_of = ir.substitute(of, dict(zip(names, map(ir.const, others), strict=True)))
+            args = ir.var("q"), ir.var("k"), ir.const(length), ir.const(state), fixed_of
+            chosen = ir.make("random", args, node.value, "bool")
+            tables = {
+                table.name: in_numpy(
+                    self.env.tables[table.name][(batch,) * table.batched + (head,) * table.headed],
+                    NUMPY[table.dtype],
+                )
+                for table in of.tables
+            }
+            here = (which.reshape(drawn.shape) == i) & (asked != 0)
+            drawn[here] = pointwise.evaluate(chosen, arrays[0][here], arrays[1][here], tables)
         return torch.from_numpy(drawn).to(self.device)
 
     def on_lookup(self, node: Expr, live: Tensor | None) -> Tensor:

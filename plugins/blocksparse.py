@@ -23,17 +23,22 @@ from attndsl.backend import Call, Kernel, Problem
 from attndsl.blockmask import BlockMask, TileGrid
 from attndsl.expr import Expr
 from attndsl.operator import Runner, attend, register, vjp
-from attndsl.parts import Part, Strided, take_apart
+from attndsl.parts import Gathered, Part, Strided, take_apart
 from attndsl.torch_eval import Env, affine_in_s, by_distance, constant_scale, evaluate
 
 flash: Callable[..., tuple[Tensor, Tensor]] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+flash_backward: Callable[..., tuple[Tensor, Tensor, Tensor]] = (
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+)
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
-FORWARD_UNIT, BACKWARD_UNIT = 32, 64
+FORWARD_UNIT, BACKWARD_UNIT, FORMED_UNIT = 32, 128, 64
 """Query rows of one problem in a band: what ran fastest on CPU (benchmarks/attention.py)."""
 TRANSIENT, FORMED = 2**22, 3 * 2**18
 """Numbers that one step may copy, and weights that it may form: the latter pay off while in cache."""
-LANES = 8
+KEPT = 2**20
+"""Numbers of a chunk's addend up to which it stays in memory between calls."""
+LANES = 16
 """Heads that run together."""
 FLOPS, SECONDS_PER_WEIGHT, SECONDS_PER_CALL = 85e9, 6e-9, 2e-4
 """Of two cores with AVX-512: the rate over live tiles, a weight that is formed, a call of a kernel."""
@@ -50,12 +55,13 @@ def windows(x: Tensor, start: int, step: int, length: int, count: int) -> Tensor
 
 @dataclass(frozen=True, eq=False)
 class Views:
-    """Some problems of a Strided part."""
+    """Some problems of a Strided part; mask [1, q_len, k_len]; `fresh`: no earlier chunk has these rows."""
 
     part: Strided
     first: int
     count: int
     mask: Tensor | None
+    fresh: bool
 
     def query_tokens(self, device: torch.device) -> Tensor:
         return _tokens(self.part.q0, self.part.q_step, self.part.q_len, self.first, self.count, device)
@@ -74,24 +80,31 @@ class Views:
     def put_queries(self, x: Tensor, value: Tensor) -> None:
         self.queries(x).copy_(value)
 
+    def blend_queries(self, x: Tensor, value: Tensor, share: Tensor) -> None:
+        """x + share * (value - x)"""
+        self.queries(x).lerp_(value, share)
+
+    def add_queries(self, x: Tensor, value: Tensor) -> None:
+        self.queries(x).add_(value)
+
     def add_keys(self, x: Tensor, value: Tensor) -> None:
-        """Windows that overlap are added in slabs as wide as their step, so that none overlaps itself."""
+        """The windows are the same or do not overlap."""
         p, start = self.part, self.part.k0 + self.first * self.part.k_step
         if self.count == 1 or p.k_step == 0:
             x[:, start : start + p.k_len] += value.sum(1)
-            return
-        for left in range(0, p.k_len, p.k_step):
-            width = min(p.k_step, p.k_len - left)
-            windows(x, start + left, p.k_step, width, self.count).add_(value[:, :, left : left + width])
+        else:
+            self.keys(x).add_(value)
 
 
 @dataclass(frozen=True, eq=False)
 class Gathers:
-    """Some problems of a Gathered part: tokens [C, q_len] of the queries, [C, k_len] of the keys."""
+    """Some problems of a Gathered part: tokens [C, q_len] of the queries, [C, k_len] of the keys; mask
+    [C, q_len, k_len]."""
 
     rows: Tensor
     cols: Tensor
     mask: Tensor | None
+    fresh: bool
 
     @property
     def count(self) -> int:
@@ -112,11 +125,30 @@ class Gathers:
     def put_queries(self, x: Tensor, value: Tensor) -> None:
         x.index_copy_(1, self.rows.flatten(), value.flatten(1, 2).to(x.dtype))
 
+    def blend_queries(self, x: Tensor, value: Tensor, share: Tensor) -> None:
+        self.put_queries(x, torch.lerp(self.queries(x), value.to(x.dtype), share))
+
+    def add_queries(self, x: Tensor, value: Tensor) -> None:
+        self.put_queries(x, self.queries(x) + value)
+
     def add_keys(self, x: Tensor, value: Tensor) -> None:
         x.index_add_(1, self.cols.flatten(), value.flatten(1, 2).to(x.dtype))
 
 
 Chunk = Views | Gathers
+Addend = tuple[Tensor | None, Tensor | None]
+
+
+@dataclass(frozen=True, eq=False)
+class Chunks:
+    """In the order in which they run, each with what to add to its logits where that is the same in every
+    call and small; and the rows of no fresh chunk, which start as empty."""
+
+    chunks: list[tuple[Chunk, Addend | None]]
+    empty: Tensor
+
+
+Kept = WeakKeyDictionary[TileGrid, dict[tuple[object, ...], Chunks]]
 
 
 def _tokens(start: int, step: int, length: int, first: int, count: int, device: torch.device) -> Tensor:
@@ -124,61 +156,87 @@ def _tokens(start: int, step: int, length: int, first: int, count: int, device: 
     return start + c[:, None] * step + torch.arange(length, device=device)
 
 
-@dataclass(frozen=True, eq=False)
-class Step:
-    """A part with its mask on the device; `fresh` where no earlier step has touched its rows."""
+@dataclass(frozen=True)
+class Cut:
+    """How a grid is cut into chunks: rows of one problem in a band; whether parts that would form many
+    weights are cut; whether keys have gradients; numbers copied per token; numbers formed per pair."""
 
-    part: Part
-    fresh: bool
-    mask: Tensor | None
-    """Strided: [1, q_len, k_len]; Gathered: [U, block, block], chosen from by the part's contents."""
+    unit: int
+    bounded: bool
+    gradient: bool
+    per_token: int
+    per_pair: int
 
-    @property
-    def sizes(self) -> tuple[int, int, int]:
-        """Problems, queries and keys of each."""
-        if isinstance(self.part, Strided):
-            return self.part.count, self.part.q_len, self.part.k_len
-        return len(self.part.rows), self.part.q_len, self.part.cols.shape[1] * self.part.block
-
-    def chunks(self, size: int, n: int, device: torch.device) -> Iterator[Chunk]:
-        """At most `size` problems at a time."""
-        count, part = self.sizes[0], self.part
-        for first in range(0, count, size):
-            here = min(size, count - first)
-            if isinstance(part, Strided):
-                yield Views(part, first, here, self.mask)
-                continue
-            some = slice(first, first + here)
-            rows = torch.from_numpy(part.rows[some]).to(device)
-            cols = torch.from_numpy(part.cols[some]).to(device)
-            inside = torch.arange(part.block, device=device)
-            mask = None
-            if part.contents is not None:
-                assert self.mask is not None
-                mask = self.mask[torch.from_numpy(part.contents[some]).to(device)]
-                mask = mask[:, :, : part.q_len].transpose(1, 2).flatten(2)
-            tokens = (cols[:, :, None] * part.block + inside).flatten(1).clamp_max(n - 1)
-            yield Gathers(rows[:, None] + inside[: part.q_len], tokens, mask)
+    def problems(self, q_len: int, k_len: int, copied: int) -> int:
+        """How many at a time."""
+        size = TRANSIENT // (self.per_token * copied)
+        return max(1, min(size, FORMED // (q_len * k_len * self.per_pair)) if self.per_pair else size)
 
 
-def steps_of(grid: TileGrid, unit: int, bounded: bool, device: torch.device) -> list[Step]:
-    """What to run for this mask; `bounded` cuts parts whose weights would be many."""
-    parts = list(take_apart(grid, unit))
-    if bounded:
+def chunks_of(grid: TileGrid, cut: Cut, device: torch.device) -> tuple[list[Chunk], Tensor]:
+    """What to run for this mask, in this order, and the rows of no fresh chunk."""
+    parts = list(take_apart(grid, cut.unit))
+    if cut.bounded:
         parts = [piece for part in parts for piece in _bound(part)]
+    if cut.gradient:
+        parts = [piece for part in parts for piece in _disjoint(part)]
     parts.sort(key=lambda p: -p.count * p.q_len if isinstance(p, Strided) else 1)
-    touched = torch.zeros(grid.nq, dtype=torch.bool)
-    steps = []
+    touched, started = torch.zeros((2, grid.nq), dtype=torch.bool)
+    chunks: list[Chunk] = []
     for part in parts:
         if isinstance(part, Strided):
             rows = _tokens(part.q0, part.q_step, part.q_len, 0, part.count, touched.device).flatten()
-            mask = None if part.mask is None else torch.from_numpy(part.mask).to(device)[None]
         else:
             rows = (torch.from_numpy(part.rows)[:, None] + torch.arange(part.q_len)).flatten()
-            mask = None if part.contents is None else torch.from_numpy(part.masks).to(device)
-        steps.append(Step(part, not bool(touched[rows].any()), mask))
+        fresh = not bool(touched[rows].any())
         touched[rows] = True
-    return steps
+        started[rows] |= fresh
+        if isinstance(part, Strided):
+            chunks.extend(_views(part, fresh, cut, device))
+        else:
+            chunks.extend(_gathers(part, fresh, grid.n, cut, device))
+    return chunks, torch.nonzero(~started).squeeze(1).to(device)
+
+
+def _views(part: Strided, fresh: bool, cut: Cut, device: torch.device) -> Iterator[Views]:
+    size = cut.problems(part.q_len, part.k_len, max(part.q_len, part.k_len if cut.gradient else 1))
+    mask = None if part.mask is None else torch.from_numpy(part.mask).to(device)[None]
+    for first in range(0, part.count, size):
+        yield Views(part, first, min(size, part.count - first), mask, fresh)
+
+
+def _gathers(part: Gathered, fresh: bool, n: int, cut: Cut, device: torch.device) -> Iterator[Gathers]:
+    k_len = part.cols.shape[1] * part.block
+    size = cut.problems(part.q_len, k_len, part.q_len + k_len)
+    inside = torch.arange(part.block, device=device)
+    masks = torch.from_numpy(part.masks).to(device)
+    for first in range(0, len(part.rows), size):
+        some = slice(first, first + size)
+        rows = torch.from_numpy(part.rows[some]).to(device)
+        cols = torch.from_numpy(part.cols[some]).to(device)
+        mask = None
+        if part.contents is not None:
+            mask = masks[torch.from_numpy(part.contents[some]).to(device)]
+            mask = mask[:, :, : part.q_len].transpose(1, 2).flatten(2)
+        tokens = (cols[:, :, None] * part.block + inside).flatten(1).clamp_max(n - 1)
+        yield Gathers(rows[:, None] + inside[: part.q_len], tokens, mask, fresh)
+
+
+def _disjoint(part: Part) -> Iterator[Part]:
+    """Every m-th problem together, so that their keys, to which gradients are added, do not overlap."""
+    if not isinstance(part, Strided) or part.k_step == 0:
+        yield part
+        return
+    turns = min(part.count, -(-part.k_len // part.k_step))
+    for turn in range(turns):
+        yield replace(
+            part,
+            q0=part.q0 + turn * part.q_step,
+            q_step=part.q_step * turns,
+            k0=part.k0 + turn * part.k_step,
+            k_step=part.k_step * turns,
+            count=len(range(turn, part.count, turns)),
+        )
 
 
 def _bound(part: Part) -> Iterator[Part]:
@@ -218,7 +276,7 @@ class BlockSparse:
     """The kernel of one attention."""
 
     attention: Attention
-    steps: WeakKeyDictionary[TileGrid, dict[tuple[object, ...], list[Step]]]
+    chunks: Kept
 
     def __call__(self, call: Call) -> tuple[Tensor, Tensor]:
         names = tuple(call.tables)
@@ -232,13 +290,16 @@ class BlockSparse:
     def forward(self, call: Call) -> tuple[Tensor, Tensor]:
         q = call.q
         wide = torch.promote_types(q.dtype, torch.float32)
-        out = q.new_zeros((*q.shape[:3], call.v.shape[3]), dtype=wide)
-        lse = q.new_full(q.shape[:3], -torch.inf, dtype=wide)
+        out = q.new_empty((*q.shape[:3], call.v.shape[3]), dtype=wide)
+        lse = q.new_empty(q.shape[:3], dtype=wide)
         for lane in lanes(self.attention, call):
             work = self.work(call, lane, recorded=False)
             o, total = lane.queries(out), lane.queries(lse)
-            for step, chunk in work.chunks(self.steps, work.fused):
-                work.merge(step, chunk, o, total, *work.part(chunk))
+            chunks = work.chunks(self.chunks, gradient=False)
+            o[:, chunks.empty] = 0.0
+            total[:, chunks.empty] = -torch.inf
+            for chunk, addend in chunks.chunks:
+                work.merge(chunk, o, total, *work.part(chunk, addend))
             work.add_sink(o, total)
         return out.to(q.dtype), lse
 
@@ -257,13 +318,14 @@ class BlockSparse:
         delta = (grad_out.to(wide) * out).sum(-1)
         if grad_lse is not None:
             delta = delta - grad_lse.masked_fill(lse == -torch.inf, 0.0)
+        over = lse.masked_fill(lse == -torch.inf, torch.inf)
         for lane in lanes(self.attention, call):
-            work = self.work(call, lane, recorded=bool(tables))
-            rows = Rows(*(lane.queries(x) for x in (grad_out, out, lse, delta)))
+            work = self.work(call, lane, recorded=bool(tables) or grad_lse is not None)
+            rows = Rows(*(lane.queries(x) for x in (grad_out.to(wide), out.to(wide), over, delta)))
             dq, dk, dv = lane.queries(totals[0]), lane.keys(totals[1]), lane.keys(totals[2])
-            for _, chunk in work.chunks(self.steps, fused=False):
-                gq, gk, gv = work.part_gradient(chunk, rows, tables)
-                chunk.put_queries(dq, chunk.queries(dq) + gq)
+            for chunk, addend in work.chunks(self.chunks, gradient=True).chunks:
+                gq, gk, gv = work.part_gradient(chunk, addend, rows, tables)
+                chunk.add_queries(dq, gq)
                 for total, g in ((dk, gk), (dv, gv)):
                     chunk.add_keys(total, g.sum(0, keepdim=True) if len(total) < len(g) else g)
             work.sink_gradient(rows, tables)
@@ -276,8 +338,8 @@ class BlockSparse:
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Of every query row of a lane: [X, nq, Dv] gradient and output, [X, nq] log-sum-exp and
-    delta = sum(grad_out * out) - grad_lse."""
+    """Of every query row of a lane, in at least float32: [X, nq, Dv] gradient and output, [X, nq]
+    log-sum-exp, inf for an empty row, and delta = sum(grad_out * out) - grad_lse."""
 
     grad_out: Tensor
     out: Tensor
@@ -330,24 +392,30 @@ class Work:
     def wide(self) -> torch.dtype:
         return torch.promote_types(self.call.q.dtype, torch.float32)
 
-    def chunks(
-        self, cache: WeakKeyDictionary[TileGrid, dict[tuple[object, ...], list[Step]]], fused: bool
-    ) -> Iterator[tuple[Step, Chunk]]:
-        block = self.lane.grid.block_size
-        unit = FORWARD_UNIT if fused else BACKWARD_UNIT
-        key = (unit if block % unit == 0 else block, not fused, self.q.device)
-        known = cache.setdefault(self.lane.grid, {})
+    def chunks(self, kept: Kept, gradient: bool) -> Chunks:
+        grid, simple, heads = self.lane.grid, self.simple if self.fused else None, len(self.q)
+        unit = FORMED_UNIT if simple is None else BACKWARD_UNIT if gradient else FORWARD_UNIT
+        by_position = simple is None or not simple.by_distance
+        cut = Cut(
+            unit=unit,
+            bounded=simple is None,
+            gradient=gradient,
+            per_token=heads * max(self.q.shape[2], self.v.shape[2]),
+            per_pair=heads if by_position else 0,
+        )
+        constant = simple is not None and simple.bias is None
+        known = kept.setdefault(grid, {})
+        key = (cut, constant, self.wide, self.q.device)
         if key not in known:
-            known[key] = steps_of(self.lane.grid, *key)
-        dim = max(self.q.shape[2], self.v.shape[2])
-        for step in known[key]:
-            _, q_len, k_len = step.sizes
-            strided = isinstance(step.part, Strided)
-            size = TRANSIENT // (len(self.q) * dim * (q_len if strided else q_len + k_len))
-            if not fused or not strided or (self.simple is not None and not self.simple.by_distance):
-                size = min(size, FORMED // (len(self.q) * q_len * k_len))
-            for chunk in step.chunks(max(size, 1), self.lane.grid.n, self.q.device):
-                yield step, chunk
+            chunks, empty = chunks_of(grid, cut, self.q.device)
+            small = [constant and (c.mask is None or c.mask.numel() <= KEPT) for c in chunks]
+            addends = [closing(c.mask, self.zero) if s else None for c, s in zip(chunks, small, strict=True)]
+            known[key] = Chunks(list(zip(chunks, addends, strict=True)), empty)
+        return known[key]
+
+    @cached_property
+    def zero(self) -> Tensor:
+        return torch.zeros((), dtype=self.wide, device=self.q.device)
 
     @property
     def fused(self) -> bool:
@@ -372,48 +440,42 @@ class Work:
         batch = torch.full((1, 1, 1, 1), b, device=device)
         return Env(values, {**call.tables, **tables}, batch, heads, self.wide)
 
-    def additive(self, chunk: Chunk) -> tuple[Tensor | None, Tensor | None]:
+    def additive(self, chunk: Chunk) -> Addend:
         """Mask and bias as one addend [X or 1, C or 1, q_len, k_len], and which rows it kills."""
         assert self.simple is not None
+        if self.simple.bias is None:
+            return closing(chunk.mask, self.zero)
+        env = self.env(chunk, {})
+        if isinstance(chunk, Views) and chunk.part.q_step == chunk.part.k_step and self.simple.by_distance:
+            env = self.env(replace(chunk, count=1), {})
         mask = None if chunk.mask is None else chunk.mask[None]
-        addend = None
-        if self.simple.bias is not None:
-            env = self.env(chunk, {})
-            if (
-                isinstance(chunk, Views)
-                and chunk.part.q_step == chunk.part.k_step
-                and self.simple.by_distance
-            ):
-                env = self.env(replace(chunk, count=1), {})
-            addend = evaluate(self.simple.bias, env, mask).to(self.wide)
-            pairs = (1, 1, env.values["q"].shape[2], env.values["k"].shape[3])
-            addend = addend + torch.zeros(pairs, dtype=self.wide, device=self.q.device)
-        if mask is not None:
-            zero = torch.zeros((), dtype=self.wide, device=self.q.device) if addend is None else addend
-            addend = torch.where(mask, zero, -torch.inf)
-        dead = None if addend is None else (addend == -torch.inf).all(-1)
-        return addend, dead if dead is not None and bool(dead.any()) else None
+        bias = evaluate(self.simple.bias, env, mask).to(self.wide)
+        return closing(
+            chunk.mask,
+            bias.expand(
+                *bias.shape[:-2], *(x.shape[i] for x, i in ((env.values["q"], 2), (env.values["k"], 3)))
+            ),
+        )
 
-    def fused_inputs(self, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
-        """Equal head dimensions, which the fused kernel wants: the narrower side is padded with zeros."""
-        q, k, v = chunk.queries(self.q), chunk.keys(self.k), chunk.keys(self.v)
-        k, v = (x.expand(len(q), -1, -1, -1) for x in (k, v))
-        gap = q.shape[3] - v.shape[3]
-        if gap > 0:
-            v = torch.nn.functional.pad(v, (0, gap))
-        if gap < 0:
-            q, k = (torch.nn.functional.pad(x, (0, -gap)) for x in (q, k))
-        return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # type: ignore[return-value]
+    def fused_inputs(self, q: Tensor, k: Tensor, v: Tensor, *like_v: Tensor) -> list[Tensor]:
+        """As many key heads as query heads and equal head dimensions, which the fused kernel wants: the
+        narrower are padded with zeros."""
+        width = max(q.shape[3], v.shape[3])
+        wide = (
+            x if x.shape[3] == width else torch.nn.functional.pad(x, (0, width - x.shape[3]))
+            for x in (q, k, v, *like_v)
+        )
+        return [(x if x.stride(-1) == 1 else x.contiguous()).expand(len(q), -1, -1, -1) for x in wide]
 
-    def part(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
+    def part(self, chunk: Chunk, addend: Addend | None) -> tuple[Tensor, Tensor]:
         """Output [X, C, q_len, Dv] and log-sum-exp [X, C, q_len] of these pairs alone."""
         if not self.fused:
             q, k, v = self.sources(chunk)
             return normalise(*self.weights(chunk, q, k, {}), v, self.lane.group.norm.kind)
-        addend, dead = self.additive(chunk)
-        q, k, v = self.fused_inputs(chunk)
         assert self.simple is not None
-        out, lse = flash(q, k, v, attn_mask=addend, scale=self.simple.scale)
+        mask, dead = self.additive(chunk) if addend is None else addend
+        q, k, v = self.fused_inputs(chunk.queries(self.q), chunk.keys(self.k), chunk.keys(self.v))
+        out, lse = flash(q, k, v, attn_mask=mask, scale=self.simple.scale)
         if dead is not None:
             lse = lse.masked_fill(dead, -torch.inf)
         return out[..., : self.v.shape[2]], lse
@@ -438,19 +500,19 @@ class Work:
             return logit, None
         return logit, torch.where(live, evaluate(group.decay, env, live).to(self.wide), 0.0)
 
-    def merge(self, step: Step, chunk: Chunk, out: Tensor, lse: Tensor, o: Tensor, more: Tensor) -> None:
+    def merge(self, chunk: Chunk, out: Tensor, lse: Tensor, o: Tensor, more: Tensor) -> None:
         """One more part of some rows: exactly what the pairs of both give together."""
-        if not step.fresh:
-            before, o_before = chunk.queries(lse), chunk.queries(out)
-            both = torch.logaddexp(before, more)
-            if self.lane.group.norm.kind == "softmax":
-                top = both.masked_fill(both == -torch.inf, 0.0)
-                o = o_before * torch.exp(before - top)[..., None] + o * torch.exp(more - top)[..., None]
-            else:
-                o = o_before + o
-            more = both
-        chunk.put_queries(out, o)
-        chunk.put_queries(lse, more)
+        if chunk.fresh:
+            chunk.put_queries(out, o)
+            chunk.put_queries(lse, more)
+            return
+        both = torch.logaddexp(chunk.queries(lse), more)
+        if self.lane.group.norm.kind == "softmax":
+            share = torch.exp(more - both.masked_fill(both == -torch.inf, 0.0))
+            chunk.blend_queries(out, o.to(out.dtype), share[..., None])
+        else:
+            chunk.add_queries(out, o)
+        chunk.put_queries(lse, both)
 
     def sink(self, tables: Mapping[str, Tensor]) -> Tensor | None:
         """The sink's logit [X, 1]; `tables` take the place of the call's."""
@@ -473,25 +535,24 @@ class Work:
             return
         value, pull = vjp(self.sink, {name: self.call.tables[name] for name in tables})
         assert value is not None
-        weight = torch.exp(value - rows.lse.masked_fill(rows.lse == -torch.inf, torch.inf))
+        weight = torch.exp(value - rows.lse)
         (grads,) = pull(-(weight * rows.delta).sum(1, keepdim=True))
         for name, g in grads.items():
             tables[name] += g
 
     def part_gradient(
-        self, chunk: Chunk, rows: Rows, tables: dict[str, Tensor]
+        self, chunk: Chunk, addend: Addend | None, rows: Rows, tables: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of these queries, keys and values; those of `tables` are added in place.
 
         With the L of the whole row, exp(l - L) is the final weight, so the parts need no merging.
         """
-        if self.simple is not None:
-            return self.simple_gradient(chunk, rows)
-        grad_out, lse = chunk.queries(rows.grad_out), chunk.queries(rows.lse)
+        if self.fused:
+            return self.fused_gradient(chunk, self.additive(chunk) if addend is None else addend, rows)
         kind = self.lane.group.norm.kind
         q, k, v = self.sources(chunk)
-        grad_out, delta = grad_out.to(self.wide), chunk.queries(rows.delta)
-        over = lse.masked_fill(lse == -torch.inf, torch.inf)[..., None]
+        grad_out, delta = chunk.queries(rows.grad_out), chunk.queries(rows.delta)
+        over = chunk.queries(rows.lse)[..., None]
 
         def weights(q: Tensor, k: Tensor, tables: Mapping[str, Tensor]) -> Tensor:
             logit, factor = self.weights(chunk, q, k, tables)
@@ -510,24 +571,34 @@ class Work:
             tables[name] += g
         return gq, gk, weight.transpose(-1, -2) @ grad_out
 
-    def simple_gradient(self, chunk: Chunk, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-        """dV = P^T dO and dS = P * (dO V^T - delta), for P = exp(S - L)."""
+    def fused_gradient(self, chunk: Chunk, addend: Addend, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
         assert self.simple is not None
-        scale, count = self.simple.scale, chunk.count
-        addend, _ = self.additive(chunk)
-        q, k, v = (x.expand(len(self.q), -1, -1, -1).flatten(0, 1) for x in self.sources(chunk))
-        grad_out = chunk.queries(rows.grad_out).to(self.wide).flatten(0, 1)
-        lse, delta = chunk.queries(rows.lse), chunk.queries(rows.delta)
-        lse = lse.masked_fill(lse == -torch.inf, torch.inf)
-        p = torch.bmm(q, k.transpose(1, 2)).view(-1, count, q.shape[1], k.shape[1]).mul_(scale)
-        if addend is not None:
-            p += addend
-        p = p.sub_(lse[..., None]).exp_().flatten(0, 1)
-        gv = torch.bmm(p.transpose(1, 2), grad_out)
-        ds = torch.bmm(grad_out, v.transpose(1, 2)).sub_(delta.flatten(0, 1)[..., None]).mul_(p).mul_(scale)
-        gq, gk = torch.bmm(ds, k), torch.bmm(ds.transpose(1, 2), q)
-        gq, gk, gv = (g.view(-1, count, *g.shape[1:]) for g in (gq, gk, gv))
-        return gq, gk, gv
+        q, k, v, out, grad_out = self.fused_inputs(
+            *self.sources(chunk), chunk.queries(rows.out), chunk.queries(rows.grad_out)
+        )
+        gq, gk, gv = flash_backward(
+            grad_out,
+            q,
+            k,
+            v,
+            out,
+            chunk.queries(rows.lse),
+            0.0,
+            False,
+            attn_mask=addend[0],
+            scale=self.simple.scale,
+        )
+        d, dv = self.q.shape[2], self.v.shape[2]
+        return gq[..., :d], gk[..., :d], gv[..., :dv]
+
+
+def closing(mask: Tensor | None, bias: Tensor) -> Addend:
+    """-inf where the mask [C, q_len, k_len] does not hold, and which rows have nothing else."""
+    if mask is None and bias.dim() == 0:
+        return None, None
+    addend = bias if mask is None else torch.where(mask[None], bias, -torch.inf)
+    dead = (addend == -torch.inf).all(-1)
+    return addend, dead if bool(dead.any()) else None
 
 
 def normalise(logit: Tensor, factor: Tensor | None, v: Tensor, kind: str) -> tuple[Tensor, Tensor]:

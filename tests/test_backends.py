@@ -14,6 +14,7 @@ from attndsl import expr as ir
 from attndsl.blockmask import TileGrid
 from attndsl.conformance import CASES, Case, check
 from attndsl.parts import Strided, take_apart
+from attndsl.pointwise import evaluate
 from attndsl.torch_eval import affine_in_s, by_distance
 
 s, q, k, h = map(ir.var, "sqkh")
@@ -45,6 +46,7 @@ MASKS = (
     "none",
     "{ q, k : q * k mod 7 == 3 }",
     "{ q, k : |q + k - 299| < 20 }",
+    "blocks(32, radius(1) | global([0]) | random(1))",
 )
 
 
@@ -76,7 +78,7 @@ def pairs_of(grid: TileGrid, unit: int) -> NDArray[np.int64]:
 )
 def test_parts_hold_each_live_pair_once(mask: str, sizes: tuple[int, int], data: st.DataObject) -> None:
     nq, n = sizes
-    block = data.draw(st.sampled_from([8, 16]))
+    block = data.draw(st.sampled_from([8, 16, 64, 128]))
     unit = data.draw(st.sampled_from([8, block]))
     attention = attndsl.parse(f"attention a {{ mask {mask} }}")["a"]
     grid = attention.block_mask(n, block, q_length=nq).grids[0]
@@ -112,6 +114,29 @@ def test_an_out_of_range_look_up_in_a_score_is_an_error() -> None:
     x = torch.randn(1, 1, 8, 4)
     with pytest.raises(attndsl.AttnError, match="outside"):
         plan(x, x, x, z=torch.zeros(7))
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_a_draw_over_a_table_is_counted(backend: str) -> None:
+    text = "attention a { inputs keep : bool[B, n]  mask causal + shift(2, random(1, of = columns(keep))) }"
+    attention = attndsl.parse(text)["a"]
+    rng = np.random.default_rng(0)
+    keep = rng.random((2, 12)) < 0.5
+    queries, keys, values = (torch.from_numpy(rng.normal(size=(2, 2, 12, 4))) for _ in range(3))
+    plan = attndsl.compile(
+        attention, batch=2, length=12, heads=2, head_dim=4, dtype="float64", backend=backend
+    )
+    count = attention.groups[0].relation.count
+    assert count is not None
+    closed = ir.substitute(count, {"n": ir.const(12)})
+    position = np.arange(12)
+    times = torch.from_numpy(
+        np.stack([evaluate(closed, position[:, None], position, {"keep": row}) for row in keep])
+    )
+    assert times.max() == 2
+    weight = times[:, None] * torch.exp(queries @ keys.transpose(-1, -2) / 2)
+    expected = weight / weight.sum(-1, keepdim=True) @ values
+    torch.testing.assert_close(plan(queries, keys, values, keep=torch.from_numpy(keep)), expected)
 
 
 @pytest.mark.parametrize(

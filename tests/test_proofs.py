@@ -185,3 +185,10 @@ def test_what_cannot_be_decided_is_undecided() -> None:
     verdict = subset(unequal, band(-2, 0))
     assert verdict.status in ("undecided", "refuted")
     assert "limit" in verdict.reason or verdict.counter_example
+
+
+def test_a_table_without_axes_is_searched() -> None:
+    start = x.lookup(Table("start", "int", (), batched=True))
+    verdict = subset(CAUSAL, le(start, K))
+    assert verdict.status == "refuted"
+    assert verdict.tables is not None

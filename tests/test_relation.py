@@ -190,3 +190,14 @@ def test_the_quota_is_lifted_afterwards(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.undo()
     assert isl.DEFAULT_CONTEXT.get_max_operations() == 0
     assert not to_set(CAUSAL).is_empty()
+
+
+def test_wherever_the_quota_ends_a_product_stays_or_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    window = all_of(CAUSAL, le(sub(Q, K), const(30)))
+    dilated = all_of(CAUSAL, eq(x.mod(sub(Q, K), const(3)), x.ZERO))
+    mask = product(window, dilated)
+    kept = 0
+    for operations in range(1000, 8000, 37):
+        monkeypatch.setattr(relation, "OPERATIONS", operations)
+        kept += eliminate(mask) is mask
+    assert 0 < kept < 190

@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from attndsl import pointwise
+from attndsl import abstract, pointwise, tiling
 from attndsl.blockmask import BlockMask, TileGrid
 from attndsl.errors import AttnError
 from attndsl.expr import (
@@ -336,15 +336,69 @@ def test_an_int_table_out_of_its_range_is_refused_unless_guarded() -> None:
     check(all_of(lt(Q, const(40)), intable(K, CHOSEN, Q)), 64, 64, 16)
 
 
+def test_a_draw_among_a_table_is_guarded_where_its_row_lies_outside() -> None:
+    row = sub(Q, const(2))
+    of = eq(lookup(DOC, var("i")), lookup(DOC, var("j")))
+    drawn = random_keys(row, K, const(97), const(0), of, 2, "i", "j")
+    inside = all_of(le(const(0), row), lt(row, const(97)))
+    assert check(all_of(inside, drawn), 97, 97, 8).nnz == 2 * 95
+
+
 def test_a_product_of_relations_is_searched_up_to_a_limit() -> None:
     step = all_of(le(mul(var("m"), var("m")), Q), eq(mod(add(var("m"), K), const(7)), const(0)))
     mask = exists("m", const(0), const(40), step)
     check(mask, 40, 40, 8)
-    with pytest.raises(AttnError, match="the limit is 2,147,483,648"):
+    with pytest.raises(AttnError, match="the limit is 1,073,741,824"):
         tile(mask, 2000, 2000, 128, n=2000)
 
 
+@pytest.mark.parametrize(("longest", "known"), [(0, 1), (2, 40), (2, 2**22)])
+def test_numbered_keys_equal_pointwise_evaluation(
+    longest: int, known: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(abstract, "KEY_LIMIT", longest)
+    monkeypatch.setattr(abstract, "KNOWN_LIMIT", known)
+    for mask in (*map(random_mask, range(0, 240, 4)), *KEYS.values()):
+        check(mask, 250, 77, 16, 13, 40)
+
+
+def test_keys_of_many_columns_still_tell_equal_boxes() -> None:
+    combs = any_of(*(eq(mod(sub(Q, K), const(512)), const(7 * i)) for i in range(70)))
+    assert len(tile(combs, 2**17, 2**17, 64, n=2**17).masks) == 8
+
+
+def test_shared_parts_do_not_double_keys() -> None:
+    plus, minus = Q, mul(const(-1), Q)
+    for _ in range(40):
+        plus, minus = (
+            minimum(add(plus, const(1)), absolute(minus)),
+            minimum(add(minus, const(1)), absolute(plus)),
+        )
+    check(le(plus, K), 150, 150, 32)
+
+
+def test_entries_are_counted_before_they_are_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    expand, counted = tiling.expand, []
+
+    def counting(root: int, levels: list[np.ndarray], width: int) -> tuple[np.ndarray, np.ndarray]:
+        parts, runs = expand(root, levels, width)
+        contents = max(root, *(int(level.max(initial=0)) for level in levels)) if levels else root
+        count = tiling.entries(root, levels, contents)
+        counted.append((count, parts.shape[1] + runs.shape[1]))
+        return parts, runs
+
+    monkeypatch.setattr(tiling, "expand", counting)
+    for mask in (*map(random_mask, range(40)), *PATTERNS.values()):
+        check(mask, 300, 300, 8)
+    assert len(counted) > 40
+    assert all(count == written for count, written in counted)
+
+
 def test_limits_are_named() -> None:
+    with pytest.raises(AttnError, match="tiles and runs of tiles; the limit is 16777216"):
+        tile(all_of(CAUSAL, eq(mod(sub(Q, K), const(3)), const(0))), 2**20, 2**20, 128, n=2**20)
+    with pytest.raises(AttnError, match="random draws 5,000 keys"):
+        tile(random_keys(Q, K, const(10_000), const(0), TRUE, 5000, "i", "j"), 10_000, 10_000, 128, n=10_000)
     with pytest.raises(AttnError, match="limit"):
         tile(eq(mod(mul(Q, K), const(1_000_003)), const(0)), 2**20, 2**20, 128, n=2**20)
     with pytest.raises(AttnError, match="multiple of 8"):

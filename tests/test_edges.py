@@ -1,0 +1,64 @@
+"""What lies at the edge of a domain: scales that are not positive, heads that another group owns, huge sinks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import attndsl
+
+
+def run(text: str, backend: str, n: int, heads: int = 1, **tables: Any) -> list[torch.Tensor]:
+    """Output, log-sum-exp, and gradients of q, k and v."""
+    attention = attndsl.parse(text)["a"]
+    plan = attndsl.compile(attention, length=n, heads=heads, head_dim=8, dtype="float64", backend=backend)
+    rng = torch.Generator().manual_seed(n)
+    q, k, v = (
+        torch.randn(1, heads, n, 8, dtype=torch.float64, generator=rng, requires_grad=True) for _ in "qkv"
+    )
+    out, lse = plan(q, k, v, return_lse=True, **tables)
+    return [out.detach(), lse.detach(), *torch.autograd.grad(out.sin().sum(), (q, k, v))]
+
+
+@pytest.mark.parametrize("score", ["-s", "0", "s * 0", "-2 * s"])
+@pytest.mark.parametrize("backend", ["sdpa", "torch"])
+def test_scales_that_are_not_positive(score: str, backend: str) -> None:
+    text = f"attention a {{ mask causal score {score} }}"
+    for mine, value in zip(run(text, backend, 33), run(text, "reference", 33), strict=True):
+        torch.testing.assert_close(mine, value, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "score"),
+    [("inputs b : float[4]", "s + b[h - 4]"), ("", "s + log(h - 3)"), ("", "s * sqrt(h - 4)")],
+)
+def test_a_score_is_evaluated_for_the_heads_of_its_group_alone(inputs: str, score: str) -> None:
+    text = f"attention a {{ {inputs} heads 0..3 {{ mask causal }} 4..7 {{ mask causal score {score} }} }}"
+    tables = {"b": np.arange(4.0)} if inputs else {}
+    for mine, value in zip(
+        run(text, "torch", 16, 8, **tables), run(text, "reference", 16, 8, **tables), strict=True
+    ):
+        assert not value.isnan().any()
+        torch.testing.assert_close(mine, value)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_a_sink_that_takes_all(backend: str) -> None:
+    _, lse, *_ = run("attention a { mask causal norm softmax(sink = 2000.0) }", backend, 16)
+    torch.testing.assert_close(lse, torch.full_like(lse, 2000.0))
+
+
+@pytest.mark.parametrize(
+    "text", ["{ q, k : k < 3 }", "rows([3]) | radius(1)", "prefix_lm(3) & columns(0..2)"]
+)
+def test_diameters_at_every_length(text: str) -> None:
+    for n in range(1, 34):
+        program = attndsl.parse(f"pattern a = {text} assert diameter(a, n = {n}) <= 100")
+        step = (program["a"].mask(n)[0] | np.eye(n, dtype=bool)).astype(int)
+        power, layers = np.eye(n, dtype=int), 0
+        while ((more := power @ step > 0) != (power > 0)).any():
+            power, layers = more.astype(int), layers + 1
+        assert attndsl.prove(program.assertions[0]).reason == f"diameter is {layers} at n = {n}"
