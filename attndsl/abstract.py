@@ -42,7 +42,7 @@ Key = Sequence[Column]
 
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
-KEY_LIMIT = 32
+KEY_LIMIT = 24
 """Columns of one key; more become one column of numbers, or shared parts would double them at every step."""
 KNOWN_LIMIT = 2**22
 """Entries of the keys that are remembered with their numbers, for one node and one size of boxes."""
@@ -529,7 +529,7 @@ class Numbers:
         shapes = {array.shape for column in key for array in (column.values, *column.masks)}
         wanted = np.broadcast_to(wanted, np.broadcast_shapes((1,), np.shape(wanted), *shapes))
         column, count = np.zeros(wanted.shape, np.int64), int(np.count_nonzero(wanted))
-        if count <= len(key):
+        if count <= 8 * len(key):
             # so few are told apart for less than it takes to compare them
             column[wanted] = self.new(count)
             return [Column(column)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from attndsl import expr as ir
@@ -42,6 +42,7 @@ class Included:
     left: Heads | Reach
     right: Heads | Reach
     equal: bool
+    names: tuple[str, str]
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def _compared(
         if op not in ("<=", "=="):
             help = "write `<=`: every pair of the left is in the right" if op == "<" else ""
             raise fail(f"patterns are compared with `<=` and `==`, not `{op}`", e.span, help)
-        return Included(relations[0], relations[1], op == "==")
+        return Included(relations[0], relations[1], op == "==", (left.span.text, right.span.text))
     if relations:
         at = left if isinstance(sides[0], Heads | Reach) else right
         raise fail(
@@ -226,6 +227,8 @@ def prove(assertion: Assertion) -> Verdict:
 
     Quantities are stated at one n and simply computed.
     """
+    if not isinstance(assertion, Assertion):
+        raise fail(f"an assertion of a program is proved, not {type(assertion).__name__}")
     verdicts = [_verdict(claim) for claim in assertion.claims]
     for status in ("refuted", "undecided"):
         for verdict in verdicts:
@@ -240,9 +243,13 @@ def _verdict(claim: Claim) -> Verdict:
     if isinstance(claim, EveryRow):
         return _worst([proofs.every_row(mask, heads) for mask, heads in claim.of.groups])
     if isinstance(claim, Included):
-        decide = proofs.equal if claim.equal else proofs.subset
         left, right = (_per_head(side) for side in (claim.left, claim.right))
-        return _worst([decide(a, b, ir.all_of(ha, hb)) for a, ha in left for b, hb in right])
+        found = [proofs.subset(a, b, ir.all_of(ha, hb)) for a, ha in left for b, hb in right]
+        if claim.equal:
+            found = [_only_in(verdict, claim.names) for verdict in found]
+            back = [proofs.subset(b, a, ir.all_of(ha, hb)) for a, ha in left for b, hb in right]
+            found += [_only_in(verdict, claim.names[::-1]) for verdict in back]
+        return _worst(found)
     left_value, right_value = (_measured(side) for side in (claim.left, claim.right))
     if left_value is None or right_value is None:
         return proofs.Verdict("undecided", reason="it depends on run-time tables")
@@ -255,9 +262,21 @@ def _verdict(claim: Claim) -> Verdict:
     return proofs.Verdict("proved" if holds else "refuted", reason=stated)
 
 
+def _only_in(verdict: Verdict, names: tuple[str, str]) -> Verdict:
+    if verdict.status != "refuted":
+        return verdict
+    return replace(verdict, reason=f"in {names[0]}, not in {names[1]}")
+
+
 def _worst(verdicts: list[Verdict]) -> Verdict:
+    """The one that settles the claim: of counter-examples the smallest."""
     order = {"refuted": 0, "undecided": 1, "proved": 2}
-    return min(verdicts, key=lambda verdict: order[verdict.status])
+
+    def key(verdict: Verdict) -> tuple[int, ...]:
+        at = verdict.counter_example or {}
+        return order[verdict.status], *(at.get(name, 0) for name in ("n", "q", "k"))
+
+    return min(verdicts, key=key)
 
 
 def _per_head(side: Heads | Reach) -> tuple[tuple[Expr, Expr], ...]:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from attndsl.lowering import Sizes
 
 HEADS_TRIED = 256
+DENSE_LIMIT = 2**30
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,18 @@ class Attention:
         return any_of(*(exists("h", ZERO, heads, all_of(w, m)) if "h" in m.free else m for w, m in masks))
 
     def __call__(self, *args: Any, **params: Any) -> Attention:
-        assert self.rebind is not None
+        if self.rebind is None:
+            raise fail(
+                f"`{self.name}` is a copy that cannot be bound anew", help="load the program again, and bind it"
+            )
         return self.rebind(*args, **params)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but `rebind`, which holds the whole program."""
+        return {**vars(self), "rebind": None}
+
+    def __deepcopy__(self, memo: object) -> Attention:
+        return self
 
     def mask(
         self,
@@ -144,6 +155,12 @@ class Attention:
         from attndsl import lowering
 
         sizes = self._sizes(length, q_length, q_offset, k_offset, heads)
+        if sizes.nq * sizes.n_keys > DENSE_LIMIT:
+            raise fail(
+                f"a mask of {sizes.nq:,} x {sizes.n_keys:,} is not written out: "
+                f"the limit is {DENSE_LIMIT:,} pairs",
+                help="`block_mask` gives its tiles",
+            )
         tables = lowering.checked_tables(self, inputs, sizes)
         found = lowering.dense(self, sizes, tables, counts)
         return found if any(t.batched for t in self.inputs) or len(found) > 1 else found[0]

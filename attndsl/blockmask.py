@@ -236,8 +236,9 @@ class BlockMask:
     def __str__(self) -> str:
         full, partial, empty, unique = self.tiles
         return (
-            f"{self.nq} x {self.n}, density {self.density:.2%}; tiles of {self.block_size}: {full} full, "
-            f"{partial} partial ({unique} distinct), {empty} empty; {self.nbytes} bytes"
+            f"{self.nq:,} x {self.n:,}, density {100 * self.density:.3g} %; tiles of {self.block_size:,}: "
+            f"{full:,} full, {partial:,} partial ({unique:,} distinct), {empty:,} empty; "
+            f"{self.nbytes:,} bytes"
         )
 
 

@@ -84,14 +84,16 @@ class AttentionBuilder:
         built = tuple(self.group(which, own) for which, own in groups)
         if self.failed:
             raise AttnError(*dict.fromkeys(d for error in self.failed for d in error.diagnostics))
-        least = 1 + max((head for which, _ in groups for head in listed_heads(which)), default=0)
+        last = (max(listed_heads(which), default=0) for which, _ in groups)
+        # `else` and rules such as parity go on for ever
+        least = 1 + max((head for head in last if head < HEAD_LIMIT - 2), default=0)
         return Attention(
             self.definition.name,
             built,
             inputs,
             tuple(self.learned.values()),
             offset,
-            least if least < HEAD_LIMIT else 1,
+            least,
         )
 
     def groups(self, heads: ast.Heads) -> list[tuple[Expr, tuple[ast.Clause, ...]]]:

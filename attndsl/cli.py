@@ -6,7 +6,8 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,12 +20,17 @@ if TYPE_CHECKING:
     from attndsl.attention import Attention
     from attndsl.blockmask import BlockMask
     from attndsl.child import Stage
+    from attndsl.errors import Diagnostic
     from attndsl.expr import Expr
     from attndsl.plan import Plan
+    from attndsl.program import Program
     from attndsl.proofs import Verdict
 
 Command = Callable[..., Any]
 T = TypeVar("T")
+
+TILES = 1024
+"""Tiles on a side of a mask to draw or to count in, about."""
 
 
 class Commands(click.Group):
@@ -69,15 +75,30 @@ def options(*decorators: Callable[[Command], Command]) -> Callable[[Command], Co
     return add
 
 
-FILE = click.Path(exists=True, dir_okay=False)
-POSITIVE = click.IntRange(min=1)
+class Count(click.IntRange):
+    """A whole number, at least `least`; `example` stands in the message about what is none."""
+
+    def __init__(self, least: int, example: int) -> None:
+        super().__init__(min=least)
+        self.example = example
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return super().convert(int(value), param, ctx)
+        except ValueError:
+            name = param.opts[0] if param else "this"
+            raise click.UsageError(f"`{name}` takes a whole number, such as {self.example}", ctx) from None
+
+
+LENGTH = Count(1, 65536)
+COUNT = Count(1, 64)
 JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 LIMIT = click.option(
     "--time-limit", type=click.FloatRange(min=0, min_open=True), default=60.0, show_default=True,
     help="Seconds for symbolic work: proofs and tiling.",
 )  # fmt: skip
 TARGET = options(
-    click.argument("file", type=FILE),
+    click.argument("file"),
     click.argument("name", required=False),
     click.option("--set", "params", metavar="P=V", multiple=True, callback=pair,
                  help="A parameter, as the language writes it: 4, [0, 8], 0..3."),
@@ -85,17 +106,17 @@ TARGET = options(
                  help="A run-time table."),
 )  # fmt: skip
 SIZES = options(
-    click.option("--length", type=POSITIVE, required=True, help="Number of keys, n."),
-    click.option("--q-length", type=POSITIVE, help="Number of queries, if not n."),
-    click.option("--heads", type=POSITIVE, default=1, show_default=True),
-    click.option("--batch", type=POSITIVE, default=1, show_default=True),
-    click.option("--block-size", type=POSITIVE, help="Tokens on the side of a tile."),
+    click.option("--length", type=LENGTH, required=True, help="Number of keys, n."),
+    click.option("--q-length", type=LENGTH, help="Number of queries, if not n."),
+    click.option("--heads", type=COUNT, default=1, show_default=True),
+    click.option("--batch", type=COUNT, default=1, show_default=True),
+    click.option("--block-size", type=COUNT, help="Tokens on the side of a tile."),
     LIMIT,
 )  # fmt: skip
 PROBLEM = options(
     SIZES,
-    click.option("--kv-heads", type=POSITIVE, help="Number of key heads, if not that of query heads."),
-    click.option("--head-dim", type=POSITIVE, default=64, show_default=True),
+    click.option("--kv-heads", type=COUNT, help="Number of key heads, if not that of query heads."),
+    click.option("--head-dim", type=COUNT, default=64, show_default=True),
     click.option("--dtype", type=click.Choice(["float64", "float32", "bfloat16", "float16"]),
                  default="float32", show_default=True),
     click.option("--device", default="cpu", show_default=True),
@@ -103,17 +124,44 @@ PROBLEM = options(
 )  # fmt: skip
 
 
+def program_of(file: str) -> Program:
+    """The program of a file, or of stdin for `-`."""
+    import attndsl
+
+    return attndsl.parse(read(file), "<stdin>") if file == "-" else attndsl.load(file)
+
+
 def bound(file: str, name: str | None, params: dict[str, str]) -> Attention:
     """The attention that a command is about."""
-    import attndsl
+    return titled(file, name, params)[0]
+
+
+def titled(file: str, name: str | None, params: dict[str, str]) -> tuple[Attention, str]:
+    """The attention, and its name with the parameters that differ from the defaults."""
     from attndsl.attention import Attention
 
-    program = attndsl.load(file)
-    definition = program[name or program.default()]
+    program = program_of(file)
+    name = name or program.default()
+    definition = program[name]
     attention = definition(**params) if params else definition
     if not isinstance(attention, Attention):
         raise fail(str(attention).strip("<>"), help="give them with --set name=value")
-    return attention
+    return attention, title(program, name, params)
+
+
+def title(program: Program, name: str, params: dict[str, str]) -> str:
+    from attndsl import syntax
+    from attndsl.errors import Source
+    from attndsl.syntax.format import render
+
+    defaults = {param.name: param.default for param in program.elaborator.definitions[name].params}
+    given = {param: render(syntax.parse_expression(Source("", text))) for param, text in params.items()}
+    other = [
+        f"{param} = {given[param]}"
+        for param, default in defaults.items()
+        if param in given and (default is None or render(default) != given[param])
+    ]
+    return f"{name}({', '.join(other)})" if other else name
 
 
 def tables(inputs: dict[str, str]) -> dict[str, Any]:
@@ -123,17 +171,28 @@ def tables(inputs: dict[str, str]) -> dict[str, Any]:
     found = {}
     for name, path in inputs.items():
         try:
-            found[name] = np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise fail(f"cannot read `{path}` as a .npy file: {error}") from None
+            with open(path, "rb") as file:
+                found[name] = np.lib.format.read_array(file, allow_pickle=False)
+        except OSError as error:
+            raise unreadable(path, error) from None
+        except (ValueError, EOFError):
+            raise fail(f"`{path}` is no .npy file", help="write it with numpy.save") from None
     return found
 
 
 def read(file: str) -> str:
+    """The text of a file, or of stdin for `-`."""
     try:
-        return Path(file).read_text(encoding="utf-8")
+        data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+        return data.decode()
+    except OSError as error:
+        raise unreadable(file, error) from None
     except UnicodeDecodeError:
-        raise fail(f"`{file}` is not UTF-8 text") from None
+        raise fail(f"`{'<stdin>' if file == '-' else file}` is not UTF-8 text") from None
+
+
+def unreadable(file: str, error: OSError) -> AttnError:
+    return fail(f"cannot read `{file}`: {(error.strerror or str(error)).lower()}")
 
 
 def write(file: str, text: str) -> None:
@@ -150,10 +209,11 @@ def apart(work: Callable[[Stage], T]) -> T:
     return child.run(work)
 
 
-def picture(block_mask: BlockMask) -> str:
-    from attndsl import show
+def picture(attention: Attention, block_mask: BlockMask, heads: int) -> str:
+    from attndsl import lowering, show
 
-    return show.picture(block_mask, width())
+    (first, *_) = lowering.sizes(attention, block_mask.n, block_mask.nq, heads).q_offset
+    return show.picture(block_mask, width(), first)
 
 
 def width() -> int:
@@ -172,12 +232,15 @@ def echo_json(data: dict[str, Any]) -> None:
 
 
 @main.command()
-@click.argument("files", type=FILE, nargs=-1, required=True)
+@click.argument("files", nargs=-1, required=True)
 @JSON
 @LIMIT
 def check(files: tuple[str, ...], as_json: bool, time_limit: float) -> None:
-    """Parse, type-check and prove the assertions of FILES; exit 1 on any error or refuted assertion."""
-    reports = [check_file(file, time_limit) for file in files]
+    """Parse, type-check and prove the assertions of FILES (`-`: stdin).
+
+    Exit 1 on any error or refuted assertion.
+    """
+    reports = [check_file(file, time_limit, as_json) for file in files]
     if as_json:
         echo_json({"files": reports})
     else:
@@ -196,22 +259,25 @@ def report_lines(report: dict[str, Any]) -> list[str]:
     ]
 
 
-def check_file(file: str, time_limit: float) -> dict[str, Any]:
-    import attndsl
+def check_file(file: str, time_limit: float, quiet: bool) -> dict[str, Any]:
+    """What is wrong is also said on stderr, unless `quiet`."""
     from attndsl import facts
 
-    def warnings(stage: Stage) -> list[str]:
-        stage(f"looking for warnings in {file}", time_limit)
-        return [str(diagnostic) for diagnostic in program.warnings]
+    shown = "<stdin>" if file == "-" else file
 
+    def warnings(stage: Stage) -> list[Diagnostic]:
+        stage(f"looking for warnings in {shown}", time_limit)
+        return program.warnings
+
+    errors: Sequence[Diagnostic] = ()
+    warned: Sequence[Diagnostic] = ()
     try:
-        program = attndsl.load(file)
+        program = program_of(file)
         warned = apart(warnings)
     except AttnError as error:
-        click.echo(str(error), err=True)
-        return {"file": file, "fine": False, "error": str(error), "warnings": [], "assertions": []}
-    for warning in warned:
-        click.echo(warning, err=True)
+        errors = error.diagnostics
+    if not quiet and (errors or warned):
+        click.echo("\n\n".join(map(str, errors)) or "\n".join(map(str, warned)), err=True)
     assertions = [
         {
             "file": assertion.span.source.name,
@@ -219,10 +285,15 @@ def check_file(file: str, time_limit: float) -> dict[str, Any]:
             "assertion": assertion.text,
             **facts.of_verdict(decided(assertion, time_limit)),
         }
-        for assertion in program.assertions
+        for assertion in (() if errors else program.assertions)
     ]
-    fine = all(found["status"] != "refuted" for found in assertions)
-    return {"file": file, "fine": fine, "error": None, "warnings": warned, "assertions": assertions}
+    return {
+        "file": shown,
+        "fine": not errors and all(found["status"] != "refuted" for found in assertions),
+        "errors": [facts.of_diagnostic(found, shown) for found in errors],
+        "warnings": [facts.of_diagnostic(found, shown) for found in warned],
+        "assertions": assertions,
+    }
 
 
 def decided(assertion: Assertion, time_limit: float) -> Verdict:
@@ -250,7 +321,7 @@ def detail(found: dict[str, Any]) -> str:
 
 
 @main.command()
-@click.argument("files", type=FILE, nargs=-1, required=True)
+@click.argument("files", nargs=-1, required=True)
 @click.option("--check", "only_check", is_flag=True, help="Change nothing; exit 1 if a file would change.")
 def fmt(files: tuple[str, ...], only_check: bool) -> None:
     """Rewrite FILES in the one layout."""
@@ -289,26 +360,34 @@ def plugins(as_json: bool) -> None:
 @main.command()
 @TARGET
 @SIZES
+@click.option("--head", type=Count(0, 0), help="Show this head alone.")
 @click.option("--format", "form", type=click.Choice(["term"]), default="term", show_default=True)
-@click.option("-o", "--output", type=click.Path(dir_okay=False), help="Write to a file instead.")
+@click.option("-o", "--output", help="Write to a file instead.")
 def show(
     file: str,
     name: str | None,
     params: dict[str, str],
     inputs: dict[str, str],
     time_limit: float,
+    head: int | None,
     form: str,
     output: str | None,
     **sizes: Any,
 ) -> None:
     """The mask as a picture in the terminal."""
-    attention = bound(file, name, params)
+    attention, shown = titled(file, name, params)
     given = tables(inputs)
+    heads = sizes["heads"]
+    if head is not None and head >= heads:
+        raise fail(f"no head {head:,} among {counted(heads, 'head')}", help="more with --heads")
 
     def work(stage: Stage) -> str:
         stage("tiling", time_limit)
         block_mask = tiled(attention, given, **sizes)
-        return f"{heading(attention, block_mask)}\n{picture(block_mask)}"
+        if head is not None:
+            block_mask = of_head(block_mask, head)
+        which = "" if head is None else f", head {head:,}"
+        return f"{heading(shown + which, block_mask)}\n{picture(attention, block_mask, heads)}"
 
     text = apart(work)
     if output is None:
@@ -318,14 +397,32 @@ def show(
 
 
 def tiled(attention: Attention, given: dict[str, Any], **sizes: Any) -> BlockMask:
-    return attention.block_mask(
-        sizes["length"], sizes["block_size"] or 128, sizes["q_length"], heads=sizes["heads"], **given
-    )
+    """Tiles to draw or to count in, coarse where the mask is large."""
+    n, nq, heads = sizes["length"], sizes["q_length"], sizes["heads"]
+    block_size = sizes["block_size"] or coarse(attention, min(n, nq or n))
+    return attention.block_mask(n, block_size, nq, heads=heads, **given)
 
 
-def heading(attention: Attention, block_mask: BlockMask) -> str:
+def coarse(attention: Attention, length: int) -> int:
+    """About `TILES` tiles on a side. A table makes tiles that differ, and those cost their area."""
+    if any(group.relation.mask.tables for group in attention.groups):
+        return 128
+    return min(max(128, 1 << (length // TILES - 1).bit_length()), 4096) if length > TILES else 128
+
+
+def of_head(block_mask: BlockMask, head: int) -> BlockMask:
+    return replace(block_mask, index=block_mask.index[:, [head % block_mask.index.shape[1]]])
+
+
+def counted(number: int, one: str, many: str = "") -> str:
+    from attndsl import show
+
+    return show.counted(number, one, many)
+
+
+def heading(title: str, block_mask: BlockMask) -> str:
     size = f"n = {block_mask.n:,}" + (f", nq = {block_mask.nq:,}" if block_mask.nq != block_mask.n else "")
-    return f"{attention.name}  {size}  {100 * block_mask.density:.3g} % live"
+    return f"{title}  {size}  {100 * block_mask.density:.3g} % live"
 
 
 @main.command()
@@ -364,7 +461,7 @@ def compile(
 @click.option("--backward", is_flag=True, help="Time the backward pass as well.")
 @click.option(
     "--text",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=click.Path(path_type=Path),
     help="Take q, k and v from the bytes of this file, not from random numbers.",
 )
 @click.option("--seed", type=int, default=0, show_default=True)
@@ -390,8 +487,10 @@ def run(
 
         plan = planned(stage, time_limit, attention, given, training=backward, **problem)
         found = facts.of_run(stage, plan, given, backward, text, seed)
-        seen = "" if plan.block_masks is None else f"\n\n{picture(plan.block_masks)}"
-        return found, plan_text(plan) + seen
+        seen = plan_text(plan)
+        if plan.block_masks is not None:
+            seen += f"\n\n{picture(attention, plan.block_masks, problem['heads'])}"
+        return found, seen
 
     found, said = apart(work)
     if as_json:
@@ -411,8 +510,9 @@ def planned(
 
     try:
         torch.empty(0, device=problem["device"])
-    except (RuntimeError, AssertionError) as error:
-        raise fail(f"no device `{problem['device']}`: {str(error).splitlines()[0]}") from None
+    except (RuntimeError, AssertionError):
+        help = "cpu, or cuda where there is one"
+        raise fail(f"no device `{problem['device']}`", help=help) from None
     stage("tiling", time_limit)
     plan = attndsl.compile(attention, **problem)
     return plan.bind(**given) if given else plan
@@ -420,7 +520,9 @@ def planned(
 
 def plan_text(plan: Plan) -> str:
     blocks = plan.block_masks
-    held = f", {blocks.entries:,} entries in {blocks.nbytes:,} bytes" if blocks is not None else ""
+    held = ""
+    if blocks is not None:
+        held = f", {counted(blocks.entries, 'entry', 'entries')} in {counted(blocks.nbytes, 'byte')}"
     return f"{plan}\n  compiled  in {plan.compile_seconds:.3g} s{held}"
 
 
@@ -431,16 +533,23 @@ def result_text(found: dict[str, Any]) -> str:
     lines = [("forward", f"{forward:.4g} s{speed}")]
     if seconds["backward"] is not None:
         lines.append(("backward", f"{seconds['backward']:.4g} s"))
-    for key, title in (("dense", "SDPA, no mask"), ("dense_masked", "SDPA, this mask")):
+    for key, work in (("dense", "no mask"), ("dense_masked", found["dense_masked_work"])):
         taken = seconds[key]
-        times = "left out: too large" if taken is None else f"{taken:.4g} s  {taken / forward:.3g} x"
-        lines.append((title, times))
+        times = (
+            "left out: too large" if taken is None else f"{taken:.4g} s; forward is {ratio(taken, forward)}"
+        )
+        lines.append((f"SDPA, {work}", times))
     which = "all" if rows == found["q_length"] else f"{rows:,} sampled"
     error = "not verified: the pattern depends on nq, and reference does not fit"
     if rows:
         error = f"{found['max_abs_error']:.3g} at most, against reference in float64 on {which} rows"
     lines.append(("error", error))
-    return "\n".join(f"  {title:16} {said}" for title, said in lines)
+    return "\n".join(f"  {title:17} {said}" for title, said in lines)
+
+
+def ratio(dense: float, ours: float) -> str:
+    """Never below 1: the word says which of the two is faster."""
+    return f"{dense / ours:.3g} x faster" if dense >= ours else f"{ours / dense:.3g} x slower"
 
 
 @main.command()
@@ -474,7 +583,8 @@ def analyze(
         return
     where = ", ".join(f"{name} = {value}" for name, value in (found["not_causal_at"] or {}).items())
     causal = {True: "yes, for every n", False: f"no: {where}", None: "undecided"}[found["causal"]]
-    click.echo(f"{found['name']}: {found['q_length']:,} queries x {found['length']:,} keys")
+    queries = counted(found["q_length"], "query", "queries")
+    click.echo(f"{found['name']}: {queries} x {counted(found['length'], 'key')}")
     click.echo(f"  live pairs  {found['nnz']['value']:,}, {100 * found['density']:.3g} %")
     click.echo(f"  empty rows  {found['empty_rows']:,}")
     click.echo(f"  causal      {causal}")

@@ -1,14 +1,18 @@
 """The conformance suite: what every backend, ours or a third party's, must compute.
 
     import pytest
-    from attndsl.conformance import CASES, check
+    from attndsl.conformance import CASES, check, supported
 
     @pytest.mark.parametrize("case", CASES, ids=str)
     def test_mine(case):
         if reason := check("mine", case):
             pytest.skip(reason)
 
-`check` compares output, log-sum-exp and gradients with the backend `reference` in float64. The error may
+    def test_mine_does_something():
+        assert supported("mine")
+
+`check` compares output, log-sum-exp and gradients with the backend `reference` in float64; gradients only
+where the backend has them: one that declines to train is held to the rest. The error may
 be twice that of SDPA's math path in the same dtype on the same q, k and v, plus a few roundings of the
 result and one of the largest logit. Memory that a kernel does not write is NaN while it runs.
 """
@@ -175,27 +179,18 @@ CASES = tuple(
 
 def check(backend: str, case: Case) -> str | None:
     """None where the backend agrees, or the reason that it gave for declining. Raises AssertionError."""
-    attention = attndsl.parse(case.mechanism.text)["a"]
-    assert isinstance(attention, Attention)
-    problem = Problem(
-        length=case.n,
-        q_length=case.nq,
-        batch=case.batch,
-        heads=case.heads,
-        kv_heads=case.kv_heads,
-        head_dim=case.head_dim,
-        dtype=case.dtype,
-        block_size=case.block_size,
-        training=True,
-    )
-    reason: str | None = registry.plugin("backends", backend).supports(attention, problem)
+    training, reason = True, _reason(backend, case, training=True)
+    if reason is not None:
+        training, reason = False, _reason(backend, case, training=False)
     if reason is not None:
         return reason
+    attention = _attention(case.mechanism)
     inputs, exact, allowed = _expected(attention, case)
     with _poisoned_memory():
-        found = _run(_plan(attention, case, backend, case.dtype), case, inputs, case.dtype)
-    for name, value in exact.items():
-        mine = found[name].double()
+        plan = _plan(attention, case, backend, case.dtype, training)
+        found = _run(plan, case, inputs, case.dtype)
+    for name, result in found.items():
+        mine, value = result.double(), exact[name]
         assert mine.shape == value.shape, f"{name}: shape {tuple(mine.shape)}, not {tuple(value.shape)}"
         assert not mine.isnan().any(), f"{name} is NaN in {int(mine.isnan().sum())} places"
         assert torch.equal(mine == -torch.inf, value == -torch.inf), f"{name}: other rows are -inf"
@@ -203,6 +198,25 @@ def check(backend: str, case: Case) -> str | None:
         bound = allowed.get(name, allowed["gradient"])
         assert error <= bound, f"{name}: error {error:.2e}, allowed {bound:.2e}"
     return None
+
+
+def supported(backend: str) -> list[Case]:
+    """The cases that the backend does not decline; none, and `check` shows nothing."""
+    return [case for case in CASES if _reason(backend, case, training=False) is None]
+
+
+def _reason(backend: str, case: Case, training: bool) -> str | None:
+    problem = _problem(case, case.dtype, training)
+    reason: object = registry.plugin("backends", backend).supports(_attention(case.mechanism), problem)
+    assert reason is None or (isinstance(reason, str) and reason), f"neither None nor a reason: {reason!r}"
+    return reason
+
+
+@functools.cache
+def _attention(mechanism: Mechanism) -> Attention:
+    attention = attndsl.parse(mechanism.text)["a"]
+    assert isinstance(attention, Attention)
+    return attention
 
 
 @functools.lru_cache(maxsize=1)
@@ -231,9 +245,8 @@ def _poisoned_memory() -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
-def _plan(attention: Attention, case: Case, backend: str, dtype: str) -> Plan:
-    return attndsl.compile(
-        attention,
+def _problem(case: Case, dtype: str, training: bool) -> Problem:
+    return Problem(
         length=case.n,
         q_length=case.nq,
         batch=case.batch,
@@ -242,9 +255,12 @@ def _plan(attention: Attention, case: Case, backend: str, dtype: str) -> Plan:
         head_dim=case.head_dim,
         dtype=dtype,
         block_size=case.block_size,
-        backend=backend,
-        training=True,
+        training=training,
     )
+
+
+def _plan(attention: Attention, case: Case, backend: str, dtype: str, training: bool = True) -> Plan:
+    return attndsl.compile(attention, **vars(_problem(case, dtype, training)), backend=backend)
 
 
 def _inputs(attention: Attention, case: Case) -> Named:
@@ -272,12 +288,15 @@ def _inputs(attention: Attention, case: Case) -> Named:
 
 
 def _run(plan: Plan, case: Case, inputs: Named, dtype: str) -> Named:
-    """Output, log-sum-exp, and gradients of both with respect to everything real."""
+    """Output, log-sum-exp and, if the plan is for training, gradients of both with respect to all reals."""
     kind = getattr(torch, dtype)
     leaves = {name: x.to(kind).requires_grad_() if x.is_floating_point() else x for name, x in inputs.items()}
     learned = {table.name: leaves[table.name] for table in plan.attention.learned}
     tables = {table.name: leaves[table.name] for table in plan.attention.inputs}
     out, lse = plan.run(leaves["q"], leaves["k"], leaves["v"], case.q_offset, None, True, tables, learned)
+    results = {"out": out.detach(), "lse": lse.detach()}
+    if not plan.problem.training:
+        return results
     wanted = [name for name, x in leaves.items() if x.requires_grad and not name.startswith("grad_")]
     finite = torch.where(lse == -torch.inf, 0.0, lse)
     loss = (out * leaves["grad_out"].detach()).sum() + (finite * leaves["grad_lse"].detach()).sum()
@@ -285,7 +304,7 @@ def _run(plan: Plan, case: Case, inputs: Named, dtype: str) -> Named:
         loss, [leaves[name] for name in wanted], allow_unused=True, materialize_grads=True
     )
     named = {f"gradient of {name}": g for name, g in zip(wanted, grads, strict=True)}
-    return {"out": out.detach(), "lse": lse.detach(), **named}
+    return results | named
 
 
 def _yardstick(attention: Attention, case: Case, inputs: Named) -> dict[str, float]:

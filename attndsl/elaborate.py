@@ -106,6 +106,8 @@ class Elaborator:
         raise self.unknown(name, env)
 
     def unknown(self, name: ast.Name, env: Env, help: str = "") -> AttnError:
+        if name.id in self.broken:
+            return AttnError()
         candidates = {*env.names, *self.definitions, *BUILT_IN, "n", "nq", "h", "H", "D"}
         near = RETIRED.get(name.id) or RETIRED.get(name.id.lower()) or suggest(name.id, candidates)
         if env.calls and name.id in {param.name for param in self.definitions[env.calls[-1]].params}:

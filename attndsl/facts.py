@@ -8,12 +8,22 @@ from typing import TYPE_CHECKING, Any
 from attndsl import proofs
 from attndsl.attention import Attention
 from attndsl.blockmask import BlockMask
-from attndsl.errors import fail
+from attndsl.errors import Diagnostic, fail
 from attndsl.expr import le, var
 
 if TYPE_CHECKING:
     from attndsl.child import Stage
     from attndsl.plan import Plan
+
+
+def of_diagnostic(found: Diagnostic, file: str) -> dict[str, Any]:
+    """Line and column count from 1; None, in `file`, where a message is about no place in a text."""
+    line = column = None
+    if found.span is not None:
+        file = found.span.source.name
+        line, column = found.span.source.position(found.span.start)
+    said = {"severity": found.severity, "message": found.message, "help": found.help}
+    return {"file": file, "line": line, "column": column, **said}
 
 
 def of_verdict(found: proofs.Verdict) -> dict[str, Any]:
@@ -92,14 +102,15 @@ def of_run(
     works = {
         "forward": lambda: plan(q, k, v, **given),
         "backward": trial.backward(plan, (q, k, v), given) if backward else None,
-        "dense": trial.dense(plan, q, k, v, masked=False),
-        "dense_masked": trial.dense(plan, q, k, v, masked=True),
+        "dense": trial.dense(plan, q, k, v),
+        "dense_masked": trial.dense_masked(plan, q, k, v, given),
     }
     seconds = trial.medians({name: work for name, work in works.items() if work}, problem.device)
     found = of_plan(plan)
     nnz = found["nnz"]
     return found | {
         "seconds": {name: seconds.get(name) for name in works},
+        "dense_masked_work": trial.masked_work(plan),
         "gflops_live": None if nnz is None else 4 * nnz * problem.head_dim / seconds["forward"] / 1e9,
         "max_abs_error": None if verified is None else verified.error,
         "verified_rows": 0 if verified is None else verified.rows,

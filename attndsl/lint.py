@@ -11,6 +11,7 @@ from attndsl.errors import AttnError, Diagnostic, Span
 from attndsl.expr import Expr
 from attndsl.syntax import nodes as ast
 from attndsl.values import TOKENS, AttentionOf, Env, K, Q
+from attndsl.vocabulary import BUILT_IN
 
 Definition = ast.Definition | ast.AttentionDef
 
@@ -65,7 +66,8 @@ def _of_attention(item: ast.AttentionDef, elaborator: Elaborator) -> Iterator[Di
         if not group.relation.mask.tables and not empty and value.attention.offset is None:
             yield from _empty_rows(group, span)
         yield from _shift_variance(group, item)
-    yield from _inexact(value.attention, masks)
+    yield from _missing_heads(value.attention, item)
+    yield from _inexact(value.attention, masks, elaborator)
     if not any(group.relation.mask.tables for group in value.attention.groups) and not empty:
         yield from _holes(value.attention.any_head(), span)
     for clause in masks:
@@ -103,7 +105,18 @@ def _scattered(attention: Attention, span: Span) -> Iterator[Diagnostic]:
         )
 
 
-def _inexact(attention: Attention, masks: list[ast.Clause]) -> Iterator[Diagnostic]:
+def _missing_heads(attention: Attention, item: ast.AttentionDef) -> Iterator[Diagnostic]:
+    last = attention.least_heads
+    some = {"h": ir.const(last), "H": ir.const(last + 1)}
+    if all(ir.substitute(group.heads, some) is ir.FALSE for group in attention.groups):
+        yield _warning(
+            f"heads from {last} on are in no group: it serves {last} heads alone",
+            item.name_span,
+            "add `else { ... }`",
+        )
+
+
+def _inexact(attention: Attention, masks: list[ast.Clause], elaborator: Elaborator) -> Iterator[Diagnostic]:
     """What is no integer relation is bounded from both sides: right, but verdicts may stay open."""
     from attndsl.relation import is_affine
 
@@ -111,10 +124,10 @@ def _inexact(attention: Attention, masks: list[ast.Clause]) -> Iterator[Diagnost
         return
     tables = {table.name for table in attention.inputs}
     for clause in masks:
-        whole = clause.value
-        for part in whole.args if isinstance(whole, ast.Nary) and whole.op == "&" else (whole,):
+        for part in _operands(clause.value):
             names = {name.id for name in ast.walk(part) if isinstance(name, ast.Name)}
-            if names & tables or not tables:
+            mask = _standing_alone(part, elaborator)
+            if names & tables or (not is_affine(mask) if mask is not None else not tables):
                 message = "no integer relation: right, but found tile by tile, and proofs may stay open"
                 yield Diagnostic(message, part.span, severity="note")
                 return
@@ -124,13 +137,22 @@ def _empty_parts(e: ast.Expression, elaborator: Elaborator) -> Iterator[Diagnost
     """Operands of `&` that relate nothing."""
     from attndsl.proofs import subset
 
-    for part in e.args if isinstance(e, ast.Nary) and e.op == "&" else (e,):
-        bound = {name.id for name in ast.walk(part) if isinstance(name, ast.Name)}
-        if not bound <= {*elaborator.definitions, "q", "k", "n"}:
-            continue
-        mask = elaborator.pattern(part, Env({}), TOKENS).at(Q, K, TOKENS).mask
-        if not mask.tables and subset(mask, ir.FALSE).status == "proved":
+    for part in _operands(e):
+        mask = _standing_alone(part, elaborator)
+        if mask is not None and not mask.tables and subset(mask, ir.FALSE).status == "proved":
             yield _warning("no pair satisfies this", part.span)
+
+
+def _operands(e: ast.Expression) -> tuple[ast.Expression, ...]:
+    return e.args if isinstance(e, ast.Nary) and e.op == "&" else (e,)
+
+
+def _standing_alone(e: ast.Expression, elaborator: Elaborator) -> Expr | None:
+    """The mask of an expression that reads no parameter or table."""
+    names = {name.id for name in ast.walk(e) if isinstance(name, ast.Name)}
+    if not names <= {*elaborator.definitions, *BUILT_IN, "q", "k", "n", "h", "H"}:
+        return None
+    return elaborator.pattern(e, Env({}), TOKENS).at(Q, K, TOKENS).mask
 
 
 def _empty_rows(group: HeadGroup, span: Span) -> Iterator[Diagnostic]:
@@ -164,12 +186,10 @@ def _block_causality(e: ast.Expression, elaborator: Elaborator) -> Iterator[Diag
     causal = ir.le(K, Q)
     if not (isinstance(e, ast.Call) and isinstance(e.func, ast.Name) and e.func.id == "blocks"):
         return
-    inner = next((arg.value for arg in e.args if arg.name in ("", "R") and arg is e.args[-1]), None)
-    names = {name.id for name in ast.walk(e) if isinstance(name, ast.Name)}
-    if inner is None or not names <= {*elaborator.definitions, "q", "k", "n", "blocks"}:
+    over_tokens = _standing_alone(e, elaborator)
+    if over_tokens is None:
         return
-    over_blocks = elaborator.pattern(inner, Env({}), TOKENS).at(Q, K, TOKENS).mask
-    over_tokens = elaborator.pattern(e, Env({}), TOKENS).at(Q, K, TOKENS).mask
+    over_blocks = elaborator.pattern(e.args[-1].value, Env({}), TOKENS).at(Q, K, TOKENS).mask
     if subset(over_blocks, causal).status != "proved":
         return
     verdict = subset(over_tokens, causal)

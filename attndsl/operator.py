@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from attndsl.backend import Call, Kernel
+from attndsl.errors import fail
 
 
 @runtime_checkable
@@ -43,14 +44,19 @@ class Differentiable(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Runner:
-    """A kernel, the names of the tables in the order they are passed, and how tensors become a Call.
+    """A kernel of a backend, the names of the tables in the order they are passed, and how tensors become a
+    Call.
 
     call_of(q, k, v, tables, q_offset, k_offset) -> Call; it may build or look up the BlockMask.
+    untrainable() is why the backend has no gradients, or None.
     """
+
+    backend: str
 
     kernel: Kernel | Differentiable
     names: tuple[str, ...]
     call_of: Callable[[Tensor, Tensor, Tensor, Mapping[str, Tensor], list[int], list[int]], Call]
+    untrainable: Callable[[], str | None]
 
 
 vjp: Callable[..., tuple[Any, Callable[..., Any]]] = torch.func.vjp  # type: ignore[assignment]
@@ -82,9 +88,40 @@ def attend(
     named = dict(zip(runner.names, tables, strict=True))
     call = runner.call_of(q, k, v, named, list(q_offset), list(k_offset))
     if isinstance(runner.kernel, Differentiable):
-        return runner.kernel.forward(call)
+        return _checked(runner.backend, call, runner.kernel.forward(call))
     with torch.no_grad():
-        return runner.kernel(call)
+        return _checked(runner.backend, call, runner.kernel(call))
+
+
+def _checked(backend: str, call: Call, result: object) -> tuple[Tensor, Tensor]:
+    """The result, if it is what `Kernel` promises."""
+    if not isinstance(result, tuple) or [isinstance(part, Tensor) for part in result] != [True, True]:
+        raise fail(f"the backend `{backend}` returned {_described(result)}, not (output, log-sum-exp)")
+    out, lse = result
+    q, v = call.q, call.v
+    wanted = {
+        "output": (out, [*q.shape[:3], v.shape[3]], q.dtype),
+        "log-sum-exp": (lse, [*q.shape[:3]], torch.promote_types(q.dtype, torch.float32)),
+    }
+    for name, (part, shape, dtype) in wanted.items():
+        if (list(part.shape), part.dtype, part.device) != (shape, dtype, q.device):
+            raise fail(
+                f"the backend `{backend}` returned the {name} as {_described(part)}, "
+                f"not {_tensor(dtype, shape, q.device)}"
+            )
+    return out, lse
+
+
+def _tensor(dtype: torch.dtype, shape: list[int], device: torch.device) -> str:
+    return f"{str(dtype).removeprefix('torch.')}{shape} on {device}"
+
+
+def _described(value: object) -> str:
+    if isinstance(value, Tensor):
+        return _tensor(value.dtype, [*value.shape], value.device)
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_described, value))})"
+    return type(value).__name__
 
 
 @torch.library.custom_op("attndsl::attend_backward", mutates_args=())
@@ -104,6 +141,11 @@ def attend_backward(
 ) -> list[Tensor]:
     """Gradients of q, k, v and of the wanted tables."""
     runner = _runners[handle]
+    if reason := runner.untrainable():
+        raise fail(
+            f"the backend `{runner.backend}` has no gradients for this: {reason}",
+            help="compile with `training=True` to choose among those that have",
+        )
     named = dict(zip(runner.names, tables, strict=True))
     needing = [name for name, w in zip(runner.names, wanted, strict=True) if w]
     call = runner.call_of(q, k, v, named, list(q_offset), list(k_offset))

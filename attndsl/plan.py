@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -70,6 +72,8 @@ def compile(
     considered = {name: _judged(name, attention, problem, blocks) for name in registry.names("backends")}
     chosen = _chosen(considered, backend)
     kernel = registry.plugin("backends", chosen).lower(attention, problem)
+    if not callable(kernel):
+        raise fail(f"the backend `{chosen}` returned no kernel: its `lower` gave {type(kernel).__name__}")
     return Plan(attention, problem, chosen, considered, kernel, blocks, seconds)
 
 
@@ -101,13 +105,19 @@ def _problem(attention: object, problem: Problem) -> Problem:
 def _judged(
     name: str, attention: Attention, problem: Problem, blocks: BlockMask | None
 ) -> float | str:
-    """Predicted seconds, or the reason why the backend declines or cannot be loaded."""
+    """Predicted seconds, or the reason why the backend declines or cannot be used."""
     try:
         backend: Backend = registry.plugin("backends", name)
     except AttnError as error:
         return error.diagnostics[0].message
-    reason = backend.supports(attention, problem)
-    return reason if reason is not None else backend.cost(attention, problem, blocks)
+    reason: object = backend.supports(attention, problem)
+    if reason is not None:
+        said = isinstance(reason, str) and reason
+        return said or f"its `supports` gave {reason!r}, which is neither None nor a reason"
+    cost: object = backend.cost(attention, problem, blocks)
+    if isinstance(cost, bool) or not isinstance(cost, numbers.Real) or not 0 <= cost < math.inf:
+        return f"its cost is not a number of seconds: {cost!r}"
+    return float(cost)
 
 
 def _chosen(considered: Mapping[str, float | str], backend: str | None) -> str:
@@ -154,7 +164,7 @@ class Plan:
         from attndsl.operator import Runner, register
 
         names = tuple(t.name for t in (*self.attention.inputs, *self.attention.learned))
-        object.__setattr__(self, "runner", Runner(self.kernel, names, self.call_of))
+        object.__setattr__(self, "runner", Runner(self.backend, self.kernel, names, self.call_of, self.untrainable))
         object.__setattr__(self, "handle", register(self.runner))
 
     def __call__(
@@ -171,8 +181,13 @@ class Plan:
         """Attention of q [B, H, nq, D], k [B, Hkv, n, D], v [B, Hkv, n, Dv] -> [B, H, nq, Dv].
 
         Offsets are an int or one per batch row. With `return_lse` also the log-sum-exp [B, H, nq], -inf
-        for an empty row. Raises AttnError for tensors and tables that do not fit the plan.
+        for an empty row. Raises AttnError for tensors and tables that do not fit the plan, and where
+        parameters are to be trained: `module` owns them, here they have their initial values.
         """
+        self._refuse_learned(inputs)
+        if self.problem.training and self.attention.learned:
+            names = ", ".join(f"`{table.name}`" for table in self.attention.learned)
+            raise fail(f"a call of the plan does not train {names}", help=f"use plan.module(), which owns {names}")
         return self.run(q, k, v, q_offset, k_offset, return_lse, inputs, self._initial())
 
     def run(
@@ -224,6 +239,7 @@ class Plan:
         """The plan with these tables in place, tiled once if the mask needs them."""
         start = time.perf_counter()
         known = {table.name for table in self.attention.inputs}
+        self._refuse_learned(inputs)
         lowering.check_names(self.attention, inputs, complete=False)
         bound = {**self.tables, **inputs}
         blocks = self.block_masks
@@ -242,6 +258,23 @@ class Plan:
         from attndsl.module import PlanModule
 
         return PlanModule(self)
+
+    def untrainable(self) -> str | None:
+        """Why the backend has no gradients, or None."""
+        backend: Backend = registry.plugin("backends", self.backend)
+        return backend.supports(self.attention, replace(self.problem, training=True))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A kernel may hold anything, so another process compiles anew, with the same backend."""
+        return _again, (self.attention, self.problem, self.backend, dict(self.tables))
+
+    def _refuse_learned(self, given: Mapping[str, Any]) -> None:
+        for table in self.attention.learned:
+            if table.name in given:
+                raise fail(
+                    f"`{table.name}` is learned, and no input of `{self.attention.name}`",
+                    help=f"plan.module() owns `{table.name}`",
+                )
 
     def _initial(self) -> dict[str, Tensor]:
         return {table.name: self.initial(table) for table in self.attention.learned}
@@ -339,6 +372,10 @@ class Plan:
             said = verdict if isinstance(verdict, str) else f"{verdict:.3g} s predicted"
             lines.append(f"  {mark} {name:10} {said}")
         return "\n".join(lines)
+
+
+def _again(attention: Attention, problem: Problem, backend: str, tables: dict[str, Any]) -> Plan:
+    return compile(attention, **vars(problem), backend=backend).bind(**tables)
 
 
 def _listed(offset: Any) -> list[int]:

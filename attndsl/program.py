@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 Definition = ast.Definition | ast.AttentionDef
 FILE_LIMIT = 64
+MEMBERS_LIMIT = 2**20
 DEFINITION_LIMIT = 20_000
 
 
@@ -40,11 +41,15 @@ def prelude() -> Mapping[str, Definition]:
 
 def parse(text: str, name: str = "<text>") -> Program:
     """The program of a text. Raises AttnError with everything that is wrong in it."""
+    if not isinstance(text, str):
+        raise fail(f"a program is a text, not {type(text).__name__}", help="a file is read by attndsl.load")
     return _program(Source(name, text), None)
 
 
 def load(path: str | Path) -> Program:
     """The program of a file and of the files that it uses, which lie in its folder or below."""
+    if not isinstance(path, str | Path) or "\0" in str(path):
+        raise fail(f"a path is expected, not {path!r}")
     path = Path(path)
     return _program(_read(path, str(path), None), path.resolve())
 
@@ -53,7 +58,8 @@ def _read(path: Path, shown: str, span: Span | None) -> Source:
     try:
         return Source(shown, path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise fail(f"cannot read `{shown}`: {(error.strerror or str(error)).lower()}", span) from None
+        help = "a text is read by attndsl.parse" if "{" in shown else ""
+        raise fail(f"cannot read `{shown}`: {(error.strerror or str(error)).lower()}", span, help) from None
     except UnicodeDecodeError:
         raise fail(f"`{shown}` is not UTF-8 text", span) from None
 
@@ -61,7 +67,8 @@ def _read(path: Path, shown: str, span: Span | None) -> Source:
 def _program(source: Source, path: Path | None) -> Program:
     problems: list[Diagnostic] = []
     folder, chain = (path.parent, (path,)) if path else (None, ())
-    items = list(_items(source, folder, folder, chain, set(), problems))
+    unread: set[str] = set()
+    items = list(_items(source, folder, folder, chain, set(), problems, unread))
     definitions: dict[str, Definition] = {}
     assertions: list[ast.Assert] = []
     for item in items:
@@ -72,6 +79,7 @@ def _program(source: Source, path: Path | None) -> Program:
     if len(definitions) > DEFINITION_LIMIT:
         raise fail(f"more than {DEFINITION_LIMIT:,} definitions in a program")
     program = Program(source.name, definitions)
+    program.elaborator.broken |= unread
     problems += program.check_definitions()
     for assertion in assertions:
         try:
@@ -96,8 +104,10 @@ def _items(
     chain: tuple[Path, ...],
     seen: set[Path],
     problems: list[Diagnostic],
+    unread: set[str],
 ) -> Iterator[ast.Item]:
     module, found = syntax.parse_partial(source)
+    unread.update(module.unread)
     problems += found
     for item in module.items:
         if not isinstance(item, ast.Use):
@@ -116,7 +126,7 @@ def _items(
         except AttnError as error:
             problems += error.diagnostics
             continue
-        yield from _items(used, path.parent, root, (*chain, path), seen, problems)
+        yield from _items(used, path.parent, root, (*chain, path), seen, problems, unread)
 
 
 def _used_path(item: ast.Use, folder: Path | None, root: Path | None) -> Path:
@@ -181,6 +191,18 @@ class Program:
         self.assertions: list[Assertion] = []
         self.elaborator = Elaborator({**prelude(), **definitions})
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __repr__(self) -> str:
+        return f"<program {self.name}: {', '.join(self.names) or 'no attention or pattern'}>"
+
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(name for name, item in self.own.items() if _compilable(item))
@@ -192,7 +214,7 @@ class Program:
     def __getitem__(self, name: str) -> Attention | Unbound:
         item = self.elaborator.definitions.get(name)
         if item is None:
-            known = suggest(name, self.elaborator.definitions)
+            known = suggest(str(name), self.elaborator.definitions)
             known = known or f"it defines {', '.join(f'`{own}`' for own in self.names) or 'nothing'}"
             raise fail(f"`{self.name}` defines no `{name}`", help=known)
         if not _compilable(item):
@@ -239,9 +261,14 @@ class Program:
         if hasattr(value, "tolist"):
             value = value.tolist()
         if isinstance(value, range | list | tuple | set):
-            if not all(isinstance(v, int) and not isinstance(v, bool) for v in value):
+            if isinstance(value, range) and value.step == 1:
+                members = ir.IntSet.of([(value.start, value.stop - 1)])
+            elif len(value) > MEMBERS_LIMIT:
+                raise fail(f"`{name}` lists more than {MEMBERS_LIMIT:,} members")
+            elif not all(isinstance(v, int) and not isinstance(v, bool) for v in value):
                 raise fail(f"`{name}` is a list of integers, and this is {value}")
-            members = ir.IntSet.of((v, v) for v in value)
+            else:
+                members = ir.IntSet.of((v, v) for v in value)
             return SetOf(lambda p, sp: ir.inset(p, members))
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise fail(f"`{name}` is a number, a list of integers or a text, not {type(value).__name__}")
@@ -324,7 +351,8 @@ def _name_problems(item: Definition, elaborator: Elaborator) -> list[Diagnostic]
             visit((node.base, *indices), names)
             return
         if isinstance(node, ast.Name):
-            if node.id not in names and node.id not in BUILT_IN and node.id not in elaborator.definitions:
+            known = BUILT_IN | elaborator.definitions.keys() | elaborator.broken
+            if node.id not in names and node.id not in known:
                 hidden = node.id in RESERVED
                 env = Env(dict.fromkeys(names, Num(ir.ZERO)))
                 problems.extend((out_of_place(node) if hidden else elaborator.unknown(node, env)).diagnostics)

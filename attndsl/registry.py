@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -10,11 +12,13 @@ from typing import Any
 from attndsl.errors import fail
 
 GROUPS = ("backends", "patterns", "scores", "analyses")
+METHODS = {"backends": {"supports": 2, "cost": 3, "lower": 2}}
+"""What an object of a group is asked, and with how many arguments."""
 
 
 @dataclass(frozen=True)
 class Registered:
-    """One entry point. `error` is what its import said, where it failed."""
+    """One entry point. `error` is why it cannot be used, if it cannot."""
 
     group: str
     name: str
@@ -43,14 +47,14 @@ def _owner(point: EntryPoint) -> str:
 
 @functools.cache
 def plugin(group: str, name: str) -> Any:
-    """The registered object. Raises AttnError for an unknown name or a plugin that does not import."""
+    """The registered object. Raises AttnError for an unknown name or a plugin that cannot be used."""
     points = _points(group)
     if name not in points:
         known = ", ".join(sorted(points))
         raise fail(f"no {group.removesuffix('s')} is named `{name}`", help=f"there are {known}")
-    loaded = _load(points[name])
-    if isinstance(loaded, Exception):
-        raise fail(f"the plugin `{name}` of {_owner(points[name])} does not import: {loaded}")
+    loaded, error = _load(points[name])
+    if error:
+        raise fail(f"the plugin `{name}` of {_owner(points[name])} cannot be used: {error}")
     return loaded
 
 
@@ -63,16 +67,29 @@ def listing() -> list[Registered]:
     rows = []
     for group in GROUPS:
         for name, point in _points(group).items():
-            loaded = _load(point)
-            error = str(loaded) if isinstance(loaded, Exception) else ""
+            _, error = _load(point)
             rows.append(Registered(group, name, _owner(point), point.value, error))
     return rows
 
 
 @functools.cache
-def _load(point: EntryPoint) -> Any:
-    """The object, or the error of a plugin that does not import: shown where plugins are listed."""
+def _load(point: EntryPoint) -> tuple[Any, str]:
+    """The object, and why it cannot be used, or "". One bad plugin must not take the others down, so whatever
+    its import raises is the reason, shown where plugins are listed."""
     try:
-        return point.load()
-    except (ImportError, AttributeError) as error:
-        return error
+        loaded = point.load()
+    except Exception as error:
+        return None, f"{type(error).__name__}: {error}"
+    return loaded, _flaw(loaded, METHODS.get(point.group.removeprefix("attndsl."), {}))
+
+
+def _flaw(loaded: object, methods: Mapping[str, int]) -> str:
+    for name, count in methods.items():
+        method = getattr(loaded, name, None)
+        if not callable(method):
+            return f"it has no method `{name}`"
+        try:
+            inspect.signature(method).bind(*range(count))
+        except TypeError as error:
+            return f"its `{name}` does not take {count} arguments: {error}"
+    return ""

@@ -18,16 +18,17 @@ from attndsl.blockmask import BlockMask, TileGrid
 
 DENSE_LIMIT = 2**24
 """Pairs up to which a mask is expanded, so that a character need not cover whole tiles."""
-PANELS = 8
+PANELS = 4
 HALVES = np.array([" ", "▄", "▀", "█"])
 SHADES = np.array([" ", "░", "▒", "▓", "█"])
 LEGEND = "░ under 10 %  ▒ under 50 %  ▓ not all  █ all live"
 
 
-def picture(block_mask: BlockMask, width: int = 80) -> str:
+def picture(block_mask: BlockMask, width: int = 80, first: int = 0) -> str:
     """The distinct masks of batch row 0, each under the heads that use it, two beside each other.
 
-    Queries run down, keys to the right; the last lines say what a character stands for.
+    Queries run down from position `first`, keys to the right; the last lines say what a character
+    stands for.
     """
     users = block_mask.index[0]
     distinct = list(dict.fromkeys(users.tolist()))
@@ -41,20 +42,36 @@ def picture(block_mask: BlockMask, width: int = 80) -> str:
         lines = frames[0]
     else:
         named = [
-            [f"heads {ranges(np.flatnonzero(users == grid))}"[: room + 2], *frame]
+            [heads(np.flatnonzero(users == grid))[: room + 2], *frame]
             for grid, frame in zip(distinct, frames, strict=False)
         ]
         pairs = zip_longest(named[::2], named[1::2], fillvalue=list[str]())
         rows = [row for pair in pairs for row in zip_longest(*pair, fillvalue="")]
         lines = [f"{left:{room + 2}}  {right}".rstrip() for left, right in rows]
     if len(distinct) > PANELS:
-        lines.append(f"and {len(distinct) - PANELS} more distinct masks")
-    lines.append(f"queries 0..{block_mask.nq - 1} down, keys 0..{block_mask.n - 1} across")
+        lines.append(f"and {len(distinct) - PANELS:,} more: `show --head` shows one")
+    down, across = span("query", "queries", first, block_mask.nq), span("key", "keys", 0, block_mask.n)
+    lines.append(f"{down} down, {across} across")
     if exact:
         lines.append("one character = 1 key x 2 queries")
     else:
-        lines += [f"one character = {keys:,} keys x {queries:,} queries", LEGEND]
+        size = f"{counted(keys, 'key')} x {counted(queries, 'query', 'queries')}"
+        lines += [f"one character = {size}", LEGEND]
     return "\n".join(lines)
+
+
+def counted(number: int, one: str, many: str = "") -> str:
+    """`1 key`, `2,048 keys`."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
+def span(one: str, many: str, first: int, count: int) -> str:
+    """`key 0`, `keys 0..2,047`."""
+    return f"{one} {first:,}" if count == 1 else f"{many} {first:,}..{first + count - 1:,}"
+
+
+def heads(numbers: NDArray[np.int64]) -> str:
+    return f"head{'s' * (len(numbers) > 1)} {ranges(numbers)}"
 
 
 def coloured(text: str) -> str:

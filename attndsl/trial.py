@@ -6,14 +6,15 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from attndsl import lowering
-from attndsl.attention import Attention
+from attndsl import lowering, registry
+from attndsl.attention import Attention, Norm
 from attndsl.backend import Problem
 from attndsl.errors import fail
+from attndsl.expr import var
 from attndsl.plan import Plan, compile
 
 if TYPE_CHECKING:
@@ -45,7 +46,10 @@ def qkv(problem: Problem, text: Path | None, seed: int = 0) -> tuple[Tensor, Ten
     if text is None:
         tensors = [torch.randn(p.batch, *shape, p.head_dim, generator=generator) for shape in shapes]
     else:
-        data = text.read_bytes()
+        try:
+            data = text.read_bytes()
+        except OSError as error:
+            raise fail(f"cannot read `{text}`: {(error.strerror or str(error)).lower()}") from None
         span = max(p.length, p.q_length)
         if len(data) < p.batch * span:
             raise fail(f"`{text}` has {len(data):,} bytes, and the problem takes {p.batch * span:,}")
@@ -151,18 +155,39 @@ def backward(plan: Plan, qkv: tuple[Tensor, ...], tables: Mapping[str, Any]) -> 
     return lambda: torch.autograd.grad(out, (q, k, v), gradient, retain_graph=True)
 
 
-def dense(plan: Plan, q: Tensor, k: Tensor, v: Tensor, masked: bool) -> Work | None:
+def dense(plan: Plan, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Work | None:
     """torch's scaled_dot_product_attention on the same tensors; None where it would not fit."""
-    import torch
     from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-    p, blocks = plan.problem, plan.block_masks
+    p = plan.problem
     if 4 * p.batch * p.heads * p.q_length * p.length * p.head_dim > DENSE_FLOPS:
         return None
-    mask = None
-    if masked:
-        if blocks is None or blocks.index.size * p.q_length * p.length > PAIRS_MASKED:
-            return None
-        mask = torch.from_numpy(blocks.to_dense()).to(p.device)
     gqa = p.heads != p.kv_heads
     return lambda: sdpa(q, k, v, attn_mask=mask, enable_gqa=gqa)
+
+
+MaskedWork = Literal["this mask", "mask + bias", "mask only"]
+
+
+def masked_work(plan: Plan) -> MaskedWork:
+    """What dense attention can do of the plan's work: all, as it has but a mask; all, with a bias made at
+    every call as the plan does; or its mask alone, which is less work."""
+    plain = (var("s"), None, Norm())
+    if all((group.score, group.decay, group.norm) == plain for group in plan.attention.groups):
+        return "this mask"
+    return "mask + bias" if isinstance(plan.considered.get("sdpa"), float) else "mask only"
+
+
+def dense_masked(plan: Plan, q: Tensor, k: Tensor, v: Tensor, tables: Mapping[str, Any]) -> Work | None:
+    """Dense attention under the plan's mask, doing `masked_work`; None where it would not fit."""
+    import torch
+
+    p, blocks, work = plan.problem, plan.block_masks, masked_work(plan)
+    expanded = p.batch * p.heads if work == "mask + bias" else 0 if blocks is None else blocks.index.size
+    if blocks is None or expanded * p.q_length * p.length > PAIRS_MASKED:
+        return None
+    if work != "mask + bias":
+        return dense(plan, q, k, v, torch.from_numpy(blocks.to_dense()).to(p.device))
+    kernel = registry.plugin("backends", "sdpa").lower(plan.attention, p)
+    by_sdpa = replace(plan, backend="sdpa", kernel=kernel, _kept={})
+    return dense(plan, q, k, v) and (lambda: by_sdpa(q, k, v, **tables))

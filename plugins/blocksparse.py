@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,8 +41,11 @@ KEPT = 2**20
 """Numbers of a chunk's addend up to which it stays in memory between calls."""
 LANES = 16
 """Heads that run together."""
-FLOPS, SECONDS_PER_WEIGHT, SECONDS_PER_CALL = 85e9, 6e-9, 2e-4
-"""Of two cores with AVX-512: the rate over live tiles, a weight that is formed, a call of a kernel."""
+FLOPS, SECONDS_PER_WEIGHT, SECONDS_PER_CALL, SECONDS_PER_LANE = 110e9, 6e-9, 2e-4, 4e-3
+"""Of two cores with AVX-512: the rate over the pairs that are computed, a weight that is formed, a call of
+a kernel, what a lane takes in any case."""
+BACKWARD = 3.0
+"""Backward beside forward: 5 matrix products to 2, and wider windows."""
 Q_MAX, K_MAX = 256, 2048
 """Queries and keys of one problem where the weights are formed."""
 
@@ -645,6 +649,21 @@ def is_simple(group: HeadGroup, head_dim: int) -> bool:
     return plain and split is not None and constant_scale(split[0], head_dim) is not None
 
 
+def computed(grid: TileGrid) -> float:
+    """Pairs that are computed, live or not: of a partial tile what lies between the first and the last live
+    column of each strip of rows, or the live rows where those are the same in every column."""
+    block = grid.block_size
+    masks = np.unpackbits(grid.masks, axis=-1, bitorder="little").astype(bool)
+    height = FORWARD_UNIT if block % FORWARD_UNIT == 0 else block
+    strips = np.asarray(masks.reshape(len(masks), block // height, height, block).any(2))
+    width = block - strips.argmax(-1) - strips[..., ::-1].argmax(-1)
+    share = np.where(strips.any(-1), width, 0).mean(-1) / block
+    level = np.asarray((masks == masks[:, :, :1]).all((1, 2)))
+    share[level] = masks[level, :, 0].mean(-1)
+    uses = np.bincount(grid.part_mask, minlength=len(masks))
+    return float(grid.tiles.full + uses @ share) * block**2
+
+
 class Torch:
     """Registered as `torch`."""
 
@@ -654,21 +673,22 @@ class Torch:
         return None
 
     def cost(self, attention: Attention, problem: Problem, block_mask: BlockMask | None) -> float:
-        """From the live tiles alone: half of a partial tile is cut away where it repeats in a band."""
         every = problem.batch * problem.heads
         if block_mask is None:
             pairs, calls = float(problem.length * problem.q_length), 1.0
         else:
-            tiles, size = block_mask.tiles, max(1, block_mask.index.size)
-            pairs = (tiles.full + 0.6 * tiles.partial) / size * block_mask.block_size**2
+            uses = (
+                np.bincount(block_mask.index.ravel(), minlength=len(block_mask.grids)) / block_mask.index.size
+            )
+            pairs = float(sum(u * computed(g) for u, g in zip(uses, block_mask.grids, strict=True)))
             calls = 1 + block_mask.entries / max(1, len(block_mask.grids)) / 32
         simple = all(is_simple(group, problem.head_dim) for group in attention.groups)
-        flops = 4 * pairs * every * problem.head_dim * (3.5 if problem.training else 1)
+        flops = 4 * pairs * every * problem.head_dim * (1 + BACKWARD * problem.training)
         formed = pairs * every * (0.0 if simple else SECONDS_PER_WEIGHT) * (3 if problem.training else 1)
         lanes_ = problem.batch * max(
             problem.kv_heads if problem.kv_heads < problem.heads else 1, every / LANES
         )
-        return flops / FLOPS + formed + calls * lanes_ * SECONDS_PER_CALL
+        return flops / FLOPS + formed + lanes_ * (SECONDS_PER_LANE + calls * SECONDS_PER_CALL)
 
     def lower(self, attention: Attention, problem: Problem) -> Kernel:
         return BlockSparse(attention, WeakKeyDictionary())

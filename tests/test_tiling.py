@@ -358,6 +358,7 @@ def test_numbered_keys_equal_pointwise_evaluation(
 ) -> None:
     monkeypatch.setattr(abstract, "KEY_LIMIT", longest)
     monkeypatch.setattr(abstract, "KNOWN_LIMIT", known)
+    monkeypatch.setattr(tiling, "CHUNK", 64)
     for mask in (*map(random_mask, range(0, 240, 4)), *KEYS.values()):
         check(mask, 250, 77, 16, 13, 40)
 

@@ -206,10 +206,11 @@ Item = Definition | AttentionDef | Assert | Use
 
 @dataclass(frozen=True)
 class Module:
-    """One parsed text, its items in order."""
+    """One parsed text, its items in order; `unread` names definitions that could not be read."""
 
     items: tuple[Item, ...]
-    source: Source = field(compare=False, repr=False)
+    unread: tuple[str, ...] = ()
+    source: Source = field(compare=False, repr=False, kw_only=True)
 
 
 def walk(node: object) -> Iterator[Node]:

@@ -31,6 +31,7 @@ STACK_LIMIT = 10 * NESTING_LIMIT
 """Entries on the parser's stack; a level of nesting takes fewer than ten."""
 
 SCAN = re.compile(r'\n|#[^\n]*|"[^"\n]*"?|[(){}\[\]]|\b(?:pattern|score|let|attention|assert|use)\b')
+NAMED = re.compile(r"\b(?:pattern|score|let|attention)\s+([A-Za-z_]\w*)")
 GAP = re.compile(r"(?:\s|#[^\n]*+)*+")
 CLOSER = {"(": ")", "[": "]", "{": "}"}
 
@@ -62,13 +63,15 @@ def parse(text: str, name: str = "<text>") -> Module:
 def parse_partial(source: Source) -> tuple[Module, list[Diagnostic]]:
     """The definitions that could be read, and what is wrong with the others."""
     items: list[Item] = []
+    unread: list[str] = []
     diagnostics: list[Diagnostic] = []
     for chunk in chunks(source):
         if chunk.item is not None:
             items.append(chunk.item)
         if chunk.error is not None:
             diagnostics.append(chunk.error)
-    return Module(tuple(items), source=source), diagnostics
+            unread += NAMED.findall(source.text, chunk.start, chunk.end)
+    return Module(tuple(items), tuple(unread), source=source), diagnostics
 
 
 def parse_expression(source: Source) -> Expression:

@@ -1,0 +1,232 @@
+"""What a plan refuses: backends that are not what they should be, results that do not fit, untrained parameters."""
+
+import copy
+import io
+import itertools
+import json
+import pickle
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import attndsl
+from attndsl import conformance
+from attndsl.cli import main
+from attndsl.conformance import CASES, MECHANISMS
+
+NUMBER = itertools.count()
+GOOD = """
+import torch
+from attndsl.expr import var
+
+class Mine:
+    def supports(self, attention, problem):
+        return "it has no gradients" if problem.training else None
+    def cost(self, attention, problem, block_mask):
+        return 1.0
+    def lower(self, attention, problem):
+        return lambda call: (torch.zeros_like(call.q), torch.zeros(call.q.shape[:3]))
+
+backend = Mine()
+"""
+
+
+@pytest.fixture
+def register(tmp_path, monkeypatch):
+    """Installs a backend with this source, as pip would leave it, under a new name."""
+
+    def install(source):
+        name = f"mine{next(NUMBER)}"
+        (tmp_path / f"{name}.py").write_text(source)
+        info = tmp_path / f"{name}-0.1.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.1\n")
+        (info / "entry_points.txt").write_text(f"[attndsl.backends]\n{name} = {name}:backend\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        return name
+
+    return install
+
+
+def attention_of(text="mask causal", params=""):
+    return attndsl.parse(f"attention a{params} {{ {text} }}")["a"]
+
+
+def compiled(backend=None, attention=None, **options):
+    sizes = {"length": 8, "heads": 2, "head_dim": 4}
+    return attndsl.compile(attention or attention_of(), **sizes, backend=backend, **options)
+
+
+def qkv(**options):
+    return [torch.randn(1, 2, 8, 4, generator=torch.Generator().manual_seed(i), **options) for i in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "reason"),
+    [
+        ("def supports(", "def support(", "it has no method `supports`"),
+        ("def cost(", "def price(", "it has no method `cost`"),
+        ("def lower(", "def lowered(", "it has no method `lower`"),
+        ("problem, block_mask)", "problem)", "its `cost` does not take 3 arguments: too many"),
+        ("= Mine()", "= Mine", "its `supports` does not take 2 arguments: missing"),
+        ("import torch", "import torhc", "ModuleNotFoundError: No module named 'torhc'"),
+        ("= Mine()", "= Yours()", "NameError: name 'Yours' is not defined"),
+    ],
+)
+def test_a_plugin_without_the_interface_is_listed_and_declined_with_the_reason(
+    register, right, wrong, reason
+):
+    name = register(GOOD.replace(right, wrong))
+    listed = json.loads(CliRunner().invoke(main, ["plugins", "--json"]).stdout)["plugins"]
+    (error,) = (row["error"] for row in listed if row["name"] == name)
+    assert error.startswith(reason)
+    plan = compiled()
+    assert plan.backend != name
+    assert plan.considered[name] == f"the plugin `{name}` of {name} cannot be used: {error}"
+    with pytest.raises(attndsl.AttnError, match="cannot be used"):
+        compiled(name)
+
+
+@pytest.mark.parametrize("cost", ["None", "'1'", "float('nan')", "float('inf')", "-1.0", "True"])
+def test_a_cost_that_is_no_number_declines(register, cost):
+    name = register(GOOD.replace("return 1.0", f"return {cost}"))
+    plan = compiled()
+    assert plan.backend != name
+    assert plan.considered[name].startswith("its cost is not a number of seconds: ")
+
+
+@pytest.mark.parametrize("verdict", ["True", "False", "''"])
+def test_a_verdict_that_is_no_reason_declines(register, verdict):
+    name = register(GOOD.replace("else None", f"else {verdict}"))
+    assert compiled().considered[name].endswith("which is neither None nor a reason")
+    with pytest.raises(AssertionError, match="neither None nor a reason"):
+        conformance.supported(name)
+
+
+def test_any_real_number_is_a_cost(register):
+    name = register("import numpy\n" + GOOD.replace("return 1.0", "return numpy.float32(0)"))
+    assert compiled().backend == name
+
+
+def test_what_a_plugin_raises_is_not_hidden(register):
+    register(GOOD.replace("return 1.0", "return 1 / 0"))
+    with pytest.raises(ZeroDivisionError):
+        compiled()
+
+
+def test_a_kernel_is_a_function(register):
+    name = register(GOOD.replace("return lambda call: (torch.zeros_like(call.q), torch.zeros(call.q.shape[:3]))", "pass"))
+    with pytest.raises(attndsl.AttnError, match=f"the backend `{name}` returned no kernel"):
+        compiled(name)
+
+
+OUT = "output as"
+LSE = "log-sum-exp as"
+
+
+@pytest.mark.parametrize(
+    ("result", "said"),
+    [
+        ("call.q + 1", "returned Tensor"),
+        ("None", "returned NoneType, not (output, log-sum-exp)"),
+        ("(call.q + 1,)", "not (output, log-sum-exp)"),
+        ("(call.q + 1, None)", "not (output, log-sum-exp)"),
+        ("(call.q[:, :1] + 1, torch.zeros(1, 2, 8))", OUT),
+        ("(call.q.double(), torch.zeros(1, 2, 8))", OUT),
+        ("(call.q + 1, torch.zeros(1, 2, 8, 1))", LSE),
+        ("(call.q + 1, torch.zeros(1, 2, 8).half())", LSE),
+        ("(call.q + 1, torch.zeros(1, 2, 8).double())", LSE),
+    ],
+)
+def test_a_result_of_another_form_names_the_backend(register, result, said):
+    name = register(GOOD.replace("(torch.zeros_like(call.q), torch.zeros(call.q.shape[:3]))", result))
+    with pytest.raises(attndsl.AttnError) as caught:
+        compiled(name)(*qkv())
+    assert f"the backend `{name}` returned " in str(caught.value)
+    assert said in str(caught.value)
+
+
+def test_a_backend_without_gradients_refuses_the_backward_pass(register):
+    name = register(GOOD)
+    out = compiled(name)(*qkv(requires_grad=True))
+    with pytest.raises(attndsl.AttnError, match="has no gradients for this: it has no gradients"):
+        out.sum().backward()
+
+
+def test_the_suite_holds_a_backend_without_gradients_to_its_results(register):
+    name = register(GOOD)
+    assert conformance.supported(name) == list(CASES)
+    with pytest.raises(AssertionError):
+        conformance.check(name, next(case for case in CASES if case.mechanism.name == "causal"))
+
+
+def test_a_backend_that_supports_no_case_shows_nothing(register):
+    name = register(GOOD.replace("else None", "else 'it is lazy'"))
+    assert conformance.check(name, CASES[0]) == "it is lazy"
+    assert not conformance.supported(name)
+
+
+@pytest.mark.parametrize("mechanism", MECHANISMS, ids=lambda m: m.name)
+def test_an_attention_is_the_same_after_pickling(mechanism):
+    attention = attndsl.parse(mechanism.text)["a"]
+    assert pickle.loads(pickle.dumps(attention)) == attention
+
+
+def test_a_deep_attention_is_the_same_after_pickling():
+    deep = attention_of(
+        f"score {'tanh(' * 60}s{')' * 60} mask {' | '.join(f'shift({i}, causal)' for i in range(60))}"
+    )
+    assert pickle.loads(pickle.dumps(deep)) == deep
+
+
+def test_a_pickled_attention_is_not_bound_anew():
+    attention = attndsl.parse("attention a(w = 4) { mask last(w) }")["a"]
+    copied = pickle.loads(pickle.dumps(attention))
+    with pytest.raises(attndsl.AttnError, match="load the program again"):
+        copied(w=2)
+    assert (copy.deepcopy(attention)(w=2).mask(4) == attention(w=2).mask(4)).all()
+
+
+def saved(value):
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [saved, copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])
+def test_a_copied_plan_is_the_same(copied):
+    attention = attention_of("inputs doc : int[n] mask causal & documents(doc)")
+    plan = compiled("torch", attention, block_size=8).bind(doc=torch.arange(8) // 3)
+    again = copied(plan)
+    assert (again.problem, again.backend) == (plan.problem, "torch")
+    assert again.block_masks.nnz == plan.block_masks.nnz
+    assert torch.equal(again(*qkv()), plan(*qkv()))
+
+
+@pytest.mark.parametrize("copied", [saved, copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])
+def test_a_copied_module_keeps_what_was_learned(copied):
+    module = compiled(
+        attention=attention_of("mask causal score s + b * q", "(b = learn[H](0.1))"), training=True
+    ).module()
+    torch.nn.init.normal_(module.b)
+    again = copied(module)
+    assert torch.equal(again(*qkv()), module(*qkv()))
+    torch.nn.init.zeros_(again.b)
+    assert not torch.equal(again(*qkv()), module(*qkv()))
+
+
+def test_a_call_of_a_plan_for_training_leaves_nothing_untrained():
+    attention = attention_of("mask causal score s + b * q", "(b = learn[H](0.1))")
+    with pytest.raises(attndsl.AttnError, match=r"use plan\.module\(\), which owns `b`"):
+        compiled(attention=attention, training=True)(*qkv())
+    plan = compiled(attention=attention)
+    assert torch.equal(plan(*qkv()), plan.module()(*qkv()))
+
+
+def test_what_is_learned_is_no_input():
+    plan = compiled(attention=attention_of("mask causal score s + b * q", "(b = learn[H](0.1))"))
+    for use in (plan.bind, lambda b: plan(*qkv(), b=b), lambda b: plan.module()(*qkv(), b=b)):
+        with pytest.raises(attndsl.AttnError, match=r"`b` is learned[^$]*plan\.module\(\) owns `b`"):
+            use(b=torch.zeros(2))
