@@ -105,7 +105,8 @@ class Attention:
     def __call__(self, *args: Any, **params: Any) -> Attention:
         if self.rebind is None:
             raise fail(
-                f"`{self.name}` is a copy that cannot be bound anew", help="load the program again, and bind it"
+                f"`{self.name}` is a copy that cannot be bound anew",
+                help="load the program again, and bind it",
             )
         return self.rebind(*args, **params)
 

@@ -404,10 +404,13 @@ def tiled(attention: Attention, given: dict[str, Any], **sizes: Any) -> BlockMas
 
 
 def coarse(attention: Attention, length: int) -> int:
-    """About `TILES` tiles on a side. A table makes tiles that differ, and those cost their area."""
-    if any(group.relation.mask.tables for group in attention.groups):
+    """About `TILES` tiles on a side. Tables and `random` make many different ones, which cost their area."""
+    from attndsl.tiling import nodes
+
+    masks = [group.relation.mask for group in attention.groups]
+    if any(mask.tables or any(node.op == "random" for node in nodes(mask)) for mask in masks):
         return 128
-    return min(max(128, 1 << (length // TILES - 1).bit_length()), 4096) if length > TILES else 128
+    return 1 << min(max(7, (length // TILES // 2).bit_length()), 12)
 
 
 def of_head(block_mask: BlockMask, head: int) -> BlockMask:

@@ -44,19 +44,17 @@ class Differentiable(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Runner:
-    """A kernel of a backend, the names of the tables in the order they are passed, and how tensors become a
-    Call.
+    """A kernel, the names of the tables in the order they are passed, and how tensors become a Call.
 
     call_of(q, k, v, tables, q_offset, k_offset) -> Call; it may build or look up the BlockMask.
-    untrainable() is why the backend has no gradients, or None.
+    backend is the name of who made the kernel, untrainable() why that has no gradients, or None.
     """
-
-    backend: str
 
     kernel: Kernel | Differentiable
     names: tuple[str, ...]
     call_of: Callable[[Tensor, Tensor, Tensor, Mapping[str, Tensor], list[int], list[int]], Call]
-    untrainable: Callable[[], str | None]
+    backend: str = ""
+    untrainable: Callable[[], str | None] = lambda: None
 
 
 vjp: Callable[..., tuple[Any, Callable[..., Any]]] = torch.func.vjp  # type: ignore[assignment]

@@ -102,9 +102,7 @@ def _problem(attention: object, problem: Problem) -> Problem:
     return problem
 
 
-def _judged(
-    name: str, attention: Attention, problem: Problem, blocks: BlockMask | None
-) -> float | str:
+def _judged(name: str, attention: Attention, problem: Problem, blocks: BlockMask | None) -> float | str:
     """Predicted seconds, or the reason why the backend declines or cannot be used."""
     try:
         backend: Backend = registry.plugin("backends", name)
@@ -115,7 +113,7 @@ def _judged(
         said = isinstance(reason, str) and reason
         return said or f"its `supports` gave {reason!r}, which is neither None nor a reason"
     cost: object = backend.cost(attention, problem, blocks)
-    if isinstance(cost, bool) or not isinstance(cost, numbers.Real) or not 0 <= cost < math.inf:
+    if isinstance(cost, bool) or not isinstance(cost, numbers.Real) or not 0 <= float(cost) < math.inf:
         return f"its cost is not a number of seconds: {cost!r}"
     return float(cost)
 
@@ -164,7 +162,8 @@ class Plan:
         from attndsl.operator import Runner, register
 
         names = tuple(t.name for t in (*self.attention.inputs, *self.attention.learned))
-        object.__setattr__(self, "runner", Runner(self.backend, self.kernel, names, self.call_of, self.untrainable))
+        runner = Runner(self.kernel, names, self.call_of, self.backend, self.untrainable)
+        object.__setattr__(self, "runner", runner)
         object.__setattr__(self, "handle", register(self.runner))
 
     def __call__(
@@ -184,10 +183,11 @@ class Plan:
         for an empty row. Raises AttnError for tensors and tables that do not fit the plan, and where
         parameters are to be trained: `module` owns them, here they have their initial values.
         """
-        self._refuse_learned(inputs)
         if self.problem.training and self.attention.learned:
             names = ", ".join(f"`{table.name}`" for table in self.attention.learned)
-            raise fail(f"a call of the plan does not train {names}", help=f"use plan.module(), which owns {names}")
+            raise fail(
+                f"a call of the plan does not train {names}", help=f"use plan.module(), which owns {names}"
+            )
         return self.run(q, k, v, q_offset, k_offset, return_lse, inputs, self._initial())
 
     def run(
@@ -206,6 +206,7 @@ class Plan:
         from attndsl.operator import attend
 
         self._check(q, k, v)
+        self._refuse_learned(inputs)
         given = self._tensors({**self.tables, **inputs})
         tensors = [*given, *(learned[table.name] for table in self.attention.learned)]
         out, lse = attend(q, k, v, tensors, _listed(q_offset), _listed(k_offset), self.handle)

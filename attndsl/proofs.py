@@ -86,8 +86,8 @@ def _never(formula: Expr, names: tuple[str, ...], given: Mapping[str, int]) -> V
                 found = space.where(True)
                 if found.is_empty():
                     return Verdict("proved", at=at)
-                terms = [repr(space.abstraction.terms[name].expr) for name in sorted(space.terms)]
-                reason = "it depends on " + ", ".join(terms[:3]) + (", …" if len(terms) > 3 else "")
+                terms = sorted({said(space.abstraction.terms[name].expr) for name in space.terms})
+                reason = "it depends on " + " and ".join(terms)
                 if related or space.exact:
                     candidates = [_candidate(space, found)]
         except AttnError as error:
@@ -99,6 +99,15 @@ def _never(formula: Expr, names: tuple[str, ...], given: Mapping[str, int]) -> V
         if not terms:
             break
     return Verdict("undecided", reason=reason, at=at)
+
+
+def said(term: Expr) -> str:
+    """What a reader of the pattern file knows an unknown term as."""
+    if isinstance(term.value, Table):
+        return f"the table `{term.value.name}`"
+    kinds = {"random": "which keys are drawn", "mul": "a product of positions", "inset": "a long list"}
+    kinds |= {"floordiv": "a division by what is no constant", "mod": "a division by what is no constant"}
+    return kinds.get(term.op, f"`{term.op}`")
 
 
 def _candidate(space: Translation, found: isl.Set) -> tuple[Point, Tables]:

@@ -67,7 +67,8 @@ def environment(call: Call, heads: Tensor) -> Env:
 
 def attend_group(group: HeadGroup, call: Call, env: Env) -> tuple[Tensor, Tensor]:
     """w = decay * g(score) on the related pairs; o = sum w v / Z."""
-    mask = torch.from_numpy(call.block_mask.to_dense()).to(call.q.device)
+    here = evaluate(group.heads, env)
+    mask = torch.from_numpy(call.block_mask.to_dense()).to(call.q.device) & here
     v = call.v.to(env.dtype).repeat_interleave(call.q.shape[1] // call.v.shape[1], dim=1)
     score = evaluate(group.score, env, mask).to(env.dtype).expand(env.values["s"].shape)
     decay = torch.ones_like(score)
@@ -78,14 +79,14 @@ def attend_group(group: HeadGroup, call: Call, env: Env) -> tuple[Tensor, Tensor
     if group.norm.kind == "softmax":
         sink = logit.new_full((*logit.shape[:-1], 1), -torch.inf)
         if group.norm.sink is not None:
-            sink = evaluate(group.norm.sink, env).to(env.dtype).expand(sink.shape)
+            sink = evaluate(group.norm.sink, env, here).to(env.dtype).expand(sink.shape)
         top = torch.maximum(logit.amax(-1, keepdim=True), sink) if logit.shape[-1] else sink
         top = torch.where(top.isinf(), 0.0, top).detach()
         weight = factor * torch.exp(logit - top)
-        total = weight.sum(-1, keepdim=True)
-        empty = (weight == 0).all(-1, keepdim=True)
+        total = weight.sum(-1, keepdim=True) + torch.exp(sink - top)
+        empty = (factor == 0).all(-1, keepdim=True) | (total == 0)
         weight = torch.where(empty, 0.0, weight)
-        normaliser = torch.where(empty, 1.0, total + torch.exp(sink - top))
+        normaliser = torch.where(empty, 1.0, total)
         lse = torch.where(empty, -torch.inf, torch.log(normaliser) + top)
         return (weight / normaliser) @ v, lse.squeeze(-1)
     weight = factor * (torch.sigmoid(logit) if group.norm.kind == "sigmoid" else torch.relu(logit))

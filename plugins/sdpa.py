@@ -128,7 +128,8 @@ class Dense:
         grids = call.block_mask.grids
         if self.bias is None and all(is_full(grid) for grid in grids):
             return False, None
-        if self.bias is None and all(is_causal(grid) for grid in grids):
+        # the fused causal kernel of torch 2.13 on CPU gives NaN where the scale is not positive
+        if self.bias is None and self.scale > 0 and all(is_causal(grid) for grid in grids):
             return True, None
         mask, bias = self.mask(call), self.bias_of(call, call.tables)
         return False, torch.where(mask, bias, -torch.inf).expand(-1, -1, *mask.shape[2:])
@@ -200,7 +201,7 @@ class Sdpa:
     def cost(self, attention: Attention, problem: Problem, block_mask: BlockMask | None) -> float:
         pairs: float = problem.batch * problem.heads * problem.length * problem.q_length
         found = lowered(attention, problem.head_dim)
-        biased = isinstance(found, str) or found[1] is not None
+        biased = isinstance(found, str) or found[1] is not None or found[0] <= 0
         if block_mask is not None and not biased and all(is_causal(grid) for grid in block_mask.grids):
             pairs = pairs * min(1.0, (problem.length + CAUSAL_SLACK) / max(1, 2 * problem.length))
         flops = 4 * pairs * problem.head_dim * (3.5 if problem.training else 1)

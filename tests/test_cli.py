@@ -1,6 +1,10 @@
 """The command line as a user meets it: output, exit codes, and where each goes."""
 
+import contextlib
 import json
+import os
+import pty
+import re
 import signal
 import subprocess
 import sys
@@ -9,10 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 
 import attndsl
-from attndsl import child
+from attndsl import child, cli, trial
 from attndsl.cli import main
 from attndsl.errors import AttnError, fail
 
@@ -51,15 +56,26 @@ def attn_process(*arguments):
         (["show", "FILE", "lm", "--length", "8", "--set", "v=1"], 1, "no parameter `v`"),
         (["show", "FILE", "lm", "--length", "8", "--set", "w=1 +"], 1, "error: "),
         (["show", "FILE", "packed", "--length", "8"], 1, "needs its input `doc`"),
-        (["show", "FILE", "packed", "--length", "8", "--input", "doc=FILE"], 1, "as a .npy file"),
+        (["show", "FILE", "packed", "--length", "8", "--input", "doc=FILE"], 1, "is no .npy file"),
+        (
+            ["show", "FILE", "packed", "--length", "8", "--input", "doc=no.npy"],
+            1,
+            "read `no.npy`: no such file",
+        ),
         (["show", "FILE", "lm"], 2, "--length"),
         (["show", "FILE", "lm", "--length", "0"], 2, "--length"),
+        (["show", "FILE", "lm", "--length", "64k"], 2, "`--length` takes a whole number, such as 65536"),
+        (
+            ["show", "FILE", "lm", "--length", "8", "--heads", "2", "--head", "2"],
+            1,
+            "no head 2 among 2 heads",
+        ),
         (["show", "FILE", "lm", "--length", "8", "--set", "w"], 2, "name=value"),
-        (["show", "nowhere.attn", "--length", "8"], 2, "does not exist"),
+        (["show", "nowhere.attn", "--length", "8"], 1, "read `nowhere.attn`: no such file"),
         (["show", "FILE", "lm", "--length", "8", "--block-size", "12"], 1, "multiple of 8"),
         (["undo", "FILE"], 2, "No such command"),
         (["show", "FILE", "lm", "--length", "8", "-o", "/nowhere/x"], 1, "cannot write `/nowhere/x`"),
-        (["fmt", __file__ + "c"], 2, "does not exist"),
+        (["fmt", __file__ + "c"], 1, "no such file"),
         (["diff", "FILE:lm", "FILE:nothing"], 1, "defines no `nothing`"),
         (["check", "FILE", "--time-limit", "0"], 2, "--time-limit"),
     ],
@@ -80,6 +96,37 @@ def test_check_reports_every_file_and_fails_on_one(good, tmp_path):
     assert f"{good}: fine" in done.stdout
     assert f"{bad}:1:13" in done.stderr
     assert f"{bad}:2" in done.stderr
+
+
+def test_check_says_in_json_where_and_what(tmp_path):
+    bad = write(tmp_path / "bad.attn", "pattern p = causl\n")
+    done = attn("check", bad, tmp_path / "none.attn", "--json")
+    assert (done.exit_code, done.stderr) == (1, "")
+    first, second = (report["errors"] for report in json.loads(done.stdout)["files"])
+    assert first == [
+        {
+            "file": bad,
+            "line": 1,
+            "column": 13,
+            "severity": "error",
+            "message": "unknown name `causl`",
+            "help": "did you mean `causal`?",
+        }
+    ]
+    assert [(error["line"], error["column"]) for error in second] == [(None, None)]
+    warned = write(tmp_path / "warned.attn", "attention a { mask causal & ~causal }\n")
+    done = attn("check", warned, "--json")
+    (report,) = json.loads(done.stdout)["files"]
+    assert (done.exit_code, done.stderr, report["errors"], report["fine"]) == (0, "", [], True)
+    assert [(found["severity"], found["line"]) for found in report["warnings"]][:1] == [("warning", 1)]
+
+
+def test_check_reads_stdin():
+    done = CliRunner().invoke(main, ["check", "-"], input="pattern p = causal\nassert p <= full\n")
+    assert (done.exit_code, done.stdout) == (0, "<stdin>:2: proved: p <= full\n")
+    done = CliRunner().invoke(main, ["check", "-"], input="pattern p = causl\n")
+    assert done.exit_code == 1
+    assert "<stdin>:1:13" in done.stderr
 
 
 def test_check_proves_and_refutes(tmp_path):
@@ -192,6 +239,51 @@ def test_show_writes_a_file(good, tmp_path):
     assert out.read_text(encoding="utf-8") == attn("show", good, "lm", "--length", 16).stdout
 
 
+def test_show_stands_the_queries_where_they_are(good):
+    done = attn("show", good, "lm", "--length", 36, "--q-length", 4)
+    assert "queries 32..35 down" in done.stdout
+
+
+def test_show_names_the_parameters_that_were_changed(good):
+    titles = [
+        attn("show", good, "lm", "--length", 4, "--set", f"w={w}").stdout.splitlines()[0] for w in (1, 4)
+    ]
+    assert titles == ["lm(w = 1)  n = 4  25 % live", "lm  n = 4  62.5 % live"]
+
+
+def test_show_draws_one_head(tmp_path):
+    file = write(tmp_path / "many.attn", "attention a { mask causal & last(h + 1) }\npattern w = last(3)")
+    done = attn("show", file, "a", "--length", 16, "--heads", 32, "--head", 2)
+    title, *drawn = done.stdout.splitlines()
+    assert title == "a, head 2  n = 16  17.6 % live"
+    assert drawn == attn("show", file, "w", "--length", 16).stdout.splitlines()[1:]
+
+
+def test_show_draws_a_pattern_of_too_many_small_tiles_and_the_same_in_coarse_ones(tmp_path):
+    file = write(tmp_path / "p.attn", "pattern p = causal & columns(every(6))")
+    done = attn("show", file, "--length", 2**20)
+    assert done.exit_code == 0, done.stderr
+    drawn = [attn("show", file, "--length", 2**18, *size).stdout for size in ((), ("--block-size", 128))]
+    assert drawn[0] == drawn[1]
+    assert len(drawn[0].splitlines()) == 38
+
+
+def test_progress_shows_on_a_terminal(tmp_path):
+    file = write(tmp_path / "p.attn", "pattern p = causal & random(2)")
+    command = ["-m", "attndsl", "show", file, "--length", str(2**20), "--time-limit", "2"]
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(sys.executable, [sys.executable, *command])
+    shown = b""
+    with contextlib.suppress(OSError):  # Linux ends a terminal so
+        while part := os.read(terminal, 4096):
+            shown += part
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
+    assert b"tiling ... 1 s" in shown
+    assert b"tiling took longer than 2 s" in shown
+
+
 def test_plugins_names_owners():
     done = json.loads(attn("plugins", "--json").stdout)["plugins"]
     ours = {row["name"]: row for row in done if row["group"] == "backends" and row["owner"] == "attndsl"}
@@ -231,13 +323,53 @@ def test_run_verifies_and_times(good):
     done = attn_process("run", good, "lm", *sizes, "--backward", "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found.keys() == COMPILED | {"seconds", "gflops_live", "max_abs_error", "verified_rows"}
+    assert found.keys() == COMPILED | {
+        "seconds",
+        "gflops_live",
+        "max_abs_error",
+        "verified_rows",
+        "dense_masked_work",
+    }
     assert found["seconds"].keys() == {"forward", "backward", "dense", "dense_masked"}
     assert all(taken > 0 for taken in found["seconds"].values())
     assert found["verified_rows"] == 200
     assert 0 < found["max_abs_error"] < 1e-5
     assert found["nnz"] == 2 * attndsl.load(good)["lm"].mask(200).sum()
     assert found["gflops_live"] == pytest.approx(4 * found["nnz"] * 16 / found["seconds"]["forward"] / 1e9)
+
+
+@pytest.mark.parametrize(
+    ("clauses", "work"),
+    [
+        ("mask causal", "this mask"),
+        ("mask causal  score alibi", "mask + bias"),
+        ("mask causal  norm softmax(sink = learn[H])", "mask only"),
+        ("mask causal + causal", "mask only"),
+    ],
+)
+def test_dense_attention_does_the_same_work_or_its_mask_alone(clauses, work):
+    attention = attndsl.parse(f"attention a {{ {clauses} }}")["a"]
+    assert trial.masked_work(attndsl.compile(attention, length=64)) == work
+
+
+def test_run_says_what_dense_attention_did(tmp_path):
+    file = write(tmp_path / "a.attn", "attention a { mask causal  score alibi }")
+    done = attn_process("run", file, "--length", 128)
+    assert done.returncode == 0, done.stderr
+    (line,) = (line for line in done.stdout.splitlines() if "SDPA, mask + bias" in line)
+    assert re.search(r"forward is \d\S* x (faster|slower)$", line)
+
+
+def test_dense_attention_with_bias_does_the_same_work():
+    attention = attndsl.parse("attention a { mask causal  score alibi }")["a"]
+    plan = attndsl.compile(attention, length=40, heads=2, backend="reference")
+    q, k, v = trial.qkv(plan.problem, None)
+    assert torch.allclose(trial.dense_masked(plan, q, k, v, {})(), plan(q, k, v), atol=1e-5)
+
+
+def test_a_ratio_is_in_words():
+    assert cli.ratio(dense=2.4, ours=2.0) == "1.2 x faster"
+    assert cli.ratio(dense=1.0, ours=3.1) == "3.1 x slower"
 
 
 def test_run_reads_a_text_and_shows_everything(good):

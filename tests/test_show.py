@@ -87,6 +87,39 @@ def test_no_line_is_wider_than_the_terminal(length, heads, width):
     assert max(map(len, show.picture(mask, width).splitlines())) <= width
 
 
+@pytest.mark.parametrize(
+    ("n", "nq", "first", "said"),
+    [
+        (36, 4, 32, "queries 32..35 down, keys 0..35 across"),
+        (36, 1, 35, "query 35 down, keys 0..35 across"),
+        (1, 1, 0, "query 0 down, key 0 across"),
+        (5000, 5000, 0, "queries 0..4,999 down, keys 0..4,999 across"),
+    ],
+)
+def test_positions_are_those_of_the_pattern(n, nq, first, said):
+    assert said in show.picture(block_mask("causal", n, q_length=nq), first=first).splitlines()
+
+
+def test_numbers_agree_with_their_words():
+    drawn = show.picture(block_mask("causal", 300, q_length=1))
+    assert "one character = 4 keys x 1 query" in drawn
+    assert show.counted(0, "key") == "0 keys"
+
+
+def test_of_many_masks_a_few_are_drawn():
+    mask = attndsl.parse("attention a { mask causal & last(h + 1) }")["a"].block_mask(64, 16, heads=32)
+    drawn = show.picture(mask).splitlines()
+    assert len(drawn) < 80
+    assert sum(line.count("┌") for line in drawn) == 4
+    assert any(line.startswith("head 0 ") for line in drawn)
+    assert any(line.startswith("and 28 more") for line in drawn)
+
+
+def test_a_block_mask_says_how_thin_it_is():
+    said = str(block_mask("last(2)", 2**17, block_size=128))
+    assert "131,072 x 131,072, density 0.00153 %" in said
+
+
 def test_colour_changes_no_character():
     drawn = show.picture(block_mask("causal", 500))
     assert re.sub("\x1b\\[\\d+m", "", show.coloured(drawn)) == drawn

@@ -6,11 +6,13 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).parent.parent / "examples" / "numpy-backend"
+ROOT = Path(__file__).parent.parent
+SOURCE = ROOT / "examples" / "numpy-backend"
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +26,27 @@ def environment(tmp_path_factory):
     (wheel,) = home.glob("*.whl")
     install = ["install", "--quiet", "--no-deps", "--no-index", "--target", home / "installed", wheel]
     subprocess.run([*pip, *install], check=True, capture_output=True)
-    path = os.pathsep.join([str(home / "installed"), os.environ.get("PYTHONPATH", "")])
+    return environment_with(home / "installed")
+
+
+def environment_with(folder):
+    path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+
+
+def suite_of(name, text, folder, environment):
+    """How many cases pass of the suite that a README shows for a backend."""
+    (suite,) = (block for block in python_of(text) if f'check("{name}", case)' in block)
+    file = folder / f"test_{name}.py"
+    file.write_text(suite)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "error", file]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=folder)
+    assert done.returncode == 0, done.stdout
+    return int(re.search(r"(\d+) passed", done.stdout)[1])
+
+
+def python_of(text):
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
 
 def test_it_is_listed_with_its_owner(environment):
@@ -36,10 +57,18 @@ def test_it_is_listed_with_its_owner(environment):
 
 
 def test_it_conforms(environment, tmp_path):
-    (suite,) = re.findall(r"```python\n(.*?)```", (SOURCE / "README.md").read_text(), re.DOTALL)
-    file = tmp_path / "test_numpy.py"
-    file.write_text(suite)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "error", file]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert done.returncode == 0, done.stdout
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 80
+    assert suite_of("numpy", (SOURCE / "README.md").read_text(), tmp_path, environment) > 80
+
+
+def test_the_backend_in_the_readme_conforms(tmp_path):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (source,) = (block for block in python_of(text) if block.endswith("backend = Tiny()\n"))
+    (points,) = (block for block in re.findall(r"```toml\n(.*?)```", text, re.DOTALL) if "tiny" in block)
+    (tmp_path / "my_package.py").write_text(source)
+    info = tmp_path / "tiny-0.1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: tiny\nVersion: 0.1\n")
+    ((group, rows),) = tomllib.loads(points)["project"]["entry-points"].items()
+    lines = [f"{name} = {target}" for name, target in rows.items()]
+    (info / "entry_points.txt").write_text("\n".join([f"[{group}]", *lines]))
+    assert suite_of("tiny", text, tmp_path, environment_with(tmp_path)) > 60
