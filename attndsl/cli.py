@@ -405,7 +405,7 @@ def tiled(attention: Attention, given: dict[str, Any], **sizes: Any) -> BlockMas
 
 def coarse(attention: Attention, length: int) -> int:
     """About `TILES` tiles on a side. Tables and `random` make many different ones, which cost their area."""
-    from attndsl.tiling import nodes
+    from attndsl.expr import nodes
 
     masks = [group.relation.mask for group in attention.groups]
     if any(mask.tables or any(node.op == "random" for node in nodes(mask)) for mask in masks):

@@ -275,6 +275,23 @@ class Lane:
         return x[self.batch, self.kv_heads]
 
 
+STRAIN = 2.0**10
+"""Beyond this a log-sum-exp of 32 bits says little of how many keys it is of: -1e9 as a mask, say."""
+
+
+def strained(lse: Tensor) -> bool:
+    """Whether some row needs its log-sum-exp in float64 to be merged and differentiated."""
+    if lse.dtype == torch.float64 or not lse.numel():
+        return False
+    return bool(torch.where(lse == -torch.inf, 0.0, lse).abs().max() > STRAIN)
+
+
+def widened(call: Call) -> Call:
+    """The call in float64."""
+    tables = {name: x.double() if x.is_floating_point() else x for name, x in call.tables.items()}
+    return replace(call, q=call.q.double(), k=call.k.double(), v=call.v.double(), tables=tables)
+
+
 @dataclass(frozen=True, eq=False)
 class BlockSparse:
     """The kernel of one attention."""
@@ -292,6 +309,13 @@ class BlockSparse:
         return out, lse
 
     def forward(self, call: Call) -> tuple[Tensor, Tensor]:
+        out, lse = self.merged(call)
+        if strained(lse):
+            exact, total = self.merged(widened(call))
+            return exact.to(out.dtype), total.to(lse.dtype)
+        return out, lse
+
+    def merged(self, call: Call) -> tuple[Tensor, Tensor]:
         q = call.q
         wide = torch.promote_types(q.dtype, torch.float32)
         out = q.new_empty((*q.shape[:3], call.v.shape[3]), dtype=wide)
@@ -308,6 +332,28 @@ class BlockSparse:
         return out.to(q.dtype), lse
 
     def gradient(
+        self,
+        call: Call,
+        wanted: Sequence[str],
+        out: Tensor,
+        lse: Tensor,
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        if not strained(lse):
+            return self.pulled(call, wanted, out, lse, grad_out, grad_lse)
+        wide = widened(call)
+        grads = self.pulled(
+            wide,
+            wanted,
+            *self.merged(wide),
+            grad_out.double(),
+            None if grad_lse is None else grad_lse.double(),
+        )
+        gq, gk, gv = (g.to(x.dtype) for g, x in zip(grads[:3], (call.q, call.k, call.v), strict=True))
+        return gq, gk, gv, {name: g.to(call.tables[name].dtype) for name, g in grads[3].items()}
+
+    def pulled(
         self,
         call: Call,
         wanted: Sequence[str],

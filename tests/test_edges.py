@@ -62,3 +62,29 @@ def test_diameters_at_every_length(text: str) -> None:
         while ((more := power @ step > 0) != (power > 0)).any():
             power, layers = more.astype(int), layers + 1
         assert attndsl.prove(program.assertions[0]).reason == f"diameter is {layers} at n = {n}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "inputs pad : bool[n] mask radius(70) score where(pad[k], s, -1000000000.0)",
+        "inputs pad : bool[n] mask radius(70) | columns(0..3) score where(pad[q], -1000000000.0, s)",
+        "inputs pad : bool[n] mask causal & last(90) score s + 5.0 * k",
+    ],
+)
+def test_logits_so_large_that_their_sum_says_nothing_of_its_terms(text: str) -> None:
+    attention = attndsl.parse(f"attention a {{ {text} }}")["a"]
+    rng = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 512, 8, generator=rng) for _ in "qkv")
+    pad = np.arange(512) > 300
+    found = []
+    for backend, dtype in (("torch", "float32"), ("reference", "float64")):
+        plan = attndsl.compile(
+            attention, length=512, heads=2, head_dim=8, dtype=dtype, backend=backend, block_size=32
+        )
+        leaves = [x.to(getattr(torch, dtype)).requires_grad_() for x in (q, k, v)]
+        out = plan(*leaves, pad=pad)
+        found.append([out.detach(), *torch.autograd.grad(out.sin().sum(), leaves)])
+    # -1e9 + s is rounded to 64 in float32, so that the weights inside such a row are equal
+    for mine, value in zip(*found, strict=True):
+        torch.testing.assert_close(mine.double(), value, rtol=1e-3, atol=1e-3)
