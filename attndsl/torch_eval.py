@@ -53,6 +53,17 @@ def evaluate(expr: Expr, env: Env, live: Tensor | None = None) -> Tensor:
 
 broadcast_tensors: Callable[..., tuple[Tensor, ...]] = torch.broadcast_tensors
 
+def decay_factor(decay: Expr, env: Env, live: Tensor) -> Tensor:
+    """The factor of each pair's weight, 0 where it is not live.
+
+    Raises AttnError for a negative one: a weight below 0 has no logarithm.
+    """
+    found = torch.where(live, evaluate(decay, env, live).to(env.dtype), 0.0)
+    if (found < 0).any():
+        raise fail("a decay is negative at a related pair", help="bound it from below: `max(..., 0.0)`")
+    return found
+
+
 UNARY: dict[str, tuple[Callable[[Tensor], Tensor], float | None]] = {
     "exp": (torch.exp, 0.0),
     "log": (torch.log, 1.0),

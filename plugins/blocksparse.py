@@ -25,7 +25,7 @@ from attndsl.blockmask import BlockMask, TileGrid
 from attndsl.expr import Expr
 from attndsl.operator import Runner, attend, register, vjp
 from attndsl.parts import Gathered, Part, Strided, take_apart
-from attndsl.torch_eval import Env, affine_in_s, by_distance, constant_scale, evaluate
+from attndsl.torch_eval import Env, affine_in_s, by_distance, constant_scale, decay_factor, evaluate
 
 flash: Callable[..., tuple[Tensor, Tensor]] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 flash_backward: Callable[..., tuple[Tensor, Tensor, Tensor]] = (
@@ -548,7 +548,7 @@ class Work:
         logit = torch.where(live, evaluate(group.score, env, live).to(self.wide), -torch.inf).expand(s.shape)
         if group.decay is None:
             return logit, None
-        return logit, torch.where(live, evaluate(group.decay, env, live).to(self.wide), 0.0)
+        return logit, decay_factor(group.decay, env, live).to(self.wide)
 
     def merge(self, chunk: Chunk, out: Tensor, lse: Tensor, o: Tensor, more: Tensor) -> None:
         """One more part of some rows: exactly what the pairs of both give together."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from attndsl.attention import Attention, HeadGroup
 from attndsl.backend import Call, Kernel, Problem
 from attndsl.blockmask import BlockMask
-from attndsl.torch_eval import Env, evaluate
+from attndsl.torch_eval import Env, decay_factor, evaluate
 
 SECONDS_PER_PAIR = 5e-9
 
@@ -71,25 +71,23 @@ def attend_group(group: HeadGroup, call: Call, env: Env) -> tuple[Tensor, Tensor
     mask = torch.from_numpy(call.block_mask.to_dense()).to(call.q.device) & here
     v = call.v.to(env.dtype).repeat_interleave(call.q.shape[1] // call.v.shape[1], dim=1)
     score = evaluate(group.score, env, mask).to(env.dtype).expand(env.values["s"].shape)
-    decay = torch.ones_like(score)
-    if group.decay is not None:
-        decay = evaluate(group.decay, env, mask).to(env.dtype).expand(score.shape)
     logit = torch.where(mask, score, -torch.inf)
-    factor = torch.where(mask, decay, 0.0)
+    decay = mask.to(env.dtype) if group.decay is None else decay_factor(group.decay, env, mask)
+    decay = decay.expand(score.shape)
     if group.norm.kind == "softmax":
         sink = logit.new_full((*logit.shape[:-1], 1), -torch.inf)
         if group.norm.sink is not None:
             sink = evaluate(group.norm.sink, env, here).to(env.dtype).expand(sink.shape)
         top = torch.maximum(logit.amax(-1, keepdim=True), sink) if logit.shape[-1] else sink
         top = torch.where(top.isinf(), 0.0, top).detach()
-        weight = factor * torch.exp(logit - top)
+        weight = decay * torch.exp(logit - top)
         total = weight.sum(-1, keepdim=True) + torch.exp(sink - top)
-        empty = (factor == 0).all(-1, keepdim=True) | (total == 0)
+        empty = (decay == 0).all(-1, keepdim=True) | (total == 0)
         weight = torch.where(empty, 0.0, weight)
         normaliser = torch.where(empty, 1.0, total)
         lse = torch.where(empty, -torch.inf, torch.log(normaliser) + top)
         return (weight / normaliser) @ v, lse.squeeze(-1)
-    weight = factor * (torch.sigmoid(logit) if group.norm.kind == "sigmoid" else torch.relu(logit))
+    weight = decay * (torch.sigmoid(logit) if group.norm.kind == "sigmoid" else torch.relu(logit))
     total = weight.sum(-1)
     empty = (weight == 0).all(-1)
     return weight @ v, torch.where(empty, -torch.inf, torch.log(torch.where(empty, 1.0, total)))

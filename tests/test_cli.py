@@ -203,9 +203,14 @@ def test_a_file_that_is_no_text(tmp_path, command):
     assert "is not UTF-8 text" in done.stderr
 
 
-@pytest.mark.parametrize(("option", "said"), [("--device=nothing", "no device `nothing`\n  help: cpu, or cuda"),
-                                              ("--text=none.txt", "cannot read `none.txt`: no such file"),
-                                              ("--head-dim=2000000000", "GiB")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("--device=nothing", "no device `nothing`\n  help: cpu, or cuda"),
+        ("--text=none.txt", "cannot read `none.txt`: no such file"),
+        ("--head-dim=2000000000", "GiB"),
+    ],
+)
 def test_run_refuses_what_the_machine_has_not(good, option, said):
     done = attn_process("run", good, "lm", "--length", 64, option)
     assert (done.returncode, done.stdout) == (1, "")

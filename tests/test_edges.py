@@ -1,4 +1,4 @@
-"""What lies at the edge of a domain: scales that are not positive, heads that another group owns, huge sinks."""
+"""What lies at the edge of a domain: non-positive scales, heads of another group, huge sinks and logits."""
 
 from __future__ import annotations
 
@@ -88,3 +88,9 @@ def test_logits_so_large_that_their_sum_says_nothing_of_its_terms(text: str) -> 
     # -1e9 + s is rounded to 64 in float32, so that the weights inside such a row are equal
     for mine, value in zip(*found, strict=True):
         torch.testing.assert_close(mine.double(), value, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_a_weight_is_not_negative(backend: str) -> None:
+    with pytest.raises(attndsl.AttnError, match="a decay is negative"):
+        run("attention a { mask causal decay sin(q - k) }", backend, 16)
