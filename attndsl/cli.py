@@ -265,15 +265,12 @@ def check_file(file: str, time_limit: float, quiet: bool) -> dict[str, Any]:
 
     shown = "<stdin>" if file == "-" else file
 
-    def warnings(stage: Stage) -> list[Diagnostic]:
-        stage(f"looking for warnings in {shown}", time_limit)
-        return program.warnings
-
     errors: Sequence[Diagnostic] = ()
     warned: Sequence[Diagnostic] = ()
+    verdicts: Sequence[Verdict] = ()
     try:
         program = program_of(file)
-        warned = apart(warnings)
+        warned, verdicts = judged(program, time_limit)
     except AttnError as error:
         errors = error.diagnostics
     if not quiet and (errors or warned):
@@ -283,9 +280,9 @@ def check_file(file: str, time_limit: float, quiet: bool) -> dict[str, Any]:
             "file": assertion.span.source.name,
             "line": assertion.span.source.position(assertion.span.start)[0],
             "assertion": assertion.text,
-            **facts.of_verdict(decided(assertion, time_limit)),
+            **facts.of_verdict(verdict),
         }
-        for assertion in (() if errors else program.assertions)
+        for assertion, verdict in zip(() if errors else program.assertions, verdicts, strict=True)
     ]
     return {
         "file": shown,
@@ -294,6 +291,28 @@ def check_file(file: str, time_limit: float, quiet: bool) -> dict[str, Any]:
         "warnings": [facts.of_diagnostic(found, shown) for found in warned],
         "assertions": assertions,
     }
+
+
+def judged(program: Program, time_limit: float) -> tuple[list[Diagnostic], list[Verdict]]:
+    """Warnings, and a verdict on each assertion: in one child, or one each where a stage takes too long."""
+    from attndsl.assertions import prove
+    from attndsl.child import TimeLimitError
+
+    def warnings(stage: Stage) -> list[Diagnostic]:
+        stage(f"looking for warnings in {program.name}", time_limit)
+        return program.warnings
+
+    def everything(stage: Stage) -> tuple[list[Diagnostic], list[Verdict]]:
+        warned, verdicts = warnings(stage), []
+        for assertion in program.assertions:
+            stage(f"proving {assertion.text}", time_limit)
+            verdicts.append(prove(assertion))
+        return warned, verdicts
+
+    try:
+        return apart(everything)
+    except TimeLimitError:
+        return apart(warnings), [decided(assertion, time_limit) for assertion in program.assertions]
 
 
 def decided(assertion: Assertion, time_limit: float) -> Verdict:
