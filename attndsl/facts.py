@@ -89,7 +89,8 @@ def of_run(
     problem = plan.problem
     q, k, v = trial.qkv(problem, text, seed)
     stage(f"running {plan.backend}", None)
-    out = plan(q, k, v, **given)
+    call = plan.module().requires_grad_(False)
+    out = call(q, k, v, **given)
     stage("running reference", None)
     verified = trial.verify(plan, out, q, k, v, given)
     if verified is not None and not verified.error <= verified.tolerance:
@@ -100,7 +101,7 @@ def of_run(
         )
     stage(f"timing {plan.backend} and dense attention", None)
     works = {
-        "forward": lambda: plan(q, k, v, **given),
+        "forward": lambda: call(q, k, v, **given),
         "backward": trial.backward(plan, (q, k, v), given) if backward else None,
         "dense": trial.dense(plan, q, k, v),
         "dense_masked": trial.dense_masked(plan, q, k, v, given),

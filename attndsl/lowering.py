@@ -172,12 +172,12 @@ def check_names(attention: Attention, given: Mapping[str, object], complete: boo
             )
 
 
-KINDS = {"int": "iu", "bool": "b", "float": "f"}
+KINDS = {"int": ("int", "uint"), "bool": ("bool",), "float": ("float16", "float32", "float64", "bfloat16")}
+"""How the names of dtypes begin, by kind of table."""
 
 
 def _checked(table: Table, array: Array, bound: dict[str, int]) -> Array:
-    if array.dtype.kind not in KINDS[table.dtype]:
-        raise fail(f"`{table.name}` is {_shape_text(table)}, and was given as {array.dtype}")
+    check_kind(table, array)
     axes = [*(["B"] if table.batched else []), *(["H"] if table.headed else []), *table.dims]
     if array.ndim != len(axes):
         raise fail(
@@ -185,7 +185,7 @@ def _checked(table: Table, array: Array, bound: dict[str, int]) -> Array:
         )
     for axis, size in zip(axes, array.shape, strict=True):
         wanted = axis if isinstance(axis, int) else bound.setdefault(axis, size)
-        if size != wanted and not (axis == "B" and size == 1):
+        if size != wanted:
             raise fail(
                 f"`{table.name}` has {size} entries on its axis `{axis}`, and there `{axis}` is {wanted}"
                 if isinstance(axis, str)
@@ -198,6 +198,14 @@ def _checked(table: Table, array: Array, bound: dict[str, int]) -> Array:
     if table.dtype == "int":
         array = array.astype(np.int64, copy=False)
     return array
+
+
+def check_kind(table: Table, array: Any) -> None:
+    """Raises AttnError where an array or a tensor is of another kind than the table."""
+    dtype = str(array.dtype).removeprefix("torch.")
+    kind = next((kind for kind, names in KINDS.items() if dtype.startswith(names)), dtype)
+    if kind != table.dtype:
+        raise fail(f"`{table.name}` is {_shape_text(table)}, and was given as {dtype}")
 
 
 def _shape_text(table: Table) -> str:

@@ -99,7 +99,18 @@ def _problem(attention: object, problem: Problem) -> Problem:
     if problem.heads % problem.kv_heads:
         raise fail(f"{problem.heads} heads cannot share {problem.kv_heads} key heads evenly")
     lowering.head_groups(attention, problem.heads)
+    _check_device(problem.device)
     return problem
+
+
+def _check_device(name: str) -> None:
+    import torch
+
+    kind, _, index = name.partition(":")
+    count = {"cpu": 1, "cuda": torch.cuda.device_count()}.get(kind, 0)
+    if not count or (index and not (index.isdecimal() and int(index) < count)):
+        there = "cpu and cuda" if torch.cuda.is_available() else "cpu alone"
+        raise fail(f"there is no device `{name}`", help=f"there is {there}")
 
 
 def _judged(name: str, attention: Attention, problem: Problem, blocks: BlockMask | None) -> float | str:
@@ -209,7 +220,8 @@ class Plan:
         self._refuse_learned(inputs)
         given = self._tensors({**self.tables, **inputs})
         tensors = [*given, *(learned[table.name] for table in self.attention.learned)]
-        out, lse = attend(q, k, v, tensors, _listed(q_offset), _listed(k_offset), self.handle)
+        starts = _listed("q_offset", q_offset), _listed("k_offset", k_offset)
+        out, lse = attend(q, k, v, tensors, *starts, self.handle)
         return (out, lse) if return_lse else out
 
     def call_of(
@@ -242,7 +254,13 @@ class Plan:
         known = {table.name for table in self.attention.inputs}
         self._refuse_learned(inputs)
         lowering.check_names(self.attention, inputs, complete=False)
-        bound = {**self.tables, **inputs}
+        given = {
+            table.name: self._tensor(table, inputs[table.name])
+            for table in self.attention.inputs
+            if table.name in inputs
+        }
+        # what is bound stays as it is; a tensor that learns is the caller's own
+        bound = {**self.tables, **{k: v if v.requires_grad else v.clone() for k, v in given.items()}}
         blocks = self.block_masks
         if known <= bound.keys() and _tabled(self.attention):
             sizes = lowering.sizes(
@@ -314,7 +332,7 @@ class Plan:
                 raise fail(f"`{name}` has length {shape[2]}, and the plan serves up to {length}", help=help)
             if tensor.dtype != getattr(torch, p.dtype):
                 dtype = str(tensor.dtype).removeprefix("torch.")
-                help = f'compile with `dtype="{dtype}"`'
+                help = f'compile with `dtype="{dtype}"`' if dtype in DTYPES else ""
                 raise fail(f"`{name}` is {dtype}, and the plan is for {p.dtype}", help=help)
             if tensor.device.type != p.device.split(":")[0]:
                 raise fail(f"`{name}` is on {tensor.device}, and the plan is for {p.device}")
@@ -325,18 +343,20 @@ class Plan:
 
     def _tensors(self, given: Mapping[str, Any]) -> list[Tensor]:
         """The inputs in the order of their declaration, on the device, in the dtype of their kind."""
+        lowering.check_names(self.attention, given)
+        return [self._tensor(table, given[table.name]) for table in self.attention.inputs]
+
+    def _tensor(self, table: Table, value: Any) -> Tensor:
         import torch
 
-        lowering.check_names(self.attention, given)
-        found = []
-        for table in self.attention.inputs:
-            tensor = torch.as_tensor(given[table.name], device=self.problem.device)
-            if table.dtype == "int":
-                tensor = tensor.long()
-            elif table.dtype == "float" and not isinstance(given[table.name], torch.Tensor):
-                tensor = tensor.to(getattr(torch, self.problem.dtype))
-            found.append(tensor)
-        return found
+        array = _array_like(table.name, value)
+        lowering.check_kind(table, array)
+        tensor = torch.as_tensor(array, device=self.problem.device)
+        if table.dtype == "int":
+            return tensor.long()
+        if table.dtype == "float" and not isinstance(value, torch.Tensor):
+            return tensor.to(getattr(torch, self.problem.dtype))
+        return tensor
 
     def _tiles(self, sizes: lowering.Sizes, given: Mapping[str, Any], batch: int) -> BlockMask:
         """The tiles of one call, kept for the last few."""
@@ -379,11 +399,32 @@ def _again(attention: Attention, problem: Problem, backend: str, tables: dict[st
     return compile(attention, **vars(problem), backend=backend).bind(**tables)
 
 
-def _listed(offset: Any) -> list[int]:
-    """An int, one per batch row, or None for the attention's own."""
+def _listed(name: str, offset: Any) -> list[int]:
+    """An integer, one per batch row, or None for the attention's own. Raises AttnError for anything else."""
     if offset is None:
         return []
-    return [offset] if isinstance(offset, int) else [int(item) for item in offset]
+    if isinstance(offset, int):
+        return [lowering.checked_length(name, offset)]
+    items = offset.tolist() if hasattr(offset, "tolist") else offset
+    items = items if isinstance(items, list | tuple) else [items]
+    if not items:
+        raise fail(f"`{name}` is empty", help="leave it out, or give one position per batch row")
+    return [lowering.checked_length(name, item) for item in items]
+
+
+def _array_like(name: str, value: Any) -> Any:
+    """What has a dtype and a shape. Raises AttnError for what is no array of numbers or truths."""
+    if hasattr(value, "detach"):
+        if value.is_sparse:
+            raise fail(f"`{name}` is a sparse tensor", help=f"give `{name}.to_dense()`")
+        return value
+    try:
+        array = np.asarray(value)
+    except ValueError:
+        raise fail(f"`{name}` is no array: its rows differ in length") from None
+    if array.dtype.kind not in "biufc":
+        raise fail(f"`{name}` is no array of numbers or truths, but {type(value).__name__}")
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
 
 
 def _array(value: Any) -> Any:

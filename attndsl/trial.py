@@ -150,7 +150,7 @@ def backward(plan: Plan, qkv: tuple[Tensor, ...], tables: Mapping[str, Any]) -> 
     import torch
 
     q, k, v = (tensor.detach().requires_grad_() for tensor in qkv)
-    out = plan(q, k, v, **tables)
+    out = plan.module()(q, k, v, **tables)
     gradient = torch.randn_like(out)
     return lambda: torch.autograd.grad(out, (q, k, v), gradient, retain_graph=True)
 
@@ -190,4 +190,4 @@ def dense_masked(plan: Plan, q: Tensor, k: Tensor, v: Tensor, tables: Mapping[st
         return dense(plan, q, k, v, torch.from_numpy(blocks.to_dense()).to(p.device))
     kernel = registry.plugin("backends", "sdpa").lower(plan.attention, p)
     by_sdpa = replace(plan, backend="sdpa", kernel=kernel, _kept={})
-    return dense(plan, q, k, v) and (lambda: by_sdpa(q, k, v, **tables))
+    return dense(plan, q, k, v) and (lambda: by_sdpa.module().requires_grad_(False)(q, k, v, **tables))
