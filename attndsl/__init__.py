@@ -3,19 +3,19 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from attndsl.assertions import Assertion as Assertion
-from attndsl.assertions import prove as prove
 from attndsl.attention import Attention as Attention
 from attndsl.errors import AttnError as AttnError
+from attndsl.language.assertions import Assertion as Assertion
+from attndsl.language.assertions import prove as prove
 from attndsl.program import Program as Program
 from attndsl.program import load as load
 from attndsl.program import parse as parse
 
 if TYPE_CHECKING:
-    from attndsl.plan import Plan as Plan
-    from attndsl.plan import compile as compile
+    from attndsl.execution.plan import Plan as Plan
+    from attndsl.execution.plan import compile as compile
 
-LAZY = {"compile": "attndsl.plan", "Plan": "attndsl.plan"}
+LAZY = {"compile": "attndsl.execution.plan", "Plan": "attndsl.execution.plan"}
 """What checking a file does not need is imported on first use: a check is to feel instant."""
 
 

@@ -1,3 +1,3 @@
-from attndsl.cli import main
+from attndsl.command.cli import main
 
 main(prog_name="attndsl")

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import ArrayLike, NDArray
 
-    from attndsl.blockmask import BlockMask
-    from attndsl.lowering import Sizes
+    from attndsl.tiles.blockmask import BlockMask
+    from attndsl.tiles.lowering import Sizes
 
 HEADS_TRIED = 256
 DENSE_LIMIT = 2**30
@@ -153,7 +153,7 @@ class Attention:
         heads: int,
         inputs: Mapping[str, ArrayLike],
     ) -> NDArray[Any]:
-        from attndsl import lowering
+        from attndsl.tiles import lowering
 
         sizes = self._sizes(length, q_length, q_offset, k_offset, heads)
         if sizes.nq * sizes.n_keys > DENSE_LIMIT:
@@ -178,7 +178,7 @@ class Attention:
         **inputs: ArrayLike,
     ) -> BlockMask:
         """The tiles of `block_size` (a multiple of 8) tokens on a side."""
-        from attndsl import lowering
+        from attndsl.tiles import lowering
 
         lowering.checked_block_size(block_size)
         sizes = self._sizes(length, q_length, q_offset, k_offset, heads)
@@ -188,7 +188,7 @@ class Attention:
     def _sizes(
         self, length: int, q_length: int | None, q_offset: int | None, k_offset: int | None, heads: int
     ) -> Sizes:
-        from attndsl import lowering
+        from attndsl.tiles import lowering
 
         keys = lowering.checked_length("length", length)
         nq = keys if q_length is None else lowering.checked_length("q_length", q_length)

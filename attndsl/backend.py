@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from attndsl.attention import Attention
-from attndsl.blockmask import BlockMask
+from attndsl.tiles.blockmask import BlockMask
 
 if TYPE_CHECKING:
     from torch import Tensor

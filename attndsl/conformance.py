@@ -31,10 +31,10 @@ import torch
 from torch import Tensor
 
 import attndsl
-from attndsl import registry
 from attndsl.attention import Attention
 from attndsl.backend import Problem
-from attndsl.plan import Plan
+from attndsl.execution import registry
+from attndsl.execution.plan import Plan
 
 Named = dict[str, Tensor]
 LENGTHS = (0, 1, 3, 127, 300)

@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 from attndsl import expr as ir
 from attndsl import syntax
-from attndsl.arguments import bind_arguments, name_span, signature
-from attndsl.assertions import Assertion, prove, typed
 from attndsl.attention import Attention
-from attndsl.elaborate import STEP_LIMIT, Elaborator
 from attndsl.errors import AttnError, Diagnostic, Source, Span, fail, suggest
-from attndsl.mistakes import out_of_place
+from attndsl.language.arguments import bind_arguments, name_span, signature
+from attndsl.language.assertions import Assertion, prove, typed
+from attndsl.language.elaborate import STEP_LIMIT, Elaborator
+from attndsl.language.mistakes import out_of_place
+from attndsl.language.values import TOKENS, AttentionOf, Env, K, Num, Pattern, Q, SetOf, Value, Vec
+from attndsl.language.vocabulary import BUILT_IN, RESERVED
 from attndsl.syntax import nodes as ast
-from attndsl.values import TOKENS, AttentionOf, Env, K, Num, Pattern, Q, SetOf, Value, Vec
-from attndsl.vocabulary import BUILT_IN, RESERVED
 
 if TYPE_CHECKING:
-    from attndsl.proofs import Verdict
+    from attndsl.relations.proofs import Verdict
 
 Definition = ast.Definition | ast.AttentionDef
 FILE_LIMIT = 64
@@ -294,7 +294,7 @@ class Program:
     @functools.cached_property
     def warnings(self) -> list[Diagnostic]:
         """What is legal and probably not meant, in the order of the text."""
-        from attndsl.lint import warnings
+        from attndsl.language.lint import warnings
 
         return _in_order(warnings(list(self.own.values()), self.elaborator))
 

@@ -1,6 +1,6 @@
 """The `torch` backend: block sparse attention from torch's own operators, forward and backward.
 
-A mask is taken apart (attndsl/parts.py) into batches of equal problems. Stretches of rows that look the
+A mask is taken apart (`take_apart`) into batches of equal problems. Stretches of rows that look the
 same run on strided views of k and v, which overlap and are never copied; the rest on gathered tiles. Each
 part gives an output and a log-sum-exp; two parts of a row merge exactly:
 L = logaddexp(L1, L2), o = exp(L1 - L) o1 + exp(L2 - L) o2 (Dao et al., FlashAttention, 2022).
@@ -21,11 +21,11 @@ from torch import Tensor
 from attndsl import expr as ir
 from attndsl.attention import Attention, HeadGroup
 from attndsl.backend import Call, Kernel, Problem
-from attndsl.blockmask import BlockMask, TileGrid
+from attndsl.execution.operator import Runner, attend, register, vjp
+from attndsl.execution.parts import Gathered, Part, Strided, take_apart
+from attndsl.execution.torch_eval import Env, affine_in_s, by_distance, constant_scale, decay_factor, evaluate
 from attndsl.expr import Expr
-from attndsl.operator import Runner, attend, register, vjp
-from attndsl.parts import Gathered, Part, Strided, take_apart
-from attndsl.torch_eval import Env, affine_in_s, by_distance, constant_scale, decay_factor, evaluate
+from attndsl.tiles.blockmask import BlockMask, TileGrid
 
 flash: Callable[..., tuple[Tensor, Tensor]] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 flash_backward: Callable[..., tuple[Tensor, Tensor, Tensor]] = (

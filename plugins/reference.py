@@ -7,8 +7,8 @@ from torch import Tensor
 
 from attndsl.attention import Attention, HeadGroup
 from attndsl.backend import Call, Kernel, Problem
-from attndsl.blockmask import BlockMask
-from attndsl.torch_eval import Env, decay_factor, evaluate
+from attndsl.execution.torch_eval import Env, decay_factor, evaluate
+from attndsl.tiles.blockmask import BlockMask
 
 SECONDS_PER_PAIR = 5e-9
 

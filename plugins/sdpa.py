@@ -13,10 +13,10 @@ from torch import Tensor
 from attndsl import expr as ir
 from attndsl.attention import Attention, HeadGroup
 from attndsl.backend import Call, Kernel, Problem
-from attndsl.blockmask import BlockMask, TileGrid
+from attndsl.execution.operator import vjp
+from attndsl.execution.torch_eval import Env, affine_in_s, constant_scale, evaluate
 from attndsl.expr import Expr
-from attndsl.operator import vjp
-from attndsl.torch_eval import Env, affine_in_s, constant_scale, evaluate
+from attndsl.tiles.blockmask import BlockMask, TileGrid
 
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attndsl.links import sample
+from attndsl.meaning.links import sample
 from attndsl.program import prelude
 from attndsl.syntax import nodes as ast
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from attndsl import expr as x
 from attndsl.expr import Expr, IntSet, Table, const, var
-from attndsl.pointwise import evaluate
+from attndsl.meaning.pointwise import evaluate
 
 N = var("n")
 DOC = Table("doc", "int", ("n",))

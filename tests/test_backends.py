@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 import attndsl
 from attndsl import expr as ir
-from attndsl.blockmask import TileGrid
 from attndsl.conformance import CASES, Case, check
-from attndsl.parts import Strided, take_apart
-from attndsl.pointwise import evaluate
-from attndsl.torch_eval import affine_in_s, by_distance
+from attndsl.execution.parts import Strided, take_apart
+from attndsl.execution.torch_eval import affine_in_s, by_distance
+from attndsl.meaning.pointwise import evaluate
+from attndsl.tiles.blockmask import TileGrid
 
 s, q, k, h = map(ir.var, "sqkh")
 

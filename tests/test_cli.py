@@ -17,8 +17,8 @@ import torch
 from click.testing import CliRunner
 
 import attndsl
-from attndsl import child, cli, trial
-from attndsl.cli import main
+from attndsl.command import child, cli, trial
+from attndsl.command.cli import main
 from attndsl.errors import AttnError, fail
 
 GOOD = """pattern near(w = 3) = causal & last(w)
@@ -426,7 +426,7 @@ def test_a_child_that_dies_is_reported():
 def test_nothing_survives_a_signal(number):
     script = """
 import os, sys, time
-from attndsl import child
+from attndsl.command import child
 def work(stage):
     print(os.getpid(), flush=True)
     time.sleep(60)

@@ -9,12 +9,16 @@ from click.testing import CliRunner
 from test_repository import ROOT
 
 import attndsl
-from attndsl import elaborate, expr, links, lowering, program, reach, relation, tiling
-from attndsl.arguments import signature
-from attndsl.cli import main
+from attndsl import expr, program
+from attndsl.command.cli import main
+from attndsl.language import elaborate
+from attndsl.language.arguments import signature
+from attndsl.meaning import links
 from attndsl.program import prelude
+from attndsl.relations import reach, relation
 from attndsl.syntax.format import render
 from attndsl.syntax.parse import ERROR_LIMIT, NESTING_LIMIT, SIZE_LIMIT, TEXT_LIMIT
+from attndsl.tiles import lowering, tiling
 
 DOCS = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
 FENCED = re.compile(r"^```(\w+)(.*)\n((?:(?!```).*\n)*)```$", re.M)

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 import attndsl
 from attndsl import expr as ir
-from attndsl import pointwise, syntax
+from attndsl import syntax
 from attndsl.errors import Source
+from attndsl.meaning import pointwise
 from attndsl.program import Program
 from attndsl.syntax import nodes as ast
 

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 import attndsl
 from attndsl import conformance
-from attndsl.cli import main
+from attndsl.command.cli import main
 from attndsl.conformance import CASES, MECHANISMS
 
 NUMBER = itertools.count()

@@ -16,11 +16,14 @@ import torch
 from numpy.typing import NDArray
 
 import attndsl
-from attndsl import expr, lowering, registry, relation
+from attndsl import expr
 from attndsl.errors import Source
+from attndsl.execution import registry
+from attndsl.relations import relation
 from attndsl.syntax import nodes as ast
 from attndsl.syntax.format import format, render
 from attndsl.syntax.parse import parse, parse_expression
+from attndsl.tiles import lowering
 
 MASKS = [
     *(programs.program(Random(seed)) for seed in range(90)),

@@ -10,10 +10,10 @@ import pytest
 from random_masks import DOC, Masks, truths
 
 from attndsl import expr as x
-from attndsl import relation
 from attndsl.errors import AttnError
 from attndsl.expr import Expr, Table, all_of, any_of, const, eq, le, lt, negate, sub, var
-from attndsl.relation import bounds, domain, eliminate, is_affine, to_set
+from attndsl.relations import relation
+from attndsl.relations.relation import bounds, domain, eliminate, is_affine, to_set
 
 Q, K, N = var("q"), var("k"), var("n")
 CAUSAL = le(K, Q)

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 import attndsl
-from attndsl.cli import main
+from attndsl.command.cli import main
 
 ROOT = Path(__file__).parent.parent
 HEAVY = {"torch", "sympy", "networkx", "scipy", "matplotlib"}
@@ -52,7 +52,7 @@ def test_importing_attndsl_loads_nothing_heavy():
         ("plugins/x.py", "from attndsl.plugins.reference import backend", "TID251"),
         ("plugins/x.py", "from . import reference", "TID252"),
         ("attndsl/x.py", "import torch", "TID253"),
-        ("attndsl/cli.py", "from sympy import sympify", "TID253"),
+        ("attndsl/command/cli.py", "from sympy import sympify", "TID253"),
     ],
 )
 def test_the_linter_holds_the_architecture(file, line, rule):

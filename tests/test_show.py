@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import attndsl
-from attndsl import show
+from attndsl.command import show
 
 HALF = {" ": (0, 0), "▀": (1, 0), "▄": (0, 1), "█": (1, 1)}
 PATTERNS = {

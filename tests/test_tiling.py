@@ -7,8 +7,6 @@ import random
 import numpy as np
 import pytest
 
-from attndsl import abstract, pointwise, tiling
-from attndsl.blockmask import BlockMask, TileGrid
 from attndsl.errors import AttnError
 from attndsl.expr import (
     FALSE,
@@ -44,8 +42,11 @@ from attndsl.expr import (
     var,
     where,
 )
-from attndsl.links import absorb, sample
-from attndsl.tiling import tile
+from attndsl.meaning import pointwise
+from attndsl.meaning.links import absorb, sample
+from attndsl.tiles import abstract, tiling
+from attndsl.tiles.blockmask import BlockMask, TileGrid
+from attndsl.tiles.tiling import tile
 
 Q, K = var("q"), var("k")
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import attndsl
-from attndsl.torch_eval import Env, evaluate
+from attndsl.execution.torch_eval import Env, evaluate
 
 gym = pytest.importorskip("attn_gym.masks")
 mods = pytest.importorskip("attn_gym.mods")

@@ -17,8 +17,8 @@ from torch import Tensor
 
 import attndsl
 from attndsl import expr as ir
-from attndsl import pointwise
-from attndsl.torch_eval import Env, evaluate
+from attndsl.execution.torch_eval import Env, evaluate
+from attndsl.meaning import pointwise
 
 hf = pytest.importorskip("transformers.masking_utils")
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor  # noqa: E402

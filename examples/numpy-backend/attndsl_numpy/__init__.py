@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from attndsl import expr as ir
-from attndsl import lowering
 from attndsl.attention import Attention, HeadGroup
 from attndsl.backend import Call, Kernel, Problem
-from attndsl.blockmask import BlockMask
+from attndsl.execution.torch_eval import affine_in_s
 from attndsl.expr import Expr
-from attndsl.pointwise import evaluate
-from attndsl.torch_eval import affine_in_s
+from attndsl.meaning.pointwise import evaluate
+from attndsl.tiles import lowering
+from attndsl.tiles.blockmask import BlockMask
 
 Array = NDArray[Any]
 SECONDS_PER_PRODUCT = 5e-9

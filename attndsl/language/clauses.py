@@ -10,21 +10,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from attndsl import expr as ir
-from attndsl.arguments import (
-    bind_arguments,
-    score_call,
-)
 from attndsl.attention import Attention, HeadGroup, Norm, Relation
 from attndsl.errors import AttnError, fail
 from attndsl.expr import Expr, Table
-from attndsl.mistakes import (
+from attndsl.language.arguments import (
+    bind_arguments,
+    score_call,
+)
+from attndsl.language.mistakes import (
     expected,
     number_of,
     quoted,
 )
-from attndsl.pointwise import evaluate
-from attndsl.syntax import nodes as ast
-from attndsl.values import (
+from attndsl.language.values import (
     TOKENS,
     Env,
     K,
@@ -39,9 +37,11 @@ from attndsl.values import (
     as_set,
     intersection,
 )
+from attndsl.meaning.pointwise import evaluate
+from attndsl.syntax import nodes as ast
 
 if TYPE_CHECKING:
-    from attndsl.elaborate import Elaborator
+    from attndsl.language.elaborate import Elaborator
 
 HEAD_LIMIT = 4096
 

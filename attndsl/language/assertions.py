@@ -7,17 +7,17 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from attndsl import expr as ir
-from attndsl.arguments import bind_arguments_of
 from attndsl.attention import Attention
-from attndsl.elaborate import Elaborator
 from attndsl.errors import AttnError, Span, fail
 from attndsl.expr import Expr
-from attndsl.mistakes import quoted
+from attndsl.language.arguments import bind_arguments_of
+from attndsl.language.elaborate import Elaborator
+from attndsl.language.mistakes import quoted
+from attndsl.language.values import TOKENS, AttentionOf, Env, K, Pattern, Q
 from attndsl.syntax import nodes as ast
-from attndsl.values import TOKENS, AttentionOf, Env, K, Pattern, Q
 
 if TYPE_CHECKING:
-    from attndsl.proofs import Verdict
+    from attndsl.relations.proofs import Verdict
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,7 @@ def prove(assertion: Assertion) -> Verdict:
 
 
 def _verdict(claim: Claim) -> Verdict:
-    from attndsl import proofs
+    from attndsl.relations import proofs
 
     if isinstance(claim, EveryRow):
         return _worst([proofs.every_row(mask, heads) for mask, heads in claim.of.groups])
@@ -282,7 +282,7 @@ def _worst(verdicts: list[Verdict]) -> Verdict:
 def _per_head(side: Heads | Reach) -> tuple[tuple[Expr, Expr], ...]:
     if isinstance(side, Heads):
         return side.groups
-    from attndsl.reach import reach
+    from attndsl.relations.reach import reach
 
     return ((reach(side.of, side.layers), ir.TRUE),)
 
@@ -293,7 +293,7 @@ def _measured(side: Quantity | float) -> float | None:
     if any(group.relation.mask.tables for group in side.of.groups):
         return None
     if side.kind == "diameter":
-        from attndsl.reach import diameter
+        from attndsl.relations.reach import diameter
 
         return diameter(side.of.any_head(), side.n, side.heads)
     blocks = side.of.block_mask(side.n, heads=side.heads)

@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attndsl import proofs
 from attndsl.attention import Attention
-from attndsl.blockmask import BlockMask
 from attndsl.errors import Diagnostic, fail
 from attndsl.expr import le, var
+from attndsl.relations import proofs
+from attndsl.tiles.blockmask import BlockMask
 
 if TYPE_CHECKING:
-    from attndsl.child import Stage
-    from attndsl.plan import Plan
+    from attndsl.command.child import Stage
+    from attndsl.execution.plan import Plan
 
 
 def of_diagnostic(found: Diagnostic, file: str) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def of_run(
     stage: Stage, plan: Plan, given: dict[str, Any], backward: bool, text: Path | None, seed: int
 ) -> dict[str, Any]:
     """The plan's facts and what running it shows. Raises AttnError where `reference` disagrees."""
-    from attndsl import trial
+    from attndsl.command import trial
 
     stage("making q, k and v", None)
     problem = plan.problem

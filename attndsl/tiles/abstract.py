@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attndsl.expr import Expr, IntSet, Table, all_of, const, eq, le, lt, neg, nodes, number, rebuild
-from attndsl.pointwise import segments
+from attndsl.meaning.pointwise import segments
 
 Array = NDArray[Any]
 

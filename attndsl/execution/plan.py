@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from attndsl import lowering, registry
-from attndsl.arguments import signature
 from attndsl.attention import Attention
 from attndsl.backend import Backend, Call, Kernel, Problem
-from attndsl.blockmask import BlockMask
 from attndsl.errors import AttnError, fail
+from attndsl.execution import registry
 from attndsl.expr import Table
+from attndsl.language.arguments import signature
 from attndsl.program import Program, Unbound
+from attndsl.tiles import lowering
+from attndsl.tiles.blockmask import BlockMask
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -170,7 +171,7 @@ class Plan:
     _kept: dict[tuple[object, ...], BlockMask] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        from attndsl.operator import Runner, register
+        from attndsl.execution.operator import Runner, register
 
         names = tuple(t.name for t in (*self.attention.inputs, *self.attention.learned))
         runner = Runner(self.kernel, names, self.call_of, self.backend, self.untrainable)
@@ -214,7 +215,7 @@ class Plan:
     ) -> Any:
         """As `__call__`, with values of the learned parameters; everything that is no tensor or size stays
         behind one operator, so that torch.compile sees a single node."""
-        from attndsl.operator import attend
+        from attndsl.execution.operator import attend
 
         self._check(q, k, v)
         self._refuse_learned(inputs)
@@ -274,7 +275,7 @@ class Plan:
 
     def module(self) -> nn.Module:
         """An nn.Module that owns the learned parameters under the names they are bound to."""
-        from attndsl.module import PlanModule
+        from attndsl.execution.module import PlanModule
 
         return PlanModule(self)
 

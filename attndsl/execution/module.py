@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from attndsl.errors import fail
 
 if TYPE_CHECKING:
-    from attndsl.plan import Plan
+    from attndsl.execution.plan import Plan
 
 
 class PlanModule(nn.Module):

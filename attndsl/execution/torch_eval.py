@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from attndsl import expr as ir
-from attndsl import pointwise
 from attndsl.errors import fail
 from attndsl.expr import Expr, IntSet, Table
+from attndsl.meaning import pointwise
 
 PAIR = frozenset({"q", "k", "s", "Q", "K"})
 
@@ -52,6 +52,7 @@ def evaluate(expr: Expr, env: Env, live: Tensor | None = None) -> Tensor:
 
 
 broadcast_tensors: Callable[..., tuple[Tensor, ...]] = torch.broadcast_tensors
+
 
 def decay_factor(decay: Expr, env: Env, live: Tensor) -> Tensor:
     """The factor of each pair's weight, 0 where it is not live.

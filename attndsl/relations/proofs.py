@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from attndsl.errors import AttnError
 from attndsl.expr import TRUE, ZERO, Expr, Table, all_of, const, exists, negate, nodes, substitute, var
-from attndsl.pointwise import evaluate
-from attndsl.relation import LEADING, Translation, domain, limited, quota, whole
+from attndsl.meaning.pointwise import evaluate
+from attndsl.relations.relation import LEADING, Translation, domain, limited, quota, whole
 
 SEARCH_LENGTH = 16
 SEARCH_HEADS = 3

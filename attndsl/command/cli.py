@@ -16,15 +16,15 @@ import click
 from attndsl.errors import AttnError, fail
 
 if TYPE_CHECKING:
-    from attndsl.assertions import Assertion
     from attndsl.attention import Attention
-    from attndsl.blockmask import BlockMask
-    from attndsl.child import Stage
+    from attndsl.command.child import Stage
     from attndsl.errors import Diagnostic
+    from attndsl.execution.plan import Plan
     from attndsl.expr import Expr
-    from attndsl.plan import Plan
+    from attndsl.language.assertions import Assertion
     from attndsl.program import Program
-    from attndsl.proofs import Verdict
+    from attndsl.relations.proofs import Verdict
+    from attndsl.tiles.blockmask import BlockMask
 
 Command = Callable[..., Any]
 T = TypeVar("T")
@@ -204,13 +204,14 @@ def write(file: str, text: str) -> None:
 
 def apart(work: Callable[[Stage], T]) -> T:
     """What the work finds, found in a child process."""
-    from attndsl import child
+    from attndsl.command import child
 
     return child.run(work)
 
 
 def picture(attention: Attention, block_mask: BlockMask, heads: int) -> str:
-    from attndsl import lowering, show
+    from attndsl.command import show
+    from attndsl.tiles import lowering
 
     (first, *_) = lowering.sizes(attention, block_mask.n, block_mask.nq, heads).q_offset
     return show.picture(block_mask, width(), first)
@@ -221,7 +222,7 @@ def width() -> int:
 
 
 def echo_picture(text: str) -> None:
-    from attndsl import show
+    from attndsl.command import show
 
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     click.echo(show.coloured(text) if colour else text)
@@ -261,7 +262,7 @@ def report_lines(report: dict[str, Any]) -> list[str]:
 
 def check_file(file: str, time_limit: float, quiet: bool) -> dict[str, Any]:
     """What is wrong is also said on stderr, unless `quiet`."""
-    from attndsl import facts
+    from attndsl.command import facts
 
     shown = "<stdin>" if file == "-" else file
 
@@ -295,8 +296,8 @@ def check_file(file: str, time_limit: float, quiet: bool) -> dict[str, Any]:
 
 def judged(program: Program, time_limit: float) -> tuple[list[Diagnostic], list[Verdict]]:
     """Warnings, and a verdict on each assertion: in one child, or one each where a stage takes too long."""
-    from attndsl.assertions import prove
-    from attndsl.child import TimeLimitError
+    from attndsl.command.child import TimeLimitError
+    from attndsl.language.assertions import prove
 
     def warnings(stage: Stage) -> list[Diagnostic]:
         stage(f"looking for warnings in {program.name}", time_limit)
@@ -317,9 +318,9 @@ def judged(program: Program, time_limit: float) -> tuple[list[Diagnostic], list[
 
 def decided(assertion: Assertion, time_limit: float) -> Verdict:
     """A proof that takes too long is undecided."""
-    from attndsl.assertions import prove
-    from attndsl.child import TimeLimitError
-    from attndsl.proofs import Verdict
+    from attndsl.command.child import TimeLimitError
+    from attndsl.language.assertions import prove
+    from attndsl.relations.proofs import Verdict
 
     def work(stage: Stage) -> Verdict:
         stage(f"proving {assertion.text}", time_limit)
@@ -365,7 +366,7 @@ def fmt(files: tuple[str, ...], only_check: bool) -> None:
 @JSON
 def plugins(as_json: bool) -> None:
     """Everything registered, by whom, and what failed to load."""
-    from attndsl.registry import listing
+    from attndsl.execution.registry import listing
 
     rows = listing()
     if as_json:
@@ -437,7 +438,7 @@ def of_head(block_mask: BlockMask, head: int) -> BlockMask:
 
 
 def counted(number: int, one: str, many: str = "") -> str:
-    from attndsl import show
+    from attndsl.command import show
 
     return show.counted(number, one, many)
 
@@ -465,7 +466,7 @@ def compile(
     given = tables(inputs)
 
     def work(stage: Stage) -> tuple[dict[str, Any], str]:
-        from attndsl import facts
+        from attndsl.command import facts
 
         plan = planned(stage, time_limit, attention, given, **problem)
         return facts.of_plan(plan), plan_text(plan)
@@ -505,7 +506,7 @@ def run(
     given = tables(inputs)
 
     def work(stage: Stage) -> tuple[dict[str, Any], str]:
-        from attndsl import facts
+        from attndsl.command import facts
 
         plan = planned(stage, time_limit, attention, given, training=backward, **problem)
         found = facts.of_run(stage, plan, given, backward, text, seed)
@@ -592,7 +593,7 @@ def analyze(
     given = tables(inputs)
 
     def work(stage: Stage) -> dict[str, Any]:
-        from attndsl import facts
+        from attndsl.command import facts
 
         stage("tiling", time_limit)
         block_mask = tiled(attention, given, **sizes)
@@ -622,7 +623,7 @@ def diff(left: str, right: str, as_json: bool, time_limit: float) -> None:
     mine, other = each_head(left), each_head(right)
 
     def work(stage: Stage) -> list[Verdict]:
-        from attndsl import proofs
+        from attndsl.relations import proofs
 
         stage("comparing", time_limit)
         return [proofs.subset(mine, other), proofs.subset(other, mine)]

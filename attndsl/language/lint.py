@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 from attndsl import expr as ir
 from attndsl.attention import Attention, HeadGroup
-from attndsl.elaborate import Elaborator
 from attndsl.errors import AttnError, Diagnostic, Span
 from attndsl.expr import Expr
+from attndsl.language.elaborate import Elaborator
+from attndsl.language.values import TOKENS, AttentionOf, Env, K, Q
+from attndsl.language.vocabulary import BUILT_IN
 from attndsl.syntax import nodes as ast
-from attndsl.values import TOKENS, AttentionOf, Env, K, Q
-from attndsl.vocabulary import BUILT_IN
 
 Definition = ast.Definition | ast.AttentionDef
 
@@ -82,7 +82,7 @@ MOST, FEW = 0.9, 0.3
 
 def _scattered(attention: Attention, span: Span) -> Iterator[Diagnostic]:
     """Nearly every tile of the causal half, or of the whole, is live for a few live pairs in each."""
-    from attndsl.proofs import subset
+    from attndsl.relations.proofs import subset
 
     masks = [group.relation.mask for group in attention.groups]
     if any(mask.tables for mask in masks):
@@ -118,7 +118,7 @@ def _missing_heads(attention: Attention, item: ast.AttentionDef) -> Iterator[Dia
 
 def _inexact(attention: Attention, masks: list[ast.Clause], elaborator: Elaborator) -> Iterator[Diagnostic]:
     """What is no integer relation is bounded from both sides: right, but verdicts may stay open."""
-    from attndsl.relation import is_affine
+    from attndsl.relations.relation import is_affine
 
     if all(is_affine(group.relation.mask) for group in attention.groups):
         return
@@ -135,7 +135,7 @@ def _inexact(attention: Attention, masks: list[ast.Clause], elaborator: Elaborat
 
 def _empty_parts(e: ast.Expression, elaborator: Elaborator) -> Iterator[Diagnostic]:
     """Operands of `&` that relate nothing."""
-    from attndsl.proofs import subset
+    from attndsl.relations.proofs import subset
 
     for part in _operands(e):
         mask = _standing_alone(part, elaborator)
@@ -156,7 +156,7 @@ def _standing_alone(e: ast.Expression, elaborator: Elaborator) -> Expr | None:
 
 
 def _empty_rows(group: HeadGroup, span: Span) -> Iterator[Diagnostic]:
-    from attndsl.proofs import every_row
+    from attndsl.relations.proofs import every_row
 
     verdict = every_row(group.relation.mask, group.heads)
     if verdict.status == "refuted" and verdict.counter_example is not None:
@@ -167,7 +167,7 @@ def _empty_rows(group: HeadGroup, span: Span) -> Iterator[Diagnostic]:
 
 def _holes(mask: Expr, span: Span) -> Iterator[Diagnostic]:
     """All distances share a divisor: the residues modulo it never meet."""
-    from attndsl.reach import common_divisor
+    from attndsl.relations.reach import common_divisor
 
     divisor = common_divisor(mask)
     if divisor > 1:
@@ -181,7 +181,7 @@ def _holes(mask: Expr, span: Span) -> Iterator[Diagnostic]:
 
 def _block_causality(e: ast.Expression, elaborator: Elaborator) -> Iterator[Diagnostic]:
     """`blocks(b, R)` with a causal R is causal over blocks alone."""
-    from attndsl.proofs import subset
+    from attndsl.relations.proofs import subset
 
     causal = ir.le(K, Q)
     if not (isinstance(e, ast.Call) and isinstance(e.func, ast.Name) and e.func.id == "blocks"):

@@ -8,8 +8,7 @@ from dataclasses import replace
 
 from attndsl.errors import AttnError, Diagnostic, Span, fail
 from attndsl.expr import Expr
-from attndsl.syntax import nodes as ast
-from attndsl.values import (
+from attndsl.language.values import (
     Env,
     Num,
     Pattern,
@@ -20,6 +19,7 @@ from attndsl.values import (
     as_number,
     as_set,
 )
+from attndsl.syntax import nodes as ast
 
 REMEDIES = {
     ("a number", "a truth"): "join conditions with `and`; as a number it is `where({x}, 1, 0)`",

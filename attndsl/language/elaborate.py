@@ -11,7 +11,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from attndsl import expr as ir
-from attndsl.arguments import (
+from attndsl.attention import Attention, Relation
+from attndsl.errors import AttnError, Span, fail, suggest
+from attndsl.expr import Expr, IntSet, Table
+from attndsl.language.arguments import (
     bind_arguments,
     bind_built_in,
     check_builder,
@@ -19,11 +22,8 @@ from attndsl.arguments import (
     name_span,
     signature,
 )
-from attndsl.attention import Attention, Relation
-from attndsl.clauses import AttentionBuilder
-from attndsl.errors import AttnError, Span, fail, suggest
-from attndsl.expr import Expr, IntSet, Table
-from attndsl.mistakes import (
+from attndsl.language.clauses import AttentionBuilder
+from attndsl.language.mistakes import (
     IN_SCORES,
     blame,
     chosen,
@@ -34,8 +34,7 @@ from attndsl.mistakes import (
     quoted,
     truth_of,
 )
-from attndsl.syntax import nodes as ast
-from attndsl.values import (
+from attndsl.language.values import (
     TOKENS,
     AttentionOf,
     Env,
@@ -58,7 +57,7 @@ from attndsl.values import (
     total,
     union,
 )
-from attndsl.vocabulary import (
+from attndsl.language.vocabulary import (
     BUILT_IN,
     CLAIMS,
     COMBINATORS,
@@ -68,6 +67,7 @@ from attndsl.vocabulary import (
     RETIRED,
     SIGNATURES,
 )
+from attndsl.syntax import nodes as ast
 
 CALL_DEPTH = 64
 STEP_LIMIT = 200_000

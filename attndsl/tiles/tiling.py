@@ -18,8 +18,11 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from attndsl import pointwise
-from attndsl.abstract import (
+from attndsl.errors import fail
+from attndsl.expr import FALSE, TRUE, Expr, Table, const, intable, nodes, rebuild, sub, substitute, var
+from attndsl.meaning import pointwise
+from attndsl.meaning.links import sample
+from attndsl.tiles.abstract import (
     EMPTY,
     FULL,
     PARTIAL,
@@ -33,11 +36,8 @@ from attndsl.abstract import (
     prepared,
     unique,
 )
-from attndsl.blockmask import TileGrid
-from attndsl.errors import fail
-from attndsl.expr import FALSE, TRUE, Expr, Table, const, intable, nodes, rebuild, sub, substitute, var
-from attndsl.links import sample
-from attndsl.linkset import ROW, contains, links_of, sorted_set, spread
+from attndsl.tiles.blockmask import TileGrid
+from attndsl.tiles.linkset import ROW, contains, links_of, sorted_set, spread
 
 Array = NDArray[Any]
 Tables = Mapping[str, Array]

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from attndsl.errors import fail
 from attndsl.expr import Expr, IntSet, Table, nodes
-from attndsl.links import sample
+from attndsl.meaning.links import sample
 
 Array = NDArray[Any]
 Tables = Mapping[str, Array]

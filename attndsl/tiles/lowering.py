@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 
 from attndsl import expr as ir
 from attndsl.attention import Attention
-from attndsl.blockmask import BlockMask, TileGrid
 from attndsl.errors import fail
 from attndsl.expr import Expr, Table
-from attndsl.intervals import check_range
-from attndsl.pointwise import evaluate
+from attndsl.meaning.intervals import check_range
+from attndsl.meaning.pointwise import evaluate
+from attndsl.tiles.blockmask import BlockMask, TileGrid
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -130,7 +130,7 @@ def quantifier_free(mask: Expr) -> Expr:
     """The mask without `exists`, where the integer set library can remove it."""
     if not any(node.op == "exists" for node in ir.nodes(mask)):
         return mask
-    from attndsl.relation import eliminate
+    from attndsl.relations.relation import eliminate
 
     return eliminate(mask)
 
@@ -302,7 +302,7 @@ def dense(attention: Attention, sizes: Sizes, tables: Mapping[str, Array], count
 
 def block_mask(attention: Attention, sizes: Sizes, tables: Mapping[str, Array], block_size: int) -> BlockMask:
     """The tiles; equal masks are tiled once."""
-    from attndsl.tiling import tile
+    from attndsl.tiles.tiling import tile
 
     check_scores(attention, sizes, tables)
     grids: list[TileGrid] = []

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from attndsl.blockmask import TileGrid
+from attndsl.tiles.blockmask import TileGrid
 
 FULL = -1
 STRETCH = 4

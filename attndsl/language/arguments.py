@@ -7,15 +7,15 @@ from dataclasses import replace
 
 from attndsl.errors import Span, fail, suggest
 from attndsl.expr import Table
-from attndsl.syntax import nodes as ast
-from attndsl.syntax.format import render
-from attndsl.values import (
+from attndsl.language.values import (
     Env,
 )
-from attndsl.vocabulary import (
+from attndsl.language.vocabulary import (
     RESERVED,
     SIGNATURES,
 )
+from attndsl.syntax import nodes as ast
+from attndsl.syntax.format import render
 
 
 def bind_arguments(

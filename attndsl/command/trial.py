@@ -10,12 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from attndsl import lowering, registry
 from attndsl.attention import Attention, Norm
 from attndsl.backend import Problem
 from attndsl.errors import fail
+from attndsl.execution import registry
+from attndsl.execution.plan import Plan, compile
 from attndsl.expr import var
-from attndsl.plan import Plan, compile
+from attndsl.tiles import lowering
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -13,8 +13,20 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from attndsl.abstract import EMPTY, FULL, PARTIAL, Boxes, Column, Frame, Truth, integer, masked, odd, selected
 from attndsl.expr import Expr, Table
+from attndsl.tiles.abstract import (
+    EMPTY,
+    FULL,
+    PARTIAL,
+    Boxes,
+    Column,
+    Frame,
+    Truth,
+    integer,
+    masked,
+    odd,
+    selected,
+)
 
 Array = NDArray[Any]
 

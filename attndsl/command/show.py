@@ -14,7 +14,7 @@ from itertools import zip_longest
 import numpy as np
 from numpy.typing import NDArray
 
-from attndsl.blockmask import BlockMask, TileGrid
+from attndsl.tiles.blockmask import BlockMask, TileGrid
 
 DENSE_LIMIT = 2**24
 """Pairs up to which a mask is expanded, so that a character need not cover whole tiles."""

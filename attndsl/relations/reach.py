@@ -32,10 +32,10 @@ from attndsl.expr import (
     substitute,
     var,
 )
-from attndsl.pointwise import evaluate
-from attndsl.proofs import subset
-from attndsl.relation import distances, domain, eliminate
-from attndsl.tiling import tile
+from attndsl.meaning.pointwise import evaluate
+from attndsl.relations.proofs import subset
+from attndsl.relations.relation import distances, domain, eliminate
+from attndsl.tiles.tiling import tile
 
 Bits = NDArray[Any]
 

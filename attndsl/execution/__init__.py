@@ -1,0 +1,1 @@
+"""Plans: a backend chosen, and the call."""

@@ -1,0 +1,1 @@
+"""What a mask means, evaluated position by position."""

@@ -1,0 +1,1 @@
+"""Masks as integer relations: proofs, products, reach."""

@@ -1,0 +1,1 @@
+"""Masks in tiles, found without looking at every one."""
