@@ -94,3 +94,13 @@ def test_logits_so_large_that_their_sum_says_nothing_of_its_terms(text: str) -> 
 def test_a_weight_is_not_negative(backend: str) -> None:
     with pytest.raises(attndsl.AttnError, match="a decay is negative"):
         run("attention a { mask causal decay sin(q - k) }", backend, 16)
+
+
+def test_tiles_of_a_canvas_of_tiles() -> None:
+    """So many conditions on four coordinates that keys are numbered, some of them of no axis at all."""
+    near = "let near(v, y, side, a) = where(|v - clamp(y, a, side - 1 - a)| <= a, 1, 0)"
+    text = f"""{near} pattern a = grid(4, 2, 2, 3, {{ (Y, X, y, x), (V, U, v, u) :
+        near(V * 2 + v, Y * 2 + y, 8, 1) == 1 and near(U * 3 + u, X * 3 + x, 6, 2) == 1 }})"""
+    attention = attndsl.parse(text)["a"]
+    for n in (48, 37):
+        assert (attention.block_mask(n, 8).to_dense() == attention.mask(n)).all()

@@ -376,16 +376,16 @@ class Plan:
     def __str__(self) -> str:
         p, blocks = self.problem, self.block_masks
         lines = [
-            f"{self.attention.name}: {p.q_length} queries x {p.length} keys, "
-            f"{p.heads} heads of {p.head_dim}, {p.dtype} on {p.device}"
+            f"{self.attention.name}: length {p.length:,}, q_length {p.q_length:,}, heads {p.heads}, "
+            f"head_dim {p.head_dim}, {p.dtype} on {p.device}"
         ]
         if blocks is None:
             lines.append("  tiles     unknown until the tables are bound")
         else:
-            tiles, pairs = blocks.tiles, max(1, p.q_length * p.length * p.heads)
+            full, partial, empty, distinct = blocks.tiles
             lines.append(
-                f"  tiles     {tiles.full:,} full, {tiles.partial:,} partial of "
-                f"{tiles.unique_partial} kinds, {tiles.empty:,} empty ({p.block_size} tokens a side)"
+                f"  tiles     {full:,} full, {partial:,} partial ({distinct:,} distinct), {empty:,} empty; "
+                f"{p.block_size} tokens a side"
             )
             pairs = blocks.nnz * (p.heads // max(1, blocks.index.shape[1]))
             lines.append(f"  density   {100 * blocks.density:.3g} % ({pairs:,} pairs)")

@@ -112,6 +112,9 @@ class Elaborator:
         near = RETIRED.get(name.id) or RETIRED.get(name.id.lower()) or suggest(name.id, candidates)
         if env.calls and name.id in {param.name for param in self.definitions[env.calls[-1]].params}:
             help = "a default sees only the parameters before its own"
+        inside = self.definitions.get(env.calls[-1]) if env.calls else None
+        if isinstance(inside, ast.AttentionDef):
+            help = help or f"a table is declared: `inputs {name.id} : int[n]`"
         return fail(f"unknown name `{name.id}`", name.span, near or help)
 
     def undeclared(self, name: ast.Name, env: Env) -> AttnError:

@@ -526,7 +526,7 @@ class Numbers:
 
     def __call__(self, key: Key, wanted: Any) -> Key:
         """One column that is equal where the rows of the key are, and 0 where they are not `wanted`."""
-        shapes = {array.shape for column in key for array in (column.values, *column.masks)}
+        shapes = {np.shape(array) for column in key for array in (column.values, *column.masks)}
         wanted = np.broadcast_to(wanted, np.broadcast_shapes((1,), np.shape(wanted), *shapes))
         column, count = np.zeros(wanted.shape, np.int64), int(np.count_nonzero(wanted))
         if count <= 8 * len(key):
