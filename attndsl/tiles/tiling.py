@@ -42,7 +42,7 @@ from attndsl.tiles.linkset import ROW, contains, links_of, sorted_set, spread
 Array = NDArray[Any]
 Tables = Mapping[str, Array]
 
-FANOUT = 4
+FANOUT = 8
 CHUNK = 2**15
 """Boxes whose keys are computed at once, so that intermediate values stay in the cache."""
 CONTENT_LIMIT = 2**22
@@ -200,7 +200,7 @@ class Source:
     def over(self, q: Array, k: Array, size: int) -> tuple[Array, list[Array]]:
         """Status int8 [U, f, f] of the boxes at q [U, f, 1], k [U, 1, f]; key columns of the partial ones."""
         parts = []
-        step = CHUNK // q.shape[1] ** 2
+        step = max(1, CHUNK // q.shape[1] ** 2)
         for start in range(0, max(len(q), 1), step):
             cut = slice(start, start + step)
             parts.append(self.signatures(q[cut], k[cut], size))
