@@ -361,7 +361,7 @@ def _name_problems(item: Definition, elaborator: Elaborator) -> list[Diagnostic]
             called = elaborator.definitions.get(node.func.id)
             if called is not None:
                 try:
-                    bind_arguments(called, node.args, node.func.span)
+                    bind_arguments(called, node.args)
                 except AttnError as error:
                     problems.extend(error.diagnostics)
         for child in fields(node):

@@ -19,23 +19,11 @@ from attndsl.syntax.format import render
 
 
 def bind_arguments(
-    definition: ast.Definition | ast.AttentionDef, args: tuple[ast.Argument, ...], span: Span
+    definition: ast.Definition | ast.AttentionDef, args: tuple[ast.Argument, ...]
 ) -> dict[str, ast.Expression]:
-    names = [param.name for param in definition.params]
-    bound: dict[str, ast.Expression] = {}
-    for i, arg in enumerate(args):
-        if not arg.name and i >= len(names):
-            takes = f"{len(names)} argument{'s' * (len(names) > 1)}, not {len(args)}"
-            takes = takes if names else "no arguments"
-            raise fail(f"`{definition.name}` takes {takes}", arg.span, f"write `{signature(definition)}`")
-        name = arg.name or names[i]
-        if name not in names:
-            help = suggest(name, names) or f"write `{signature(definition)}`"
-            raise fail(f"`{definition.name}` has no parameter `{name}`", name_span(arg), help)
-        if name in bound:
-            raise fail(f"`{name}` is given twice", arg.span)
-        bound[name] = arg.value
-    return bound
+    """Arguments of a definition, by parameter; those left out are not in it."""
+    names = tuple(param.name for param in definition.params)
+    return _matched(definition.name, names, args, signature(definition))
 
 
 def bind_built_in(
@@ -48,12 +36,22 @@ def bind_arguments_of(
     name: str, required: tuple[str, ...], optional: tuple[str, ...], e: ast.Call, usage: str
 ) -> dict[str, ast.Expression]:
     """Arguments of something built in, by parameter; `usage` shows how it is written."""
-    names = (*required, *optional)
+    bound = _matched(name, (*required, *optional), e.args, usage)
+    for key in required:
+        if key not in bound:
+            raise fail(f"`{name}` needs its argument `{key}`", e.span, f"write `{usage}`")
+    return bound
+
+
+def _matched(
+    name: str, names: tuple[str, ...], args: tuple[ast.Argument, ...], usage: str
+) -> dict[str, ast.Expression]:
     bound: dict[str, ast.Expression] = {}
-    for i, arg in enumerate(e.args):
+    for i, arg in enumerate(args):
         if not arg.name and i >= len(names):
-            takes = f"{len(names)} argument{'s' * (len(names) > 1)}"
-            raise fail(f"`{name}` takes {takes}, not {len(e.args)}", arg.span, f"write `{usage}`")
+            takes = f"{len(names)} argument{'s' * (len(names) > 1)}, not {len(args)}"
+            takes = takes if names else "no arguments"
+            raise fail(f"`{name}` takes {takes}", arg.span, f"write `{usage}`")
         key = arg.name or names[i]
         if key not in names:
             help = suggest(key, names) or f"write `{usage}`"
@@ -61,9 +59,6 @@ def bind_arguments_of(
         if key in bound:
             raise fail(f"`{key}` is given twice", arg.span)
         bound[key] = arg.value
-    for key in required:
-        if key not in bound:
-            raise fail(f"`{name}` needs its argument `{key}`", e.span, f"write `{usage}`")
     return bound
 
 

@@ -198,8 +198,8 @@ class AttentionBuilder:
         if call is None:
             return self.real(e, env)
         definition, name, args = call
-        values = self.elaborator.arguments(definition, args, env, TOKENS, name.span)
-        given = bind_arguments(definition, args, name.span)
+        values = self.elaborator.arguments(definition, args, env, TOKENS)
+        given = bind_arguments(definition, args)
         result = self.elaborator.instance(definition, values, env, name.span, named, given)
         return self.number(result, definition.body)
 

@@ -138,8 +138,8 @@ class Elaborator:
                 name.span,
                 help=f"give it a clause of its own: `score {name.id}`",
             )
-        values = self.arguments(definition, args, env, space, name.span)
-        given = bind_arguments(definition, args, name.span)
+        values = self.arguments(definition, args, env, space)
+        given = bind_arguments(definition, args)
         found = self.instance(definition, values, env, name.span, given=given)
         if env.claims and isinstance(found, AttentionOf):
             union = found.attention.any_head()
@@ -152,10 +152,9 @@ class Elaborator:
         args: tuple[ast.Argument, ...],
         env: Env,
         space: Space,
-        span: Span,
     ) -> dict[str, Value]:
         """Parameters bound by position or name, evaluated where they are written."""
-        bound = bind_arguments(definition, args, span)
+        bound = bind_arguments(definition, args)
         return {name: self.value(value, replace(env, binding=name), space) for name, value in bound.items()}
 
     def instance(
