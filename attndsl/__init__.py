@@ -12,10 +12,17 @@ from attndsl.program import load as load
 from attndsl.program import parse as parse
 
 if TYPE_CHECKING:
+    from attndsl.analysis.report import Report as Report
+    from attndsl.analysis.report import analyze as analyze
     from attndsl.execution.plan import Plan as Plan
     from attndsl.execution.plan import compile as compile
 
-LAZY = {"compile": "attndsl.execution.plan", "Plan": "attndsl.execution.plan"}
+LAZY = {
+    "Plan": "attndsl.execution.plan",
+    "Report": "attndsl.analysis.report",
+    "analyze": "attndsl.analysis.report",
+    "compile": "attndsl.execution.plan",
+}
 """What checking a file does not need is imported on first use: a check is to feel instant."""
 
 

@@ -254,7 +254,9 @@ class Program:
         return _as_attention(item.name, value, lambda *a, **kw: self.bind(item, a, {**given, **kw}))
 
     def argument(self, name: str, value: Any) -> Value:
-        """A Python number, a list or range of integers, or a text of the language."""
+        """A Python number, a list or range of integers, a text of the language, or a number left open."""
+        if isinstance(value, ir.Expr):
+            return Num(value)
         if isinstance(value, str):
             expression = syntax.parse_expression(Source(f"<{name}>", value))
             return self.elaborator.value(expression, Env({}, integral=False, binding=name), TOKENS)

@@ -460,6 +460,17 @@ def bounds(mask: Expr) -> tuple[isl.Set, isl.Set]:
         return _over_positions(under, space), _over_positions(over, space)
 
 
+def around(mask: Expr) -> tuple[Expr, Expr]:
+    """Affine masks that are inside and around `mask` for positions in 0..n-1, whatever the tables.
+
+    Raises AttnError beyond a limit.
+    """
+    with quota():
+        space = Translation(mask, domain("n", "q", "k", *mask.free))
+        held, failed = (space.hide(space.where(positive), space.terms) for positive in (True, False))
+        return negate(space.expression(failed)), space.expression(held)
+
+
 def to_set(mask: Expr) -> isl.Set:
     """The set of an affine mask, as in `bounds`."""
     if not is_affine(mask):

@@ -1,0 +1,1 @@
+"""What a pattern costs and what it can see, exactly."""

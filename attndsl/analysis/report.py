@@ -1,0 +1,376 @@
+"""Report: what a pattern costs and what it can see, part by part."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from attndsl.analysis import counting
+from attndsl.attention import Attention
+from attndsl.backend import Problem
+from attndsl.errors import AttnError, fail
+from attndsl.expr import ZERO, Expr, const, exists, le, nodes, substitute, var
+from attndsl.meaning.pointwise import evaluate
+from attndsl.relations import proofs
+from attndsl.relations.relation import is_affine
+from attndsl.tiles import lowering
+from attndsl.tiles.blockmask import BlockMask
+from attndsl.tiles.lowering import quantifier_free
+from attndsl.tiles.tiling import tile
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+    from attndsl.analysis.cost import BlockSize, Lowering, OnMachine
+    from attndsl.analysis.decode import Cache
+    from attndsl.analysis.field import Field
+    from attndsl.analysis.graph import GraphMeasures
+    from attndsl.analysis.shards import Shard
+
+RESIDUES_SHOWN = 4096
+"""Largest table of polynomials by residue that a report carries."""
+
+
+@dataclass(frozen=True)
+class Count:
+    """Live pairs over all heads and batch rows.
+
+    value      exactly, at the length given; None while tables are missing
+    formula    in n, for what `valid_for` says; None where there is none in few pieces
+    bounds     without the tables: the value is between; with them or without tables None
+    expected   the mean over seeds, where keys are drawn at random
+    around     polynomials in n below and above, where the formula has too many pieces
+    residues   then twice the coefficients of f^2, f and 1, f = n // p, for each residue of n modulo p
+    in_parameters  the count as a polynomial in n and a parameter that was left open
+    """
+
+    value: int | None
+    formula: str | None = None
+    valid_for: str | None = None
+    bounds: tuple[int, int] | None = None
+    expected: float | None = None
+    around: tuple[str, str] | None = None
+    residues: tuple[tuple[int, ...], ...] | None = None
+    in_parameters: Mapping[str, counting.InParameter] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Counts are over all heads and batch rows; a field is None where it was not asked for or is not known,
+    and then `reasons` says why, by part."""
+
+    name: str
+    length: int
+    q_length: int
+    heads: int
+    batch: int
+    layers: int
+    block_size: int
+    nnz: Count | None = None
+    density: float | None = None
+    complexity: str | None = None
+    empty_rows: int | None = None
+    causal: bool | None = None
+    not_causal_at: Mapping[str, int] | None = None
+    flops: Mapping[str, float] | None = None
+    bytes: Mapping[str, float] | None = None
+    lowerings: Mapping[str, Lowering] | None = None
+    block_sizes: tuple[BlockSize, ...] | None = None
+    best_block_size: int | None = None
+    machines: Mapping[str, OnMachine] | None = None
+    reach: Field | None = None
+    diameter: int | None = None
+    kv_cache: Cache | None = None
+    shards: tuple[Shard, ...] | None = None
+    graph: GraphMeasures | None = None
+    reasons: Mapping[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, the fields of `analyze --json`."""
+        found: dict[str, Any] = plain(asdict(self))
+        return found
+
+
+def plain(value: Any) -> Any:
+    """Numbers, texts, lists and dictionaries for JSON."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """An attention on one problem, with what was given of its tables and parameters left open."""
+
+    attention: Attention
+    problem: Problem
+    layers: int
+    ranks: int
+    parameters: tuple[str, ...]
+    inputs: Mapping[str, ArrayLike]
+
+    @property
+    def times(self) -> int:
+        """Batch rows and heads for which each mask of `block_mask` stands."""
+        return self.problem.batch * self.problem.heads // self.block_mask.index.size
+
+    @property
+    def open(self) -> bool:
+        """Whether a mask reads a table that was not given."""
+        used = {table.name for group in self.attention.groups for table in group.relation.mask.tables}
+        return not used <= self.inputs.keys()
+
+    @cached_property
+    def sizes(self) -> lowering.Sizes:
+        p = self.problem
+        return lowering.sizes(self.attention, p.length, p.q_length, p.heads)
+
+    @cached_property
+    def tables(self) -> dict[str, Any]:
+        return lowering.checked_tables(self.attention, self.inputs, self.sizes, self.problem.batch)
+
+    @cached_property
+    def block_mask(self) -> BlockMask:
+        return lowering.block_mask(self.attention, self.sizes, self.tables, self.problem.block_size)
+
+    @property
+    def square(self) -> bool:
+        """Whether queries and keys are the same positions."""
+        return self.problem.q_length == self.problem.length and self.sizes.q_offset == (0,)
+
+    @cached_property
+    def masks(self) -> dict[Expr, int]:
+        """The masks of the heads over q, k, n, and how many heads and batch rows have each."""
+        return masks_of(self.attention, self.problem)
+
+
+def masks_of(attention: Attention, problem: Problem) -> dict[Expr, int]:
+    found: dict[Expr, int] = {}
+    for h, group in enumerate(lowering.head_groups(attention, problem.heads)):
+        mask = attention.groups[group].relation.mask
+        known = {"h": const(h), "H": const(problem.heads), "nq": var("n")}
+        here = quantifier_free(substitute(mask, known))
+        found[here] = found.get(here, 0) + problem.batch
+    return found
+
+
+def closed_form(masks: Mapping[Expr, int]) -> counting.ClosedForm | None:
+    """The number of pairs of all these masks, each as often as it says."""
+    forms = []
+    for mask, times in masks.items():
+        form = counting.closed_form(mask)
+        if form is None:
+            return None
+        forms.append(replace(form, doubled=form.doubled * times))
+    return forms[0] if len(forms) == 1 else counting.combined(forms)
+
+
+def counted(subject: Subject) -> dict[str, Any]:
+    """nnz, density, complexity."""
+    pairs = subject.problem.batch * subject.problem.heads * subject.problem.length * subject.problem.q_length
+    if subject.open:
+        if not subject.square:
+            return {"nnz": Count(None)}
+        ends = [
+            (times, counting.bracket(mask, subject.problem.length)) for mask, times in subject.masks.items()
+        ]
+        low, high = (sum(times * end[i] for times, end in ends) for i in range(2))
+        return {"nnz": Count(None, bounds=(low, high))}
+    form = closed_form(subject.masks) if subject.square else None
+    holds = form is not None and subject.problem.length >= form.start
+    value = form(subject.problem.length) if form and holds else subject.block_mask.nnz * subject.times
+    count = Count(value)
+    if form is not None:
+        count = replace(count, formula=form.formula, valid_for=form.valid_for)
+        if form.formula is None:
+            rows = tuple(tuple(int(x) for x in row) for row in form.doubled.T)
+            count = replace(count, around=form.bounds, residues=rows if len(rows) <= RESIDUES_SHOWN else None)
+    if subject.square:
+        count = replace(count, expected=_expected(subject), in_parameters=_in_parameters(subject))
+    return {
+        "nnz": count,
+        "density": value / pairs if pairs else 0.0,
+        "complexity": CLASSES[form.degree] if form is not None else _growth(subject),
+    }
+
+
+def _expected(subject: Subject) -> float | None:
+    n, total = subject.problem.length, 0.0
+    if not any(e.op == "random" for mask in subject.masks for e in nodes(mask)):
+        return None
+    for mask, times in subject.masks.items():
+        mean = counting.expected(substitute(mask, {"n": const(n)}), n)
+        if mean is None:
+            return None
+        total += times * mean
+    return total
+
+
+def _in_parameters(subject: Subject) -> dict[str, counting.InParameter]:
+    """The count in each parameter that was left open. Raises AttnError where it is no such polynomial."""
+    found = {}
+    for name in subject.parameters:
+        masks = masks_of(subject.attention(**{name: var(name)}), subject.problem)
+        if len(masks) > 1:
+            raise fail(f"the heads differ: there is no one formula in `{name}`")
+        ((mask, times),) = masks.items()
+        form = counting.in_parameter(mask, name, times)
+        if form is None:
+            raise fail(f"the count is not known as one polynomial in n and `{name}`", help="give it a value")
+        found[name] = form
+    return found
+
+
+CLASSES = {0: "O(1)", 1: "O(n)", 2: "O(n^2)"}
+GROWTHS: dict[str, Callable[[float], float]] = {
+    "O(1)": lambda n: 1.0,
+    "O(log(n))": math.log,
+    "O(sqrt(n))": math.sqrt,
+    "O(n)": lambda n: n,
+    "O(n*log(n))": lambda n: n * math.log(n),
+    "O(n*sqrt(n))": lambda n: n * math.sqrt(n),
+    "O(n^2)": lambda n: n * n,
+}
+SAMPLED = (2**12, 2**16)
+
+
+def _growth(subject: Subject) -> str | None:
+    """The class that the counts at two lengths fit best, for masks whose sizes follow n; None with tables."""
+    if not subject.square or any(mask.tables for mask in subject.masks):
+        return None
+    few, many = (
+        sum(
+            t * tile(substitute(mask, {"n": const(n)}), n, n, 128, n=n).nnz
+            for mask, t in subject.masks.items()
+        )
+        for n in SAMPLED
+    )
+    if not few or not many:
+        return None
+    grown = math.log(many / few)
+    return min(
+        GROWTHS, key=lambda name: abs(math.log(GROWTHS[name](SAMPLED[1]) / GROWTHS[name](SAMPLED[0])) - grown)
+    )
+
+
+def causality(subject: Subject) -> dict[str, Any]:
+    """empty_rows, causal."""
+    causal = proofs.subset(subject.attention.any_head(), le(var("k"), var("q")))
+    return {
+        "empty_rows": None if subject.open else _empty_rows(subject),
+        "causal": {"proved": True, "refuted": False, "undecided": None}[causal.status],
+        "not_causal_at": causal.counter_example,
+    }
+
+
+def _empty_rows(subject: Subject) -> int:
+    """Over all heads and batch rows."""
+    if not subject.square or not all(is_affine(mask) for mask in subject.masks):
+        return int(subject.block_mask.empty_rows().sum()) * subject.times
+    n, total = subject.problem.length, 0
+    for mask, times in subject.masks.items():
+        some = substitute(quantifier_free(exists("k", ZERO, var("n"), mask)), {"n": const(n)})
+        total += times * (n - int(evaluate(some, np.arange(n), np.arange(n)).sum()))
+    return total
+
+
+Part = Callable[[Subject], Mapping[str, Any]]
+PARTS: dict[str, Part] = {"nnz": counted, "rows": causality}
+"""What there is to know, by name; each gives some fields of a report."""
+
+
+def analyze(
+    attention: Attention,
+    *,
+    length: int,
+    q_length: int | None = None,
+    batch: int = 1,
+    heads: int | None = None,
+    kv_heads: int | None = None,
+    head_dim: int = 64,
+    dtype: str = "float32",
+    block_size: int = 128,
+    layers: int = 1,
+    ranks: int = 8,
+    parts: Iterable[str] | None = None,
+    parameters: Iterable[str] = (),
+    **inputs: ArrayLike,
+) -> Report:
+    """What `attention` costs and sees at `length` keys, and where it can be had for every n.
+
+    heads       as many as the attention speaks of, if not given
+    layers      how many of it are stacked
+    ranks       processes that a sequence is divided among
+    parts       of PARTS; all if not given
+    parameters  names of parameters to leave open: the count as a polynomial in each
+    inputs      tables; what depends on one that is missing stays unknown, with its reason
+
+    Raises AttnError for sizes, names or tables that do not fit.
+    """
+    subject = subject_of(
+        attention, length, q_length, batch, heads, kv_heads, head_dim, dtype, block_size, layers, ranks,
+        tuple(parameters), inputs,
+    )  # fmt: skip
+    report = blank(subject)
+    for name in chosen(parts):
+        report = extended(report, name, subject)
+    return report
+
+
+def chosen(parts: Iterable[str] | None) -> list[str]:
+    named = list(PARTS) if parts is None else list(parts)
+    for name in named:
+        if name not in PARTS:
+            raise fail(f"there is no part `{name}`", help=f"the parts are {', '.join(PARTS)}")
+    return named
+
+
+def blank(subject: Subject) -> Report:
+    p = subject.problem
+    return Report(
+        subject.attention.name, p.length, p.q_length, p.heads, p.batch, subject.layers, p.block_size
+    )
+
+
+def extended(report: Report, name: str, subject: Subject) -> Report:
+    """The report with one part more, or with the reason why it is not known."""
+    try:
+        return replace(report, **PARTS[name](subject))
+    except AttnError as error:
+        return replace(report, reasons={**report.reasons, name: error.diagnostics[0].message})
+
+
+def subject_of(
+    attention: Attention, length: int, q_length: int | None, batch: int, heads: int | None,
+    kv_heads: int | None, head_dim: int, dtype: str, block_size: int, layers: int, ranks: int,
+    parameters: tuple[str, ...], inputs: Mapping[str, ArrayLike],
+) -> Subject:  # fmt: skip
+    if not isinstance(attention, Attention):
+        raise fail(f"expected an attention, not {type(attention).__name__}")
+    heads = attention.enough_heads() if heads is None else heads
+    problem = Problem(
+        length=lowering.checked_length("length", length),
+        q_length=lowering.checked_length("q_length", length if q_length is None else q_length),
+        batch=lowering.checked_length("batch", batch),
+        heads=lowering.checked_length("heads", heads),
+        kv_heads=lowering.checked_length("kv_heads", heads if kv_heads is None else kv_heads),
+        head_dim=lowering.checked_length("head_dim", head_dim),
+        dtype=dtype,
+        block_size=lowering.checked_block_size(block_size),
+    )
+    lowering.check_names(attention, inputs, complete=False)
+    for name, value in (("layers", layers), ("ranks", ranks)):
+        if lowering.checked_length(name, value) == 0:
+            raise fail(f"`{name}` is 0, and must be positive")
+    return Subject(attention, problem, layers, ranks, parameters, dict(inputs))
