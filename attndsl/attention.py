@@ -7,9 +7,24 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from attndsl.errors import fail
-from attndsl.expr import TRUE, ZERO, Expr, Table, all_of, any_of, const, exists, maximum, mul, substitute, var
+from attndsl.expr import (
+    TRUE,
+    ZERO,
+    Expr,
+    Table,
+    all_of,
+    any_of,
+    const,
+    exists,
+    maximum,
+    mul,
+    nodes,
+    substitute,
+    var,
+)
 
 if TYPE_CHECKING:
+    import networkx as nx
     import numpy as np
     from numpy.typing import ArrayLike, NDArray
 
@@ -97,10 +112,18 @@ class Attention:
         return any(substitute(group.heads, {"h": const(h), "H": const(heads)}) is TRUE for h in range(heads))
 
     def any_head(self) -> Expr:
-        """What some head relates, where every group holds a head."""
+        """What some head relates, where every group holds a head.
+
+        The head is bound under a name that no text has, but as h where a table has entries for each head.
+        """
         heads = maximum(var("H"), const(self.enough_heads()))
-        masks = ((group.heads, group.relation.mask) for group in self.groups)
-        return any_of(*(exists("h", ZERO, heads, all_of(w, m)) if "h" in m.free else m for w, m in masks))
+        found = []
+        for group in self.groups:
+            mask, which = group.relation.mask, all_of(group.heads, group.relation.mask)
+            name = "h" if any(table.headed for table in mask.tables) else "?h"
+            bound = exists(name, ZERO, heads, substitute(which, {"h": var(name)}))
+            found.append(bound if by_head(mask) else mask)
+        return any_of(*found)
 
     def __call__(self, *args: Any, **params: Any) -> Attention:
         if self.rebind is None:
@@ -185,6 +208,25 @@ class Attention:
         tables = lowering.checked_tables(self, inputs, sizes)
         return lowering.block_mask(self, sizes, tables, block_size)
 
+    def graph(
+        self,
+        length: int,
+        by: Literal["token", "block"] = "token",
+        *,
+        block_size: int | None = None,
+        heads: int = 1,
+        head: int | None = None,
+        **inputs: ArrayLike,
+    ) -> nx.DiGraph:
+        """The graph with an edge from each key to each query that sees it, in `head` or in some head.
+
+        A node is a token (0 .. n - 1, up to 8192) or a block of tokens, with its `first` and `last`; an edge
+        between blocks has its live `pairs` and whether it is `full`.
+        """
+        from attndsl.analysis.graph import graph, pairs_of
+
+        return graph(pairs_of(self, length, by, block_size, heads, head, inputs), by, self.name)
+
     def _sizes(
         self, length: int, q_length: int | None, q_offset: int | None, k_offset: int | None, heads: int
     ) -> Sizes:
@@ -197,4 +239,15 @@ class Attention:
 
 def over_heads(mask: Expr) -> Expr:
     """What some head relates."""
-    return exists("h", ZERO, var("H"), mask) if "h" in mask.free else mask
+    return exists("h", ZERO, var("H"), mask) if by_head(mask) else mask
+
+
+def by_head(mask: Expr) -> bool:
+    """Whether heads may differ: it reads h, or a table with entries for each head, outside a union over h."""
+    found: set[Expr] = set()
+    for e in nodes(mask):
+        reads = e is var("h") or (isinstance(e.value, Table) and e.value.headed)
+        bound = e.op == "exists" and e.value == "h"
+        if reads or (not bound and any(arg in found for arg in e.args)):
+            found.add(e)
+    return mask in found

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from attndsl.attention import Attention
+from attndsl.errors import fail
 from attndsl.tiles.blockmask import BlockMask
 
 if TYPE_CHECKING:
@@ -27,6 +28,20 @@ class Problem:
     device: str = "cpu"
     block_size: int = 128
     training: bool = False
+
+
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+
+def check_problem(problem: Problem) -> None:
+    """Raises AttnError for a dtype that is none of DTYPES, and heads that do not fit."""
+    if problem.dtype not in DTYPES:
+        raise fail(f"`dtype` is {problem.dtype}, and must be one of {', '.join(DTYPES)}")
+    for name in ("heads", "kv_heads", "head_dim"):
+        if getattr(problem, name) == 0:
+            raise fail(f"`{name}` is 0, and must be positive")
+    if problem.heads % problem.kv_heads:
+        raise fail(f"{problem.heads} heads cannot share {problem.kv_heads} key heads evenly")
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,3 +85,25 @@ class Backend(Protocol):
 
     def lower(self, attention: Attention, problem: Problem) -> Kernel:
         """The kernel. It must be differentiable by torch's autograd where `problem.training`."""
+
+
+@runtime_checkable
+class Counting(Protocol):
+    """What a backend may have beside, and ours do: its cost of a forward pass is `weighed` counts.
+
+    From them the analyzer tells what a lowering computes, and benchmarks/cost.py fits the seconds.
+    """
+
+    @property
+    def seconds(self) -> Mapping[str, float]:
+        """What one of each count takes; counts that are not named take nothing."""
+
+    def counts(
+        self, attention: Attention, problem: Problem, block_mask: BlockMask | None
+    ) -> Mapping[str, float]:
+        """What a forward pass does, over all heads and batch rows. Among others `pairs`: the (q, k) that
+        are computed, live or not; `written`: numbers that go through memory in between, such as weights."""
+
+
+def weighed(seconds: Mapping[str, float], counts: Mapping[str, float]) -> float:
+    return sum(second * counts[name] for name, second in seconds.items())

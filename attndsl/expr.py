@@ -503,6 +503,10 @@ def substitute(root: Expr, values: dict[str, Expr]) -> Expr:
             done[node] = node
         elif node.op == "var":
             done[node] = values[str(node.value)]
+        elif node.op == "exists" and node.value in names:
+            low, high, body = node.args
+            unbound = {name: value for name, value in values.items() if name != node.value}
+            done[node] = rebuild(node, (done[low], done[high], substitute(body, unbound)))
         else:
             done[node] = rebuild(node, tuple(done[arg] for arg in node.args))
     return done[root]

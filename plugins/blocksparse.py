@@ -9,6 +9,7 @@ Memory grows with the entries of the BlockMask and the tokens, never with their 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,12 +21,22 @@ from torch import Tensor
 
 from attndsl import expr as ir
 from attndsl.attention import Attention, HeadGroup
-from attndsl.backend import Call, Kernel, Problem
+from attndsl.backend import Call, Kernel, Problem, weighed
 from attndsl.execution.operator import Runner, attend, register, vjp
 from attndsl.execution.parts import Gathered, Part, Strided, take_apart
-from attndsl.execution.torch_eval import Env, affine_in_s, by_distance, constant_scale, decay_factor, evaluate
+from attndsl.execution.torch_eval import (
+    Env,
+    affine_in_s,
+    by_distance,
+    by_head,
+    constant_scale,
+    decay_factor,
+    elements,
+    evaluate,
+)
 from attndsl.expr import Expr
 from attndsl.tiles.blockmask import BlockMask, TileGrid
+from attndsl.tiles.tiling import tile
 
 flash: Callable[..., tuple[Tensor, Tensor]] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 flash_backward: Callable[..., tuple[Tensor, Tensor, Tensor]] = (
@@ -41,11 +52,30 @@ KEPT = 2**20
 """Numbers of a chunk's addend up to which it stays in memory between calls."""
 LANES = 16
 """Heads that run together."""
-FLOPS, SECONDS_PER_WEIGHT, SECONDS_PER_CALL, SECONDS_PER_LANE = 110e9, 6e-9, 2e-4, 4e-3
-"""Of two cores with AVX-512: the rate over the pairs that are computed, a weight that is formed, a call of
-a kernel, what a lane takes in any case."""
-BACKWARD = 3.0
-"""Backward beside forward: 5 matrix products to 2, and wider windows."""
+SECONDS = {
+    "runs": 2e-4,
+    "lanes": 5e-5,
+    "calls": 1.1e-4,
+    "nodes": 2e-5,
+    "tokens": 3e-9,
+    "products": 2.9e-11,
+    "narrow": 1e-12,
+    "steps": 7e-8,
+    "masked": 5e-11,
+    "addends": 2.5e-9,
+    "formed": 5e-10,
+    "numbers": 8e-10,
+    "nanoseconds": 1e-10,
+    "copied": 5e-10,
+    "merged": 2.2e-9,
+}
+"""Of two cores with AVX-512, by `python -m benchmarks.cost fit`."""
+TRAINING = 4.0
+"""Forward and backward beside forward: 5 matrix products more to 2, and wider windows."""
+SAMPLED = 2**14
+"""Entries of a BlockMask that are taken apart to predict what all take."""
+FUSED_K = 512
+"""Keys at a time in torch's fused kernel."""
 Q_MAX, K_MAX = 256, 2048
 """Queries and keys of one problem where the weights are formed."""
 
@@ -171,23 +201,43 @@ class Cut:
     per_token: int
     per_pair: int
 
-    def problems(self, q_len: int, k_len: int, copied: int) -> int:
+    def problems(self, part: Part) -> int:
         """How many at a time."""
+        if isinstance(part, Strided):
+            k_len, copied = part.k_len, max(part.q_len, part.k_len if self.gradient else 1)
+        else:
+            k_len = part.cols.shape[1] * part.block
+            copied = part.q_len + k_len
         size = TRANSIENT // (self.per_token * copied)
-        return max(1, min(size, FORMED // (q_len * k_len * self.per_pair)) if self.per_pair else size)
+        return max(1, min(size, FORMED // (part.q_len * k_len * self.per_pair)) if self.per_pair else size)
+
+    def parts(self, grid: TileGrid) -> list[Part]:
+        """In the order in which they run."""
+        parts = list(take_apart(grid, self.unit))
+        if self.bounded:
+            parts = [piece for part in parts for piece in _bound(part)]
+        if self.gradient:
+            parts = [piece for part in parts for piece in _disjoint(part)]
+        return sorted(parts, key=lambda p: -p.count * p.q_len if isinstance(p, Strided) else 1)
+
+
+def cut_of(simple: Simple | None, heads: int, width: int, gradient: bool) -> Cut:
+    """`simple` is None where the weights are formed; `width` of a query or value."""
+    by_position = simple is None or not simple.by_distance
+    return Cut(
+        unit=FORMED_UNIT if simple is None else BACKWARD_UNIT if gradient else FORWARD_UNIT,
+        bounded=simple is None,
+        gradient=gradient,
+        per_token=heads * width,
+        per_pair=heads if by_position else 0,
+    )
 
 
 def chunks_of(grid: TileGrid, cut: Cut, device: torch.device) -> tuple[list[Chunk], Tensor]:
     """What to run for this mask, in this order, and the rows of no fresh chunk."""
-    parts = list(take_apart(grid, cut.unit))
-    if cut.bounded:
-        parts = [piece for part in parts for piece in _bound(part)]
-    if cut.gradient:
-        parts = [piece for part in parts for piece in _disjoint(part)]
-    parts.sort(key=lambda p: -p.count * p.q_len if isinstance(p, Strided) else 1)
     touched, started = torch.zeros((2, grid.nq), dtype=torch.bool)
     chunks: list[Chunk] = []
-    for part in parts:
+    for part in cut.parts(grid):
         if isinstance(part, Strided):
             rows = _tokens(part.q0, part.q_step, part.q_len, 0, part.count, touched.device).flatten()
         else:
@@ -203,15 +253,14 @@ def chunks_of(grid: TileGrid, cut: Cut, device: torch.device) -> tuple[list[Chun
 
 
 def _views(part: Strided, fresh: bool, cut: Cut, device: torch.device) -> Iterator[Views]:
-    size = cut.problems(part.q_len, part.k_len, max(part.q_len, part.k_len if cut.gradient else 1))
+    size = cut.problems(part)
     mask = None if part.mask is None else torch.from_numpy(part.mask).to(device)[None]
     for first in range(0, part.count, size):
         yield Views(part, first, min(size, part.count - first), mask, fresh)
 
 
 def _gathers(part: Gathered, fresh: bool, n: int, cut: Cut, device: torch.device) -> Iterator[Gathers]:
-    k_len = part.cols.shape[1] * part.block
-    size = cut.problems(part.q_len, k_len, part.q_len + k_len)
+    size = cut.problems(part)
     inside = torch.arange(part.block, device=device)
     masks = torch.from_numpy(part.masks).to(device)
     for first in range(0, len(part.rows), size):
@@ -320,7 +369,7 @@ class BlockSparse:
         wide = torch.promote_types(q.dtype, torch.float32)
         out = q.new_empty((*q.shape[:3], call.v.shape[3]), dtype=wide)
         lse = q.new_empty(q.shape[:3], dtype=wide)
-        for lane in lanes(self.attention, call):
+        for lane in _lanes_of(self.attention, call):
             work = self.work(call, lane, recorded=False)
             o, total = lane.queries(out), lane.queries(lse)
             chunks = work.chunks(self.chunks, gradient=False)
@@ -369,7 +418,7 @@ class BlockSparse:
         if grad_lse is not None:
             delta = delta - grad_lse.masked_fill(lse == -torch.inf, 0.0)
         over = lse.masked_fill(lse == -torch.inf, torch.inf)
-        for lane in lanes(self.attention, call):
+        for lane in _lanes_of(self.attention, call):
             work = self.work(call, lane, recorded=bool(tables) or grad_lse is not None)
             rows = Rows(*(lane.queries(x) for x in (grad_out.to(wide), out.to(wide), over, delta)))
             dq, dk, dv = lane.queries(totals[0]), lane.keys(totals[1]), lane.keys(totals[2])
@@ -383,7 +432,7 @@ class BlockSparse:
         return gq, gk, gv, tables
 
     def work(self, call: Call, lane: Lane, recorded: bool) -> Work:
-        return Work(call, lane, Simple.of(lane.group, call, recorded))
+        return Work(call, lane, None if recorded else Simple.of(lane.group, call.q.shape[3]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -406,16 +455,15 @@ class Simple:
     by_distance: bool
 
     @staticmethod
-    def of(group: HeadGroup, call: Call, recorded: bool) -> Simple | None:
-        """`recorded`: the gradient of some table is wanted."""
-        if recorded or not is_simple(group, call.q.shape[3]):
-            return None
+    def of(group: HeadGroup, head_dim: int) -> Simple | None:
         split = affine_in_s(group.score)
-        assert split is not None
-        scale = constant_scale(split[0], call.q.shape[3])
-        assert scale is not None
+        if group.norm.kind != "softmax" or group.decay is not None or split is None:
+            return None
+        scale = constant_scale(split[0], head_dim)
+        if scale is None:
+            return None
         bias = None if ir.number(split[1]) == 0 else split[1]
-        return Simple(scale / call.q.shape[3] ** 0.5, bias, bias is None or by_distance(bias) is not None)
+        return Simple(scale / head_dim**0.5, bias, bias is None or by_distance(bias) is not None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -443,16 +491,8 @@ class Work:
         return torch.promote_types(self.call.q.dtype, torch.float32)
 
     def chunks(self, kept: Kept, gradient: bool) -> Chunks:
-        grid, simple, heads = self.lane.grid, self.simple if self.fused else None, len(self.q)
-        unit = FORMED_UNIT if simple is None else BACKWARD_UNIT if gradient else FORWARD_UNIT
-        by_position = simple is None or not simple.by_distance
-        cut = Cut(
-            unit=unit,
-            bounded=simple is None,
-            gradient=gradient,
-            per_token=heads * max(self.q.shape[2], self.v.shape[2]),
-            per_pair=heads if by_position else 0,
-        )
+        grid, simple = self.lane.grid, self.simple if self.fused else None
+        cut = cut_of(simple, len(self.q), max(self.q.shape[2], self.v.shape[2]), gradient)
         constant = simple is not None and simple.bias is None
         known = kept.setdefault(grid, {})
         key = (cut, constant, self.wide, self.q.device)
@@ -667,11 +707,17 @@ def normalise(logit: Tensor, factor: Tensor | None, v: Tensor, kind: str) -> tup
     return (out / total.masked_fill(total == 0, 1.0)[..., None] if kind == "softmax" else out), lse
 
 
-def lanes(attention: Attention, call: Call) -> Iterator[Lane]:
-    """Every (batch row, query head) once."""
+def _lanes_of(attention: Attention, call: Call) -> Iterator[Lane]:
     batch, heads = call.q.shape[:2]
-    share = heads // call.k.shape[1]
-    index = call.block_mask.index
+    return lanes(attention, call.block_mask, batch, heads, call.k.shape[1])
+
+
+def lanes(
+    attention: Attention, block_mask: BlockMask, batch: int, heads: int, kv_heads: int
+) -> Iterator[Lane]:
+    """Every (batch row, query head) once."""
+    share = heads // kv_heads
+    index = block_mask.index
     axis = torch.arange(heads)
     numbers = Env({"h": axis, "H": torch.tensor(heads)}, {}, axis, axis, torch.float32)
     mine = [evaluate(group.heads, numbers).expand(heads).tolist() for group in attention.groups]
@@ -684,34 +730,101 @@ def lanes(attention: Attention, call: Call) -> Iterator[Lane]:
             if h == heads or place[h] != place[start] or new_key_head or h - start == LANES:
                 group, grid = place[start]
                 kv = slice(start, h) if share == 1 else slice(start // share, start // share + 1)
-                yield Lane(attention.groups[group], call.block_mask.grids[grid], b, slice(start, h), kv)
+                yield Lane(attention.groups[group], block_mask.grids[grid], b, slice(start, h), kv)
                 start = h
 
 
-def is_simple(group: HeadGroup, head_dim: int) -> bool:
-    """A softmax of s * number + bias."""
-    split = affine_in_s(group.score)
-    plain = group.norm.kind == "softmax" and group.decay is None
-    return plain and split is not None and constant_scale(split[0], head_dim) is not None
+def sampled(grid: TileGrid, entries: int) -> tuple[TileGrid, float]:
+    """Rows of tiles from the middle that hold about so many entries, and how many times all that is."""
+    (rows, _), block = grid.shape, grid.block_size
+    if grid.entries <= entries:
+        return grid, 1.0
+    count = max(1, rows * entries // grid.entries)
+    first = (rows - count) // 2
+    runs, parts = (p[first : first + count + 1] for p in (grid.run_ptr, grid.part_ptr))
+    run, part = slice(runs[0], runs[-1]), slice(parts[0], parts[-1])
+    some = replace(
+        grid,
+        nq=count * block,
+        run_ptr=runs - runs[0],
+        run_start=grid.run_start[run],
+        run_end=grid.run_end[run],
+        part_ptr=parts - parts[0],
+        part_col=grid.part_col[part],
+        part_mask=grid.part_mask[part],
+    )
+    return some, rows / count
 
 
-def computed(grid: TileGrid) -> float:
-    """Pairs that are computed, live or not: of a partial tile what lies between the first and the last live
-    column of each strip of rows, or the live rows where those are the same in every column."""
-    block = grid.block_size
-    masks = np.unpackbits(grid.masks, axis=-1, bitorder="little").astype(bool)
-    height = FORWARD_UNIT if block % FORWARD_UNIT == 0 else block
-    strips = np.asarray(masks.reshape(len(masks), block // height, height, block).any(2))
-    width = block - strips.argmax(-1) - strips[..., ::-1].argmax(-1)
-    share = np.where(strips.any(-1), width, 0).mean(-1) / block
-    level = np.asarray((masks == masks[:, :, :1]).all((1, 2)))
-    share[level] = masks[level, :, 0].mean(-1)
-    uses = np.bincount(grid.part_mask, minlength=len(masks))
-    return float(grid.tiles.full + uses @ share) * block**2
+def lane_counts(group: HeadGroup, grid: TileGrid, heads: int, problem: Problem, entries: int) -> Counter[str]:
+    """What the forward pass of a lane of so many heads does, `entries` of the grid being looked at."""
+    width = problem.head_dim
+    simple = Simple.of(group, width) if problem.device.startswith("cpu") else None
+    cut = cut_of(simple, heads, width, gradient=False)
+    some, times = sampled(grid, entries)
+    counts: Counter[str] = Counter()
+    rows = 0
+    for part in cut.parts(some):
+        rows += len(part.rows) * part.q_len if isinstance(part, Gathered) else part.count * part.q_len
+        counts.update(_part_counts(part, cut, simple, group, heads, width))
+    counts["merged"] = heads * width * max(0, rows - some.nq)
+    return Counter(
+        {
+            "lanes": 1,
+            "tokens": heads * grid.nq * width,
+            **{name: times * count for name, count in counts.items()},
+        }
+    )
+
+
+def size(e: Expr | None) -> int:
+    """Nodes."""
+    return 0 if e is None else sum(1 for _ in ir.nodes(e))
+
+
+def _part_counts(
+    part: Part, cut: Cut, simple: Simple | None, group: HeadGroup, heads: int, width: int
+) -> dict[str, float]:
+    if isinstance(part, Strided):
+        count, k_len, masked, strided = part.count, part.k_len, part.mask is not None, True
+        alike = simple is not None and simple.by_distance and part.q_step == part.k_step
+    else:
+        count, k_len, masked = len(part.rows), part.cols.shape[1] * part.block, part.contents is not None
+        alike = strided = False
+    calls = -(-count // cut.problems(part))
+    area = float(count * part.q_len * k_len)
+    moved = heads * width * count * (part.q_len + 2 * k_len)
+    counts = {"calls": calls, "pairs": heads * area, "products": heads * area * width}
+    if simple is None:
+        made = [elements(e, area, heads) for e in (group.score, group.decay)]
+        numbers, computed = (sum(column) for column in zip(*made, strict=True))
+        nodes = calls * (size(group.score) + size(group.decay))
+        made_here = {"numbers": numbers, "nanoseconds": computed, "nodes": nodes}
+        return counts | made_here | {"formed": heads * area, "copied": moved}
+    step = 256 if part.q_len >= 768 else 64 if part.q_len >= 192 else 32
+    biased = area * calls / count if alike else area
+    numbers, computed = elements(simple.bias, biased, heads)
+    addends = (area * calls / count if strided else area) if masked else 0.0
+    if simple.bias is not None:
+        addends = max(addends, biased) * (heads if by_head(simple.bias) else 1)
+    elif addends / calls <= KEPT:
+        addends = 0.0
+    return counts | {
+        "narrow": counts["products"] if step == 32 else 0.0,
+        "steps": heads * count * -(-part.q_len // step) * -(-k_len // FUSED_K),
+        "masked": heads * area if masked or simple.bias is not None else 0.0,
+        "addends": addends,
+        "numbers": numbers,
+        "nanoseconds": computed,
+        "nodes": calls * size(simple.bias),
+        "copied": 0.0 if strided else moved,
+    }
 
 
 class Torch:
     """Registered as `torch`."""
+
+    seconds = SECONDS
 
     def supports(self, attention: Attention, problem: Problem) -> str | None:
         if problem.dtype not in DTYPES:
@@ -719,22 +832,27 @@ class Torch:
         return None
 
     def cost(self, attention: Attention, problem: Problem, block_mask: BlockMask | None) -> float:
-        every = problem.batch * problem.heads
+        seconds = weighed(SECONDS, self.counts(attention, problem, block_mask))
+        return seconds * (TRAINING if problem.training else 1)
+
+    def counts(
+        self, attention: Attention, problem: Problem, block_mask: BlockMask | None
+    ) -> dict[str, float]:
+        """Of a large mask by a sample of its rows; without tiles every pair."""
         if block_mask is None:
-            pairs, calls = float(problem.length * problem.q_length), 1.0
-        else:
-            uses = (
-                np.bincount(block_mask.index.ravel(), minlength=len(block_mask.grids)) / block_mask.index.size
-            )
-            pairs = float(sum(u * computed(g) for u, g in zip(uses, block_mask.grids, strict=True)))
-            calls = 1 + block_mask.entries / max(1, len(block_mask.grids)) / 32
-        simple = all(is_simple(group, problem.head_dim) for group in attention.groups)
-        flops = 4 * pairs * every * problem.head_dim * (1 + BACKWARD * problem.training)
-        formed = pairs * every * (0.0 if simple else SECONDS_PER_WEIGHT) * (3 if problem.training else 1)
-        lanes_ = problem.batch * max(
-            problem.kv_heads if problem.kv_heads < problem.heads else 1, every / LANES
+            grid = tile(ir.TRUE, problem.q_length, problem.length, problem.block_size, n=problem.length)
+            index = np.zeros((1, 1), np.int32)
+            block_mask = BlockMask(problem.q_length, problem.length, problem.block_size, (grid,), index)
+        batch = len(block_mask.index)
+        alike = Counter(
+            (lane.group, lane.grid, lane.heads.stop - lane.heads.start)
+            for lane in lanes(attention, block_mask, batch, problem.heads, problem.kv_heads)
         )
-        return flops / FLOPS + formed + lanes_ * (SECONDS_PER_LANE + calls * SECONDS_PER_CALL)
+        total = Counter(dict.fromkeys((*SECONDS, "pairs"), 0.0))
+        for (group, grid, heads), times in alike.items():
+            counts = lane_counts(group, grid, heads, problem, max(256, SAMPLED // len(alike)))
+            total.update({name: times * problem.batch / batch * count for name, count in counts.items()})
+        return {**total, "runs": 1.0, "written": total["copied"] + total["addends"]}
 
     def lower(self, attention: Attention, problem: Problem) -> Kernel:
         return BlockSparse(attention, WeakKeyDictionary())

@@ -6,22 +6,55 @@ import torch
 from torch import Tensor
 
 from attndsl.attention import Attention, HeadGroup
-from attndsl.backend import Call, Kernel, Problem
-from attndsl.execution.torch_eval import Env, decay_factor, evaluate
+from attndsl.backend import Call, Kernel, Problem, weighed
+from attndsl.execution.torch_eval import Env, decay_factor, elements, evaluate
 from attndsl.tiles.blockmask import BlockMask
 
-SECONDS_PER_PAIR = 5e-9
+SECONDS = {
+    "calls": 1e-3,
+    "products": 6e-11,
+    "formed": 1e-8,
+    "masks": 1e-9,
+    "numbers": 1.5e-9,
+    "nanoseconds": 1e-10,
+}
+"""Of two cores with AVX-512, by `python -m benchmarks.cost fit`."""
+TRAINING = 3.4
+"""Forward and backward beside forward."""
+PASSES = 8
+"""Arrays of a number for each pair that a group of heads writes, whatever its score."""
 
 
 class Reference:
     """Registered as `reference`."""
 
+    seconds = SECONDS
+
     def supports(self, attention: Attention, problem: Problem) -> str | None:
         return None
 
     def cost(self, attention: Attention, problem: Problem, block_mask: BlockMask | None) -> float:
-        pairs = problem.batch * problem.heads * problem.length * problem.q_length
-        return pairs * SECONDS_PER_PAIR * (2 + problem.head_dim / 64) * (3 if problem.training else 1)
+        seconds = weighed(SECONDS, self.counts(attention, problem, block_mask))
+        return seconds * (TRAINING if problem.training else 1)
+
+    def counts(
+        self, attention: Attention, problem: Problem, block_mask: BlockMask | None
+    ) -> dict[str, float]:
+        """Every group is formed at every head."""
+        heads, area = problem.batch * problem.heads, float(problem.length * problem.q_length)
+        groups = len(attention.groups)
+        made = [elements(e, area, heads) for g in attention.groups for e in (g.score, g.decay)]
+        numbers, computed = (sum(column) for column in zip(*made, strict=True))
+        return {
+            "calls": groups,
+            "pairs": heads * area,
+            "products": heads * area * problem.head_dim * (1 + groups) / 2,
+            "formed": heads * area * groups,
+            "masks": area * groups * (1 if block_mask is None else block_mask.index.size),
+            "numbers": numbers,
+            "nanoseconds": computed,
+            "written": PASSES * heads * area * groups + numbers,
+        }
 
     def lower(self, attention: Attention, problem: Problem) -> Kernel:
         return lambda call: attend(attention, call)

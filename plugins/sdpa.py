@@ -12,9 +12,9 @@ from torch import Tensor
 
 from attndsl import expr as ir
 from attndsl.attention import Attention, HeadGroup
-from attndsl.backend import Call, Kernel, Problem
+from attndsl.backend import Call, Kernel, Problem, weighed
 from attndsl.execution.operator import vjp
-from attndsl.execution.torch_eval import Env, affine_in_s, constant_scale, evaluate
+from attndsl.execution.torch_eval import Env, affine_in_s, by_head, constant_scale, elements, evaluate
 from attndsl.expr import Expr
 from attndsl.tiles.blockmask import BlockMask, TileGrid
 
@@ -23,8 +23,17 @@ flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_back
 
 Gradients = tuple[Tensor, Tensor, Tensor, Mapping[str, Tensor]]
 
-FLOPS = 125e9
-SECONDS_PER_CALL = 3e-5
+SECONDS = {
+    "calls": 3e-5,
+    "products": 3e-11,
+    "masked": 5e-11,
+    "written": 2.3e-9,
+    "numbers": 1.6e-9,
+    "nanoseconds": 1e-10,
+}
+"""Of two cores with AVX-512, by `python -m benchmarks.cost fit`."""
+TRAINING = 3.5
+"""Forward and backward beside forward: 5 matrix products to 2."""
 CAUSAL_SLACK = 384
 """Keys of a row beyond the diagonal that the fused kernel computes: half a block of 256 queries and of 512
 keys."""
@@ -191,26 +200,52 @@ class Dense:
         return (weight @ v_).to(q.dtype), torch.where(dead, -torch.inf, lse)
 
 
+def _checked(attention: Attention, head_dim: int) -> tuple[float, Expr | None]:
+    """`lowered`, of an attention that is supported."""
+    found = lowered(attention, head_dim)
+    assert not isinstance(found, str), found
+    return found
+
+
 class Sdpa:
     """Registered as `sdpa`."""
+
+    seconds = SECONDS
 
     def supports(self, attention: Attention, problem: Problem) -> str | None:
         reason = lowered(attention, problem.head_dim)
         return reason if isinstance(reason, str) else None
 
     def cost(self, attention: Attention, problem: Problem, block_mask: BlockMask | None) -> float:
-        pairs: float = problem.batch * problem.heads * problem.length * problem.q_length
-        found = lowered(attention, problem.head_dim)
-        biased = isinstance(found, str) or found[1] is not None or found[0] <= 0
-        if block_mask is not None and not biased and all(is_causal(grid) for grid in block_mask.grids):
-            pairs = pairs * min(1.0, (problem.length + CAUSAL_SLACK) / max(1, 2 * problem.length))
-        flops = 4 * pairs * problem.head_dim * (3.5 if problem.training else 1)
-        return SECONDS_PER_CALL + flops / FLOPS
+        seconds = weighed(SECONDS, self.counts(attention, problem, block_mask))
+        return seconds * (TRAINING if problem.training else 1)
+
+    def counts(
+        self, attention: Attention, problem: Problem, block_mask: BlockMask | None
+    ) -> dict[str, float]:
+        """An addend of mask and bias is made at every call."""
+        area = float(problem.length * problem.q_length)
+        every = problem.batch * problem.heads * area
+        scale, bias = _checked(attention, problem.head_dim)
+        grids, masks = ((), 1) if block_mask is None else (block_mask.grids, block_mask.index.size)
+        counts = {
+            "calls": 1.0,
+            "pairs": every,
+            "masked": 0.0,
+            "written": 0.0,
+            "numbers": 0.0,
+            "nanoseconds": 0.0,
+        }
+        if bias is None and scale > 0 and grids and all(is_causal(grid) for grid in grids):
+            counts["pairs"] *= min(1.0, (problem.length + CAUSAL_SLACK) / max(1, 2 * problem.length))
+        elif bias is not None or not all(is_full(grid) for grid in grids) or not grids:
+            heads = problem.batch * problem.heads if bias is not None and by_head(bias) else masks
+            counts["numbers"], counts["nanoseconds"] = elements(bias, area, problem.batch * problem.heads)
+            counts |= {"masked": every, "written": area * heads}
+        return counts | {"products": counts["pairs"] * problem.head_dim}
 
     def lower(self, attention: Attention, problem: Problem) -> Kernel:
-        found = lowered(attention, problem.head_dim)
-        assert not isinstance(found, str)
-        return Dense(*found, WeakKeyDictionary())
+        return Dense(*_checked(attention, problem.head_dim), WeakKeyDictionary())
 
 
 backend = Sdpa()

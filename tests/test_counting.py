@@ -173,14 +173,19 @@ def test_long_lengths(text: str) -> None:
     [
         ("pattern main(r = 3) = radius(r)", "r", "n*(2*r + 1) - r*(r + 1)"),
         ("pattern main(w = 3) = last(w)", "w", "n*w - w*(w - 1)/2"),
+        (
+            "pattern main(w = 4) = radius(w // 2)",
+            "w",
+            "Piecewise((n*(w + 1) - w*(w + 2)/4, Eq(Mod(w, 2), 0)), (n*w - (w - 1)*(w + 1)/4, True))",
+        ),
         ("pattern main(c = 3) = last(20) | causal & sinks(c)", "c", "n*(c + 20) - (c + 19)*(c + 20)/2"),
     ],
 )
 def test_in_a_parameter(text: str, name: str, formula: str) -> None:
     attention = attndsl.parse(text)["main"]
-    report = attndsl.analyze(attention, length=64, parts=["nnz"], parameters=[name])
-    assert report.nnz is not None
-    found = report.nnz.in_parameters[name]
+    report = attndsl.analyze(attention, length=64, parts=["parameters"], parameters=[name])
+    assert report.in_parameters is not None
+    found = report.in_parameters[name]
     assert found.formula == formula
     for value in (1, 5, 19):
         count = attndsl.analyze(attention(**{name: value}), length=64, parts=["nnz"]).nnz
@@ -189,11 +194,10 @@ def test_in_a_parameter(text: str, name: str, formula: str) -> None:
 
 
 def test_a_parameter_that_is_a_divisor_is_refused() -> None:
-    report = attndsl.analyze(
-        attndsl.parse("pattern main(l = 3) = strided(l)")["main"], length=64, parts=["nnz"], parameters=["l"]
-    )
-    assert report.nnz is None
-    assert "polynomial" in report.reasons["nnz"]
+    attention = attndsl.parse("pattern main(l = 3) = strided(l)")["main"]
+    report = attndsl.analyze(attention, length=64, parts=["parameters"], parameters=["l"])
+    assert report.in_parameters is None
+    assert "polynomial" in report.reasons["parameters"]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from attndsl.language import elaborate
 from attndsl.language.arguments import signature
 from attndsl.meaning import links
 from attndsl.program import prelude
-from attndsl.relations import reach, relation
+from attndsl.relations import powers, reach, relation
 from attndsl.syntax.format import render
 from attndsl.syntax.parse import ERROR_LIMIT, NESTING_LIMIT, SIZE_LIMIT, TEXT_LIMIT
 from attndsl.tiles import lowering, tiling
@@ -41,7 +41,7 @@ LIMITS = {
     "pairs times n, for a product that is no integer relation": tiling.POINT_LIMIT,
     "keys that `random` draws for a query, if not all": links.KEYS_LIMIT,
     "keys that `random` draws together": links.DRAWN_LIMIT,
-    "length up to which any diameter is measured": reach.DENSE_LENGTH,
+    "length up to which any diameter is measured": powers.DENSE_LENGTH,
     "distances that `reach` writes out": reach.LONGEST,
     "conjunctions of one relation, in a proof (else undecided)": relation.DISJUNCTS,
     "roundings of one conjunction, in a proof (else undecided)": relation.DIVISIONS,

@@ -8,8 +8,9 @@ from attndsl import expr as x
 from attndsl.errors import AttnError
 from attndsl.expr import Expr, all_of, any_of, const, eq, le, lt, negate, sub, var
 from attndsl.meaning.pointwise import evaluate
+from attndsl.relations.powers import diameter
 from attndsl.relations.proofs import equal, subset
-from attndsl.relations.reach import common_divisor, diameter, matrix_product, packed, product, reach
+from attndsl.relations.reach import common_divisor, matrix_product, packed, product, reach
 
 Q, K, N = var("q"), var("k"), var("n")
 CAUSAL = le(K, Q)
@@ -114,6 +115,7 @@ def test_published_diameters() -> None:
     assert diameter(longformer, 2048) == 2
     assert diameter(band(-3, 0), 4096) == 1365
     assert diameter(band(-256, 256), 1 << 20) == 4096
+    assert diameter(BLOCKS, 1 << 20) == 1
     assert diameter(all_of(CAUSAL, any_of(band(-1023, 0), band(-(2**40), 0, 1024))), 1 << 20) == 2
 
 
@@ -129,5 +131,5 @@ def test_what_has_no_diameter() -> None:
         diameter(eq(x.lookup(DOC, Q), x.lookup(DOC, K)), 16)
     with pytest.raises(AttnError, match="heads H"):
         diameter(lt(sub(Q, K), var("H")), 16)
-    with pytest.raises(AttnError, match="8192"):
-        diameter(BLOCKS, 1 << 20)
+    with pytest.raises(AttnError, match="too scattered"):
+        diameter(PATTERNS["links"], 1 << 14, heads=1)

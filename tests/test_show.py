@@ -43,12 +43,11 @@ def shade(share):
     return " " if share == 0 else "░" if share < 0.1 else "▒" if share < 0.5 else "▓" if share < 1 else "█"
 
 
-@pytest.mark.parametrize("limit", [show.DENSE_LIMIT, 0], ids=["expanded", "from tiles"])
+@pytest.mark.parametrize("block_size", [16, 24, 128])
 @pytest.mark.parametrize("text", PATTERNS.values(), ids=PATTERNS)
 @pytest.mark.parametrize(("length", "q_length"), [(300, None), (511, 17), (1000, 999)])
-def test_a_character_is_the_share_of_its_rectangle(monkeypatch, limit, text, length, q_length):
-    monkeypatch.setattr(show, "DENSE_LIMIT", limit)
-    mask = block_mask(text, length, q_length=q_length)
+def test_a_character_is_the_share_of_its_rectangle(block_size, text, length, q_length):
+    mask = block_mask(text, length, block_size, q_length=q_length)
     drawn = show.picture(mask)
     keys, queries = (int(x) for x in re.search(r"= (\d+) keys x (\d+) queries", drawn).groups())
     dense = mask.to_dense()[0, 0]

@@ -238,9 +238,17 @@ def random_mask(seed: int) -> Expr:
     return Masks(seed).truth(1 + seed % 3)
 
 
+def many_levels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small matrices are divided as often as large ones."""
+    monkeypatch.setattr(tiling, "FIRST_FANOUT", 2)
+    monkeypatch.setattr(tiling, "FEW_POINTS", 0)
+
+
 @pytest.mark.parametrize("seed", SEEDS)
-def test_random_masks_equal_pointwise_evaluation(seed: int) -> None:
+def test_random_masks_equal_pointwise_evaluation(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     r = random.Random(seed)
+    if r.random() < 0.7:
+        many_levels(monkeypatch)
     nq, n, q_offset, k_offset = r.choice(SHAPES)
     check(random_mask(seed), nq, n, r.choice([8, 16, 24, 32, 64, 128]), q_offset, k_offset)
 
@@ -286,7 +294,11 @@ PATTERNS = {
 @pytest.mark.parametrize(
     ("nq", "n", "q_offset", "size"), [(300, 300, 0, 16), (300, 300, 0, 128), (44, 300, 256, 64)]
 )
-def test_patterns_equal_pointwise_evaluation(name: str, nq: int, n: int, q_offset: int, size: int) -> None:
+def test_patterns_equal_pointwise_evaluation(
+    name: str, nq: int, n: int, q_offset: int, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check(PATTERNS[name], nq, n, size, q_offset)
+    many_levels(monkeypatch)
     check(PATTERNS[name], nq, n, size, q_offset)
 
 
@@ -335,6 +347,14 @@ def test_an_int_table_out_of_its_range_is_refused_unless_guarded() -> None:
         tile(intable(K, CHOSEN, Q), 64, 64, 16, n=64, tables=tables())
     check(all_of(lt(Q, const(40)), le(lookup(IDS, Q), K)), 64, 64, 16)
     check(all_of(lt(Q, const(40)), intable(K, CHOSEN, Q)), 64, 64, 16)
+    outside = mod(lookup(ROUTES, const(99), Q), const(3))
+    check(all_of(lt(K, const(0)), eq(outside, const(1))), 64, 64, 16)
+
+
+def test_a_look_up_is_not_read_in_boxes_within_a_tile_that_are_decided() -> None:
+    mask = any_of(le(const(32), K), lt(lookup(IDS, K), const(5)))
+    for n in (128, 2048):
+        assert tile(mask, n, n, 128, n=n, tables={"ids": np.arange(40)}).nnz == n * (n - 32 + 5)
 
 
 def test_a_draw_among_a_table_is_guarded_where_its_row_lies_outside() -> None:
@@ -360,6 +380,7 @@ def test_numbered_keys_equal_pointwise_evaluation(
     monkeypatch.setattr(abstract, "KEY_LIMIT", longest)
     monkeypatch.setattr(abstract, "KNOWN_LIMIT", known)
     monkeypatch.setattr(tiling, "CHUNK", 64)
+    many_levels(monkeypatch)
     for mask in (*map(random_mask, range(0, 240, 4)), *KEYS.values()):
         check(mask, 250, 77, 16, 13, 40)
 
@@ -382,10 +403,10 @@ def test_shared_parts_do_not_double_keys() -> None:
 def test_entries_are_counted_before_they_are_written(monkeypatch: pytest.MonkeyPatch) -> None:
     expand, counted = tiling.expand, []
 
-    def counting(root: int, levels: list[np.ndarray], width: int) -> tuple[np.ndarray, np.ndarray]:
-        parts, runs = expand(root, levels, width)
-        contents = max(root, *(int(level.max(initial=0)) for level in levels)) if levels else root
-        count = tiling.entries(root, levels, contents)
+    def counting(levels: list[np.ndarray], width: int) -> tuple[np.ndarray, np.ndarray]:
+        parts, runs = expand(levels, width)
+        contents = max(int(level.max(initial=0)) for level in levels)
+        count = tiling.entries(levels, contents)
         counted.append((count, parts.shape[1] + runs.shape[1]))
         return parts, runs
 

@@ -27,10 +27,12 @@ from attndsl.expr import (
     TRUE,
     ZERO,
     Expr,
+    add,
     all_of,
     const,
     le,
     lt,
+    mul,
     negate,
     nodes,
     number,
@@ -405,15 +407,53 @@ class InParameter:
 @lru_cache(maxsize=256)
 def in_parameter(mask: Expr, name: str, times: int = 1) -> InParameter | None:
     """`times` the live pairs of a mask over q, k, n and the variable `name`, where both are large and n the
-    larger; None unless that is one polynomial."""
+    larger; None unless that is one polynomial, or one for each of a few residues of the parameter."""
     mask = quantifier_free(substitute(mask, {"nq": var("n")}))
-    if mask.free != {"q", "k", "n", name} - ({"n"} - mask.free) or not is_affine(mask):
+    if not {"q", "k", name} <= mask.free <= {"q", "k", "n", name} or not is_affine(mask):
         return None
     try:
         with quota():
-            shape = _shape(to_set(mask), ("n", name))
+            period = _shape(to_set(mask), ("n", name)).period
     except AttnError:
         return None
+    if period > PIECES:
+        return None
+    import sympy
+
+    r = sympy.Symbol(name)
+    found, walls, least = [], set[sympy.Expr](), 0
+    for residue in range(period):
+        step = add(mul(const(period), var(name)), const(residue))
+        one = _in_both(substitute(mask, {name: step}), name, times)
+        if one is None:
+            return None
+        back = {r: (r - residue) / period}
+        found.append(_by_length(one.count.subs(back), r))
+        walls |= {sympy.expand(wall.subs(back)) for wall in one.walls}
+        least = max(least, one.least * period + residue)
+    count = found[0]
+    if any(sympy.expand(count - other) for other in found[1:]):
+        cases = [(e, sympy.Eq(sympy.Mod(r, period), residue)) for residue, e in enumerate(found[:-1])]
+        count = sympy.Piecewise(*cases, (found[-1], True), evaluate=False)
+    lengths = sorted(map(str, walls))
+    said = f"n > {lengths[0]}" if len(lengths) == 1 else f"n > Max({', '.join(lengths)})"
+    return InParameter(str(count), f"{said}, {name} >= {least}" if lengths else f"{name} >= {least}")
+
+
+@dataclass(frozen=True)
+class Polynomial:
+    """The count in n and the parameter, where n is above all `walls` and the parameter at least `least`."""
+
+    count: sympy.Expr
+    walls: frozenset[sympy.Expr]
+    least: int
+
+
+def _in_both(mask: Expr, name: str, times: int) -> Polynomial | None:
+    import sympy
+
+    with quota():
+        shape = _shape(to_set(mask), ("n", name))
     if shape.period != 1:
         return None
     least, ends = 0, set[tuple[Fraction, Fraction]]()
@@ -423,11 +463,11 @@ def in_parameter(mask: Expr, name: str, times: int = 1) -> InParameter | None:
             ends |= {(Fraction(-other, slope), -c / slope) for c in (wall.low, wall.high)}
         elif other:
             least = max(least, *(math.floor(-c / other) + 1 for c in (wall.low, wall.high)))
+    # of walls that rise no faster and stand no higher than another one nothing is to be said
     ends = {
-        (a, b)
-        for a, b in ends
+        (a, b) for a, b in ends
         if not any(c >= a and c * least + d >= a * least + b for c, d in ends - {(a, b)})
-    }
+    }  # fmt: skip
 
     def length(r: int) -> int:
         return max([0, *(math.floor(a * r + b) + 1 for a, b in ends)])
@@ -435,27 +475,28 @@ def in_parameter(mask: Expr, name: str, times: int = 1) -> InParameter | None:
     def count(n: int, r: int) -> int:
         return times * _count(substitute(mask, {name: const(r)}), n)
 
-    import sympy
-
     n, r = sympy.symbols(f"n {name}")
     powers = [n**i * r**j for i in range(3) for j in range(3 - i)]
     start = length(least + 2)
-    # six points of a triangle determine a polynomial of degree 2; what follows can only confirm it
+    # six points of a triangle determine a polynomial of degree 2; one more can only confirm it
     points = [(start + i, least + j) for i in range(3) for j in range(3 - i)]
     rows = [[power.subs({n: x, r: y}) for power in powers] for x, y in points]
     solved = sympy.Matrix(rows).LUsolve(sympy.Matrix([count(*point) for point in points]))
-    polynomial = sum((c * power for c, power in zip(solved, powers, strict=True)), sympy.Integer(0))
-    by_length = sympy.Poly(polynomial, n).terms()
-    total = sum((sympy.factor(c) * n**i for (i,), c in by_length), sympy.Integer(0))
+    total = sum((c * power for c, power in zip(solved, powers, strict=True)), sympy.Integer(0))
     far = (2 * length(least + 9) + 1, least + 9)
     assert total.subs({n: far[0], r: far[1]}) == count(*far), (total, far)
-    said = [
-        str(sympy.Rational(a) * r + sympy.Rational(b))
-        for a, b in sorted(ends, reverse=True)
-        if a > 0 or b > 0
-    ]
-    lengths = f"n > {said[0]}" if len(said) == 1 else f"n > Max({', '.join(said)})" if said else "every n"
-    return InParameter(str(total), f"{lengths}, {name} >= {least}")
+    walls = [(sympy.Rational(a) * r + sympy.Rational(b)) for a, b in ends if a > 0 or b >= 0]
+    return Polynomial(total, frozenset(walls), least)
+
+
+def _by_length(polynomial: sympy.Expr, r: sympy.Symbol) -> sympy.Expr:
+    """By falling powers of n, each with a factored coefficient."""
+    import sympy
+
+    n = sympy.Symbol("n")
+    terms = sympy.Poly(polynomial, n, r).as_expr()
+    coefficients = sympy.Poly(terms, n).terms()
+    return sum((sympy.factor(c) * n**i for (i,), c in coefficients), sympy.Integer(0))
 
 
 def expected(mask: Expr, n: int) -> float | None:

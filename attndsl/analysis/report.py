@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from attndsl.analysis import counting
 from attndsl.attention import Attention
-from attndsl.backend import Problem
+from attndsl.backend import Problem, check_problem
 from attndsl.errors import AttnError, fail
 from attndsl.expr import ZERO, Expr, const, exists, le, nodes, substitute, var
 from attndsl.meaning.pointwise import evaluate
@@ -26,7 +26,7 @@ from attndsl.tiles.tiling import tile
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
-    from attndsl.analysis.cost import BlockSize, Lowering, OnMachine
+    from attndsl.analysis.cost import BlockSize, Lowering, Roofline, Steps
     from attndsl.analysis.decode import Cache
     from attndsl.analysis.field import Field
     from attndsl.analysis.graph import GraphMeasures
@@ -46,7 +46,6 @@ class Count:
     expected   the mean over seeds, where keys are drawn at random
     around     polynomials in n below and above, where the formula has too many pieces
     residues   then twice the coefficients of f^2, f and 1, f = n // p, for each residue of n modulo p
-    in_parameters  the count as a polynomial in n and a parameter that was left open
     """
 
     value: int | None
@@ -56,13 +55,13 @@ class Count:
     expected: float | None = None
     around: tuple[str, str] | None = None
     residues: tuple[tuple[int, ...], ...] | None = None
-    in_parameters: Mapping[str, counting.InParameter] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Report:
     """Counts are over all heads and batch rows; a field is None where it was not asked for or is not known,
-    and then `reasons` says why, by part."""
+    and then `reasons` says why, by part. `diameter`: layers after which nothing more is seen.
+    """
 
     name: str
     length: int
@@ -72,17 +71,18 @@ class Report:
     layers: int
     block_size: int
     nnz: Count | None = None
+    in_parameters: Mapping[str, counting.InParameter] | None = None
     density: float | None = None
     complexity: str | None = None
     empty_rows: int | None = None
     causal: bool | None = None
     not_causal_at: Mapping[str, int] | None = None
-    flops: Mapping[str, float] | None = None
-    bytes: Mapping[str, float] | None = None
+    flops: Steps | None = None
+    bytes: Steps | None = None
     lowerings: Mapping[str, Lowering] | None = None
     block_sizes: tuple[BlockSize, ...] | None = None
     best_block_size: int | None = None
-    machines: Mapping[str, OnMachine] | None = None
+    machines: Mapping[str, Roofline] | None = None
     reach: Field | None = None
     diameter: int | None = None
     kv_cache: Cache | None = None
@@ -149,6 +149,13 @@ class Subject:
         """Whether queries and keys are the same positions."""
         return self.problem.q_length == self.problem.length and self.sizes.q_offset == (0,)
 
+    @property
+    def one_sequence(self) -> Problem:
+        """The problem, of queries and keys that are the same positions. Raises AttnError for another."""
+        if not self.square:
+            raise fail("queries and keys are not the same positions here")
+        return self.problem
+
     @cached_property
     def masks(self) -> dict[Expr, int]:
         """The masks of the heads over q, k, n, and how many heads and batch rows have each."""
@@ -197,7 +204,7 @@ def counted(subject: Subject) -> dict[str, Any]:
             rows = tuple(tuple(int(x) for x in row) for row in form.doubled.T)
             count = replace(count, around=form.bounds, residues=rows if len(rows) <= RESIDUES_SHOWN else None)
     if subject.square:
-        count = replace(count, expected=_expected(subject), in_parameters=_in_parameters(subject))
+        count = replace(count, expected=_expected(subject))
     return {
         "nnz": count,
         "density": value / pairs if pairs else 0.0,
@@ -217,9 +224,9 @@ def _expected(subject: Subject) -> float | None:
     return total
 
 
-def _in_parameters(subject: Subject) -> dict[str, counting.InParameter]:
-    """The count in each parameter that was left open. Raises AttnError where it is no such polynomial."""
-    found = {}
+def in_parameters(subject: Subject) -> dict[str, Any]:
+    """in_parameters. Raises AttnError where the count is no such polynomial."""
+    found: dict[str, counting.InParameter] = {}
     for name in subject.parameters:
         masks = masks_of(subject.attention(**{name: var(name)}), subject.problem)
         if len(masks) > 1:
@@ -229,7 +236,7 @@ def _in_parameters(subject: Subject) -> dict[str, counting.InParameter]:
         if form is None:
             raise fail(f"the count is not known as one polynomial in n and `{name}`", help="give it a value")
         found[name] = form
-    return found
+    return {"in_parameters": found}
 
 
 CLASSES = {0: "O(1)", 1: "O(n)", 2: "O(n^2)"}
@@ -285,8 +292,86 @@ def _empty_rows(subject: Subject) -> int:
     return total
 
 
+def costs(subject: Subject) -> dict[str, Any]:
+    """flops, bytes, lowerings."""
+    from attndsl.analysis import cost
+
+    ideal = cost.ideal(subject.block_mask, subject.problem)
+    lowerings = cost.lowerings(subject.attention, subject.problem, subject.block_mask)
+    return {"flops": ideal.flops, "bytes": ideal.bytes, "lowerings": lowerings}
+
+
+def tiled(subject: Subject) -> dict[str, Any]:
+    """block_sizes, best_block_size."""
+    from attndsl.analysis import cost
+
+    sizes = cost.block_sizes(subject.attention, subject.problem, subject.tables)
+    return {"block_sizes": sizes, "best_block_size": cost.best_block_size(sizes)}
+
+
+def bounded(subject: Subject) -> dict[str, Any]:
+    """machines."""
+    from attndsl.analysis import cost
+
+    ideal = cost.ideal(subject.block_mask, subject.problem)
+    machines = (*cost.MACHINES, cost.this_machine())
+    return {"machines": {m.name: cost.roofline(m, ideal, subject.problem.dtype) for m in machines}}
+
+
+def stacked(subject: Subject) -> dict[str, Any]:
+    """reach, diameter."""
+    from attndsl.analysis.field import receptive_field
+
+    p = subject.one_sequence
+    found = receptive_field(
+        subject.attention, p.length, heads=p.heads, layers=subject.layers, **subject.inputs
+    )
+    return {"reach": found, "diameter": found.settled_after}
+
+
+def cached(subject: Subject) -> dict[str, Any]:
+    """kv_cache."""
+    from attndsl.analysis.decode import kv_cache
+
+    p = subject.one_sequence
+    return {"kv_cache": kv_cache(subject.attention, p.length, heads=p.heads, **subject.inputs)}
+
+
+def divided(subject: Subject) -> dict[str, Any]:
+    """shards."""
+    from attndsl.analysis.shards import shards
+
+    p = subject.one_sequence
+    found = shards(
+        subject.attention, p.length, subject.ranks, heads=p.heads, kv_heads=p.kv_heads, head_dim=p.head_dim,
+        dtype=p.dtype, block_size=p.block_size, **subject.inputs,
+    )  # fmt: skip
+    return {"shards": found}
+
+
+def linked(subject: Subject) -> dict[str, Any]:
+    """graph."""
+    from attndsl.analysis.graph import level_of, measured, pairs_of
+
+    p = subject.one_sequence
+    level = level_of(p.length)
+    pairs = pairs_of(subject.attention, p.length, level, None, p.heads, None, subject.inputs)
+    return {"graph": measured(pairs, level)}
+
+
 Part = Callable[[Subject], Mapping[str, Any]]
-PARTS: dict[str, Part] = {"nnz": counted, "rows": causality}
+PARTS: dict[str, Part] = {
+    "nnz": counted,
+    "parameters": in_parameters,
+    "rows": causality,
+    "cost": costs,
+    "block_sizes": tiled,
+    "machines": bounded,
+    "reach": stacked,
+    "kv_cache": cached,
+    "shards": divided,
+    "graph": linked,
+}
 """What there is to know, by name; each gives some fields of a report."""
 
 
@@ -319,8 +404,9 @@ def analyze(
     Raises AttnError for sizes, names or tables that do not fit.
     """
     subject = subject_of(
-        attention, length, q_length, batch, heads, kv_heads, head_dim, dtype, block_size, layers, ranks,
-        tuple(parameters), inputs,
+        attention, length=length, q_length=q_length, batch=batch, heads=heads, kv_heads=kv_heads,
+        head_dim=head_dim, dtype=dtype, block_size=block_size, layers=layers, ranks=ranks,
+        parameters=tuple(parameters), inputs=inputs,
     )  # fmt: skip
     report = blank(subject)
     for name in chosen(parts):
@@ -343,6 +429,12 @@ def blank(subject: Subject) -> Report:
     )
 
 
+def merged(report: Report, other: Report) -> Report:
+    """One report of what either knows."""
+    known = {f.name: value for f in fields(other) if (value := getattr(other, f.name)) is not None}
+    return replace(report, **{**known, "reasons": {**report.reasons, **other.reasons}})
+
+
 def extended(report: Report, name: str, subject: Subject) -> Report:
     """The report with one part more, or with the reason why it is not known."""
     try:
@@ -352,7 +444,7 @@ def extended(report: Report, name: str, subject: Subject) -> Report:
 
 
 def subject_of(
-    attention: Attention, length: int, q_length: int | None, batch: int, heads: int | None,
+    attention: Attention, *, length: int, q_length: int | None, batch: int, heads: int | None,
     kv_heads: int | None, head_dim: int, dtype: str, block_size: int, layers: int, ranks: int,
     parameters: tuple[str, ...], inputs: Mapping[str, ArrayLike],
 ) -> Subject:  # fmt: skip
@@ -369,6 +461,7 @@ def subject_of(
         dtype=dtype,
         block_size=lowering.checked_block_size(block_size),
     )
+    check_problem(problem)
     lowering.check_names(attention, inputs, complete=False)
     for name, value in (("layers", layers), ("ranks", ranks)):
         if lowering.checked_length(name, value) == 0:

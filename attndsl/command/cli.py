@@ -9,13 +9,14 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
 from attndsl.errors import AttnError, fail
 
 if TYPE_CHECKING:
+    from attndsl.analysis.report import Report
     from attndsl.attention import Attention
     from attndsl.command.child import Stage
     from attndsl.errors import Diagnostic
@@ -195,9 +196,9 @@ def unreadable(file: str, error: OSError) -> AttnError:
     return fail(f"cannot read `{file}`: {(error.strerror or str(error)).lower()}")
 
 
-def write(file: str, text: str) -> None:
+def write(file: str, text: str | bytes) -> None:
     try:
-        Path(file).write_text(text, encoding="utf-8")
+        Path(file).write_bytes(text if isinstance(text, bytes) else text.encode())
     except OSError as error:
         raise fail(f"cannot write `{file}`: {error.strerror}") from None
 
@@ -211,10 +212,15 @@ def apart(work: Callable[[Stage], T]) -> T:
 
 def picture(attention: Attention, block_mask: BlockMask, heads: int) -> str:
     from attndsl.command import show
+
+    return show.picture(block_mask, width(), first_query(attention, block_mask, heads))
+
+
+def first_query(attention: Attention, block_mask: BlockMask, heads: int) -> int:
+    """The position of query row 0."""
     from attndsl.tiles import lowering
 
-    (first, *_) = lowering.sizes(attention, block_mask.n, block_mask.nq, heads).q_offset
-    return show.picture(block_mask, width(), first)
+    return lowering.sizes(attention, block_mask.n, block_mask.nq, heads).q_offset[0]
 
 
 def width() -> int:
@@ -381,7 +387,8 @@ def plugins(as_json: bool) -> None:
 @TARGET
 @SIZES
 @click.option("--head", type=Count(0, 0), help="Show this head alone.")
-@click.option("--format", "form", type=click.Choice(["term"]), default="term", show_default=True)
+@click.option("--format", "form", type=click.Choice(["term", "svg", "png"]),
+              help="The default is what the name of the output ends in, or else term.")  # fmt: skip
 @click.option("-o", "--output", help="Write to a file instead.")
 def show(
     file: str,
@@ -390,30 +397,40 @@ def show(
     inputs: dict[str, str],
     time_limit: float,
     head: int | None,
-    form: str,
+    form: Literal["term", "svg", "png"] | None,
     output: str | None,
     **sizes: Any,
 ) -> None:
-    """The mask as a picture in the terminal."""
+    """The mask as a picture, in the terminal or in a file."""
+    suffix = Path(output or "").suffix.lower()
+    form = form or ("svg" if suffix == ".svg" else "png" if suffix == ".png" else "term")
+    if form != "term" and output is None:
+        raise fail(f"a picture in {form} does not go to the terminal", help=f"name a file: -o mask.{form}")
     attention, shown = titled(file, name, params)
     given = tables(inputs)
     heads = sizes["heads"]
     if head is not None and head >= heads:
         raise fail(f"no head {head:,} among {counted(heads, 'head')}", help="more with --heads")
 
-    def work(stage: Stage) -> str:
+    def work(stage: Stage) -> str | bytes:
         stage("tiling", time_limit)
         block_mask = tiled(attention, given, **sizes)
         if head is not None:
             block_mask = of_head(block_mask, head)
-        which = "" if head is None else f", head {head:,}"
-        return f"{heading(shown + which, block_mask)}\n{picture(attention, block_mask, heads)}"
+        title = shown + ("" if head is None else f", head {head:,}")
+        if form == "term":
+            return f"{heading(title, block_mask)}\n{picture(attention, block_mask, heads)}\n"
+        stage("drawing", None)
+        from attndsl import pictures
 
-    text = apart(work)
-    if output is None:
-        echo_picture(text)
-    else:
-        write(output, text + "\n")
+        first = first_query(attention, block_mask, heads)
+        return pictures.render(pictures.mask(block_mask, title, first=first), form)
+
+    drawn = apart(work)
+    if output is not None:
+        write(output, drawn)
+    elif isinstance(drawn, str):
+        echo_picture(drawn.removesuffix("\n"))
 
 
 def tiled(attention: Attention, given: dict[str, Any], **sizes: Any) -> BlockMask:
@@ -424,9 +441,14 @@ def tiled(attention: Attention, given: dict[str, Any], **sizes: Any) -> BlockMas
 
 
 def coarse(attention: Attention, length: int) -> int:
-    """About `TILES` tiles on a side. Tables and `random` make many different ones, which cost their area."""
+    """About `TILES` tiles on a side, of a short sequence eight or more.
+
+    Tables and `random` make many different ones, which cost their area.
+    """
     from attndsl.expr import nodes
 
+    if length < 8 * 128:
+        return max(8, 1 << (length // 8).bit_length() >> 1)
     masks = [group.relation.mask for group in attention.groups]
     if any(mask.tables or any(node.op == "random" for node in nodes(mask)) for mask in masks):
         return 128
@@ -575,9 +597,39 @@ def ratio(dense: float, ours: float) -> str:
     return f"{dense / ours:.3g} x faster" if dense >= ours else f"{ours / dense:.3g} x slower"
 
 
+ANALYSIS = options(
+    click.option("--q-length", type=Count(0, 65536), help="Number of queries, if not n."),
+    click.option("--heads", type=COUNT, help="Query heads; else as many as the attention speaks of."),
+    click.option("--kv-heads", type=COUNT, help="Number of key heads, if not that of query heads."),
+    click.option("--head-dim", type=COUNT, default=64, show_default=True),
+    click.option("--batch", type=COUNT, default=1, show_default=True),
+    click.option("--dtype", type=click.Choice(["float64", "float32", "bfloat16", "float16"]),
+                 default="float32", show_default=True),
+    click.option("--block-size", type=COUNT, default=128, show_default=True,
+                 help="Tokens on the side of a tile."),
+    click.option("--layers", type=COUNT, default=1, show_default=True, help="Layers that are stacked."),
+    click.option("--ranks", type=COUNT, default=8, show_default=True,
+                 help="Processes that the sequence is divided among."),
+    LIMIT,
+)  # fmt: skip
+
+
 @main.command()
 @TARGET
-@SIZES
+@click.option("--length", type=Count(0, 65536), required=True, help="Number of keys, n.")
+@ANALYSIS
+@click.option(
+    "--only",
+    metavar="PART,...",
+    help="Some parts: nnz, parameters, rows, cost, block_sizes, machines, reach, kv_cache, shards, graph.",
+)
+@click.option(
+    "--in",
+    "parameters",
+    metavar="P",
+    multiple=True,
+    help="Leave a parameter open: the count as a polynomial in it.",
+)
 @JSON
 def analyze(
     file: str,
@@ -585,32 +637,144 @@ def analyze(
     params: dict[str, str],
     inputs: dict[str, str],
     time_limit: float,
+    only: str | None,
+    parameters: tuple[str, ...],
     as_json: bool,
     **sizes: Any,
-) -> None:
-    """Facts about the mask: live pairs, empty rows, causality."""
-    attention = bound(file, name, params)
-    given = tables(inputs)
-
-    def work(stage: Stage) -> dict[str, Any]:
-        from attndsl.command import facts
-
-        stage("tiling", time_limit)
-        block_mask = tiled(attention, given, **sizes)
-        stage("proving causality", time_limit)
-        return facts.of_mask(attention, block_mask, sizes["batch"] * sizes["heads"])
-
-    found = apart(work)
+) -> None:  # fmt: skip
+    """What the attention costs and sees, exactly, and for every n where that can be had."""
+    attention, shown = titled(file, name, params)
+    report = analyzed(
+        attention, shown, time_limit, only.split(",") if only else None, parameters, tables(inputs), sizes
+    )
     if as_json:
-        echo_json(found)
+        echo_json(report.to_dict())
         return
-    where = ", ".join(f"{name} = {value}" for name, value in (found["not_causal_at"] or {}).items())
-    causal = {True: "yes, for every n", False: f"no: {where}", None: "undecided"}[found["causal"]]
-    queries = counted(found["q_length"], "query", "queries")
-    click.echo(f"{found['name']}: {queries} x {counted(found['length'], 'key')}")
-    click.echo(f"  live pairs  {found['nnz']['value']:,}, {100 * found['density']:.3g} %")
-    click.echo(f"  empty rows  {found['empty_rows']:,}")
-    click.echo(f"  causal      {causal}")
+    from attndsl.command.text import report_text
+
+    click.echo(report_text(report))
+
+
+def analyzed(
+    attention: Attention,
+    shown: str,
+    time_limit: float,
+    parts: list[str] | None,
+    parameters: tuple[str, ...],
+    given: dict[str, Any],
+    sizes: dict[str, Any],
+) -> Report:
+    """The report, its parts found one by one; a part that takes too long is left out, with the reason."""
+    from attndsl.analysis import report as analysis
+    from attndsl.command.child import TimeLimitError
+
+    subject = analysis.subject_of(attention, parameters=parameters, inputs=given, **sizes)
+    left = analysis.chosen(parts)
+
+    def work(stage: Stage, names: list[str]) -> Report:
+        report = replace(analysis.blank(subject), name=shown)
+        for part in names:
+            stage(f"analysing {part}", time_limit)
+            report = analysis.extended(report, part, subject)
+        return report
+
+    try:
+        return apart(lambda stage: work(stage, left))
+    except TimeLimitError:
+        report = replace(analysis.blank(subject), name=shown)
+        for part in left:
+            report = one_part(work, report, part)
+        return report
+
+
+def one_part(work: Callable[[Stage, list[str]], Report], report: Report, part: str) -> Report:
+    """The report with one part more, found in a child of its own."""
+    from attndsl.analysis.report import PARTS, merged
+    from attndsl.command.child import TimeLimitError
+
+    assert part in PARTS
+    try:
+        return merged(report, apart(lambda stage: work(stage, [part])))
+    except TimeLimitError as limit:
+        return replace(report, reasons={**report.reasons, part: limit.diagnostics[0].message})
+
+
+@main.command()
+@click.argument("targets", metavar="FILE[:NAME]...", nargs=-1, required=True)
+@click.option("--length", type=Count(0, 65536), help="Number of keys, n.")
+@click.option("--sweep", metavar="P=V,V,...", help="Values of a parameter, or of n: each is a column.")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["text", "markdown", "csv", "json"]),
+    default="text",
+    show_default=True,
+)
+@ANALYSIS
+def compare(targets: tuple[str, ...], sweep: str | None, form: str, time_limit: float, **sizes: Any) -> None:
+    """Attentions side by side: density, FLOPs, reach, KV cache, predicted seconds."""
+    from attndsl.command import comparison
+
+    if sizes["length"] is None and not (sweep or "").startswith("n="):
+        raise click.UsageError("give --length N, or --sweep n=N,N")
+    reports = []
+    for target in targets:
+        file, name = divided(target)
+        for params, other in comparison.cases(sweep):
+            attention, shown = titled(file, name, params)
+            reports.append(
+                analyzed(attention, shown, time_limit, comparison.PARTS, (), {}, {**sizes, **other})
+            )
+    click.echo(comparison.FORMATS[form]([comparison.row(report) for report in reports]))
+
+
+@main.command()
+@TARGET
+@click.option("--length", type=LENGTH, default=4096, show_default=True, help="Number of keys, n.")
+@ANALYSIS
+@click.option("-o", "--output", required=True, help="The page to write.")
+def report(
+    file: str,
+    name: str | None,
+    params: dict[str, str],
+    inputs: dict[str, str],
+    time_limit: float,
+    output: str,
+    **sizes: Any,
+) -> None:
+    """All of `analyze` and the pictures as one HTML page that stands alone."""
+    from attndsl.html.page import render
+
+    attention, shown = titled(file, name, params)
+    given = tables(inputs)
+    found = analyzed(attention, shown, time_limit, None, (), given, sizes)
+    drawings, undrawn = illustrated(attention, found, time_limit, given, sizes)
+    found = replace(found, reasons={**found.reasons, **undrawn})
+    source = None if file == "-" else read(file)
+    masks = drawings.pop("masks", ())
+    write(output, render(found.to_dict(), masks=masks, figures=drawings, source=source))
+
+
+def illustrated(
+    attention: Attention, report: Report, time_limit: float, given: dict[str, Any], sizes: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The drawings of a page, each made in a child of its own, and why others are missing."""
+    from attndsl.analysis.report import subject_of
+    from attndsl.html.figures import DRAWINGS
+
+    subject = subject_of(attention, parameters=(), inputs=given, **sizes)
+    made, undrawn = {}, {}
+    for part, draw in DRAWINGS.items():
+
+        def work(stage: Stage, part: str = part, draw: Callable[..., Any] = draw) -> Any:
+            stage(f"drawing {part}", time_limit)
+            return draw(subject, report)
+
+        try:
+            made[part] = apart(work)
+        except AttnError as error:
+            undrawn[f"picture of {part}"] = error.diagnostics[0].message
+    return made, undrawn
 
 
 @main.command()
@@ -655,10 +819,15 @@ def diff(left: str, right: str, as_json: bool, time_limit: float) -> None:
         click.echo(f"  only in {pair['only_in']}: {where}")
 
 
+def divided(target: str) -> tuple[str, str | None]:
+    """FILE:NAME or FILE."""
+    file, _, name = target.rpartition(":") if ":" in target else (target, "", "")
+    return file, name or None
+
+
 def each_head(target: str) -> Expr:
     """The mask of FILE:NAME at head `h`."""
     from attndsl.expr import all_of, any_of
 
-    file, _, name = target.rpartition(":") if ":" in target else (target, "", "")
-    attention = bound(file, name or None, {})
+    attention = bound(*divided(target), {})
     return any_of(*(all_of(group.heads, group.relation.mask) for group in attention.groups))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from attndsl.attention import Attention
-from attndsl.backend import Backend, Call, Kernel, Problem
+from attndsl.backend import DTYPES, Backend, Call, Kernel, Problem, check_problem
 from attndsl.errors import AttnError, fail
 from attndsl.execution import registry
 from attndsl.expr import Table
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 BLOCK_SIZE = 128
-DTYPES = ("float16", "bfloat16", "float32", "float64")
 MASKS_KEPT = 8
 
 
@@ -70,7 +69,7 @@ def compile(
         sizes = lowering.sizes(attention, problem.length, problem.q_length, problem.heads)
         blocks = lowering.block_mask(attention, sizes, {}, problem.block_size)
     seconds = time.perf_counter() - start
-    considered = {name: _judged(name, attention, problem, blocks) for name in registry.names("backends")}
+    considered = {name: judged(name, attention, problem, blocks) for name in registry.names("backends")}
     chosen = _chosen(considered, backend)
     kernel = registry.plugin("backends", chosen).lower(attention, problem)
     if not callable(kernel):
@@ -92,13 +91,7 @@ def _problem(attention: object, problem: Problem) -> Problem:
         raise fail("a program is compiled one attention at a time", help=f'write program["..."]: {names}')
     if not isinstance(attention, Attention):
         raise fail(f"expected an attention, not {type(attention).__name__}")
-    if problem.dtype not in DTYPES:
-        raise fail(f"`dtype` is {problem.dtype}, and must be one of {', '.join(DTYPES)}")
-    for name in ("heads", "kv_heads", "head_dim"):
-        if getattr(problem, name) == 0:
-            raise fail(f"`{name}` is 0, and must be positive")
-    if problem.heads % problem.kv_heads:
-        raise fail(f"{problem.heads} heads cannot share {problem.kv_heads} key heads evenly")
+    check_problem(problem)
     lowering.head_groups(attention, problem.heads)
     _check_device(problem.device)
     return problem
@@ -114,7 +107,7 @@ def _check_device(name: str) -> None:
         raise fail(f"there is no device `{name}`", help=f"there is {there}")
 
 
-def _judged(name: str, attention: Attention, problem: Problem, blocks: BlockMask | None) -> float | str:
+def judged(name: str, attention: Attention, problem: Problem, blocks: BlockMask | None) -> float | str:
     """Predicted seconds, or the reason why the backend declines or cannot be used."""
     try:
         backend: Backend = registry.plugin("backends", name)

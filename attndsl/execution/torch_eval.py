@@ -112,15 +112,19 @@ class _Evaluation:
 
     def real(self, node: Expr, live: Tensor | None, safe: float | None = None) -> Tensor:
         value = self.of(node, live).to(self.env.dtype)
-        alone = node.free.isdisjoint(PAIR) and not node.tables
-        if safe is None or live is None or (alone and "h" not in node.free):
+        if safe is None or live is None or (node.free.isdisjoint(PAIR | {"h"}) and not node.tables):
             return value
-        return torch.where(self.somewhere(live) if alone else live, value, safe)
+        return torch.where(self.around(node, live), value, safe)
+
+    def around(self, node: Expr, live: Tensor) -> Tensor:
+        """`live`, or whether any pair of a problem is where the node is the same for all its pairs."""
+        return self.somewhere(live) if node.free.isdisjoint(PAIR) else live
 
     def somewhere(self, live: Tensor) -> Tensor:
         """Whether any pair of a problem is live, with axes of size 1 for the pairs."""
         if id(live) not in self.problems:
-            self.problems[id(live)] = live.any(-1, keepdim=True).any(-2, keepdim=True)
+            axes = tuple(range(-min(2, live.dim()), 0))
+            self.problems[id(live)] = live.any(axes, keepdim=True)
         return self.problems[id(live)]
 
     def compute(self, node: Expr, live: Tensor | None) -> Tensor:
@@ -275,7 +279,7 @@ class _Evaluation:
             return found & inside
         if table.dtype == "int":
             return found.to(torch.int64)
-        return found if live is None else torch.where(live, found, 0.0)
+        return found if live is None else torch.where(self.around(node, live), found, 0.0)
 
     def index(
         self, table: Table, values: Tensor, args: tuple[Expr, ...], live: Tensor | None
@@ -358,6 +362,46 @@ class _Evaluation:
         )
         found = products.gather(-1 if axis == "Q" else -2, place.expand(shape)).to(self.env.dtype)
         return found if live is None else torch.where(live, found, 0.0)
+
+
+PASSES: dict[str, tuple[float, float]] = {
+    "where": (2, 3), "div": (2, 1.5), "pow": (3, 3), "floordiv": (1, 2), "mod": (1, 2), "floor": (2, 1),
+    "exp": (2, 1.5), "log": (2, 1.5), "sqrt": (2, 1), "log2": (6, 6), "isqrt": (10, 8),
+    "tanh": (1, 2.5), "sigmoid": (1, 0.5), "sin": (1, 1.5), "cos": (1, 1.5),
+    "lookup": (3, 6), "inner": (3, 6), "intable": (3, 10), "rank_of": (3, 6), "count_of": (3, 6),
+    "inset": (3, 10), "random": (4, 50), "exists": (8, 8),
+}  # fmt: skip
+"""Arrays that an operation writes, what guards its arguments included, and nanoseconds for each number beside
+that, of one core with AVX-512; 1 and none for the others."""
+
+
+def elements(e: Expr | None, pairs: float, heads: float) -> tuple[float, float]:
+    """Numbers of 4 bytes that `evaluate` writes at so many pairs of so many heads, and nanoseconds of
+    computing beside. What depends on a query or a key alone is next to nothing.
+    """
+    numbers = nanoseconds = 0.0
+    for node in ir.nodes(e) if e is not None else ():
+        if node.op in ("const", "var") or node.type == "vec" or not by_pair(node):
+            continue
+        passes, more = PASSES.get(node.op, (1, 0))
+        if (node.op == "div" and not by_pair(node.args[1])) or (
+            node.op == "inner" and all(arg.op == "var" for arg in node.args)
+        ):
+            passes, more = 1, 1
+        size = pairs * (heads if by_head(node) else 1)
+        numbers += size * passes * {"bool": 0.25, "int": 2}.get(node.type, 1)
+        nanoseconds += size * more
+    return numbers, nanoseconds
+
+
+def by_pair(e: Expr) -> bool:
+    """Whether the value differs along the queries and along the keys."""
+    return bool(e.free & {"q", "Q", "s"} and e.free & {"k", "K", "s"})
+
+
+def by_head(e: Expr) -> bool:
+    """Whether the value differs from head to head."""
+    return bool(e.free & {"h", "s", "Q", "K"}) or any(table.headed for table in e.tables)
 
 
 def affine_in_s(score: Expr) -> tuple[Expr, Expr] | None:

@@ -29,10 +29,14 @@ class Heads:
 
 @dataclass(frozen=True)
 class Reach:
-    """What `layers` layers of the mask reach, the residual stream included: (R | radius(0)) ** layers."""
+    """What `layers` layers of the mask reach, the residual stream included: (R | radius(0)) ** layers.
+
+    heads  the truth over H that it is about
+    """
 
     of: Expr
     layers: int
+    heads: Expr
 
 
 @dataclass(frozen=True)
@@ -164,7 +168,7 @@ def _side(e: ast.Expression, elaborator: Elaborator) -> Heads | Reach | Quantity
         if layers < 0:
             raise fail(f"the number of layers is {layers}, and must not be negative", args["layers"].span)
         of = elaborator.pattern(args["of"], Env({}, claims=True), TOKENS)
-        return Reach(of.at(Q, K, TOKENS).mask, layers)
+        return Reach(of.at(Q, K, TOKENS).mask, layers, _enough(args["of"], elaborator))
     if name in ("density", "nnz", "diameter"):
         return _quantity(name, e, elaborator)  # type: ignore[arg-type]
     try:
@@ -195,6 +199,9 @@ def _quantity(
     heads = 1
     if "heads" in args:
         heads = elaborator.constant(args["heads"], Env({}), TOKENS, "the number of heads")
+        least = _least_heads(args["of"], elaborator)
+        if heads < least:
+            raise fail(f"{quoted(args['of'])} has {least} heads or more", args["heads"].span)
     elif len(attention.groups) > 1 or any({"h", "H"} & g.relation.mask.free for g in attention.groups):
         raise fail(f"the {kind} depends on the heads", args["of"].span, help=f"write {kind}(..., heads = 12)")
     return Quantity(kind, attention, n, heads)
@@ -209,17 +216,33 @@ def _attention(e: ast.Expression, elaborator: Elaborator) -> Attention | None:
     return value.attention
 
 
+def _least_heads(e: ast.Expression, elaborator: Elaborator) -> int:
+    """At which every group of every attention that `e` names holds a head; 1 where it names none."""
+    parts = list(ast.walk(e))
+    bound = {name.id for x in parts if isinstance(x, ast.Builder) for group in x.vars for name in group}
+    called = {id(x.func) for x in parts if isinstance(x, ast.Call)}
+    names = (
+        x
+        for x in parts
+        if isinstance(x, ast.Call) or (isinstance(x, ast.Name) and id(x) not in called and x.id not in bound)
+    )
+    attentions = (_attention(x, elaborator) for x in names)
+    return max((attention.enough_heads() for attention in attentions if attention is not None), default=1)
+
+
+def _enough(e: ast.Expression, elaborator: Elaborator) -> Expr:
+    """Claims are about this many heads or more."""
+    least = _least_heads(e, elaborator)
+    return ir.le(ir.const(least), ir.var("H")) if least > 1 else ir.TRUE
+
+
 def _heads(e: ast.Expression, elaborator: Elaborator) -> Heads:
-    attention = _attention(e, elaborator)
+    attention, enough = _attention(e, elaborator), _enough(e, elaborator)
     if attention is not None:
-        enough = ir.le(ir.const(attention.enough_heads()), ir.var("H"))
         return Heads(
-            tuple(
-                (group.relation.mask, ir.TRUE if group.heads is ir.TRUE else ir.all_of(enough, group.heads))
-                for group in attention.groups
-            )
+            tuple((group.relation.mask, ir.all_of(enough, group.heads)) for group in attention.groups)
         )
-    return Heads(((elaborator.pattern(e, Env({}, claims=True), TOKENS).at(Q, K, TOKENS).mask, ir.TRUE),))
+    return Heads(((elaborator.pattern(e, Env({}, claims=True), TOKENS).at(Q, K, TOKENS).mask, enough),))
 
 
 def prove(assertion: Assertion) -> Verdict:
@@ -284,7 +307,7 @@ def _per_head(side: Heads | Reach) -> tuple[tuple[Expr, Expr], ...]:
         return side.groups
     from attndsl.relations.reach import reach
 
-    return ((reach(side.of, side.layers), ir.TRUE),)
+    return ((reach(side.of, side.layers), side.heads),)
 
 
 def _measured(side: Quantity | float) -> float | None:
@@ -293,7 +316,7 @@ def _measured(side: Quantity | float) -> float | None:
     if any(group.relation.mask.tables for group in side.of.groups):
         return None
     if side.kind == "diameter":
-        from attndsl.relations.reach import diameter
+        from attndsl.relations.powers import diameter
 
         return diameter(side.of.any_head(), side.n, side.heads)
     blocks = side.of.block_mask(side.n, heads=side.heads)

@@ -143,7 +143,14 @@ class Elaborator:
         found = self.instance(definition, values, env, name.span, given=given)
         if env.claims and isinstance(found, AttentionOf):
             union = found.attention.any_head()
-            return self.relation(lambda q, k, sp: ir.substitute(union, {"q": q, "k": k}))
+
+            def at(q: Expr, k: Expr, sp: Space) -> Expr:
+                by_table = any(x.op == "exists" and x.value == "h" for x in ir.nodes(union))
+                if by_table and "h" in q.free | k.free:
+                    raise fail("a union over heads whose tables differ is not looked up at h", name.span)
+                return ir.substitute(union, {"q": q, "k": k})
+
+            return self.relation(at)
         return found
 
     def arguments(

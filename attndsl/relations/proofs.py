@@ -6,6 +6,7 @@ the pointwise evaluation, which shares no code with the proof, confirms it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,7 +15,7 @@ import islpy as isl
 import numpy as np
 from numpy.typing import NDArray
 
-from attndsl.errors import AttnError
+from attndsl.errors import AttnError, fail
 from attndsl.expr import TRUE, ZERO, Expr, Table, all_of, const, exists, negate, nodes, substitute, var
 from attndsl.meaning.pointwise import evaluate
 from attndsl.relations.relation import LEADING, Translation, domain, limited, quota, whole
@@ -24,6 +25,8 @@ SEARCH_HEADS = 3
 SEARCH_TABLES = 4
 SEARCH_WORK = 10_000
 """Nodes evaluated at one length, those below a bound variable once per value."""
+TABLE_ENTRIES = 1 << 24
+"""Entries of one table of a counter-example that is taken from a relation."""
 
 DTYPES = {"int": np.int64, "bool": np.bool_, "float": np.float64}
 
@@ -48,6 +51,23 @@ class Verdict:
 def subset(left: Expr, right: Expr, assuming: Expr = TRUE, given: Mapping[str, int] | None = None) -> Verdict:
     """Whether `left` implies `right` wherever `assuming` holds; `given` fixes n or H."""
     return _never(all_of(assuming, left, negate(right)), ("n", "q", "k"), given or {})
+
+
+def follows(left: Expr, right: Expr) -> bool:
+    """Whether `left` is proved to imply `right`: as `subset`, without the search for a counter-example.
+
+    Both are over n, q and k.
+    """
+    values = {"nq": var("n")}
+    formula = substitute(all_of(left, negate(right)), values)
+    for related in (False, True):
+        try:
+            with quota():
+                if Translation(formula, domain("n", "q", "k"), related).where(True).is_empty():
+                    return True
+        except AttnError:
+            return False
+    return False
 
 
 def equal(left: Expr, right: Expr, assuming: Expr = TRUE, given: Mapping[str, int] | None = None) -> Verdict:
@@ -112,7 +132,7 @@ def said(term: Expr) -> str:
 
 def _candidate(space: Translation, found: isl.Set) -> tuple[Point, Tables]:
     """The least point of an over-approximation, and tables that the sampled values of its terms suggest."""
-    leading = [name for name in LEADING if name in space.position]
+    leading = [name for name in LEADING if name in space.position and name in space.free]
     assert leading == space.names[: len(leading)]
     rest = len(space.names) - len(leading)
     least = found.project_out(isl.dim_type.set, len(leading), rest).lexmin().sample_point()
@@ -131,12 +151,13 @@ def _candidate(space: Translation, found: isl.Set) -> tuple[Point, Tables]:
     tables: Tables = {}
     for table in space.tables:
         known = entries.get(table.name, {})
-        least_shape = [1 + max((index[i] for index in known), default=0) for i in range(len(table.dims))]
-        sizes = {"n": point.get("n", 0)}
+        needed = [1 + max((index[i] for index in known), default=0) for i in range(len(table.dims))]
         shape = [
-            size if isinstance(size, int) else sizes.get(size, least)
-            for size, least in zip(table.dims, least_shape, strict=True)
+            max(size, low) if isinstance(dim, str) and dim != "n" else size
+            for dim, size, low in zip(table.dims, _shape(table, point.get("n", 0)), needed, strict=True)
         ]
+        if math.prod(shape) > TABLE_ENTRIES:
+            raise fail(f"a counter-example has a table of more than {TABLE_ENTRIES:,} entries")
         data: NDArray[Any] = np.zeros(shape, DTYPES[table.dtype])
         for index, value in known.items():
             if all(i < size for i, size in zip(index, shape, strict=True)):
@@ -195,7 +216,7 @@ def _random_tables(formula: Expr, n: int, trial: int) -> Tables:
     rng = np.random.default_rng([n, trial])
     tables: Tables = {}
     for table in sorted(formula.tables, key=lambda table: table.name):
-        shape = [size if isinstance(size, int) else n if size == "n" else max(n, 4) for size in table.dims]
+        shape = _shape(table, n)
         if table.dtype == "float":
             tables[table.name] = rng.normal(size=shape)
         elif table.dtype == "bool":
@@ -203,6 +224,11 @@ def _random_tables(formula: Expr, n: int, trial: int) -> Tables:
         else:
             tables[table.name] = _integers(rng, shape, trial)
     return tables
+
+
+def _shape(table: Table, n: int) -> list[int]:
+    """Sizes with room for an entry per position where the text leaves them open."""
+    return [size if isinstance(size, int) else n if size == "n" else max(n, 4) for size in table.dims]
 
 
 def _integers(rng: np.random.Generator, shape: list[int], trial: int) -> NDArray[Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -35,16 +35,16 @@ from attndsl.expr import (
 from attndsl.meaning.pointwise import evaluate
 from attndsl.relations.proofs import subset
 from attndsl.relations.relation import distances, domain, eliminate
-from attndsl.tiles.tiling import tile
 
 Bits = NDArray[Any]
 
 SELF = domain("n", "q", "k")
-DENSE_LENGTH = 8192
-"""Longest sequence whose relation is written out to measure a diameter: 8 MB of bits."""
+SAME = eq(var("q"), var("k"))
 PERIOD = 1 << 16
 LONGEST = 1 << 24
 """Largest period of a set of distances, and most positions written out before it repeats."""
+RUNS = 2048
+"""Runs of distances up to which sums are taken by shifts; of more, by a Fourier transform."""
 
 
 def product(upper: Expr, lower: Expr) -> Expr:
@@ -55,15 +55,19 @@ def product(upper: Expr, lower: Expr) -> Expr:
     return eliminate(exists(m, ZERO, var("n"), body), SELF)
 
 
+def joined(mask: Expr) -> Expr:
+    """What one layer joins: what some head relates, and each position with itself."""
+    return any_of(eliminate(over_heads(mask), SELF), SAME)
+
+
 def reach(mask: Expr, layers: int) -> Expr:
     """The pairs joined through `layers` layers of some head, for every n; the residual stream counts."""
-    same = eq(var("q"), var("k"))
     if layers == 0:
-        return same
-    step = any_of(eliminate(over_heads(mask), SELF), same)
-    sides = _sides(step)
-    if sides is not None:
-        return any_of(*(side.times(layers).mask() for side in sides))
+        return SAME
+    step = joined(mask)
+    pair = sides(step)
+    if pair is not None:
+        return any_of(*(side.times(layers).mask() for side in pair))
     result = step
     for digit in f"{layers:b}"[1:]:
         result = product(result, result)
@@ -127,12 +131,12 @@ FEW = 8
 
 def _member(d: Expr, bits: Bits) -> Expr:
     """Whether bits[d] is set."""
-    starts, _ = _runs(bits)
+    starts, _ = runs(bits)
     if len(starts) <= FEW:
         return inset(d, _intervals(bits))
     gaps, counts = np.unique(np.diff(starts), return_counts=True)
     period = int(gaps[counts.argmax()])
-    firsts, lasts = _runs(bits[period:] == bits[:-period])
+    firsts, lasts = runs(bits[period:] == bits[:-period])
     longest = int((lasts - firsts).argmax())
     start, end = int(firsts[longest]), int(lasts[longest]) + period
     residues = np.roll(bits[start : start + period], start % period)
@@ -145,11 +149,11 @@ def _member(d: Expr, bits: Bits) -> Expr:
 
 
 def _intervals(bits: Bits) -> IntSet:
-    starts, ends = _runs(bits)
+    starts, ends = runs(bits)
     return IntSet.of(zip(starts.tolist(), (ends - 1).tolist(), strict=True))
 
 
-def _runs(bits: Bits) -> tuple[Bits, Bits]:
+def runs(bits: Bits) -> tuple[Bits, Bits]:
     """Starts and ends, exclusive, of the runs of set bits of one row."""
     steps = np.diff(np.r_[False, bits, False].astype(np.int8))
     return np.flatnonzero(steps == 1), np.flatnonzero(steps == -1)
@@ -158,9 +162,20 @@ def _runs(bits: Bits) -> tuple[Bits, Bits]:
 def sums(a: Bits, b: Bits) -> Bits:
     """Which numbers below their common length are sums of a member of each."""
     length, total = len(a), 0
+    divisor = int(np.gcd.reduce(np.flatnonzero(a | b), initial=0))
+    if divisor > 1:
+        spaced = np.zeros(length, bool)
+        spaced[::divisor] = sums(a[::divisor], b[::divisor])
+        return spaced
+    if len(runs(a)[0]) > len(runs(b)[0]):
+        a, b = b, a
+    if len(runs(a)[0]) > RUNS:
+        # counts below 2^31 in floats of 53 bits: the error is far below one half
+        found = np.fft.irfft(np.fft.rfft(a, 2 * length) * np.fft.rfft(b, 2 * length), 2 * length)
+        return cast(Bits, found[:length] > 0.5)
     number = int.from_bytes(np.packbits(b, bitorder="little").tobytes(), "little")
     widths: dict[int, list[int]] = {}
-    for start, end in zip(*_runs(a), strict=True):
+    for start, end in zip(*runs(a), strict=True):
         widths.setdefault(int(end - start), []).append(int(start))
     for width, starts in widths.items():
         smeared, done = number, 1
@@ -174,7 +189,7 @@ def sums(a: Bits, b: Bits) -> Bits:
     return np.unpackbits(np.frombuffer(data, np.uint8), count=length, bitorder="little").astype(bool)
 
 
-def _sides(step: Expr) -> tuple[Distances, Distances] | None:
+def sides(step: Expr) -> tuple[Distances, Distances] | None:
     """The distances to keys before and after the query where `step` holds, if it depends on k - q alone.
 
     None too unless sums of them can be walked inside the sequence.
@@ -186,19 +201,21 @@ def _sides(step: Expr) -> tuple[Distances, Distances] | None:
     if before is None or after is None:
         return None
     # two periods, so that what repeats shows as more than one run
-    shown = (side.unrolled(len(side.bits) + side.period) for side in (before, after))
-    return (before, after) if _walkable(*shown) else None
+    shown = [side.unrolled(len(side.bits) + side.period) for side in (before, after)]
+    return (before, after) if walkable([(shown[0], shown[1])]) else None
 
 
-def _walkable(before: Bits, after: Bits) -> bool:
-    """Whether a sum of steps has an order that stays between its two ends.
+def walkable(steps: Iterable[tuple[Bits, Bits]]) -> bool:
+    """Whether sums of steps, one from each pair of sets of distances, can be walked between their two ends.
 
-    So do steps of one sign, and steps of every length up to a width to either side.
+    So can steps all of one sign, and steps of every length up to a width to either side: there the partial
+    sums can be kept between 0 and the total.
     """
+    steps = list(steps)
     return (
-        not before[1:].any()
-        or not after[1:].any()
-        or all(len(_runs(side)[0]) == 1 for side in (before, after))
+        not any(before[1:].any() for before, _ in steps)
+        or not any(after[1:].any() for _, after in steps)
+        or all(len(runs(side)[0]) <= 1 for pair in steps for side in pair)
     )
 
 
@@ -233,40 +250,6 @@ def _period(held: Expr) -> int:
     return period[held]
 
 
-def diameter(mask: Expr, n: int, heads: int | None = None) -> int:
-    """The number of layers after which `reach` stops growing, at n positions (and H = heads); exact.
-
-    Raises AttnError for a mask that depends on tables, or on more than k - q where n > DENSE_LENGTH.
-    """
-    values = {"n": const(n), "nq": const(n)} | ({} if heads is None else {"H": const(heads)})
-    mask = substitute(over_heads(mask), values)
-    if mask.tables:
-        raise fail(f"the diameter depends on the table `{min(t.name for t in mask.tables)}`")
-    if "H" in mask.free:
-        raise fail("the diameter depends on the number of heads H")
-    if n == 0:
-        return 0
-    held = distances(mask, substitute(SELF, values))
-    if held is not None:
-        d = np.arange(n)
-        sides = [
-            evaluate(substitute(held, {"d": mul(const(sign), var("q"))}), d, d) | (d == 0) for sign in (-1, 1)
-        ]
-        if _walkable(*sides):
-            return max(_layers(side, d == 0, sums) for side in sides)
-    step = any_of(eliminate(mask, substitute(SELF, values)), eq(var("q"), var("k")))
-    grid = tile(step, n, n, 128, n=n)
-    hubs = np.flatnonzero(grid.row_counts() == n)
-    if len(hubs) < n and any(evaluate(step, np.arange(n), hub).all() for hub in hubs[:HUBS]):
-        return 2
-    if n > DENSE_LENGTH:
-        raise fail(
-            f"a diameter is measured up to n = {DENSE_LENGTH}, unless the pattern depends on k - q alone, "
-            "or one position sees all and is seen by all"
-        )
-    return _layers(packed(grid.to_dense()), packed(np.eye(n, dtype=bool)), matrix_product)
-
-
 def common_divisor(mask: Expr) -> int:
     """The largest number that divides every k - q, whatever n, head and table; 1 where none is found.
 
@@ -280,28 +263,6 @@ def common_divisor(mask: Expr) -> int:
     return divisor if divisor and verdict.status == "proved" else 1
 
 
-HUBS = 8
-"""Queries that see every key, tried in turn for one that every query sees: two layers then reach all."""
-
-
-def _layers(step: Bits, none: Bits, product: Callable[[Bits, Bits], Bits]) -> int:
-    """The least power of `step`, an element that holds its identity `none`, which equals all higher ones."""
-    powers = [step]
-    while True:
-        square = product(powers[-1], powers[-1])
-        if (square == powers[-1]).all():
-            break
-        powers.append(square)
-    closure, reached, count = powers[-1], none, 0
-    if (closure == none).all():
-        return 0
-    for i, power in reversed(list(enumerate(powers))):
-        more = product(reached, power)
-        if (more != closure).any():
-            reached, count = more, count + 2**i
-    return count + 1
-
-
 def packed(matrix: Bits) -> Bits:
     """Rows of bits as rows of 64-bit words."""
     data = np.packbits(matrix, axis=1, bitorder="little")
@@ -309,33 +270,53 @@ def packed(matrix: Bits) -> Bits:
 
 
 def matrix_product(a: Bits, b: Bits) -> Bits:
-    """The Boolean product of two square matrices packed by rows.
+    """The Boolean product of two square matrices packed by rows."""
+    return times(a)(b)
 
-    Each row of the result is a union of rows of `b` over runs of consecutive ones in a row of `a`; a run is
-    two overlapping blocks of 2^i rows. Where runs are many, over bytes of `a`, by a table of 256 unions.
+
+def times(a: Bits) -> Callable[[Bits], Bits]:
+    """The Boolean product of one square matrix with others, all packed by rows.
+
+    Each row of the result is a union of rows of the other over runs of consecutive ones in a row of `a`; a
+    run is two overlapping blocks of 2^i rows. Where runs are many, over bytes of `a`, by a table of 256
+    unions.
     """
     n = len(a)
     ones = np.unpackbits(a.view(np.uint8), axis=1, count=n, bitorder="little").view(np.int8)
     steps = np.diff(ones, axis=1, prepend=np.int8(0), append=np.int8(0))
     (row, start), end = np.nonzero(steps == 1), np.nonzero(steps == -1)[1]
-    result = np.zeros_like(b)
-    if len(row) > 64 * n:
+
+    def by_bytes(b: Bits) -> Bits:
+        result = np.zeros_like(b)
         for byte, column in enumerate(a.view(np.uint8).T[: (n + 7) // 8]):
             unions = np.zeros((256, b.shape[1]), np.uint64)
             for i, line in enumerate(b[8 * byte : 8 * byte + 8]):
                 unions[2**i : 2 ** (i + 1)] = unions[: 2**i] | line
             result |= unions[column]
         return result
+
+    if len(row) > 64 * n:
+        return by_bytes
     level = np.frexp(end - start)[1] - 1
-    blocks = b
+    passes: list[list[tuple[Bits, Bits, Bits]]] = []
     for i in range(int(level.max(initial=-1)) + 1):
-        if i:
-            half = 2 ** (i - 1)
-            blocks = blocks[:-half] | blocks[half:]
+        passes.append([])
         chosen = np.flatnonzero(level == i)
         while len(chosen):
             # one run of each row at a time: an indexed |= forgets repeated rows
             first = np.r_[True, np.diff(row[chosen]) != 0]
             now, chosen = chosen[first], chosen[~first]
-            result[row[now]] |= blocks[start[now]] | blocks[end[now] - 2**i]
-    return result
+            passes[-1].append((row[now], start[now], end[now] - 2**i))
+
+    def by_runs(b: Bits) -> Bits:
+        result = np.zeros_like(b)
+        blocks = b
+        for i, here in enumerate(passes):
+            if i:
+                half = 2 ** (i - 1)
+                blocks = blocks[:-half] | blocks[half:]
+            for rows, low, high in here:
+                result[rows] |= blocks[low] | blocks[high]
+        return result
+
+    return by_runs

@@ -227,9 +227,10 @@ class Translation:
         used = known.free | {str(x.value) for x in nodes(self.root) if x.op == "var"}
         used |= {str(x.value) for x in nodes(self.root) if x.op == "exists"}
         used |= {v for name in self.terms for arg in self.abstraction.terms[name].args for v in arg.free}
-        self.names = [x for x in LEADING if x in used] + sorted(used - {*LEADING})
-        self.position = {name: i for i, name in enumerate(self.names)}
         self.free = root.free | known.free
+        leading = [x for x in LEADING if x in used & self.free]
+        self.names = leading + sorted(used - {*leading})
+        self.position = {name: i for i, name in enumerate(self.names)}
         self.tables = root.tables
         self.space = isl.Space.set_alloc(isl.DEFAULT_CONTEXT, 0, len(self.names))
         self.local = isl.LocalSpace.from_space(self.space)

@@ -13,6 +13,7 @@ undecided, smaller boxes decide, and at last the single positions.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -73,9 +74,12 @@ class Boxes(NamedTuple):
 
 
 def boxes_at(frame: Frame, q: Array, k: Array, size: int) -> Boxes:
-    return Boxes(
-        q, k, size, np.clip(frame.q[1] - 1 - q, 0, size - 1), np.clip(frame.k[1] - 1 - k, 0, size - 1)
-    )
+    return Boxes(q, k, size, within(frame.q[1] - 1 - q, size - 1), within(frame.k[1] - 1 - k, size - 1))
+
+
+def within(x: Array, most: int) -> Array:
+    """x, but at least 0 and at most `most`. (np.clip takes three times as long where there are few.)"""
+    return np.minimum(np.maximum(x, 0), most)
 
 
 class Truth(NamedTuple):
@@ -124,11 +128,10 @@ class Signatures:
         partial ones, in their order. A box that sticks out of the matrix is partial at most.
         """
         boxes = boxes_at(self.frame, q, k, size)
-        rows, cols = (np.clip(end - x, 0, size) for (_, end), x in ((self.frame.q, q), (self.frame.k, k)))
-        within = np.minimum(rows, cols)
-        most = np.where(within == size, FULL, np.where(within > 0, PARTIAL, EMPTY))
+        rows, cols = within(self.frame.q[1] - q, size), within(self.frame.k[1] - k, size)
+        inside = np.minimum(rows, cols)
         truth: Truth = self.root(boxes)
-        status = np.minimum(most, truth.status, dtype=np.int8, casting="unsafe")
+        status = np.minimum(status_of(inside == size, inside > 0), truth.status)
         return status, rows_of((Column(rows), Column(cols), *truth.key), status == PARTIAL)
 
     def root(self, boxes: Boxes) -> Any:
@@ -161,7 +164,7 @@ class Signatures:
             case "const":
                 bound = abs(node.value)  # type: ignore[arg-type]
             case "var":
-                # the root box may be 16 times as wide as the matrix
+                # boxes stick out of the matrix
                 bound = 32 * sum(abs(edge) for edge in (*self.frame.q, *self.frame.k)) + 2**16
             case "add":
                 bound = sum(args)
@@ -238,8 +241,8 @@ class Signatures:
             case "lookup":
                 found: Ints = self.look_up(node, boxes, args)
                 # the look-up is 0 or 1, or lies between them
-                status = np.where(found.lo != found.hi, PARTIAL, np.where(found.base == 1, FULL, EMPTY))
-                return undecided(status, found)
+                one = found.base == 1
+                return undecided(status_of(one, one | (found.lo != found.hi)), found)
             case _:
                 return Truth(np.int8(PARTIAL), _position(node, boxes))
 
@@ -247,11 +250,10 @@ class Signatures:
         difference = linear([(1, args[0]), (-1, args[1])])
         lo, hi = span(difference, boxes)
         if node.op == "eq":
-            full, empty = (lo == 0) & (hi == 0), (lo > 0) | (hi < 0)
+            status = status_of((lo == 0) & (hi == 0), (lo <= 0) & (hi >= 0))
         else:
             most = 0 if node.op == "le" else -1
-            full, empty = hi <= most, lo > most
-        status = np.where(full, FULL, np.where(empty, EMPTY, PARTIAL))
+            status = status_of(hi <= most, lo <= most)
         return undecided(status, difference)
 
     def look_up(self, node: Expr, boxes: Boxes, args: list[Any]) -> Ints:
@@ -424,16 +426,10 @@ def prepared(mask: Expr) -> Expr:
 
 def linear(parts: list[tuple[int, Ints]]) -> Ints:
     """The sum of c * x."""
-    base: Any = 0
-    qi: Any = 0
-    kj: Any = 0
-    lo: Any = 0
-    hi: Any = 0
-    key: Key = ()
-    wild: Any = False
-    for c, x in parts:
-        x = x if c == 1 else scaled(c, x)
-        base, qi, kj, lo, hi = base + x.base, qi + x.qi, kj + x.kj, lo + x.lo, hi + x.hi
+    first, *rest = (x if c == 1 else scaled(c, x) for c, x in parts)
+    base, qi, kj, lo, hi, key, wild = first
+    for x in rest:
+        base, qi, kj, lo, hi = base + x.base, qi + x.qi, kj + x.kj, plus(lo, x.lo), plus(hi, x.hi)
         key, wild = [*key, *x.key], wild | x.wild
     return Ints(base, qi, kj, lo, hi, key, wild)
 
@@ -441,6 +437,13 @@ def linear(parts: list[tuple[int, Ints]]) -> Ints:
 def _varies(value: Any) -> bool:
     """Whether it is more than a plain 0, which need not be spread over the boxes."""
     return not (isinstance(value, int) and value == 0)
+
+
+def plus(a: Any, b: Any) -> Any:
+    """a + b, which costs nothing where one is a plain 0."""
+    if not _varies(a):
+        return b
+    return a + b if _varies(b) else a
 
 
 def scaled(c: int, x: Ints) -> Ints:
@@ -454,11 +457,16 @@ def unless(where: Array, value: Any) -> Any:
 
 def reach(x: Ints, boxes: Boxes) -> tuple[Any, Any]:
     """Least and greatest value less the base."""
-    along_q, along_k = x.qi * boxes.q_last, x.kj * boxes.k_last
-    return (
-        x.lo + np.minimum(along_q, 0) + np.minimum(along_k, 0),
-        x.hi + np.maximum(along_q, 0) + np.maximum(along_k, 0),
-    )
+    lo, hi = x.lo, x.hi
+    for slope, last in ((x.qi, boxes.q_last), (x.kj, boxes.k_last)):
+        along = slope * last
+        if not isinstance(slope, int):
+            lo, hi = lo + np.minimum(along, 0), hi + np.maximum(along, 0)
+        elif slope < 0:
+            lo = plus(lo, along)
+        elif slope > 0:
+            hi = plus(hi, along)
+    return lo, hi
 
 
 def span(x: Ints, boxes: Boxes) -> tuple[Any, Any]:
@@ -477,41 +485,32 @@ def rows_of(key: Key, wanted: Array) -> list[Array]:
     Columns of the same values become one, masked where all of them are. That loses nothing: what a mask
     tells, the column added with it tells too.
     """
-    rows = np.nonzero(wanted)
-    count = len(rows[0])
-    gathered: dict[int, Array] = {}
+    places = {wanted.shape: np.flatnonzero(wanted)}
+    known: dict[tuple[int, ...], Array] = {}
 
-    def gather(mask: Array) -> Array:
-        if id(mask) not in gathered:
-            gathered[id(mask)] = np.broadcast_to(mask, wanted.shape)[rows]
-        return gathered[id(mask)]
+    def gather(values: Any) -> Array:
+        array: Array = np.asarray(values)
+        if array.shape not in places:
+            index = np.arange(array.size).reshape(array.shape)
+            places[array.shape] = np.broadcast_to(index, wanted.shape).take(places[wanted.shape])
+        return array.take(places[array.shape])
 
-    variants: dict[int, dict[tuple[int, ...], Column]] = {}
+    def live(masks: tuple[Array, ...]) -> Array:
+        names = tuple(map(id, masks))
+        if names not in known:
+            first = gather(masks[0])
+            known[names] = first & live(masks[1:]) if masks[1:] else first
+        return known[names]
+
+    groups: dict[int, list[Column]] = {}
     for column in key:
-        variants.setdefault(id(column.values), {})[tuple(sorted(set(map(id, column.masks))))] = column
+        groups.setdefault(id(column.values), []).append(column)
     result = []
-    for group in variants.values():
-        common = set.intersection(*(set(names) for names in group))
-        first = next(iter(group.values()))
-        values, joint = np.asarray(first.values), list[Array]()
-        for mask in first.masks:
-            if id(mask) not in common:
-                continue
-            # along one axis alone masking is cheap, and often leaves nothing
-            if np.broadcast(values, mask).size < wanted.size:
-                values = np.where(mask, values, 0)
-            else:
-                joint.append(mask)
-        if not values.any():
-            result.append(np.zeros(count, np.int64))
-            continue
-        values = np.broadcast_to(values, wanted.shape)[rows]
-        for mask in joint:
-            values = np.where(gather(mask), values, 0)
-        rest = [[mask for mask in column.masks if id(mask) not in common] for column in group.values()]
-        if all(rest):
-            live = [np.logical_and.reduce([gather(mask) for mask in masks]) for masks in rest]
-            values = np.where(np.logical_or.reduce(live), values, 0)
+    for columns in groups.values():
+        values = gather(columns[0].values)
+        if all(column.masks for column in columns):
+            chains = {tuple(map(id, column.masks)): column.masks for column in columns}
+            values = values * functools.reduce(np.logical_or, map(live, chains.values()))
         result.append(values)
     return result
 
@@ -661,7 +660,7 @@ def extreme(x: Ints, y: Ints, sign: int, boxes: Boxes) -> Ints:
     """min for sign 1, max for sign -1."""
     difference = linear([(sign, x), (-sign, y)])
     lo, hi = span(difference, boxes)
-    cond = undecided(np.where(hi <= 0, FULL, np.where(lo > 0, EMPTY, PARTIAL)), difference)
+    cond = undecided(status_of(hi <= 0, lo <= 0), difference)
     chosen = choose(cond, x, y, boxes, shift=False)
     x_lo, x_hi = reach(x, boxes)
     y_lo, y_hi = reach(y, boxes)
@@ -710,9 +709,16 @@ def _open(x: Ints) -> Key:
     return [odd(x.base), *x.key]
 
 
+def status_of(full: Any, live: Any) -> Array:
+    """The status of boxes that are full where `full`, which implies `live`, and empty where not `live`."""
+    status: Array = np.add(full, live, dtype=np.int8)
+    return status
+
+
 def undecided(status: Array, x: Ints) -> Truth:
     """A truth that a shift of x would change: where it is partial, x.base joins the key."""
-    status = np.where(x.wild, PARTIAL, status).astype(np.int8)
+    if x.wild is not False:
+        status = np.where(x.wild, np.int8(PARTIAL), status)
     partial = status == PARTIAL
     return Truth(status, masked(partial, _open(x)))
 

@@ -1,10 +1,10 @@
 """From a mask to its tiles, in time proportional to the tiles that are live.
 
-The matrix is a quadtree of square boxes: each level divides a box into f x f, the level of the tiles is
-one of them, and one or two more lie below. A level holds each distinct key (abstract.py) once, by one
-representative; only representatives are divided, and at the bottom only they are evaluated point by
-point. Going back up, equal contents become one number, so what turns out all false or all true is empty
-or full at every level. Expanding the tree from the root down then gives the tiles.
+The matrix is a tree of square boxes: each level divides a box into f x f, the level of the tiles is one of
+them, and where there are many different tiles another lies below. A level holds each distinct key
+(abstract.py) once, by one representative; only representatives are divided, and at the bottom only they
+are evaluated point by point. Going back up, equal contents become one number, so what turns out all false
+or all true is empty or full at every level. Expanding the tree from the root down then gives the tiles.
 
 Sets of links (`k in chosen[q]`, `random`) are too scattered for that: the mask is tiled as if they were
 empty, and the tiles that hold a link, found from the list of links, are tiled again with the whole mask.
@@ -43,6 +43,10 @@ Array = NDArray[Any]
 Tables = Mapping[str, Array]
 
 FANOUT = 8
+FIRST_FANOUT = 32
+"""The most boxes on a side that the matrix is divided into; each is divided into FANOUT x FANOUT."""
+FEW_POINTS = 2**17
+"""Positions that are evaluated in less time than it takes to tell equal boxes among them."""
 CHUNK = 2**15
 """Boxes whose keys are computed at once, so that intermediate values stay in the cache."""
 CONTENT_LIMIT = 2**22
@@ -84,8 +88,9 @@ def tile(
         nothing = np.zeros((2, 0), np.int64)
         return grid_of(frame, block_size, nothing, nothing, packed(0, block_size))
     mask, tables = draw(mask, frame, tables or {})
-    points = nq * n_keys * n ** searches(mask)
-    if points > POINT_LIMIT and searches(mask):
+    depth = searches(mask)
+    points = nq * n_keys * n**depth
+    if depth and points > POINT_LIMIT:
         raise fail(
             f"a product of patterns that is not an integer relation is searched pair by pair: "
             f"{points:,} steps at n = {n}, and the limit is {POINT_LIMIT:,}"
@@ -100,10 +105,11 @@ def tile(
     present = [leaf for leaf in links.values() if leaf.pairs.size]
     if present:
         at = sorted_set(np.concatenate([leaf.boxes(block_size) for leaf in present]))
-        corners = q_offset + at // ROW * block_size, k_offset + at % ROW * block_size
+        q, k = q_offset + at // ROW * block_size, k_offset + at % ROW * block_size
         live = {node: leaf if leaf.pairs.size else nowhere for node, leaf in links.items()}
-        numbers, _, more = descend(Source(mask, frame, tables, live), *corners, block_size, block_size)
-        parts, runs = overlay(parts, runs, at, numbers, len(masks))
+        source = Source(mask, frame, tables, live)
+        numbers, _, more = descend(source, q[:, None, None], k[:, None, None], block_size, block_size)
+        parts, runs = overlay(parts, runs, at, numbers.ravel(), len(masks))
         masks = np.concatenate([masks, more])
         used, content = unique(parts[1])
         masks, numbers = distinct(masks[parts[1][used]])
@@ -121,14 +127,16 @@ def searches(mask: Expr) -> int:
 
 
 def tiles_of(source: Source, extent: int, block_size: int) -> tuple[Array, Array, Array]:
-    """Partial tiles, runs of full tiles, and contents, by one descent from a box over everything."""
+    """Partial tiles, runs of full tiles, and contents, by one descent from the whole matrix."""
     width = 1
-    while width * block_size < extent:
+    while width * block_size * FIRST_FANOUT < extent:
         width *= FANOUT
+    size = width * block_size
     q, k = np.array(source.frame.q[:1]), np.array(source.frame.k[:1])
-    numbers, levels, masks = descend(source, q, k, width * block_size, block_size)
-    limit(entries(int(numbers[0]), levels, len(masks)), ENTRY_LIMIT, "tiles and runs of tiles")
-    return *expand(int(numbers[0]), levels, width), masks
+    root, levels, masks = descend(source, *divided(q, k, -(-extent // size), size), size, block_size)
+    levels = [root, *levels]
+    limit(entries(levels, len(masks)), ENTRY_LIMIT, "tiles and runs of tiles")
+    return *expand(levels, width), masks
 
 
 def replaced(mask: Expr, done: dict[Expr, Expr]) -> Expr:
@@ -227,13 +235,14 @@ class Source:
 def descend(
     source: Source, q: Array, k: Array, size: int, block_size: int
 ) -> tuple[Array, list[Array], Array]:
-    """The contents of the boxes of `size` at (q, k), by number: 0 empty, 1 full, v + 2 is content v.
+    """The contents of the boxes of `size` at q [U, f, 1], k [U, 1, f], by number: 0 empty, 1 full,
+    v + 2 is content v.
 
-    Gives the numbers; for each level above the tiles the distinct contents int32 [V, f, f], numbers of
-    the next smaller size; and the tile contents uint8 [V, B, B / 8].
+    Gives the numbers int32 [U, f, f]; for each smaller size down to the tiles the distinct contents of the
+    boxes divided, int32 [V, f, f] in numbers of that size; and the tile contents uint8 [V, B, B / 8].
     """
-    codes, q, k = interned(source, q[:, None, None], k[:, None, None], size)
-    top, down = codes.ravel(), list[Array]()
+    top, q, k = interned(source, q, k, size)
+    down = list[Array]()
     while size > block_size:
         limit(len(q), BOX_LIMIT, f"different partial boxes of {size} x {size}")
         size //= FANOUT
@@ -269,7 +278,12 @@ def interned(source: Source, q: Array, k: Array, size: int) -> tuple[Array, Arra
 
 
 def tile_contents(source: Source, q: Array, k: Array, block_size: int) -> Array:
-    """Packed contents of the tiles at (q, k), put together from smaller boxes of whole bytes."""
+    """Packed contents of the tiles at (q, k), put together from smaller boxes of whole bytes.
+
+    Few are evaluated whole, unless their number would then decide whether a look-up is in its range.
+    """
+    if len(q) * block_size**2 <= FEW_POINTS and not pointwise.partial(source.mask):
+        return source.at(q, k, block_size)
     size = block_size // 4 if block_size % 32 == 0 else 8
     f = block_size // size
     result = packed(len(q), block_size)
@@ -310,49 +324,49 @@ def distinct(contents: Array) -> tuple[Array, Array]:
     return contents[partial[first]], numbers
 
 
-def entries(root: int, levels: list[Array], contents: int) -> int:
+def entries(levels: list[Array], contents: int) -> int:
     """How many partial tiles and runs `expand` would give, at most."""
     count, height = np.ones(contents, np.int64), 1
     for children in reversed(levels):
         below = np.concatenate([[0, 0], count])[children].sum(axis=(1, 2))
         runs = np.bincount(full_runs(children)[0], minlength=len(children))
         count, height = below + runs * height, height * FANOUT
-    return int(count[root - 2]) if root > 1 else root * height
+    return int(count[0])
 
 
-def expand(root: int, levels: list[Array], width: int) -> tuple[Array, Array]:
+def expand(levels: list[Array], width: int) -> tuple[Array, Array]:
     """Partial tiles (position, content) and runs of full tiles (first position, one past its last).
 
-    root: number of the content of one box, `width` tiles wide.
+    The first level has one content, of boxes `width` tiles wide.
     """
-    if root == 1:
-        rows = np.arange(width) * ROW
-        return np.zeros((2, 0), np.int64), np.stack([rows, rows + width])
-    at = np.zeros(min(root, 1), np.int64)
-    what = at + root - 2
-    runs = [np.zeros((2, 0), np.int64)]
+    # where it begins is 0 whatever its fanout
+    at = what = np.zeros(1, np.int64)
+    runs = list[Array]()
     for children in levels:
-        width //= FANOUT
         owner, row, start, end = full_runs(children)
         count = np.bincount(owner, minlength=len(children))
         box, item = spread(count[what])
         item += (np.cumsum(count) - count)[what][box]
         first = (at[box] * FANOUT + row[item] * ROW + start[item]) * width
         length = (end - start)[item] * width
-        first = (first + np.arange(width)[:, None] * ROW).ravel()
-        runs.append(np.stack([first, first + np.tile(length, width)]))
+        first = first + np.arange(width)[:, None] * ROW
+        runs.append(np.stack([first, first + length]).reshape(2, -1))
         owner, row, col = np.nonzero(children > 1)
         count = np.bincount(owner, minlength=len(children))
         box, item = spread(count[what])
         item += (np.cumsum(count) - count)[what][box]
         at = at[box] * FANOUT + (row * ROW + col)[item]
         what = children[owner, row, col][item] - 2
+        width //= FANOUT
     return np.stack([at, what]), np.concatenate(runs, axis=1)
 
 
 def full_runs(children: Array) -> tuple[Array, Array, Array, Array]:
     """Maximal runs of full children along each row: content, row, first column, one past the last."""
-    edges = np.diff((children == 1).astype(np.int8), axis=2, prepend=0, append=0)
+    full = children == 1
+    edges = np.zeros((*full.shape[:2], full.shape[2] + 1), np.int8)
+    edges[:, :, :-1] += full
+    edges[:, :, 1:] -= full
     owner, row, start = np.nonzero(edges == 1)
     return owner, row, start, np.nonzero(edges == -1)[2]
 
@@ -362,7 +376,7 @@ def overlay(parts: Array, runs: Array, at: Array, numbers: Array, offset: int) -
     kept = parts[:, ~contains(at, parts[0])]
     partial = numbers > 1
     parts = np.concatenate([kept, np.stack([at[partial], numbers[partial] - 2 + offset])], axis=1)
-    starts, ends = np.sort(runs, axis=1)
+    starts, ends = np.sort(runs, axis=1, kind="stable")
     inside = np.searchsorted(starts, at, side="right") > np.searchsorted(ends, at, side="right")
     cut, new = at[inside & (numbers != 1)], at[~inside & (numbers == 1)]
     # sorted, the k-th start belongs to the k-th end; a tile cut from a run ends it and starts another
@@ -372,14 +386,18 @@ def overlay(parts: Array, runs: Array, at: Array, numbers: Array, offset: int) -
 
 
 def grid_of(frame: Frame, block_size: int, parts: Array, runs: Array, masks: Array) -> TileGrid:
-    """Sorted arrays of a TileGrid from tiles and runs in any order; adjacent runs become one."""
+    """Sorted arrays of a TileGrid from tiles and runs in any order; adjacent runs become one.
+
+    The order is nearly the right one already, from which a merge sort profits ten times.
+    """
     nq, n = frame.q[1] - frame.q[0], frame.k[1] - frame.k[0]
     rows = -(-nq // block_size)
-    starts, ends = np.sort(runs[0]), np.sort(runs[1])
+    starts, ends = np.sort(runs, axis=1, kind="stable")
     apart = starts[1:] != ends[:-1]
     starts = starts[np.concatenate([np.ones(len(starts[:1]), bool), apart])]
     ends = ends[np.concatenate([apart, np.ones(len(ends[:1]), bool)])]
-    entries = np.sort((parts[0] // ROW << COLUMN_BITS | parts[0] % ROW) << CONTENT_BITS | parts[1])
+    entries = (parts[0] // ROW << COLUMN_BITS | parts[0] % ROW) << CONTENT_BITS | parts[1]
+    entries.sort(kind="stable")
     what, at = entries & (1 << CONTENT_BITS) - 1, entries >> CONTENT_BITS
     col = at & (1 << COLUMN_BITS) - 1
     bounds = np.arange(rows + 1)

@@ -1,0 +1,251 @@
+"""What decoding must keep: how long each key is read, and the smallest KV cache that holds what is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attndsl.analysis.eviction import Eviction, eviction
+from attndsl.attention import Attention
+from attndsl.errors import fail
+from attndsl.expr import Expr, const, nodes, substitute, var
+from attndsl.tiles import lowering
+from attndsl.tiles.blockmask import BlockMask, TileGrid
+from attndsl.tiles.tiling import tile
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+Array = NDArray[Any]
+
+BLOCK_SIZE, LARGE_BLOCK_SIZE = 128, 1024
+LARGE = 2**16
+"""From so many tokens on, masks without tables and draws are read off larger tiles, which are fewer."""
+HORIZON = 2**20
+"""Most tokens that are tiled to find where a peak stops growing."""
+
+
+@dataclass(frozen=True)
+class Cache:
+    """The smallest KV cache that decoding needs: counts are of keys, of one layer, head and batch row.
+
+    While the query at position q is computed the keys 0 .. q exist, and key k is held if some query at
+    q .. n - 1 reads it. `n` in a mask is the final one.
+
+    minimum     most keys held at one step, by the head and batch row that hold most
+    full        keys of a cache that drops nothing: n
+    at          first step at which `minimum` keys are held; None where no key ever is
+    rule        which keys are kept, derived from the relation for every n, or for that said first in it
+    per_head    the peak of each head, a single entry where all heads are alike
+    union       the peak of the keys that at least one head holds: what heads sharing their keys need
+    causal      False where a query reads a key after it, which decoding cannot: such reads do not count
+    bounded     whether `minimum` stops growing with n, proved for every n and table; None is undecided
+    formula     `minimum` in n where that is a constant or n itself, as sympy reads it
+    valid_for   the lengths for which it holds
+    """
+
+    minimum: int
+    full: int
+    at: int | None
+    rule: str
+    per_head: tuple[int, ...]
+    union: int
+    causal: bool
+    bounded: bool | None
+    formula: str | None = None
+    valid_for: str | None = None
+
+
+def kv_cache(attention: Attention, length: int, *, heads: int = 1, **inputs: ArrayLike) -> Cache:
+    """What decoding `length` tokens keeps; of the inputs those that the mask reads are needed.
+
+    Raises AttnError as `attention.block_mask` does.
+    """
+    tiles = mask_tiles(attention, length, heads, inputs)
+    last = np.stack([last_reads(grid) for grid in tiles.grids])
+    peaks = [_peak(row) for row in last]
+    by_head = [max((peaks[i] for i in column), key=_size) for column in tiles.index.T]
+    widest = max(by_head, key=_size)
+    unions = {tuple(set(row.tolist())) for row in tiles.index}
+    union = max((_peak(last[list(i)].max(axis=0)) if len(i) > 1 else peaks[i[0]])[0] for i in unions)
+    evictions = _evictions(attention, length, heads)
+    bounded, formula, valid_for = _growth(list(dict(evictions).items()))
+    return Cache(
+        widest[0],
+        length,
+        widest[1] if widest[0] else None,
+        _by_head([found.rule for _, found in evictions]),
+        tuple(peak for peak, _ in by_head),
+        union,
+        not any(reads_ahead(grid) for grid in tiles.grids),
+        bounded,
+        formula,
+        valid_for,
+    )
+
+
+def mask_tiles(attention: Attention, length: int, heads: int, inputs: Mapping[str, ArrayLike]) -> BlockMask:
+    """The tiles of self attention; tables that no mask reads may be missing.
+
+    Raises AttnError where queries stand at other positions than keys.
+    """
+    length, heads = (lowering.checked_length(*given) for given in (("length", length), ("heads", heads)))
+    lowering.check_names(attention, inputs, complete=False)
+    masks = [group.relation.mask for group in attention.groups]
+    read = {table for mask in masks for table in mask.tables}
+    attention = replace(attention, inputs=tuple(table for table in attention.inputs if table in read))
+    sizes = lowering.sizes(attention, length, length, heads)
+    if sizes.q_offset != (0,):
+        raise fail(f"queries of `{attention.name}` start at position {sizes.q_offset[0]}, and keys at 0")
+    given = {table.name: inputs[table.name] for table in attention.inputs if table.name in inputs}
+    tables = lowering.checked_tables(attention, given, sizes)
+    scattered = read or any(node.op == "random" for mask in masks for node in nodes(mask))
+    size = BLOCK_SIZE if scattered or length < LARGE else LARGE_BLOCK_SIZE
+    return lowering.block_mask(attention, sizes, tables, size)
+
+
+def last_reads(grid: TileGrid) -> Array:
+    """The last row that reads each key, -1 where none does: int64 [n]."""
+    size, (rows, cols) = grid.block_size, grid.shape
+    found = np.full((cols, size), -1, np.int64)
+    row = np.repeat(np.arange(rows), np.diff(grid.run_ptr))
+    found[:] = (_last_over(grid.run_start, grid.run_end, row, cols) + 1)[:, None] * size - 1
+    row = np.repeat(np.arange(rows), np.diff(grid.part_ptr))
+    # rows rise, so that of equal pairs the first from behind is the last
+    pair, at = np.unique(
+        (grid.part_col.astype(np.int64) * max(len(grid.masks), 1) + grid.part_mask)[::-1], return_index=True
+    )
+    if len(pair):
+        col, content = pair // len(grid.masks), pair % len(grid.masks)
+        inside = _last_rows(grid.masks)[content]
+        reads = np.where(inside < 0, -1, row[::-1][at][:, None] * size + inside)
+        starts = np.flatnonzero(np.diff(col, prepend=-1))
+        col = col[starts]
+        found[col] = np.maximum(found[col], np.maximum.reduceat(reads, starts, axis=0))
+    return found.ravel()[: grid.n]
+
+
+def _last_over(start: Array, end: Array, row: Array, cols: int) -> Array:
+    """The greatest `row` of the intervals [start, end) over each of `cols` places, -1 where there is none.
+
+    An interval is two overlapping ones of 2^i places; they are spread to halves from the longest down.
+    """
+    level = np.frexp(end - start)[1] - 1
+    spread = np.full(cols, -1, np.int64)
+    for i in range(int(level.max(initial=0)), -1, -1):
+        half = 2**i
+        spread[half:] = np.maximum(spread[half:], spread[: cols - half])
+        chosen = level == i
+        for first in (start[chosen], end[chosen] - 2**i):
+            np.maximum.at(spread, first, row[chosen])
+    return spread
+
+
+def _last_rows(masks: Array) -> Array:
+    """The last row of each content that reads each of its keys, -1 where none does: int64 [U, B]."""
+    count, size, _ = masks.shape
+    last = np.full((count, size), -1)
+    for row in range(size):
+        bits = np.unpackbits(masks[:, row], axis=1, bitorder="little").view(bool)
+        np.copyto(last, row, where=bits)
+    return last
+
+
+def reads_ahead(grid: TileGrid) -> bool:
+    """Whether a query reads a key after it."""
+    row = np.repeat(np.arange(grid.shape[0]), np.diff(grid.run_ptr))
+    if (grid.run_end > row).any():
+        return True
+    row = np.repeat(np.arange(grid.shape[0]), np.diff(grid.part_ptr))
+    if (grid.part_col > row).any():
+        return True
+    inside = np.arange(grid.block_size)
+    later = np.packbits(inside > inside[:, None], axis=1, bitorder="little")
+    on_diagonal = np.unique(grid.part_mask[grid.part_col == row])
+    return bool((grid.masks[on_diagonal] & later).any())
+
+
+def _peak(last: Array) -> tuple[int, int]:
+    """Most keys held at one step, and the first such step, given the last reader of each key."""
+    key = np.arange(len(last))
+    held = key <= last
+    ends = np.bincount(last[held] + 1, minlength=len(last) + 1)
+    counts = np.cumsum(held - ends[:-1])
+    step = int(counts.argmax()) if len(counts) else 0
+    return int(counts[step]) if len(counts) else 0, step
+
+
+def _size(peak: tuple[int, int]) -> tuple[int, int]:
+    """More keys first, then sooner."""
+    return peak[0], -peak[1]
+
+
+def _growth(masks: Sequence[tuple[Expr, Eviction]]) -> tuple[bool | None, str | None, str | None]:
+    """Whether the greatest peak stops growing with n; it as a formula, and the lengths that are meant."""
+    if any(found.everything for _, found in masks):
+        return False, "n", "every n"
+    bounded = [found.bounded for _, found in masks]
+    if False in bounded or None in bounded:
+        return (False if False in bounded else None), None, None
+    limits = [_limit(mask, found.horizon) for mask, found in masks]
+    known = [limit for limit in limits if limit is not None]
+    if len(known) < len(limits):
+        return True, None, None
+    most = max(limit for limit, _ in known)
+    start = min(n for limit, n in known if limit == most)
+    return True, str(most), f"n >= {start}" if start else "every n"
+
+
+@lru_cache(maxsize=256)
+def _limit(mask: Expr, horizon: int | None) -> tuple[int, int] | None:
+    """The peak at length `horizon`, and the least length that has it.
+
+    In `mask` n only bounds the positions: a longer sequence has more readers, so peaks never fall.
+    """
+    if horizon is None or horizon > HORIZON:
+        return None
+
+    def peak(n: int) -> tuple[int, int]:
+        at = substitute(mask, {"n": const(n)})
+        return _peak(last_reads(tile(at, n, n, BLOCK_SIZE, n=n)))
+
+    most, at = peak(horizon)
+    low, high = at + 1 if most else 0, horizon
+    while low < high:
+        # mostly the query at the peak reads all that is held
+        middle = low if low == at + 1 else (low + high) // 2
+        if peak(middle)[0] == most:
+            high = middle
+        else:
+            low = middle + 1
+    return most, low
+
+
+def _by_head(rules: list[str]) -> str:
+    """Rules with the heads that follow them, unless all follow one."""
+    if len(set(rules)) == 1:
+        return rules[0]
+    parts = []
+    for rule in dict.fromkeys(rules):
+        at = np.array([h for h, other in enumerate(rules) if other == rule])
+        runs = np.split(at, np.flatnonzero(np.diff(at) > 1) + 1)
+        listed = ", ".join(f"{run[0]}" if len(run) == 1 else f"{run[0]}..{run[-1]}" for run in runs)
+        parts.append(f"head{'s' * (len(at) > 1)} {listed}: {rule}")
+    return "; ".join(parts)
+
+
+def _evictions(attention: Attention, n: int, heads: int) -> list[tuple[Expr, Eviction]]:
+    """The mask of each head, over q, k and maybe n, and how long it holds keys."""
+    masks = [lowering.quantifier_free(group.relation.mask) for group in attention.groups]
+    found = []
+    for head, group in enumerate(lowering.head_groups(attention, heads)):
+        constants = {"h": const(head), "H": const(heads), "nq": var("n")}
+        mask = masks[group]
+        mask = substitute(mask, {name: e for name, e in constants.items() if name in mask.free})
+        found.append((mask, eviction(mask, n if "n" in mask.free else 0)))
+    return found

@@ -1,0 +1,359 @@
+"""The receptive field: which keys a query sees through several layers, the residual stream counted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attndsl.attention import Attention
+from attndsl.errors import AttnError, fail
+from attndsl.expr import TRUE, Expr, Table, all_of, any_of, const, le, make, nodes, rebuild, substitute, var
+from attndsl.relations.powers import TILE, Counts, Form, Step, computed, image, settled
+from attndsl.relations.proofs import follows
+from attndsl.relations.reach import SAME, Distances, common_divisor, joined, reach, sides
+from attndsl.relations.relation import around
+from attndsl.tiles import lowering
+from attndsl.tiles.tiling import tile
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+Target = Literal["causal", "full"]
+GOALS: dict[Target, Expr] = {"causal": le(var("k"), var("q")), "full": TRUE}
+WORDS: dict[Target, str] = {
+    "causal": "every query sees every key up to it",
+    "full": "every query sees every key",
+}
+
+LONGEST = 2**24
+"""Most positions: numbers for each of them take 128 MB."""
+LAYERS = 12
+MOST_LAYERS = 4096
+FEW_LAYERS = 4
+"""Layers up to which a proof for every n is tried."""
+FEW = 8
+"""Residues or distances that are listed one by one."""
+FOLLOWED = 2**21
+"""Tiles, counted once for each layer, through which the last query is followed."""
+PATHS_LENGTH = 512
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What queries see after `layers` layers; None where it is not known, or there is no query.
+
+    last_row   keys that the last query sees
+    worst_row  keys that query `worst_at` sees: the one with the most keys of the target unseen, the last such
+    pairs      of a query and a key that it sees
+    """
+
+    layers: int
+    last_row: int | None = None
+    worst_row: int | None = None
+    worst_at: int | None = None
+    pairs: int | None = None
+
+
+@dataclass(frozen=True)
+class Hole:
+    """A key of the target that query q never sees: of those of the first such query the nearest.
+
+    residues  where all distances have a common divisor: the distances never seen, whatever n
+    """
+
+    q: int
+    k: int
+    residues: str | None = None
+
+
+@dataclass(frozen=True)
+class Field:
+    """What is seen at one length, layer by layer from the first.
+
+    target         "causal" if no layer sees the future: all keys up to the query; else "full": all keys
+    full_after     the least number of layers after which every query sees its target: of as many as it takes
+                   where all layers are alike, else of those given
+    hole           where there is no such number
+    settled_after  layers after which nothing more is seen, where all layers are alike
+    for_every_n    what is proved of every length, in words
+    formula        keys seen by the last query of n >= 1, over n and the number of layers L >= 1
+    undecided      why neither `full_after` nor `hole` is known, or not the whole of `per_layer`
+    """
+
+    length: int
+    target: Target
+    per_layer: tuple[Seen, ...]
+    full_after: int | None = None
+    hole: Hole | None = None
+    settled_after: int | None = None
+    for_every_n: str | None = None
+    formula: str | None = None
+    undecided: str | None = None
+
+
+def receptive_field(
+    attentions: Attention | Sequence[Attention],
+    length: int,
+    *,
+    heads: int = 1,
+    layers: int | None = None,
+    **inputs: ArrayLike,
+) -> Field:
+    """What each query sees through a stack of layers: of one attention, or of one for each layer.
+
+    `layers` is 12, or the number of attentions. Tables of one batch row; a table that a mask reads and that
+    is not given leaves the field undecided. Raises AttnError for a table that is unknown or does not fit, for
+    fewer heads than an attention speaks of, and for other layers than attentions.
+    """
+    stack = [attentions] if isinstance(attentions, Attention) else list(attentions)
+    n = lowering.checked_length("length", length)
+    heads = lowering.checked_length("heads", heads)
+    depth = lowering.checked_length("layers", layers) if layers is not None else max(len(stack), 1)
+    if layers is None and len(stack) == 1:
+        depth = LAYERS
+    if len(stack) not in (1, depth) or depth > MOST_LAYERS:
+        raise fail(
+            f"{depth} layers of {len(stack)} attentions",
+            help=f"give one attention, or one for each layer, and at most {MOST_LAYERS} layers",
+        )
+    kinds = list(dict.fromkeys(stack))
+    order = [kinds.index(a) for a in stack] if len(stack) > 1 else [0] * depth
+    masks = [substitute(a.any_head(), {"H": const(heads), "nq": var("n")}) for a in kinds]
+    target: Target = "full"
+    if all(follows(mask, GOALS["causal"]) for mask in masks):
+        target = "causal"
+    unknown = set(inputs).difference(*([t.name for t in a.inputs] for a in kinds))
+    if unknown:
+        raise fail(f"no layer has an input `{min(unknown)}`")
+    missing = {t.name for a in kinds for t in _read(a)} - set(inputs)
+    if n > LONGEST:
+        found = replace(_blank(n, target, depth), undecided=f"a field is measured up to n = {LONGEST:,}")
+    elif missing:
+        found = _whatever(masks, order, n, target, min(missing))
+    else:
+        found = _at_length(kinds, order, n, heads, target, inputs)
+    mask = any_of(*masks)
+    divisor = common_divisor(mask) if n > 1 and found.full_after is None else 1
+    if divisor > 1:
+        q, k = (found.hole.q, found.hole.k) if found.hole else (1, 0) if target == "causal" else (0, 1)
+        found = replace(found, hole=Hole(q, k, _residues(divisor)))
+    if len(kinds) > 1:
+        return found
+    try:
+        held = sides(joined(mask))
+        formula = None if held is None else _formula(held[0])
+        return replace(found, formula=formula, for_every_n=_for_every_n(mask, held, found, divisor))
+    except AttnError:
+        # beyond the limits of what is decided for every n
+        return found
+
+
+def _at_length(
+    kinds: list[Attention],
+    order: list[int],
+    n: int,
+    heads: int,
+    target: Target,
+    inputs: Mapping[str, ArrayLike],
+) -> Field:
+    """All but what is said of every length; layer i is of kinds[order[i]]."""
+    blank = _blank(n, target, len(order))
+    if any(t.batched and np.shape(inputs[t.name])[:1] > (1,) for a in kinds for t in _read(a)):
+        return replace(blank, undecided="each batch row has a field of its own: give the tables of one")
+    steps = [_step(a, n, heads, inputs) for a in kinds]
+    tried: list[list[Seen]] = [[]]
+    try:
+        return computed(n, steps, lambda form: _measured(form, order, n, target, tried))
+    except AttnError as error:
+        reason = error.diagnostics[0].message
+    known = max(tried, key=len)
+    return replace(blank, per_layer=(*known, *_followed(n, steps, order)[len(known) :]), undecided=reason)
+
+
+def _blank(n: int, target: Target, depth: int) -> Field:
+    return Field(n, target, tuple([Seen(i + 1) for i in range(depth)]))
+
+
+def _whatever(masks: list[Expr], order: list[int], n: int, target: Target, table: str) -> Field:
+    """What holds whatever a missing table says: no more is seen than through masks around those given."""
+    found = replace(_blank(n, target, len(order)), undecided=f"it depends on the table `{table}`")
+    try:
+        wide = [substitute(all_of(around(mask)[1], GOALS[target]), {"n": const(n)}) for mask in masks]
+        steps: list[Step] = [(any_of(mask, SAME), {}) for mask in wide]
+        best = computed(n, steps, lambda form: _measured(form, order, n, target, []))
+    except AttnError:
+        return found
+    if best.full_after is None or best.full_after <= 1:
+        return replace(found, hole=best.hole, full_after=0 if best.full_after == 0 else None)
+    most = f"; in any case no less than {best.full_after} layers"
+    if best.per_layer and best.per_layer[-1].last_row != n:
+        most += f", and the last query sees at most {best.per_layer[-1].last_row} keys through {len(order)}"
+    return replace(found, undecided=f"{found.undecided}{most}")
+
+
+def _read(attention: Attention) -> tuple[Table, ...]:
+    """The inputs that its masks read."""
+    read = {table for group in attention.groups for table in group.relation.mask.tables}
+    return tuple(table for table in attention.inputs if table in read)
+
+
+def _step(attention: Attention, n: int, heads: int, inputs: Mapping[str, ArrayLike]) -> Step:
+    """What one layer joins: the union over heads, whose tables get names of their own, and radius(0)."""
+    own = replace(attention, inputs=_read(attention))
+    sizes = lowering.sizes(own, n, n, heads)
+    if sizes.q_offset != (0,):
+        raise fail(f"`{own.name}` has its queries at other positions than its keys: layers cannot be stacked")
+    given = lowering.checked_tables(own, {t.name: inputs[t.name] for t in own.inputs}, sizes)
+    masks, tables = [SAME], dict[str, NDArray[Any]]()
+    for case in lowering.cases(own, sizes, given):
+        names = {t: replace(t, name=f"{t.name} {case.head}") for t in case.mask.tables if t.headed}
+        done: dict[Expr, Expr] = {}
+        for e in nodes(case.mask):
+            moved = rebuild(e, tuple(done[arg] for arg in e.args))
+            table = names.get(e.value) if isinstance(e.value, Table) else None
+            done[e] = moved if table is None else make(moved.op, moved.args, table, moved.type)
+        masks.append(done[case.mask])
+        tables |= {names.get(t, t).name: case.tables[t.name] for t in case.mask.tables}
+    return any_of(*masks), tables
+
+
+def _measured(form: Form, order: list[int], n: int, target: Target, tried: list[list[Seen]]) -> Field:
+    """The field by one form; its rows are put into `tried` while they are found, for it may meet a limit."""
+    due = np.arange(1, n + 1) if target == "causal" else np.full(n, n)
+    reached, counts = form.same, np.ones(n, np.int64)
+    seen, rows = _seen(counts, due), list[Seen]()
+    tried.append(rows)
+    full_after = 0 if _full(counts, due) else None
+    for layer, kind in enumerate(order, 1):
+        more = form.product(form.steps[kind], reached)
+        if not form.equal(more, reached):
+            reached, counts = more, form.counts(more)
+            seen = _seen(counts, due)
+            if full_after is None and _full(counts, due):
+                full_after = layer
+        rows.append(replace(seen, layers=layer))
+    settled_after = None
+    if len(form.steps) == 1 and full_after is None:
+        settled_after, reached = settled(form, form.steps[0])
+        counts = form.counts(reached)
+        full_after = settled_after if _full(counts, due) else None
+    elif len(form.steps) == 1:
+        settled_after = full_after
+    hole = None if full_after is not None else _hole(form, reached, counts, due)
+    return Field(n, target, tuple(rows), full_after, hole, settled_after)
+
+
+def _full(counts: Counts, due: Counts) -> bool:
+    return np.array_equal(counts, due)
+
+
+def _seen(counts: Counts, due: Counts) -> Seen:
+    if not len(counts):
+        return Seen(0, pairs=0)
+    worst = len(counts) - 1 - int((due - counts)[::-1].argmax())
+    return Seen(0, int(counts[-1]), int(counts[worst]), worst, int(counts.sum()))
+
+
+def _hole(form: Form, reached: Any, counts: Counts, due: Counts) -> Hole:
+    q = int((counts < due).argmax())
+    unseen = np.flatnonzero(~form.row(reached, q)[: due[q]])
+    return Hole(q, int(unseen[np.abs(unseen - q).argmin()]))
+
+
+def _followed(n: int, steps: Sequence[Step], order: list[int]) -> tuple[Seen, ...]:
+    """The last row alone, where whole relations are beyond the limits: from the last query down."""
+    try:
+        grids = [tile(mask, n, n, TILE, n=n, tables=tables) for mask, tables in steps]
+    except AttnError:
+        grids = []
+    if not grids or max(grid.entries for grid in grids) * len(order) > FOLLOWED:
+        return tuple([Seen(layer + 1) for layer in range(len(order))])
+    rows = []
+    for layer in range(len(order)):
+        keys = np.arange(n) == n - 1
+        for kind in order[layer::-1]:
+            keys = image(grids[kind], keys)
+        rows.append(Seen(layer + 1, int(keys.sum())))
+    return tuple(rows)
+
+
+def _residues(divisor: int) -> str:
+    if divisor == 2:
+        return "keys at odd distances"
+    listed = ", ".join(map(str, range(1, divisor))) if divisor <= FEW else f"1, ..., {divisor - 1}"
+    return f"q - k mod {divisor} in {{{listed}}}"
+
+
+def _formula(before: Distances) -> str | None:
+    """Keys of the last query after L layers, where they are in arithmetic progression at last."""
+    for layers in range(1, FEW_LAYERS + 1):
+        sums = before.times(layers)
+        spacing, count = _progression(sums)
+        if spacing and (layers == 1 or count is None):
+            every = "n" if spacing == 1 else f"floor((n - 1)/{spacing}) + 1"
+            if count == 0:
+                return "1"
+            if count is not None:
+                return f"min({every}, {count}*L + 1)"
+            return every if layers == 1 else f"{every} for L >= {layers}"
+    return None
+
+
+def _progression(distances: Distances) -> tuple[int, int | None]:
+    """g and m where these are 0, g, ..., m * g, or without end if m is None; g = 0 where they are not."""
+    bits, tail = distances.bits, distances.bits[distances.start :]
+    members = np.flatnonzero(bits)
+    spacing = int(members[1]) if len(members) > 1 else max(distances.period, 1) if tail.any() else 1
+    if not tail.any():
+        regular = np.array_equal(members, np.arange(len(members)) * spacing)
+        return (spacing, len(members) - 1) if regular else (0, None)
+    shown = distances.unrolled(len(bits) + spacing)
+    regular = distances.period % spacing == 0 and (shown == (np.arange(len(shown)) % spacing == 0)).all()
+    return (spacing, None) if regular else (0, None)
+
+
+def _for_every_n(
+    mask: Expr, held: tuple[Distances, Distances] | None, found: Field, divisor: int
+) -> str | None:
+    """A sentence that is proved of every length. Raises AttnError beyond a limit."""
+    goal, words = GOALS[found.target], WORDS[found.target]
+    if divisor > 1:
+        return f"no number of layers joins positions whose distance is no multiple of {divisor}"
+    if found.settled_after == 1 and found.hole is not None:
+        alone = follows(reach(mask, 2), reach(mask, 1))
+        return "more layers than one see nothing more" if alone else None
+    layers = found.full_after or 0
+    if 1 <= layers <= FEW_LAYERS and follows(goal, reach(mask, layers)):
+        return f"after {layers} layer{'s' * (layers > 1)} {words}"
+    widths = (
+        [] if held is None else [_progression(side) for side in held[: 1 if found.target == "causal" else 2]]
+    )
+    ends = [count for spacing, count in widths if spacing == 1 and count is not None]
+    if held is None or any(spacing != 1 for spacing, _ in widths) or not ends or min(ends) < 1:
+        return None
+    return f"after ceil((n - 1)/{min(ends)}) layers {words}"
+
+
+def paths(
+    attention: Attention, layers: int, length: int, heads: int = 1, **inputs: ArrayLike
+) -> NDArray[np.int64]:
+    """How many ways lead from key k through `layers` layers to query q, int64 [n, n].
+
+    A layer passes a position on to itself, or to what attends to it in some head: one way, not one for each.
+    Raises AttnError for more than PATHS_LENGTH positions, and where a number may leave 64 bits.
+    """
+    n, layers = lowering.checked_length("length", length), lowering.checked_length("layers", layers)
+    if n > PATHS_LENGTH:
+        raise fail(f"paths are counted up to n = {PATHS_LENGTH}, not {n}")
+    mask, tables = _step(attention, n, lowering.checked_length("heads", heads), inputs)
+    grid = tile(mask, n, n, TILE, n=n, tables=tables).to_dense()
+    with np.errstate(over="ignore", invalid="ignore"):
+        most = np.linalg.matrix_power(grid.astype(np.float64), layers).max(initial=0)
+    # too many for a float even are inf, or nan: neither is less
+    if not most < 2.0**62:
+        raise fail(f"the paths through {layers} layers are too many for 64 bits")
+    return np.asarray(np.linalg.matrix_power(grid.astype(np.int64), layers))

@@ -1,0 +1,531 @@
+"""The sparsity graph: an edge leads from a key to each query that sees it, as information flows.
+
+Its nodes are positions, or blocks of them. A position that sees itself has an edge to itself. Several heads
+are one graph: an edge is there if some head has the pair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, reduce
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attndsl.attention import Attention
+from attndsl.errors import fail
+from attndsl.relations.reach import packed, times
+from attndsl.tiles import lowering
+from attndsl.tiles.blockmask import BlockMask, TileGrid, tile_codes
+
+if TYPE_CHECKING:
+    import networkx as nx
+    from numpy.typing import ArrayLike
+
+Array = NDArray[Any]
+Bits = NDArray[np.bool_]
+Level = Literal["token", "block"]
+
+TOKENS = 8192
+"""Longest sequence whose graph has a node for each token: 64 MB as truths."""
+BLOCKS = 2048
+"""Most blocks of a graph."""
+EDGES = 2**23
+"""Most edges handed to networkx, which takes about 300 bytes for each."""
+TOKEN_TILE = 64
+BINS = 16
+"""Most bars of a histogram."""
+LONG, FEW = 32, 32
+"""Paths longer than that, with no more edges per node than that, are searched from each node in turn."""
+SOURCES = 256
+"""Nodes whose paths are searched at once."""
+DENSE = 1024
+"""Nodes up to which the eigenvalue is computed from the whole matrix."""
+ACCURACY, FINEST = 1e-5, 1e-13
+"""Error of the eigenvalue of more nodes: relative to a bound of the gap, and of rounding."""
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """The pairs of a square mask in R x R tiles, a row for each block of queries.
+
+    codes     int32 [R, R]          the content of each tile; 0 is empty and 1 full
+    contents  uint8 [U, B, B / 8]   bits little-endian along the keys, 0 outside of the matrix
+    """
+
+    n: int
+    block_size: int
+    codes: Array
+    contents: Array
+
+    @staticmethod
+    def of(grid: TileGrid) -> Pairs:
+        blank = np.zeros((1, grid.block_size, grid.block_size // 8), np.uint8)
+        contents = np.concatenate([blank, ~blank, grid.masks])
+        return Pairs(grid.n, grid.block_size, tile_codes(grid, 0), contents)
+
+    def union(self, other: Pairs) -> Pairs:
+        width = len(other.contents)
+        both = self.codes.astype(np.int64) * width + other.codes
+        used, place = np.unique(both, return_inverse=True)
+        contents = self.contents[used // width] | other.contents[used % width]
+        codes = np.where(
+            (contents == 255).all(axis=(1, 2)), 1, (2 + np.arange(len(used))) * contents.any(axis=(1, 2))
+        )
+        return Pairs(
+            self.n,
+            self.block_size,
+            codes.astype(np.int32)[place].reshape(both.shape),
+            np.concatenate([self.contents[:2], contents]),
+        )
+
+    def counts(self) -> Array:
+        """Live pairs of each tile, int64 [R, R]."""
+        counts: Array = np.bitwise_count(self.contents).sum(axis=(1, 2), dtype=np.int64)[self.codes]
+        return counts
+
+    def dense(self, wanted: Callable[[Array], Bits] | None = None) -> Bits:
+        """Query q sees key k, [n, n]; of tiles with a `wanted` code only."""
+        codes = self.codes if wanted is None else np.where(wanted(self.codes), self.codes, 0)
+        size = len(codes) * self.block_size
+        return unpacked(self.contents)[codes].transpose(0, 2, 1, 3).reshape(size, size)[: self.n, : self.n]
+
+    def block_sizes(self) -> Array:
+        """Tokens in each block, int64 [R]."""
+        return np.diff(np.minimum(np.arange(len(self.codes) + 1) * self.block_size, self.n))
+
+    @cached_property
+    def moments(self) -> tuple[Array, Array, Array]:
+        """For each content its row sums [U, B], column sums [U, B], and sum of x[i] x[j], x = `places`."""
+        parts = np.array_split(self.contents, 1 + self.contents.nbytes // 2**20)
+        rows, columns, both = [], [], []
+        for part in parts:
+            bits = unpacked(part).astype(float)
+            rows.append(bits.sum(axis=2))
+            columns.append(bits.sum(axis=1))
+            both.append(bits @ self.places @ self.places)
+        return np.concatenate(rows), np.concatenate(columns), np.concatenate(both)
+
+    @property
+    def places(self) -> Array:
+        """Positions inside of a block, from -1 to 1."""
+        return np.linspace(-1, 1, self.block_size)
+
+    @cached_property
+    def seen(self) -> Array:
+        """Keys that each query sees, int64 [n]."""
+        return self._sums(self.moments[0], self.codes)
+
+    @cached_property
+    def seers(self) -> Array:
+        """Queries that see each key, int64 [n]."""
+        return self._sums(self.moments[1], self.codes.T)
+
+    def _sums(self, sums: Array, codes: Array) -> Array:
+        from scipy.sparse import csr_array
+
+        row, column = np.nonzero(codes)
+        uses = csr_array((np.ones(len(row)), (row, codes[row, column])), shape=(len(codes), len(sums)))
+        found: Array = (uses @ sums).ravel()[: self.n].astype(np.int64)
+        return found
+
+    def selves(self) -> Bits:
+        """Which positions see themselves, [n]."""
+        used, place = np.unique(self.codes.diagonal(), return_inverse=True)
+        found: Bits = unpacked(self.contents[used]).diagonal(axis1=1, axis2=2)[place].ravel()[: self.n]
+        return found
+
+    def causal(self) -> bool:
+        diagonal = unpacked(self.contents[np.unique(self.codes.diagonal())])
+        return not np.triu(self.codes, 1).any() and not np.triu(diagonal, 1).any()
+
+
+def unpacked(contents: Array) -> Bits:
+    """Bits as truths, [U, B, B]."""
+    return np.unpackbits(contents, axis=2, bitorder="little").astype(bool)
+
+
+def default_block_size(length: int) -> int:
+    """A power of two, 128 or more, that makes at most 1024 blocks."""
+    return max(128, 1 << (-(-length // 1024) - 1).bit_length())
+
+
+def level_of(length: int) -> Level:
+    """By token up to TOKENS."""
+    return "token" if length <= TOKENS else "block"
+
+
+def pairs_of(
+    attention: Attention,
+    length: int,
+    by: Level,
+    block_size: int | None,
+    heads: int,
+    head: int | None,
+    inputs: Mapping[str, ArrayLike],
+) -> Pairs:
+    """The pairs of one head, or of any; tiles of a size of its own choice by token.
+
+    Raises AttnError for more nodes than the level's limit, for batched tables of several rows, and where
+    query row 0 is not position 0.
+    """
+    n = lowering.checked_length("length", length)
+    if by not in ("token", "block"):
+        raise fail(f"the nodes of a graph are by `token` or by `block`, not by {by!r}")
+    if by == "token" and n > TOKENS:
+        raise fail(
+            f"a graph of {n:,} tokens exceeds the limit of {TOKENS:,} nodes",
+            help='by="block" makes a node of each block of tokens',
+        )
+    if by == "token":
+        block_size = TOKEN_TILE
+    elif block_size is None:
+        block_size = default_block_size(n)
+    lowering.checked_block_size(block_size)
+    if -(-n // block_size) > BLOCKS:
+        raise fail(
+            f"a graph of {-(-n // block_size):,} blocks exceeds the limit of {BLOCKS:,} nodes",
+            help=f"block_size = {1 << (-(-n // BLOCKS) - 1).bit_length()} fits",
+        )
+    if lowering.checked_length("heads", heads) == 0:
+        raise fail("a graph needs at least one head")
+    if head is not None and lowering.checked_length("head", head) >= heads:
+        raise fail(f"there is no head {head}: `heads` is {heads}")
+    sizes = lowering.sizes(attention, n, n, heads)
+    if set(sizes.q_offset) != {0}:
+        raise fail(f"the queries of `{attention.name}` start at {sizes.q_offset[0]}: they are no keys' nodes")
+    tables = lowering.checked_tables(attention, inputs, sizes)
+    return _one(lowering.block_mask(attention, sizes, tables, block_size), head)
+
+
+def _one(mask: BlockMask, head: int | None) -> Pairs:
+    rows, heads = mask.index.shape
+    if rows > 1:
+        raise fail(f"a graph is of one batch row, and the tables hold {rows}", help="pass one row of them")
+    used = np.unique(mask.index[0]) if head is None else mask.index[0, head % heads : head % heads + 1]
+    return reduce(Pairs.union, (Pairs.of(mask.grids[i]) for i in used))
+
+
+def graph(pairs: Pairs, by: Level, name: str = "") -> nx.DiGraph:
+    """For networkx. Nodes are numbered from 0; edges lead from key to query.
+
+    By block, a node has its `first` and `last` token, an edge its number of live `pairs` and whether it is
+    `full`, with every pair live. Raises AttnError for more than EDGES edges.
+    """
+    import networkx as nx
+
+    counts = pairs.counts()
+    edges = int(counts.sum() if by == "token" else np.count_nonzero(counts))
+    if edges > EDGES:
+        raise fail(
+            f"a graph of {edges:,} edges exceeds the limit of {EDGES:,}",
+            help='by="block" makes a node of each block of tokens',
+        )
+    made = nx.DiGraph(name=name, length=pairs.n, by=by)
+    if by == "token":
+        made.add_nodes_from(range(pairs.n))
+        q, k = np.nonzero(pairs.dense())
+        made.add_edges_from(zip(k.tolist(), q.tolist(), strict=True))
+        return made
+    made.graph["block_size"] = pairs.block_size
+    sizes = pairs.block_sizes()
+    last = np.cumsum(sizes) - 1
+    for i, (size, end) in enumerate(zip(sizes.tolist(), last.tolist(), strict=True)):
+        made.add_node(i, first=end - size + 1, last=end)
+    q, k = np.nonzero(counts)
+    live = counts[q, k]
+    full = live == sizes[q] * sizes[k]
+    made.add_edges_from(
+        (source, target, {"pairs": p, "full": f})
+        for source, target, p, f in zip(k.tolist(), q.tolist(), live.tolist(), full.tolist(), strict=True)
+    )
+    return made
+
+
+@dataclass(frozen=True)
+class Degrees:
+    """Numbers of edges at a node; `histogram`: (least, greatest degree, nodes) of each bar with nodes."""
+
+    min: int
+    max: int
+    mean: float
+    histogram: tuple[tuple[int, int, int], ...]
+
+
+@dataclass(frozen=True)
+class GraphMeasures:
+    """What a graph tells about a pattern. A distance is the length of a shortest path from a node to another.
+
+    By block, `diameter` to `largest_component` are those of the blocks. A path of tokens is one of blocks
+    too: so blocks are no further apart than their tokens, and no fewer of them are joined. The other claims
+    are about the tokens at both levels, and exact but for `spectral_gap`.
+
+    by, block_size   `block_size` is None by token
+    nodes, edges     of the graph, edges from a node to itself included
+    in_degree        keys that a query sees, itself included
+    out_degree       queries that see a key
+    causal           no query sees a later key
+    hubs             positions that see every other one and are seen by every other one
+    star             some position is a hub and all others see themselves: the graph contains the star graph,
+                     which makes a sparse encoder a universal approximator (Zaheer et al., "Big Bird",
+                     NeurIPS 2020, definition 2 and theorem 1)
+    two_hop          every position, or every earlier one where `causal`, reaches every other in at most two
+                     steps; None where the blocks leave it open
+    diameter         greatest distance among the nodes that are joined, 0 where none are; all are joined, and
+                     it is the diameter in the usual sense, where `components` is 1
+    average_shortest_path  mean distance over the ordered pairs of different nodes that are joined, or None
+    joined           share of the ordered pairs of different nodes that are joined, or None
+    components       strongly connected components
+    largest_component  nodes of the largest one
+    spectral_gap     second smallest eigenvalue of I - D^(-1/2) W D^(-1/2), W = A + A^T, D its row sums: the
+                     normalised Laplacian (Chung, Spectral Graph Theory, 1997, section 1.2) of the graph of
+                     tokens without directions; 0 where that is not connected, None for fewer than two
+                     tokens. By block it is an upper bound, close where neighbours see alike: `smooth_walk`.
+                     Random walks mix in O(log n / gap) steps, Big Bird's reason for random links (section 2)
+    """
+
+    by: Level
+    block_size: int | None
+    nodes: int
+    edges: int
+    in_degree: Degrees
+    out_degree: Degrees
+    causal: bool
+    hubs: int
+    star: bool
+    two_hop: bool | None
+    diameter: int
+    average_shortest_path: float | None
+    joined: float | None
+    components: int
+    largest_component: int
+    spectral_gap: float | None
+
+
+def measures(
+    attention: Attention,
+    length: int,
+    by: Level | None = None,
+    *,
+    block_size: int | None = None,
+    heads: int = 1,
+    head: int | None = None,
+    **inputs: ArrayLike,
+) -> GraphMeasures:
+    """The measures of `attention.graph` with the same arguments; unless told, by token up to TOKENS.
+
+    Raises AttnError as `pairs_of` does.
+    """
+    level = by or level_of(lowering.checked_length("length", length))
+    return measured(pairs_of(attention, length, level, block_size, heads, head, inputs), level)
+
+
+def measured(pairs: Pairs, by: Level) -> GraphMeasures:
+    counts = pairs.counts()
+    sees = pairs.dense() if by == "token" else counts > 0
+    nodes = len(sees)
+    steps, joined = distances(sees)
+    others = nodes * (nodes - 1)
+    reached = int(steps.sum())
+    sizes = component_sizes(joined)
+    seen, seers, selves = pairs.seen, pairs.seers, pairs.selves()
+    hub = (seen - selves == pairs.n - 1) & (seers - selves == pairs.n - 1)
+    alone = np.flatnonzero(~selves)
+    star = bool(hub.any()) and (len(alone) == 0 or (len(alone) == 1 and bool(hub[alone[0]])))
+    causal = pairs.causal()
+    two_hop: bool | None = int(steps[:3].sum()) == (others // 2 if causal else others)
+    if by == "block" and two_hop:
+        two_hop = True if hub.any() or _complete(pairs, causal) else None
+    return GraphMeasures(
+        by=by,
+        block_size=pairs.block_size if by == "block" else None,
+        nodes=nodes,
+        edges=int(sees.sum()),
+        in_degree=_degrees(seen),
+        out_degree=_degrees(seers),
+        causal=causal,
+        hubs=int(hub.sum()),
+        star=star,
+        two_hop=two_hop,
+        diameter=len(steps) - 1,
+        average_shortest_path=float(steps @ np.arange(len(steps)) / reached) if reached else None,
+        joined=reached / others if others else None,
+        components=len(sizes),
+        largest_component=max(sizes, default=0),
+        spectral_gap=spectral_gap(pairs, by, connected(joined)),
+    )
+
+
+def _complete(pairs: Pairs, causal: bool) -> bool:
+    """Whether every pair of different positions, earlier ones where `causal`, is live."""
+    live = int(pairs.seen.sum() - pairs.selves().sum())
+    return live == pairs.n * (pairs.n - 1) // (2 if causal else 1)
+
+
+def _degrees(degrees: Array) -> Degrees:
+    if not len(degrees):
+        return Degrees(0, 0, 0.0, ())
+    low, high = int(degrees.min()), int(degrees.max())
+    width = -(-(high - low + 1) // BINS)
+    bars = np.bincount((degrees - low) // width)
+    starts = low + width * np.flatnonzero(bars)
+    histogram = tuple(
+        (start, min(start + width - 1, high), count)
+        for start, count in zip(starts.tolist(), bars[bars > 0].tolist(), strict=True)
+    )
+    return Degrees(low, high, float(degrees.mean()), histogram)
+
+
+def distances(sees: Bits) -> tuple[Array, Bits]:
+    """How many ordered pairs of different nodes are at distance 0, 1, 2, ..., and which node q is reached by
+    which node k, itself included. `sees` [m, m]: q sees k.
+
+    All nodes take a step at once, by a product of matrices, until nothing is added.
+    """
+    m = len(sees)
+    few = np.count_nonzero(sees) <= FEW * m
+    loops = np.eye(m, dtype=bool)
+    step, reached = times(packed(sees | loops)), packed(loops)
+    totals = [m]
+    while True:
+        reached = step(reached)
+        total = int(np.bitwise_count(reached).sum(dtype=np.int64))
+        if total == totals[-1]:
+            break
+        totals.append(total)
+        if few and len(totals) > LONG:
+            return _searched(sees)
+    joined = np.unpackbits(reached.view(np.uint8), axis=1, count=m, bitorder="little").astype(bool)
+    return np.diff(totals, prepend=m), joined
+
+
+def _searched(sees: Bits) -> tuple[Array, Bits]:
+    """`distances` by breadth-first search from each node, whose cost does not grow with the distances."""
+    from scipy.sparse import csr_array
+    from scipy.sparse.csgraph import shortest_path
+
+    m = len(sees)
+    edges = csr_array(sees)
+    joined = np.empty((m, m), bool)
+    steps = np.zeros(1, np.int64)
+    for start in range(0, m, SOURCES):
+        rows = np.arange(start, min(start + SOURCES, m))
+        found = shortest_path(edges, method="D", unweighted=True, indices=rows)
+        joined[rows] = np.isfinite(found)
+        here = np.bincount(found[joined[rows]].astype(np.int64))
+        steps = np.pad(steps, (0, max(len(here) - len(steps), 0)))
+        steps[: len(here)] += here
+    steps[0] = 0
+    return steps, joined
+
+
+def component_sizes(joined: Bits) -> list[int]:
+    """Nodes in each strongly connected component, from which node is reached by which."""
+    if not len(joined):
+        return []
+    first = (joined & joined.T).argmax(axis=1)
+    return [int(size) for size in np.unique(first, return_counts=True)[1]]
+
+
+def connected(joined: Bits) -> bool:
+    """Whether all nodes are joined if directions are ignored."""
+    if not len(joined):
+        return True
+    either = joined | joined.T
+    found = either[0]
+    while (more := either[found].any(axis=0)).sum() > found.sum():
+        found = more
+    return bool(found.all())
+
+
+def spectral_gap(pairs: Pairs, by: Level, connected: bool) -> float | None:
+    """GraphMeasures.spectral_gap; `connected` tells whether the nodes are if directions are ignored."""
+    if pairs.n < 2:
+        return None
+    degrees = pairs.seen + pairs.seers
+    if not connected or not degrees.all():
+        return 0.0
+    if by == "token" and pairs.n <= DENSE:
+        sees = pairs.dense().astype(float)
+        scale = degrees**-0.5
+        return gap(np.linalg.eigvalsh(scale[:, None] * (sees + sees.T) * scale))
+    walk, function = smooth_walk(pairs, degrees)
+    if by == "block":
+        return gap(np.linalg.eigvalsh(walk))
+    values, vectors = np.linalg.eigh(walk)
+    return _searched_gap(pairs, degrees, gap(values), function(vectors[:, -2]))
+
+
+def gap(values: Array) -> float:
+    """From the rising eigenvalues of the walk D^(-1/2) W D^(-1/2); rounding may leave the second above 1."""
+    return max(0.0, 1 - float(values[-2]))
+
+
+def smooth_walk(pairs: Pairs, degrees: Array) -> tuple[Array, Callable[[Array], Array]]:
+    """The walk among the vectors x for which D^(-1/2) x is, in each block, a linear function of the position:
+    its matrix in an orthonormal basis of them, and how coefficients become x.
+
+    Its second largest eigenvalue is at most that among all vectors (Courant and Fischer), which gives the
+    upper bound of the spectral gap.
+    """
+    place = pairs.places
+    rows, columns, both = pairs.moments
+    blocks = len(pairs.codes)
+    here = np.pad(degrees.astype(float), (0, blocks * len(place) - pairs.n)).reshape(blocks, -1)
+    mass = here.sum(axis=1)
+    centre = here @ place / mass
+    # on each block 1 and place - centre, which are orthogonal there, each made of length 1
+    norm = np.r_[mass, (here * (place - centre[:, None]) ** 2).sum(axis=1)] ** 0.5
+    q, k = centre[:, None], centre[None, :]
+    ones, by_q, by_k, by_both = (
+        found[pairs.codes] for found in (rows.sum(axis=1), rows @ place, columns @ place, both)
+    )
+    by_both = by_both - q * by_k - k * by_q + q * k * ones
+    walk = np.block([[ones, by_k - k * ones], [by_q - q * ones, by_both]])
+    kept = norm > 1e-9 * norm.max()
+    walk = (walk + walk.T)[np.ix_(kept, kept)] / np.outer(norm[kept], norm[kept])
+
+    def function(coefficients: Array) -> Array:
+        found = np.zeros(2 * blocks)
+        found[kept] = coefficients / norm[kept]
+        level, slope = found[:blocks, None], found[blocks:, None]
+        x: Array = (level + slope * (place - centre[:, None])).ravel()[: pairs.n] * degrees**0.5
+        return x
+
+    return walk, function
+
+
+def _searched_gap(pairs: Pairs, degrees: Array, bound: float, start: Array) -> float:
+    """The gap of more tokens, to within ACCURACY of `bound` or FINEST, by Lanczos' method from `start`.
+
+    W is applied as the partial tiles, which are written out, and the full ones, which only need the sums of
+    blocks. The eigenvector of the walk's eigenvalue 1 is known, D^(1/2), and sent to -1.
+    """
+    from scipy.sparse import csr_array
+    from scipy.sparse.linalg import LinearOperator, eigsh
+
+    part = csr_array(pairs.dense(lambda codes: codes > 1), dtype=float)
+    full = csr_array(pairs.codes == 1, dtype=float)
+    part, full = part + part.T, full + full.T
+    starts, sizes = np.arange(len(pairs.codes)) * pairs.block_size, pairs.block_sizes()
+    scale, known = degrees**-0.5, np.sqrt(degrees / degrees.sum())
+
+    def walk(x: Array) -> Array:
+        x = x.ravel()
+        scaled: Array = scale * x
+        seen: Array = part @ scaled + np.repeat(full @ np.add.reduceat(scaled, starts), sizes)
+        reflected: Array = scale * seen - 2 * known * (known @ x)
+        return reflected
+
+    found = eigsh(
+        LinearOperator((pairs.n, pairs.n), matvec=walk, dtype=float),
+        k=1,
+        which="LA",
+        ncv=64,
+        v0=start,
+        tol=max(ACCURACY * bound, FINEST),
+        return_eigenvectors=False,
+    )
+    return gap(np.r_[found, 1.0])

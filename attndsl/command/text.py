@@ -1,0 +1,269 @@
+"""A report as text for a terminal of 80 columns."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from attndsl.analysis.report import Report
+
+WIDTH = 80
+LABEL = 14
+PREFIXES = ["", "k", "M", "G", "T", "P", "E"]
+
+
+def scaled(value: float | None, unit: str = "") -> str:
+    """1234567 -> 1.23 M: three digits and a prefix."""
+    if value is None:
+        return "-"
+    step = 0 if abs(value) < 1000 else min(int(math.log10(abs(value)) // 3), len(PREFIXES) - 1)
+    said = f"{value / 1000**step:.3g}"
+    if said in ("1e+03", "1000") and step < len(PREFIXES) - 1:
+        step, said = step + 1, "1"
+    return f"{said} {PREFIXES[step]}{unit}".strip()
+
+
+def seconds(value: float | None) -> str:
+    """0.00123 -> 1.23 ms."""
+    if value is None:
+        return "-"
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6), ("ns", 1e-9)):
+        if value >= size or unit == "ns":
+            return f"{value / size:.3g} {unit}"
+    raise AssertionError(value)
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.3g} %"
+
+
+def line(label: str, said: object) -> str:
+    """A label and what is said, over as many lines as it needs."""
+    indent = " " * (LABEL + 2)
+    wrapped = textwrap.wrap(
+        str(said), WIDTH, initial_indent=indent, subsequent_indent=indent, break_long_words=False
+    )
+    return "\n".join([f"  {label:<{LABEL}}" + (wrapped[0][LABEL + 2 :] if wrapped else ""), *wrapped[1:]])
+
+
+def table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    from tabulate import tabulate
+
+    text = tabulate(
+        rows,
+        headers,
+        tablefmt="plain",
+        disable_numparse=True,
+        colalign=["left", *["right"] * (len(headers) - 1)],
+    )
+    return textwrap.indent(text, "  ")
+
+
+def report_text(report: Report) -> str:
+    """All that is known, by part, then what is not and why."""
+    parts = [
+        _heading(report),
+        *_counts(report),
+        *_costs(report),
+        *_reach(report),
+        *_cache(report),
+        *_shards(report),
+        *_graph(report),
+    ]
+    if report.reasons:
+        parts += ["\nnot known", *(line(name, why) for name, why in report.reasons.items())]
+    return "\n".join(parts)
+
+
+def _heading(report: Report) -> str:
+    many = [f"{report.q_length:,} x {report.length:,}"]
+    many += [f"{report.heads} heads"] * (report.heads > 1) + [f"batch {report.batch}"] * (report.batch > 1)
+    return f"{report.name}: queries x keys = {', '.join(many)}"
+
+
+def _counts(report: Report) -> Iterator[str]:
+    count = report.nnz
+    if count is not None:
+        if count.value is not None:
+            assert report.density is not None
+            yield line("live pairs", f"{count.value:,}, {percent(report.density)}")
+        if count.bounds is not None:
+            low, high = count.bounds
+            yield line("live pairs", f"{low:,} to {high:,}, whatever the tables")
+        if count.formula is not None:
+            yield line("formula", f"{count.formula}, for {count.valid_for}")
+        if count.around is not None:
+            ends = " and ".join(count.around)
+            yield line("formula", f"between {ends}, for {count.valid_for}; by residue in --json")
+        if count.expected is not None:
+            yield line("over seeds", f"{count.expected:,.6g} live pairs in the mean")
+    for name, form in (report.in_parameters or {}).items():
+        yield line(f"in {name}", f"{form.formula}, for {form.valid_for}")
+    if report.complexity is not None:
+        yield line("complexity", report.complexity)
+    if report.empty_rows is not None:
+        yield line("empty rows", f"{report.empty_rows:,}")
+    if report.causal is not None:
+        at = ", ".join(f"{name} = {value}" for name, value in (report.not_causal_at or {}).items())
+        yield line("causal", "yes, for every n" if report.causal else f"no: {at}")
+
+
+def _costs(report: Report) -> Iterator[str]:
+    if report.flops is None or report.bytes is None:
+        return
+    rows: list[list[str]] = []
+    for name, work in (report.lowerings or {}).items():
+        flops, moved = (
+            [scaled(x.forward), scaled(x.backward)] if x else ["-", "-"] for x in (work.flops, work.bytes)
+        )
+        rows.append([name, *flops, moved[0], seconds(work.seconds_estimate)])
+    ideal = [scaled(report.flops.forward), scaled(report.flops.backward), scaled(report.bytes.forward), ""]
+    yield "\ncost"
+    yield table(
+        ["", "FLOP forward", "backward", "bytes forward", "predicted"], [["live pairs alone", *ideal], *rows]
+    )
+    for name, work in (report.lowerings or {}).items():
+        if work.reason:
+            yield line(name, work.reason)
+    yield line("decode step", f"{scaled(report.flops.decode, 'FLOP')}, {scaled(report.bytes.decode, 'B')}")
+    if report.block_sizes:
+        yield "\nblock size"
+        yield table(
+            ["", "full tiles", "partial", "pairs computed", "of live", ""],
+            [
+                [
+                    str(row.block_size),
+                    f"{row.tiles.full:,}",
+                    f"{row.tiles.partial:,}",
+                    f"{row.pairs:,}",
+                    f"{row.waste:.3g} x",
+                    "recommended" if row.block_size == report.best_block_size else "",
+                ]
+                for row in report.block_sizes
+            ],
+        )
+    if report.machines:
+        yield "\nroofline of the live pairs"
+        yield table(
+            ["", "forward", "backward", "decode", "bound by"],
+            [
+                [
+                    name,
+                    seconds(m.seconds.forward),
+                    seconds(m.seconds.backward),
+                    seconds(m.seconds.decode),
+                    m.bound,
+                ]
+                for name, m in report.machines.items()
+            ],
+        )
+
+
+def _reach(report: Report) -> Iterator[str]:
+    found = report.reach
+    if found is None:
+        return
+    target = {"causal": "every key up to itself", "full": "every key"}[found.target]
+    yield "\nreceptive field"
+    if found.full_after is not None:
+        yield line("full after", f"{_layers(found.full_after)}: every query then sees {target}")
+    if found.hole is not None:
+        missed = f"query {found.hole.q:,} never sees key {found.hole.k:,}"
+        yield line("hole", missed + (f": {found.hole.residues}" if found.hole.residues else ""))
+    if found.for_every_n:
+        yield line("for every n", found.for_every_n)
+    if found.formula:
+        yield line("last query", f"sees {found.formula} keys after L layers")
+    if report.diameter is not None:
+        yield line("diameter", report.diameter)
+    shown = [row for row in found.per_layer if row.last_row is not None or row.worst_row is not None]
+    if len(shown) > 1 and found.settled_after is not None:
+        shown = shown[: max(1, found.settled_after)]
+    if shown:
+        yield table(
+            ["after", "last query sees", "worst query sees"],
+            [
+                [
+                    _layers(row.layers),
+                    _number(row.last_row),
+                    f"{_number(row.worst_row)} (query {_number(row.worst_at)})",
+                ]
+                for row in shown
+            ],
+        )
+    if found.undecided:
+        yield line("undecided", found.undecided)
+
+
+def _layers(count: int) -> str:
+    return f"{count} layer{'s' * (count != 1)}"
+
+
+def _number(value: int | None) -> str:
+    return "-" if value is None else f"{value:,}"
+
+
+def _cache(report: Report) -> Iterator[str]:
+    found = report.kv_cache
+    if found is None:
+        return
+    yield "\nKV cache when decoding"
+    yield line("keys", f"{found.minimum:,} at most, of {found.full:,}")
+    yield line("rule", found.rule)
+    if found.bounded is not None:
+        yield line("bounded", "yes, for every n" if found.bounded else "no, it grows with n")
+    if len(found.per_head) > 1:
+        yield line("by head", ", ".join(f"{keys:,}" for keys in found.per_head))
+    if not found.causal:
+        yield line("note", "reads of keys after the query are left out: decoding cannot do them")
+
+
+def _shards(report: Report) -> Iterator[str]:
+    if not report.shards:
+        return
+    yield f"\n{report.shards[0].ranks} ranks"
+    yield table(
+        ["", "most fetched", "sent", "all-gather", "ring", "load max/mean"],
+        [
+            [
+                s.scheme,
+                f"{max(s.keys):,}",
+                scaled(s.bytes, "B"),
+                scaled(s.all_gather, "B"),
+                scaled(s.ring, "B"),
+                f"{s.balance:.3g}",
+            ]
+            for s in report.shards
+        ],
+    )
+
+
+def _graph(report: Report) -> Iterator[str]:
+    found = report.graph
+    if found is None:
+        return
+    yield f"\ngraph of {'tokens' if found.by == 'token' else f'blocks of {found.block_size}'}"
+    yield line("size", f"{found.nodes:,} nodes, {found.edges:,} edges")
+    degrees = (f"{d.min:,} to {d.max:,}, mean {d.mean:.4g}" for d in (found.in_degree, found.out_degree))
+    for label, said in zip(("keys seen", "seen by"), degrees, strict=True):
+        yield line(label, said)
+    if found.average_shortest_path is not None:
+        yield line("distances", f"{found.average_shortest_path:.4g} in the mean, {found.diameter} at most")
+    if found.joined is not None:
+        yield line("joined", f"{percent(found.joined)} of the pairs")
+    yield line("components", f"{found.components:,}, the largest of {found.largest_component:,}")
+    if found.spectral_gap is not None:
+        yield line("spectral gap", f"{found.spectral_gap:.4g}")
+    known = {"star": found.star, "two hops": found.two_hop}
+    for label, holds in known.items():
+        yield line(label, {True: "yes", False: "no", None: "undecided"}[holds])
+
+
+def flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, with dotted names."""
+    found: dict[str, Any] = {}
+    for key, value in data.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found

@@ -1,0 +1,6 @@
+"""Figures: masks, receptive fields, cost against length."""
+
+from attndsl.pictures.curves import cost as cost
+from attndsl.pictures.masks import mask as mask
+from attndsl.pictures.masks import receptive_field as receptive_field
+from attndsl.pictures.style import render as render

@@ -1,0 +1,162 @@
+"""Reports: every example against the mask written out, and what the commands make of them."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sympy
+from click.testing import CliRunner
+
+import attndsl
+from attndsl.command.cli import main
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+ATTENTIONS = [
+    (path.stem, name)
+    for path in sorted(EXAMPLES.glob("*.attn"))
+    for name in attndsl.load(path).attentions
+    if isinstance(attndsl.load(path)[name], attndsl.Attention)
+]
+LENGTHS = (0, 1, 50, 97)
+
+
+def run(*args: object) -> str:
+    done = CliRunner().invoke(main, [str(arg) for arg in args], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+def random_tables(attention: attndsl.Attention, n: int) -> dict[str, Any]:
+    """Tables in the ranges that the examples expect: small sorted numbers."""
+    rng = np.random.default_rng(n)
+    found = {}
+    for table in attention.inputs:
+        sizes = [*([1] if table.batched else []), *([attention.enough_heads()] if table.headed else [])]
+        sizes += [axis if isinstance(axis, int) else {"n": n, "nq": n}.get(axis, 8) for axis in table.dims]
+        draw = {
+            "int": lambda shape: np.sort(rng.integers(0, 3, shape), axis=-1) if shape else rng.integers(0, 3),
+            "bool": lambda shape: rng.random(shape) < 0.5,
+            "float": lambda shape: rng.normal(size=shape),
+        }
+        found[table.name] = draw[table.dtype](sizes)
+    return found
+
+
+@pytest.mark.parametrize(("file", "name"), ATTENTIONS)
+@pytest.mark.parametrize("n", LENGTHS)
+def test_counts_of_every_example(file: str, name: str, n: int) -> None:
+    attention = attndsl.load(EXAMPLES / f"{file}.attn")[name]
+    assert isinstance(attention, attndsl.Attention)
+    heads = attention.enough_heads()
+    given = random_tables(attention, n)
+    mask = np.broadcast_to(attention.mask(n, heads=heads, **given), (1, heads, n, n))
+    report = attndsl.analyze(attention, length=n, parts=["nnz", "rows"], **given)
+    assert report.nnz is not None
+    assert report.nnz.value == mask.sum()
+    assert report.density == pytest.approx(mask.mean() if n else 0.0)
+    assert report.empty_rows == (~mask.any(axis=-1)).sum()
+    if report.causal:
+        assert not np.triu(mask, 1).any()
+    if report.nnz.formula and report.nnz.valid_for == "every n":
+        assert sympy.sympify(report.nnz.formula).subs("n", n) == mask.sum()
+    bare = attndsl.analyze(attention, length=n, parts=["nnz"]).nnz
+    assert bare is not None
+    if bare.bounds is not None:
+        assert bare.bounds[0] <= mask.sum() <= bare.bounds[1]
+
+
+@pytest.mark.parametrize(("file", "name"), ATTENTIONS)
+def test_every_part_of_every_example(file: str, name: str) -> None:
+    """A part is there, or there is a reason why not, and all is plain data."""
+    attention = attndsl.load(EXAMPLES / f"{file}.attn")[name]
+    assert isinstance(attention, attndsl.Attention)
+    report = attndsl.analyze(attention, length=200, layers=3, **random_tables(attention, 200))
+    assert report.reasons == {}
+    data = json.loads(json.dumps(report.to_dict()))
+    assert data["name"] == attention.name
+    assert len(data["reach"]["per_layer"]) == 3
+    assert {"reference", "sdpa", "torch"} <= set(data["lowerings"])
+    assert data["kv_cache"]["minimum"] <= data["kv_cache"]["full"] == 200
+    assert data["flops"]["forward"] == 256 * data["nnz"]["value"]
+
+
+def test_queries_of_their_own() -> None:
+    attention = attndsl.parse("pattern p = causal")["p"]
+    report = attndsl.analyze(attention, length=100, q_length=10)
+    assert report.nnz is not None
+    assert (report.nnz.value, report.nnz.formula) == (sum(range(91, 101)), None)
+    assert set(report.reasons) == {"reach", "kv_cache", "shards", "graph"}
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"length": -1}, "negative"),
+        ({"length": 2**63}, "lengths end at"),
+        ({"length": 8, "parts": ["cost of"]}, "no part"),
+        ({"length": 8, "layers": 0}, "`layers` is 0"),
+        ({"length": 8, "ranks": 0}, "`ranks` is 0"),
+        ({"length": 8, "doc": [1]}, "no input `doc`"),
+        ({"length": 8, "block_size": 12}, "multiple of 8"),
+        ({"length": 8, "heads": 1, "kv_heads": 0}, "kv_heads"),
+        ({"length": 8, "dtype": "int8"}, "dtype"),
+    ],
+)
+def test_what_does_not_fit_is_refused(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(attndsl.AttnError, match=said):
+        attndsl.analyze(attndsl.parse("pattern p = causal")["p"], **given)
+
+
+def test_no_row_has_a_key() -> None:
+    report = attndsl.analyze(attndsl.parse("pattern p = none")["p"], length=20)
+    assert report.nnz is not None
+    assert (report.nnz.value, report.empty_rows, report.reasons) == (0, 20, {})
+
+
+@pytest.mark.parametrize("file", ["longformer", "streaming_llm", "bigbird", "duo_attention", "packed"])
+def test_text_fits_a_terminal(file: str) -> None:
+    name = ["bigbird"] if file == "bigbird" else []
+    text = run("analyze", EXAMPLES / f"{file}.attn", *name, "--length", 1000, "--layers", 3)
+    assert max(map(len, text.splitlines())) <= 80
+    data = json.loads(run("analyze", EXAMPLES / f"{file}.attn", *name, "--length", 1000, "--json"))
+    if data["nnz"]["value"] is not None:
+        assert f"{data['nnz']['value']:,}" in text
+
+
+def test_a_part_that_takes_too_long_is_left_out() -> None:
+    text = run("analyze", EXAMPLES / "longformer.attn", "--length", 4096, "--time-limit", 0.001)
+    assert "took longer than" in text
+
+
+def test_an_open_parameter() -> None:
+    file = EXAMPLES / "mistral.attn"
+    found = json.loads(run("analyze", file, "--length", 64, "--in", "w", "--only", "parameters", "--json"))
+    assert found["in_parameters"]["w"]["formula"] == "n*w - w*(w - 1)/2"
+
+
+def test_compare_in_each_format() -> None:
+    files = [EXAMPLES / "longformer.attn", EXAMPLES / "mistral.attn"]
+    rows = json.loads(run("compare", *files, "--length", 1024, "--format", "json"))["rows"]
+    assert [row["name"] for row in rows] == ["longformer", "mistral"]
+    assert rows[0]["live pairs"] == 515 * 1024 - 66306
+    read = list(csv.DictReader(run("compare", *files, "--length", 1024, "--format", "csv").splitlines()))
+    assert [int(row["live pairs"]) for row in read] == [row["live pairs"] for row in rows]
+    markdown = run("compare", *files, "--length", 1024, "--format", "markdown").splitlines()
+    assert markdown[0].split("|")[2].strip() == "longformer"
+    assert set(markdown[1]) <= set("|-: ")
+    text = run("compare", *files, "--length", 1024)
+    assert f"{rows[0]['live pairs']:,}" in text
+
+
+def test_compare_sweeps() -> None:
+    file = EXAMPLES / "mistral.attn"
+    rows = json.loads(run("compare", file, "--sweep", "n=64,128", "--format", "json"))["rows"]
+    assert [row["length"] for row in rows] == [64, 128]
+    rows = json.loads(run("compare", file, "--length", 64, "--sweep", "w=4,8", "--format", "json"))["rows"]
+    assert [row["live pairs"] for row in rows] == [4 * 64 - 6, 8 * 64 - 28]
+    assert [row["name"] for row in rows] == ["mistral(w = 4)", "mistral(w = 8)"]
