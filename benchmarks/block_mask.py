@@ -9,6 +9,7 @@ checked, counts where nothing is compiled.
 
 from __future__ import annotations
 
+import functools
 import statistics
 import sys
 import time
@@ -23,6 +24,16 @@ import attndsl
 EAGER, COMPILED, RUNS = 16_384, 65_536, 2
 REQUIRED = {EAGER: 1000, COMPILED: 100}
 MaskMod = Callable[[Any, Any, Any, Any], Any]
+
+LENGTH = [0]
+"""The length of the run, for the mask_mods that need it."""
+BLOCKS = "radius(1) | global([0, n - 1]) | random(3, of = ~(radius(1) | global([0, n - 1])))"
+
+
+@functools.cache
+def blocks(count: int) -> torch.Tensor:
+    return torch.from_numpy(attndsl.parse(f"pattern p = {BLOCKS}")["p"].mask(count)[0])
+
 
 PATTERNS: dict[str, tuple[str, MaskMod]] = {
     "window": ("radius(256)", lambda b, h, q, k: (q - k).abs() <= 256),
@@ -56,9 +67,8 @@ PATTERNS: dict[str, tuple[str, MaskMod]] = {
         "fixed(128, 32)",
         lambda b, h, q, k: (k <= q) & ((q // 128 == k // 128) | (k % 128 >= 96)),
     ),
+    "big bird": (f"blocks(64, {BLOCKS})", lambda b, h, q, k: blocks(LENGTH[0] // 64)[q // 64, k // 64]),
 }
-LENGTH = [0]
-"""The length of the run, for the one mask_mod that needs it."""
 
 
 def seconds(work: Callable[[], Any]) -> tuple[float, Any]:

@@ -412,19 +412,26 @@ class BlockSparse:
         grad_lse: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
         wide = torch.promote_types(call.q.dtype, torch.float32)
-        totals = [torch.zeros(x.shape, dtype=wide, device=x.device) for x in (call.q, call.k, call.v)]
+        starts = (torch.empty, torch.zeros, torch.zeros)
+        totals = [
+            start(x.shape, dtype=wide, device=x.device)
+            for start, x in zip(starts, (call.q, call.k, call.v), strict=True)
+        ]
         tables = {name: torch.zeros_like(call.tables[name]) for name in wanted}
-        delta = (grad_out.to(wide) * out).sum(-1)
-        if grad_lse is not None:
-            delta = delta - grad_lse.masked_fill(lse == -torch.inf, 0.0)
+        shift = None if grad_lse is None else grad_lse.masked_fill(lse == -torch.inf, 0.0)
         over = lse.masked_fill(lse == -torch.inf, torch.inf)
         for lane in _lanes_of(self.attention, call):
             work = self.work(call, lane, recorded=bool(tables) or grad_lse is not None)
-            rows = Rows(*(lane.queries(x) for x in (grad_out.to(wide), out.to(wide), over, delta)))
+            rows = Rows(
+                *(lane.queries(x) for x in (grad_out.to(wide), out.to(wide), over)),
+                None if shift is None else lane.queries(shift),
+            )
             dq, dk, dv = lane.queries(totals[0]), lane.keys(totals[1]), lane.keys(totals[2])
-            for chunk, addend in work.chunks(self.chunks, gradient=True).chunks:
+            chunks = work.chunks(self.chunks, gradient=True)
+            dq[:, chunks.empty] = 0.0
+            for chunk, addend in chunks.chunks:
                 gq, gk, gv = work.part_gradient(chunk, addend, rows, tables)
-                chunk.add_queries(dq, gq)
+                (chunk.put_queries if chunk.fresh else chunk.add_queries)(dq, gq)
                 for total, g in ((dk, gk), (dv, gv)):
                     chunk.add_keys(total, g.sum(0, keepdim=True) if len(total) < len(g) else g)
             work.sink_gradient(rows, tables)
@@ -438,12 +445,18 @@ class BlockSparse:
 @dataclass(frozen=True, eq=False)
 class Rows:
     """Of every query row of a lane, in at least float32: [X, nq, Dv] gradient and output, [X, nq]
-    log-sum-exp, inf for an empty row, and delta = sum(grad_out * out) - grad_lse."""
+    log-sum-exp, inf for an empty row, and the gradient of the log-sum-exp if there is one."""
 
     grad_out: Tensor
     out: Tensor
     lse: Tensor
-    delta: Tensor
+    grad_lse: Tensor | None
+
+    @cached_property
+    def delta(self) -> Tensor:
+        """sum(grad_out * out) - grad_lse [X, nq]: torch's fused kernel finds its own."""
+        delta = (self.grad_out * self.out).sum(-1)
+        return delta if self.grad_lse is None else delta - self.grad_lse
 
 
 @dataclass(frozen=True)
