@@ -40,7 +40,7 @@ def test_up_to_a_token_per_column_the_picture_is_the_mask(text, length, q_length
 
 
 def shade(share):
-    return " " if share == 0 else "░" if share < 0.1 else "▒" if share < 0.5 else "▓" if share < 1 else "█"
+    return " " if share == 0 else "·" if share < 0.01 else "░" if share < 0.1 else "▒" if share < 0.5 else "▓" if share < 1 else "█"
 
 
 @pytest.mark.parametrize("block_size", [16, 24, 128])
@@ -64,8 +64,8 @@ def test_a_narrow_window_is_visible_at_a_million_tokens():
     lines = body(show.picture(mask))
     assert time.perf_counter() - start < 1
     assert len(lines) == 32
-    assert all(line.strip() == "░" * len(line.strip()) for line in lines)
-    assert all(line[2 * i : 2 * i + 2] == "░░" for i, line in enumerate(lines))
+    assert all(line.strip() == "·" * len(line.strip()) for line in lines)
+    assert all(line[2 * i : 2 * i + 2] == "··" for i, line in enumerate(lines))
 
 
 def test_each_distinct_mask_stands_under_its_heads():

@@ -164,7 +164,7 @@ def _at_length(
     blank = _blank(n, target, len(order))
     if any(t.batched and np.shape(inputs[t.name])[:1] > (1,) for a in kinds for t in _read(a)):
         return replace(blank, undecided="each batch row has a field of its own: give the tables of one")
-    steps = [_step(a, n, heads, inputs) for a in kinds]
+    steps = [step_of(a, n, heads, inputs) for a in kinds]
     tried: list[list[Seen]] = [[]]
     try:
         return computed(n, steps, lambda form: _measured(form, order, n, target, tried))
@@ -201,7 +201,7 @@ def _read(attention: Attention) -> tuple[Table, ...]:
     return tuple(table for table in attention.inputs if table in read)
 
 
-def _step(attention: Attention, n: int, heads: int, inputs: Mapping[str, ArrayLike]) -> Step:
+def step_of(attention: Attention, n: int, heads: int, inputs: Mapping[str, ArrayLike]) -> Step:
     """What one layer joins: the union over heads, whose tables get names of their own, and radius(0)."""
     own = replace(attention, inputs=_read(attention))
     sizes = lowering.sizes(own, n, n, heads)
@@ -349,7 +349,7 @@ def paths(
     n, layers = lowering.checked_length("length", length), lowering.checked_length("layers", layers)
     if n > PATHS_LENGTH:
         raise fail(f"paths are counted up to n = {PATHS_LENGTH}, not {n}")
-    mask, tables = _step(attention, n, lowering.checked_length("heads", heads), inputs)
+    mask, tables = step_of(attention, n, lowering.checked_length("heads", heads), inputs)
     grid = tile(mask, n, n, TILE, n=n, tables=tables).to_dense()
     with np.errstate(over="ignore", invalid="ignore"):
         most = np.linalg.matrix_power(grid.astype(np.float64), layers).max(initial=0)

@@ -18,7 +18,7 @@ from attndsl.tiles.blockmask import BlockMask
 
 PANELS = 4
 HALVES = np.array([" ", "▄", "▀", "█"])
-SHADES = np.array([" ", "░", "▒", "▓", "█"])
+SHADES = np.array([" ", "·", "░", "▒", "▓", "█"])
 LEGEND = "  ".join(f"{shade} {level}" for shade, level in zip(SHADES[1:], cells.LEVELS, strict=True))
 
 
@@ -71,7 +71,7 @@ def span(one: str, many: str, first: int, count: int) -> str:
 
 def coloured(text: str) -> str:
     """Full characters in cyan, partial ones in magenta."""
-    return re.sub("[░▒▓]+", "\x1b[35m\\g<0>\x1b[0m", re.sub("[█▀▄]+", "\x1b[36m\\g<0>\x1b[0m", text))
+    return re.sub("[·░▒▓]+", "\x1b[35m\\g<0>\x1b[0m", re.sub("[█▀▄]+", "\x1b[36m\\g<0>\x1b[0m", text))
 
 
 def cell(block_mask: BlockMask, room: int) -> tuple[int, int]:

@@ -43,7 +43,7 @@ def shown(subject: Subject, report: Report) -> list[Mask]:
 
 
 def cost(subject: Subject, report: Report) -> Figure:
-    """Predicted seconds of each backend against n, up to the length in question.
+    """Predicted seconds of each backend against n, up to the length in question, or further if it is short.
 
     Raises AttnError where queries are not the keys' positions, or tables tie the attention to one length.
     """
@@ -53,7 +53,8 @@ def cost(subject: Subject, report: Report) -> Figure:
     whole = subject.one_sequence
     if subject.attention.inputs:
         raise fail("its tables have one length")
-    lengths = [n for n in (whole.length >> i for i in reversed(range(LENGTHS))) if n >= SHORTEST]
+    last = max(whole.length, SHORTEST << LENGTHS - 1)
+    lengths = [last >> i for i in reversed(range(LENGTHS))]
     machine = costs.this_machine()
     curves: dict[str, tuple[list[int], list[float]]] = {}
     least = []
@@ -81,7 +82,7 @@ def reach(subject: Subject, report: Report) -> Figure:
     relations are beyond all limits.
     """
     from attndsl import pictures
-    from attndsl.analysis.field import _step
+    from attndsl.analysis.field import step_of
     from attndsl.relations.powers import Form, computed
 
     n = subject.one_sequence.length
@@ -102,7 +103,7 @@ def reach(subject: Subject, report: Report) -> Figure:
                 found[layer] = tiled(rows, subject.problem.block_size)
         return found
 
-    grids = computed(n, [_step(subject.attention, n, subject.problem.heads, subject.inputs)], after)
+    grids = computed(n, [step_of(subject.attention, n, subject.problem.heads, subject.inputs)], after)
     return drawn(
         lambda dark: pictures.receptive_field(grids, dark=dark),
         f"Which keys each query sees after {', '.join(map(str, layers))} layers",

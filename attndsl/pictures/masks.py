@@ -23,7 +23,7 @@ EXACT = 256
 PANELS = 4
 LEGIBLE = 7.0
 """Least points between the lines of the tile grid."""
-FULL, PARTIAL = 4, 2
+FULL, PARTIAL = cells.FULL, 3
 """Levels of tokens, by what their tile is."""
 
 
@@ -183,7 +183,7 @@ def _draw(
     image = level_image(grid, scale)
     rows, columns = image.shape
     axes.imshow(
-        image, cmap=ListedColormap(colours.levels), vmin=0, vmax=4, interpolation="none", aspect="auto",
+        image, cmap=ListedColormap(colours.levels), vmin=0, vmax=FULL, interpolation="none", aspect="auto",
         extent=(0, columns * scale.keys, first + rows * scale.queries, first),
     )  # fmt: skip
     axes.set_xlim(0, grid.n)

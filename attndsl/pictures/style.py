@@ -38,7 +38,7 @@ class Theme:
     ink: str
     faint: str
     grid: str
-    levels: tuple[str, str, str, str, str]
+    levels: tuple[str, str, str, str, str, str]
     series: tuple[str, ...]
 
 
@@ -47,7 +47,7 @@ LIGHT = Theme(
     ink="#1b1f24",
     faint="#57606a",
     grid="#8c959f",
-    levels=("#eceff2", "#fdc777", "#f5962a", "#c8650b", "#123a6b"),
+    levels=("#eceff2", "#f9d28f", "#f9b25c", "#ec8a22", "#c8650b", "#123a6b"),
     series=("#0072b2", "#d55e00", "#009e73", "#b4548f", "#8a6d00", "#56a0d3"),
 )
 DARK = Theme(
@@ -55,7 +55,7 @@ DARK = Theme(
     ink="#e6edf3",
     faint="#9aa5b1",
     grid="#6e7781",
-    levels=("#1f262f", "#a85a10", "#d07a1e", "#f7b058", "#d6ebff"),
+    levels=("#1f262f", "#70400f", "#a85a10", "#d07a1e", "#f7b058", "#d6ebff"),
     series=("#58b0f0", "#ff9a4d", "#3ecf9e", "#e59ac6", "#e3c44f", "#a9d4f5"),
 )
 

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from attndsl.tiles.blockmask import BlockMask, TileGrid
 
-LEVELS = ("under 10 %", "under 50 %", "not all", "all live")
-"""What the levels 1 to 4 of a cell mean; any live pair lifts it to the first."""
+LEVELS = ("under 1 %", "under 10 %", "under 50 %", "not all", "all live")
+"""What the levels 1 to 5 of a cell mean; any live pair lifts it to the first."""
+FULL = len(LEVELS)
 
 
 def distinct(block_mask: BlockMask) -> list[tuple[NDArray[np.int64], TileGrid]]:
@@ -56,8 +57,8 @@ def shares(grid: TileGrid, queries: int, keys: int) -> NDArray[np.float64]:
 
 
 def levels(share: NDArray[np.float64]) -> NDArray[np.int8]:
-    """0 for an empty cell, 1 to 4 as in LEVELS."""
-    return (share > 0).astype(np.int8) + (share >= 0.1) + (share >= 0.5) + (share >= 1)
+    """0 for an empty cell, 1 to 5 as in LEVELS."""
+    return (share > 0).astype(np.int8) + (share >= 0.01) + (share >= 0.1) + (share >= 0.5) + (share >= 1)
 
 
 def sums(grid: TileGrid, queries: int, keys: int) -> NDArray[np.int64]:
