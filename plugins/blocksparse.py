@@ -412,18 +412,17 @@ class BlockSparse:
         grad_lse: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
         wide = torch.promote_types(call.q.dtype, torch.float32)
-        starts = (torch.empty, torch.zeros, torch.zeros)
-        totals = [
-            start(x.shape, dtype=wide, device=x.device)
-            for start, x in zip(starts, (call.q, call.k, call.v), strict=True)
-        ]
+        totals = [torch.empty(call.q.shape, dtype=wide, device=call.q.device)]
+        totals += [torch.zeros(x.shape, dtype=wide, device=x.device) for x in (call.k, call.v)]
         tables = {name: torch.zeros_like(call.tables[name]) for name in wanted}
         shift = None if grad_lse is None else grad_lse.masked_fill(lse == -torch.inf, 0.0)
         over = lse.masked_fill(lse == -torch.inf, torch.inf)
         for lane in _lanes_of(self.attention, call):
             work = self.work(call, lane, recorded=bool(tables) or grad_lse is not None)
             rows = Rows(
-                *(lane.queries(x) for x in (grad_out.to(wide), out.to(wide), over)),
+                lane.queries(grad_out.to(wide)),
+                lane.queries(out.to(wide)),
+                lane.queries(over),
                 None if shift is None else lane.queries(shift),
             )
             dq, dk, dv = lane.queries(totals[0]), lane.keys(totals[1]), lane.keys(totals[2])

@@ -40,7 +40,8 @@ def test_up_to_a_token_per_column_the_picture_is_the_mask(text, length, q_length
 
 
 def shade(share):
-    return " " if share == 0 else "·" if share < 0.01 else "░" if share < 0.1 else "▒" if share < 0.5 else "▓" if share < 1 else "█"
+    below = {"·": 0.01, "░": 0.1, "▒": 0.5, "▓": 1}
+    return " " if share == 0 else next((shade for shade, end in below.items() if share < end), "█")
 
 
 @pytest.mark.parametrize("block_size", [16, 24, 128])

@@ -43,7 +43,7 @@ from attndsl.expr import (
 from attndsl.meaning.pointwise import evaluate
 from attndsl.relations.relation import around, is_affine, quota, to_set, whole
 from attndsl.tiles.lowering import quantifier_free
-from attndsl.tiles.tiling import replaced, tile
+from attndsl.tiles.tiling import live_pairs, replaced, tile
 
 if TYPE_CHECKING:
     import sympy
@@ -212,7 +212,7 @@ def _fitted(mask: Expr, start: int, period: int) -> ClosedForm | None:
         return tightened(first, period, counted.__getitem__, first)
     if 3 * period > TRIED:
         return None
-    return tightened(first, period, lambda n: _count(mask, n), DESCENT)
+    return tightened(first, period, lambda n: count_at(mask, n), DESCENT)
 
 
 def tightened(first: int, period: int, count: Callable[[int], int], tries: int) -> ClosedForm:
@@ -271,8 +271,9 @@ def counts_below(mask: Expr, length: int) -> Counts:
     return np.concatenate([[0], np.cumsum(row + column)])
 
 
-def _count(mask: Expr, n: int) -> int:
-    return tile(substitute(mask, {"n": const(n)}), n, n, 128, n=n).nnz
+def count_at(mask: Expr, n: int) -> int:
+    """The live pairs at length n."""
+    return live_pairs(substitute(mask, {"n": const(n)}), n)
 
 
 @dataclass(frozen=True)
@@ -473,7 +474,7 @@ def _in_both(mask: Expr, name: str, times: int) -> Polynomial | None:
         return max([0, *(math.floor(a * r + b) + 1 for a, b in ends)])
 
     def count(n: int, r: int) -> int:
-        return times * _count(substitute(mask, {name: const(r)}), n)
+        return times * count_at(substitute(mask, {name: const(r)}), n)
 
     n, r = sympy.symbols(f"n {name}")
     powers = [n**i * r**j for i in range(3) for j in range(3 - i)]
@@ -522,11 +523,11 @@ def expected(mask: Expr, n: int) -> float | None:
         tile(all_of(a, negate(b), eligible), n, n, 128, n=n).row_counts()
         for a, b in ((drawn, left), (left, drawn))
     )
-    return tile(left, n, n, 128, n=n).nnz + float(chance @ (more - fewer))
+    return live_pairs(left, n) + float(chance @ (more - fewer))
 
 
 def bracket(mask: Expr, n: int) -> tuple[int, int]:
     """The least and the greatest number of live pairs at length n that any tables could give, from what is
     known of every table: bounds, which tables need not reach."""
     under, over = (substitute(e, {"n": const(n)}) for e in around(mask))
-    return tile(under, n, n, 128, n=n).nnz, tile(over, n, n, 128, n=n).nnz
+    return live_pairs(under, n), live_pairs(over, n)

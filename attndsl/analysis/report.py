@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,14 +15,14 @@ from attndsl.analysis import counting
 from attndsl.attention import Attention
 from attndsl.backend import Problem, check_problem
 from attndsl.errors import AttnError, fail
-from attndsl.expr import ZERO, Expr, const, exists, le, nodes, substitute, var
+from attndsl.expr import FALSE, ZERO, Expr, const, exists, le, nodes, substitute, var
 from attndsl.meaning.pointwise import evaluate
 from attndsl.relations import proofs
 from attndsl.relations.relation import is_affine
 from attndsl.tiles import lowering
 from attndsl.tiles.blockmask import BlockMask
 from attndsl.tiles.lowering import quantifier_free
-from attndsl.tiles.tiling import tile
+from attndsl.tiles.tiling import replaced
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -196,7 +197,12 @@ def counted(subject: Subject) -> dict[str, Any]:
         return {"nnz": Count(None, bounds=(low, high))}
     form = closed_form(subject.masks) if subject.square else None
     holds = form is not None and subject.problem.length >= form.start
-    value = form(subject.problem.length) if form and holds else subject.block_mask.nnz * subject.times
+    if form and holds:
+        value = form(subject.problem.length)
+    elif subject.square and not any(mask.tables for mask in subject.masks):
+        value = sum(t * counting.count_at(mask, subject.problem.length) for mask, t in subject.masks.items())
+    else:
+        value = subject.block_mask.nnz * subject.times
     count = Count(value)
     if form is not None:
         count = replace(count, formula=form.formula, valid_for=form.valid_for)
@@ -249,26 +255,31 @@ GROWTHS: dict[str, Callable[[float], float]] = {
     "O(n*sqrt(n))": lambda n: n * math.sqrt(n),
     "O(n^2)": lambda n: n * n,
 }
-SAMPLED = (2**12, 2**16)
+SAMPLED = (2**12, 2**16, 2**20)
 
 
 def _growth(subject: Subject) -> str | None:
-    """The class that the counts at two lengths fit best, for masks whose sizes follow n; None with tables."""
-    if not subject.square or any(mask.tables for mask in subject.masks):
+    """Where sizes follow n, `isqrt(n)` say, or keys are drawn: the class of the counts at some lengths, if it
+    is the same from each to the next; None for other masks."""
+    at = {"n": const(SAMPLED[0])}
+    if not subject.square or not all(is_affine(substitute(undrawn(mask), at)) for mask in subject.masks):
         return None
-    few, many = (
-        sum(
-            t * tile(substitute(mask, {"n": const(n)}), n, n, 128, n=n).nnz
-            for mask, t in subject.masks.items()
-        )
-        for n in SAMPLED
-    )
-    if not few or not many:
+    counts = [sum(t * counting.count_at(mask, n) for mask, t in subject.masks.items()) for n in SAMPLED]
+    if not all(counts):
         return None
-    grown = math.log(many / few)
-    return min(
-        GROWTHS, key=lambda name: abs(math.log(GROWTHS[name](SAMPLED[1]) / GROWTHS[name](SAMPLED[0])) - grown)
-    )
+    steps = pairwise(zip(SAMPLED, counts, strict=True))
+    classes = {_class(math.log(b / a), m, n) for (m, a), (n, b) in steps}
+    return classes.pop() if len(classes) == 1 else None
+
+
+def _class(grown: float, m: int, n: int) -> str:
+    """The class whose logarithm grows from m to n nearest to this."""
+    return min(GROWTHS, key=lambda name: abs(math.log(GROWTHS[name](n) / GROWTHS[name](m)) - grown))
+
+
+def undrawn(mask: Expr) -> Expr:
+    """The mask with no key drawn."""
+    return replaced(mask, {node: FALSE for node in nodes(mask) if node.op == "random"})
 
 
 def causality(subject: Subject) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from attndsl.analysis.report import Report
-from attndsl.command.text import percent, scaled, seconds
+from attndsl.analysis.units import percent, scaled, seconds
 from attndsl.errors import fail
 
 PARTS = ["nnz", "cost", "reach", "kv_cache"]

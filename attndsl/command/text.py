@@ -2,41 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 from attndsl.analysis.report import Report
+from attndsl.analysis.units import percent, scaled, seconds
 
 WIDTH = 80
 LABEL = 14
-PREFIXES = ["", "k", "M", "G", "T", "P", "E"]
-
-
-def scaled(value: float | None, unit: str = "") -> str:
-    """1234567 -> 1.23 M: three digits and a prefix."""
-    if value is None:
-        return "-"
-    step = 0 if abs(value) < 1000 else min(int(math.log10(abs(value)) // 3), len(PREFIXES) - 1)
-    said = f"{value / 1000**step:.3g}"
-    if said in ("1e+03", "1000") and step < len(PREFIXES) - 1:
-        step, said = step + 1, "1"
-    return f"{said} {PREFIXES[step]}{unit}".strip()
-
-
-def seconds(value: float | None) -> str:
-    """0.00123 -> 1.23 ms."""
-    if value is None:
-        return "-"
-    for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6), ("ns", 1e-9)):
-        if value >= size or unit == "ns":
-            return f"{value / size:.3g} {unit}"
-    raise AssertionError(value)
-
-
-def percent(share: float) -> str:
-    return f"{100 * share:.3g} %"
 
 
 def line(label: str, said: object) -> str:
@@ -59,6 +32,10 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
         colalign=["left", *["right"] * (len(headers) - 1)],
     )
     return textwrap.indent(text, "  ")
+
+
+def predicted(value: float | None) -> str:
+    return "-" if value is None else seconds(value)
 
 
 def report_text(report: Report) -> str:
@@ -98,7 +75,7 @@ def _counts(report: Report) -> Iterator[str]:
             ends = " and ".join(count.around)
             yield line("formula", f"between {ends}, for {count.valid_for}; by residue in --json")
         if count.expected is not None:
-            yield line("over seeds", f"{count.expected:,.6g} live pairs in the mean")
+            yield line("over seeds", f"{count.expected:,.1f} live pairs in the mean")
     for name, form in (report.in_parameters or {}).items():
         yield line(f"in {name}", f"{form.formula}, for {form.valid_for}")
     if report.complexity is not None:
@@ -118,7 +95,7 @@ def _costs(report: Report) -> Iterator[str]:
         flops, moved = (
             [scaled(x.forward), scaled(x.backward)] if x else ["-", "-"] for x in (work.flops, work.bytes)
         )
-        rows.append([name, *flops, moved[0], seconds(work.seconds_estimate)])
+        rows.append([name, *flops, moved[0], predicted(work.seconds_estimate)])
     ideal = [scaled(report.flops.forward), scaled(report.flops.backward), scaled(report.bytes.forward), ""]
     yield "\ncost"
     yield table(
@@ -259,11 +236,3 @@ def _graph(report: Report) -> Iterator[str]:
     known = {"star": found.star, "two hops": found.two_hop}
     for label, holds in known.items():
         yield line(label, {True: "yes", False: "no", None: "undecided"}[holds])
-
-
-def flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one, with dotted names."""
-    found: dict[str, Any] = {}
-    for key, value in data.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from attndsl.analysis import units
 from attndsl.html.masks import Mask
 from attndsl.html.typeset import mathml
 from attndsl.pictures.style import DARK, LIGHT
@@ -200,35 +201,13 @@ def relation(text: str) -> str:
     return text.replace(">=", "≥").replace("<=", "≤").replace("!=", "≠").replace("==", "=")
 
 
-def count(value: float) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
-
-
-def percent(value: float) -> str:
-    return f"{100 * value:.3g} %"
-
-
-def scaled(unit: str, prefixes: Sequence[str]) -> Callable[[float], str]:
-    def write(value: float) -> str:
-        steps = range(len(prefixes) - 1)
-        step = next((i for i in steps if abs(value) < 999.5 * 1000**i), len(prefixes) - 1)
-        number = value / 1000**step
-        said = f"{number:,.0f}" if number >= 1000 else f"{number:.4g}"
-        return f"{said} {prefixes[step]}{unit}"
-
-    return write
-
-
-def seconds(value: float) -> str:
-    return scaled("s", ["n", "µ", "m", ""])(value * 1e9)
-
-
 UNITS: dict[str, Callable[[Any], str]] = {
-    "count": count,
-    "percent": percent,
-    "flops": scaled("FLOP", ["", "k", "M", "G", "T", "P", "E"]),
-    "bytes": scaled("B", ["", "k", "M", "G", "T", "P", "E"]),
-    "seconds": seconds,
+    "count": units.count,
+    "mean": lambda value: f"{value:,.1f}",
+    "percent": units.percent,
+    "flops": lambda value: units.scaled(value, "FLOP"),
+    "bytes": lambda value: units.scaled(value, "B"),
+    "seconds": units.seconds,
     "truth": lambda value: "yes" if value else "no",
     "times": lambda value: f"{value:.3g} ×",
     "ratio": lambda value: f"{value:.3g}",

@@ -128,15 +128,36 @@ def searches(mask: Expr) -> int:
 
 def tiles_of(source: Source, extent: int, block_size: int) -> tuple[Array, Array, Array]:
     """Partial tiles, runs of full tiles, and contents, by one descent from the whole matrix."""
+    levels, masks, width = tree_of(source, extent, block_size)
+    limit(entries(levels, len(masks)), ENTRY_LIMIT, "tiles and runs of tiles")
+    return *expand(levels, width), masks
+
+
+def tree_of(source: Source, extent: int, block_size: int) -> tuple[list[Array], Array, int]:
+    """The distinct contents of each size, the first level being the one of the whole matrix, those of the
+    tiles, and how many tiles wide the boxes of the first level are."""
     width = 1
     while width * block_size * FIRST_FANOUT < extent:
         width *= FANOUT
     size = width * block_size
     q, k = np.array(source.frame.q[:1]), np.array(source.frame.k[:1])
     root, levels, masks = descend(source, *divided(q, k, -(-extent // size), size), size, block_size)
-    levels = [root, *levels]
-    limit(entries(levels, len(masks)), ENTRY_LIMIT, "tiles and runs of tiles")
-    return *expand(levels, width), masks
+    return [root, *levels], masks, width
+
+
+def live_pairs(mask: Expr, n: int, block_size: int = 128) -> int:
+    """The live pairs of a closed mask without tables, of n queries and n keys.
+
+    Different boxes are counted, tiles are not written out, unless keys are drawn or products searched.
+    """
+    if n == 0 or any(node.op in ("random", "intable", "exists") for node in nodes(mask)):
+        return tile(mask, n, n, block_size, n=n).nnz
+    levels, masks, _ = tree_of(Source(mask, Frame((0, n), (0, n)), {}), n, block_size)
+    count, area = np.bitwise_count(masks).sum(axis=(1, 2), dtype=np.int64), block_size**2
+    for children in reversed(levels):
+        count = np.concatenate([[0, area], count])[children].sum(axis=(1, 2))
+        area *= FANOUT**2
+    return int(count[0])
 
 
 def replaced(mask: Expr, done: dict[Expr, Expr]) -> Expr:
