@@ -5,7 +5,7 @@
     python -m benchmarks.cost judge FILE [--fitted] [--worst N]  the plugins' constants on the others
 
 Every example (its first attention or pattern, tables drawn at random, 8 heads of 64 or as many as it
-needs, float32) at 1k, 2k, ... 64k tokens with every backend that has counts, where the prediction is at
+needs, float32) at 64, 256, 1k, 2k, 4k, ... 64k tokens with every backend that has counts, where the prediction is at
 most `LIMIT` seconds and the memory fits. A timing is the median of three calls after one to warm up, or one
 call where that takes over half a second; with `--threads 1` seconds are those of the thread, which other
 processes hardly disturb. What is measured already in FILE is not measured again. `fit`
@@ -38,7 +38,7 @@ from attndsl.tiles.blockmask import BlockMask
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.attn"))
 TRAINING = {path.stem for path in EXAMPLES[::2]}
-LENGTHS = tuple(2**i for i in range(10, 17))
+LENGTHS = (2**6, 2**8, *(2**i for i in range(10, 17)))
 LIMIT, JUDGED, LONG = 7.0, 5.0, 0.5
 """Seconds: of a prediction that is still measured and that is judged, of a call that is not repeated."""
 MEMORY = 12 * 2**30

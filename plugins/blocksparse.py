@@ -53,21 +53,17 @@ KEPT = 2**20
 LANES = 16
 """Heads that run together."""
 SECONDS = {
-    "runs": 2e-4,
-    "lanes": 5e-5,
-    "calls": 1.1e-4,
-    "nodes": 2e-5,
-    "tokens": 3e-9,
-    "products": 2.9e-11,
-    "narrow": 1e-12,
-    "steps": 7e-8,
-    "masked": 5e-11,
-    "addends": 2.5e-9,
-    "formed": 5e-10,
-    "numbers": 8e-10,
-    "nanoseconds": 1e-10,
-    "copied": 5e-10,
-    "merged": 2.2e-9,
+    "runs": 0.000726,
+    "lanes": 0.000254,
+    "nodes": 4.46e-05,
+    "tokens": 2.03e-09,
+    "products": 3.2e-11,
+    "narrow": 1.08e-11,
+    "steps": 1.03e-06,
+    "addends": 3.4e-10,
+    "numbers": 1.7e-09,
+    "copied": 7.2e-10,
+    "merged": 3.49e-09,
 }
 """Of two cores with AVX-512, by `python -m benchmarks.cost fit`."""
 TRAINING = 4.0

@@ -501,13 +501,16 @@ def _by_length(polynomial: sympy.Expr, r: sympy.Symbol) -> sympy.Expr:
 
 
 def expected(mask: Expr, n: int) -> float | None:
-    """The mean over seeds of the live pairs at length n of a closed mask with one draw; None for another.
+    """The mean over seeds of the live pairs at length n of a closed mask with at most one draw; None for
+    another.
 
     A row draws min(r, c) of its c eligible keys, each with the same probability.
     """
     draws = [e for e in nodes(mask) if e.op == "random"]
-    if len(draws) != 1 or mask.tables:
+    if len(draws) > 1 or mask.tables:
         return None
+    if not draws:
+        return float(live_pairs(mask, n))
     q, k, size, _, of = draws[0].args
     r, row, col = cast("tuple[int, str, str]", draws[0].value)
     length = number(size)
