@@ -18,7 +18,7 @@ from attndsl.expr import Expr, all_of, eq, le, var
 from attndsl.relations import proofs, reach, relation
 from attndsl.relations.relation import Abstraction, Translation, domain
 
-PAIRS = 1500
+PAIRS = 900
 PARTS = 6
 
 

@@ -8,6 +8,7 @@ so a narrow window stays visible at any length. Nothing of size n x n is made un
 from __future__ import annotations
 
 import re
+import textwrap
 from itertools import zip_longest
 
 import numpy as np
@@ -19,7 +20,7 @@ from attndsl.tiles.blockmask import BlockMask
 PANELS = 4
 HALVES = np.array([" ", "▄", "▀", "█"])
 SHADES = np.array([" ", "·", "░", "▒", "▓", "█"])
-LEGEND = "  ".join(f"{shade} {level}" for shade, level in zip(SHADES[1:], cells.LEVELS, strict=True))
+LEGEND = ", ".join(f"{shade} {level}" for shade, level in zip(SHADES[1:], cells.LEVELS, strict=True))
 
 
 def picture(block_mask: BlockMask, width: int = 80, first: int = 0) -> str:
@@ -55,7 +56,7 @@ def picture(block_mask: BlockMask, width: int = 80, first: int = 0) -> str:
         lines.append("one character = 1 key x 2 queries")
     else:
         size = f"{counted(keys, 'key')} x {counted(queries, 'query', 'queries')}"
-        lines += [f"one character = {size}", LEGEND]
+        lines += [f"one character = {size}", *textwrap.wrap(LEGEND, width)]
     return "\n".join(lines)
 
 

@@ -202,7 +202,7 @@ def _shards(report: Report) -> Iterator[str]:
         return
     yield f"\n{report.shards[0].ranks} ranks"
     yield table(
-        ["", "most fetched", "sent", "all-gather", "ring", "load max/mean"],
+        ["", "fetched", "sent", "all-gather", "ring", "load max/mean"],
         [
             [
                 s.scheme,
