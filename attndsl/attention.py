@@ -81,6 +81,7 @@ class Attention:
     offset:   position of query row 0 over n and nq; None means n - nq, which must not be negative.
     least_heads: how many heads there are at least: one more than the last that a range or list names.
     rebind:   gives the attention with other parameters: what `attention(w=256)` calls.
+    parameters: the names that it takes.
     """
 
     name: str
@@ -90,6 +91,7 @@ class Attention:
     offset: Expr | None = None
     least_heads: int = 1
     rebind: Callable[..., Attention] | None = field(default=None, compare=False, repr=False)
+    parameters: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
     @staticmethod
     def of_pattern(

@@ -251,7 +251,8 @@ class Program:
         self.elaborator.steps = 0
         values = {name: self.argument(name, value) for name, value in given.items()}
         value = self.elaborator.instance(item, values, Env({}), item.name_span)
-        return _as_attention(item.name, value, lambda *a, **kw: self.bind(item, a, {**given, **kw}))
+        found = _as_attention(item.name, value, lambda *a, **kw: self.bind(item, a, {**given, **kw}))
+        return replace(found, parameters=tuple(names))
 
     def argument(self, name: str, value: Any) -> Value:
         """A Python number, a list or range of integers, a text of the language, or a number left open."""

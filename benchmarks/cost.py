@@ -6,8 +6,8 @@
 
 Every example (its first attention or pattern, tables drawn at random, 8 heads of 64 or as many as it
 needs, float32) at 64, 256, and 1k to 64k tokens with every backend that has counts, where the prediction is
-at most `LIMIT` seconds and the memory fits. A timing is the median of three calls after one to warm up, or one
-call where that takes over half a second; with `--threads 1` seconds are those of the thread, which other
+at most `LIMIT` seconds and the memory fits. A timing is the median of three calls after one to warm up, or
+one call where that takes over half a second; with `--threads 1` seconds are those of the thread, which other
 processes hardly disturb. What is measured already in FILE is not measured again. `fit`
 and `judge` count anew, so a changed cost model needs no new timings.
 """

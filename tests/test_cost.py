@@ -66,7 +66,8 @@ def test_ideal_flops_and_bytes_are_those_of_the_live_pairs(
     read = 3 * int(last.reshape(kv_heads, 4 // kv_heads, n).any(1).sum())
     found = cost.ideal(blocks_of(attention, p), p)
     assert found.flops == cost.Steps(2 * (16 + 16) * live, round(2.5 * 64 * live), 64 * 3 * int(last.sum()))
-    q, k = 3 * 4 * nq * 16 * 2, 3 * kv_heads * n * 16 * 2
+    seen = 3 * int(mask.any(1).reshape(kv_heads, 4 // kv_heads, n).any(1).sum())
+    q, k = 3 * 4 * nq * 16 * 2, seen * 16 * 2
     assert found.bytes == cost.Steps(2 * (q + k), 4 * (q + k), (2 * 3 * 4 + 2 * read) * 16 * 2)
 
 

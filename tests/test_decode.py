@@ -187,14 +187,14 @@ def test_caches_hold_what_is_read(make: Callable[[], Attention]) -> None:
     attention = make()
     for n in (0, 1, 64):
         heads, tables = heads_of(attention), tables_for(attention, n)
-        check_cache(kv_cache(attention, n, heads=heads, **tables), masks_of(attention, n, heads, tables))
+        check_cache(kv_cache(attention, n, heads=heads, inputs=tables), masks_of(attention, n, heads, tables))
 
 
 def test_caches_over_many_tiles() -> None:
     for text in (*SMALL.values(), "mask causal & (last(130) | {q, k : q mod 300 == 299})"):
         attention = bound(text)
         tables = tables_for(attention, 400)
-        check_cache(kv_cache(attention, 400, heads=3, **tables), masks_of(attention, 400, 3, tables))
+        check_cache(kv_cache(attention, 400, heads=3, inputs=tables), masks_of(attention, 400, 3, tables))
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -208,14 +208,14 @@ def test_caches_of_random_programs(seed: int) -> None:
             masks = masks_of(attention, n, written.heads, tables)
         except AttnError:
             continue
-        check_cache(kv_cache(attention, n, heads=written.heads, **tables), masks)
+        check_cache(kv_cache(attention, n, heads=written.heads, inputs=tables), masks)
 
 
 @pytest.mark.parametrize("name", RULES)
 def test_rules(name: str) -> None:
     attention = example(name)
     tables = tables_for(attention, 512)
-    assert kv_cache(attention, 512, heads=heads_of(attention), **tables).rule == RULES[name]
+    assert kv_cache(attention, 512, heads=heads_of(attention), inputs=tables).rule == RULES[name]
 
 
 def test_every_example_has_a_rule() -> None:
@@ -301,6 +301,10 @@ def test_rules_that_leave_something_open() -> None:
         ("mask causal & last(5) & {q, k : q >= 30}", "keep those of the last 5 keys that are still read"),
         ("mask {q, k : q == k and q mod 2 == 0}", "keep the current key if it is read"),
         ("mask causal & last(isqrt(n))", "at n = 64: keep the last 8 keys"),
+        (
+            "mask causal & { q, k : q != n - 1 or k == q }",
+            "at n = 64: keep those of the last 63 keys that are still read",
+        ),
         ("mask {q, k : q + k == n - 1}", "at n = 64: keep those of the last 64 keys that are still read"),
         (
             SMALL["drawn"],
@@ -335,9 +339,14 @@ def test_reads_ahead_at_the_edge_of_a_tile() -> None:
 def test_growth() -> None:
     assert kv_cache(bound("mask {q, k : q == 2 * k}"), 64).bounded is False
     assert (
-        kv_cache(bound("mask causal & documents(doc)  inputs doc : int[n]"), 8, doc=[0] * 8).bounded is None
+        kv_cache(
+            bound("mask causal & documents(doc)  inputs doc : int[n]"), 8, inputs={"doc": [0] * 8}
+        ).bounded
+        is None
     )
-    assert kv_cache(bound("inputs doc : int[n]  mask last(9) & documents(doc)"), 8, doc=[0] * 8).bounded
+    assert kv_cache(
+        bound("inputs doc : int[n]  mask last(9) & documents(doc)"), 8, inputs={"doc": [0] * 8}
+    ).bounded
     natten = kv_cache(example("natten2d"), 4000)
     assert (natten.minimum, natten.formula) == (340, "340")
 
@@ -360,7 +369,7 @@ def test_a_million_tokens(name: str) -> None:
     attention = example(name)
     tables = tables_for(attention, 2**20)
     start = time.process_time()
-    cache = kv_cache(attention, 2**20, heads=heads_of(attention), **tables)
+    cache = kv_cache(attention, 2**20, heads=heads_of(attention), inputs=tables)
     assert time.process_time() - start < 2
     check_growth(cache)
     if name in ("mistral", "longformer", "sparse_transformer:enwik8", "alibi_blocks"):
@@ -398,7 +407,7 @@ def check_shards(attention: Attention, n: int, ranks: int, heads: int, kv_heads:
         head_dim=3,
         dtype="float16",
         block_size=8,
-        **tables,
+        inputs=tables,
     )
     assert [shard.scheme for shard in found] == list(SCHEMES)
     unit = 2 * 3 * 2
@@ -459,9 +468,9 @@ def test_no_tokens() -> None:
         (lambda: kv_cache(bound("mask causal"), 2**63), "lengths end at"),
         (lambda: kv_cache(bound("mask causal"), 2.5), "is an integer"),
         (lambda: kv_cache(bound("mask causal"), 8, heads=0), "there are 0 heads"),
-        (lambda: kv_cache(bound("mask causal"), 8, doc=[1]), "no input `doc`"),
+        (lambda: kv_cache(bound("mask causal"), 8, inputs={"doc": [1]}), "no input `doc`"),
         (lambda: kv_cache(example("packed"), 8), "needs its input `doc`"),
-        (lambda: kv_cache(example("packed"), 8, doc=[1, 2]), "has 2 entries"),
+        (lambda: kv_cache(example("packed"), 8, inputs={"doc": [1, 2]}), "has 2 entries"),
         (lambda: kv_cache(bound("offset 3  mask causal"), 8), "start at position 3"),
         (lambda: kv_cache(bound(SMALL["heads"]), 8), "speaks of head 2"),
         (lambda: shards(bound("mask causal"), 8, 0), "must be positive"),

@@ -118,7 +118,7 @@ def test_examples_are_the_powers(name: str) -> None:
     for n in (0, 1, 2, 65, 200):
         given = tables(name, n)
         step = union(attention, n, heads, given)
-        check(receptive_field(attention, n, heads=heads, layers=3, **given), [step] * 3)
+        check(receptive_field(attention, n, heads=heads, layers=3, inputs=given), [step] * 3)
 
 
 PROGRAMS = [
@@ -133,7 +133,7 @@ def test_random_programs_are_the_powers(program: programs.Program) -> None:
     for n in (3, 13, 70):
         given = program.tables(n, batch=1)
         step = union(attention, n, program.heads, given)
-        found = receptive_field(attention, n, heads=program.heads, layers=4, **given)
+        found = receptive_field(attention, n, heads=program.heads, layers=4, inputs=given)
         check(found, [step] * 4)
         if found.target == "causal":
             assert not np.triu(step, 1).any()
@@ -335,8 +335,8 @@ def test_what_depends_on_a_missing_table() -> None:
     assert "at most 13 keys through 3" in str(found.undecided)
     assert receptive_field(windowed["b"], 101).hole == Hole(16, 15)
     assert receptive_field(windowed["c"], 101).hole == Hole(1, 0, "keys at odd distances")
-    assert "batch row" in str(receptive_field(windowed["d"], 4, pad=[0, 1]).undecided)
-    assert receptive_field(windowed["d"], 4, pad=[1]).hole == Hole(1, 0)
+    assert "batch row" in str(receptive_field(windowed["d"], 4, inputs={"pad": [0, 1]}).undecided)
+    assert receptive_field(windowed["d"], 4, inputs={"pad": [1]}).hole == Hole(1, 0)
 
 
 def test_scattered_links_without_a_hub_are_followed_from_the_last_query() -> None:
@@ -384,7 +384,7 @@ def test_what_is_refused() -> None:
     with pytest.raises(AttnError, match="0 attentions"):
         receptive_field([], 8)
     with pytest.raises(AttnError, match="no layer has an input `doc`"):
-        receptive_field(attention, 8, doc=[0] * 8)
+        receptive_field(attention, 8, inputs={"doc": [0] * 8})
     with pytest.raises(AttnError, match="speaks of head 7"):
         receptive_field(ATTENTIONS["duo_attention"], 8, heads=2)
     shifted = attndsl.parse("attention a { offset 3\n mask causal }")["a"]

@@ -143,14 +143,14 @@ def test_compare_in_each_format() -> None:
     files = [EXAMPLES / "longformer.attn", EXAMPLES / "mistral.attn"]
     rows = json.loads(run("compare", *files, "--length", 1024, "--format", "json"))["rows"]
     assert [row["name"] for row in rows] == ["longformer", "mistral"]
-    assert rows[0]["live pairs"] == 515 * 1024 - 66306
+    assert rows[0]["nnz"] == 515 * 1024 - 66306
     read = list(csv.DictReader(run("compare", *files, "--length", 1024, "--format", "csv").splitlines()))
-    assert [int(row["live pairs"]) for row in read] == [row["live pairs"] for row in rows]
+    assert [int(row["nnz"]) for row in read] == [row["nnz"] for row in rows]
     markdown = run("compare", *files, "--length", 1024, "--format", "markdown").splitlines()
     assert markdown[0].split("|")[2].strip() == "longformer"
     assert set(markdown[1]) <= set("|-: ")
     text = run("compare", *files, "--length", 1024)
-    assert f"{rows[0]['live pairs']:,}" in text
+    assert f"{rows[0]['nnz']:,}" in text
 
 
 def test_compare_sweeps() -> None:
@@ -158,5 +158,59 @@ def test_compare_sweeps() -> None:
     rows = json.loads(run("compare", file, "--sweep", "n=64,128", "--format", "json"))["rows"]
     assert [row["length"] for row in rows] == [64, 128]
     rows = json.loads(run("compare", file, "--length", 64, "--sweep", "w=4,8", "--format", "json"))["rows"]
-    assert [row["live pairs"] for row in rows] == [4 * 64 - 6, 8 * 64 - 28]
-    assert [row["name"] for row in rows] == ["mistral(w = 4)", "mistral(w = 8)"]
+    assert [row["nnz"] for row in rows] == [4 * 64 - 6, 8 * 64 - 28]
+    assert [(row["name"], row["w"]) for row in rows] == [("mistral", "4"), ("mistral", "8")]
+    both = run("compare", file, "--sweep", "w=4,8", "--sweep", "n=16,32", "--format", "json")
+    assert [(row["w"], row["length"]) for row in json.loads(both)["rows"]] == [
+        ("4", 16), ("4", 32), ("8", 16), ("8", 32)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["ranks", "layers", "heads", "length", "block_size", "by"])
+def test_a_table_may_be_called_anything(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "p.attn"
+    file.write_text(f"attention p {{ inputs {name} : int[n]  mask causal & documents({name}) }}", "utf-8")
+    np.save(tmp_path / "t.npy", np.arange(20) // 5)
+    given = f"{name}={tmp_path / 't.npy'}"
+    found = json.loads(run("analyze", file, "--length", 20, "--input", given, "--json"))
+    assert (found["nnz"]["value"], found["reasons"]) == (60, {})
+
+
+@pytest.mark.parametrize(
+    ("pattern", "complexity"),
+    [
+        ("causal & last(400 + isqrt(n))", None),
+        ("causal & last(isqrt(isqrt(n)))", None),
+        ("causal & last(isqrt(n) * log2(n))", None),
+        ("causal & { q, k : (q - k) mod 1500000 < 3 }", None),
+        ("causal & last(isqrt(n))", "O(n*sqrt(n))"),
+        ("last(8) | random(4)", "O(n)"),
+        ("causal & random(4)", None),
+    ],
+)
+def test_a_class_is_known_or_not_given(pattern: str, complexity: str | None) -> None:
+    report = attndsl.analyze(attndsl.parse(f"pattern p = {pattern}")["p"], length=64, parts=["nnz"])
+    assert report.reasons == {}
+    assert report.complexity == complexity
+
+
+def test_draws_and_tables_together() -> None:
+    text = "attention p { inputs doc : int[n]  mask documents(doc) & random(2) }"
+    attention = attndsl.parse(text)["p"]
+    doc = np.arange(16) // 4
+    report = attndsl.analyze(attention, length=16, parts=["nnz", "rows"], doc=doc)
+    mask = attention.mask(16, doc=doc)
+    assert report.nnz is not None
+    assert (report.nnz.value, report.reasons) == (mask.sum(), {})
+    assert report.empty_rows == (~mask.any(axis=-1)).sum()
+
+
+def test_a_batch_counts_in_every_part() -> None:
+    attention = attndsl.parse("pattern p = last(9)")["p"]
+    one, four = (attndsl.analyze(attention, length=100, batch=batch) for batch in (1, 4))
+    assert one.shards is not None
+    assert four.shards is not None
+    assert [s.bytes for s in four.shards] == [4 * s.bytes for s in one.shards]
+    assert one.bytes is not None
+    assert four.bytes is not None
+    assert four.bytes.forward == 4 * one.bytes.forward

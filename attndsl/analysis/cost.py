@@ -79,13 +79,15 @@ def pair_flops(head_dim: int) -> int:
 def ideal(block_mask: BlockMask, problem: Problem) -> Ideal:
     """Live pairs only, everything read or written once.
 
-    Bytes forward: q, k, v and out. Backward: these, the gradient of out, and the gradients of q, k and v.
+    Bytes forward: q, out, and the keys and values that some query reads. Backward: these, the gradient of
+    out, and the gradients of q, k and v.
     Decode: the query and its output, and of each key head the keys and values that some of its query heads
     relates to the last row. Log-sum-exps are left out.
     """
     p, item = problem, ITEMSIZE[problem.dtype]
     per_row = p.head_dim * item
-    q, k = p.batch * p.heads * p.q_length * per_row, p.batch * p.kv_heads * p.length * per_row
+    q = p.batch * p.heads * p.q_length * per_row
+    k = _keys_read(problem, block_mask, read_keys) * per_row
     forward = pair_flops(p.head_dim) * _all(block_mask, problem, [grid.nnz for grid in block_mask.grids])
     last, read = _decode(block_mask, problem)
     return Ideal(
@@ -107,17 +109,36 @@ def _all(block_mask: BlockMask, problem: Problem, counts: list[int]) -> int:
 
 def _decode(block_mask: BlockMask, problem: Problem) -> tuple[int, int]:
     """Live pairs of the last row over all heads, and the keys that it reads over all key heads."""
-    p, index = problem, block_mask.index
-    if not p.q_length:
+    if not problem.q_length:
         return 0, 0
-    live = [last_keys(grid) for grid in block_mask.grids]
-    pairs = _all(block_mask, problem, [int(keys.sum()) for keys in live])
+    pairs = _all(block_mask, problem, [int(last_keys(grid).sum()) for grid in block_mask.grids])
+    return pairs, _keys_read(problem, block_mask, last_keys)
+
+
+def _keys_read(problem: Problem, block_mask: BlockMask, read: Callable[[TileGrid], NDArray[np.bool_]]) -> int:
+    """The keys that are read over all key heads, where `read` says it of one mask."""
+    p, index = problem, block_mask.index
+    live = [read(grid) for grid in block_mask.grids]
     heads = np.broadcast_to(index, (len(index), p.heads))
     groups = heads.reshape(len(index), p.kv_heads, p.heads // p.kv_heads)
     sets = {frozenset(group.tolist()) for row in groups for group in row}
     union = {s: int(np.logical_or.reduce([live[g] for g in s]).sum()) for s in sets}
-    read = sum(union[frozenset(group.tolist())] for row in groups for group in row)
-    return pairs, read * (p.batch // len(index))
+    found = sum(union[frozenset(group.tolist())] for row in groups for group in row)
+    return found * (p.batch // len(index))
+
+
+def read_keys(grid: TileGrid) -> NDArray[np.bool_]:
+    """Whether some query relates to each key, bool [n]."""
+    cols, size = grid.shape[1], grid.block_size
+    edges = np.zeros(cols + 1, np.int64)
+    np.add.at(edges, grid.run_start, 1)
+    np.add.at(edges, grid.run_end, -1)
+    live = np.zeros((cols, size), bool)
+    live[np.cumsum(edges)[:cols] > 0] = True
+    seen = np.unpackbits(np.bitwise_or.reduce(grid.masks, axis=1), axis=1, bitorder="little").astype(bool)
+    col, content = np.unique(np.stack([grid.part_col, grid.part_mask]), axis=1)
+    np.logical_or.at(live, col, seen[content])
+    return live.ravel()[: grid.n]
 
 
 def last_keys(grid: TileGrid) -> NDArray[np.bool_]:
@@ -160,7 +181,7 @@ def _work(counts: Mapping[str, float], problem: Problem) -> tuple[Passes, Passes
     forward = round(pair_flops(p.head_dim) * counts["pairs"])
     rows = p.batch * p.heads * p.q_length * p.head_dim * item
     keys = p.batch * p.kv_heads * p.length * p.head_dim * item
-    reloads = round(counts["pairs"] / p.block_size * 2 * p.head_dim * item)
+    reloads = round(counts["pairs"] / max(1, min(p.block_size, p.q_length)) * 2 * p.head_dim * item)
     written = round(2 * item * counts["written"])
     moved = Passes(2 * rows + reloads + written, 4 * rows + 2 * keys + reloads + 2 * written)
     return Passes(forward, round(BACKWARD * forward)), moved

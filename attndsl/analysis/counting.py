@@ -188,12 +188,17 @@ def _shortest(e: Any) -> Any:
     return min((sympy.expand(e), sympy.factor(e)), key=lambda form: len(str(form)))
 
 
+def is_exact(mask: Expr) -> bool:
+    """Whether a mask is an integer relation, and reads no table even in what never matters."""
+    return not mask.tables and all(node.op != "random" for node in nodes(mask)) and is_affine(mask)
+
+
 @lru_cache(maxsize=256)
 def closed_form(mask: Expr) -> ClosedForm | None:
     """The number of live pairs of `mask`, over q, k and n, at n queries and n keys; None where the mask is no
     integer relation or the form is beyond the limits."""
     mask = quantifier_free(substitute(mask, {"nq": var("n")}))
-    if not mask.free <= {"q", "k", "n"} or not is_affine(mask):
+    if not mask.free <= {"q", "k", "n"} or not is_exact(mask):
         return None
     try:
         with quota():
@@ -407,10 +412,13 @@ class InParameter:
 
 @lru_cache(maxsize=256)
 def in_parameter(mask: Expr, name: str, times: int = 1) -> InParameter | None:
-    """`times` the live pairs of a mask over q, k, n and the variable `name`, where both are large and n the
-    larger; None unless that is one polynomial, or one for each of a few residues of the parameter."""
+    """`times` the live pairs of a mask over q, k, n and the variable `name` (`?w` is written w).
+
+    Where both are large and n the larger; None unless that is one polynomial, or one for each of a few
+    residues of the parameter.
+    """
     mask = quantifier_free(substitute(mask, {"nq": var("n")}))
-    if not {"q", "k", name} <= mask.free <= {"q", "k", "n", name} or not is_affine(mask):
+    if not {"q", "k", name} <= mask.free <= {"q", "k", "n", name} or not is_exact(mask):
         return None
     try:
         with quota():
@@ -421,7 +429,7 @@ def in_parameter(mask: Expr, name: str, times: int = 1) -> InParameter | None:
         return None
     import sympy
 
-    r = sympy.Symbol(name)
+    r = sympy.Symbol(name.removeprefix("?"))
     found, walls, least = [], set[sympy.Expr](), 0
     for residue in range(period):
         step = add(mul(const(period), var(name)), const(residue))
@@ -438,7 +446,7 @@ def in_parameter(mask: Expr, name: str, times: int = 1) -> InParameter | None:
         count = sympy.Piecewise(*cases, (found[-1], True), evaluate=False)
     lengths = sorted(map(str, walls))
     said = f"n > {lengths[0]}" if len(lengths) == 1 else f"n > Max({', '.join(lengths)})"
-    return InParameter(str(count), f"{said}, {name} >= {least}" if lengths else f"{name} >= {least}")
+    return InParameter(str(count), f"{said}, {r} >= {least}" if lengths else f"{r} >= {least}")
 
 
 @dataclass(frozen=True)
@@ -476,7 +484,7 @@ def _in_both(mask: Expr, name: str, times: int) -> Polynomial | None:
     def count(n: int, r: int) -> int:
         return times * count_at(substitute(mask, {name: const(r)}), n)
 
-    n, r = sympy.symbols(f"n {name}")
+    n, r = sympy.Symbol("n"), sympy.Symbol(name.removeprefix("?"))
     powers = [n**i * r**j for i in range(3) for j in range(3 - i)]
     start = length(least + 2)
     # six points of a triangle determine a polynomial of degree 2; one more can only confirm it

@@ -61,7 +61,9 @@ class Cache:
     valid_for: str | None = None
 
 
-def kv_cache(attention: Attention, length: int, *, heads: int = 1, **inputs: ArrayLike) -> Cache:
+def kv_cache(
+    attention: Attention, length: int, *, heads: int = 1, inputs: Mapping[str, ArrayLike] = lowering.NO_TABLES
+) -> Cache:
     """What decoding `length` tokens keeps; of the inputs those that the mask reads are needed.
 
     Raises AttnError as `attention.block_mask` does.

@@ -76,8 +76,14 @@ def _derived(mask: Expr, inner: isl.Set, outer: isl.Set) -> Eviction:
 
 def _derived_at(mask: Expr, n: int) -> Eviction:
     """Of a mask that holds for one length: of its growth nothing is known."""
-    least, most = (_held(s) for s in bounds(mask))
+    inside = isl.Set(f"{{ [q, k] : 0 <= q < {n} and 0 <= k < {n} }}")
     steps = isl.Set(f"{{ [q, k] : 0 <= k <= q < {n} }}")
+    pairs = bounds(mask)
+    least, most = (_held(s) for s in pairs)
+    ended = [_held(s.intersect(inside)) for s in pairs]
+    # readers that would come after the end are left out where that makes a difference before it
+    if not all(held.intersect(steps).is_subset(end) for held, end in zip((least, most), ended, strict=True)):
+        least, most = ended
     rule = "keep everything" if steps.is_subset(least) else _rule(mask, least, most)
     return Eviction(f"at n = {n}: {rule}", None)
 

@@ -101,7 +101,7 @@ def receptive_field(
     *,
     heads: int = 1,
     layers: int | None = None,
-    **inputs: ArrayLike,
+    inputs: Mapping[str, ArrayLike] = lowering.NO_TABLES,
 ) -> Field:
     """What each query sees through a stack of layers: of one attention, or of one for each layer.
 

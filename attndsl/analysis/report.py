@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -90,6 +90,11 @@ class Report:
     shards: tuple[Shard, ...] | None = None
     graph: GraphMeasures | None = None
     reasons: Mapping[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        from attndsl.analysis.text import report_text
+
+        return report_text(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, the fields of `analyze --json`."""
@@ -234,11 +239,12 @@ def in_parameters(subject: Subject) -> dict[str, Any]:
     """in_parameters. Raises AttnError where the count is no such polynomial."""
     found: dict[str, counting.InParameter] = {}
     for name in subject.parameters:
-        masks = masks_of(subject.attention(**{name: var(name)}), subject.problem)
+        # a name of its own: the parameter may be called as a variable is
+        masks = masks_of(subject.attention(**{name: var(f"?{name}")}), subject.problem)
         if len(masks) > 1:
             raise fail(f"the heads differ: there is no one formula in `{name}`")
         ((mask, times),) = masks.items()
-        form = counting.in_parameter(mask, name, times)
+        form = counting.in_parameter(mask, f"?{name}", times)
         if form is None:
             raise fail(f"the count is not known as one polynomial in n and `{name}`", help="give it a value")
         found[name] = form
@@ -247,34 +253,39 @@ def in_parameters(subject: Subject) -> dict[str, Any]:
 
 CLASSES = {0: "O(1)", 1: "O(n)", 2: "O(n^2)"}
 GROWTHS: dict[str, Callable[[float], float]] = {
-    "O(1)": lambda n: 1.0,
-    "O(log(n))": math.log,
-    "O(sqrt(n))": math.sqrt,
     "O(n)": lambda n: n,
-    "O(n*log(n))": lambda n: n * math.log(n),
     "O(n*sqrt(n))": lambda n: n * math.sqrt(n),
     "O(n^2)": lambda n: n * n,
 }
-SAMPLED = (2**12, 2**16, 2**20)
+SAMPLED = (2**16, 2**20, 2**24)
+NEAR = 0.02
+"""How far the exponent between two lengths may be off that of its class."""
 
 
 def _growth(subject: Subject) -> str | None:
-    """Where sizes follow n, `isqrt(n)` say, or keys are drawn: the class of the counts at some lengths, if it
-    is the same from each to the next; None for other masks."""
-    at = {"n": const(SAMPLED[0])}
-    if not subject.square or not all(is_affine(substitute(undrawn(mask), at)) for mask in subject.masks):
+    """The class of masks without a formula, where it is known.
+
+    Keys drawn are a constant number a row, or block of rows: beside a class of O(n) or more they do not
+    count. Where sizes follow isqrt(n), the growth from each of some lengths to the next must agree.
+    """
+    masks = subject.masks
+    ops = {node.op for mask in masks for node in nodes(mask)}
+    if not subject.square or any(mask.tables for mask in masks):
         return None
-    counts = [sum(t * counting.count_at(mask, n) for mask, t in subject.masks.items()) for n in SAMPLED]
+    if "random" in ops:
+        form = closed_form({undrawn(mask): times for mask, times in masks.items()})
+        return CLASSES[form.degree] if form is not None and form.degree else None
+    if "isqrt" not in ops or not all(is_affine(substitute(m, {"n": const(SAMPLED[0])})) for m in masks):
+        return None
+    counts = [sum(t * counting.count_at(mask, n) for mask, t in masks.items()) for n in SAMPLED]
     if not all(counts):
         return None
-    steps = pairwise(zip(SAMPLED, counts, strict=True))
-    classes = {_class(math.log(b / a), m, n) for (m, a), (n, b) in steps}
-    return classes.pop() if len(classes) == 1 else None
-
-
-def _class(grown: float, m: int, n: int) -> str:
-    """The class whose logarithm grows from m to n nearest to this."""
-    return min(GROWTHS, key=lambda name: abs(math.log(GROWTHS[name](n) / GROWTHS[name](m)) - grown))
+    for name, size in GROWTHS.items():
+        steps = pairwise(zip(SAMPLED, counts, strict=True))
+        off = [math.log(b / a * size(m) / size(n), n / m) for (m, a), (n, b) in steps]
+        if max(map(abs, off)) < NEAR:
+            return name
+    return None
 
 
 def undrawn(mask: Expr) -> Expr:
@@ -294,7 +305,7 @@ def causality(subject: Subject) -> dict[str, Any]:
 
 def _empty_rows(subject: Subject) -> int:
     """Over all heads and batch rows."""
-    if not subject.square or not all(is_affine(mask) for mask in subject.masks):
+    if not subject.square or not all(counting.is_exact(mask) for mask in subject.masks):
         return int(subject.block_mask.empty_rows().sum()) * subject.times
     n, total = subject.problem.length, 0
     for mask, times in subject.masks.items():
@@ -335,7 +346,7 @@ def stacked(subject: Subject) -> dict[str, Any]:
 
     p = subject.one_sequence
     found = receptive_field(
-        subject.attention, p.length, heads=p.heads, layers=subject.layers, **subject.inputs
+        subject.attention, p.length, heads=p.heads, layers=subject.layers, inputs=subject.inputs
     )
     return {"reach": found, "diameter": found.settled_after}
 
@@ -345,7 +356,7 @@ def cached(subject: Subject) -> dict[str, Any]:
     from attndsl.analysis.decode import kv_cache
 
     p = subject.one_sequence
-    return {"kv_cache": kv_cache(subject.attention, p.length, heads=p.heads, **subject.inputs)}
+    return {"kv_cache": kv_cache(subject.attention, p.length, heads=p.heads, inputs=subject.inputs)}
 
 
 def divided(subject: Subject) -> dict[str, Any]:
@@ -355,9 +366,11 @@ def divided(subject: Subject) -> dict[str, Any]:
     p = subject.one_sequence
     found = shards(
         subject.attention, p.length, subject.ranks, heads=p.heads, kv_heads=p.kv_heads, head_dim=p.head_dim,
-        dtype=p.dtype, block_size=p.block_size, **subject.inputs,
+        dtype=p.dtype, block_size=p.block_size, inputs=subject.inputs,
     )  # fmt: skip
-    return {"shards": found}
+    # rows of the batch with one mask are counted once
+    rows = p.batch // len(subject.block_mask.index)
+    return {"shards": tuple([shard.times(rows) for shard in found])}
 
 
 def linked(subject: Subject) -> dict[str, Any]:
@@ -440,12 +453,6 @@ def blank(subject: Subject) -> Report:
     )
 
 
-def merged(report: Report, other: Report) -> Report:
-    """One report of what either knows."""
-    known = {f.name: value for f in fields(other) if (value := getattr(other, f.name)) is not None}
-    return replace(report, **{**known, "reasons": {**report.reasons, **other.reasons}})
-
-
 def extended(report: Report, name: str, subject: Subject) -> Report:
     """The report with one part more, or with the reason why it is not known."""
     try:
@@ -474,7 +481,15 @@ def subject_of(
     )
     check_problem(problem)
     lowering.check_names(attention, inputs, complete=False)
+    lowering.head_groups(attention, problem.heads)
+    for name in parameters:
+        if name not in attention.parameters:
+            takes = ", ".join(attention.parameters) or "none"
+            raise fail(f"`{attention.name}` has no parameter `{name}`", help=f"it takes {takes}")
     for name, value in (("layers", layers), ("ranks", ranks)):
         if lowering.checked_length(name, value) == 0:
             raise fail(f"`{name}` is 0, and must be positive")
-    return Subject(attention, problem, layers, ranks, parameters, dict(inputs))
+    subject = Subject(attention, problem, layers, ranks, parameters, dict(inputs))
+    if inputs.keys() >= {table.name for table in attention.inputs}:
+        assert subject.tables is not None
+    return subject

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from attndsl.analysis.decode import mask_tiles
 from attndsl.attention import Attention
 from attndsl.errors import fail
 from attndsl.tiles.blockmask import BlockMask, TileGrid
-from attndsl.tiles.lowering import checked_block_size, checked_length
+from attndsl.tiles.lowering import NO_TABLES, checked_block_size, checked_length
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -52,6 +52,16 @@ class Shard:
     ring: int
     ring_hops: int
     balance: float
+
+    def times(self, rows: int) -> Shard:
+        """For `rows` batch rows alike."""
+        return replace(
+            self,
+            keys=tuple([rows * keys for keys in self.keys]),
+            bytes=rows * self.bytes,
+            all_gather=rows * self.all_gather,
+            ring=rows * self.ring,
+        )
 
 
 def contiguous(n: int, ranks: int, block: int) -> Array:
@@ -94,7 +104,7 @@ def shards(
     head_dim: int = 64,
     dtype: str = "float32",
     block_size: int = 128,
-    **inputs: ArrayLike,
+    inputs: Mapping[str, ArrayLike] = NO_TABLES,
 ) -> tuple[Shard, ...]:
     """One for each of SCHEMES; `block_size` is the tokens of a block that block-striping keeps together.
 

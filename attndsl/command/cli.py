@@ -16,7 +16,7 @@ import click
 from attndsl.errors import AttnError, fail
 
 if TYPE_CHECKING:
-    from attndsl.analysis.report import Report
+    from attndsl.analysis.report import Report, Subject
     from attndsl.attention import Attention
     from attndsl.command.child import Stage
     from attndsl.errors import Diagnostic
@@ -383,6 +383,15 @@ def plugins(as_json: bool) -> None:
         click.echo(f"{row.group:10} {row.name:12} {row.owner:16} {row.target}{state}")
 
 
+SUFFIXES: dict[str, Literal["term", "svg", "png"]] = {
+    "": "term",
+    ".txt": "term",
+    ".svg": "svg",
+    ".png": "png",
+}
+"""What a picture is, by the end of its file's name."""
+
+
 @main.command()
 @TARGET
 @SIZES
@@ -403,7 +412,9 @@ def show(
 ) -> None:
     """The mask as a picture, in the terminal or in a file."""
     suffix = Path(output or "").suffix.lower()
-    form = form or ("svg" if suffix == ".svg" else "png" if suffix == ".png" else "term")
+    if form is None and suffix not in SUFFIXES:
+        raise fail(f"no picture ends in {suffix}", help="give the output a name in .svg, .png or .txt")
+    form = form or SUFFIXES[suffix]
     if form != "term" and output is None:
         raise fail(f"a picture in {form} does not go to the terminal", help=f"name a file: -o mask.{form}")
     attention, shown = titled(file, name, params)
@@ -643,66 +654,80 @@ def analyze(
     **sizes: Any,
 ) -> None:  # fmt: skip
     """What the attention costs and sees, exactly, and for every n where that can be had."""
+    from attndsl.analysis.report import subject_of
+
     attention, shown = titled(file, name, params)
-    report = analyzed(
-        attention, shown, time_limit, only.split(",") if only else None, parameters, tables(inputs), sizes
-    )
+    subject = subject_of(attention, parameters=parameters, inputs=tables(inputs), **sizes)
+    (report,) = analyzed([(subject, shown)], only.split(",") if only else None, time_limit)
     if as_json:
         echo_json(report.to_dict())
         return
-    from attndsl.command.text import report_text
-
-    click.echo(report_text(report))
+    click.echo(report)
 
 
-def analyzed(
-    attention: Attention,
-    shown: str,
-    time_limit: float,
-    parts: list[str] | None,
-    parameters: tuple[str, ...],
-    given: dict[str, Any],
-    sizes: dict[str, Any],
-) -> Report:
-    """The report, its parts found one by one; a part that takes too long is left out, with the reason."""
+def analyzed(named: list[tuple[Subject, str]], parts: list[str] | None, time_limit: float) -> list[Report]:
+    """The reports, with the names that they are to have.
+
+    All in one child, unless a part of one takes too long: then each part in its own, and what takes too long
+    is left out, with the reason.
+    """
     from attndsl.analysis import report as analysis
     from attndsl.command.child import TimeLimitError
 
-    subject = analysis.subject_of(attention, parameters=parameters, inputs=given, **sizes)
     left = analysis.chosen(parts)
 
-    def work(stage: Stage, names: list[str]) -> Report:
-        report = replace(analysis.blank(subject), name=shown)
-        for part in names:
-            stage(f"analysing {part}", time_limit)
-            report = analysis.extended(report, part, subject)
-        return report
+    def work(stage: Stage) -> list[Report]:
+        reports = []
+        for subject, shown in named:
+            report = replace(analysis.blank(subject), name=shown)
+            for part in left:
+                stage(f"analysing {part}", time_limit)
+                report = analysis.extended(report, part, subject)
+            reports.append(report)
+        return reports
 
     try:
-        return apart(lambda stage: work(stage, left))
+        return apart(work)
     except TimeLimitError:
-        report = replace(analysis.blank(subject), name=shown)
-        for part in left:
-            report = one_part(work, report, part)
-        return report
+        return [one_by_one(subject, shown, left, time_limit) for subject, shown in named]
 
 
-def one_part(work: Callable[[Stage, list[str]], Report], report: Report, part: str) -> Report:
-    """The report with one part more, found in a child of its own."""
-    from attndsl.analysis.report import PARTS, merged
+def one_by_one(subject: Subject, shown: str, parts: list[str], time_limit: float) -> Report:
+    from attndsl.analysis import report as analysis
     from attndsl.command.child import TimeLimitError
 
-    assert part in PARTS
-    try:
-        return merged(report, apart(lambda stage: work(stage, [part])))
-    except TimeLimitError as limit:
-        return replace(report, reasons={**report.reasons, part: limit.diagnostics[0].message})
+    report = replace(analysis.blank(subject), name=shown)
+    for part in parts:
+
+        def work(stage: Stage, report: Report = report, part: str = part) -> Report:
+            stage(f"analysing {part}", time_limit)
+            return analysis.extended(report, part, subject)
+
+        try:
+            report = apart(work)
+        except TimeLimitError as limit:
+            report = replace(report, reasons={**report.reasons, part: limit.diagnostics[0].message})
+    return report
 
 
 @main.command()
 @click.argument("targets", metavar="FILE[:NAME]...", nargs=-1, required=True)
 @click.option("--length", type=Count(0, 65536), help="Number of keys, n.")
-@click.option("--sweep", metavar="P=V,V,...", help="Values of a parameter, or of n: each is a column.")
+@click.option(
+    "--sweep",
+    "sweeps",
+    metavar="P=V,V,...",
+    multiple=True,
+    help="Values of a parameter, or of n: each is a column.",
+)
+@click.option(
+    "--input",
+    "inputs",
+    metavar="T=FILE.npy",
+    multiple=True,
+    callback=pair,
+    help="A run-time table, for those that have it.",
+)
 @click.option(
     "--format",
     "form",
@@ -711,21 +736,35 @@ def one_part(work: Callable[[Stage, list[str]], Report], report: Report, part: s
     show_default=True,
 )
 @ANALYSIS
-def compare(targets: tuple[str, ...], sweep: str | None, form: str, time_limit: float, **sizes: Any) -> None:
+def compare(
+    targets: tuple[str, ...],
+    sweeps: tuple[str, ...],
+    inputs: dict[str, str],
+    form: str,
+    time_limit: float,
+    **sizes: Any,
+) -> None:
     """Attentions side by side: density, FLOPs, reach, KV cache, predicted seconds."""
+    from attndsl.analysis.report import subject_of
     from attndsl.command import comparison
 
-    if sizes["length"] is None and not (sweep or "").startswith("n="):
-        raise click.UsageError("give --length N, or --sweep n=N,N")
-    reports = []
+    columns = list(comparison.cases(sweeps))
+    if (sizes["length"] is None) != ("n" in columns[0]):
+        raise click.UsageError("give one of --length N and --sweep n=N,N")
+    given = tables(inputs)
+    named, swept = [], []
     for target in targets:
         file, name = divided(target)
-        for params, other in comparison.cases(sweep):
-            attention, shown = titled(file, name, params)
-            reports.append(
-                analyzed(attention, shown, time_limit, comparison.PARTS, (), {}, {**sizes, **other})
-            )
-    click.echo(comparison.FORMATS[form]([comparison.row(report) for report in reports]))
+        for column in columns:
+            attention = bound(file, name, {key: value for key, value in column.items() if key != "n"})
+            own = {table.name: given[table.name] for table in attention.inputs if table.name in given}
+            length = int(column["n"]) if "n" in column else sizes["length"]
+            one = subject_of(attention, parameters=(), inputs=own, **{**sizes, "length": length})
+            named.append((one, attention.name))
+            swept.append(column)
+    reports = analyzed(named, comparison.PARTS, time_limit)
+    rows = [comparison.row(report, column) for report, column in zip(reports, swept, strict=True)]
+    click.echo(comparison.FORMATS[form](rows))
 
 
 @main.command()
@@ -743,26 +782,23 @@ def report(
     **sizes: Any,
 ) -> None:
     """All of `analyze` and the pictures as one HTML page that stands alone."""
+    from attndsl.analysis.report import subject_of
     from attndsl.html.page import render
 
     attention, shown = titled(file, name, params)
-    given = tables(inputs)
-    found = analyzed(attention, shown, time_limit, None, (), given, sizes)
-    drawings, undrawn = illustrated(attention, found, time_limit, given, sizes)
+    subject = subject_of(attention, parameters=(), inputs=tables(inputs), **sizes)
+    (found,) = analyzed([(subject, shown)], None, time_limit)
+    drawings, undrawn = illustrated(subject, found, time_limit)
     found = replace(found, reasons={**found.reasons, **undrawn})
     source = None if file == "-" else read(file)
     masks = drawings.pop("masks", ())
     write(output, render(found.to_dict(), masks=masks, figures=drawings, source=source))
 
 
-def illustrated(
-    attention: Attention, report: Report, time_limit: float, given: dict[str, Any], sizes: dict[str, Any]
-) -> tuple[dict[str, Any], dict[str, str]]:
+def illustrated(subject: Subject, report: Report, time_limit: float) -> tuple[dict[str, Any], dict[str, str]]:
     """The drawings of a page, each made in a child of its own, and why others are missing."""
-    from attndsl.analysis.report import subject_of
     from attndsl.html.figures import DRAWINGS
 
-    subject = subject_of(attention, parameters=(), inputs=given, **sizes)
     made, undrawn = {}, {}
     for part, draw in DRAWINGS.items():
 

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import product
 from typing import Any
 
 from attndsl.analysis.report import Report
@@ -17,66 +18,73 @@ PARTS = ["nnz", "cost", "reach", "kv_cache"]
 Row = Mapping[str, Any]
 
 
-def cases(sweep: str | None) -> Iterator[tuple[dict[str, str], dict[str, int]]]:
-    """Parameters and sizes of each column: those of `P=V,V,...`, where P is a parameter or n."""
-    if sweep is None:
-        yield {}, {}
-        return
-    name, _, values = sweep.partition("=")
-    if not (name and values):
-        raise fail(f"`{sweep}` is not of the form name=value,value", help="such as n=1024,4096 or w=64,128")
-    for value in values.split(","):
-        if name != "n":
-            yield {name: value}, {}
-        elif value.strip().isdecimal():
-            yield {}, {"length": int(value)}
-        else:
-            raise fail(f"`{value}` is no length", help="such as n=1024,4096")
+def cases(sweeps: Sequence[str]) -> Iterator[dict[str, str]]:
+    """The values of each column: every combination of those in `P=V,V,...`, where P is a parameter or n."""
+    named = {}
+    for sweep in sweeps:
+        name, _, values = sweep.partition("=")
+        if not (name and values):
+            raise fail(
+                f"`{sweep}` is not of the form name=value,value", help="such as n=1024,4096 or w=64,128"
+            )
+        if name in named:
+            raise fail(f"`{name}` is swept twice")
+        named[name] = values.split(",")
+        if name == "n" and not all(value.strip().isdecimal() for value in named[name]):
+            raise fail(f"`{values}` are no lengths", help="such as n=1024,4096")
+    return (dict(zip(named, column, strict=True)) for column in product(*named.values()))
 
 
-def row(report: Report) -> dict[str, Any]:
+def row(report: Report, swept: Mapping[str, str]) -> dict[str, Any]:
     """What is compared, as numbers; None where it is not known."""
     reach, cache, count = report.reach, report.kv_cache, report.nnz
     return {
         "name": report.name,
         "length": report.length,
-        "live pairs": count and count.value,
+        **{name: value for name, value in swept.items() if name != "n"},
+        "nnz": count and count.value,
         "density": report.density,
         "complexity": report.complexity,
-        "FLOPs": report.flops and report.flops.forward,
-        "full after": reach and reach.full_after,
+        "flops": report.flops and report.flops.forward,
+        "full_after": reach and reach.full_after,
         "diameter": report.diameter,
-        "KV cache": cache and cache.minimum,
-        **{name: work.seconds_estimate for name, work in (report.lowerings or {}).items()},
-        "not known": dict(report.reasons) or None,
+        "kv_cache": cache and cache.minimum,
+        **{f"{name}_seconds": work.seconds_estimate for name, work in (report.lowerings or {}).items()},
+        "reasons": dict(report.reasons) or None,
     }
 
 
-SAID: dict[str, Callable[[Any], str]] = {
-    "length": "{:,}".format,
-    "live pairs": "{:,}".format,
-    "density": percent,
-    "complexity": str,
-    "FLOPs": scaled,
-    "full after": lambda layers: f"{layers} layer{'s' * (layers != 1)}",
-    "diameter": str,
-    "KV cache": "{:,} keys".format,
+SAID: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "length": ("keys, n", "{:,}".format),
+    "nnz": ("live pairs", "{:,}".format),
+    "density": ("density", percent),
+    "complexity": ("complexity", str),
+    "flops": ("FLOP forward", scaled),
+    "full_after": ("sees all after", lambda layers: f"{layers:,} layer{'s' * (layers != 1)}"),
+    "diameter": ("diameter", "{:,}".format),
+    "kv_cache": ("KV cache", "{:,} keys".format),
 }
-"""How numbers are written for people; the other columns are predicted seconds."""
+"""Labels for people, and how the values are written."""
+
+
+def said(name: str) -> tuple[str, Callable[[Any], str]]:
+    if name.endswith("_seconds"):
+        return name.removesuffix("_seconds"), seconds
+    return SAID.get(name, (name, str))
 
 
 def _cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """One column for each row, one line for each thing compared."""
-    names = [key for key in {key: None for row in rows for key in row} if key not in ("name", "not known")]
-    lines = [
-        [name, *("-" if row.get(name) is None else SAID.get(name, seconds)(row[name]) for row in rows)]
-        for name in names
-    ]
+    names = [key for key in {key: None for row in rows for key in row} if key not in ("name", "reasons")]
+    lines = []
+    for name in names:
+        label, write = said(name)
+        lines.append([label, *("-" if row.get(name) is None else write(row[name]) for row in rows)])
     return ["", *(str(row["name"]) for row in rows)], lines
 
 
 def _reasons(rows: Sequence[Row]) -> list[str]:
-    said = {f"{row['name']}: {part}: {why}" for row in rows for part, why in (row["not known"] or {}).items()}
+    said = {f"{row['name']}: {part}: {why}" for row in rows for part, why in (row["reasons"] or {}).items()}
     return sorted(said)
 
 
@@ -99,7 +107,7 @@ def markdown(rows: Sequence[Row]) -> str:
 
 def as_csv(rows: Sequence[Row]) -> str:
     """One line for each attention, numbers as they are."""
-    names = list({key: None for row in rows for key in row if key != "not known"})
+    names = list({key: None for row in rows for key in row if key != "reasons"})
     out = io.StringIO()
     writer = csv.DictWriter(out, names, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
 Array = NDArray[Any]
+NO_TABLES: Mapping[str, Any] = MappingProxyType({})
 LENGTH_LIMIT = 2**31 - 1
 HEAD_DIM_LIMIT = 2**16
 

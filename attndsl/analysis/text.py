@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 
+from attndsl.analysis.cost import Steps
 from attndsl.analysis.report import Report
 from attndsl.analysis.units import percent, scaled, seconds
 
@@ -88,27 +89,12 @@ def _counts(report: Report) -> Iterator[str]:
 
 
 def _costs(report: Report) -> Iterator[str]:
-    if report.flops is None or report.bytes is None:
-        return
-    rows: list[list[str]] = []
-    for name, work in (report.lowerings or {}).items():
-        flops, moved = (
-            [scaled(x.forward), scaled(x.backward)] if x else ["-", "-"] for x in (work.flops, work.bytes)
-        )
-        rows.append([name, *flops, moved[0], predicted(work.seconds_estimate)])
-    ideal = [scaled(report.flops.forward), scaled(report.flops.backward), scaled(report.bytes.forward), ""]
-    yield "\ncost"
-    yield table(
-        ["", "FLOP forward", "backward", "bytes forward", "predicted"], [["live pairs alone", *ideal], *rows]
-    )
-    for name, work in (report.lowerings or {}).items():
-        if work.reason:
-            yield line(name, work.reason)
-    yield line("decode step", f"{scaled(report.flops.decode, 'FLOP')}, {scaled(report.bytes.decode, 'B')}")
+    if report.flops is not None and report.bytes is not None:
+        yield from _work(report, report.flops, report.bytes)
     if report.block_sizes:
-        yield "\nblock size"
+        yield "\ntiles that a kernel would compute whole, by block size"
         yield table(
-            ["", "full tiles", "partial", "pairs computed", "of live", ""],
+            ["", "full tiles", "partial", "pairs in them", "of live", ""],
             [
                 [
                     str(row.block_size),
@@ -138,6 +124,21 @@ def _costs(report: Report) -> Iterator[str]:
         )
 
 
+def _work(report: Report, flops: Steps, moved: Steps) -> Iterator[str]:
+    ideal = [scaled(flops.forward), scaled(flops.backward), scaled(moved.forward), ""]
+    rows = [["live pairs alone", *ideal]]
+    for name, work in (report.lowerings or {}).items():
+        done = [scaled(work.flops.forward), scaled(work.flops.backward)] if work.flops else ["-", "-"]
+        traffic = scaled(work.bytes.forward) if work.bytes else "-"
+        rows.append([name, *done, traffic, predicted(work.seconds_estimate)])
+    yield "\ncost"
+    yield table(["", "FLOP forward", "backward", "bytes forward", "predicted"], rows)
+    for name, work in (report.lowerings or {}).items():
+        if work.reason:
+            yield line(name, work.reason)
+    yield line("decode step", f"{scaled(flops.decode, 'FLOP')}, {scaled(moved.decode, 'B')}")
+
+
 def _reach(report: Report) -> Iterator[str]:
     found = report.reach
     if found is None:
@@ -152,9 +153,11 @@ def _reach(report: Report) -> Iterator[str]:
     if found.for_every_n:
         yield line("for every n", found.for_every_n)
     if found.formula:
-        yield line("last query", f"sees {found.formula} keys after L layers")
+        keys, _, where = found.formula.partition(" for ")
+        after = f", where {where}" if where else ""
+        yield line("last query", f"sees {keys} keys after L layers{after}")
     if report.diameter is not None:
-        yield line("diameter", report.diameter)
+        yield line("diameter", f"{report.diameter:,}")
     shown = [row for row in found.per_layer if row.last_row is not None or row.worst_row is not None]
     if len(shown) > 1 and found.settled_after is not None:
         shown = shown[: max(1, found.settled_after)]
@@ -175,7 +178,7 @@ def _reach(report: Report) -> Iterator[str]:
 
 
 def _layers(count: int) -> str:
-    return f"{count} layer{'s' * (count != 1)}"
+    return f"{count:,} layer{'s' * (count != 1)}"
 
 
 def _number(value: int | None) -> str:
@@ -223,6 +226,8 @@ def _graph(report: Report) -> Iterator[str]:
         return
     yield f"\ngraph of {'tokens' if found.by == 'token' else f'blocks of {found.block_size}'}"
     yield line("size", f"{found.nodes:,} nodes, {found.edges:,} edges")
+    if found.by == "block":
+        yield line("note", "paths are those of the blocks, degrees those of the tokens")
     degrees = (f"{d.min:,} to {d.max:,}, mean {d.mean:.4g}" for d in (found.in_degree, found.out_degree))
     for label, said in zip(("keys seen", "seen by"), degrees, strict=True):
         yield line(label, said)
