@@ -101,6 +101,7 @@ def check(text: str) -> bool:
     lengths = [start, start + 1, 10 * start, *(start + rng.randrange(600) for _ in range(RANDOM_LENGTHS))]
     for n in lengths:
         assert form(n) == exact(mask, n), (text, n)
+    assert form(LONG) == counting.count_at(mask, LONG)
     if form.formula is not None:
         assert symbolic(form.formula, lengths) == [form(n) for n in lengths], form.formula
     else:

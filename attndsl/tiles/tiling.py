@@ -12,7 +12,7 @@ empty, and the tiles that hold a link, found from the list of links, are tiled a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import numpy as np
@@ -196,18 +196,34 @@ def draw(mask: Expr, frame: Frame, tables: Tables) -> tuple[Expr, Tables]:
             # rows outside are guarded where the draw is looked up, so that tables need not hold them
             inside = np.flatnonzero((0 <= rows) & (rows < n)) if of.tables else np.arange(len(rows))
             start = int(rows[inside[0]]) if len(inside) else 0
-            grid = tile(of, len(inside), n, 128, n=n, q_offset=start, tables=tables)
             counts = np.zeros(len(rows), np.int64)
-            counts[inside] = grid.row_counts()
+            counts[inside], select = eligible(of, start, len(inside), n, tables)
         keys = sample(np.full(len(rows), seed), rows, counts, r)
         if of is not TRUE:
             at, slot = np.nonzero(keys >= 0)
-            keys[at, slot] = grid.select(at + first - start, keys[at, slot])
+            keys[at, slot] = select(at + first - start, keys[at, slot])
         keys[keys < 0] = np.iinfo(np.int64).min
         table = Table(f"random {len(drawn)}", "int", keys.shape)
         drawn[table.name] = keys
         done[node] = intable(node.args[1], table, sub(node.args[0], const(first)))
     return (replaced(mask, done), drawn) if done else (mask, tables)
+
+
+def eligible(
+    of: Expr, start: int, count: int, n: int, tables: Tables
+) -> tuple[Array, Callable[[Array, Array], Array]]:
+    """How many of n keys hold in each of `count` rows, and the key of a rank (from 0) in a row.
+
+    Few pairs are evaluated one by one: tiling has its price.
+    """
+    searched = any(node.op in ("random", "exists") for node in nodes(of))
+    if not 0 < count * n <= FEW_POINTS or searched or pointwise.partial(of):
+        grid = tile(of, count, n, 128, n=n, q_offset=start, tables=tables)
+        return grid.row_counts(), grid.select
+    live = pointwise.evaluate(of, start + np.arange(count)[:, None], np.arange(n)[None, :], tables)
+    counts = live.sum(axis=1)
+    first, columns = np.cumsum(counts) - counts, np.nonzero(live)[1]
+    return counts, lambda row, rank: columns[first[row] + rank]
 
 
 def widened(frame: Frame, ends: list[Expr | None]) -> Frame | None:
