@@ -424,9 +424,11 @@ def test_a_child_that_dies_is_reported():
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_nothing_survives_a_signal(number):
+    # where the tests run in the background, SIGINT is ignored from the start
     script = """
-import os, sys, time
+import os, signal, sys, time
 from attndsl.command import child
+signal.signal(signal.SIGINT, signal.default_int_handler)
 def work(stage):
     print(os.getpid(), flush=True)
     time.sleep(60)

@@ -39,9 +39,10 @@ def test_no_verdict_contradicts_brute_force(part: int) -> None:
     for pair, status, wrong in contradictions(islice(pairs(seeds), PAIRS // PARTS)):
         assert not wrong, (*pair.key, wrong)
         statuses[status] += 1
-    assert statuses["proved"] > 80, statuses
-    assert statuses["refuted"] > 50, statuses
-    assert statuses["undecided"] < 40, statuses
+    tried = PAIRS // PARTS
+    assert statuses["proved"] > 0.32 * tried, statuses
+    assert statuses["refuted"] > 0.2 * tried, statuses
+    assert statuses["undecided"] < 0.16 * tried, statuses
 
 
 HEADS = """
