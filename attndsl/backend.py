@@ -30,7 +30,8 @@ class Problem:
     training: bool = False
 
 
-DTYPES = ("float16", "bfloat16", "float32", "float64")
+DTYPES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+"""The dtypes of a problem, and their bytes."""
 
 
 def check_problem(problem: Problem) -> None:

@@ -276,7 +276,7 @@ def timings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_this_machine_is_measured_once(tmp_path: Path, timings: list[int]) -> None:
     file = tmp_path / "deep" / "machines.json"
     first, second = cost.this_machine(file), cost.this_machine(file)
-    assert first == second == Machine("this CPU", {k: v for k, v in RATES.items() if k in cost.ITEMSIZE}, 5.0)
+    assert first == second == Machine("this CPU", {k: v for k, v in RATES.items() if k in cost.DTYPES}, 5.0)
     assert len(timings) == 1
     (key,) = json.loads(file.read_text())
     assert torch.__version__ in key

@@ -477,7 +477,7 @@ def test_no_tokens() -> None:
         (lambda: shards(bound("mask causal"), 8, -2), "must not be negative"),
         (lambda: shards(bound("mask causal"), 2**30, 2**20), "the limit is"),
         (lambda: shards(bound("mask causal"), 8, 2, heads=4, kv_heads=3), "cannot share"),
-        (lambda: shards(bound("mask causal"), 8, 2, kv_heads=0), "cannot share"),
+        (lambda: shards(bound("mask causal"), 8, 2, kv_heads=0), "`kv_heads` is 0"),
         (lambda: shards(bound("mask causal"), 8, 2, dtype="int4"), "`dtype` is int4"),
         (lambda: shards(bound("mask causal"), 8, 2, block_size=12), "multiple of 8"),
         (lambda: shards(example("packed"), 8, 2), "needs its input `doc`"),

@@ -186,6 +186,10 @@ def test_a_table_may_be_called_anything(name: str, tmp_path: Path) -> None:
         ("causal & last(isqrt(n))", "O(n*sqrt(n))"),
         ("last(8) | random(4)", "O(n)"),
         ("causal & random(4)", None),
+        ("causal | random(4)", "O(n^2)"),
+        ("last(2) & ~random(2, of = last(2))", None),
+        ("radius(0) @ random(2) | last(3)", None),
+        ("causal & (last(isqrt(n)) | { q, k : (q - k) mod 33554432 == 0 })", None),
     ],
 )
 def test_a_class_is_known_or_not_given(pattern: str, complexity: str | None) -> None:
@@ -203,6 +207,14 @@ def test_draws_and_tables_together() -> None:
     assert report.nnz is not None
     assert (report.nnz.value, report.reasons) == (mask.sum(), {})
     assert report.empty_rows == (~mask.any(axis=-1)).sum()
+
+
+def test_shards_need_no_tiles_of_the_whole_mask() -> None:
+    attention = attndsl.load(EXAMPLES / "sparse_transformer.attn")["sparse_transformer"]
+    assert isinstance(attention, attndsl.Attention)
+    report = attndsl.analyze(attention, length=2**20, parts=["shards"])
+    assert report.reasons == {}
+    assert report.shards is not None
 
 
 def test_a_batch_counts_in_every_part() -> None:

@@ -22,14 +22,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attndsl.attention import Attention
-from attndsl.backend import Counting, Problem
+from attndsl.backend import DTYPES, Counting, Problem
 from attndsl.execution import registry
 from attndsl.tiles import lowering
 from attndsl.tiles.blockmask import BlockMask, TileGrid
 
 BACKWARD = 2.5
 """Backward FLOPs beside forward."""
-ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 ENTRIES = 2**21
 """Runs and partial tiles that a block size may take to be looked at."""
@@ -84,7 +83,7 @@ def ideal(block_mask: BlockMask, problem: Problem) -> Ideal:
     Decode: the query and its output, and of each key head the keys and values that some of its query heads
     relates to the last row. Log-sum-exps are left out.
     """
-    p, item = problem, ITEMSIZE[problem.dtype]
+    p, item = problem, DTYPES[problem.dtype]
     per_row = p.head_dim * item
     q = p.batch * p.heads * p.q_length * per_row
     k = _keys_read(problem, block_mask, read_keys) * per_row
@@ -177,7 +176,7 @@ def lowerings(attention: Attention, problem: Problem, block_mask: BlockMask | No
 
 
 def _work(counts: Mapping[str, float], problem: Problem) -> tuple[Passes, Passes]:
-    p, item = problem, ITEMSIZE[problem.dtype]
+    p, item = problem, DTYPES[problem.dtype]
     forward = round(pair_flops(p.head_dim) * counts["pairs"])
     rows = p.batch * p.heads * p.q_length * p.head_dim * item
     keys = p.batch * p.kv_heads * p.length * p.head_dim * item
@@ -340,7 +339,7 @@ def _kept(path: Path) -> dict[str, dict[str, float]]:
         kept = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    wanted = {*ITEMSIZE, "bandwidth"}
+    wanted = {*DTYPES, "bandwidth"}
     return {
         key: rates
         for key, rates in (kept.items() if isinstance(kept, dict) else ())
@@ -367,7 +366,7 @@ def measured() -> dict[str, float]:
         return 2.0 * side**3 / _best(lambda: a @ b)
 
     # a dtype without instructions of its own can be 100 times slower
-    rates = {d: rate(d, SIDE if d in ("float32", "float64") else SIDE // 4) for d in ITEMSIZE}
+    rates = {d: rate(d, SIDE if d in ("float32", "float64") else SIDE // 4) for d in DTYPES}
     source = torch.zeros(STREAMED)
     target = torch.empty_like(source)
     rates["bandwidth"] = 2.0 * source.nbytes / _best(lambda: target.copy_(source))

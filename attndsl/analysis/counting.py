@@ -52,6 +52,8 @@ Counts = NDArray[Any]
 
 PIECES = 4
 """Pieces in the residue that a formula may have."""
+RESIDUES = 2**16
+"""Largest period: so many polynomials are fitted."""
 LONGEST = 2**22
 """Most lengths counted in one pass, where n only bounds the positions."""
 TRIED = 600
@@ -91,7 +93,7 @@ class ClosedForm:
         found = [(o, _segments(_moved(self.doubled, o))) for o in origins[: 4 * PIECES]]
         return min(found, key=lambda pair: len(pair[1]))
 
-    @property
+    @cached_property
     def formula(self) -> str | None:
         """One expression in n, `floor` and `Mod`, which sympy reads; None where it has too many pieces."""
         origin, starts = self.pieces
@@ -211,6 +213,8 @@ def closed_form(mask: Expr) -> ClosedForm | None:
 def _fitted(mask: Expr, start: int, period: int) -> ClosedForm | None:
     first = -(-start // period) * period
     longest = first + 3 * period
+    if period > RESIDUES:
+        return None
     growing = _growing(mask)
     if growing is not None and longest <= LONGEST:
         counted = counts_below(growing, longest)
@@ -251,7 +255,7 @@ def _through(known: dict[int, int], first: int, p: int) -> ClosedForm:
 def combined(forms: Sequence[ClosedForm]) -> ClosedForm | None:
     """The sum."""
     period = math.lcm(*(form.period for form in forms))
-    if period > LONGEST // 4:
+    if period > RESIDUES:
         return None
     start = max(form.start for form in forms)
     first = -(-start // period) * period

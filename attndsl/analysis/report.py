@@ -18,7 +18,6 @@ from attndsl.errors import AttnError, fail
 from attndsl.expr import FALSE, ZERO, Expr, const, exists, le, nodes, substitute, var
 from attndsl.meaning.pointwise import evaluate
 from attndsl.relations import proofs
-from attndsl.relations.relation import is_affine
 from attndsl.tiles import lowering
 from attndsl.tiles.blockmask import BlockMask
 from attndsl.tiles.lowering import quantifier_free
@@ -27,7 +26,7 @@ from attndsl.tiles.tiling import replaced
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
-    from attndsl.analysis.cost import BlockSize, Lowering, Roofline, Steps
+    from attndsl.analysis.cost import BlockSize, Ideal, Lowering, Roofline, Steps
     from attndsl.analysis.decode import Cache
     from attndsl.analysis.field import Field
     from attndsl.analysis.graph import GraphMeasures
@@ -150,6 +149,12 @@ class Subject:
     def block_mask(self) -> BlockMask:
         return lowering.block_mask(self.attention, self.sizes, self.tables, self.problem.block_size)
 
+    @cached_property
+    def ideal(self) -> Ideal:
+        from attndsl.analysis import cost
+
+        return cost.ideal(self.block_mask, self.problem)
+
     @property
     def square(self) -> bool:
         """Whether queries and keys are the same positions."""
@@ -211,7 +216,7 @@ def counted(subject: Subject) -> dict[str, Any]:
     count = Count(value)
     if form is not None:
         count = replace(count, formula=form.formula, valid_for=form.valid_for)
-        if form.formula is None:
+        if count.formula is None:
             rows = tuple(tuple(int(x) for x in row) for row in form.doubled.T)
             count = replace(count, around=form.bounds, residues=rows if len(rows) <= RESIDUES_SHOWN else None)
     if subject.square:
@@ -265,17 +270,21 @@ NEAR = 0.02
 def _growth(subject: Subject) -> str | None:
     """The class of masks without a formula, where it is known.
 
-    Keys drawn are a constant number a row, or block of rows: beside a class of O(n) or more they do not
-    count. Where sizes follow isqrt(n), the growth from each of some lengths to the next must agree.
+    Draws that add a constant number of keys a row do not count beside O(n) or more. Where sizes follow
+    isqrt(n), the growth from each of some lengths to the next must agree, and for a constant in its place a
+    formula must hold from the first of them on: then no rarer pairs come later.
     """
     masks = subject.masks
     ops = {node.op for mask in masks for node in nodes(mask)}
     if not subject.square or any(mask.tables for mask in masks):
         return None
     if "random" in ops:
+        if not all(map(_adds_few, masks)):
+            return None
         form = closed_form({undrawn(mask): times for mask, times in masks.items()})
         return CLASSES[form.degree] if form is not None and form.degree else None
-    if "isqrt" not in ops or not all(is_affine(substitute(m, {"n": const(SAMPLED[0])})) for m in masks):
+    form = closed_form({_rooted(mask): times for mask, times in masks.items()}) if "isqrt" in ops else None
+    if form is None or form.start > SAMPLED[0]:
         return None
     counts = [sum(t * counting.count_at(mask, n) for mask, t in masks.items()) for n in SAMPLED]
     if not all(counts):
@@ -286,6 +295,23 @@ def _growth(subject: Subject) -> str | None:
         if max(map(abs, off)) < NEAR:
             return name
     return None
+
+
+def _rooted(mask: Expr) -> Expr:
+    """The mask with isqrt(n) as it is at the first of the lengths."""
+    roots = (node for node in nodes(mask) if node.op == "isqrt" and node.args[0] is var("n"))
+    return replaced(mask, {node: const(math.isqrt(SAMPLED[0])) for node in roots})
+
+
+def _adds_few(mask: Expr) -> bool:
+    """Whether draws only add pairs, and a key that a row of queries draws is a constant number of keys."""
+    if mask.op in ("and", "or"):
+        return all(map(_adds_few, mask.args))
+    if mask.op != "random":
+        return all(node.op != "random" for node in nodes(mask))
+    row, key = mask.args[:2]
+    blocks = key.op == "floordiv" and key.args[1].op == "const"
+    return row.free <= {"q"} and (key.args[0] if blocks else key) is var("k")
 
 
 def undrawn(mask: Expr) -> Expr:
@@ -318,9 +344,8 @@ def costs(subject: Subject) -> dict[str, Any]:
     """flops, bytes, lowerings."""
     from attndsl.analysis import cost
 
-    ideal = cost.ideal(subject.block_mask, subject.problem)
     lowerings = cost.lowerings(subject.attention, subject.problem, subject.block_mask)
-    return {"flops": ideal.flops, "bytes": ideal.bytes, "lowerings": lowerings}
+    return {"flops": subject.ideal.flops, "bytes": subject.ideal.bytes, "lowerings": lowerings}
 
 
 def tiled(subject: Subject) -> dict[str, Any]:
@@ -335,9 +360,8 @@ def bounded(subject: Subject) -> dict[str, Any]:
     """machines."""
     from attndsl.analysis import cost
 
-    ideal = cost.ideal(subject.block_mask, subject.problem)
     machines = (*cost.MACHINES, cost.this_machine())
-    return {"machines": {m.name: cost.roofline(m, ideal, subject.problem.dtype) for m in machines}}
+    return {"machines": {m.name: cost.roofline(m, subject.ideal, subject.problem.dtype) for m in machines}}
 
 
 def stacked(subject: Subject) -> dict[str, Any]:
@@ -368,8 +392,9 @@ def divided(subject: Subject) -> dict[str, Any]:
         subject.attention, p.length, subject.ranks, heads=p.heads, kv_heads=p.kv_heads, head_dim=p.head_dim,
         dtype=p.dtype, block_size=p.block_size, inputs=subject.inputs,
     )  # fmt: skip
-    # rows of the batch with one mask are counted once
-    rows = p.batch // len(subject.block_mask.index)
+    # batch rows with one mask are counted once
+    alike = not any(table.batched for mask in subject.masks for table in mask.tables)
+    rows = p.batch if alike else 1
     return {"shards": tuple([shard.times(rows) for shard in found])}
 
 
@@ -491,5 +516,5 @@ def subject_of(
             raise fail(f"`{name}` is 0, and must be positive")
     subject = Subject(attention, problem, layers, ranks, parameters, dict(inputs))
     if inputs.keys() >= {table.name for table in attention.inputs}:
-        assert subject.tables is not None
+        lowering.checked_tables(attention, inputs, subject.sizes, problem.batch)
     return subject

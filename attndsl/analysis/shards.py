@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from attndsl.analysis.decode import mask_tiles
 from attndsl.attention import Attention
+from attndsl.backend import DTYPES, Problem, check_problem
 from attndsl.errors import fail
 from attndsl.tiles.blockmask import BlockMask, TileGrid
 from attndsl.tiles.lowering import NO_TABLES, checked_block_size, checked_length
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 
-NUMBER_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 BITS_LIMIT = 2**32
 """Ranks times keys."""
 BYTES = 2**26
@@ -116,16 +116,14 @@ def shards(
         raise fail("`ranks` is 0, and must be positive")
     if ranks * checked_length("length", length) > BITS_LIMIT:
         raise fail(f"{ranks:,} ranks times {length:,} keys; the limit is {BITS_LIMIT:,}")
-    if dtype not in NUMBER_BYTES:
-        raise fail(f"`dtype` is {dtype}, and must be one of {', '.join(NUMBER_BYTES)}")
     heads = checked_length("heads", heads)
     kv_heads = checked_length("kv_heads", heads if kv_heads is None else kv_heads)
-    if not kv_heads or heads % kv_heads:
-        raise fail(f"{heads} heads cannot share {kv_heads} key heads evenly")
+    head_dim = checked_length("head_dim", head_dim)
+    check_problem(Problem(length, length, heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype))
     tiles = mask_tiles(attention, length, heads, inputs)
     pairs = [grid.row_counts() for grid in tiles.grids]
     live = np.sum([pairs[i] for i in tiles.index.ravel()], axis=0)
-    number = 2 * checked_length("head_dim", head_dim) * NUMBER_BYTES[dtype]
+    number = 2 * head_dim * DTYPES[dtype]
     found = []
     for scheme, owner_of in SCHEMES.items():
         owner = owner_of(length, ranks, block_size)

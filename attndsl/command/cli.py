@@ -98,13 +98,21 @@ LIMIT = click.option(
     "--time-limit", type=click.FloatRange(min=0, min_open=True), default=60.0, show_default=True,
     help="Seconds for symbolic work: proofs and tiling.",
 )  # fmt: skip
+INPUTS = click.option(
+    "--input", "inputs", metavar="T=FILE.npy", multiple=True, callback=pair, help="A run-time table."
+)
+SHAPE = options(
+    click.option("--kv-heads", type=COUNT, help="Number of key heads, if not that of query heads."),
+    click.option("--head-dim", type=COUNT, default=64, show_default=True),
+    click.option("--dtype", type=click.Choice(["float64", "float32", "bfloat16", "float16"]),
+                 default="float32", show_default=True),
+)  # fmt: skip
 TARGET = options(
     click.argument("file"),
     click.argument("name", required=False),
     click.option("--set", "params", metavar="P=V", multiple=True, callback=pair,
                  help="A parameter, as the language writes it: 4, [0, 8], 0..3."),
-    click.option("--input", "inputs", metavar="T=FILE.npy", multiple=True, callback=pair,
-                 help="A run-time table."),
+    INPUTS,
 )  # fmt: skip
 SIZES = options(
     click.option("--length", type=LENGTH, required=True, help="Number of keys, n."),
@@ -116,10 +124,7 @@ SIZES = options(
 )  # fmt: skip
 PROBLEM = options(
     SIZES,
-    click.option("--kv-heads", type=COUNT, help="Number of key heads, if not that of query heads."),
-    click.option("--head-dim", type=COUNT, default=64, show_default=True),
-    click.option("--dtype", type=click.Choice(["float64", "float32", "bfloat16", "float16"]),
-                 default="float32", show_default=True),
+    SHAPE,
     click.option("--device", default="cpu", show_default=True),
     click.option("--backend", help="Take this one or fail; the default is the cheapest that can."),
 )  # fmt: skip
@@ -611,11 +616,8 @@ def ratio(dense: float, ours: float) -> str:
 ANALYSIS = options(
     click.option("--q-length", type=Count(0, 65536), help="Number of queries, if not n."),
     click.option("--heads", type=COUNT, help="Query heads; else as many as the attention speaks of."),
-    click.option("--kv-heads", type=COUNT, help="Number of key heads, if not that of query heads."),
-    click.option("--head-dim", type=COUNT, default=64, show_default=True),
+    SHAPE,
     click.option("--batch", type=COUNT, default=1, show_default=True),
-    click.option("--dtype", type=click.Choice(["float64", "float32", "bfloat16", "float16"]),
-                 default="float32", show_default=True),
     click.option("--block-size", type=COUNT, default=128, show_default=True,
                  help="Tokens on the side of a tile."),
     click.option("--layers", type=COUNT, default=1, show_default=True, help="Layers that are stacked."),
@@ -652,7 +654,7 @@ def analyze(
     parameters: tuple[str, ...],
     as_json: bool,
     **sizes: Any,
-) -> None:  # fmt: skip
+) -> None:
     """What the attention costs and sees, exactly, and for every n where that can be had."""
     from attndsl.analysis.report import subject_of
 
@@ -720,14 +722,7 @@ def one_by_one(subject: Subject, shown: str, parts: list[str], time_limit: float
     multiple=True,
     help="Values of a parameter, or of n: each is a column.",
 )
-@click.option(
-    "--input",
-    "inputs",
-    metavar="T=FILE.npy",
-    multiple=True,
-    callback=pair,
-    help="A run-time table, for those that have it.",
-)
+@INPUTS
 @click.option(
     "--format",
     "form",
