@@ -106,7 +106,7 @@ class _Evaluation:
         if e.op == "add":
             return sum(args[1:], start=args[0])
         if e.op == "or":
-            return _any(np.broadcast_arrays(*args))
+            return _any(args)
         return np.asarray(OPERATIONS[e.op](*args))
 
     def look_up(self, e: Expr, table: Table, args: list[Array], active: Array | None) -> Array:
@@ -182,8 +182,7 @@ def _sigmoid(x: Array) -> Array:
 
 
 def _any(truths: Sequence[Array]) -> Array:
-    result: Array = np.any(truths, axis=0)
-    return result
+    return functools.reduce(np.logical_or, truths, np.zeros((), bool))
 
 
 def _log2(x: Array) -> Array:

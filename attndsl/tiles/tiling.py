@@ -12,6 +12,7 @@ empty, and the tiles that hold a link, found from the list of links, are tiled a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -37,7 +38,7 @@ from attndsl.tiles.abstract import (
     unique,
 )
 from attndsl.tiles.blockmask import TileGrid
-from attndsl.tiles.linkset import ROW, contains, links_of, sorted_set, spread
+from attndsl.tiles.linkset import ROW, contains, links_of, sorted_set, spread, stripe
 
 Array = NDArray[Any]
 Tables = Mapping[str, Array]
@@ -87,6 +88,7 @@ def tile(
     if nq == 0 or n_keys == 0:
         nothing = np.zeros((2, 0), np.int64)
         return grid_of(frame, block_size, nothing, nothing, packed(0, block_size))
+    defined = not pointwise.partial(mask)
     mask, tables = draw(mask, frame, tables or {})
     depth = searches(mask)
     points = nq * n_keys * n**depth
@@ -95,6 +97,9 @@ def tile(
             f"a product of patterns that is not an integer relation is searched pair by pair: "
             f"{points:,} steps at n = {n}, and the limit is {POINT_LIMIT:,}"
         )
+    side = cell_size(mask, frame, block_size)
+    if defined and side > 1 and not depth and 0 < points <= FEW_POINTS * side**2:
+        return grid_of(frame, block_size, *tiles_of_cells(mask, frame, tables, side, block_size))
     links = {
         node: found
         for node in nodes(mask)
@@ -115,6 +120,50 @@ def tile(
         masks, numbers = distinct(masks[parts[1][used]])
         parts = np.stack([parts[0], numbers[content + 2] - 2])
     return grid_of(frame, block_size, parts, runs, masks)
+
+
+def cell_size(mask: Expr, frame: Frame, block_size: int) -> int:
+    """A divisor of the size of a tile and of the matrix: cells of that size, side by side from the first
+    position on, are each all live or all not."""
+    sides = [block_size, frame.q[1] - frame.q[0], frame.k[1] - frame.k[0]]
+    open_, seen = [mask], {mask}
+    while open_:
+        node = open_.pop()
+        found = stripe(node)
+        if found is not None:
+            sides += [found.width, (frame.q if found.axis == "q" else frame.k)[0] + found.shift]
+            if found.width == 1:
+                break
+        else:
+            open_ += [arg for arg in node.args if arg not in seen]
+            seen.update(node.args)
+    return math.gcd(*sides)
+
+
+def tiles_of_cells(
+    mask: Expr, frame: Frame, tables: Tables, side: int, block_size: int
+) -> tuple[Array, Array, Array]:
+    """As `tiles_of`, where one position of each cell is evaluated."""
+    f = block_size // side
+    (q, inside_q), (k, inside_k) = (first_of_cells(*axis, side, block_size) for axis in (frame.q, frame.k))
+    live = pointwise.evaluate(mask, q[:, None, :, None], k[None, :, None, :], tables)
+    live = live & inside_q[:, None, :, None] & inside_k[None, :, None, :]
+    high, wide = live.shape[2:]
+    cells = live.reshape(f * f, high * wide)
+    full = cells.all(axis=0)
+    partial = np.flatnonzero(cells.any(axis=0) & ~full)
+    contents, numbers = distinct(cells[:, partial].T.reshape(-1, f, f) * np.uint8(255))
+    codes = full.astype(np.int32).reshape(1, high, wide)
+    codes.flat[partial] = numbers[2:]
+    parts, runs = expand([codes], 1)
+    rows = np.packbits(contents.repeat(side, axis=2), axis=2, bitorder="little")
+    return parts, runs, rows.repeat(side, axis=1)
+
+
+def first_of_cells(start: int, end: int, side: int, block_size: int) -> tuple[Array, Array]:
+    """The first position of cell i of tile t at [i, t], and whether it lies inside."""
+    at = start + np.arange(0, block_size, side)[:, None] + np.arange(0, end - start, block_size)
+    return np.minimum(at, end - 1), at < end
 
 
 def searches(mask: Expr) -> int:
@@ -222,8 +271,8 @@ def eligible(
         return grid.row_counts(), grid.select
     live = pointwise.evaluate(of, start + np.arange(count)[:, None], np.arange(n)[None, :], tables)
     counts = live.sum(axis=1)
-    first, columns = np.cumsum(counts) - counts, np.nonzero(live)[1]
-    return counts, lambda row, rank: columns[first[row] + rank]
+    first, at = np.cumsum(counts) - counts, np.flatnonzero(live)
+    return counts, lambda row, rank: at[first[row] + rank] % n
 
 
 def widened(frame: Frame, ends: list[Expr | None]) -> Frame | None:
@@ -308,7 +357,7 @@ def interned(source: Source, q: Array, k: Array, size: int) -> tuple[Array, Arra
     """A code for each box (0 empty, 1 full, 2 + number of its key) and one representative per key."""
     status, key = source.over(q, k, size)
     codes = (status == FULL).astype(np.int32)
-    partial = np.nonzero(status == PARTIAL)
+    partial = nonzero(status == PARTIAL)
     first, number = unique(pack(key, len(partial[0])))
     codes[partial] = number + 2
     return codes, *(np.broadcast_to(x, status.shape)[tuple(p[first] for p in partial)] for x in (q, k))
@@ -335,6 +384,11 @@ def tile_contents(source: Source, q: Array, k: Array, block_size: int) -> Array:
 
 def packed(count: int, size: int) -> Array:
     return np.zeros((count, size, size // 8), np.uint8)
+
+
+def nonzero(truths: Array) -> tuple[Array, ...]:
+    """As np.nonzero, which takes three times as long where there is more than one axis."""
+    return np.unravel_index(np.flatnonzero(truths), truths.shape)
 
 
 def limit(count: int, most: int, what: str) -> None:
@@ -388,7 +442,7 @@ def expand(levels: list[Array], width: int) -> tuple[Array, Array]:
         length = (end - start)[item] * width
         first = first + np.arange(width)[:, None] * ROW
         runs.append(np.stack([first, first + length]).reshape(2, -1))
-        owner, row, col = np.nonzero(children > 1)
+        owner, row, col = nonzero(children > 1)
         count = np.bincount(owner, minlength=len(children))
         box, item = spread(count[what])
         item += (np.cumsum(count) - count)[what][box]
@@ -404,8 +458,8 @@ def full_runs(children: Array) -> tuple[Array, Array, Array, Array]:
     edges = np.zeros((*full.shape[:2], full.shape[2] + 1), np.int8)
     edges[:, :, :-1] += full
     edges[:, :, 1:] -= full
-    owner, row, start = np.nonzero(edges == 1)
-    return owner, row, start, np.nonzero(edges == -1)[2]
+    owner, row, start = nonzero(edges == 1)
+    return owner, row, start, nonzero(edges == -1)[2]
 
 
 def overlay(parts: Array, runs: Array, at: Array, numbers: Array, offset: int) -> tuple[Array, Array]:
