@@ -9,9 +9,10 @@ Memory grows with the entries of the BlockMask and the tokens, never with their 
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from weakref import WeakKeyDictionary
 
@@ -39,9 +40,6 @@ from attndsl.tiles.blockmask import BlockMask, TileGrid
 from attndsl.tiles.tiling import tile
 
 flash: Callable[..., tuple[Tensor, Tensor]] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-flash_backward: Callable[..., tuple[Tensor, Tensor, Tensor]] = (
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-)
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 FORWARD_UNIT, BACKWARD_UNIT, FORMED_UNIT = 32, 128, 64
@@ -50,6 +48,7 @@ TRANSIENT, FORMED = 2**22, 3 * 2**18
 """Numbers that one step may copy, and weights that it may form: the latter pay off while in cache."""
 KEPT = 2**20
 """Numbers of a chunk's addend up to which it stays in memory between calls."""
+LOG2_E = 1 / math.log(2.0)
 LANES = 16
 """Heads that run together."""
 SECONDS = {
@@ -72,7 +71,7 @@ SAMPLED = 2**14
 """Entries of a BlockMask that are taken apart to predict what all take."""
 FUSED_K = 512
 """Keys at a time in torch's fused kernel."""
-Q_MAX, K_MAX = 256, 2048
+Q_MAX, K_MAX = 256, 1024
 """Queries and keys of one problem where the weights are formed."""
 
 
@@ -92,6 +91,14 @@ class Views:
     count: int
     mask: Tensor | None
     fresh: bool
+
+    @property
+    def q_len(self) -> int:
+        return self.part.q_len
+
+    @property
+    def k_len(self) -> int:
+        return self.part.k_len
 
     def query_tokens(self, device: torch.device) -> Tensor:
         return _tokens(self.part.q0, self.part.q_step, self.part.q_len, self.first, self.count, device)
@@ -121,7 +128,7 @@ class Views:
         """The windows are the same or do not overlap."""
         p, start = self.part, self.part.k0 + self.first * self.part.k_step
         if self.count == 1 or p.k_step == 0:
-            x[:, start : start + p.k_len] += value.sum(1)
+            x[:, start : start + p.k_len] += value[:, 0] if self.count == 1 else value.sum(1)
         else:
             self.keys(x).add_(value)
 
@@ -139,6 +146,14 @@ class Gathers:
     @property
     def count(self) -> int:
         return len(self.rows)
+
+    @property
+    def q_len(self) -> int:
+        return self.rows.shape[1]
+
+    @property
+    def k_len(self) -> int:
+        return self.cols.shape[1]
 
     def query_tokens(self, device: torch.device) -> Tensor:
         return self.rows
@@ -218,11 +233,12 @@ class Cut:
 
 
 def cut_of(simple: Simple | None, heads: int, width: int, gradient: bool) -> Cut:
-    """`simple` is None where the weights are formed; `width` of a query or value."""
-    by_position = simple is None or not simple.by_distance
+    """`simple` is None where torch's fused kernel does not run; `width` of a query or value."""
+    formed = simple is None or gradient
+    by_position = formed or not (simple and simple.by_distance)
     return Cut(
-        unit=FORMED_UNIT if simple is None else BACKWARD_UNIT if gradient else FORWARD_UNIT,
-        bounded=simple is None,
+        unit=BACKWARD_UNIT if gradient else FORMED_UNIT if formed else FORWARD_UNIT,
+        bounded=formed,
         gradient=gradient,
         per_token=heads * width,
         per_pair=heads if by_position else 0,
@@ -233,6 +249,7 @@ def chunks_of(grid: TileGrid, cut: Cut, device: torch.device) -> tuple[list[Chun
     """What to run for this mask, in this order, and the rows of no fresh chunk."""
     touched, started = torch.zeros((2, grid.nq), dtype=torch.bool)
     chunks: list[Chunk] = []
+    masks: dict[int, Tensor] = {}
     for part in cut.parts(grid):
         if isinstance(part, Strided):
             rows = _tokens(part.q0, part.q_step, part.q_len, 0, part.count, touched.device).flatten()
@@ -242,15 +259,17 @@ def chunks_of(grid: TileGrid, cut: Cut, device: torch.device) -> tuple[list[Chun
         touched[rows] = True
         started[rows] |= fresh
         if isinstance(part, Strided):
-            chunks.extend(_views(part, fresh, cut, device))
+            mask = part.mask
+            if mask is not None and id(mask) not in masks:
+                masks[id(mask)] = torch.from_numpy(mask).to(device)[None]
+            chunks.extend(_views(part, None if mask is None else masks[id(mask)], fresh, cut))
         else:
             chunks.extend(_gathers(part, fresh, grid.n, cut, device))
     return chunks, torch.nonzero(~started).squeeze(1).to(device)
 
 
-def _views(part: Strided, fresh: bool, cut: Cut, device: torch.device) -> Iterator[Views]:
+def _views(part: Strided, mask: Tensor | None, fresh: bool, cut: Cut) -> Iterator[Views]:
     size = cut.problems(part)
-    mask = None if part.mask is None else torch.from_numpy(part.mask).to(device)[None]
     for first in range(0, part.count, size):
         yield Views(part, first, min(size, part.count - first), mask, fresh)
 
@@ -289,17 +308,21 @@ def _disjoint(part: Part) -> Iterator[Part]:
 
 
 def _bound(part: Part) -> Iterator[Part]:
-    if not isinstance(part, Strided) or part.mask is not None or part.count > 1:
+    if not isinstance(part, Strided):
         yield part
         return
     for q in range(0, part.q_len, Q_MAX):
         for k in range(0, part.k_len, K_MAX):
+            mask = None if part.mask is None else part.mask[q : q + Q_MAX, k : k + K_MAX]
+            if mask is not None and not mask.any():
+                continue
             yield replace(
                 part,
                 q0=part.q0 + q,
                 q_len=min(Q_MAX, part.q_len - q),
                 k0=part.k0 + k,
                 k_len=min(K_MAX, part.k_len - k),
+                mask=None if mask is None or mask.all() else mask,
             )
 
 
@@ -414,7 +437,7 @@ class BlockSparse:
         shift = None if grad_lse is None else grad_lse.masked_fill(lse == -torch.inf, 0.0)
         over = lse.masked_fill(lse == -torch.inf, torch.inf)
         for lane in _lanes_of(self.attention, call):
-            work = self.work(call, lane, recorded=bool(tables) or grad_lse is not None)
+            work = self.work(call, lane, recorded=bool(tables))
             rows = Rows(
                 lane.queries(grad_out.to(wide)),
                 lane.queries(out.to(wide)),
@@ -424,8 +447,9 @@ class BlockSparse:
             dq, dk, dv = lane.queries(totals[0]), lane.keys(totals[1]), lane.keys(totals[2])
             chunks = work.chunks(self.chunks, gradient=True)
             dq[:, chunks.empty] = 0.0
+            room = work.room(chunks)
             for chunk, addend in chunks.chunks:
-                gq, gk, gv = work.part_gradient(chunk, addend, rows, tables)
+                gq, gk, gv = work.part_gradient(chunk, addend, rows, tables, room)
                 (chunk.put_queries if chunk.fresh else chunk.add_queries)(dq, gq)
                 for total, g in ((dk, gk), (dv, gv)):
                     chunk.add_keys(total, g.sum(0, keepdim=True) if len(total) < len(g) else g)
@@ -449,7 +473,7 @@ class Rows:
 
     @cached_property
     def delta(self) -> Tensor:
-        """sum(grad_out * out) - grad_lse [X, nq]: torch's fused kernel finds its own."""
+        """sum(grad_out * out) - grad_lse [X, nq]"""
         delta = (self.grad_out * self.out).sum(-1)
         return delta if self.grad_lse is None else delta - self.grad_lse
 
@@ -481,6 +505,8 @@ class Work:
     call: Call
     lane: Lane
     simple: Simple | None
+    last: dict[tuple[int, ...], Addend] = field(default_factory=dict)
+    """What a bias by distance was the last time, by what it depends on."""
 
     @cached_property
     def q(self) -> Tensor:
@@ -501,14 +527,14 @@ class Work:
     def chunks(self, kept: Kept, gradient: bool) -> Chunks:
         grid, simple = self.lane.grid, self.simple if self.fused else None
         cut = cut_of(simple, len(self.q), max(self.q.shape[2], self.v.shape[2]), gradient)
-        constant = simple is not None and simple.bias is None
+        constant = self.simple is not None and self.simple.bias is None
         known = kept.setdefault(grid, {})
         key = (cut, constant, self.wide, self.q.device)
         if key not in known:
             chunks, empty = chunks_of(grid, cut, self.q.device)
-            small = [constant and (c.mask is None or c.mask.numel() <= KEPT) for c in chunks]
-            addends = [closing(c.mask, self.zero) if s else None for c, s in zip(chunks, small, strict=True)]
-            known[key] = Chunks(list(zip(chunks, addends, strict=True)), empty)
+            masks = {id(c.mask): c.mask for c in chunks if c.mask is None or c.mask.numel() <= KEPT}
+            closed = {name: closing(mask, self.zero) for name, mask in masks.items() if constant}
+            known[key] = Chunks([(c, closed.get(id(c.mask))) for c in chunks], empty)
         return known[key]
 
     @cached_property
@@ -543,25 +569,28 @@ class Work:
         assert self.simple is not None
         if self.simple.bias is None:
             return closing(chunk.mask, self.zero)
-        env = self.env(chunk, {})
         if isinstance(chunk, Views) and chunk.part.q_step == chunk.part.k_step and self.simple.by_distance:
-            env = self.env(replace(chunk, count=1), {})
-        mask = None if chunk.mask is None else chunk.mask[None]
-        bias = evaluate(self.simple.bias, env, mask).to(self.wide)
-        return closing(
-            chunk.mask,
-            bias.expand(
-                *bias.shape[:-2], *(x.shape[i] for x, i in ((env.values["q"], 2), (env.values["k"], 3)))
-            ),
-        )
+            part = chunk.part
+            alike = (part.k0 - part.q0, part.q_len, part.k_len, id(part.mask))
+            if alike not in self.last:
+                self.last.clear()
+                self.last[alike] = self.biased(replace(chunk, count=1), self.simple.bias)
+            return self.last[alike]
+        return self.biased(chunk, self.simple.bias)
 
-    def fused_inputs(self, q: Tensor, k: Tensor, v: Tensor, *like_v: Tensor) -> list[Tensor]:
+    def biased(self, chunk: Chunk, bias: Expr) -> Addend:
+        env = self.env(chunk, {})
+        mask = None if chunk.mask is None else chunk.mask[None]
+        value = evaluate(bias, env, mask).to(self.wide)
+        return closing(chunk.mask, value.expand(*value.shape[:-2], chunk.q_len, chunk.k_len))
+
+    def fused_inputs(self, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
         """As many key heads as query heads and equal head dimensions, which the fused kernel wants: the
         narrower are padded with zeros."""
         width = max(q.shape[3], v.shape[3])
         wide = (
             x if x.shape[3] == width else torch.nn.functional.pad(x, (0, width - x.shape[3]))
-            for x in (q, k, v, *like_v)
+            for x in (q, k, v)
         )
         return [(x if x.stride(-1) == 1 else x.contiguous()).expand(len(q), -1, -1, -1) for x in wide]
 
@@ -639,14 +668,14 @@ class Work:
             tables[name] += g
 
     def part_gradient(
-        self, chunk: Chunk, addend: Addend | None, rows: Rows, tables: dict[str, Tensor]
+        self, chunk: Chunk, addend: Addend | None, rows: Rows, tables: dict[str, Tensor], room: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of these queries, keys and values; those of `tables` are added in place.
 
         With the L of the whole row, exp(l - L) is the final weight, so the parts need no merging.
         """
-        if self.fused:
-            return self.fused_gradient(chunk, self.additive(chunk) if addend is None else addend, rows)
+        if self.simple is not None:
+            return self.simple_gradient(chunk, self.additive(chunk) if addend is None else addend, rows, room)
         kind = self.lane.group.norm.kind
         q, k, v = self.sources(chunk)
         grad_out, delta = chunk.queries(rows.grad_out), chunk.queries(rows.delta)
@@ -669,25 +698,46 @@ class Work:
             tables[name] += g
         return gq, gk, weight.transpose(-1, -2) @ grad_out
 
-    def fused_gradient(self, chunk: Chunk, addend: Addend, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+    def room(self, chunks: Chunks) -> Tensor:
+        """Where `simple_gradient` forms the weights of one chunk and their slopes: fresh memory for each
+        would cost a third more time."""
+        most = max((c.count * c.q_len * c.k_len for c, _ in chunks.chunks if self.simple), default=0)
+        return self.q.new_empty((2, len(self.q) * most), dtype=self.wide)
+
+    def simple_gradient(
+        self, chunk: Chunk, addend: Addend, rows: Rows, room: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Five matrix products, in base 2: torch's exp2 takes a third of the time of its exp, and no longer
+        where a weight vanishes. Query heads that share a key head are rows of one product."""
         assert self.simple is not None
-        q, k, v, out, grad_out = self.fused_inputs(
-            *self.sources(chunk), chunk.queries(rows.out), chunk.queries(rows.grad_out)
-        )
-        gq, gk, gv = flash_backward(
-            grad_out,
-            q,
-            k,
-            v,
-            out,
-            chunk.queries(rows.lse),
-            0.0,
-            False,
-            attn_mask=addend[0],
-            scale=self.simple.scale,
-        )
-        d, dv = self.q.shape[2], self.v.shape[2]
-        return gq[..., :d], gk[..., :d], gv[..., :dv]
+        q, k, v = self.sources(chunk)
+        shape, groups, scale = (*q.shape[:3], k.shape[2]), len(k), self.simple.scale
+        q, grad_out = (folded(x, groups) for x in (q * scale, chunk.queries(rows.grad_out)))
+        k, v = k.flatten(0, 1), v.flatten(0, 1)
+        weight, slope = (x[: math.prod(shape)].view(-1, q.shape[1], shape[3]) for x in room)
+        start, base = unfolded(weight, shape), chunk.queries(rows.lse)[..., None] * -LOG2_E
+        if addend[0] is None:
+            start.copy_(base)
+        else:
+            torch.add(base, addend[0], alpha=LOG2_E, out=start)
+        weight.baddbmm_(q, k.transpose(1, 2), alpha=LOG2_E).exp2_()
+        unfolded(slope, shape).copy_(-chunk.queries(rows.delta)[..., None])
+        slope.baddbmm_(grad_out, v.transpose(1, 2)).mul_(weight)
+        gq = unfolded(torch.bmm(slope, k).mul_(scale), (*shape[:3], k.shape[2]))
+        gk, gv = torch.bmm(slope.transpose(1, 2), q), torch.bmm(weight.transpose(1, 2), grad_out)
+        return gq, gk.view(groups, -1, *gk.shape[1:]), gv.view(groups, -1, *gv.shape[1:])
+
+
+def folded(x: Tensor, groups: int) -> Tensor:
+    """[X, C, R, D] -> [groups * C, X / groups * R, D]"""
+    return x.view(groups, -1, *x.shape[1:]).transpose(1, 2).flatten(0, 1).flatten(1, 2)
+
+
+def unfolded(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The other way round, `shape` being the one of the result."""
+    heads, count, rows, width = shape
+    groups = len(x) // count
+    return x.view(groups, count, heads // groups, rows, width).transpose(1, 2).flatten(0, 1)
 
 
 def closing(mask: Tensor | None, bias: Tensor) -> Addend:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from numpy.typing import NDArray
 import attndsl
 from attndsl import expr as ir
 from attndsl.conformance import CASES, Case, check
+from attndsl.execution import registry
 from attndsl.execution.parts import Strided, take_apart
 from attndsl.execution.torch_eval import affine_in_s, by_distance
 from attndsl.meaning.pointwise import evaluate
@@ -26,6 +29,15 @@ def test_conforms(backend: str, case: Case) -> None:
     reason = check(backend, case)
     if reason is not None:
         pytest.skip(reason)
+
+
+@pytest.mark.parametrize("case", CASES[::2], ids=str)
+def test_conforms_in_small_steps(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short sequences are cut as often as long ones."""
+    kernel = sys.modules[type(registry.plugin("backends", "torch")).__module__]
+    for name, most in {"Q_MAX": 8, "K_MAX": 12, "FORMED": 2**10, "TRANSIENT": 2**12, "KEPT": 2**8}.items():
+        monkeypatch.setattr(kernel, name, most)
+    assert check("torch", case) is None
 
 
 @pytest.mark.parametrize("case", CASES[::7], ids=str)
