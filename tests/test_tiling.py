@@ -302,6 +302,44 @@ def test_patterns_equal_pointwise_evaluation(
     check(PATTERNS[name], nq, n, size, q_offset)
 
 
+@pytest.mark.parametrize("few", [2**17, 0])
+@pytest.mark.parametrize(
+    ("nq", "n", "size", "q_offset", "k_offset"),
+    [
+        (320, 320, 64, 0, 0),
+        (160, 224, 64, 64, 96),
+        (96, 288, 24, 0, 24),
+        (300, 300, 40, 0, 0),
+        (64, 96, 8, 16, 0),
+    ],
+)
+def test_masks_of_cells_equal_pointwise_evaluation(
+    nq: int, n: int, size: int, q_offset: int, k_offset: int, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cells of 4 or 8, where the tiles and the matrix are whole cells or not."""
+    monkeypatch.setattr(tiling, "FEW_POINTS", few)
+    q, k = floordiv(Q, const(16)), floordiv(add(K, const(4)), const(8))
+    near = all_of(le(const(-3), sub(k, mul(const(2), q))), le(sub(k, mul(const(2), q)), const(2)))
+    drawn = random_keys(
+        q, k, const((n + k_offset) // 8 + 2), const(1), negate(eq(var("j"), const(3))), 2, "i", "j"
+    )
+    for mask in (
+        near,
+        any_of(near, drawn),
+        all_of(near, negate(drawn)),
+        negate(any_of(eq(q, const(1)), drawn)),
+    ):
+        check(mask, nq, n, size, q_offset, k_offset)
+    for frame, side in [
+        (((0, 64), (0, 64)), 4),
+        (((0, 64), (4, 68)), 8),
+        (((8, 72), (4, 68)), 8),
+        (((2, 66), (4, 68)), 2),
+    ]:
+        assert tiling.cell_size(near, tiling.Frame(*frame), 64) == side
+    assert tiling.cell_size(all_of(near, CAUSAL), tiling.Frame((0, 64), (4, 68)), 64) == 1
+
+
 @pytest.mark.parametrize("nq", [0, 1, 7, 8, 9])
 @pytest.mark.parametrize("n", [0, 1, 15, 16, 17])
 def test_tiny_sizes(nq: int, n: int) -> None:
