@@ -8,6 +8,8 @@ or all true is empty or full at every level. Expanding the tree from the root do
 
 Sets of links (`k in chosen[q]`, `random`) are too scattered for that: the mask is tiled as if they were
 empty, and the tiles that hold a link, found from the list of links, are tiled again with the whole mask.
+
+A mask that asks for blocks only is constant over cells: where these are few, one position of each tells all.
 """
 
 from __future__ import annotations
