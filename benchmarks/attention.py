@@ -9,7 +9,7 @@ What was tried for the window (8 heads of 64, float32, two cores with AVX-512; s
 forward in bands of 16, 32, 64, 128, 256 rows at n = 16384: 0.276, 0.264, 0.268, 0.319, 0.345;
 backward at n = 4096 by torch's fused kernel, all at once, in bands of 32, 64, 128, 256 rows: 0.270, 0.208,
 0.188, 0.203; by eight problems, which reuse memory: 0.164, 0.167 (64, 128 rows). From matrix products that
-keep the weights: 0.190 where each chunk takes fresh memory, a quarter less than the fused kernel where
+keep the weights: 0.190 where each chunk takes fresh memory, less than by the fused kernel (7 to 20 %) where
 all use the same, with exp2 in place of exp (0.17 ns a weight beside 0.6, and 2 to 5 where it vanishes) and
 bands of 128 rows (64 and 96 rows 5 to 10 % slower). Every parallel region ends in a barrier, which on a
 busy machine costs a time slice, so few large calls matter more than the work they do: masks are made once,
