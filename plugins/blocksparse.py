@@ -701,7 +701,8 @@ class Work:
     def room(self, chunks: Chunks) -> Tensor:
         """Where `simple_gradient` forms the weights of one chunk and their slopes: fresh memory for each
         would cost a third more time."""
-        most = max((c.count * c.q_len * c.k_len for c, _ in chunks.chunks if self.simple), default=0)
+        sizes = [c.count * c.q_len * c.k_len for c, _ in chunks.chunks] if self.simple else []
+        most = max(sizes, default=0)
         return self.q.new_empty((2, len(self.q) * most), dtype=self.wide)
 
     def simple_gradient(

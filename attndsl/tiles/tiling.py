@@ -100,7 +100,7 @@ def tile(
             f"{points:,} steps at n = {n}, and the limit is {POINT_LIMIT:,}"
         )
     side = cell_size(mask, frame, block_size)
-    if defined and side > 1 and not depth and 0 < points <= FEW_POINTS * side**2:
+    if defined and side > 1 and not depth and points <= FEW_POINTS * side**2:
         return grid_of(frame, block_size, *tiles_of_cells(mask, frame, tables, side, block_size))
     links = {
         node: found
