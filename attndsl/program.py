@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import ChainMap
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
 from importlib.resources import files
@@ -32,11 +33,9 @@ DEFINITION_LIMIT = 20_000
 
 @functools.cache
 def prelude() -> Mapping[str, Definition]:
-    """The definitions that every program starts with, in the language itself."""
+    """The definitions that every program starts with, in the language itself; each is parsed on first use."""
     text = files("attndsl.grammar").joinpath("prelude.attn").read_text(encoding="utf-8")
-    module, problems = syntax.parse_partial(Source("prelude.attn", text))
-    assert not problems, AttnError(*problems)
-    return {item.name: item for item in module.items if isinstance(item, Definition)}
+    return syntax.Definitions(Source("prelude.attn", text))
 
 
 def parse(text: str, name: str = "<text>") -> Program:
@@ -189,7 +188,7 @@ class Program:
     def __init__(self, name: str, definitions: Mapping[str, Definition]) -> None:
         self.name, self.own = name, definitions
         self.assertions: list[Assertion] = []
-        self.elaborator = Elaborator({**prelude(), **definitions})
+        self.elaborator = Elaborator(ChainMap(definitions, prelude()))  # type: ignore[arg-type]  # read only
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)

@@ -7,7 +7,7 @@ definition, and all of them are reported in one run.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -72,6 +72,32 @@ def parse_partial(source: Source) -> tuple[Module, list[Diagnostic]]:
             diagnostics.append(chunk.error)
             unread += NAMED.findall(source.text, chunk.start, chunk.end)
     return Module(tuple(items), tuple(unread), source=source), diagnostics
+
+
+class Definitions(Mapping[str, Definition | AttentionDef]):
+    """The definitions of a text that is right, by name, each parsed when it is first asked for."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.chunks = {
+            named[1]: chunk for chunk in cut(source) if (named := NAMED.match(source.text, chunk.start))
+        }
+
+    def __getitem__(self, name: str) -> Definition | AttentionDef:
+        chunk = self.chunks[name]
+        if chunk.item is None:
+            parse_chunk(self.source, chunk)
+        assert isinstance(chunk.item, Definition | AttentionDef), chunk.error
+        return chunk.item
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.chunks)
+
+    def __len__(self) -> int:
+        return len(self.chunks)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.chunks
 
 
 def parse_expression(source: Source) -> Expression:
