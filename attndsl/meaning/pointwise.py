@@ -7,6 +7,7 @@ them but the hash of `random`, which is part of the meaning (links.py).
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -24,6 +25,8 @@ LEAST = {"isqrt": 0, "log2": 1}
 """The least integer that these are defined for."""
 LARGEST_ROOT = 3_037_000_499
 """isqrt(2**63 - 1)"""
+AT_ONCE = 2**16
+"""Positions times members of a bound variable that are evaluated together."""
 GUARD = "guard it: write the condition that keeps it inside left of it, with `and`"
 
 
@@ -138,11 +141,19 @@ class _Evaluation:
 
     def exists(self, e: Expr, active: Array | None) -> Array:
         lo, hi = self.value(e.args[0], active), self.value(e.args[1], active)
+        name = str(e.value)
+        shapes = [np.shape(x) for x in (*self.variables.values(), lo, hi)]
+        step = max(1, AT_ONCE // max(1, math.prod(np.broadcast_shapes(*shapes))))
+        if any(inner.op == "random" and name in inner.args[4].free for inner in nodes(e.args[2])):
+            step = 1  # what may be drawn from is evaluated for one row at a time
         found: Array = np.zeros((), bool)
-        for m in range(int(np.min(lo, initial=0)), int(np.max(hi, initial=0))):
-            position = np.asarray(m)
-            inner = _Evaluation(self.variables | {str(e.value): position}, self.tables, e.args[2])
-            found = found | ((lo <= m) & (m < hi) & inner.value(e.args[2], active))
+        first, last = int(np.min(lo, initial=0)), int(np.max(hi, initial=0))
+        for start in range(first, last, step):
+            members = np.arange(start, min(start + step, last))
+            position = members.reshape(-1, *[1] * max(map(len, shapes))) if step > 1 else members[0]
+            inner = _Evaluation(self.variables | {name: position}, self.tables, e.args[2])
+            holds = (lo <= position) & (position < hi) & inner.value(e.args[2], active)
+            found = found | (holds.any(0) if step > 1 else holds)
         return found
 
     def random(self, e: Expr, active: Array | None) -> Array:

@@ -89,8 +89,8 @@ class Distances:
         return len(self.bits) - self.period
 
     def unrolled(self, length: int) -> Bits:
-        missing = max(length - len(self.bits), 0)
-        return cast(Bits, np.r_[self.bits, np.resize(self.bits[self.start :], missing)][:length])
+        times = max(-(-(length - len(self.bits)) // self.period), 0)
+        return cast(Bits, np.r_[self.bits, np.tile(self.bits[self.start :], times)][:length])
 
     def plus(self, other: Distances) -> Distances:
         """All sums a + b, both sets of one period p.
