@@ -19,6 +19,7 @@ import attndsl
 from attndsl import expr
 from attndsl.errors import Source
 from attndsl.execution import registry
+from attndsl.meaning import pointwise
 from attndsl.relations import relation
 from attndsl.syntax import nodes as ast
 from attndsl.syntax.format import format, render
@@ -82,8 +83,11 @@ def test_the_programs_use_the_whole_language() -> None:
 
 
 @each(MASKS)
-@pytest.mark.parametrize(("n", "nq"), [(5, 3), (11, 11)])
-def test_mask_and_counts_are_what_the_text_says(program: programs.Program, n: int, nq: int) -> None:
+@pytest.mark.parametrize(("n", "nq", "at_once"), [(5, 3, 1), (11, 11, 500)])
+def test_mask_and_counts_are_what_the_text_says(
+    program: programs.Program, n: int, nq: int, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pointwise, "AT_ONCE", at_once)
     tables = program.tables(n)
     axes = {table.name: table.axes for table in program.inputs}
     expected = meaning.Problem(parsed(program.text).own, n, nq, program.heads, tables, axes).mask()
@@ -92,6 +96,25 @@ def test_mask_and_counts_are_what_the_text_says(program: programs.Program, n: in
     np.testing.assert_array_equal(np.broadcast_to(counts, expected.shape), expected)
     mask = batched(attention.mask(n, nq, heads=program.heads, **tables))
     np.testing.assert_array_equal(np.broadcast_to(mask, expected.shape), expected > 0)
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 100, 2**16])
+@pytest.mark.parametrize(
+    "mask",
+    [
+        "random(2, of = { q, k : q * q <= k } @ radius(1)) @ last(2)",
+        "causal & ({ q, k : t[k] == 0 } @ full)",
+    ],
+)
+def test_a_bound_variable_may_be_all_that_varies(
+    mask: str, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pointwise, "AT_ONCE", at_once)
+    program = attndsl.parse(f"attention main {{ inputs t : int[n] mask {mask} }}")
+    tables = {"t": np.arange(23) % 5}
+    expected = meaning.Problem(program.own, 23, 23, 1, tables, {"t": ("n",)}).mask()[0]
+    np.testing.assert_array_equal(program["main"].mask(23, **tables), expected > 0)
+    assert expected.any()
 
 
 LENGTHS = [(0, 0), (3, 3), (33, 20), (64, 64), (130, 130), (300, 77), (299, 299)]

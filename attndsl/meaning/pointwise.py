@@ -141,19 +141,16 @@ class _Evaluation:
 
     def exists(self, e: Expr, active: Array | None) -> Array:
         lo, hi = self.value(e.args[0], active), self.value(e.args[1], active)
-        name = str(e.value)
-        shapes = [np.shape(x) for x in (*self.variables.values(), lo, hi)]
+        name, variables = str(e.value), {x: self.variables[x] for x in e.free}
+        shapes = [np.shape(x) for x in (*variables.values(), lo, hi, 0 if active is None else active)]
         step = max(1, AT_ONCE // max(1, math.prod(np.broadcast_shapes(*shapes))))
-        if any(inner.op == "random" and name in inner.args[4].free for inner in nodes(e.args[2])):
-            step = 1  # what may be drawn from is evaluated for one row at a time
         found: Array = np.zeros((), bool)
         first, last = int(np.min(lo, initial=0)), int(np.max(hi, initial=0))
         for start in range(first, last, step):
-            members = np.arange(start, min(start + step, last))
-            position = members.reshape(-1, *[1] * max(map(len, shapes))) if step > 1 else members[0]
-            inner = _Evaluation(self.variables | {name: position}, self.tables, e.args[2])
-            holds = (lo <= position) & (position < hi) & inner.value(e.args[2], active)
-            found = found | (holds.any(0) if step > 1 else holds)
+            members = np.arange(start, min(start + step, last)).reshape(-1, *[1] * max(map(len, shapes)))
+            inner = _Evaluation(variables | {name: members}, self.tables, e.args[2])
+            holds = (lo <= members) & (members < hi) & inner.value(e.args[2], active)
+            found = found | holds.any(0)
         return found
 
     def random(self, e: Expr, active: Array | None) -> Array:
