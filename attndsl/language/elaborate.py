@@ -202,7 +202,7 @@ class Elaborator:
                 )
             inner = inner.bind(**{param.name: value})
         inner = inner.bind(**(extra or {}))
-        key = (id(definition), env.integral, *inner.names.values())
+        key = (id(definition), integral, *inner.names.values())
         if key not in self.known:
             self.step(span)
             try:

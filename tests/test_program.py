@@ -1,0 +1,59 @@
+"""What reading a program does and does not do: each definition is read once, and only where it is used."""
+
+import gc
+
+import pytest
+
+import attndsl
+from attndsl import syntax
+from attndsl.errors import Source
+from attndsl.language.elaborate import Elaborator
+from attndsl.syntax import nodes as ast
+
+
+def test_definitions_are_parsed_when_asked_for():
+    text = "pattern a = full\n## the rest\nscore b(t = 1) = s * t\nlet c = (\nattention d { mask a }"
+    definitions = syntax.Definitions(Source("text", text))
+    assert list(definitions) == ["a", "b", "c", "d"]
+    assert "c" in definitions
+    assert "full" not in definitions
+    assert isinstance(definitions["d"], ast.AttentionDef)
+    assert definitions["b"].doc == "the rest"
+    assert definitions["b"] is definitions["b"]
+    with pytest.raises(AssertionError, match="never closed"):
+        definitions["c"]
+
+
+def test_a_file_shadows_the_prelude():
+    assert attndsl.parse("pattern causal = full\nattention a { mask causal }")["a"].mask(3).all()
+
+
+def test_an_attention_is_written_out_once(monkeypatch: pytest.MonkeyPatch):
+    written: list[str] = []
+
+    def attention(self: Elaborator, definition: ast.AttentionDef, env: object) -> object:
+        written.append(definition.name)
+        return original(self, definition, env)
+
+    original = Elaborator.attention
+    monkeypatch.setattr(Elaborator, "attention", attention)
+    program = attndsl.parse("attention a(w = 3) { mask last(w) }\nassert a <= causal\nassert every_row(a)")
+    assert program["a"] is not None
+    assert program.warnings == []
+    assert written == ["a"]
+    program["a"](w=5)
+    assert written == ["a", "a"]
+
+
+@pytest.mark.parametrize("text", ["attention a { mask causal }", "attention a { mask casual }"])
+@pytest.mark.parametrize("collects", [True, False])
+def test_the_collector_is_left_as_it_was(text: str, collects: bool):
+    (gc.enable if collects else gc.disable)()
+    try:
+        attndsl.parse(text)
+    except attndsl.AttnError:
+        assert "casual" in text
+    finally:
+        left = gc.isenabled()
+        gc.enable()
+    assert left is collects
