@@ -229,7 +229,7 @@ class Program:
     def __getitem__(self, name: str) -> Attention | Unbound:
         item = self.elaborator.definitions.get(name)
         if item is None:
-            known = suggest(str(name), self.elaborator.definitions)
+            known = suggest(str(name), self.own)
             known = known or f"it defines {', '.join(f'`{own}`' for own in self.names) or 'nothing'}"
             raise fail(f"`{self.name}` defines no `{name}`", help=known)
         if not _compilable(item):

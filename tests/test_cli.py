@@ -17,6 +17,7 @@ import torch
 from click.testing import CliRunner
 
 import attndsl
+from attndsl.analysis import cost, text
 from attndsl.command import child, cli, trial
 from attndsl.command.cli import main
 from attndsl.errors import AttnError, fail
@@ -239,6 +240,16 @@ def test_analyze_agrees_with_the_mask(tmp_path):
     assert attndsl.load(file)["p"].mask(at["n"])[0, at["q"], at["k"]]
 
 
+def test_analyze_says_which_block_sizes_it_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(cost, "ENTRIES", 2000)
+    monkeypatch.setattr(text, "ENTRIES", 2000)
+    file = write(tmp_path / "a.attn", "attention a { inputs z : float[n]  mask random(2)  score s + z[k] }")
+    done = attn("analyze", file, "--length", 4096, "--only", "block_sizes")
+    assert "not counted: below 128, where there may be more than 2,000 entries" in done.stdout
+    monkeypatch.setattr(cost, "ENTRIES", 10**9)
+    assert "not counted" not in attn("analyze", file, "--length", 4096, "--only", "block_sizes").stdout
+
+
 def test_show_writes_a_file(good, tmp_path):
     out = tmp_path / "picture.txt"
     assert attn("show", good, "lm", "--length", 16, "-o", out).stdout == ""
@@ -263,6 +274,29 @@ def test_show_draws_one_head(tmp_path):
     title, *drawn = done.stdout.splitlines()
     assert title == "a, head 2  n = 16  17.6 % live"
     assert drawn == attn("show", file, "w", "--length", 16).stdout.splitlines()[1:]
+
+
+def test_show_takes_as_many_heads_as_are_spoken_of(tmp_path):
+    text = "attention a { inputs w : int[H] mask causal & { q, k : q - k < w } }"
+    np.save(tmp_path / "w.npy", [1, 2, 3])
+    file = write(tmp_path / "a.attn", text)
+    done = attn("show", file, "--length", 8, "--input", f"w={tmp_path / 'w.npy'}")
+    assert done.exit_code == 0, done.stderr
+    for head in ("head 0", "head 1", "head 2"):
+        assert head in done.stdout
+    groups = write(tmp_path / "b.attn", "attention b { heads 0..1 { mask causal } 2 { mask last(2) } }")
+    assert "heads 0..1" in attn("show", groups, "--length", 8).stdout
+
+
+def test_a_counter_example_shows_the_ends_of_a_table(tmp_path):
+    text = """attention p { inputs doc : int[n] reg : bool[n]
+        mask documents(doc) & (grid(64, 8, { (y, x), (v, u) : y == v }) | columns(reg)) }
+    assert every_row(p)"""
+    done = attn("check", write(tmp_path / "p.attn", text))
+    assert done.exit_code == 1
+    assert "n = 513, q = 512, doc = [0, 0, 0, ..., 0, 0, 0], reg = [False, False, False, ..." in done.stdout
+    found = json.loads(attn("check", "--json", tmp_path / "p.attn").stdout)
+    assert len(found["files"][0]["assertions"][0]["tables"]["doc"]) == 513
 
 
 def test_show_draws_a_pattern_of_too_many_small_tiles_and_the_same_in_coarse_ones(tmp_path):

@@ -218,6 +218,14 @@ def test_expected_over_seeds(text: str) -> None:
     assert abs(np.mean(drawn) - mean) <= 4 * np.std(drawn) / seeds**0.5
 
 
+def test_a_draw_at_a_bound_position_has_no_mean_here() -> None:
+    text = "pattern p = random(1) @ causal"
+    count = attndsl.analyze(attndsl.parse(text)["p"], length=8, parts=["nnz"]).nnz
+    assert count is not None
+    assert count.value == attndsl.parse(text)["p"].mask(8).sum()
+    assert count.expected is None
+
+
 def test_tables_bound_the_count_and_then_give_it() -> None:
     text = "attention main { inputs doc : int[n]  mask causal & documents(doc) }"
     attention = attndsl.parse(text)["main"]

@@ -93,3 +93,59 @@ def test_a_range_is_not_walked() -> None:
 def test_a_mask_too_large_to_write_out() -> None:
     with pytest.raises(attndsl.AttnError, match="block_mask"):
         attndsl.parse("attention a { mask causal }")["a"].mask(2**31 - 1)
+
+
+BIASED = """attention a {
+    inputs doc : int[B, n] kind : int[n] bias : float[B, kinds]
+    mask causal & documents(doc)
+    score s + bias[kind[k]]
+}"""
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa", "torch"])
+def test_one_batch_row_of_a_table_serves_all(backend: str) -> None:
+    given = {"doc": np.arange(16)[None] // 5, "kind": np.arange(16) % 3, "bias": torch.randn(1, 3)}
+    every = given | {"doc": given["doc"].repeat(2, 0), "bias": given["bias"].repeat(2, 1)}
+    one = attndsl.compile(attndsl.parse(BIASED)["a"], length=16, head_dim=8, backend=backend, training=True)
+    assert torch.equal(one(Q, K, V, **given), one(Q, K, V, **every))
+    assert torch.equal(one.bind(**given)(Q, K, V), one(Q, K, V, **every))
+    leaves = [given["bias"].clone().requires_grad_(), every["bias"].clone().requires_grad_()]
+    for tables, leaf in zip((given, every), leaves, strict=True):
+        one(Q, K, V, **{**tables, "bias": leaf}).square().sum().backward()
+    torch.testing.assert_close(leaves[0].grad, leaves[1].grad.sum(0, keepdim=True))
+    assert leaves[0].grad.abs().min() > 0
+    with pytest.raises(attndsl.AttnError, match="`doc` has 3 entries on its axis `B`"):
+        one(Q, K, V, **{**given, "doc": given["doc"].repeat(3, 0)})
+
+
+def test_a_mask_asks_for_its_own_tables_alone() -> None:
+    attention, doc = attndsl.parse(BIASED)["a"], np.arange(16)[None] // 5
+    pairs = 3 * 15 + 1
+    assert attention.mask(16, doc=doc).sum() == pairs
+    assert attention.block_mask(16, 8, doc=doc).nnz == pairs
+    assert attention.graph(16, doc=doc).number_of_edges() == pairs
+    bound = attndsl.compile(attention, length=16, head_dim=8).bind(doc=doc)
+    assert bound.block_masks is not None
+    assert bound.block_masks.nnz == pairs
+    with pytest.raises(attndsl.AttnError, match=r"needs its input `kind`, int\[n\]"):
+        bound(Q, K, V)
+    with pytest.raises(attndsl.AttnError, match="needs its input `doc`"):
+        attention.mask(16)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_an_entry_that_is_not_there_is_named(backend: str) -> None:
+    kind = np.arange(16) % 3
+    kind[3] = 7
+    one = attndsl.compile(attndsl.parse(BIASED)["a"], length=16, head_dim=8, backend=backend)
+    with pytest.raises(
+        attndsl.AttnError, match=r"(?s)`bias` has 3 entries on axis 0, but entry 7.*mend `kind`"
+    ):
+        one(Q, K, V, doc=np.zeros((1, 16), int), kind=kind, bias=torch.randn(1, 3))
+
+
+def test_q_k_and_v_of_different_dtypes() -> None:
+    with pytest.raises(
+        attndsl.AttnError, match=r"(?s)`k` is float16.*`q` is float32: pass `k\.to\(q\.dtype\)`"
+    ):
+        plan()(Q, K.half(), V, doc=np.zeros(16, int))

@@ -104,6 +104,7 @@ def test_mask_and_counts_are_what_the_text_says(
     [
         "random(2, of = { q, k : q * q <= k } @ radius(1)) @ last(2)",
         "causal & ({ q, k : t[k] == 0 } @ full)",
+        "(random(1, of = none) @ causal | last(2)) @ radius(1)",
     ],
 )
 def test_a_bound_variable_may_be_all_that_varies(

@@ -456,7 +456,7 @@ def test_entries_are_counted_before_they_are_written(monkeypatch: pytest.MonkeyP
 
 
 def test_limits_are_named() -> None:
-    with pytest.raises(AttnError, match="tiles and runs of tiles; the limit is 16777216"):
+    with pytest.raises(AttnError, match="tiles and runs of tiles; the limit is 16,777,216"):
         tile(all_of(CAUSAL, eq(mod(sub(Q, K), const(3)), const(0))), 2**20, 2**20, 128, n=2**20)
     with pytest.raises(AttnError, match="random draws 5,000 keys"):
         tile(random_keys(Q, K, const(10_000), const(0), TRUE, 5000, "i", "j"), 10_000, 10_000, 128, n=10_000)

@@ -526,7 +526,7 @@ def expected(mask: Expr, n: int) -> float | None:
     q, k, size, _, of = draws[0].args
     r, row, col = cast("tuple[int, str, str]", draws[0].value)
     length = number(size)
-    if length is None or not q.free <= {"q"} or not of.free <= {row, col}:
+    if length is None or not (q.free <= {"q"} and k.free <= {"q", "k"} and of.free <= {row, col}):
         return None
     drawn, left = (replaced(mask, {draws[0]: truth}) for truth in (TRUE, FALSE))
     eligible = all_of(substitute(of, {row: q, col: k}), le(ZERO, k), lt(k, size))

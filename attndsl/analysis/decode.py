@@ -97,7 +97,7 @@ def mask_tiles(attention: Attention, length: int, heads: int, inputs: Mapping[st
     Raises AttnError where queries stand at other positions than keys.
     """
     length, heads = (lowering.checked_length(*given) for given in (("length", length), ("heads", heads)))
-    lowering.check_names(attention, inputs, complete=False)
+    lowering.check_names(attention, inputs)
     masks = [group.relation.mask for group in attention.groups]
     read = {table for mask in masks for table in mask.tables}
     attention = replace(attention, inputs=tuple(table for table in attention.inputs if table in read))

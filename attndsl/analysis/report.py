@@ -143,7 +143,10 @@ class Subject:
 
     @cached_property
     def tables(self) -> dict[str, Any]:
-        return lowering.checked_tables(self.attention, self.inputs, self.sizes, self.problem.batch)
+        needed = lowering.mask_tables(self.attention)
+        return lowering.checked_tables(
+            self.attention, self.inputs, self.sizes, self.problem.batch, needed=needed
+        )
 
     @cached_property
     def block_mask(self) -> BlockMask:
@@ -464,6 +467,8 @@ def analyze(
 
 
 def chosen(parts: Iterable[str] | None) -> list[str]:
+    if isinstance(parts, str):
+        raise fail("`parts` is a list of names", help=f"write `parts=[{parts!r}]`")
     named = list(PARTS) if parts is None else list(parts)
     for name in named:
         if name not in PARTS:
@@ -493,7 +498,7 @@ def subject_of(
 ) -> Subject:  # fmt: skip
     if not isinstance(attention, Attention):
         raise fail(f"expected an attention, not {type(attention).__name__}")
-    heads = attention.enough_heads() if heads is None else heads
+    heads = lowering.heads_of(attention, inputs) if heads is None else heads
     problem = Problem(
         length=lowering.checked_length("length", length),
         q_length=lowering.checked_length("q_length", length if q_length is None else q_length),
@@ -505,7 +510,7 @@ def subject_of(
         block_size=lowering.checked_block_size(block_size),
     )
     check_problem(problem)
-    lowering.check_names(attention, inputs, complete=False)
+    lowering.check_names(attention, inputs)
     lowering.head_groups(attention, problem.heads)
     for name in parameters:
         if name not in attention.parameters:
@@ -515,6 +520,5 @@ def subject_of(
         if lowering.checked_length(name, value) == 0:
             raise fail(f"`{name}` is 0, and must be positive")
     subject = Subject(attention, problem, layers, ranks, parameters, dict(inputs))
-    if inputs.keys() >= {table.name for table in attention.inputs}:
-        lowering.checked_tables(attention, inputs, subject.sizes, problem.batch)
+    lowering.checked_tables(attention, inputs, subject.sizes, problem.batch, needed=())
     return subject

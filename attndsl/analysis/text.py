@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 
-from attndsl.analysis.cost import Steps
+from attndsl.analysis.cost import BLOCK_SIZES, ENTRIES, Steps
 from attndsl.analysis.report import Report
 from attndsl.analysis.units import percent, scaled, seconds
 
@@ -107,6 +107,9 @@ def _costs(report: Report) -> Iterator[str]:
                 for row in report.block_sizes
             ],
         )
+        least = report.block_sizes[0].block_size
+        if least > min(BLOCK_SIZES):
+            yield f"  not counted: below {least}, where there may be more than {ENTRIES:,} entries"
     if report.machines:
         yield "\nroofline of the live pairs"
         yield table(

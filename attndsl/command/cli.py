@@ -101,6 +101,9 @@ LIMIT = click.option(
 INPUTS = click.option(
     "--input", "inputs", metavar="T=FILE.npy", multiple=True, callback=pair, help="A run-time table."
 )
+HEADS = click.option(
+    "--heads", type=COUNT, help="Query heads; else as many as the attention and its tables speak of."
+)
 SHAPE = options(
     click.option("--kv-heads", type=COUNT, help="Number of key heads, if not that of query heads."),
     click.option("--head-dim", type=COUNT, default=64, show_default=True),
@@ -117,7 +120,7 @@ TARGET = options(
 SIZES = options(
     click.option("--length", type=LENGTH, required=True, help="Number of keys, n."),
     click.option("--q-length", type=LENGTH, help="Number of queries, if not n."),
-    click.option("--heads", type=COUNT, default=1, show_default=True),
+    HEADS,
     click.option("--batch", type=COUNT, default=1, show_default=True),
     click.option("--block-size", type=COUNT, help="Tokens on the side of a tile."),
     LIMIT,
@@ -345,10 +348,21 @@ def decided(assertion: Assertion, time_limit: float) -> Verdict:
 
 def detail(found: dict[str, Any]) -> str:
     """What there is to say about a verdict besides its status."""
-    point = {**(found["counter_example"] or {}), **(found["tables"] or {})}
+    tables = {name: elided(entries) for name, entries in (found["tables"] or {}).items()}
+    point = {**(found["counter_example"] or {}), **tables}
     parts = [found["at"], ", ".join(f"{name} = {value}" for name, value in point.items()), found["reason"]]
     said = "; ".join(part for part in parts if part)
     return f" ({said})" if said else ""
+
+
+def elided(entries: Any) -> str:
+    """A table on one line: of a long one the first and last entries."""
+    import numpy as np
+
+    text = np.array2string(
+        np.asarray(entries), separator=", ", threshold=12, edgeitems=3, max_line_width=10**9
+    )
+    return " ".join(text.split())
 
 
 @main.command()
@@ -424,7 +438,7 @@ def show(
         raise fail(f"a picture in {form} does not go to the terminal", help=f"name a file: -o mask.{form}")
     attention, shown = titled(file, name, params)
     given = tables(inputs)
-    heads = sizes["heads"]
+    heads = sizes["heads"] = heads_of(attention, given, sizes["heads"])
     if head is not None and head >= heads:
         raise fail(f"no head {head:,} among {counted(heads, 'head')}", help="more with --heads")
 
@@ -447,6 +461,12 @@ def show(
         write(output, drawn)
     elif isinstance(drawn, str):
         echo_picture(drawn.removesuffix("\n"))
+
+
+def heads_of(attention: Attention, given: dict[str, Any], heads: int | None) -> int:
+    from attndsl.tiles import lowering
+
+    return lowering.heads_of(attention, given) if heads is None else heads
 
 
 def tiled(attention: Attention, given: dict[str, Any], **sizes: Any) -> BlockMask:
@@ -502,6 +522,7 @@ def compile(
     """The plan: the backend chosen and why, tiles, bytes, time."""
     attention = bound(file, name, params)
     given = tables(inputs)
+    problem["heads"] = heads_of(attention, given, problem["heads"])
 
     def work(stage: Stage) -> tuple[dict[str, Any], str]:
         from attndsl.command import facts
@@ -542,6 +563,7 @@ def run(
     """Run the plan, compare it with `reference`, time it beside dense attention."""
     attention = bound(file, name, params)
     given = tables(inputs)
+    problem["heads"] = heads_of(attention, given, problem["heads"])
 
     def work(stage: Stage) -> tuple[dict[str, Any], str]:
         from attndsl.command import facts
@@ -615,7 +637,7 @@ def ratio(dense: float, ours: float) -> str:
 
 ANALYSIS = options(
     click.option("--q-length", type=Count(0, 65536), help="Number of queries, if not n."),
-    click.option("--heads", type=COUNT, help="Query heads; else as many as the attention speaks of."),
+    HEADS,
     SHAPE,
     click.option("--batch", type=COUNT, default=1, show_default=True),
     click.option("--block-size", type=COUNT, default=128, show_default=True,

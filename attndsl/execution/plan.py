@@ -212,7 +212,7 @@ class Plan:
 
         self._check(q, k, v)
         self._refuse_learned(inputs)
-        given = self._tensors({**self.tables, **inputs})
+        given = self._tensors({**self.tables, **inputs}, len(q))
         tensors = [*given, *(learned[table.name] for table in self.attention.learned)]
         starts = _listed("q_offset", q_offset), _listed("k_offset", k_offset)
         out, lse = attend(q, k, v, tensors, *starts, self.handle)
@@ -243,11 +243,10 @@ class Plan:
         return Call(q, k, v, blocks, tables, sizes.q_offset, sizes.k_offset, sizes.n)
 
     def bind(self, **inputs: Any) -> Plan:
-        """The plan with these tables in place, tiled once if the mask needs them."""
+        """The plan with these tables in place, tiled once if the mask needs them; `n` is the plan's length."""
         start = time.perf_counter()
-        known = {table.name for table in self.attention.inputs}
         self._refuse_learned(inputs)
-        lowering.check_names(self.attention, inputs, complete=False)
+        lowering.check_names(self.attention, inputs)
         given = {
             table.name: self._tensor(table, inputs[table.name])
             for table in self.attention.inputs
@@ -256,12 +255,15 @@ class Plan:
         # what is bound stays as it is; a tensor that learns is the caller's own
         bound = {**self.tables, **{k: v if v.requires_grad else v.clone() for k, v in given.items()}}
         blocks = self.block_masks
-        if known <= bound.keys() and _tabled(self.attention):
+        needed = lowering.mask_tables(self.attention)
+        if needed and all(table.name in bound for table in needed):
             sizes = lowering.sizes(
                 self.attention, self.problem.length, self.problem.q_length, self.problem.heads
             )
             arrays = {name: _array(value) for name, value in bound.items()}
-            tables = lowering.checked_tables(self.attention, arrays, sizes, head_dim=self.problem.head_dim)
+            tables = lowering.checked_tables(
+                self.attention, arrays, sizes, head_dim=self.problem.head_dim, needed=needed
+            )
             blocks = lowering.block_mask(self.attention, sizes, tables, self.problem.block_size)
         seconds = self.compile_seconds + time.perf_counter() - start
         return replace(self, tables=bound, block_masks=blocks, compile_seconds=seconds, _kept={})
@@ -327,6 +329,8 @@ class Plan:
             if tensor.dtype != getattr(torch, p.dtype):
                 dtype = str(tensor.dtype).removeprefix("torch.")
                 help = f'compile with `dtype="{dtype}"`' if dtype in DTYPES else ""
+                if name != "q":
+                    help = f"`q` is {p.dtype}: pass `{name}.to(q.dtype)`"
                 raise fail(f"`{name}` is {dtype}, and the plan is for {p.dtype}", help=help)
             if tensor.device.type != p.device.split(":")[0]:
                 raise fail(f"`{name}` is on {tensor.device}, and the plan is for {p.device}")
@@ -335,10 +339,15 @@ class Plan:
         if k.shape[2] != v.shape[2]:
             raise fail(f"`k` has length {k.shape[2]}, and `v` has {v.shape[2]}")
 
-    def _tensors(self, given: Mapping[str, Any]) -> list[Tensor]:
-        """The inputs in the order of their declaration, on the device, in the dtype of their kind."""
-        lowering.check_names(self.attention, given)
-        return [self._tensor(table, given[table.name]) for table in self.attention.inputs]
+    def _tensors(self, given: Mapping[str, Any], batch: int) -> list[Tensor]:
+        """The inputs in the order of their declaration, on the device, in the dtype of their kind; one batch
+        row serves all."""
+        lowering.check_names(self.attention, given, self.attention.inputs)
+        tensors = [self._tensor(table, given[table.name]) for table in self.attention.inputs]
+        return [
+            x.expand(batch, *x.shape[1:]) if table.batched and x.dim() and len(x) == 1 else x
+            for table, x in zip(self.attention.inputs, tensors, strict=True)
+        ]
 
     def _tensor(self, table: Table, value: Any) -> Tensor:
         import torch

@@ -115,6 +115,8 @@ class Elaborator:
         inside = self.definitions.get(env.calls[-1]) if env.calls else None
         if isinstance(inside, ast.AttentionDef):
             help = help or f"a table is declared: `inputs {name.id} : int[n]`"
+        if env.claims and any(name.id in _inputs(item) for item in self.definitions.values()):
+            help = "a claim is about every table: it cannot name one"
         return fail(f"unknown name `{name.id}`", name.span, near or help)
 
     def undeclared(self, name: ast.Name, env: Env) -> AttnError:
@@ -358,7 +360,9 @@ class Elaborator:
                 raise fail(
                     f"`{e.op}` joins patterns or sets, and this is {as_number(value).noun}",
                     arg.span,
-                    help=f"between truths write `{word}`",
+                    help=f"a set is written in brackets: `[{arg.span.text}]`"
+                    if any(isinstance(v, SetOf) for v in values)
+                    else f"between truths write `{word}`",
                 )
         raise self.mixed(e, written)
 
@@ -763,6 +767,11 @@ class Elaborator:
                     inputs[decl.name] = input_table(decl)
         env = env.bind(**{name: TableOf(table) for name, table in inputs.items()})
         return AttentionBuilder(self, definition, env).build(tuple(inputs.values()))
+
+
+def _inputs(definition: ast.Definition | ast.AttentionDef) -> set[str]:
+    clauses = definition.clauses if isinstance(definition, ast.AttentionDef) else ()
+    return {decl.name for clause in clauses if isinstance(clause, ast.Inputs) for decl in clause.decls}
 
 
 COORDINATES = "{ (y, x), (v, u) : ... }"

@@ -14,7 +14,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from attndsl.errors import fail
+from attndsl.errors import AttnError, fail
 from attndsl.expr import Expr, IntSet, Table, nodes
 from attndsl.meaning.links import sample
 
@@ -125,10 +125,7 @@ class _Evaluation:
             needed = ~inside if active is None else ~inside & active
             if needed.any():
                 axis, bad = _first_outside(indices, data.shape, needed)
-                raise fail(
-                    f"`{table.name}` has {data.shape[axis]} entries on axis {axis}, but entry {bad} is read",
-                    help="guard the look-up: write the condition that keeps it inside left of it, with `and`",
-                )
+                raise outside(table, e.args, data.shape[axis], axis, bad)
         safe = tuple(
             np.clip(index, 0, max(size - 1, 0)) for index, size in zip(indices, data.shape, strict=False)
         )
@@ -175,6 +172,15 @@ class _Evaluation:
             keys = np.array([keys[slot] if slot < len(keys) else -1 for keys in drawn])
             found |= (keys[at] == k) & (k >= 0)
         return found
+
+
+def outside(table: Table, args: Sequence[Expr], size: int, axis: int, entry: int) -> AttnError:
+    """The error where an entry is read that is not in the table."""
+    help = "guard the look-up: write the condition that keeps it inside left of it, with `and`"
+    sources = {source.name for arg in args for source in arg.tables}
+    if sources:
+        help += f"; or mend {', '.join(f'`{name}`' for name in sorted(sources))}, where the entry comes from"
+    return fail(f"`{table.name}` has {size} entries on axis {axis}, but entry {entry} is read", help=help)
 
 
 def _first_outside(indices: list[Array], sizes: tuple[int, ...], needed: Array) -> tuple[int, int]:

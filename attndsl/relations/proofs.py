@@ -149,7 +149,7 @@ def _candidate(space: Translation, found: isl.Set) -> tuple[Point, Tables]:
             assert isinstance(term.expr.value, Table)
             entries.setdefault(term.expr.value.name, {})[index] = model[name]  # type: ignore[index]
     tables: Tables = {}
-    for table in space.tables:
+    for table in sorted(space.tables, key=lambda table: table.name):
         known = entries.get(table.name, {})
         needed = [1 + max((index[i] for index in known), default=0) for i in range(len(table.dims))]
         shape = [

@@ -538,7 +538,9 @@ def _projected(e: Expr, known: Expr) -> Expr | None:
     try:
         with quota():
             space = Translation(e, known)
-            found = space.projection(e, True)
+            if space.root.op != "exists":
+                return space.root
+            found = space.projection(space.root, True)
             return space.expression(found.intersect(space.base).coalesce().gist(space.base))
     except AttnError:
         return None

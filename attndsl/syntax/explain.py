@@ -28,8 +28,9 @@ FOREIGN = (
 )
 LOOKALIKES = {
     "\u2212": "-", "\u2013": "-", "\u00d7": "*", "\u00b7": "*", "\u2264": "<=", "\u2265": ">=",
-    "\u2260": "!=", "\u2227": "and",
-    "\u2228": "or", "\u00ac": "not", "\u2208": "in", "\u222a": "|", "\u2229": "&",
+    "\u2260": "!=", "\u2227": "and`, between patterns `&",
+    "\u2228": "or`, between patterns `|", "\u00ac": "not`, before a pattern `~",
+    "\u2208": "in", "\u222a": "|", "\u2229": "&",
     "\u201c": '"', "\u201d": '"', "\u2026": "..",
 }  # fmt: skip
 DEFINITION = "unknown definition"
@@ -118,7 +119,11 @@ def explain(
     if complete and bad.type in STARTS:
         if tokens[-1].type == "INT" and bad.type == "NAME" and here == end:
             return at(here, there, "a name cannot begin with a digit", "write `2 * x` for a product")
-        help = "write `where(condition, a, b)`" if bad == "if" else "put an operator between them"
+        help = "put an operator between them"
+        if "if" in (bad, tokens[-1]):
+            help = "write `where(condition, a, b)`"
+        elif tokens[-1] == "lambda":
+            help = "a pattern is written `{ q, k : condition }`"
         return at(here, there, "two expressions side by side", help)
     if bad.type == "ASSIGN" and tokens[0].type == "ATTENTION":
         return at(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -127,6 +127,14 @@ def head_groups(attention: Attention, heads: int) -> tuple[int, ...]:
     return tuple(found)
 
 
+def heads_of(attention: Attention, given: Mapping[str, ArrayLike]) -> int:
+    """As many heads as the attention and the given tables speak of."""
+    shapes: list[tuple[int, ...]] = [
+        np.shape(given[t.name])[t.batched :] for t in attention.inputs if t.headed and t.name in given
+    ]
+    return max([attention.enough_heads(), *(shape[0] for shape in shapes if shape)])
+
+
 @functools.lru_cache(maxsize=1024)
 def quantifier_free(mask: Expr) -> Expr:
     """The mask without `exists`, where the integer set library can remove it."""
@@ -143,12 +151,14 @@ def checked_tables(
     sizes: Sizes,
     batch: int | None = None,
     head_dim: int | None = None,
+    needed: Sequence[Table] | None = None,
 ) -> dict[str, Array]:
-    """The inputs as arrays [B or 1] [H or 1] then the explicit axes, both leading axes always there.
+    """The given inputs as arrays [B or 1] [H or 1] then the explicit axes, both leading axes always there.
 
-    Raises AttnError for a table that is missing, unknown, of another type or shape.
+    Raises AttnError for a table that is unknown, of another type or shape, or missing: one of `needed`, or
+    of all where that is None.
     """
-    check_names(attention, given)
+    check_names(attention, given, attention.inputs if needed is None else needed)
     bound: dict[str, int] = {"nq": sizes.nq, "H": sizes.heads}
     if len(set(sizes.n)) == 1:
         bound["n"] = sizes.n[0]
@@ -156,21 +166,31 @@ def checked_tables(
         bound["D"] = head_dim
     if batch is not None:
         bound["B"] = batch
-    return {table.name: _checked(table, np.asarray(given[table.name]), bound) for table in attention.inputs}
+    return {
+        table.name: _checked(table, np.asarray(given[table.name]), bound)
+        for table in attention.inputs
+        if table.name in given
+    }
 
 
-def check_names(attention: Attention, given: Mapping[str, object], complete: bool = True) -> None:
-    """Raises AttnError for a table that the attention does not have, or, if `complete`, that is missing."""
+def mask_tables(attention: Attention) -> tuple[Table, ...]:
+    """The inputs that masks and multiplicities read."""
+    read = {t for g in attention.groups for e in (g.relation.mask, g.relation.count) if e for t in e.tables}
+    return tuple(table for table in attention.inputs if table in read)
+
+
+def check_names(attention: Attention, given: Mapping[str, object], needed: Sequence[Table] = ()) -> None:
+    """Raises AttnError for a table that the attention does not have, or a needed one that is missing."""
     known = [table.name for table in attention.inputs]
     for name in given:
         if name not in known:
             listed = ", ".join(known) or "none"
             raise fail(f"`{attention.name}` has no input `{name}`", help=f"its inputs: {listed}")
-    for table in attention.inputs:
-        if complete and table.name not in given:
+    for table in needed:
+        if table.name not in given:
             raise fail(
-                f"`{attention.name}` needs its input `{table.name}`",
-                help=f"pass {table.name} = ..., {_shape_text(table)}",
+                f"`{attention.name}` needs its input `{table.name}`, {_shape_text(table)}",
+                help=f"pass {table.name} = ..., on the command line --input {table.name}=FILE.npy",
             )
 
 
@@ -186,12 +206,14 @@ def _checked(table: Table, array: Array, bound: dict[str, int]) -> Array:
             f"`{table.name}` is {_shape_text(table)}, and was given with {array.ndim} axes: {array.shape}"
         )
     for axis, size in zip(axes, array.shape, strict=True):
+        if axis == "B" and size == 1:
+            continue
         wanted = axis if isinstance(axis, int) else bound.setdefault(axis, size)
         if size != wanted:
             raise fail(
                 f"`{table.name}` has {size} entries on its axis `{axis}`, and there `{axis}` is {wanted}"
                 if isinstance(axis, str)
-                else f"`{table.name}` has {size} entries on an axis of {axis}"
+                else f"`{table.name}` has {size} entries on an axis of {axis}",
             )
     if not table.batched:
         array = array[None]

@@ -395,7 +395,11 @@ def nonzero(truths: Array) -> tuple[Array, ...]:
 
 def limit(count: int, most: int, what: str) -> None:
     if count > most:
-        raise fail(f"the mask has {count} {what}; the limit is {most}")
+        raise fail(
+            f"the mask has {count:,} {what}; the limit is {most:,}",
+            help="take a smaller length; or, where a term is no integer relation, write its values "
+            "as a list, as in `q - k in [1, 2, 4, 8]`",
+        )
 
 
 def distinct(contents: Array) -> tuple[Array, Array]:
