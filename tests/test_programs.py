@@ -118,6 +118,15 @@ def test_a_bound_variable_may_be_all_that_varies(
     assert expected.any()
 
 
+def test_heads_draw_from_keys_of_their_own() -> None:
+    drawn = attndsl.parse("pattern p = random(1, of = { q, k : k mod 3 == h })")["p"]
+    assert isinstance(drawn, attndsl.Attention)
+    closed = expr.substitute(drawn.any_head(), {x: expr.const(9 if x == "n" else 3) for x in ("n", "H")})
+    found = pointwise.evaluate(closed, np.arange(9)[:, None], np.arange(9)[None])
+    np.testing.assert_array_equal(found, drawn.mask(9, heads=3).any(0))
+    assert found.sum() == 27
+
+
 LENGTHS = [(0, 0), (3, 3), (33, 20), (64, 64), (130, 130), (300, 77), (299, 299)]
 
 

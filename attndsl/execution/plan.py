@@ -243,7 +243,7 @@ class Plan:
         return Call(q, k, v, blocks, tables, sizes.q_offset, sizes.k_offset, sizes.n)
 
     def bind(self, **inputs: Any) -> Plan:
-        """The plan with these tables in place, tiled once if the mask needs them; `n` is the plan's length."""
+        """The plan with these tables in place, tiled once if the mask needs them: `n` is then its length."""
         start = time.perf_counter()
         self._refuse_learned(inputs)
         lowering.check_names(self.attention, inputs)

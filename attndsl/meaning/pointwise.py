@@ -36,7 +36,7 @@ def evaluate(expr: Expr, q: Array, k: Array, tables: Tables | None = None) -> Ar
     Every other variable has been replaced by a constant. `tables` maps a name to its explicit axes, batch
     row and head already selected. Raises AttnError where an int or float table is read out of its range.
     """
-    result = _Evaluation({"q": q, "k": k}, tables or {}, expr).value(expr, None)
+    result = _Evaluation({"q": q, "k": k}, tables or {}, expr, {}).value(expr, None)
     return np.broadcast_to(result, np.broadcast_shapes(np.shape(result), q.shape, k.shape))
 
 
@@ -63,10 +63,13 @@ def partial(root: Expr) -> frozenset[Expr]:
 
 
 class _Evaluation:
-    """One recursion: variables, tables, and what was already computed."""
+    """One recursion: variables, tables, and what was already computed; `draws` are those of all that stand
+    inside one another."""
 
-    def __init__(self, variables: dict[str, Array], tables: Tables, root: Expr) -> None:
-        self.variables, self.tables = variables, tables
+    def __init__(
+        self, variables: dict[str, Array], tables: Tables, root: Expr, draws: dict[tuple[object, ...], Array]
+    ) -> None:
+        self.variables, self.tables, self.draws = variables, tables, draws
         self.partial = partial(root)
         self.memo: dict[tuple[Expr, int], tuple[Array, Array | None]] = {}
 
@@ -141,13 +144,16 @@ class _Evaluation:
         name, variables = str(e.value), {x: self.variables[x] for x in e.free}
         shapes = [np.shape(x) for x in (*variables.values(), lo, hi, 0 if active is None else active)]
         step = max(1, AT_ONCE // max(1, math.prod(np.broadcast_shapes(*shapes))))
+        # what may be drawn from is evaluated for one row at a time, and one head
+        single = any(x.op == "random" and name in x.args[4].free for x in nodes(e.args[2]))
         found: Array = np.zeros((), bool)
         first, last = int(np.min(lo, initial=0)), int(np.max(hi, initial=0))
-        for start in range(first, last, step):
+        for start in range(first, last, 1 if single else step):
             members = np.arange(start, min(start + step, last)).reshape(-1, *[1] * max(map(len, shapes)))
-            inner = _Evaluation(variables | {name: members}, self.tables, e.args[2])
-            holds = (lo <= members) & (members < hi) & inner.value(e.args[2], active)
-            found = found | holds.any(0)
+            member = np.asarray(start) if single else members
+            inner = _Evaluation(variables | {name: member}, self.tables, e.args[2], self.draws)
+            holds = (lo <= member) & (member < hi) & inner.value(e.args[2], active)
+            found = found | (holds if single else holds.any(0))
         return found
 
     def random(self, e: Expr, active: Array | None) -> Array:
@@ -160,12 +166,15 @@ class _Evaluation:
         )
         drawn = []
         for position, length, s in rows.T:
-            columns = np.arange(length)
-            variables = self.variables | {row: np.asarray(position), col: columns}
-            inner = _Evaluation(variables, self.tables, e.args[4])
-            live = columns[np.broadcast_to(inner.value(e.args[4], None), columns.shape)]
-            ranks = sample(np.asarray([s]), np.asarray([position]), np.asarray([len(live)]), r)[0]
-            drawn.append(live[ranks[ranks >= 0]])
+            key = (e.value, e.args[4], position, length, s)
+            if key not in self.draws or not e.args[4].free <= {row, col}:
+                columns = np.arange(length)
+                variables = self.variables | {row: np.asarray(position), col: columns}
+                inner = _Evaluation(variables, self.tables, e.args[4], self.draws)
+                live = columns[np.broadcast_to(inner.value(e.args[4], None), columns.shape)]
+                ranks = sample(np.asarray([s]), np.asarray([position]), np.asarray([len(live)]), r)[0]
+                self.draws[key] = live[ranks[ranks >= 0]]
+            drawn.append(self.draws[key])
         at = inverse.reshape(np.broadcast_shapes(q.shape, n.shape, seed.shape))
         found = np.zeros(np.broadcast_shapes(at.shape, k.shape), bool)
         for slot in range(max(map(len, drawn), default=0)):
