@@ -272,12 +272,13 @@ class Elaborator:
             # the constructors of expr.py know what is wrong, but not where
             raise AttnError(*(d if d.span else replace(d, span=e.span) for d in error.diagnostics)) from None
 
-    def num(self, e: ast.Expression, env: Env, space: Space) -> Expr:
+    def num(self, e: ast.Expression, env: Env, space: Space, help: str = "") -> Expr:
+        """A number; `help` is for where a set stands."""
         value = self.value(e, env, space)
-        return number_of(value, e, chosen(value, e, env))
+        return number_of(value, e, chosen(value, e, env) or (help if isinstance(value, SetOf) else ""))
 
-    def integer(self, e: ast.Expression, env: Env, space: Space) -> Expr:
-        number = self.num(e, env, space)
+    def integer(self, e: ast.Expression, env: Env, space: Space, help: str = "") -> Expr:
+        number = self.num(e, env, space, help)
         if number.type != "int":
             raise not_integer(number, e)
         return number
@@ -504,7 +505,7 @@ class Elaborator:
             rest: list[Expr] = []
             for item in e.items:
                 ends = (item.lo, item.hi) if isinstance(item, ast.Range) else (item, item)
-                lo, hi = (self.integer(end, env, sp) for end in ends)
+                lo, hi = (self.integer(end, env, sp, "sets are joined with `|`") for end in ends)
                 if lo.op == hi.op == "const":
                     constant.append((int(lo.value), int(hi.value)))  # type: ignore[call-overload]
                 else:
