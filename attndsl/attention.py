@@ -187,7 +187,7 @@ class Attention:
                 f"the limit is {DENSE_LIMIT:,} pairs",
                 help="`block_mask` gives its tiles",
             )
-        tables = lowering.checked_tables(self, inputs, sizes, needed=lowering.mask_tables(self))
+        tables = lowering.checked_tables(self, inputs, sizes, needed=lowering.mask_tables(self, counts))
         found = lowering.dense(self, sizes, tables, counts)
         return found if any(t.batched for t in self.inputs) or len(found) > 1 else found[0]
 
@@ -207,7 +207,7 @@ class Attention:
 
         lowering.checked_block_size(block_size)
         sizes = self._sizes(length, q_length, q_offset, k_offset, heads)
-        tables = lowering.checked_tables(self, inputs, sizes, needed=lowering.mask_tables(self))
+        tables = lowering.checked_tables(self, inputs, sizes)
         return lowering.block_mask(self, sizes, tables, block_size)
 
     def graph(

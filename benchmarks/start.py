@@ -3,7 +3,7 @@
     python -m benchmarks.start [name part ...]
 
 Medians of 9 runs, alternating with a process that imports the same libraries and nothing else. lark imports
-`interegular` and `regex` where they are installed, as for the tests: 50 ms that only they pay.
+`interegular` and `regex` where they are installed, as for the tests: 50 to 100 ms that only they pay.
 """
 
 from __future__ import annotations

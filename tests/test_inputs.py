@@ -133,6 +133,14 @@ def test_a_mask_asks_for_its_own_tables_alone() -> None:
         attention.mask(16)
 
 
+def test_counts_ask_for_more_tables_than_the_mask() -> None:
+    twice = attndsl.parse("attention a { inputs doc : int[n] mask full + documents(doc) }")["a"]
+    assert twice.mask(4).all()
+    assert twice.counts(4, doc=np.array([0, 0, 1, 1])).sum() == 16 + 8
+    with pytest.raises(attndsl.AttnError, match="needs its input `doc`"):
+        twice.counts(4)
+
+
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 def test_an_entry_that_is_not_there_is_named(backend: str) -> None:
     kind = np.arange(16) % 3

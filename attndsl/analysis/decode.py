@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -97,16 +97,13 @@ def mask_tiles(attention: Attention, length: int, heads: int, inputs: Mapping[st
     Raises AttnError where queries stand at other positions than keys.
     """
     length, heads = (lowering.checked_length(*given) for given in (("length", length), ("heads", heads)))
-    lowering.check_names(attention, inputs)
-    masks = [group.relation.mask for group in attention.groups]
-    read = {table for mask in masks for table in mask.tables}
-    attention = replace(attention, inputs=tuple(table for table in attention.inputs if table in read))
     sizes = lowering.sizes(attention, length, length, heads)
     if sizes.q_offset != (0,):
         raise fail(f"queries of `{attention.name}` start at position {sizes.q_offset[0]}, and keys at 0")
-    given = {table.name: inputs[table.name] for table in attention.inputs if table.name in inputs}
-    tables = lowering.checked_tables(attention, given, sizes)
-    scattered = read or any(node.op == "random" for mask in masks for node in nodes(mask))
+    tables = lowering.checked_tables(attention, inputs, sizes)
+    masks = [group.relation.mask for group in attention.groups]
+    drawn = any(node.op == "random" for mask in masks for node in nodes(mask))
+    scattered = drawn or lowering.mask_tables(attention)
     size = BLOCK_SIZE if scattered or length < LARGE else LARGE_BLOCK_SIZE
     return lowering.block_mask(attention, sizes, tables, size)
 

@@ -129,7 +129,7 @@ def receptive_field(
     unknown = set(inputs).difference(*([t.name for t in a.inputs] for a in kinds))
     if unknown:
         raise fail(f"no layer has an input `{min(unknown)}`")
-    missing = {t.name for a in kinds for t in _read(a)} - set(inputs)
+    missing = {t.name for a in kinds for t in lowering.mask_tables(a)} - set(inputs)
     if n > LONGEST:
         found = replace(_blank(n, target, depth), undecided=f"a field is measured up to n = {LONGEST:,}")
     elif missing:
@@ -162,7 +162,7 @@ def _at_length(
 ) -> Field:
     """All but what is said of every length; layer i is of kinds[order[i]]."""
     blank = _blank(n, target, len(order))
-    if any(t.batched and np.shape(inputs[t.name])[:1] > (1,) for a in kinds for t in _read(a)):
+    if any(t.batched and np.shape(inputs[t.name])[:1] > (1,) for a in kinds for t in lowering.mask_tables(a)):
         return replace(blank, undecided="each batch row has a field of its own: give the tables of one")
     steps = [step_of(a, n, heads, inputs) for a in kinds]
     tried: list[list[Seen]] = [[]]
@@ -195,15 +195,9 @@ def _whatever(masks: list[Expr], order: list[int], n: int, target: Target, table
     return replace(found, undecided=f"{found.undecided}{most}")
 
 
-def _read(attention: Attention) -> tuple[Table, ...]:
-    """The inputs that its masks read."""
-    read = {table for group in attention.groups for table in group.relation.mask.tables}
-    return tuple(table for table in attention.inputs if table in read)
-
-
 def step_of(attention: Attention, n: int, heads: int, inputs: Mapping[str, ArrayLike]) -> Step:
     """What one layer joins: the union over heads, whose tables get names of their own, and radius(0)."""
-    own = replace(attention, inputs=_read(attention))
+    own = replace(attention, inputs=lowering.mask_tables(attention))
     sizes = lowering.sizes(own, n, n, heads)
     if sizes.q_offset != (0,):
         raise fail(f"`{own.name}` has its queries at other positions than its keys: layers cannot be stacked")

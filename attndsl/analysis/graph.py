@@ -196,7 +196,7 @@ def pairs_of(
     sizes = lowering.sizes(attention, n, n, heads)
     if set(sizes.q_offset) != {0}:
         raise fail(f"the queries of `{attention.name}` start at {sizes.q_offset[0]}: they are no keys' nodes")
-    tables = lowering.checked_tables(attention, inputs, sizes, needed=lowering.mask_tables(attention))
+    tables = lowering.checked_tables(attention, inputs, sizes)
     return _one(lowering.block_mask(attention, sizes, tables, block_size), head)
 
 

@@ -133,8 +133,7 @@ class Subject:
     @property
     def open(self) -> bool:
         """Whether a mask reads a table that was not given."""
-        used = {table.name for group in self.attention.groups for table in group.relation.mask.tables}
-        return not used <= self.inputs.keys()
+        return any(table.name not in self.inputs for table in lowering.mask_tables(self.attention))
 
     @cached_property
     def sizes(self) -> lowering.Sizes:
@@ -143,10 +142,7 @@ class Subject:
 
     @cached_property
     def tables(self) -> dict[str, Any]:
-        needed = lowering.mask_tables(self.attention)
-        return lowering.checked_tables(
-            self.attention, self.inputs, self.sizes, self.problem.batch, needed=needed
-        )
+        return lowering.checked_tables(self.attention, self.inputs, self.sizes, self.problem.batch)
 
     @cached_property
     def block_mask(self) -> BlockMask:
@@ -510,7 +506,6 @@ def subject_of(
         block_size=lowering.checked_block_size(block_size),
     )
     check_problem(problem)
-    lowering.check_names(attention, inputs)
     lowering.head_groups(attention, problem.heads)
     for name in parameters:
         if name not in attention.parameters:

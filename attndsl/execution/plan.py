@@ -65,7 +65,7 @@ def compile(
         ),
     )
     blocks = None
-    if not _tabled(attention):
+    if not lowering.mask_tables(attention):
         sizes = lowering.sizes(attention, problem.length, problem.q_length, problem.heads)
         blocks = lowering.block_mask(attention, sizes, {}, problem.block_size)
     seconds = time.perf_counter() - start
@@ -75,11 +75,6 @@ def compile(
     if not callable(kernel):
         raise fail(f"the backend `{chosen}` returned no kernel: its `lower` gave {type(kernel).__name__}")
     return Plan(attention, problem, chosen, considered, kernel, blocks, seconds)
-
-
-def _tabled(attention: Attention) -> bool:
-    """Whether a mask reads a run-time table, so that tiling waits for it."""
-    return any(group.relation.mask.tables for group in attention.groups)
 
 
 def _problem(attention: object, problem: Problem) -> Problem:
@@ -261,9 +256,7 @@ class Plan:
                 self.attention, self.problem.length, self.problem.q_length, self.problem.heads
             )
             arrays = {name: _array(value) for name, value in bound.items()}
-            tables = lowering.checked_tables(
-                self.attention, arrays, sizes, head_dim=self.problem.head_dim, needed=needed
-            )
+            tables = lowering.checked_tables(self.attention, arrays, sizes, head_dim=self.problem.head_dim)
             blocks = lowering.block_mask(self.attention, sizes, tables, self.problem.block_size)
         seconds = self.compile_seconds + time.perf_counter() - start
         return replace(self, tables=bound, block_masks=blocks, compile_seconds=seconds, _kept={})
@@ -365,8 +358,8 @@ class Plan:
         """The tiles of one call, kept for the last few."""
         arrays = {name: _array(value) for name, value in given.items()}
         tables = lowering.checked_tables(self.attention, arrays, sizes, batch, self.problem.head_dim)
-        used = {table.name for group in self.attention.groups for table in group.relation.mask.tables}
-        key = (sizes, *((name, tables[name].shape, tables[name].tobytes()) for name in sorted(used)))
+        used = (tables[table.name] for table in lowering.mask_tables(self.attention))
+        key = (sizes, *((array.shape, array.tobytes()) for array in used))
         found = self._kept.get(key)
         if found is None:
             found = lowering.block_mask(self.attention, sizes, tables, self.problem.block_size)

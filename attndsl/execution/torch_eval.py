@@ -293,8 +293,8 @@ class _Evaluation:
             inside = inside & (i >= 0) & (i < size)
         outside = ~inside if live is None else live & ~inside
         if table.dtype != "bool" and bool(outside.any()):
-            axis, entry = _first_outside(explicit, sizes, outside)
-            raise pointwise.outside(table, args, sizes[axis], axis, entry)
+            read = [i.cpu().numpy() for i in explicit]
+            raise pointwise.outside(table, args, read, sizes, outside.cpu().numpy())
         clamped = [i.clamp(0, max(size - 1, 0)) for i, size in zip(explicit, sizes, strict=False)]
         return (*lead, *clamped), inside
 
@@ -403,15 +403,6 @@ def by_pair(e: Expr) -> bool:
 def by_head(e: Expr) -> bool:
     """Whether the value differs from head to head."""
     return bool(e.free & {"h", "s", "Q", "K"}) or any(table.headed for table in e.tables)
-
-
-def _first_outside(indices: list[Tensor], sizes: torch.Size, outside: Tensor) -> tuple[int, int]:
-    """An axis, and what is read there and is not in the table."""
-    for axis, (i, size) in enumerate(zip(indices, sizes, strict=False)):
-        bad = outside & ((i < 0) | (i >= size))
-        if bool(bad.any()):
-            return axis, int(i.expand(bad.shape)[bad][0])
-    raise AssertionError
 
 
 def affine_in_s(score: Expr) -> tuple[Expr, Expr] | None:

@@ -127,8 +127,7 @@ class _Evaluation:
         if table.dtype != "bool":
             needed = ~inside if active is None else ~inside & active
             if needed.any():
-                axis, bad = _first_outside(indices, data.shape, needed)
-                raise outside(table, e.args, data.shape[axis], axis, bad)
+                raise outside(table, e.args, indices, data.shape, needed)
         safe = tuple(
             np.clip(index, 0, max(size - 1, 0)) for index, size in zip(indices, data.shape, strict=False)
         )
@@ -144,16 +143,18 @@ class _Evaluation:
         name, variables = str(e.value), {x: self.variables[x] for x in e.free}
         shapes = [np.shape(x) for x in (*variables.values(), lo, hi, 0 if active is None else active)]
         step = max(1, AT_ONCE // max(1, math.prod(np.broadcast_shapes(*shapes))))
-        # what may be drawn from is evaluated for one row at a time, and one head
-        single = any(x.op == "random" and name in x.args[4].free for x in nodes(e.args[2]))
+        shape: tuple[int, ...] = (-1, *[1] * max(map(len, shapes)))
+        axis: tuple[int, ...] = (0,)
+        if any(x.op == "random" and name in x.args[4].free for x in nodes(e.args[2])):
+            # what may be drawn from is evaluated for one row at a time, and one head
+            step, shape, axis = 1, (), ()
         found: Array = np.zeros((), bool)
         first, last = int(np.min(lo, initial=0)), int(np.max(hi, initial=0))
-        for start in range(first, last, 1 if single else step):
-            members = np.arange(start, min(start + step, last)).reshape(-1, *[1] * max(map(len, shapes)))
-            member = np.asarray(start) if single else members
+        for start in range(first, last, step):
+            member = np.arange(start, min(start + step, last)).reshape(shape)
             inner = _Evaluation(variables | {name: member}, self.tables, e.args[2], self.draws)
             holds = (lo <= member) & (member < hi) & inner.value(e.args[2], active)
-            found = found | (holds if single else holds.any(0))
+            found = found | holds.any(axis)
         return found
 
     def random(self, e: Expr, active: Array | None) -> Array:
@@ -183,20 +184,21 @@ class _Evaluation:
         return found
 
 
-def outside(table: Table, args: Sequence[Expr], size: int, axis: int, entry: int) -> AttnError:
-    """The error where an entry is read that is not in the table."""
+def outside(
+    table: Table, args: Sequence[Expr], indices: Sequence[Array], sizes: Sequence[int], needed: Array
+) -> AttnError:
+    """The error where an entry is `needed` that is not in the table; it names the first."""
     help = "guard the look-up: write the condition that keeps it inside left of it, with `and`"
-    sources = {source.name for arg in args for source in arg.tables}
+    sources = sorted({source.name for arg in args for source in arg.tables})
     if sources:
-        help += f"; or mend {', '.join(f'`{name}`' for name in sorted(sources))}, where the entry comes from"
-    return fail(f"`{table.name}` has {size} entries on axis {axis}, but entry {entry} is read", help=help)
-
-
-def _first_outside(indices: list[Array], sizes: tuple[int, ...], needed: Array) -> tuple[int, int]:
+        help += f"; or mend {', '.join(f'`{name}`' for name in sources)}, where the entry comes from"
     for axis, (index, size) in enumerate(zip(indices, sizes, strict=False)):
         bad = needed & ~((0 <= index) & (index < size))
         if bad.any():
-            return axis, int(np.broadcast_to(index, bad.shape)[bad][0])
+            entry = np.broadcast_to(index, bad.shape)[bad][0]
+            return fail(
+                f"`{table.name}` has {size} entries on axis {axis}, but entry {entry} is read", help=help
+            )
     raise AssertionError
 
 

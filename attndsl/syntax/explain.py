@@ -28,11 +28,11 @@ FOREIGN = (
 )
 LOOKALIKES = {
     "\u2212": "-", "\u2013": "-", "\u00d7": "*", "\u00b7": "*", "\u2264": "<=", "\u2265": ">=",
-    "\u2260": "!=", "\u2227": "and`, between patterns `&",
-    "\u2228": "or`, between patterns `|", "\u00ac": "not`, before a pattern `~",
-    "\u2208": "in", "\u222a": "|", "\u2229": "&",
+    "\u2260": "!=", "\u2227": "and",
+    "\u2228": "or", "\u00ac": "not", "\u2208": "in", "\u222a": "|", "\u2229": "&",
     "\u201c": '"', "\u201d": '"', "\u2026": "..",
 }  # fmt: skip
+OF_PATTERNS = {"and": "&", "or": "|", "not": "~"}
 DEFINITION = "unknown definition"
 CLAUSE = "unknown clause"
 SHOWN = 40
@@ -170,7 +170,9 @@ def strange(bad: str) -> tuple[str, str]:
     if bad == '"':
         return "control character in a string", ""
     if bad in LOOKALIKES:
-        return f"unknown character {shown}", f"write `{LOOKALIKES[bad]}`"
+        word = LOOKALIKES[bad]
+        sign = f", for patterns `{OF_PATTERNS[word]}`" if word in OF_PATTERNS else ""
+        return f"unknown character {shown}", f"write `{word}`{sign}"
     return (
         f"unknown character {shown}",
         "names are made of the letters a to z, digits and `_`" if bad.isalpha() else "",

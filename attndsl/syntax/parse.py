@@ -85,7 +85,7 @@ class Definitions(Mapping[str, Definition | AttentionDef]):
 
     def __getitem__(self, name: str) -> Definition | AttentionDef:
         chunk = self.chunks[name]
-        if chunk.item is None and chunk.error is None:
+        if chunk.item is None:
             parse_chunk(self.source, chunk)
         assert isinstance(chunk.item, Definition | AttentionDef), chunk.error
         return chunk.item

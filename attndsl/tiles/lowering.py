@@ -156,9 +156,9 @@ def checked_tables(
     """The given inputs as arrays [B or 1] [H or 1] then the explicit axes, both leading axes always there.
 
     Raises AttnError for a table that is unknown, of another type or shape, or missing: one of `needed`, or
-    of all where that is None.
+    where that is None of those that masks read.
     """
-    check_names(attention, given, attention.inputs if needed is None else needed)
+    check_names(attention, given, mask_tables(attention) if needed is None else needed)
     bound: dict[str, int] = {"nq": sizes.nq, "H": sizes.heads}
     if len(set(sizes.n)) == 1:
         bound["n"] = sizes.n[0]
@@ -173,9 +173,10 @@ def checked_tables(
     }
 
 
-def mask_tables(attention: Attention) -> tuple[Table, ...]:
-    """The inputs that masks and multiplicities read."""
-    read = {t for g in attention.groups for e in (g.relation.mask, g.relation.count) if e for t in e.tables}
+def mask_tables(attention: Attention, counts: bool = False) -> tuple[Table, ...]:
+    """The inputs that masks read, with `counts` those of multiplicities too."""
+    relations = [group.relation for group in attention.groups]
+    read = {t for r in relations for e in (r.mask, r.count if counts else None) if e for t in e.tables}
     return tuple(table for table in attention.inputs if table in read)
 
 
@@ -213,7 +214,7 @@ def _checked(table: Table, array: Array, bound: dict[str, int]) -> Array:
             raise fail(
                 f"`{table.name}` has {size} entries on its axis `{axis}`, and there `{axis}` is {wanted}"
                 if isinstance(axis, str)
-                else f"`{table.name}` has {size} entries on an axis of {axis}",
+                else f"`{table.name}` has {size} entries on an axis of {axis}"
             )
     if not table.batched:
         array = array[None]

@@ -62,6 +62,8 @@ ENTRY_LIMIT = 2**24
 """Partial tiles and runs of one mask; writing them out takes about 60 bytes each."""
 DRAWN_ROWS = 2**24
 COLUMN_BITS, CONTENT_BITS = 20, 22
+LISTED = "where a term is no integer relation, list its values, as in `q - k in [1, 2, 4, 8]`"
+"""Help where too many tiles differ."""
 
 
 def tile(
@@ -332,7 +334,7 @@ def descend(
     top, q, k = interned(source, q, k, size)
     down = list[Array]()
     while size > block_size:
-        limit(len(q), BOX_LIMIT, f"different partial boxes of {size} x {size}")
+        limit(len(q), BOX_LIMIT, f"different partial boxes of {size} x {size}", LISTED)
         size //= FANOUT
         codes, q, k = interned(source, *divided(q, k, FANOUT, size), size)
         down.append(codes)
@@ -340,6 +342,7 @@ def descend(
         len(q),
         min(CONTENT_LIMIT, CONTENT_BYTES * 8 // block_size**2),
         f"different partial tiles of {size} x {size}",
+        LISTED,
     )
     masks, numbers = distinct(tile_contents(source, q, k, block_size))
     levels = []
@@ -393,13 +396,9 @@ def nonzero(truths: Array) -> tuple[Array, ...]:
     return np.unravel_index(np.flatnonzero(truths), truths.shape)
 
 
-def limit(count: int, most: int, what: str) -> None:
+def limit(count: int, most: int, what: str, help: str = "") -> None:
     if count > most:
-        raise fail(
-            f"the mask has {count:,} {what}; the limit is {most:,}",
-            help="take a smaller length; or, where a term is no integer relation, write its values "
-            "as a list, as in `q - k in [1, 2, 4, 8]`",
-        )
+        raise fail(f"the mask has {count:,} {what}; the limit is {most:,}", help=help)
 
 
 def distinct(contents: Array) -> tuple[Array, Array]:
