@@ -8,6 +8,7 @@ from attndsl import expr as ir
 from attndsl.attention import Attention, HeadGroup
 from attndsl.errors import AttnError, Diagnostic, Span
 from attndsl.expr import Expr
+from attndsl.language.arguments import score_call
 from attndsl.language.elaborate import Elaborator
 from attndsl.language.values import TOKENS, AttentionOf, Env, K, Q
 from attndsl.language.vocabulary import BUILT_IN
@@ -62,10 +63,11 @@ def _of_attention(item: ast.AttentionDef, elaborator: Elaborator) -> Iterator[Di
     empty = [warning for clause in masks for warning in _empty_parts(clause.value, elaborator)]
     yield from empty
     span = masks[0].value.span if len(masks) == 1 else item.name_span
-    for group in value.attention.groups:
+    for i, group in enumerate(value.attention.groups):
         if not group.relation.mask.tables and not empty and value.attention.offset is None:
             yield from _empty_rows(group, span)
         yield from _shift_variance(group, item)
+        yield from _blindness(group, [c for c in _clauses_of(item, i) if c.word == "score"], elaborator)
     yield from _missing_heads(value.attention, item)
     yield from _inexact(value.attention, masks, elaborator)
     if not any(group.relation.mask.tables for group in value.attention.groups) and not empty:
@@ -220,3 +222,36 @@ def _key_only_bias(score: Expr) -> bool:
     if score.op != "add" or ir.var("s") not in score.args:
         return False
     return any("k" in part.free and not part.free & {"q", "s", "Q", "K"} for part in score.args)
+
+
+CONTENT = frozenset({"s", "Q", "K"})
+
+
+def _blindness(group: HeadGroup, scores: list[ast.Clause], elaborator: Elaborator) -> Iterator[Diagnostic]:
+    """Nothing of q and k reaches the weights. What a decay is given at each call may stand for them."""
+    gated = group.decay is not None and not all(table.learned for table in group.decay.tables)
+    if gated or group.score.free & CONTENT:
+        return
+    # a cap that follows reads `s`, and is not what lost it
+    losing = [clause for clause in scores if not _names(clause, elaborator) & CONTENT]
+    yield _warning(
+        "no `s`, `Q` or `K` in this score: what is in the keys changes no weight",
+        (losing or scores)[-1].value.span,
+        "add it to the logit: `s + ...`",
+    )
+
+
+def _names(score: ast.Clause, elaborator: Elaborator) -> set[str]:
+    """The names in a clause, and in the body of the score that it calls."""
+    called = score_call(score.value, elaborator.definitions, Env({}))
+    read = (score.value,) if called is None else (score.value, called[0].body)
+    return {name.id for name in ast.walk(read) if isinstance(name, ast.Name)}
+
+
+def _clauses_of(item: ast.AttentionDef, group: int) -> Iterator[ast.Clause]:
+    """Those that a group of heads has, from top to bottom."""
+    for clause in item.clauses:
+        if isinstance(clause, ast.Heads):
+            yield from clause.groups[group].clauses
+        elif isinstance(clause, ast.Clause):
+            yield clause
