@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from attndsl.attention import Attention, Norm
 from attndsl.backend import Problem
 from attndsl.errors import fail
-from attndsl.execution import registry
+from attndsl.execution.lowered import lower
 from attndsl.execution.plan import Plan, compile
 from attndsl.expr import var
 from attndsl.tiles import lowering
@@ -189,6 +189,5 @@ def dense_masked(plan: Plan, q: Tensor, k: Tensor, v: Tensor, tables: Mapping[st
         return None
     if work != "mask + bias":
         return dense(plan, q, k, v, torch.from_numpy(blocks.to_dense()).to(p.device))
-    kernel = registry.plugin("backends", "sdpa").lower(plan.attention, p)
-    by_sdpa = replace(plan, backend="sdpa", kernel=kernel, _kept={})
+    by_sdpa = replace(plan, lowered=lower(plan.attention, p, "sdpa"))
     return dense(plan, q, k, v) and (lambda: by_sdpa.module().requires_grad_(False)(q, k, v, **tables))

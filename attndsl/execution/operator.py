@@ -1,23 +1,25 @@
 """The one torch operator of attndsl, `attndsl::attend`: what torch.compile and torch.export see of a plan.
 
-Everything that is no tensor or integer stays behind it. A `Runner` is named by an integer handle; the
-table of handles holds it weakly, so it lives as long as the plan (or, in eager mode, the graph of the
-backward pass) that owns it. A compiled module keeps its plan alive and so its handle valid.
+Everything that is no tensor or size travels as one text, the identity of a `Lowered`: equal ones give one
+graph, and a saved program finds its attention in any process (`lowered.find`).
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
-from attndsl.backend import Call, Kernel
+from attndsl.backend import Call
 from attndsl.errors import fail
+from attndsl.execution import lowered, spoiled
+from attndsl.execution.lowered import Lowered
+
+Gradients = tuple[Tensor, Tensor, Tensor, Mapping[str, Tensor]]
 
 
 @runtime_checkable
@@ -38,37 +40,19 @@ class Differentiable(Protocol):
         lse: Tensor,
         grad_out: Tensor,
         grad_lse: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor, Mapping[str, Tensor]]:
+    ) -> Gradients:
         """Gradients of q, k, v and, by name, of the wanted tables."""
-
-
-@dataclass(frozen=True, eq=False)
-class Runner:
-    """A kernel, the names of the tables in the order they are passed, and how tensors become a Call.
-
-    call_of(q, k, v, tables, q_offset, k_offset) -> Call; it may build or look up the BlockMask.
-    backend is the name of who made the kernel, untrainable() why that has no gradients, or None.
-    """
-
-    kernel: Kernel | Differentiable
-    names: tuple[str, ...]
-    call_of: Callable[[Tensor, Tensor, Tensor, Mapping[str, Tensor], list[int], list[int]], Call]
-    backend: str = ""
-    untrainable: Callable[[], str | None] = lambda: None
 
 
 vjp: Callable[..., tuple[Any, Callable[..., Any]]] = torch.func.vjp  # type: ignore[assignment]
 """Autograd records nothing inside an operator; torch.func does."""
 
-_runners: WeakValueDictionary[int, Runner] = WeakValueDictionary()
-_handles = itertools.count()
 
-
-def register(runner: Runner) -> int:
-    """The runner's handle, valid as long as the runner is alive."""
-    handle = next(_handles)
-    _runners[handle] = runner
-    return handle
+def _full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """Autocast would round what kernels compute in float32 on purpose."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 @torch.library.custom_op("attndsl::attend", mutates_args=())
@@ -76,19 +60,26 @@ def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    tables: list[Tensor],
-    q_offset: list[int],
-    k_offset: list[int],
-    handle: int,
-) -> tuple[Tensor, Tensor]:
-    """Output [B, H, nq, Dv] and log-sum-exp [B, H, nq] of the runner; see `Kernel`."""
-    runner = _runners[handle]
-    named = dict(zip(runner.names, tables, strict=True))
-    call = runner.call_of(q, k, v, named, list(q_offset), list(k_offset))
-    if isinstance(runner.kernel, Differentiable):
-        return _checked(runner.backend, call, runner.kernel.forward(call))
+    tensors: list[Tensor],
+    q_offset: list[int] | None,
+    k_offset: list[int] | None,
+    identity: str,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Output [B, H, nq, Dv] and log-sum-exp [B, H, nq] as in `Kernel`, and what the backward pass keeps.
+
+    `tensors` as in `Lowered.tensors`; without an offset the attention's own.
+    """
+    found = lowered.find(identity, tensors)
+    with _full_precision(q.device):
+        call = found.call_of(q, k, v, found.named(tensors), q_offset, k_offset)
+        return *spoiled.forward(call, lambda call: _forward(found, call)), []
+
+
+def _forward(found: Lowered, call: Call) -> tuple[Tensor, Tensor]:
+    if isinstance(found.kernel, Differentiable):
+        return _checked(found.backend, call, found.kernel.forward(call))
     with torch.no_grad():
-        return _checked(runner.backend, call, runner.kernel(call))
+        return _checked(found.backend, call, found.kernel(call))
 
 
 def _checked(backend: str, call: Call, result: object) -> tuple[Tensor, Tensor]:
@@ -128,36 +119,55 @@ def attend_backward(
     grad_lse: Tensor | None,
     out: Tensor,
     lse: Tensor,
+    kept: list[Tensor],
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    tables: list[Tensor],
+    tensors: list[Tensor],
     wanted: list[bool],
-    q_offset: list[int],
-    k_offset: list[int],
-    handle: int,
+    q_offset: list[int] | None,
+    k_offset: list[int] | None,
+    identity: str,
 ) -> list[Tensor]:
-    """Gradients of q, k, v and of the wanted tables."""
-    runner = _runners[handle]
-    if reason := runner.untrainable():
+    """Gradients of q, k, v and of the wanted among `tensors`, contiguous."""
+    found = lowered.find(identity, tensors)
+    if reason := found.untrainable():
         raise fail(
-            f"the backend `{runner.backend}` has no gradients for this: {reason}",
+            f"the backend `{found.backend}` has no gradients for this: {reason}",
             help="compile with `training=True` to choose among those that have",
         )
-    named = dict(zip(runner.names, tables, strict=True))
-    needing = [name for name, w in zip(runner.names, wanted, strict=True) if w]
-    call = runner.call_of(q, k, v, named, list(q_offset), list(k_offset))
-    if isinstance(runner.kernel, Differentiable):
-        gq, gk, gv, by_name = runner.kernel.gradient(call, needing, out, lse, grad_out, grad_lse)
-        return [gq, gk, gv, *(by_name[name] for name in needing)]
+    needing = [name for name, w in found.named(wanted).items() if w]
+    with _full_precision(q.device):
+        call = found.call_of(q, k, v, found.named(tensors), q_offset, k_offset)
+        gq, gk, gv, by_name = spoiled.gradient(
+            call,
+            found.tables,
+            (out, lse),
+            (grad_out, grad_lse),
+            lambda call: _forward(found, call),
+            lambda call, results, slopes: _gradient(found, call, needing, results, slopes),
+        )
+    return [grad.contiguous() for grad in (gq, gk, gv, *(by_name[name] for name in needing))]
+
+
+def _gradient(
+    found: Lowered,
+    call: Call,
+    wanted: Sequence[str],
+    results: tuple[Tensor, Tensor],
+    slopes: tuple[Tensor, Tensor | None],
+) -> Gradients:
+    if isinstance(found.kernel, Differentiable):
+        return found.kernel.gradient(call, wanted, *results, *slopes)
+    kernel = found.kernel
 
     def again(q: Tensor, k: Tensor, v: Tensor, learned: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        return runner.kernel(replace(call, q=q, k=k, v=v, tables={**named, **learned}))
+        return kernel(replace(call, q=q, k=k, v=v, tables={**call.tables, **learned}))
 
-    _, pull = vjp(again, q, k, v, {name: named[name] for name in needing})
-    gq, gk, gv, by_name = pull((grad_out, torch.zeros_like(lse) if grad_lse is None else grad_lse))
-    # the fake kernel promises contiguous tensors
-    return [grad.contiguous() for grad in (gq, gk, gv, *(by_name[name] for name in needing))]
+    grad_out, grad_lse = slopes
+    _, pull = vjp(again, call.q, call.k, call.v, {name: call.tables[name] for name in wanted})
+    grads: Gradients = pull((grad_out, torch.zeros_like(results[1]) if grad_lse is None else grad_lse))
+    return grads
 
 
 @attend.register_fake
@@ -165,13 +175,13 @@ def _(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    tables: list[Tensor],
-    q_offset: list[int],
-    k_offset: list[int],
-    handle: int,
-) -> tuple[Tensor, Tensor]:
+    tensors: list[Tensor],
+    q_offset: list[int] | None,
+    k_offset: list[int] | None,
+    identity: str,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     out = q.new_empty((*q.shape[:3], v.shape[3]))
-    return out, q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+    return out, q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32)), []
 
 
 @attend_backward.register_fake
@@ -180,52 +190,40 @@ def _(
     grad_lse: Tensor | None,
     out: Tensor,
     lse: Tensor,
+    kept: list[Tensor],
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    tables: list[Tensor],
+    tensors: list[Tensor],
     wanted: list[bool],
-    q_offset: list[int],
-    k_offset: list[int],
-    handle: int,
+    q_offset: list[int] | None,
+    k_offset: list[int] | None,
+    identity: str,
 ) -> list[Tensor]:
-    needing = [t for t, w in zip(tables, wanted, strict=True) if w]
+    needing = [t for t, w in zip(tensors, wanted, strict=True) if w]
     return [x.new_empty(x.shape) for x in (q, k, v, *needing)]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, tables, ctx.q_offset, ctx.k_offset, ctx.handle = inputs
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, list[Tensor]]) -> None:
+    q, k, v, tensors, ctx.q_offset, ctx.k_offset, ctx.identity = inputs
+    out, lse, kept = output
     ctx.set_materialize_grads(False)
-    ctx.wanted = [t.requires_grad for t in tables]
-    ctx.runner = _runners[ctx.handle]
-    ctx.save_for_backward(*output, q, k, v, *tables)
+    ctx.wanted = [t.requires_grad for t in tensors]
+    ctx.kept = len(kept)
+    ctx.found = lowered.alive(ctx.identity)  # until the backward pass
+    ctx.save_for_backward(out, lse, q, k, v, *kept, *tensors)
 
 
-def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-    out, lse, q, k, v, *tables = ctx.saved_tensors
+def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, _: Any) -> tuple[Any, ...]:
+    out, lse, q, k, v, *others = ctx.saved_tensors
+    kept, tensors = others[: ctx.kept], others[ctx.kept :]
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    grads = iter(
-        attend_backward(
-            grad_out,
-            grad_lse,
-            out,
-            lse,
-            q,
-            k,
-            v,
-            tables,
-            ctx.wanted,
-            ctx.q_offset,
-            ctx.k_offset,
-            ctx.handle,
-        )
-    )
+    places = ctx.q_offset, ctx.k_offset, ctx.identity
+    grads = iter(attend_backward(grad_out, grad_lse, out, lse, kept, q, k, v, tensors, ctx.wanted, *places))
     dense = [next(grads) for _ in range(3)]
     learned = [next(grads) if w else None for w in ctx.wanted]
-    # torch takes an empty list for a list of tensors, whose gradient is a list as well
-    offsets: list[list[None] | None] = [None if offset else [] for offset in (ctx.q_offset, ctx.k_offset)]
-    return *dense, learned, *offsets, None
+    return *dense, learned, None, None, None
 
 
 attend.register_autograd(_backward, setup_context=_setup_context)

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from attndsl.attention import Attention
-from attndsl.backend import DTYPES, Backend, Call, Kernel, Problem, check_problem
+from attndsl.backend import DTYPES, Backend, Problem, check_problem
 from attndsl.errors import AttnError, fail
 from attndsl.execution import registry
+from attndsl.execution.lowered import Lowered, as_array, lower
 from attndsl.expr import Table
 from attndsl.language.arguments import signature
 from attndsl.program import Program, Unbound
@@ -22,10 +23,10 @@ from attndsl.tiles import lowering
 from attndsl.tiles.blockmask import BlockMask
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
 BLOCK_SIZE = 128
-MASKS_KEPT = 8
 
 
 def compile(
@@ -70,11 +71,7 @@ def compile(
         blocks = lowering.block_mask(attention, sizes, {}, problem.block_size)
     seconds = time.perf_counter() - start
     considered = {name: judged(name, attention, problem, blocks) for name in registry.names("backends")}
-    chosen = _chosen(considered, backend)
-    kernel = registry.plugin("backends", chosen).lower(attention, problem)
-    if not callable(kernel):
-        raise fail(f"the backend `{chosen}` returned no kernel: its `lower` gave {type(kernel).__name__}")
-    return Plan(attention, problem, chosen, considered, kernel, blocks, seconds)
+    return Plan(lower(attention, problem, _chosen(considered, backend)), considered, blocks, seconds)
 
 
 def _problem(attention: object, problem: Problem) -> Problem:
@@ -140,31 +137,31 @@ def _chosen(considered: Mapping[str, float | str], backend: str | None) -> str:
 class Plan:
     """What was chosen and why, and the call.
 
-    backend          the chosen one
+    lowered          the attention, the problem, the chosen backend and its kernel
     considered       every backend: predicted seconds, or why it declined
     block_masks      the tiles at full length; None until the tables that they need are bound
     compile_seconds  from the typed attention to the finished tiles
+    tables           what is bound
     """
 
-    attention: Attention
-    problem: Problem
-    backend: str
+    lowered: Lowered = field(repr=False)
     considered: Mapping[str, float | str]
-    kernel: Kernel = field(repr=False)
     block_masks: BlockMask | None = field(repr=False)
     compile_seconds: float
     tables: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    runner: Any = field(init=False, repr=False)
-    handle: int = field(init=False, repr=False)
-    _kept: dict[tuple[object, ...], BlockMask] = field(default_factory=dict, repr=False)
 
-    def __post_init__(self) -> None:
-        from attndsl.execution.operator import Runner, register
+    @property
+    def attention(self) -> Attention:
+        return self.lowered.attention
 
-        names = tuple(t.name for t in (*self.attention.inputs, *self.attention.learned))
-        runner = Runner(self.kernel, names, self.call_of, self.backend, self.untrainable)
-        object.__setattr__(self, "runner", runner)
-        object.__setattr__(self, "handle", register(self.runner))
+    @property
+    def problem(self) -> Problem:
+        return self.lowered.problem
+
+    @property
+    def backend(self) -> str:
+        """The name of the chosen one."""
+        return self.lowered.backend
 
     def __call__(
         self,
@@ -207,35 +204,14 @@ class Plan:
 
         self._check(q, k, v)
         self._refuse_learned(inputs)
-        given = self._tensors({**self.tables, **inputs}, len(q))
-        tensors = [*given, *(learned[table.name] for table in self.attention.learned)]
-        starts = _listed("q_offset", q_offset), _listed("k_offset", k_offset)
-        out, lse = attend(q, k, v, tensors, *starts, self.handle)
-        return (out, lse) if return_lse else out
-
-    def call_of(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        tables: Mapping[str, Tensor],
-        q_offset: list[int],
-        k_offset: list[int],
-    ) -> Call:
-        """The checked call with its tiles; no offset means the attention's own."""
-        sizes = lowering.sizes(
-            self.attention,
-            k.shape[2],
-            q.shape[2],
-            self.problem.heads,
-            tuple(q_offset) or None,
-            tuple(k_offset) or None,
+        given = self._tensors({**self.tables, **inputs}, len(q)) | dict(learned)
+        _check_tangents(q, k, v, *given.values())
+        tensors, starts = (
+            self.lowered.tensors(q, given),
+            (_listed("q_offset", q_offset), _listed("k_offset", k_offset)),
         )
-        for name, offsets in (("q_offset", sizes.q_offset), ("k_offset", sizes.k_offset)):
-            if len(offsets) not in (1, len(q)):
-                raise fail(f"`{name}` has {len(offsets)} entries for {len(q)} batch rows")
-        blocks = self._tiles(sizes, {t.name: tables[t.name] for t in self.attention.inputs}, len(q))
-        return Call(q, k, v, blocks, tables, sizes.q_offset, sizes.k_offset, sizes.n)
+        out, lse, _ = attend(q, k, v, tensors, *starts, self.lowered.identity)
+        return (out, lse) if return_lse else out
 
     def bind(self, **inputs: Any) -> Plan:
         """The plan with these tables in place, tiled once if the mask needs them: `n` is then its length."""
@@ -255,22 +231,17 @@ class Plan:
             sizes = lowering.sizes(
                 self.attention, self.problem.length, self.problem.q_length, self.problem.heads
             )
-            arrays = {name: _array(value) for name, value in bound.items()}
+            arrays = {name: as_array(value) for name, value in bound.items()}
             tables = lowering.checked_tables(self.attention, arrays, sizes, head_dim=self.problem.head_dim)
             blocks = lowering.block_mask(self.attention, sizes, tables, self.problem.block_size)
         seconds = self.compile_seconds + time.perf_counter() - start
-        return replace(self, tables=bound, block_masks=blocks, compile_seconds=seconds, _kept={})
+        return replace(self, tables=bound, block_masks=blocks, compile_seconds=seconds)
 
     def module(self) -> nn.Module:
         """An nn.Module that owns the learned parameters under the names they are bound to."""
         from attndsl.execution.module import PlanModule
 
         return PlanModule(self)
-
-    def untrainable(self) -> str | None:
-        """Why the backend has no gradients, or None."""
-        backend: Backend = registry.plugin("backends", self.backend)
-        return backend.supports(self.attention, replace(self.problem, training=True))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A kernel may hold anything, so another process compiles anew, with the same backend."""
@@ -294,7 +265,13 @@ class Plan:
         p = self.problem
         dims = [p.head_dim if size == "D" else int(size) for size in table.dims]
         shape = [p.heads, *dims] if table.headed else dims
-        return torch.full(shape, table.init or 0.0, dtype=getattr(torch, p.dtype), device=p.device)
+        return torch.full(shape, table.init or 0.0, dtype=self._table_dtype(), device=p.device)
+
+    def _table_dtype(self) -> torch.dtype:
+        """Of parameters and of tables that come without one: scores are computed in no less."""
+        import torch
+
+        return torch.promote_types(getattr(torch, self.problem.dtype), torch.float32)
 
     def _check(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         import torch
@@ -332,41 +309,27 @@ class Plan:
         if k.shape[2] != v.shape[2]:
             raise fail(f"`k` has length {k.shape[2]}, and `v` has {v.shape[2]}")
 
-    def _tensors(self, given: Mapping[str, Any], batch: int) -> list[Tensor]:
-        """The inputs in the order of their declaration, on the device, in the dtype of their kind; one batch
-        row serves all."""
+    def _tensors(self, given: Mapping[str, Any], batch: int) -> dict[str, Tensor]:
+        """The inputs on the device, in the dtype of their kind; one batch row serves all."""
         lowering.check_names(self.attention, given, self.attention.inputs)
-        tensors = [self._tensor(table, given[table.name]) for table in self.attention.inputs]
-        return [
-            x.expand(batch, *x.shape[1:]) if table.batched and x.dim() and len(x) == 1 else x
-            for table, x in zip(self.attention.inputs, tensors, strict=True)
-        ]
+        tensors = {table.name: self._tensor(table, given[table.name]) for table in self.attention.inputs}
+        for table in self.attention.inputs:
+            x = tensors[table.name]
+            if table.batched and x.dim() and len(x) == 1:
+                tensors[table.name] = x.expand(batch, *x.shape[1:])
+        return tensors
 
     def _tensor(self, table: Table, value: Any) -> Tensor:
         import torch
 
         array = _array_like(table.name, value)
         lowering.check_kind(table, array)
-        tensor = torch.as_tensor(array, device=self.problem.device)
-        if table.dtype == "int":
-            return tensor.long()
-        if table.dtype == "float" and not isinstance(value, torch.Tensor):
-            return tensor.to(getattr(torch, self.problem.dtype))
-        return tensor
-
-    def _tiles(self, sizes: lowering.Sizes, given: Mapping[str, Any], batch: int) -> BlockMask:
-        """The tiles of one call, kept for the last few."""
-        arrays = {name: _array(value) for name, value in given.items()}
-        tables = lowering.checked_tables(self.attention, arrays, sizes, batch, self.problem.head_dim)
-        used = (tables[table.name] for table in lowering.mask_tables(self.attention))
-        key = (sizes, *((array.shape, array.tobytes()) for array in used))
-        found = self._kept.get(key)
-        if found is None:
-            found = lowering.block_mask(self.attention, sizes, tables, self.problem.block_size)
-            while len(self._kept) >= MASKS_KEPT:
-                self._kept.pop(next(iter(self._kept)))
-            self._kept[key] = found
-        return found
+        if isinstance(array, torch.Tensor):
+            tensor = array.to(self.problem.device)
+            return tensor.long() if table.dtype == "int" else tensor
+        # a copy: the caller may fill the array anew before the backward pass
+        dtypes = {"int": torch.int64, "bool": torch.bool, "float": self._table_dtype()}
+        return torch.tensor(array, dtype=dtypes[table.dtype], device=self.problem.device)
 
     def __str__(self) -> str:
         p, blocks = self.problem, self.block_masks
@@ -395,10 +358,23 @@ def _again(attention: Attention, problem: Problem, backend: str, tables: dict[st
     return compile(attention, **vars(problem), backend=backend).bind(**tables)
 
 
-def _listed(name: str, offset: Any) -> list[int]:
+def _check_tangents(*tensors: Tensor) -> None:
+    """Raises AttnError where one carries a tangent: the operator would drop it without a word."""
+    from torch.autograd import forward_ad
+
+    if forward_ad._current_level < 0:
+        return
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):  # type: ignore[no-untyped-call]
+        raise fail(
+            "attndsl has no forward-mode derivatives",
+            help="use reverse mode: torch.autograd.grad, or torch.func.vjp of a module's call",
+        )
+
+
+def _listed(name: str, offset: Any) -> list[int] | None:
     """An integer, one per batch row, or None for the attention's own. Raises AttnError for anything else."""
     if offset is None:
-        return []
+        return None
     if isinstance(offset, int):
         return [lowering.checked_length(name, offset)]
     items = offset.tolist() if hasattr(offset, "tolist") else offset
@@ -421,11 +397,3 @@ def _array_like(name: str, value: Any) -> Any:
     if array.dtype.kind not in "biufc":
         raise fail(f"`{name}` is no array of numbers or truths, but {type(value).__name__}")
     return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
-
-
-def _array(value: Any) -> Any:
-    """A tensor, or whatever numpy reads, as an array; bfloat16 has no numpy type and only floats do."""
-    if hasattr(value, "detach"):
-        value = value.detach().cpu()
-        return (value.float() if str(value.dtype) == "torch.bfloat16" else value).numpy()
-    return np.asarray(value)

@@ -1,0 +1,158 @@
+"""Lowered: an attention with the kernel that one backend made of it, found again by its content."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
+
+import numpy as np
+
+from attndsl import portable
+from attndsl.attention import Attention
+from attndsl.backend import Backend, Call, Kernel, Problem
+from attndsl.errors import fail
+from attndsl.execution import registry
+from attndsl.expr import Table
+from attndsl.tiles import lowering
+from attndsl.tiles.blockmask import BlockMask
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from attndsl.execution.operator import Differentiable
+
+MASKS_KEPT = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Lowered:
+    """What the operator runs.
+
+    identity   the attention, the problem and the backend as text: all that another process needs beside
+    constants  the long sets of the attention, int64 [m, 2] each
+    """
+
+    attention: Attention
+    problem: Problem
+    backend: str
+    kernel: Kernel | Differentiable
+    identity: str
+    constants: tuple[Tensor, ...]
+    kept: dict[tuple[object, ...], BlockMask] = field(default_factory=dict)
+
+    @property
+    def tables(self) -> dict[str, Table]:
+        """Inputs, then what is learned, by name."""
+        return {table.name: table for table in (*self.attention.inputs, *self.attention.learned)}
+
+    def tensors(self, q: Tensor, tables: Mapping[str, Tensor]) -> list[Tensor]:
+        """What the operator takes beside q, k and v: constants, then inputs, then what is learned."""
+        # AOTInductor passes no empty list on
+        return [*self.constants, *(tables[name] for name in self.tables)] or [q.new_empty(0)]
+
+    def named(self, tensors: Sequence[Any]) -> dict[str, Any]:
+        """Of `tensors`, or of something for each of them, what belongs to tables, by name."""
+        start = len(self.constants)
+        return dict(zip(self.tables, tensors[start : start + len(self.tables)], strict=True))
+
+    def untrainable(self) -> str | None:
+        """Why the backend has no gradients, or None."""
+        backend: Backend = registry.plugin("backends", self.backend)
+        return backend.supports(self.attention, replace(self.problem, training=True))
+
+    def call_of(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        tables: Mapping[str, Tensor],
+        q_offset: Sequence[int] | None,
+        k_offset: Sequence[int] | None,
+    ) -> Call:
+        """The checked call with its tiles; no offset means the attention's own."""
+        sizes = lowering.sizes(
+            self.attention,
+            k.shape[2],
+            q.shape[2],
+            self.problem.heads,
+            None if q_offset is None else tuple(q_offset),
+            None if k_offset is None else tuple(k_offset),
+        )
+        for name, offsets in (("q_offset", sizes.q_offset), ("k_offset", sizes.k_offset)):
+            if len(offsets) not in (1, len(q)):
+                raise fail(f"`{name}` has {len(offsets)} entries for {len(q)} batch rows")
+        blocks = self.tiles(sizes, {t.name: tables[t.name] for t in self.attention.inputs}, len(q))
+        return Call(q, k, v, blocks, tables, sizes.q_offset, sizes.k_offset, sizes.n)
+
+    def tiles(self, sizes: lowering.Sizes, given: Mapping[str, Tensor], batch: int) -> BlockMask:
+        """The tiles of one call, kept for the last few."""
+        arrays = {name: as_array(value) for name, value in given.items()}
+        tables = lowering.checked_tables(self.attention, arrays, sizes, batch, self.problem.head_dim)
+        used = (tables[table.name] for table in lowering.mask_tables(self.attention))
+        key = (sizes, *((array.shape, array.tobytes()) for array in used))
+        found = self.kept.get(key)
+        if found is None:
+            found = lowering.block_mask(self.attention, sizes, tables, self.problem.block_size)
+            while len(self.kept) >= MASKS_KEPT:
+                self.kept.pop(next(iter(self.kept)))
+            self.kept[key] = found
+        return found
+
+
+_alive: WeakValueDictionary[str, Lowered] = WeakValueDictionary()
+_loaded: dict[str, Lowered] = {}
+"""Those of programs that came without a plan: nothing else holds them."""
+
+
+def lower(attention: Attention, problem: Problem, backend: str) -> Lowered:
+    """By this backend, which must not decline; equal ones are one as long as somebody holds it."""
+    import torch
+
+    written = portable.write(attention, problem=vars(problem), backend=backend)
+    found = _alive.get(written.text)
+    if found is not None:
+        return found
+    kernel = registry.plugin("backends", backend).lower(attention, problem)
+    if not callable(kernel):
+        raise fail(f"the backend `{backend}` returned no kernel: its `lower` gave {type(kernel).__name__}")
+    constants = tuple(map(torch.from_numpy, written.constants))
+    return _alive.setdefault(
+        written.text, Lowered(attention, problem, backend, kernel, written.text, constants)
+    )
+
+
+def find(identity: str, tensors: Sequence[Tensor]) -> Lowered:
+    """The one with this identity, lowered now if no plan of this process has it; see `Lowered.tensors`.
+
+    Raises AttnError where its backend is not installed, declines, or the text has another format.
+    """
+    found = _alive.get(identity)
+    if found is None:
+        attention, beside = portable.read(identity, tensors)
+        problem, backend = Problem(**beside["problem"]), beside["backend"]
+        if backend not in registry.names("backends"):
+            installed = ", ".join(registry.names("backends"))
+            raise fail(
+                f"this program needs the backend `{backend}`, which is not installed",
+                help=f"install what provides it; there are {installed}",
+            )
+        reason = registry.plugin("backends", backend).supports(attention, problem)
+        if reason is not None:
+            raise fail(f"this program needs the backend `{backend}`, which declines here: {reason}")
+        found = _loaded[identity] = lower(attention, problem, backend)
+    return found
+
+
+def alive(identity: str) -> Lowered | None:
+    """The one with this identity, if somebody holds it."""
+    return _alive.get(identity)
+
+
+def as_array(value: Any) -> Any:
+    """A tensor, or whatever numpy reads, as an array; bfloat16 has no numpy type and only floats do."""
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+        return (value.float() if str(value.dtype) == "torch.bfloat16" else value).numpy()
+    return np.asarray(value)

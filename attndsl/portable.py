@@ -1,0 +1,160 @@
+"""An attention as text that another process reads back: what an exported program carries."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attndsl import expr as ir
+from attndsl.attention import Attention, HeadGroup, Norm, Relation
+from attndsl.errors import fail
+from attndsl.expr import Expr, IntSet, Table
+
+FORMAT = 1
+LONG = 64
+"""Intervals of a constant set from which it stands outside of the text, which keeps its digest."""
+
+Intervals = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Portable:
+    """`text` is JSON, equal for equal attentions; `constants` the long sets that it names, int64 [m, 2]."""
+
+    text: str
+    constants: tuple[Intervals, ...]
+
+
+def write(attention: Attention, **beside: Any) -> Portable:
+    """The attention, and numbers, texts or dicts `beside` it, which are read back as they are."""
+    writer = _Writer()
+    groups = [
+        {
+            "mask": writer.place(group.relation.mask),
+            "count": writer.place(group.relation.count),
+            "score": writer.place(group.score),
+            "decay": writer.place(group.decay),
+            "norm": group.norm.kind,
+            "sink": writer.place(group.norm.sink),
+            "heads": writer.place(group.heads),
+        }
+        for group in attention.groups
+    ]
+    body = {
+        "attndsl": FORMAT,
+        **beside,
+        "name": attention.name,
+        "inputs": [writer.table(table) for table in attention.inputs],
+        "learned": [writer.table(table) for table in attention.learned],
+        "offset": writer.place(attention.offset),
+        "least_heads": attention.least_heads,
+        "groups": groups,
+        "tables": [_table_fields(table) for table in writer.tables],
+        "nodes": writer.nodes,
+    }
+    return Portable(json.dumps(body, separators=(",", ":")), tuple(writer.constants))
+
+
+def read(text: str, constants: Sequence[Any]) -> tuple[Attention, dict[str, Any]]:
+    """The attention and what stood beside it; `constants` are arrays or tensors, others may follow them.
+
+    Raises AttnError for a text of another format.
+    """
+    body = json.loads(text)
+    if body["attndsl"] != FORMAT:
+        raise fail(
+            f"this program was saved in format {body['attndsl']} of attndsl, and this version reads {FORMAT}",
+            help="save it again with this version",
+        )
+    tables = [Table(**{**fields, "dims": tuple(fields["dims"])}) for fields in body["tables"]]
+    nodes: list[Expr] = []
+    for op, kind, value, *args in body["nodes"]:
+        arguments = tuple(nodes[i] for i in args)
+        nodes.append(ir.make(op, arguments, _value(value, tables, constants), kind))
+
+    def node(place: int | None) -> Expr | None:
+        return None if place is None else nodes[place]
+
+    groups = tuple(
+        HeadGroup(
+            Relation(nodes[g["mask"]], node(g["count"])),
+            nodes[g["score"]],
+            node(g["decay"]),
+            Norm(g["norm"], node(g["sink"])),
+            nodes[g["heads"]],
+        )
+        for g in body["groups"]
+    )
+    attention = Attention(
+        body["name"],
+        groups,
+        tuple(tables[i] for i in body["inputs"]),
+        tuple(tables[i] for i in body["learned"]),
+        node(body["offset"]),
+        body["least_heads"],
+    )
+    return attention, body
+
+
+class _Writer:
+    """Nodes by place, arguments before the nodes that use them."""
+
+    def __init__(self) -> None:
+        self.nodes: list[list[Any]] = []
+        self.places: dict[Expr, int] = {}
+        self.tables: list[Table] = []
+        self.constants: list[Intervals] = []
+
+    def place(self, root: Expr | None) -> int | None:
+        if root is None:
+            return None
+        for node in ir.nodes(root):
+            if node not in self.places:
+                self.places[node] = len(self.nodes)
+                args = [self.places[arg] for arg in node.args]
+                self.nodes.append([node.op, node.type, self.value(node.value), *args])
+        return self.places[root]
+
+    def table(self, table: Table) -> int:
+        """Its place. Names are unique in an attention, serials are not the same in every process."""
+        table = replace(table, serial=0)
+        if table not in self.tables:
+            self.tables.append(table)
+        return self.tables.index(table)
+
+    def value(self, value: object) -> Any:
+        match value:
+            case Table():
+                return {"table": self.table(value)}
+            case IntSet(intervals) if len(intervals) < LONG:
+                return {"set": intervals}
+            case IntSet(intervals):
+                self.constants.append(np.array(intervals, np.int64))
+                digest = hashlib.sha256(self.constants[-1].tobytes()).hexdigest()
+                return {"long": len(self.constants) - 1, "digest": digest}
+            case tuple():
+                return {"draw": value}
+        return value
+
+
+def _table_fields(table: Table) -> dict[str, Any]:
+    return {name: value for name, value in vars(table).items() if name != "serial"}
+
+
+def _value(value: Any, tables: Sequence[Table], constants: Sequence[Intervals]) -> Any:
+    match value:
+        case {"table": place}:
+            return tables[place]
+        case {"set": intervals}:
+            return IntSet(tuple(map(tuple, intervals)))
+        case {"long": place}:
+            return IntSet(tuple(map(tuple, constants[place].tolist())))
+        case {"draw": parts}:
+            return tuple(parts)
+    return value
