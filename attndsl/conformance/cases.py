@@ -1,0 +1,213 @@
+"""The cases: a mechanism on sizes, offsets and memory layouts that are drawn together, and its tensors."""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import attndsl
+from attndsl.attention import Attention
+from attndsl.conformance.formula import Call
+from attndsl.conformance.mechanisms import MECHANISMS, Mechanism, normal
+from attndsl.expr import Table
+
+Named = dict[str, Tensor]
+LENGTHS = (0, 1, 3, 127, 300)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One mechanism on one draw.
+
+    q_offset, k_offset   what the call gives, or None
+    layouts   how q, k, v, grad_out and all tables lie in memory: names in LAYOUTS
+    loud      large logits
+    with_lse  gradients come in through the log-sum-exp as well
+    """
+
+    mechanism: Mechanism
+    dtype: str
+    nq: int
+    n: int
+    batch: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    v_dim: int
+    q_offset: tuple[int, ...] | None
+    k_offset: tuple[int, ...] | None
+    loud: bool
+    with_lse: bool
+    block_size: int
+    layouts: tuple[str, ...]
+
+    def __str__(self) -> str:
+        sizes = f"{self.nq}x{self.n}-b{self.batch}h{self.heads}-{self.kv_heads}d{self.head_dim}-{self.v_dim}"
+        extras = "-loud" * self.loud + "-lse" * self.with_lse
+        extras += f"-at{self.q_offset}" if self.q_offset else ""
+        extras += f"-from{self.k_offset}" if self.k_offset else ""
+        laid = "".join(f"-{x}.{lay}" for x, lay in zip(LAID, self.layouts, strict=True) if lay != "plain")
+        return f"{self.mechanism.name}-{self.dtype}-{sizes}{extras}-B{self.block_size}{laid}"
+
+    @property
+    def longest(self) -> int:
+        """The greatest n of a batch row."""
+        return max(self.k_offset or (0,)) + self.n
+
+    @property
+    def starts(self) -> tuple[list[int], list[int]]:
+        """The positions of query row 0 and of key 0, for each batch row."""
+        keys = _for_each(self.k_offset or (0,), self.batch)
+        at = [self.mechanism.start(start + self.n, self.nq) for start in keys]
+        return _for_each(self.q_offset, self.batch) if self.q_offset else at, keys
+
+    def layout(self, name: str) -> Callable[[Tensor], Tensor]:
+        return LAYOUTS[self.layouts[LAID.index(name if name in LAID else "tables")]]
+
+
+def _for_each(starts: tuple[int, ...], batch: int) -> list[int]:
+    return list(starts) * (1 if len(starts) == batch else batch)
+
+
+LAID = ("q", "k", "v", "grad_out", "tables")
+
+
+def _cut(x: Tensor, *where: slice | int) -> Tensor:
+    """x in the place `where` of something longer, which is NaN elsewhere."""
+    index = (..., *where)
+    sizes = list(x.shape)
+    for axis, cut in zip(range(-len(where), 0), where, strict=True):
+        if isinstance(cut, slice):
+            sizes[axis] = (cut.start or 0) + sizes[axis] * (cut.step or 1) + 3
+    around = x.new_full(sizes, torch.nan) if x.is_floating_point() else x.new_zeros(sizes)
+    view = around[index][tuple(slice(size) for size in x.shape)]
+    return view.copy_(x)
+
+
+def _reversed(x: Tensor) -> Tensor:
+    """Axes stored from the last to the first."""
+    axes = tuple(range(x.dim()))[::-1]
+    return x.permute(axes).contiguous().permute(axes)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "plain": lambda x: x,
+    "transposed": lambda x: x.mT.contiguous().mT if x.dim() > 1 else x,
+    "reversed": _reversed,
+    "by-position": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2) if x.dim() > 2 else x,
+    "one-row": lambda x: x[:1].expand(x.shape),
+    "one-head": lambda x: x[:, :1].expand(x.shape) if x.dim() > 1 else x,
+    "in-a-cache": lambda x: _cut(x, slice(3, None), slice(None)) if x.dim() > 1 else x,
+    "in-features": lambda x: _cut(x, slice(4, None)),
+    "every-second": lambda x: _cut(x, slice(None, None, 2), slice(None)) if x.dim() > 1 else x,
+    "one-number": lambda x: x[(slice(1),) * x.dim()].expand(x.shape),
+}
+"""A tensor of the same shape that lies in memory in another way. Those that begin with one- repeat what they
+hold, without memory for it; the others have the same values."""
+
+
+def _draw(mechanism: Mechanism, dtype: str, turn: int) -> Case:
+    """Sizes that differ from case to case and from run to run never."""
+    rng = random.Random(zlib.crc32(f"{mechanism.name} {dtype} {turn}".encode()))
+    n = 127 if turn == 0 else rng.choice(LENGTHS)
+    cross = mechanism.start(0, 1) == 0
+    square = rng.random() < 0.5
+    nq = n if square else rng.choice([size for size in LENGTHS if size <= n or cross])
+    heads, kv_heads = rng.choice([(2, 2), (4, 2), (3, 1), (4, 4)])
+    batch = rng.choice([1, 2, 3])
+    q_offset = k_offset = None
+    if not square and rng.random() < 0.4:
+        k_offset = tuple(rng.randint(0, 20) for _ in range(rng.choice([1, batch])))
+    if not square and rng.random() < 0.5:
+        most = max(min(k_offset or (0,)) + n - nq, 0)
+        q_offset = tuple(rng.randint(0, most) for _ in range(rng.choice([1, batch])))
+    plain = rng.random() < 0.3
+    return Case(
+        mechanism,
+        dtype,
+        nq,
+        n,
+        batch,
+        heads,
+        kv_heads,
+        head_dim=16 if mechanism.exact else rng.choice([8, 16, 24]),
+        v_dim=rng.choice([8, 16, 24]),
+        q_offset=q_offset,
+        k_offset=k_offset,
+        loud=not mechanism.exact and rng.random() < 0.25,
+        with_lse=rng.random() < 0.7,
+        block_size=rng.choice([16, 32, 64]),
+        layouts=tuple("plain" if plain or rng.random() < 0.3 else rng.choice(list(LAYOUTS)) for _ in LAID),
+    )
+
+
+CASES = tuple(
+    _draw(mechanism, dtype, turn)
+    for mechanism in MECHANISMS
+    for dtype, turns in (("float32", 2), ("float64", 1), ("bfloat16", 1))
+    for turn in range(turns)
+)
+
+
+def inputs_of(attention: Attention, case: Case) -> Named:
+    """q, k, v, gradients of the results, tables and parameters: float64, rounded to the case's dtype."""
+    rng = np.random.default_rng(zlib.crc32(str(case).encode()))
+    c, dtype = case, getattr(torch, case.dtype)
+    shapes = {
+        "q": (c.batch, c.heads, c.nq, c.head_dim),
+        "k": (c.batch, c.kv_heads, c.n, c.head_dim),
+        "v": (c.batch, c.kv_heads, c.n, c.v_dim),
+        "grad_out": (c.batch, c.heads, c.nq, c.v_dim),
+        "grad_lse": (c.batch, c.heads, c.nq),
+    }
+    drawn: dict[str, Any] = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
+    if case.loud:
+        drawn["q"] *= 20
+    if case.mechanism.exact:
+        drawn |= {name: np.clip(np.round(64 * drawn[name]) / 64, -3.5, 3.5) for name in "qk"}
+    for table in (*attention.inputs, *attention.learned):
+        shape = _shape(table, case, one_row=bool(rng.integers(2)))
+        if table.init is not None:
+            drawn[table.name] = table.init + 0.1 * rng.standard_normal(shape)
+        else:
+            drawn[table.name] = case.mechanism.tables.get(table.name, normal)(rng, shape, case)
+    tensors = {name: torch.as_tensor(value) for name, value in drawn.items()}
+    rounded = {name: x.to(dtype).double() if x.is_floating_point() else x for name, x in tensors.items()}
+    return {name: x if name == "grad_lse" else case.layout(name)(x) for name, x in rounded.items()}
+
+
+def _shape(table: Table, case: Case, one_row: bool) -> tuple[int, ...]:
+    sizes = {"n": case.longest, "nq": case.nq, "D": case.head_dim} | case.mechanism.sizes(case.longest)
+    lead = [1 if one_row else case.batch] * table.batched + [case.heads] * table.headed
+    return (*lead, *(sizes[size] if isinstance(size, str) else size for size in table.dims))
+
+
+def leaves_of(inputs: Named, case: Case, dtype: torch.dtype) -> Named:
+    """The inputs in a dtype and as they lie in memory; reals ask for gradients."""
+    leaves = {}
+    for name, x in inputs.items():
+        cast = x.to(dtype) if x.is_floating_point() else x
+        laid = cast if name == "grad_lse" else case.layout(name)(cast)
+        leaves[name] = laid.detach().requires_grad_(x.is_floating_point())
+    return leaves
+
+
+def call_of(attention: Attention, case: Case, inputs: Named, arithmetic: torch.dtype) -> Call:
+    tables = {}
+    for table in (*attention.inputs, *attention.learned):
+        x = inputs[table.name]
+        tables[table.name] = x.expand(case.batch, *x.shape[1:]) if table.batched else x
+    return Call(inputs["q"], inputs["k"], inputs["v"], tables, *case.starts, arithmetic)
+
+
+def attention_of(mechanism: Mechanism) -> Attention:
+    attention = attndsl.parse(mechanism.text)["a"]
+    assert isinstance(attention, Attention)
+    return attention

@@ -1,0 +1,204 @@
+"""Attention by formulas written by hand, over the flat list of its live pairs.
+
+The yardstick of the suite. It shares no code with the evaluators of expressions, tiles or relations; the
+keys that `random` draws alone come from `Attention.mask`. A pair that is not live is not in the list, so
+that nothing which stands there can reach a result or a gradient.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+import attndsl
+from attndsl.attention import Attention
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """Pairs of a query and a key: each field has an entry for every pair, or broadcasts to them.
+
+    b, h, q, k   batch row, query head and positions; n, nq, H, D as in the language
+    Q, K         the vectors of query and key [P, D]; a mask has none
+    tables       by name, all axes in place: `p.z[p.b, p.h, p.q, p.k]`
+    arithmetic   the dtype in which backends add and multiply
+    """
+
+    b: Tensor
+    h: Tensor
+    q: Tensor
+    k: Tensor
+    n: Tensor
+    nq: int
+    H: int
+    D: int
+    tables: Mapping[str, Tensor]
+    arithmetic: torch.dtype
+    Q: Tensor = field(default_factory=lambda: torch.empty(0))
+    K: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name not in self.tables:
+            raise AttributeError(name)
+        return self.tables[name]
+
+    @functools.cached_property
+    def s(self) -> Tensor:
+        return dot(self.Q, self.K) / math.sqrt(self.D)
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """As a backend's arithmetic stores it; the gradient passes."""
+        return x + (x.detach().to(self.arithmetic).double() - x.detach())
+
+    def drawn(self, pattern: str, q: Tensor, k: Tensor, n: Tensor, **inputs: Any) -> Tensor:
+        """Whether a pattern made with `random`, a named hash, holds at (q, k) of n positions."""
+        found = torch.zeros(q.shape, dtype=torch.bool)
+        if not q.numel():
+            return found
+        for size in sorted({*n.flatten().tolist()}):
+            mask = _pattern(pattern).mask(size, int(q.max()) + 1, q_offset=0, heads=self.H, **inputs)
+            bits = torch.from_numpy(mask).view(-1, *mask.shape[-2:])
+            here = bits[self.h % len(bits), q, k.clamp_max(size - 1)]
+            found = torch.where(n == size, here, found)
+        return found
+
+
+Function = Callable[[Pairs], Tensor]
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """The inner product of vectors on the last axis."""
+    return (a * b).sum(-1)
+
+
+@functools.cache
+def _pattern(text: str) -> Attention:
+    found = attndsl.parse(f"attention a {{ {text} }}")["a"]
+    assert isinstance(found, Attention)
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class Formula:
+    """What the query heads for which `heads(h, H)` holds do: the clauses of an attention, written in torch.
+
+    `count` is the multiplicity; a sink is a number for each (b, h).
+    """
+
+    mask: Function
+    score: Function = lambda p: p.s
+    decay: Function | None = None
+    count: Function | None = None
+    sink: Function | None = None
+    norm: Literal["softmax", "sigmoid", "relu"] = "softmax"
+    heads: Callable[[int, int], bool] = lambda h, H: True
+
+
+def at_the_end(n: int, nq: int) -> int:
+    return n - nq
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """What an attention is called with: q [B, H, nq, D], k and v [B, Hkv, n, D and Dv], one start for each
+    batch row, and tables as in `Pairs`."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    tables: Mapping[str, Tensor]
+    q_offset: Sequence[int]
+    k_offset: Sequence[int]
+    arithmetic: torch.dtype = torch.float64
+
+
+@contextmanager
+def doubles() -> Iterator[None]:
+    """A position times a real is a float64."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@doubles()
+def related(formulas: Sequence[Formula], call: Call) -> Tensor:
+    """The mask [B, H, nq, n]."""
+    (B, H, nq, D), n = call.q.shape, call.k.shape[2]
+    found = torch.zeros(B, H, nq, n, dtype=torch.bool)
+    if not found.numel():
+        return found
+    starts_q, starts_k = (torch.tensor(x).view(-1, 1, 1, 1) for x in (call.q_offset, call.k_offset))
+    b, h = torch.arange(B).view(-1, 1, 1, 1), torch.arange(H).view(-1, 1, 1)
+    q, k = starts_q + torch.arange(nq).view(-1, 1), starts_k + torch.arange(n)
+    everywhere = Pairs(b, h, q, k, starts_k + n, nq, H, D, call.tables, call.arithmetic)
+    for formula in formulas:
+        here = torch.tensor([formula.heads(head, H) for head in range(H)]).view(-1, 1, 1)
+        found = found | here & formula.mask(everywhere)
+    return found
+
+
+@doubles()
+def attend(formulas: Sequence[Formula], call: Call, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Over the pairs of the mask: output [B, H, nq, Dv] and log-sum-exp [B, H, nq], differentiable, and how
+    large logits are in the mean, by their weights [B, H, nq]."""
+    B, H, nq, D = call.q.shape
+    share, n = H // call.k.shape[1], call.k.shape[2]
+    rows = []
+    for b in range(B):
+        for h in range(H):
+            (formula,) = (f for f in formulas if f.heads(h, H))
+            i, j = mask[b, h].nonzero(as_tuple=True)
+            p = Pairs(
+                torch.tensor(b),
+                torch.tensor(h),
+                call.q_offset[b] + i,
+                call.k_offset[b] + j,
+                torch.tensor(call.k_offset[b] + n),
+                nq,
+                H,
+                D,
+                call.tables,
+                call.arithmetic,
+                call.q[b, h].index_select(0, i),
+                call.k[b, h // share].index_select(0, j),
+            )
+            rows.append(_rows(formula, p, call.v[b, h // share].index_select(0, j), i))
+    out, lse, size = (torch.stack(part) for part in zip(*rows, strict=True))
+    return out.view(B, H, *out.shape[1:]), lse.view(B, H, nq), size.view(B, H, nq)
+
+
+def _rows(formula: Formula, p: Pairs, v: Tensor, i: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of one head, whose pairs stand in rows i."""
+
+    def total(x: Tensor) -> Tensor:
+        return x.new_zeros(p.nq, *x.shape[1:]).index_add(0, i, x)
+
+    logit = formula.score(p).double().expand(i.shape)
+    factor = torch.ones_like(logit)
+    for more in (formula.decay, formula.count):
+        factor = factor if more is None else factor * more(p)
+    top, rest = torch.zeros(p.nq), torch.tensor(0.0)
+    if formula.norm == "softmax":
+        sink = torch.tensor(-torch.inf) if formula.sink is None else formula.sink(p).double()
+        top = sink.detach().repeat(p.nq).scatter_reduce(0, i, logit.detach(), "amax")
+        top = torch.where(top.isinf(), 0.0, top)
+        weight, rest = factor * torch.exp(logit - top[i]), torch.exp(sink - top)
+    else:
+        weight = factor * (torch.sigmoid(logit) if formula.norm == "sigmoid" else torch.relu(logit))
+    empty = total(weight) == 0
+    weight = torch.where(empty[i], 0.0, weight)
+    z = torch.where(empty, 1.0, total(weight) + rest)
+    lse = torch.where(empty, -torch.inf, torch.log(z) + top)
+    size = total(weight * logit.abs()).detach() / torch.where(empty, 1.0, total(weight)).detach()
+    out = total(weight[:, None] * v)
+    return out / z[:, None] if formula.norm == "softmax" else out, lse, size
