@@ -386,7 +386,9 @@ def _listed(name: str, offset: Any) -> list[int] | None:
 
 def _array_like(name: str, value: Any) -> Any:
     """What has a dtype and a shape. Raises AttnError for what is no array of numbers or truths."""
-    if hasattr(value, "detach"):
+    import torch
+
+    if isinstance(value, torch.Tensor):
         if value.is_sparse:
             raise fail(f"`{name}` is a sparse tensor", help=f"give `{name}.to_dense()`")
         return value
