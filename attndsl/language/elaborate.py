@@ -54,6 +54,7 @@ from attndsl.language.values import (
     intersection,
     is_whole,
     restrict,
+    tables_of,
     total,
     union,
 )
@@ -309,7 +310,7 @@ class Elaborator:
 
     def on_name(self, e: ast.Name, env: Env, space: Space) -> Value:
         value = self.lookup(e, env, space)
-        if isinstance(value, TableOf) and value.table.learned and env.integral:
+        if env.integral and any(table.learned for table in tables_of(value)):
             raise fail(f"`{e.id}` is learned, and a mask may not depend on it", e.span, IN_SCORES)
         return value
 
@@ -589,8 +590,8 @@ class Elaborator:
                     raise fail("a size of `learn` must be positive", size.span)
         # one parameter per evaluation: a clause that several head groups share is still one
         serial = self.serials.setdefault((id(e), env.calls, id(self.clause)), len(self.serials))
-        return as_number(
-            TableOf(Table(env.binding, "float", tuple(dims), headed=headed, init=float(start), serial=serial))
+        return TableOf(
+            Table(env.binding, "float", tuple(dims), headed=headed, init=float(start), serial=serial)
         )
 
     def on_call(self, e: ast.Call, env: Env, space: Space) -> Value:

@@ -147,6 +147,13 @@ class Env:
         return replace(self, names={**self.names, **names})
 
 
+def tables_of(value: Value) -> frozenset[Table]:
+    """The tables that a number, a truth, a vector or a look-up reads."""
+    if isinstance(value, Num | Truth | Vec):
+        return value.expr.tables
+    return frozenset({value.table}) if isinstance(value, TableOf) else frozenset()
+
+
 def as_number(value: Value) -> Value:
     """A table with all axes indexed is a number or a truth, one with the axis D left over a vector."""
     if not isinstance(value, TableOf):
