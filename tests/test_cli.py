@@ -21,6 +21,7 @@ from attndsl.analysis import cost, text
 from attndsl.command import child, cli, trial
 from attndsl.command.cli import main
 from attndsl.errors import AttnError, fail
+from attndsl.tiles import tiling
 
 GOOD = """pattern near(w = 3) = causal & last(w)
 pattern far = causal
@@ -248,6 +249,60 @@ def test_analyze_says_which_block_sizes_it_left_out(tmp_path, monkeypatch):
     assert "not counted: below 128, where there may be more than 2,000 entries" in done.stdout
     monkeypatch.setattr(cost, "ENTRIES", 10**9)
     assert "not counted" not in attn("analyze", file, "--length", 4096, "--only", "block_sizes").stdout
+
+
+@pytest.fixture
+def noise(tmp_path, monkeypatch):
+    """A mask of more different tiles than the limits allow: nothing can be said of it."""
+    monkeypatch.setattr(tiling, "BOX_LIMIT", 0)
+    monkeypatch.setattr(tiling, "CONTENT_LIMIT", 0)
+    body = "{ q, k : (q * k * 7919 + q * q * 31) mod 1009 < 500 }"
+    return write(tmp_path / "noise.attn", f"attention noise {{ mask {body} }}")
+
+
+UNKNOWN = "error: nothing is known of `noise`: the mask has 64 different partial boxes of 1024 x 1024"
+
+
+@pytest.mark.parametrize("only", [[], ["--only", "nnz,cost"]])
+def test_analyze_fails_where_no_part_is_known(noise, only):
+    done = attn("analyze", noise, "--length", 8192, *only)
+    assert (done.exit_code, done.stderr.splitlines()) == (1, [f"{UNKNOWN}; the limit is 0"])
+    assert "not known\n  nnz           the mask has 64 different" in done.stdout
+    done = attn("analyze", noise, "--length", 8192, *only, "--json")
+    assert (done.exit_code, done.stderr.splitlines()) == (1, [f"{UNKNOWN}; the limit is 0"])
+    assert json.loads(done.stdout)["reasons"]["cost"] in UNKNOWN + "; the limit is 0"
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "code"),
+    [
+        ("packed", [], 0),
+        ("packed", ["--only", "cost,graph"], 1),
+        ("packed", ["--only", "nnz", "--q-length", 3], 1),
+        ("packed", ["--only", "reach"], 0),  # undecided
+        ("lm", ["--only", "parameters"], 0),
+        ("lm", ["--only", "parameters,reach", "--q-length", 3], 1),
+        ("lm", ["--only", "nnz,reach", "--q-length", 3], 0),
+    ],
+)
+def test_one_known_part_is_enough_for_analyze(good, name, options, code):
+    done = attn("analyze", good, name, "--length", 8, *options)
+    assert (done.exit_code, bool(done.stderr)) == (code, bool(code))
+
+
+def test_compare_fails_where_nothing_is_known_of_any(good, noise):
+    alone = attn("compare", noise, "--length", 8192, "--format", "csv")
+    assert (alone.exit_code, UNKNOWN in alone.stderr) == (1, True)
+    assert alone.stdout.startswith("name,length,")
+    both = attn("compare", noise, f"{good}:lm", "--length", 8192)
+    assert (both.exit_code, both.stderr) == (0, "")
+
+
+def test_report_fails_where_nothing_is_known(noise, tmp_path):
+    page = tmp_path / "page.html"
+    done = attn("report", noise, "--length", 8192, "-o", page)
+    assert (done.exit_code, UNKNOWN in done.stderr) == (1, True)
+    assert "different partial" in page.read_text(encoding="utf-8")
 
 
 def test_show_writes_a_file(good, tmp_path):

@@ -94,6 +94,11 @@ class Field:
     formula: str | None = None
     undecided: str | None = None
 
+    @property
+    def known(self) -> bool:
+        """Whether it says more than why it is undecided."""
+        return replace(self, undecided=None) != _blank(self.length, self.target, len(self.per_layer))
+
 
 def receptive_field(
     attentions: Attention | Sequence[Attention],

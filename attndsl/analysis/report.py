@@ -95,6 +95,15 @@ class Report:
 
         return report_text(self)
 
+    @property
+    def known(self) -> bool:
+        """Whether any part that was asked for is known."""
+        reach = self.reach if self.reach is not None and self.reach.known else None
+        parts = replace(self, reach=reach, in_parameters=self.in_parameters or None, reasons={})
+        return parts != Report(
+            self.name, self.length, self.q_length, self.heads, self.batch, self.layers, self.block_size
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data, the fields of `analyze --json`."""
         found: dict[str, Any] = plain(asdict(self))
@@ -196,9 +205,7 @@ def closed_form(masks: Mapping[Expr, int]) -> counting.ClosedForm | None:
 def counted(subject: Subject) -> dict[str, Any]:
     """nnz, density, complexity."""
     pairs = subject.problem.batch * subject.problem.heads * subject.problem.length * subject.problem.q_length
-    if subject.open:
-        if not subject.square:
-            return {"nnz": Count(None)}
+    if subject.open and subject.square:
         ends = [
             (times, counting.bracket(mask, subject.problem.length)) for mask, times in subject.masks.items()
         ]

@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
-from attndsl.errors import AttnError, fail
+from attndsl.errors import AttnError, Diagnostic, fail
 
 if TYPE_CHECKING:
     from attndsl.analysis.report import Report, Subject
     from attndsl.attention import Attention
     from attndsl.command.child import Stage
-    from attndsl.errors import Diagnostic
     from attndsl.execution.plan import Plan
     from attndsl.expr import Expr
     from attndsl.language.assertions import Assertion
@@ -685,8 +684,17 @@ def analyze(
     (report,) = analyzed([(subject, shown)], only.split(",") if only else None, time_limit)
     if as_json:
         echo_json(report.to_dict())
+    else:
+        click.echo(report)
+    demand_known([report])
+
+
+def demand_known(reports: Sequence[Report]) -> None:
+    """Raises AttnError where no part of any report is known; what is printed before has all the reasons."""
+    if any(report.known or not report.reasons for report in reports):
         return
-    click.echo(report)
+    said = {report.name: next(iter(report.reasons.values())) for report in reports}
+    raise AttnError(*(Diagnostic(f"nothing is known of `{name}`: {why}") for name, why in said.items()))
 
 
 def analyzed(named: list[tuple[Subject, str]], parts: list[str] | None, time_limit: float) -> list[Report]:
@@ -782,6 +790,7 @@ def compare(
     reports = analyzed(named, comparison.PARTS, time_limit)
     rows = [comparison.row(report, column) for report, column in zip(reports, swept, strict=True)]
     click.echo(comparison.FORMATS[form](rows))
+    demand_known(reports)
 
 
 @main.command()
@@ -810,6 +819,8 @@ def report(
     source = None if file == "-" else read(file)
     masks = drawings.pop("masks", ())
     write(output, render(found.to_dict(), masks=masks, figures=drawings, source=source))
+    if not (masks or drawings):
+        demand_known([found])
 
 
 def illustrated(subject: Subject, report: Report, time_limit: float) -> tuple[dict[str, Any], dict[str, str]]:
