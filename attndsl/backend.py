@@ -69,9 +69,9 @@ class Call:
 
 
 Kernel = Callable[[Call], "tuple[Tensor, Tensor]"]
-"""Gives the output [B, H, nq, Dv] in q's dtype and the log-sum-exp [B, H, nq] in float32 (float64 for
-float64), natural logarithm, -inf for an empty row, the sink included. For `sigmoid` and `relu`, where
-no sum is formed, the second is log of the sum of weights."""
+"""Gives the output [B, H, nq, Dv] in q's dtype or, to spare the backward pass its rounding, in float32, and
+the log-sum-exp [B, H, nq] in float32 (float64 for float64), natural logarithm, -inf for an empty row, the
+sink included. For `sigmoid` and `relu`, where no sum is formed, the second is log of the sum of weights."""
 
 
 class Backend(Protocol):

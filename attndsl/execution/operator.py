@@ -72,7 +72,14 @@ def attend(
     found = lowered.find(identity, tensors)
     with _full_precision(q.device):
         call = found.call_of(q, k, v, found.named(tensors), q_offset, k_offset)
-        return *spoiled.forward(call, lambda call: _forward(found, call)), []
+        out, lse = spoiled.forward(call, lambda call: _forward(found, call))
+    return out.to(q.dtype), lse, [out.to(lse.dtype)] if _rounds(q) else []
+
+
+def _rounds(q: Tensor) -> bool:
+    """Whether the output loses digits in q's dtype that the backward pass needs: there its products with what
+    comes back are differences of large sums, so it is kept as it was."""
+    return q.dtype.itemsize < 4
 
 
 def _forward(found: Lowered, call: Call) -> tuple[Tensor, Tensor]:
@@ -88,9 +95,10 @@ def _checked(backend: str, call: Call, result: object) -> tuple[Tensor, Tensor]:
         raise fail(f"the backend `{backend}` returned {_described(result)}, not (output, log-sum-exp)")
     out, lse = result
     q, v = call.q, call.v
+    wide = torch.promote_types(q.dtype, torch.float32)
     wanted = {
-        "output": (out, [*q.shape[:3], v.shape[3]], q.dtype),
-        "log-sum-exp": (lse, [*q.shape[:3]], torch.promote_types(q.dtype, torch.float32)),
+        "output": (out, [*q.shape[:3], v.shape[3]], out.dtype if out.dtype == wide else q.dtype),
+        "log-sum-exp": (lse, [*q.shape[:3]], wide),
     }
     for name, (part, shape, dtype) in wanted.items():
         if (list(part.shape), part.dtype, part.device) != (shape, dtype, q.device):
@@ -142,7 +150,7 @@ def attend_backward(
         gq, gk, gv, by_name = spoiled.gradient(
             call,
             found.tables,
-            (out, lse),
+            (kept[0] if kept else out, lse),
             (grad_out, grad_lse),
             lambda call: _forward(found, call),
             lambda call, results, slopes: _gradient(found, call, needing, results, slopes),
@@ -180,8 +188,9 @@ def _(
     k_offset: list[int] | None,
     identity: str,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    out = q.new_empty((*q.shape[:3], v.shape[3]))
-    return out, q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32)), []
+    shape, wide = (*q.shape[:3], v.shape[3]), torch.promote_types(q.dtype, torch.float32)
+    kept = [q.new_empty(shape, dtype=wide)] if _rounds(q) else []
+    return q.new_empty(shape), q.new_empty(q.shape[:3], dtype=wide), kept
 
 
 @attend_backward.register_fake
