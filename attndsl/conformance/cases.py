@@ -6,7 +6,7 @@ import random
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,10 +15,11 @@ from torch import Tensor
 import attndsl
 from attndsl.attention import Attention
 from attndsl.conformance.formula import Call
-from attndsl.conformance.mechanisms import MECHANISMS, Mechanism, normal
+from attndsl.conformance.mechanisms import MECHANISMS, WIDE, Mechanism, normal
 from attndsl.expr import Table
 
 Named = dict[str, Tensor]
+Odd = Literal["", "unreached", "q", "k", "v"]
 LENGTHS = (0, 1, 3, 127, 300)
 
 
@@ -30,6 +31,8 @@ class Case:
     layouts   how q, k, v, grad_out and all tables lie in memory: names in LAYOUTS
     loud      large logits
     with_lse  gradients come in through the log-sum-exp as well
+    left_out  none come in through rows that are wholly masked
+    odd       where NaN and infinities stand: nowhere, where no live pair reaches, or in one live q, k or v
     """
 
     mechanism: Mechanism
@@ -45,12 +48,15 @@ class Case:
     k_offset: tuple[int, ...] | None
     loud: bool
     with_lse: bool
+    left_out: bool
+    odd: Odd
     block_size: int
     layouts: tuple[str, ...]
 
     def __str__(self) -> str:
         sizes = f"{self.nq}x{self.n}-b{self.batch}h{self.heads}-{self.kv_heads}d{self.head_dim}-{self.v_dim}"
-        extras = "-loud" * self.loud + "-lse" * self.with_lse
+        extras = "-loud" * self.loud + "-lse" * self.with_lse + "-left-out" * self.left_out
+        extras += f"-odd.{self.odd}" if self.odd else ""
         extras += f"-at{self.q_offset}" if self.q_offset else ""
         extras += f"-from{self.k_offset}" if self.k_offset else ""
         laid = "".join(f"-{x}.{lay}" for x, lay in zip(LAID, self.layouts, strict=True) if lay != "plain")
@@ -113,10 +119,11 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 hold, without memory for it; the others have the same values."""
 
 
-def _draw(mechanism: Mechanism, dtype: str, turn: int) -> Case:
+def _draw(mechanism: Mechanism, dtype: str, turn: int = 0, odd: Odd = "") -> Case:
     """Sizes that differ from case to case and from run to run never."""
-    rng = random.Random(zlib.crc32(f"{mechanism.name} {dtype} {turn}".encode()))
-    n = 127 if turn == 0 else rng.choice(LENGTHS)
+    rng = random.Random(zlib.crc32(f"{mechanism.name} {dtype} {turn} {odd}".encode()))
+    middle = turn == 0 and (dtype == "float32" or mechanism not in WIDE)
+    n = 127 if middle or odd else rng.choice(LENGTHS)
     cross = mechanism.start(0, 1) == 0
     square = rng.random() < 0.5
     nq = n if square else rng.choice([size for size in LENGTHS if size <= n or cross])
@@ -128,7 +135,8 @@ def _draw(mechanism: Mechanism, dtype: str, turn: int) -> Case:
     if not square and rng.random() < 0.5:
         most = max(min(k_offset or (0,)) + n - nq, 0)
         q_offset = tuple(rng.randint(0, most) for _ in range(rng.choice([1, batch])))
-    plain = rng.random() < 0.3
+    left_out = mechanism.exact and rng.random() < 0.5
+    plain = rng.random() < 0.3 or bool(odd) or left_out
     return Case(
         mechanism,
         dtype,
@@ -141,18 +149,56 @@ def _draw(mechanism: Mechanism, dtype: str, turn: int) -> Case:
         v_dim=rng.choice([8, 16, 24]),
         q_offset=q_offset,
         k_offset=k_offset,
-        loud=not mechanism.exact and rng.random() < 0.25,
+        loud=not mechanism.exact and not odd and rng.random() < 0.25,
         with_lse=rng.random() < 0.7,
+        left_out=left_out,
+        odd=odd,
         block_size=rng.choice([16, 32, 64]),
         layouts=tuple("plain" if plain or rng.random() < 0.3 else rng.choice(list(LAYOUTS)) for _ in LAID),
     )
 
 
+ODD: dict[str, tuple[Odd, ...]] = {
+    "causal": ("unreached", "q", "k", "v"),
+    "window": ("unreached", "q", "k", "v"),
+    "causal-window": ("unreached", "q", "v"),
+    "empty-rows": ("unreached", "k"),
+    "none": ("unreached",),
+    "longformer": ("unreached", "k"),
+    "per-head": ("unreached", "q"),
+    "head-groups": ("unreached", "v"),
+    "documents": ("unreached", "q"),
+    "padding": ("unreached", "k"),
+    "chosen": ("unreached", "v"),
+    "alibi": ("unreached", "k"),
+    "softcap": ("unreached", "q"),
+    "shaw": ("unreached", "q", "v"),
+    "bias": ("unreached", "k"),
+    "multiset": ("unreached", "v"),
+    "sink": ("unreached", "q"),
+    "sigmoid": ("unreached", "k"),
+    "relu": ("unreached", "q"),
+    "u-HD-twice": ("unreached", "k"),
+    "x-BHnD": ("unreached", "q"),
+    "decay-power": ("unreached", "v"),
+    "random-decay": ("unreached", "k"),
+    "bool-Bn": ("unreached", "v"),
+    "cross": ("unreached", "q"),
+}
+"""What is odd, by mechanism."""
+
+
 CASES = tuple(
     _draw(mechanism, dtype, turn)
     for mechanism in MECHANISMS
-    for dtype, turns in (("float32", 2), ("float64", 1), ("bfloat16", 1))
-    for turn in range(turns)
+    for dtype, turn in (("float32", 0), ("float32", 1), ("float64", 0), ("bfloat16", 0))
+    if mechanism not in WIDE or turn == 0
+) + tuple(
+    _draw(mechanism, dtype, odd=odd)
+    for mechanism in MECHANISMS
+    for odd, dtype in zip(
+        ODD.get(mechanism.name, ()), ("float32", "float32", "bfloat16", "float64"), strict=False
+    )
 )
 
 
@@ -199,7 +245,25 @@ def leaves_of(inputs: Named, case: Case, dtype: torch.dtype) -> Named:
     return leaves
 
 
-def call_of(attention: Attention, case: Case, inputs: Named, arithmetic: torch.dtype) -> Call:
+def make_odd(inputs: Named, case: Case, mask: Tensor) -> Named:
+    """The inputs with NaN and infinities, as the case says, for a mask [B, H, nq, n]."""
+    mine = {name: inputs[name].clone() for name in "qkv"}
+    share = case.heads // case.kv_heads
+    reached = mask.view(case.batch, case.kv_heads, share, case.nq, case.n).any(3).any(2)
+    numbers = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    if case.odd == "unreached":
+        for name, dead in (("q", ~mask.any(-1)), ("k", ~reached), ("v", ~reached)):
+            x = mine[name]
+            x[dead] = numbers[torch.arange(x[dead].numel()) % 3].view(x[dead].shape).to(x.dtype)
+    elif case.odd:
+        places = (mask.any(-1) if case.odd == "q" else reached).nonzero()
+        for b, h, i in places[len(places) // 2 :][:1].tolist():
+            mine[case.odd][b, h, i, 1] = torch.nan
+    return inputs | mine
+
+
+def call_of(attention: Attention, case: Case, inputs: Named) -> Call:
+    arithmetic = torch.promote_types(getattr(torch, case.dtype), torch.float32)
     tables = {}
     for table in (*attention.inputs, *attention.learned):
         x = inputs[table.name]

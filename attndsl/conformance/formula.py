@@ -57,16 +57,16 @@ class Pairs:
         """As a backend's arithmetic stores it; the gradient passes."""
         return x + (x.detach().to(self.arithmetic).double() - x.detach())
 
-    def drawn(self, pattern: str, q: Tensor, k: Tensor, n: Tensor, **inputs: Any) -> Tensor:
+    def drawn(self, pattern: str, q: Tensor, k: Tensor, n: Tensor, **inputs: Tensor) -> Tensor:
         """Whether a pattern made with `random`, a named hash, holds at (q, k) of n positions."""
         found = torch.zeros(q.shape, dtype=torch.bool)
         if not q.numel():
             return found
         for size in sorted({*n.flatten().tolist()}):
-            mask = _pattern(pattern).mask(size, int(q.max()) + 1, q_offset=0, heads=self.H, **inputs)
+            here: dict[str, Any] = {name: table[..., :size] for name, table in inputs.items()}
+            mask = _pattern(pattern).mask(size, int(q.max()) + 1, q_offset=0, heads=self.H, **here)
             bits = torch.from_numpy(mask).view(-1, *mask.shape[-2:])
-            here = bits[self.h % len(bits), q, k.clamp_max(size - 1)]
-            found = torch.where(n == size, here, found)
+            found = torch.where(n == size, bits[self.h % len(bits), q, k.clamp_max(size - 1)], found)
         return found
 
 

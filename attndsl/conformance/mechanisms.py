@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,7 +28,8 @@ class Mechanism:
     tables  how inputs are drawn that are not standard normal: from a generator, their shape and the case
     sizes   of named axes that tensors bind, at n positions
     start   the position of query row 0 where the call gives none, from n and nq
-    exact   logits that float32 holds, in whatever order they are summed
+    exact   logits that float32 holds, in whatever order they are summed, for rows that are masked by
+            adding a large number: their logits are what that leaves of them
     """
 
     name: str
@@ -111,16 +112,35 @@ def bigbird(p: Pairs) -> Tensor:
     return ((i - j).abs() <= 1) | ends | p.drawn("mask random(2, seed = h)", i, j, blocks)
 
 
-def holds(table: Tensor, *index: Tensor) -> Tensor:
-    """A look-up in a truth table, false outside its last axis."""
-    *first, i = index
-    size = table.shape[-1]
-    return table[(*first, i.clamp(0, size - 1))] & (0 <= i) & (i < size)
+def sandwich(p: Pairs) -> Tensor:
+    waves = torch.cos((p.q - p.k)[:, None] / 10000 ** (torch.arange(64) / 64)).sum(-1)
+    return p.s + waves * p.H / (8 * (p.h + 1))
 
 
-def rank(ids: Tensor) -> Tensor:
-    """How many of its equals stand before each entry."""
-    return (ids[:, None] == ids).tril(-1).sum(-1)
+def ranks(ids: Tensor) -> Tensor:
+    """How many of its equals stand before each entry, on the last axis."""
+    return (ids[..., :, None] == ids[..., None, :]).tril(-1).sum(-1)
+
+
+def within_documents(p: Pairs) -> Tensor:
+    rank, size = ranks(p.doc), torch.bincount(p.doc)[p.doc]
+    behind = rank[p.q] - rank[p.k]
+    return (p.doc[p.q] == p.doc[p.k]) & ((0 <= behind) & (behind < 3) | (rank[p.k] == size[p.k] - 1))
+
+
+def within_documents_of_heads(p: Pairs) -> Tensor:
+    rank = ranks(p.doc)
+    behind = rank[p.b, p.h, p.q] - rank[p.b, p.h, p.k]
+    return (p.doc[p.b, p.h, p.q] == p.doc[p.b, p.h, p.k]) & (0 <= behind) & (behind < 5)
+
+
+def product_of_tables(p: Pairs) -> Tensor:
+    """last(2) joins position m to the keys m and m - 1."""
+    found = torch.tensor(False)
+    for m in (p.k, p.k + 1):
+        place = m.clamp_max(len(p.doc) - 1)
+        found = found | (m < p.n) & p.keep[place] & (p.doc[p.q] == p.doc[place])
+    return found
 
 
 def normal(rng: np.random.Generator, shape: tuple[int, ...], case: Case) -> Array:
@@ -144,7 +164,7 @@ def positions(rng: np.random.Generator, shape: tuple[int, ...], case: Case) -> A
 
 
 def positive(rng: np.random.Generator, shape: tuple[int, ...], case: Case) -> Array:
-    return np.abs(rng.standard_normal(shape))
+    return 0.1 + np.abs(rng.standard_normal(shape))
 
 
 def first(*heads: int) -> Callable[[int, int], bool]:
@@ -291,4 +311,627 @@ PLAIN = (
     mechanism("relu", "mask radius(40) norm relu", Formula(radius(40), norm="relu")),
 )
 
-MECHANISMS = PLAIN
+
+def scored(name: str, text: str, score: Function, mask: str = "causal", **others: Any) -> Mechanism:
+    """A score over a mask that is named here."""
+    where = {"causal": causal, "full": full, "last(20)": last(20), "radius(9)": radius(9)}[mask]
+    return mechanism(name, f"mask {mask} score {text}", Formula(where, score), **others)
+
+
+def with_inputs(inputs: str, of: Mechanism) -> Mechanism:
+    return replace(of, clauses=f"inputs {inputs} {of.clauses}")
+
+
+VECTORS = (
+    scored(
+        "u-D", "s + K @ u / sqrt(D)", lambda p: p.s + dot(p.K, p.u) / p.D**0.5, params="(u = learn[D](0.1))"
+    ),
+    scored(
+        "u-D-indexed", "s + u[2] * u[D - 1]", lambda p: p.s + p.u[2] * p.u[-1], params="(u = learn[D](0.1))"
+    ),
+    scored(
+        "u-HD-twice",
+        "s + (K @ u + Q @ w) / sqrt(D)",
+        lambda p: p.s + (dot(p.K, p.u[p.h]) + dot(p.Q, p.w[p.h])) / p.D**0.5,
+        params="(u = learn[H, D](0.1), w = learn[H, D])",
+    ),
+    scored(
+        "transformer-xl",
+        "s + (K @ u + Q @ r[min(q - k, 12)] + w @ r[min(q - k, 12)]) / sqrt(D)",
+        lambda p: (
+            p.s + (dot(p.K, p.u[p.h]) + dot(p.Q + p.w[p.h], p.r[p.h, (p.q - p.k).clamp_max(12)])) / p.D**0.5
+        ),
+        params="(u = learn[H, D], w = learn[H, D], r = learn[H, 13, D](0.1))",
+    ),
+    with_inputs(
+        "x : float[D]  y : float[B, D]",
+        scored(
+            "x-D-y-BD",
+            "s + 0.2 * (Q @ x + K @ y)",
+            lambda p: p.s + 0.2 * (dot(p.Q, p.x) + dot(p.K, p.y[p.b])),
+        ),
+    ),
+    with_inputs(
+        "x : float[B, H, D]  y : float[H, D]",
+        scored(
+            "x-BHD-y-HD",
+            "s + (K @ x + y @ x) / 8",
+            lambda p: p.s + (dot(p.K, p.x[p.b, p.h]) + dot(p.y[p.h], p.x[p.b, p.h])) / 8,
+        ),
+    ),
+    with_inputs(
+        "x : float[n, D]",
+        scored("x-nD", "s + Q @ x[k] / sqrt(D)", lambda p: p.s + dot(p.Q, p.x[p.k]) / p.D**0.5, "last(20)"),
+    ),
+    with_inputs(
+        "x : float[B, n, D]",
+        scored("x-BnD", "x[q] @ K / sqrt(D)", lambda p: dot(p.x[p.b, p.q], p.K) / p.D**0.5),
+    ),
+    with_inputs(
+        "x : float[H, n, D]",
+        scored("x-HnD", "s + x[k] @ x[q] / D", lambda p: p.s + dot(p.x[p.h, p.k], p.x[p.h, p.q]) / p.D),
+    ),
+    with_inputs(
+        "x : float[B, H, n, D]",
+        scored(
+            "x-BHnD",
+            "s + (x[k] @ Q + x[q] @ K) / sqrt(D)",
+            lambda p: p.s + (dot(p.x[p.b, p.h, p.k], p.Q) + dot(p.x[p.b, p.h, p.q], p.K)) / p.D**0.5,
+            "radius(9)",
+        ),
+    ),
+    with_inputs(
+        "x : float[B, 3, 5, D]",
+        scored(
+            "x-B35D",
+            "s + K @ x[q mod 3, k mod 5] / sqrt(D)",
+            lambda p: p.s + dot(p.K, p.x[p.b, p.q % 3, p.k % 5]) / p.D**0.5,
+        ),
+    ),
+    with_inputs(
+        "x : float[n, D]",
+        scored("x-nD-indexed", "s + x[k, 0] - x[q, D - 1]", lambda p: p.s + p.x[p.k, 0] - p.x[p.q, -1]),
+    ),
+    scored(
+        "norms-of-vectors",
+        "(Q @ K - Q @ Q / 2 - K @ K / 2) / sqrt(D)",
+        lambda p: -((p.Q - p.K) ** 2).sum(-1) / 2 / p.D**0.5,
+    ),
+)
+
+TABLES = (
+    with_inputs("t : float[B]", scored("t-B", "s * exp(t / 3)", lambda p: p.s * (p.t[p.b] / 3).exp())),
+    with_inputs(
+        "t : float[B, H]",
+        scored("t-BH", "s * t + 1.0", lambda p: p.s * p.t[p.b, p.h] + 1, "last(20)"),
+    ),
+    with_inputs("t : float[H]", scored("t-H", "s + t * (k mod 3)", lambda p: p.s + p.t[p.h] * (p.k % 3))),
+    scored("t-H-learned", "s * t", lambda p: p.s * p.t[p.h], params="(t = learn[H](0.7))"),
+    scored(
+        "t-5-and-32",
+        "s + x[(q + k) mod 5] * y[q mod 3, k mod 2]",
+        lambda p: p.s + p.x[(p.q + p.k) % 5] * p.y[p.q % 3, p.k % 2],
+        params="(x = learn[5](0.5), y = learn[3, 2](1.0))",
+    ),
+    with_inputs("y : float[n]", scored("y-n", "s + y[k]", lambda p: p.s + p.y[p.k])),
+    with_inputs(
+        "y : float[B, n]", scored("y-Bn", "s + y[k] * y[q]", lambda p: p.s + p.y[p.b, p.k] * p.y[p.b, p.q])
+    ),
+    with_inputs(
+        "y : float[H, n]",
+        scored("y-Hn", "s - |y[q] - y[k]|", lambda p: p.s - (p.y[p.h, p.q] - p.y[p.h, p.k]).abs()),
+    ),
+    with_inputs(
+        "t : float[H, m]",
+        scored(
+            "t-Hm",
+            "s + t[(q - k) mod 7]",
+            lambda p: p.s + p.t[p.h, (p.q - p.k) % 7],
+            sizes=lambda n: {"m": 9},
+        ),
+    ),
+    with_inputs(
+        "t : float[B, m]  w : float[m]",
+        scored(
+            "t-Bm-w-m",
+            "s + t[k mod 4] * w[q mod 4]",
+            lambda p: p.s + p.t[p.b, p.k % 4] * p.w[p.q % 4],
+            sizes=lambda n: {"m": 4},
+        ),
+    ),
+    with_inputs("z : float[n, n]", scored("z-nn", "s + z[k, q]", lambda p: p.s + p.z[p.k, p.q], "radius(9)")),
+    with_inputs("z : float[H, n, n]", scored("z-Hnn", "z[q, k]", lambda p: p.z[p.h, p.q, p.k])),
+    with_inputs(
+        "z : float[B, n, n]", scored("z-Bnn", "s * z[q, k]", lambda p: p.s * p.z[p.b, p.q, p.k], "full")
+    ),
+    with_inputs(
+        "t : int[n]",
+        scored(
+            "int-n",
+            "s + 0.1 * t[k] - where(t[q] == t[k], 0, 1)",
+            lambda p: p.s + 0.1 * p.t[p.k] - (p.t[p.q] != p.t[p.k]).long(),
+            tables={"t": integers(0, 4)},
+        ),
+    ),
+    with_inputs(
+        "t : int[B, n]  z : float[H, 4, 4]",
+        scored(
+            "int-Bn",
+            "s + z[t[q], t[k]]",
+            lambda p: p.s + p.z[p.h, p.t[p.b, p.q], p.t[p.b, p.k]],
+            tables={"t": integers(0, 4)},
+        ),
+    ),
+    mechanism(
+        "int-Hn",
+        "inputs t : int[H, n] mask causal & { q, k : (t[q] + t[k]) mod 3 != 1 }",
+        lambda p: (p.k <= p.q) & ((p.t[p.h, p.q] + p.t[p.h, p.k]) % 3 != 1),
+        tables={"t": integers(-5, 5)},
+    ),
+    mechanism(
+        "int-BH",
+        "inputs t : int[B, H] mask { q, k : |q - k| <= t }",
+        lambda p: (p.q - p.k).abs() <= p.t[p.b, p.h],
+        tables={"t": integers(-2, 30)},
+    ),
+    mechanism(
+        "int-H-7",
+        "inputs t : int[H, 7] mask { q, k : 0 <= q - k < 7 and t[q - k] == 1 }",
+        lambda p: (p.k <= p.q) & (p.q - p.k < 7) & (p.t[p.h, (p.q - p.k).clamp(0, 6)] == 1),
+        tables={"t": integers(0, 2)},
+    ),
+    mechanism(
+        "int-n-top",
+        "inputs near : int[n, top] mask { q, k : k in near[q] }",
+        lambda p: (p.near[p.q] == p.k[..., None]).any(-1),
+        sizes=lambda n: {"top": 4},
+        tables={"near": lambda rng, shape, case: rng.integers(0, max(case.longest, 1), shape)},
+    ),
+    with_inputs(
+        "near : int[B, H, n, top]",
+        scored(
+            "int-BHn-top-in-a-score",
+            "where(k in near[q], s, s / 2)",
+            lambda p: torch.where((p.near[p.b, p.h, p.q] == p.k[:, None]).any(-1), p.s, p.s / 2),
+            sizes=lambda n: {"top": 5},
+            tables={"near": lambda rng, shape, case: rng.integers(0, max(case.longest, 1), shape)},
+        ),
+    ),
+    mechanism(
+        "bool-n",
+        "inputs keep : bool[n] mask causal & columns(keep)",
+        lambda p: (p.k <= p.q) & p.keep[p.k],
+        tables={"keep": likely(0.3)},
+    ),
+    mechanism(
+        "bool-Bn",
+        "inputs keep : bool[B, n] mask causal & columns(keep) | radius(0)",
+        lambda p: (p.k <= p.q) & p.keep[p.b, p.k] | (p.q == p.k),
+        tables={"keep": likely(0.3)},
+    ),
+    mechanism(
+        "bool-BHn",
+        "inputs keep : bool[B, H, n] mask { q, k : keep[q] and not keep[k] }",
+        lambda p: p.keep[p.b, p.h, p.q] & ~p.keep[p.b, p.h, p.k],
+        tables={"keep": likely(0.6)},
+    ),
+    mechanism(
+        "bool-nn",
+        "inputs seen : bool[n, n] mask { q, k : seen[q, k] or q == k }",
+        lambda p: p.seen[p.q, p.k] | (p.q == p.k),
+        tables={"seen": likely(0.2)},
+    ),
+    mechanism(
+        "bool-Hm-outside",
+        "inputs far : bool[H, m] mask { q, k : far[q - k] }",
+        lambda p: (0 <= p.q - p.k) & (p.q - p.k < 12) & p.far[p.h, (p.q - p.k).clamp(0, 11)],
+        sizes=lambda n: {"m": 12},
+        tables={"far": likely(0.5)},
+    ),
+    with_inputs(
+        "on : bool[B]  odd : bool[H]",
+        scored(
+            "bool-B-bool-H",
+            "where(on and odd, s, where(on or odd, 2 * s, -s))",
+            lambda p: p.s * torch.tensor([-1, 2, 1])[p.on[p.b].long() + p.odd[p.h].long()],
+            tables={"on": likely(0.5), "odd": likely(0.5)},
+        ),
+    ),
+)
+
+OPERATORS = (
+    scored(
+        "functions",
+        "s + sin(q) * cos(k) + tanh(s) + sigmoid(q - k) + exp(-|s|) + log(1 + q - k) + sqrt(s * s + 1) "
+        "+ log2(1.5 + k)",
+        lambda p: (
+            p.s
+            + p.q.sin() * p.k.cos()
+            + p.s.tanh()
+            + (p.q - p.k).sigmoid()
+            + (-p.s.abs()).exp()
+            + (1 + p.q - p.k).log()
+            + (p.s**2 + 1).sqrt()
+            + (1.5 + p.k).log2()
+        ),
+    ),
+    scored(
+        "integers",
+        "s + 0.125 * (q // 4 - k // 4 + (k - q) mod 5 + isqrt(k) + log2(q + 1) + (q - k) ** 2 // 100 "
+        "+ floor(k / 8))",
+        lambda p: (
+            p.s
+            + 0.125
+            * (
+                p.q // 4
+                - p.k // 4
+                + (p.k - p.q) % 5
+                + p.k.sqrt().floor()
+                + (p.q + 1).log2().floor()
+                + (p.q - p.k) ** 2 // 100
+                + p.k // 8
+            )
+        ),
+        "last(20)",
+    ),
+    scored(
+        "reals-divided",
+        "s + (0.25 * (q - k)) mod 1.5 - (0.5 * k) // 3.0",
+        lambda p: p.s + (p.q - p.k) / 4 % 1.5 - p.k / 2 // 3,
+        "radius(9)",
+    ),
+    scored(
+        "powers",
+        "(1 + |s|) ** 1.5 - (1.0 + |q - k|) ** e + 0.5 ** (q - k)",
+        lambda p: (1 + p.s.abs()) ** 1.5 - (1 + (p.q - p.k).abs()) ** p.e[p.h] + 0.5 ** (p.q - p.k),
+        params="(e = learn[H](0.6))",
+    ),
+    scored(
+        "extremes",
+        "min(max(s, -1.0), 1.5) + max(min(q, 5), k, 20) / 50 - min(s, 0)",
+        lambda p: (
+            torch.minimum(torch.maximum(p.s, torch.tensor(-1.0)), torch.tensor(1.5))
+            + torch.maximum(p.q.clamp_max(5), p.k).clamp_min(20) / 50
+            - torch.minimum(p.s, torch.tensor(0.0))
+        ),
+        "radius(9)",
+    ),
+    scored(
+        "conditions",
+        "where(q mod 2 == 0 and not k in [1, 3, 5, 9, 20..25, 60] or 3 <= q - k <= 6, s, "
+        "where(k != q, s / 2, 0.0))",
+        lambda p: torch.where(
+            (p.q % 2 == 0) & ~torch.isin(p.k, torch.tensor([1, 3, 5, 9, *range(20, 26), 60]))
+            | (p.q - p.k >= 3) & (p.q - p.k <= 6),
+            p.s,
+            torch.where(p.k != p.q, p.s / 2, 0.0),
+        ),
+    ),
+    scored(
+        "sizes",
+        "s * log(n + 1) / 4 + (h + 1) * k / (H * n) - nq / (n + D)",
+        lambda p: p.s * (p.n + 1).log() / 4 + (p.h + 1) * p.k / (p.H * p.n) - p.nq / (p.n + p.D),
+    ),
+    mechanism(
+        "several-clauses",
+        "mask causal score s / 2 mask last(30) score softcap(2.0) score s * s - s",
+        Formula(last(30), lambda p: (2 * (p.s / 4).tanh()) ** 2 - 2 * (p.s / 4).tanh()),
+    ),
+    scored("sandwich", "sandwich", sandwich),
+    scored("t5-causal", "t5_causal(table)", t5_causal, params="(table = learn[H, 32](0.1))"),
+    scored(
+        "relative",
+        "relative(table, 6)",
+        lambda p: p.s + p.table[p.h, clipped(p, 6)],
+        "full",
+        params="(table = learn[H, 13])",
+    ),
+    scored(
+        "kerple",
+        "kerple_log(a, c)",
+        lambda p: p.s - p.a[p.h] * (1 + p.c[p.h] * (p.q - p.k).abs()).log(),
+        params="(a = learn[H](0.5), c = learn[H](0.7))",
+    ),
+    scored(
+        "condition-on-content",
+        "where(s > 0 and k < q, s, s / 4)",
+        lambda p: torch.where((p.s > 0) & (p.k < p.q), p.s, p.s / 4),
+    ),
+    scored(
+        "look-up-in-a-part",
+        "where(q - k < 6, s + t[q - k], s)",
+        lambda p: torch.where(p.q - p.k < 6, p.s + p.t[(p.q - p.k).clamp_max(5)], p.s),
+        params="(t = learn[6](1.0))",
+    ),
+)
+
+DECAYS = (
+    mechanism(
+        "decay-power",
+        "mask causal decay g ** (q - k)",
+        Formula(causal, decay=lambda p: p.g[p.h] ** (p.q - p.k)),
+        params="(g = learn[H](0.9))",
+    ),
+    mechanism(
+        "decay-table",
+        "inputs y : float[B, H, n] mask causal decay y[k]",
+        Formula(causal, decay=lambda p: p.y[p.b, p.h, p.k]),
+        tables={"y": positive},
+    ),
+    mechanism(
+        "decay-of-vectors",
+        "inputs x : float[n, D] mask radius(9) decay exp(-(x[k] @ x[q]) / D) + (x[k] @ u) ** 2",
+        Formula(
+            radius(9),
+            decay=lambda p: (-dot(p.x[p.k], p.x[p.q]) / p.D).exp() + dot(p.x[p.k], p.u[p.h]) ** 2,
+        ),
+        params="(u = learn[H, D](0.1))",
+    ),
+    mechanism(
+        "decay-twice",
+        "mask causal score alibi decay max(1.0 - (q - k) / 40, 0.0) decay 0.5 + sigmoid(t[k mod 5]) "
+        "norm softmax(sink = 0.3)",
+        Formula(
+            causal,
+            alibi,
+            lambda p: (1 - (p.q - p.k) / 40).clamp_min(0) * (0.5 + p.t[p.h, p.k % 5].sigmoid()),
+            sink=lambda p: torch.tensor(0.3),
+        ),
+        params="(t = learn[H, 5])",
+    ),
+    mechanism(
+        "decay-to-nothing",
+        "mask causal decay where(q mod 4 == 1, 0.0, 1.0 / (1 + q - k))",
+        Formula(causal, decay=lambda p: torch.where(p.q % 4 == 1, 0.0, 1 / (1 + p.q - p.k))),
+    ),
+    mechanism(
+        "decay-sigmoid",
+        "mask last(20) decay g norm sigmoid",
+        Formula(last(20), decay=lambda p: p.g[p.h], norm="sigmoid"),
+        params="(g = learn[H](0.9))",
+    ),
+    mechanism(
+        "decay-relu",
+        "mask radius(9) score |s| + 0.5 decay exp(-0.1 * |q - k|) norm relu",
+        Formula(
+            radius(9), lambda p: p.s.abs() + 0.5, lambda p: (-0.1 * (p.q - p.k).abs()).exp(), norm="relu"
+        ),
+    ),
+)
+
+SINKS = (
+    mechanism(
+        "sink-number",
+        "mask last(20) norm softmax(sink = 0.5)",
+        Formula(last(20), sink=lambda p: torch.tensor(0.5)),
+    ),
+    mechanism(
+        "sink-H",
+        "inputs z : float[H] mask causal norm softmax(sink = z)",
+        Formula(causal, sink=lambda p: p.z[p.h]),
+    ),
+    mechanism(
+        "sink-BH",
+        "inputs z : float[B, H] mask { q, k : k < q - 2 } norm softmax(sink = 2 * z + h)",
+        Formula(lambda p: p.k < p.q - 2, sink=lambda p: 2 * p.z[p.b, p.h] + p.h),
+    ),
+    mechanism(
+        "sink-B-multiset",
+        "inputs z : float[B] mask causal + last(3) norm softmax(sink = z * log(n + 1))",
+        Formula(causal, count=lambda p: 1 + last(3)(p).long(), sink=lambda p: p.z[p.b] * (p.n + 1).log()),
+    ),
+)
+
+MULTISETS = (
+    mechanism(
+        "threefold",
+        "mask causal + last(20) + last(2)",
+        Formula(causal, count=lambda p: 1 + last(20)(p).long() + last(2)(p).long()),
+    ),
+    mechanism(
+        "multisets-met",
+        "mask causal + last(9) mask (radius(20) + radius(3)) - { q, k : q - k == 5 }",
+        Formula(
+            lambda p: (p.k <= p.q) & (p.q - p.k <= 20) & (p.q - p.k != 5),
+            count=lambda p: torch.minimum(1 + last(9)(p).long(), 1 + radius(3)(p).long()),
+        ),
+    ),
+    mechanism(
+        "multiset-sigmoid",
+        "mask (last(4) + last(2)) | radius(9) norm sigmoid",
+        Formula(radius(9), count=lambda p: 1 + last(2)(p).long(), norm="sigmoid"),
+    ),
+    mechanism(
+        "multiset-of-tables",
+        "inputs doc : int[B, n] mask causal & (documents(doc) + last(5)) decay 0.5 score s / 2",
+        Formula(
+            lambda p: (p.k <= p.q) & ((p.doc[p.b, p.q] == p.doc[p.b, p.k]) | last(5)(p)),
+            lambda p: p.s / 2,
+            lambda p: torch.tensor(0.5),
+        ),
+        tables={"doc": ordered},
+    ),
+)
+
+SPACES = (
+    mechanism(
+        "within-12",
+        "mask within(12, last(4)) | within(12, { q, k : k == n - 1 })",
+        lambda p: (p.q // 12 == p.k // 12) & (last(4)(p) | (p.k % 12 == 11) | (p.k == p.n - 1)),
+    ),
+    mechanism(
+        "within-documents",
+        "inputs doc : int[n] mask within(doc, last(3)) | within(doc, { q, k : k == n - 1 })",
+        within_documents,
+        tables={"doc": integers(0, 4)},
+    ),
+    mechanism(
+        "within-by-head",
+        "inputs doc : int[B, H, n] mask within(doc, causal & last(5))",
+        within_documents_of_heads,
+        tables={"doc": integers(0, 4)},
+    ),
+    mechanism(
+        "grid",
+        "mask grid(8, 16, { (y, x), (v, u) : |y - v| <= 1 and |x - u| <= 2 }) | radius(0)",
+        lambda p: (
+            ((p.q // 16 - p.k // 16).abs() <= 1)
+            & ((p.q % 16 - p.k % 16).abs() <= 2)
+            & (p.q < 128)
+            & (p.k < 128)
+            | (p.q == p.k)
+        ),
+    ),
+    mechanism(
+        "product-of-tables",
+        "inputs doc : int[n] keep : bool[n] mask (documents(doc) & columns(keep)) @ last(2)",
+        product_of_tables,
+        tables={"doc": integers(0, 6), "keep": likely(0.4)},
+    ),
+    mechanism(
+        "roots",
+        "mask { q, k : isqrt(q) == isqrt(k) or log2(q + 1) == k }",
+        lambda p: (
+            (p.q.double().sqrt().floor() == p.k.double().sqrt().floor())
+            | ((p.q + 1).double().log2().floor() == p.k)
+        ),
+    ),
+    mechanism(
+        "listed",
+        "mask columns([0, 3, 7, 20..25, 50, 90..92]) | radius(2)",
+        lambda p: torch.isin(p.k, torch.tensor([0, 3, 7, *range(20, 26), 50, 90, 91, 92])) | radius(2)(p),
+    ),
+    mechanism(
+        "shifted",
+        "mask shift(3, T(last(5))) & { q, k : q * k mod 7 != 3 }",
+        lambda p: (p.k - p.q >= 0) & (p.k - p.q < 5) & (p.q * p.k % 7 != 3) & (p.q >= 3) & (p.k >= 3),
+    ),
+    mechanism(
+        "random-of-a-table",
+        "inputs keep : bool[n] mask random(2, seed = h, of = columns(keep)) | radius(0)",
+        lambda p: (
+            p.drawn(
+                "inputs keep : bool[n] mask random(2, seed = h, of = columns(keep))",
+                p.q,
+                p.k,
+                p.n,
+                keep=p.keep,
+            )
+            | (p.q == p.k)
+        ),
+        tables={"keep": likely(0.3)},
+    ),
+    mechanism(
+        "random-decay",
+        "mask causal decay where(random(4, of = causal)[q, k], 2.0, 0.5)",
+        Formula(
+            causal,
+            decay=lambda p: torch.where(p.drawn("mask random(4, of = causal)", p.q, p.k, p.n), 2.0, 0.5),
+        ),
+    ),
+)
+
+HEADS = (
+    mechanism(
+        "groups-of-all-kinds",
+        "inputs y : float[H, n] mask causal heads 0 { score s + y[k] } "
+        "[1] { mask last(9) decay 0.9 ** (q - k) norm sigmoid } "
+        "else { mask last(20) norm softmax(sink = z) }",
+        Formula(causal, lambda p: p.s + p.y[p.h, p.k], heads=first(0)),
+        Formula(last(9), decay=lambda p: 0.9 ** (p.q - p.k), norm="sigmoid", heads=first(1)),
+        Formula(last(20), sink=lambda p: p.z[p.h], heads=others(0, 1)),
+        params="(z = learn[H](0.2))",
+    ),
+    mechanism(
+        "odd-heads",
+        "heads { p : p mod 2 == 1 } { mask radius(5) norm relu } else { score Q @ u }",
+        Formula(radius(5), norm="relu", heads=lambda h, H: h % 2 == 1),
+        Formula(full, lambda p: dot(p.Q, p.u[p.h]), heads=lambda h, H: h % 2 == 0),
+        params="(u = learn[H, D](0.1))",
+    ),
+    mechanism(
+        "last-head",
+        "heads H - 1 { mask none } else { mask causal score alibi }",
+        Formula(lambda p: torch.tensor(False), heads=lambda h, H: h == H - 1),
+        Formula(causal, alibi, heads=lambda h, H: h < H - 1),
+    ),
+)
+
+OFFSETS = (
+    mechanism(
+        "cross",
+        "offset 0 mask { q, k : |q - 2 * k| < 40 } score s - 0.1 * |q - k|",
+        Formula(lambda p: (p.q - 2 * p.k).abs() < 40, lambda p: p.s - 0.1 * (p.q - p.k).abs()),
+        start=lambda n, nq: 0,
+    ),
+    mechanism(
+        "cross-tables",
+        "offset 0 inputs y : float[B, nq] z : float[H, nq, n] "
+        "mask { q, k : q < nq and q mod 3 == k mod 3 } score s * y[q] + z[q, k]",
+        Formula(
+            lambda p: (p.q < p.nq) & (p.q % 3 == p.k % 3), lambda p: p.s * p.y[p.b, p.q] + p.z[p.h, p.q, p.k]
+        ),
+        start=lambda n, nq: 0,
+    ),
+    mechanism("halfway", "offset n // 2 mask causal & last(30)", last(30), start=lambda n, nq: n // 2),
+)
+
+
+def padded(value: float | None) -> Draw:
+    """0, and before the place in a row where its text begins a large number below, by default the least."""
+
+    def draw(rng: np.random.Generator, shape: tuple[int, ...], case: Case) -> Array:
+        least = torch.finfo(getattr(torch, case.dtype)).min if value is None else value
+        return np.where(np.arange(shape[1]) < rng.integers(0, shape[1] + 1, (shape[0], 1)), least, 0.0)
+
+    return draw
+
+
+def crossed_out(value: float | None) -> Draw:
+    """Likewise in random places, and over whole rows."""
+
+    def draw(rng: np.random.Generator, shape: tuple[int, ...], case: Case) -> Array:
+        least = torch.finfo(getattr(torch, case.dtype)).min if value is None else value
+        return np.where((rng.random(shape) < 0.4) | (rng.random((shape[0], 1)) < 0.3), least, 0.0)
+
+    return draw
+
+
+FLOORS = (
+    *(
+        replace(
+            with_inputs(
+                "m : float[n, n]",
+                scored(f"added-{name}-qk", "s + m[q, k]", lambda p: p.rounded(p.s + p.m[p.q, p.k])),
+            ),
+            tables={"m": crossed_out(value)},
+            exact=True,
+        )
+        for name, value in (("1e4", -1e4), ("1e9", -1e9), ("least", None))
+    ),
+    *(
+        replace(
+            with_inputs(
+                "m : float[B, n]",
+                scored(f"added-{name}-k", "s + m[k]", lambda p: p.rounded(p.s + p.m[p.b, p.k])),
+            ),
+            tables={"m": padded(value)},
+            exact=True,
+        )
+        for name, value in (("1e4", -1e4), ("1e9", -1e9), ("least", None))
+    ),
+    replace(
+        with_inputs(
+            "pad : bool[B, n]",
+            scored(
+                "replaced-1e9", "where(pad[k], -1e9, s)", lambda p: torch.where(p.pad[p.b, p.k], -1e9, p.s)
+            ),
+        ),
+        tables={"pad": lambda rng, shape, case: padded(-1.0)(rng, shape, case) < 0},
+        exact=True,
+    ),
+)
+
+WIDE = (*VECTORS, *TABLES, *OPERATORS, *DECAYS, *SINKS, *MULTISETS, *SPACES, *HEADS, *OFFSETS, *FLOORS)
+"""Further mechanisms, for all shapes of tables, operations and clauses."""
+MECHANISMS = (*PLAIN, *WIDE)
