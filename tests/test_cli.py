@@ -433,6 +433,35 @@ def test_run_verifies_and_times(good):
     assert found["gflops_live"] == pytest.approx(4 * found["nnz"] * 16 / found["seconds"]["forward"] / 1e9)
 
 
+LIAR = """
+from attndsl.execution import registry
+
+class Liar:
+    def supports(self, attention, problem):
+        return None
+    def cost(self, attention, problem, block_mask):
+        return 1.0
+    def lower(self, attention, problem):
+        right = registry.plugin("backends", "reference").lower(attention, problem)
+        def kernel(call):
+            out, lse = right(call)
+            out[-1, -1, -1, -1] LIE
+            return out, lse
+        return kernel
+
+backend = Liar()
+"""
+
+
+@pytest.mark.parametrize(("lie", "error"), [("+= 1e-3", "0.001"), ("= float('nan')", "inf")])
+def test_run_refuses_a_backend_that_is_wrong_in_one_number(good, register, lie, error):
+    name = register(LIAR.replace("LIE", lie))
+    done = attn_process("run", good, "lm", "--length", 200, "--heads", 2, "--backend", name)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f"error: `{name}` differs from `reference` by {error}, more than " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize(
     ("clauses", "work"),
     [

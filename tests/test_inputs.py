@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import attndsl
+from attndsl.meaning.links import sample
 
 TEXT = "attention a { inputs doc : int[n] mask causal & documents(doc) }"
 Q, K, V = (torch.randn(2, 1, 16, 8) for _ in "qkv")
@@ -116,6 +117,84 @@ def test_one_batch_row_of_a_table_serves_all(backend: str) -> None:
     assert leaves[0].grad.abs().min() > 0
     with pytest.raises(attndsl.AttnError, match="`doc` has 3 entries on its axis `B`"):
         one(Q, K, V, **{**given, "doc": given["doc"].repeat(3, 0)})
+
+
+P = torch.arange(16)
+S = Q @ K.mT / 8**0.5
+TWO = torch.randn(2, 16, 16)
+READING = {
+    "mask": (
+        "inputs t : int[n]  mask causal & documents(t)",
+        (P // 4, P // 5),
+        lambda t: torch.where(t[:, None] == t, S, -torch.inf),
+    ),
+    "score": ("inputs t : float[n, n]  mask causal  score s + t[q, k]", TWO, lambda t: S + t),
+    "score by distance": (
+        "inputs t : float[n]  mask causal  score s + t[q - k]",
+        TWO[:, 0],
+        lambda t: S + t[(P[:, None] - P).clamp(0)],
+    ),
+    "score that is no sum": (
+        "inputs t : float[n, n]  mask causal  score tanh(s + t[q, k])",
+        TWO,
+        lambda t: torch.tanh(S + t),
+    ),
+}
+"""A table that is read, two contents for it, and the logits where the keys are live."""
+
+
+@pytest.mark.parametrize(
+    ("reading", "backend"),
+    [
+        *((reading, backend) for reading in READING for backend in ("reference", "torch")),
+        *((reading, "sdpa") for reading in READING if reading != "score that is no sum"),
+    ],
+)
+def test_each_call_reads_its_table_anew(reading: str, backend: str) -> None:
+    """Of one shape, in a tensor of its own or in the place of the last."""
+    clauses, (first, second), logits = READING[reading]
+    one = attndsl.compile(
+        attndsl.parse(f"attention a {{ {clauses} }}")["a"], length=16, head_dim=8, backend=backend
+    )
+    same = first.clone()
+    for contents in (first, second, first):
+        same.copy_(contents)
+        logit = torch.where(P <= P[:, None], logits(contents), -torch.inf)
+        for table in (contents, same):
+            torch.testing.assert_close(one(Q, K, V, t=table), torch.softmax(logit, -1) @ V)
+
+
+DRAWN = "random(1, of = columns(keep))"
+
+
+@pytest.mark.parametrize(
+    ("clauses", "others", "backends"),
+    [
+        (f"mask {DRAWN}", 0, ["reference", "sdpa", "torch"]),
+        (f"mask causal + {DRAWN}", 1, ["reference", "torch"]),
+    ],
+)
+def test_draws_over_a_table_for_more_queries_than_keys(
+    clauses: str, others: int, backends: list[str]
+) -> None:
+    n, nq, rng = 12, 40, np.random.default_rng(0)
+    attention = attndsl.parse(f"attention a {{ inputs keep : bool[B, n]  offset 0  {clauses} }}")["a"]
+    keep = rng.random((2, n)) < 0.5
+    times = np.zeros((2, 1, nq, n), np.int64) + others * np.tri(nq, n, dtype=np.int64)
+    for row, query in np.ndindex(2, nq):
+        eligible = np.flatnonzero(keep[row])
+        ((rank,),) = sample(np.array([0]), np.array([query]), np.array([len(eligible)]), 1)
+        times[row, 0, query, eligible[rank]] += 1
+    assert (attention.counts(n, nq, keep=keep) == times).all()
+    assert (attention.mask(n, nq, keep=keep) == (times > 0)).all()
+    assert (attention.block_mask(n, 8, nq, keep=keep).to_dense() == (times > 0)).all()
+    q, k, v = (torch.from_numpy(rng.normal(size=(2, 1, length, 8))) for length in (nq, n, n))
+    weight = torch.from_numpy(times) * torch.exp(q @ k.mT / 8**0.5)
+    expected = weight / weight.sum(-1, keepdim=True) @ v
+    sizes = {"length": n, "q_length": nq, "batch": 2, "head_dim": 8, "dtype": "float64", "block_size": 8}
+    for backend in backends:
+        found = attndsl.compile(attention, **sizes, backend=backend)(q, k, v, keep=keep)
+        torch.testing.assert_close(found, expected)
 
 
 def test_a_mask_asks_for_its_own_tables_alone() -> None:

@@ -2,7 +2,6 @@
 
 import copy
 import io
-import itertools
 import json
 import pickle
 
@@ -14,8 +13,8 @@ import attndsl
 from attndsl import conformance
 from attndsl.command.cli import main
 from attndsl.conformance import CASES, MECHANISMS
+from attndsl.execution.lowered import MASKS_KEPT
 
-NUMBER = itertools.count()
 GOOD = """
 import torch
 from attndsl.expr import var
@@ -30,23 +29,6 @@ class Mine:
 
 backend = Mine()
 """
-
-
-@pytest.fixture
-def register(tmp_path, monkeypatch):
-    """Installs a backend with this source, as pip would leave it, under a new name."""
-
-    def install(source):
-        name = f"mine{next(NUMBER)}"
-        (tmp_path / f"{name}.py").write_text(source)
-        info = tmp_path / f"{name}-0.1.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.1\n")
-        (info / "entry_points.txt").write_text(f"[attndsl.backends]\n{name} = {name}:backend\n")
-        monkeypatch.syspath_prepend(tmp_path)
-        return name
-
-    return install
 
 
 def attention_of(text="mask causal", params=""):
@@ -188,6 +170,24 @@ def test_a_pickled_attention_is_not_bound_anew():
     with pytest.raises(attndsl.AttnError, match="load the program again"):
         copied(w=2)
     assert (copy.deepcopy(attention)(w=2).mask(4) == attention(w=2).mask(4)).all()
+
+
+def test_tilings_are_kept_for_the_last_few_calls_and_found_again():
+    attention = attention_of("inputs doc : int[n]  mask causal & documents(doc)  score s + 0.125 * k")
+    plan = compiled("torch", attention)
+    assert not plan.lowered.kept
+    docs = [torch.arange(8) // size for size in range(1, 9)] + [torch.arange(8) % size for size in (2, 3)]
+    assert len(docs) > MASKS_KEPT
+    for kept, doc in [*enumerate(docs, 1), *((MASKS_KEPT, doc) for doc in docs)]:
+        q, k, v = qkv()
+        live = torch.from_numpy(attention.mask(8, doc=doc)[0])
+        torch.testing.assert_close(
+            plan(q, k, v, doc=doc),
+            torch.nn.functional.scaled_dot_product_attention(
+                q, k, v, attn_mask=torch.where(live, 0.125 * torch.arange(8), -torch.inf)
+            ),
+        )
+        assert len(plan.lowered.kept) == min(kept, MASKS_KEPT)
 
 
 def saved(value):

@@ -1,0 +1,29 @@
+"""Fixtures that more than one file needs."""
+
+import itertools
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+NUMBER = itertools.count()
+
+
+@pytest.fixture
+def register(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
+    """Installs a backend with this source, as pip would leave it, under a new name: for this process and
+    those that it starts."""
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+
+    def install(source: str) -> str:
+        name = f"mine{next(NUMBER)}"
+        (tmp_path / f"{name}.py").write_text(source)
+        info = tmp_path / f"{name}-0.1.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.1\n")
+        (info / "entry_points.txt").write_text(f"[attndsl.backends]\n{name} = {name}:backend\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        return name
+
+    return install
