@@ -129,13 +129,12 @@ def test_text_and_back(mechanism: Any) -> None:
     assert [group.relation for group in again.groups] == [group.relation for group in attention.groups]
 
 
-def test_equal_programs_are_one_text_whatever_was_bound_before() -> None:
-    program = attndsl.parse(
-        "attention a(b = learn[H, 5]) { mask causal @ last(3) | random(2) score s + b[2] }"
-    )
-    texts = {portable.write(program["a"]).text for _ in range(3)}
-    program["a"](b="learn[H, 5](0.5)")
-    assert texts == {portable.write(program["a"]).text}
+def test_equal_attentions_are_one_text_whatever_stands_before_them() -> None:
+    text = "attention a(b = learn[H, 5]) { mask causal @ last(3) | random(2) score s + b[2] }"
+    alone = attndsl.parse(text)["a"]
+    other = attndsl.parse("attention z(b = learn[H](0.2)) { score s + b }" + text)
+    assert other["z"].learned
+    assert portable.write(alone).text == portable.write(other["a"]).text
 
 
 def test_long_sets_travel_as_tensors() -> None:
