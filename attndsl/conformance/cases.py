@@ -20,7 +20,7 @@ from attndsl.expr import Table
 
 Named = dict[str, Tensor]
 Odd = Literal["", "unreached", "q", "k", "v"]
-LENGTHS = (0, 1, 3, 127, 300)
+LENGTHS, SHORT = (0, 1, 3, 127, 300), (0, 1, 3, 40, 130)
 
 
 @dataclass(frozen=True)
@@ -123,10 +123,11 @@ def _draw(mechanism: Mechanism, dtype: str, turn: int = 0, odd: Odd = "") -> Cas
     """Sizes that differ from case to case and from run to run never."""
     rng = random.Random(zlib.crc32(f"{mechanism.name} {dtype} {turn} {odd}".encode()))
     middle = turn == 0 and (dtype == "float32" or mechanism not in WIDE)
-    n = 127 if middle or odd else rng.choice(LENGTHS)
+    lengths = SHORT if mechanism in WIDE else LENGTHS
+    n = 127 if middle or odd else rng.choice(lengths)
     cross = mechanism.start(0, 1) == 0
     square = rng.random() < 0.5
-    nq = n if square else rng.choice([size for size in LENGTHS if size <= n or cross])
+    nq = n if square else rng.choice([size for size in lengths if size <= n or cross])
     heads, kv_heads = rng.choice([(2, 2), (4, 2), (3, 1), (4, 4)])
     batch = rng.choice([1, 2, 3])
     q_offset = k_offset = None

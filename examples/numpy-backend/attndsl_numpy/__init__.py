@@ -33,10 +33,17 @@ class Numpy:
         if problem.training and (attention.learned or any(t.dtype == "float" for t in attention.inputs)):
             return "it has gradients of q, k and v alone"
         for group in attention.groups:
-            if affine_in_s(group.score) is None:
+            split = affine_in_s(group.score)
+            if split is None:
                 return "it takes scores of the form A * s + B alone"
             if group.decay is not None and group.decay.free & {"s", "Q", "K"}:
                 return "it takes decays without s, Q and K alone"
+            for e in (*split, group.decay or ir.ONE):
+                for node in ir.nodes(e):
+                    if node.op == "inner":
+                        return "it multiplies no vectors of tables"
+                    if node.op == "where" and any(arg.tables for arg in node.args[1:]):
+                        return "it looks nothing up under a condition"
         return None
 
     def cost(self, attention: Attention, problem: Problem, block_mask: BlockMask | None) -> float:
@@ -60,6 +67,7 @@ class Attend:
     def __call__(self, call: Call) -> tuple[Tensor, Tensor]:
         return self.forward(call)
 
+    @np.errstate(divide="ignore", invalid="ignore")
     def forward(self, call: Call) -> tuple[Tensor, Tensor]:
         out = np.zeros((*call.q.shape[:3], call.v.shape[3]), np.longdouble)
         lse = np.zeros(call.q.shape[:3], np.longdouble)
@@ -67,10 +75,10 @@ class Attend:
             weight, total, top = part.weights()
             place = (part.b, part.h, part.rows)
             out[place] = weight @ part.v
-            with np.errstate(divide="ignore"):
-                lse[place] = np.log(total) + top
+            lse[place] = np.log(total) + top
         return rounded(out, call.q.dtype), rounded(lse, torch.promote_types(call.q.dtype, torch.float32))
 
+    @np.errstate(invalid="ignore")
     def gradient(
         self,
         call: Call,
@@ -120,10 +128,12 @@ class Part:
     bias: Array
     factor: Array
     sink: Any
+    arithmetic: type[np.floating[Any]]
 
     def logits(self) -> Array:
+        """As the language rounds them: a bias may be a large number in place of minus infinity."""
         s = self.q @ self.k.T / np.sqrt(np.longdouble(self.q.shape[1]))
-        return self.scale * s + self.bias
+        return (self.scale * s + self.bias).astype(self.arithmetic).astype(np.longdouble)
 
     def weights(self) -> tuple[Array, Array, Array]:
         """Weights [r, n] divided by Z; Z / exp(top) or, without a norm's sum, their sum [r]; top [r]."""
@@ -169,6 +179,7 @@ def parts(attention: Attention, call: Call) -> Iterator[Part]:
                 yield Part(
                     group, b, h, shared, rows, q[b, h, rows], k[b, shared], v[b, shared], live,
                     at.of(slope, live, start), at.of(rest, live, start), factor, sink,
+                    np.float64 if call.q.dtype == torch.float64 else np.float32,
                 )  # fmt: skip
 
 
