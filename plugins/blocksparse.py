@@ -23,7 +23,7 @@ from torch import Tensor
 from attndsl import expr as ir
 from attndsl.attention import Attention, HeadGroup
 from attndsl.backend import Call, Kernel, Problem, weighed
-from attndsl.execution.operator import Runner, attend, register, vjp
+from attndsl.execution.operator import vjp
 from attndsl.execution.parts import Gathered, Part, Strided, take_apart
 from attndsl.execution.torch_eval import (
     Env,
@@ -34,6 +34,7 @@ from attndsl.execution.torch_eval import (
     decay_factor,
     elements,
     evaluate,
+    fused_rows,
 )
 from attndsl.expr import Expr
 from attndsl.tiles.blockmask import BlockMask, TileGrid
@@ -368,13 +369,7 @@ class BlockSparse:
     chunks: Kept
 
     def __call__(self, call: Call) -> tuple[Tensor, Tensor]:
-        names = tuple(call.tables)
-        runner = Runner(self, names, lambda q, k, v, tables, *_: replace(call, q=q, k=k, v=v, tables=tables))
-        tables = [call.tables[name] for name in names]
-        out, lse = attend(
-            call.q, call.k, call.v, tables, list(call.q_offset), list(call.k_offset), register(runner)
-        )
-        return out, lse
+        return self.forward(call)
 
     def forward(self, call: Call) -> tuple[Tensor, Tensor]:
         out, lse = self.merged(call)
@@ -588,11 +583,7 @@ class Work:
         """As many key heads as query heads and equal head dimensions, which the fused kernel wants: the
         narrower are padded with zeros."""
         width = max(q.shape[3], v.shape[3])
-        wide = (
-            x if x.shape[3] == width else torch.nn.functional.pad(x, (0, width - x.shape[3]))
-            for x in (q, k, v)
-        )
-        return [(x if x.stride(-1) == 1 else x.contiguous()).expand(len(q), -1, -1, -1) for x in wide]
+        return [fused_rows(x, width).expand(len(q), -1, -1, -1) for x in (q, k, v)]
 
     def part(self, chunk: Chunk, addend: Addend | None) -> tuple[Tensor, Tensor]:
         """Output [X, C, q_len, Dv] and log-sum-exp [X, C, q_len] of these pairs alone."""
@@ -726,12 +717,13 @@ class Work:
         slope.baddbmm_(grad_out, v.transpose(1, 2)).mul_(weight)
         gq = unfolded(torch.bmm(slope, k).mul_(scale), (*shape[:3], k.shape[2]))
         gk, gv = torch.bmm(slope.transpose(1, 2), q), torch.bmm(weight.transpose(1, 2), grad_out)
-        return gq, gk.view(groups, -1, *gk.shape[1:]), gv.view(groups, -1, *gv.shape[1:])
+        gk, gv = (x.view(groups, shape[1], *x.shape[1:]) for x in (gk, gv))
+        return gq, gk, gv
 
 
 def folded(x: Tensor, groups: int) -> Tensor:
     """[X, C, R, D] -> [groups * C, X / groups * R, D]"""
-    return x.view(groups, -1, *x.shape[1:]).transpose(1, 2).flatten(0, 1).flatten(1, 2)
+    return x.view(groups, len(x) // groups, *x.shape[1:]).transpose(1, 2).flatten(0, 1).flatten(1, 2)
 
 
 def unfolded(x: Tensor, shape: tuple[int, ...]) -> Tensor:

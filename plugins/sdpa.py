@@ -14,7 +14,15 @@ from attndsl import expr as ir
 from attndsl.attention import Attention, HeadGroup
 from attndsl.backend import Call, Kernel, Problem, weighed
 from attndsl.execution.operator import vjp
-from attndsl.execution.torch_eval import Env, affine_in_s, by_head, constant_scale, elements, evaluate
+from attndsl.execution.torch_eval import (
+    Env,
+    affine_in_s,
+    by_head,
+    constant_scale,
+    elements,
+    evaluate,
+    fused_rows,
+)
 from attndsl.expr import Expr
 from attndsl.tiles.blockmask import BlockMask, TileGrid
 
@@ -121,8 +129,7 @@ class Dense:
             return grads
         causal, addend = self.addend(call)
         q, k, v = self.padded(call)
-        gap = q.shape[3] - out.shape[3]
-        out, grad_out = (torch.nn.functional.pad(x, (0, gap)) for x in (out, grad_out))
+        out, grad_out = (fused_rows(x.to(q.dtype), q.shape[3]) for x in (out, grad_out))
         lse = lse.masked_fill(lse == -torch.inf, 0.0)
         gq, gk, gv = flash_backward(
             grad_out, q, k, v, out, lse, 0.0, causal, attn_mask=addend, scale=self.scale
@@ -177,7 +184,7 @@ class Dense:
         width = max(call.q.shape[3], call.v.shape[3])
         share = call.q.shape[1] // call.k.shape[1]
         k, v = (x.repeat_interleave(share, 1) if share > 1 else x for x in (call.k, call.v))
-        q, k, v = (torch.nn.functional.pad(x, (0, width - x.shape[3])) for x in (call.q, k, v))
+        q, k, v = (fused_rows(x, width) for x in (call.q, k, v))
         return q, k, v
 
     def formula(

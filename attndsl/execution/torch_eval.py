@@ -465,6 +465,14 @@ def by_distance(e: Expr) -> Expr | None:
     return None if {"q", "k"} & done[e].free else done[e]
 
 
+def fused_rows(x: Tensor, width: int) -> Tensor:
+    """x [..., D] as torch's fused kernels read it, whatever its strides: rows of adjacent numbers that do not
+    overlap, zeros from D to `width`. A copy only where x is not so already."""
+    if x.shape[-1] < width:
+        x = torch.nn.functional.pad(x, (0, width - x.shape[-1]))
+    return x if x.stride(-1) == 1 and x.stride(-2) >= width else x.contiguous()
+
+
 def constant_scale(slope: Expr, head_dim: int) -> float | None:
     """The number that A of `affine_in_s` is for this head dimension, or None if it varies."""
     value = ir.number(ir.substitute(slope, {"D": ir.const(head_dim)}))

@@ -1,0 +1,161 @@
+"""What memory layouts, vectors, huge logits, long biases and mixed dtypes do to results: nothing."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import attndsl
+from attndsl.execution import registry
+
+BACKENDS = ("reference", "sdpa", "torch")
+Named = dict[str, Tensor]
+
+
+def spaced(x: Tensor, axis: int) -> Tensor:
+    """Every second entry along the axis of a tensor of twice the size; NaN lies in between."""
+    shape = [*x.shape]
+    shape[axis] *= 2
+    wide = x.new_full(shape, torch.nan)
+    view = wide[(slice(None),) * axis + (slice(None, None, 2),)]
+    return view.copy_(x)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "transposed": lambda x: x.mT.contiguous().mT,
+    "tokens-first": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "heads-last": lambda x: x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2),
+    "batch-last": lambda x: x.permute(1, 3, 2, 0).contiguous().permute(3, 0, 2, 1),
+    "every-second-row": lambda x: spaced(x, 2),
+    "every-second-number": lambda x: spaced(x, 3),
+    "inside": lambda x: torch.nn.functional.pad(x, (3, 2, 1, 4), value=torch.nan)[..., 1:-4, 3:-2],
+    "windows": lambda x: x[..., 0, 0].repeat(1, x.shape[2] + x.shape[3]).view(*x.shape[:2], -1)[
+        ..., : x.shape[2] + x.shape[3] - 1
+    ].unfold(2, x.shape[3], 1),
+    "one-row": lambda x: x[:, :, :1].expand(x.shape),
+    "one-column": lambda x: x[..., :1].expand(x.shape),
+    "one-number": lambda x: x[:1, :1, :1, :1].expand(x.shape),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("dtype", "sizes"),
+    [
+        ("float32", (8, 5)),
+        ("float64", (4, 1)),
+        ("bfloat16", (6, 6)),
+        ("float16", (5, 8)),
+        ("float32", (1, 1)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("clauses", ["mask full", "mask causal", "mask radius(9) score alibi"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_layout_changes_nothing(backend: str, clauses: str, sizes: tuple[int, int], dtype: str) -> None:
+    attention = attndsl.parse(f"attention a {{ {clauses} }}")["a"]
+    plan = attndsl.compile(
+        attention, batch=2, length=40, heads=4, kv_heads=2, head_dim=sizes[0], dtype=dtype,
+        backend=backend, training=True, block_size=16,
+    )  # fmt: skip
+    rng = torch.Generator().manual_seed(0)
+    shapes = [(2, 4, 40, sizes[0]), (2, 2, 40, sizes[0]), (2, 2, 40, sizes[1]), (2, 4, 40, sizes[1])]
+    drawn = [torch.randn(shape, generator=rng).to(getattr(torch, dtype)) for shape in shapes]
+    grad_lse = torch.randn(2, 4, 40, 1, generator=rng).to(plan(*drawn[:3], return_lse=True)[1].dtype)
+    for name, layout in LAYOUTS.items():
+        laid = [layout(x) for x in (*drawn, grad_lse)]
+        results = []
+        for tensors in (laid, [x.contiguous() for x in laid]):
+            leaves = [x.detach().requires_grad_() for x in tensors[:3]]
+            out, lse = plan(*leaves, return_lse=True)
+            towards_out = torch.autograd.grad(out, leaves, tensors[3], retain_graph=True)
+            towards_both = torch.autograd.grad((out, lse), leaves, (tensors[3], tensors[4].squeeze(3)))
+            results.append([out, lse, *towards_out, *towards_both])
+        for here, there in zip(*results, strict=True):
+            torch.testing.assert_close(here, there, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def read_right(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None) -> None:
+    """What torch's fused kernels on CPU take for granted: scaled_dot_product_attention asks before it calls
+    them (sdp_utils_cpp.h), and at::_scaled_dot_product_flash_attention_for_cpu checks no strides."""
+    for x in (q, k, v):
+        assert x.dtype == q.dtype
+        assert x.shape[:2] == q.shape[:2]
+        assert x.shape[3] == q.shape[3]
+        assert 0 not in x.shape
+        assert x.stride(3) == 1
+        assert x.stride(2) >= x.shape[3]
+    if attn_mask is not None:
+        assert attn_mask.dtype == torch.promote_types(q.dtype, torch.float32)
+        assert attn_mask.stride(3) in (0, 1)
+        assert attn_mask.shape[2:] == (q.shape[2], k.shape[2])
+        assert all(mine in (1, there) for mine, there in zip(attn_mask.shape[:2], q.shape[:2], strict=True))
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "torch"])
+@pytest.mark.parametrize(
+    "clauses",
+    [
+        "mask full",
+        "mask causal",
+        "mask radius(9) score alibi",
+        "inputs z : float[B, H, n, n] mask causal score s + z[q, k]",
+        "inputs z : float[B, H, n, n] mask full score s + z[k, q]",
+        "inputs z : float[n] mask full score s + z[q]",
+        "inputs z : float[n] mask full score s + z[k]",
+        "inputs z : float[B, H, n] mask causal score s + z[k] + z[q] * z[k]",
+    ],
+)
+def test_fused_kernels_get_what_they_take_for_granted(
+    backend: str, clauses: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plugin = sys.modules[type(registry.plugin("backends", backend)).__module__]
+    calls = []
+
+    def checked(kernel: Callable[..., object], first: int) -> Callable[..., object]:
+        def run(*args: object, attn_mask: Tensor | None = None, **options: object) -> object:
+            read_right(*args[first : first + 3], attn_mask)  # type: ignore[arg-type]
+            calls.append(kernel)
+            return kernel(*args, attn_mask=attn_mask, **options)
+
+        return run
+
+    for name, first in {"flash": 0, "flash_backward": 1}.items():
+        if name in vars(plugin):
+            monkeypatch.setattr(plugin, name, checked(vars(plugin)[name], first))
+    attention = attndsl.parse(f"attention a {{ {clauses} }}")["a"]
+    plan = attndsl.compile(
+        attention, batch=2, length=40, heads=4, kv_heads=2, head_dim=6, backend=backend, training=True
+    )
+    drawn = [torch.randn(2, heads, 40, width) for heads, width in ((4, 6), (2, 6), (2, 3), (4, 3))]
+    table = {t.name: torch.randn([{"B": 2, "H": 4, "n": 40}[str(d)] for d in (*"BH" * t.batched, *t.dims)])
+             for t in attention.inputs}  # fmt: skip
+    for layout in LAYOUTS.values():
+        q, k, v, grad = (layout(x) for x in drawn)
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        laid = {name: x.mT.contiguous().mT if x.dim() > 1 else spaced(x, 0) for name, x in table.items()}
+        torch.autograd.grad(plan(*leaves, **laid), leaves, grad)
+    assert calls
+
+
+@pytest.mark.parametrize("sizes", ["0 2 5 5 4 4", "2 2 0 5 4 4", "2 2 0 0 4 4", "2 2 5 5 4 0", "2 2 5 0 4 4"])
+@pytest.mark.parametrize("clauses", ["mask full", "mask causal", "mask full score alibi"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_axes_without_entries(backend: str, clauses: str, sizes: str) -> None:
+    batch, heads, nq, n, d, dv = map(int, sizes.split())
+    attention = attndsl.parse(f"attention a {{ {clauses} offset 0 }}")["a"]
+    plan = attndsl.compile(
+        attention, length=5, q_length=5, heads=heads, head_dim=d, backend=backend, training=True
+    )
+    leaves = [torch.randn(batch, heads, *shape).requires_grad_() for shape in ((nq, d), (n, d), (n, dv))]
+    out, lse = plan(*leaves, return_lse=True)
+    assert out.shape == (batch, heads, nq, dv)
+    assert bool((lse == -torch.inf).all()) == (n == 0 or lse.numel() == 0)
+    for grad, leaf in zip(
+        torch.autograd.grad(out.sum() + lse[lse.isfinite()].sum(), leaves), leaves, strict=True
+    ):
+        assert grad.shape == leaf.shape
+        assert grad.isfinite().all()
