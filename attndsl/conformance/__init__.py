@@ -200,12 +200,13 @@ def _run(backend: str, case: Case, inputs: Named, training: bool) -> Named:
 def _results(out: Tensor, lse: Tensor, leaves: Named, with_lse: bool) -> Named:
     """Output, log-sum-exp, and gradients of both with respect to all reals."""
     wanted = {name: x for name, x in leaves.items() if x.requires_grad and not name.startswith("grad_")}
-    ends, slopes = [out], [leaves["grad_out"].detach()]
-    if with_lse:
-        ends.append(torch.where(lse == -torch.inf, 0.0, lse))
-        slopes.append(leaves["grad_lse"].detach().to(lse.dtype))
+    ends = [(out, leaves["grad_out"].detach())]
+    # weights of positions alone depend on nothing that has a gradient
+    if with_lse and lse.requires_grad:
+        ends.append((torch.where(lse == -torch.inf, 0.0, lse), leaves["grad_lse"].detach().to(lse.dtype)))
+    results, slopes = zip(*ends, strict=True)
     grads = torch.autograd.grad(
-        ends, list(wanted.values()), slopes, allow_unused=True, materialize_grads=True
+        results, list(wanted.values()), slopes, allow_unused=True, materialize_grads=True
     )
     named = {f"gradient of {name}": grad for name, grad in zip(wanted, grads, strict=True)}
     return {"out": out.detach(), "lse": lse.detach()} | named
