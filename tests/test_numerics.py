@@ -159,3 +159,52 @@ def test_axes_without_entries(backend: str, clauses: str, sizes: str) -> None:
     ):
         assert grad.shape == leaf.shape
         assert grad.isfinite().all()
+
+
+ROWS: dict[str, tuple[str, Callable[[int, int], tuple[int, ...]]]] = {
+    "": ("", lambda q, k: ()),
+    "m, ": ("[k // 2]", lambda q, k: (k // 2,)),
+    "4, m, ": ("[q mod 4, (k - q) mod 3]", lambda q, k: (q % 4, (k - q) % 3)),
+    "9, ": ("[k - q + 4]", lambda q, k: (k - q + 4,)),
+    "2, ": ("[1]", lambda q, k: (1,)),
+}
+"""Axes of a table of vectors before the last, and a look-up that leaves the last."""
+
+
+@pytest.mark.parametrize("lead", ["", "H, ", "B, ", "B, H, "])
+@pytest.mark.parametrize("axes", ROWS)
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_vectors_of_tables_of_every_shape(backend: str, axes: str, lead: str) -> None:
+    at, row = ROWS[axes]
+    score = f"s + Q @ x{at} - x{at} @ K + 0.5 * (x{at} @ y)"
+    text = f"inputs x : float[{lead}{axes}D]  y : float[H, D] mask causal score {score}"
+    attention = attndsl.parse(f"attention a {{ {text} }}")["a"]
+    b, h, n, d = 2, 4, 5, 3
+    plan = attndsl.compile(
+        attention, batch=b, length=n, heads=h, kv_heads=2, head_dim=d, dtype="float64", backend=backend,
+        training=True, block_size=16,
+    )  # fmt: skip
+    rng = torch.Generator().manual_seed(0)
+    sizes = {"B": b, "H": h, "D": d, "m": 3}
+    shape = [sizes.get(size) or int(size) for size in f"{lead}{axes}D".split(", ")]
+    q, k, v, x_, y = (
+        torch.randn(size, generator=rng, dtype=torch.float64, requires_grad=True)
+        for size in ((b, h, n, d), (b, 2, n, d), (b, 2, n, d), shape, (h, d))
+    )
+    logit = torch.stack([
+        torch.stack([
+            q_ @ k_ / d**0.5 + q_ @ u - u @ k_ + 0.5 * (u @ y[head])
+            if j <= i else q_.sum() * 0 - torch.inf
+            for j in range(n)
+            for q_, k_ in [(q[batch, head, i], k[batch, head // 2, j])]
+            for u in [x_[(batch,) * ("B" in lead) + (head,) * ("H" in lead) + row(i, j)]]
+        ])
+        for batch in range(b) for head in range(h) for i in range(n)
+    ]).view(b, h, n, n)  # fmt: skip
+    expected = logit.softmax(-1) @ v.repeat_interleave(2, 1)
+    leaves = (q, k, v, x_, y)
+    found = plan(q, k, v, x=x_, y=y)
+    torch.testing.assert_close(found, expected)
+    grads = (torch.autograd.grad(out.sin().sum(), leaves) for out in (found, expected))
+    for mine, value in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, value)

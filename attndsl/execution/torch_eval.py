@@ -327,41 +327,34 @@ class _Evaluation:
 
     def on_inner(self, node: Expr, live: Tensor | None) -> Tensor:
         a, b = node.args
-        vectors = {"Q": -2, "K": -3}
-        if {a.value, b.value} == {"Q", "K"}:
-            return self.env.values["Q"] @ self.env.values["K"].transpose(-1, -2)
-        if a.op != "var":
-            a, b = b, a
-        if a.op == "var" and b.op == "lookup":
-            return self.rows_of_table(self.env.values[str(a.value)], str(a.value), b, live)
-        parts = [
-            self.of(x, live).unsqueeze(vectors[str(x.value)]) if x.op == "var" else self.of(x, live)
-            for x in (a, b)
-        ]
-        return (parts[0] * parts[1]).sum(-1)
+        for vector, row in ((a, b), (b, a)):
+            if vector.op == "var" and row.op == "lookup" and by_pair(row):
+                return self.rows_of_table(str(vector.value), row, live)
+        # axes of size 1 for pairs that see the same vector, of which einsum makes matrix products
+        return torch.einsum("...d,...d->...", self.vectors(a, live), self.vectors(b, live))
 
-    def rows_of_table(self, vectors: Tensor, axis: str, row: Expr, live: Tensor | None) -> Tensor:
-        """Products of Q (or K) with a looked-up row: one matrix product with the table, then a gather."""
+    def vectors(self, node: Expr, live: Tensor | None) -> Tensor:
+        """The vector of each pair, [.., nq, n, D] with axes of size 1 where it is the same."""
+        found = self.of(node, live)
+        return found if node.op != "var" else found.unsqueeze(-2 if node.value == "Q" else -3)
+
+    def rows_of_table(self, side: str, row: Expr, live: Tensor | None) -> Tensor:
+        """Products of Q (or K) with a row for each pair: one matrix product with the table, then a gather."""
         table = row.value
         assert isinstance(table, Table)
-        values = self.env.tables[table.name].to(vectors.dtype)
+        values = self.env.tables[table.name].to(self.env.dtype)
         index, _ = self.index(table, values, row.args, live)
         lead = table.batched + table.headed
-        chosen = values[tuple(i.squeeze((-1, -2)) for i in index[:lead])] if lead else values
-        flat = chosen.flatten(-len(table.dims), -2) if len(table.dims) > 1 else chosen
-        products = vectors @ flat.transpose(-1, -2)
+        rows = values[tuple(i.squeeze((-1, -2)) for i in index[:lead])] if lead else values
+        products = self.env.values[side] @ rows.flatten(-len(table.dims), -2).transpose(-1, -2)
         place = torch.zeros((), dtype=torch.int64, device=self.device)
         for i, size in zip(index[lead:], values.shape[lead:-1], strict=True):
             place = place * size + i
-        if axis == "K":
-            products = products.transpose(-1, -2)
-        width = self.env.values["K"].shape[-2] if axis == "Q" else self.env.values["Q"].shape[-2]
-        shape = (
-            (*products.shape[:-1], width)
-            if axis == "Q"
-            else (*products.shape[:-2], width, products.shape[-1])
-        )
-        found = products.gather(-1 if axis == "Q" else -2, place.expand(shape)).to(self.env.dtype)
+        # [.., nq, rows] of the table for Q, [.., rows, n] for K
+        products, axis = (products, -1) if side == "Q" else (products.transpose(-1, -2), -2)
+        shape = [*products.shape]
+        shape[axis] = place.shape[axis]
+        found = products.gather(axis, place.expand(shape))
         return found if live is None else torch.where(live, found, 0.0)
 
 
@@ -386,7 +379,7 @@ def elements(e: Expr | None, pairs: float, heads: float) -> tuple[float, float]:
             continue
         passes, more = PASSES.get(node.op, (1, 0))
         if (node.op == "div" and not by_pair(node.args[1])) or (
-            node.op == "inner" and all(arg.op == "var" for arg in node.args)
+            node.op == "inner" and not any(map(by_pair, node.args))
         ):
             passes, more = 1, 1
         size = pairs * (heads if by_head(node) else 1)
