@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import attndsl
+from attndsl import conformance
 from attndsl import expr as ir
 from attndsl.conformance import CASES, MECHANISMS, Case, check, declined
 from attndsl.execution import registry
@@ -56,6 +58,54 @@ def test_conforms(backend: str, case: Case) -> None:
     known = DECLINED[backend].get(case.mechanism.name)
     assert {declined(backend, case, training) for training in (False, True)} == {known}
     assert check(backend, case) == known
+
+
+OPERATIONS = (
+    "lookup count_of rank_of intable inset random exists add mul div floordiv mod pow min max abs where "
+    "log2 isqrt floor exp log sqrt tanh sigmoid sin cos inner and or not le lt eq"
+)
+
+
+def test_the_mechanisms_use_every_operation_and_shape_of_table() -> None:
+    attentions = [attndsl.parse(mechanism.text)["a"] for mechanism in MECHANISMS]
+    groups = [group for attention in attentions for group in attention.groups]
+    whole = [e for g in groups for e in (g.relation.mask, g.score, g.decay, g.norm.sink) if e is not None]
+    assert {node.op for e in whole for node in ir.nodes(e)} >= set(OPERATIONS.split())
+    leads = {
+        (table.dtype, table.learned, table.dims[-1:] == ("D",), table.batched, table.headed)
+        for e in whole
+        for table in e.tables
+    }
+    either = (False, True)
+    assert leads >= {("float", False, vector, b, h) for vector in either for b in either for h in either}
+    assert leads >= {("float", True, vector, False, h) for vector in either for h in either}
+    assert leads >= {(dtype, False, False, b, h) for dtype in ("int", "bool") for b in either for h in either}
+
+
+@pytest.mark.parametrize(
+    ("odd", "name", "fault", "message"),
+    [
+        ("k", "out", torch.nan_to_num, "hides a NaN"),
+        ("k", "gradient of k", torch.nan_to_num, "hides a NaN"),
+        ("k", "gradient of q", lambda x: x * torch.nan, "is NaN in"),
+        ("unreached", "gradient of v", lambda x: x + torch.nan, "is NaN in"),
+        ("", "out", lambda x: x * (1 + 1e-4), "error"),
+        ("", "lse", lambda x: x + 1e-4, "error"),
+        ("", "gradient of q", lambda x: x * (1 + 1e-4), "error"),
+    ],
+)
+def test_a_fault_is_seen(
+    odd: str, name: str, fault: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = conformance._run
+    monkeypatch.setattr(conformance, "_run", lambda *args: (found := run(*args)) | {name: fault(found[name])})
+    case = next(
+        c
+        for c in CASES
+        if (c.mechanism.name, c.dtype, c.odd) == ("window", "bfloat16" if odd == "k" else "float32", odd)
+    )
+    with pytest.raises(AssertionError, match=message):
+        check("reference", case)
 
 
 def test_what_is_declined_is_a_mechanism() -> None:

@@ -125,14 +125,17 @@ def _exact(case: Case) -> Exact:
     if case.left_out:
         _, lse, _ = attend(formulas, plain, mask)
         inputs = _without(lse < FAR, inputs, 0.0)
-    odd = make_odd(inputs, case, mask)
 
     def results(inputs: Named) -> tuple[Named, Tensor]:
         leaves = leaves_of(inputs, case, torch.float64)
         out, lse, sizes = attend(formulas, call_of(attention, case, leaves), mask)
         return _results(out, lse, leaves, case.with_lse), sizes
 
-    exact, sizes = results(odd)
+    odd, (exact, sizes) = inputs, results(inputs)
+    if case.odd:
+        tables = (table.name for table in (*attention.inputs, *attention.learned) if table.dtype == "float")
+        odd = make_odd(inputs, case, mask, {name: exact[f"gradient of {name}"] for name in tables})
+        exact, sizes = results(odd)
     rows = exact["out"].isnan().any(-1)
     reached = {name: torch.zeros_like(x, dtype=torch.bool) for name, x in exact.items()}
     if rows.any():

@@ -32,7 +32,7 @@ class Case:
     loud      large logits
     with_lse  gradients come in through the log-sum-exp as well
     left_out  none come in through rows that are wholly masked
-    odd       where NaN and infinities stand: nowhere, where no live pair reaches, or in one live q, k or v
+    odd       where NaN and infinities stand: nowhere, wherever no live pair reaches, or in one live q, k or v
     """
 
     mechanism: Mechanism
@@ -122,12 +122,12 @@ hold, without memory for it; the others have the same values."""
 def _draw(mechanism: Mechanism, dtype: str, turn: int = 0, odd: Odd = "") -> Case:
     """Sizes that differ from case to case and from run to run never."""
     rng = random.Random(zlib.crc32(f"{mechanism.name} {dtype} {turn} {odd}".encode()))
-    middle = turn == 0 and (dtype == "float32" or mechanism not in WIDE)
+    middle = odd or (turn == 0 and (dtype == "float32" or mechanism not in WIDE))
     lengths = SHORT if mechanism in WIDE else LENGTHS
-    n = 127 if middle or odd else rng.choice(lengths)
+    n = 127 if middle else rng.choice(lengths)
     cross = mechanism.start(0, 1) == 0
     square = rng.random() < 0.5
-    nq = n if square else rng.choice([size for size in lengths if size <= n or cross])
+    nq = n if square else rng.choice([size for size in lengths[bool(middle) :] if size <= n or cross])
     heads, kv_heads = rng.choice([(2, 2), (4, 2), (3, 1), (4, 4)])
     batch = rng.choice([1, 2, 3])
     q_offset = k_offset = None
@@ -185,8 +185,25 @@ ODD: dict[str, tuple[Odd, ...]] = {
     "random-decay": ("unreached", "k"),
     "bool-Bn": ("unreached", "v"),
     "cross": ("unreached", "q"),
+    "infinite-outside": ("unreached", "k"),
+    "t5": ("unreached", "q"),
+    "transformer-xl": ("unreached", "q"),
+    "x-nD": ("unreached", "k"),
+    "x-BnD": ("unreached", "v"),
+    "x-HnD": ("unreached",),
+    "y-Bn": ("unreached", "q"),
+    "z-nn": ("unreached", "k"),
+    "relative": ("unreached", "v"),
+    "look-up-in-a-part": ("unreached", "q"),
+    "adaptive": ("unreached",),
+    "decay-to-nothing": ("unreached",),
+    "decay-of-vectors": ("unreached", "k"),
+    "sink-BH": ("unreached", "k"),
+    "groups-of-all-kinds": ("unreached", "q"),
+    "cross-tables": ("unreached", "k"),
 }
 """What is odd, by mechanism."""
+ODD_NUMBERS = torch.tensor([torch.nan, torch.inf, -torch.inf], dtype=torch.float64)
 
 
 CASES = tuple(
@@ -246,16 +263,17 @@ def leaves_of(inputs: Named, case: Case, dtype: torch.dtype) -> Named:
     return leaves
 
 
-def make_odd(inputs: Named, case: Case, mask: Tensor) -> Named:
-    """The inputs with NaN and infinities, as the case says, for a mask [B, H, nq, n]."""
-    mine = {name: inputs[name].clone() for name in "qkv"}
+def make_odd(inputs: Named, case: Case, mask: Tensor, slopes: Named) -> Named:
+    """The inputs with NaN and infinities, as the case says, for a mask [B, H, nq, n]. What has no slope in a
+    table is read by no live pair."""
+    mine = {name: inputs[name].clone() for name in ("q", "k", "v", *slopes)}
     share = case.heads // case.kv_heads
     reached = mask.view(case.batch, case.kv_heads, share, case.nq, case.n).any(3).any(2)
-    numbers = torch.tensor([torch.nan, torch.inf, -torch.inf])
     if case.odd == "unreached":
-        for name, dead in (("q", ~mask.any(-1)), ("k", ~reached), ("v", ~reached)):
+        dead = {"q": ~mask.any(-1), "k": ~reached, "v": ~reached}
+        for name, where in (dead | {name: slope == 0 for name, slope in slopes.items()}).items():
             x = mine[name]
-            x[dead] = numbers[torch.arange(x[dead].numel()) % 3].view(x[dead].shape).to(x.dtype)
+            x[where] = ODD_NUMBERS[torch.arange(x[where].numel()) % 3].view(x[where].shape)
     elif case.odd:
         places = (mask.any(-1) if case.odd == "q" else reached).nonzero()
         for b, h, i in places[len(places) // 2 :][:1].tolist():
