@@ -48,7 +48,7 @@ __all__ = ["CASES", "MECHANISMS", "Case", "Mechanism", "check", "declined", "sup
 
 ROUNDINGS, GRAD_ROUNDINGS = 2, 4
 FAR = -1000
-"""The log-sum-exp of a row that is wholly masked by a large number is less."""
+"""The log-sum-exp of a row that a large number masks wholly is less."""
 """Error allowed beside the yardstick, in units of the dtype's epsilon; the latter for gradients."""
 
 
@@ -79,7 +79,7 @@ def _compare(name: str, mine: Tensor, exact: Exact) -> None:
     assert not mine.isnan().any(), f"{name} is NaN in {int(mine.isnan().sum())} places"
     assert torch.equal(mine == -torch.inf, value == -torch.inf), f"{name}: other rows are -inf"
     if name == "lse":
-        far = (value < FAR) & value.isfinite()
+        far = exact.masked
         off = _relative(mine[far] / value[far], torch.ones_like(value[far]))
         assert off <= exact.far, f"{name} of masked rows: error {off:.2e}, allowed {exact.far:.2e}"
         mine, value = mine.masked_fill(far, 0.0), value.masked_fill(far, 0.0)
@@ -106,11 +106,13 @@ _attention = functools.cache(attention_of)
 @dataclass(frozen=True, eq=False)
 class Exact:
     """What a case gives: the inputs and, by name, the results and the places that a row which is NaN reaches
-    by a live pair. allowed and far are the errors allowed."""
+    by a live pair. masked are the rows that a large number masks wholly. allowed and far are the errors
+    allowed."""
 
     inputs: Named
     results: Named
     reached: Named
+    masked: Tensor
     allowed: dict[str, float]
     far: float
 
@@ -122,9 +124,12 @@ def _exact(case: Case) -> Exact:
     inputs = inputs_of(attention, case)
     plain = call_of(attention, case, inputs)
     mask = related(formulas, plain)
-    if case.left_out:
+    masked = torch.zeros(mask.shape[:3], dtype=torch.bool)
+    if case.mechanism.exact:
         _, lse, _ = attend(formulas, plain, mask)
-        inputs = _without(lse < FAR, inputs, 0.0)
+        masked = (lse < FAR) & lse.isfinite()
+    if case.left_out:
+        inputs = _without(masked, inputs, 0.0)
 
     def results(inputs: Named) -> tuple[Named, Tensor]:
         leaves = leaves_of(inputs, case, torch.float64)
@@ -144,7 +149,7 @@ def _exact(case: Case) -> Exact:
         reached = {name: x.isnan() for name, x in through.items()}
         reached |= {"out": rows[..., None].expand_as(exact["out"]), "lse": rows}
     far = ROUNDINGS * torch.finfo(torch.promote_types(getattr(torch, case.dtype), torch.float32)).eps
-    return Exact(odd, exact, reached, _allowed(case, inputs, mask, sizes), far)
+    return Exact(odd, exact, reached, masked, _allowed(case, inputs, mask, sizes), far)
 
 
 def _without(rows: Tensor, inputs: Named, value: float) -> Named:
