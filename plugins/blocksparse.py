@@ -35,6 +35,9 @@ from attndsl.execution.torch_eval import (
     elements,
     evaluate,
     fused_rows,
+    peak,
+    strained,
+    weigh,
 )
 from attndsl.expr import Expr
 from attndsl.tiles.blockmask import BlockMask, TileGrid
@@ -343,22 +346,9 @@ class Lane:
     def keys(self, x: Tensor) -> Tensor:
         return x[self.batch, self.kv_heads]
 
-
-STRAIN = 2.0**10
-"""Beyond this a log-sum-exp of 32 bits says little of how many keys it is of: -1e9 as a mask, say."""
-
-
-def strained(lse: Tensor) -> bool:
-    """Whether some row needs its log-sum-exp in float64 to be merged and differentiated."""
-    if lse.dtype == torch.float64 or not lse.numel():
-        return False
-    return bool(torch.where(lse == -torch.inf, 0.0, lse).abs().max() > STRAIN)
-
-
-def widened(call: Call) -> Call:
-    """The call in float64."""
-    tables = {name: x.double() if x.is_floating_point() else x for name, x in call.tables.items()}
-    return replace(call, q=call.q.double(), k=call.k.double(), v=call.v.double(), tables=tables)
+    def strained(self, lse: Tensor) -> bool:
+        """Whether parts are neither merged nor differentiated well by this log-sum-exp."""
+        return self.group.norm.kind == "softmax" and strained(lse)
 
 
 @dataclass(frozen=True, eq=False)
@@ -372,51 +362,47 @@ class BlockSparse:
         return self.forward(call)
 
     def forward(self, call: Call) -> tuple[Tensor, Tensor]:
-        out, lse = self.merged(call)
-        if strained(lse):
-            exact, total = self.merged(widened(call))
-            return exact.to(out.dtype), total.to(lse.dtype)
-        return out, lse
-
-    def merged(self, call: Call) -> tuple[Tensor, Tensor]:
         q = call.q
         wide = torch.promote_types(q.dtype, torch.float32)
         out = q.new_empty((*q.shape[:3], call.v.shape[3]), dtype=wide)
         lse = q.new_empty(q.shape[:3], dtype=wide)
         for lane in _lanes_of(self.attention, call):
-            work = self.work(call, lane, recorded=False)
             o, total = lane.queries(out), lane.queries(lse)
-            chunks = work.chunks(self.chunks, gradient=False)
-            o[:, chunks.empty] = 0.0
-            total[:, chunks.empty] = -torch.inf
-            for chunk, addend in chunks.chunks:
-                work.merge(chunk, o, total, *work.part(chunk, addend))
-            work.add_sink(o, total)
-        return out.to(q.dtype), lse
+            self.run(self.work(call, lane, recorded=False), o, total)
+            if lane.strained(total):
+                _, top, exact, beyond = self.careful(call, lane)
+                o.copy_(exact)
+                torch.add(beyond, top, out=total)
+        return out, lse
+
+    def run(self, work: Work, out: Tensor, lse: Tensor) -> None:
+        """Writes output and log-sum-exp of a lane."""
+        # the backward pass of careful work must round its logits as they are rounded here
+        chunks = work.chunks(self.chunks, gradient=work.top is not None)
+        out[:, chunks.empty] = 0.0
+        lse[:, chunks.empty] = -torch.inf
+        for chunk, addend in chunks.chunks:
+            work.merge(chunk, out, lse, *work.part(chunk, addend))
+        work.add_sink(out, lse)
+
+    def careful(self, call: Call, lane: Lane) -> tuple[Work, Tensor, Tensor, Tensor]:
+        """Work whose logits are differences from the greatest of their row, which are exact; that greatest;
+        its output; and its log-sum-exp, which says how many keys there are, however large they are."""
+        work = Work(call, lane, None)
+        top = torch.full(work.q.shape[:2], -torch.inf, dtype=work.wide, device=call.q.device)
+        for chunk, _ in work.chunks(self.chunks, gradient=True).chunks:
+            q, k, _ = work.sources(chunk)
+            found = peak(*work.weights(chunk, q, k, {})).squeeze(-1)
+            chunk.put_queries(top, torch.maximum(chunk.queries(top), found))
+        top.masked_fill_(top == -torch.inf, 0.0)
+        if (sink := work.sink({})) is not None:
+            torch.maximum(top, sink, out=top)
+        work = replace(work, top=top)
+        out, beyond = top.new_empty((*top.shape, call.v.shape[3])), torch.empty_like(top)
+        self.run(work, out, beyond)
+        return work, top, out, beyond
 
     def gradient(
-        self,
-        call: Call,
-        wanted: Sequence[str],
-        out: Tensor,
-        lse: Tensor,
-        grad_out: Tensor,
-        grad_lse: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-        if not strained(lse):
-            return self.pulled(call, wanted, out, lse, grad_out, grad_lse)
-        wide = widened(call)
-        grads = self.pulled(
-            wide,
-            wanted,
-            *self.merged(wide),
-            grad_out.double(),
-            None if grad_lse is None else grad_lse.double(),
-        )
-        gq, gk, gv = (g.to(x.dtype) for g, x in zip(grads[:3], (call.q, call.k, call.v), strict=True))
-        return gq, gk, gv, {name: g.to(call.tables[name].dtype) for name, g in grads[3].items()}
-
-    def pulled(
         self,
         call: Call,
         wanted: Sequence[str],
@@ -430,13 +416,14 @@ class BlockSparse:
         totals += [torch.zeros(x.shape, dtype=wide, device=x.device) for x in (call.k, call.v)]
         tables = {name: torch.zeros_like(call.tables[name]) for name in wanted}
         shift = None if grad_lse is None else grad_lse.masked_fill(lse == -torch.inf, 0.0)
-        over = lse.masked_fill(lse == -torch.inf, torch.inf)
         for lane in _lanes_of(self.attention, call):
-            work = self.work(call, lane, recorded=bool(tables))
+            work, over = self.work(call, lane, recorded=bool(tables)), lane.queries(lse)
+            if lane.strained(over):
+                work, _, _, over = self.careful(call, lane)
             rows = Rows(
                 lane.queries(grad_out.to(wide)),
                 lane.queries(out.to(wide)),
-                lane.queries(over),
+                over.masked_fill(over == -torch.inf, torch.inf),
                 None if shift is None else lane.queries(shift),
             )
             dq, dk, dv = lane.queries(totals[0]), lane.keys(totals[1]), lane.keys(totals[2])
@@ -459,7 +446,8 @@ class BlockSparse:
 @dataclass(frozen=True, eq=False)
 class Rows:
     """Of every query row of a lane, in at least float32: [X, nq, Dv] gradient and output, [X, nq]
-    log-sum-exp, inf for an empty row, and the gradient of the log-sum-exp if there is one."""
+    log-sum-exp (beyond the work's `top` if it has one), inf for an empty row, and the gradient of the
+    log-sum-exp if there is one."""
 
     grad_out: Tensor
     out: Tensor
@@ -495,11 +483,16 @@ class Simple:
 
 @dataclass(frozen=True, eq=False)
 class Work:
-    """One lane of one call."""
+    """One lane of one call.
+
+    simple   how torch's fused kernel does it, None where it does not
+    top      what is subtracted from all logits of a row, the sink's too [X, nq]
+    """
 
     call: Call
     lane: Lane
     simple: Simple | None
+    top: Tensor | None = None
     last: dict[tuple[int, ...], Addend] = field(default_factory=dict)
     """What a bias by distance was the last time, by what it depends on."""
 
@@ -614,6 +607,8 @@ class Work:
         mask = torch.ones((), dtype=torch.bool, device=q.device) if chunk.mask is None else chunk.mask
         live = mask.expand(1, *s.shape[1:])
         logit = torch.where(live, evaluate(group.score, env, live).to(self.wide), -torch.inf).expand(s.shape)
+        if self.top is not None:
+            logit = logit - chunk.queries(self.top)[..., None]
         if group.decay is None:
             return logit, None
         return logit, decay_factor(group.decay, env, live).to(self.wide)
@@ -633,11 +628,12 @@ class Work:
         chunk.put_queries(lse, both)
 
     def sink(self, tables: Mapping[str, Tensor]) -> Tensor | None:
-        """The sink's logit [X, 1]; `tables` take the place of the call's."""
-        sink = self.lane.group.norm.sink
-        if sink is None:
+        """The sink's logit of every row [X, nq]; `tables` take the place of the call's."""
+        if self.lane.group.norm.sink is None:
             return None
-        return evaluate(sink, self.env(None, tables)).to(self.wide).expand(len(self.q), 1, 1, 1).view(-1, 1)
+        found = evaluate(self.lane.group.norm.sink, self.env(None, tables)).to(self.wide)
+        sink = found.expand(len(self.q), 1, 1, 1).view(-1, 1).expand(self.q.shape[:2])
+        return sink if self.top is None else sink - self.top
 
     def add_sink(self, out: Tensor, lse: Tensor) -> None:
         sink = self.sink({})
@@ -654,7 +650,7 @@ class Work:
         value, pull = vjp(self.sink, {name: self.call.tables[name] for name in tables})
         assert value is not None
         weight = torch.exp(value - rows.lse)
-        (grads,) = pull(-(weight * rows.delta).sum(1, keepdim=True))
+        (grads,) = pull(-weight * rows.delta)
         for name, g in grads.items():
             tables[name] += g
 
@@ -674,11 +670,9 @@ class Work:
 
         def weights(q: Tensor, k: Tensor, tables: Mapping[str, Tensor]) -> Tensor:
             logit, factor = self.weights(chunk, q, k, tables)
-            weight = {
-                "softmax": lambda: torch.exp(logit - over),
-                "sigmoid": lambda: torch.sigmoid(logit),
-                "relu": lambda: torch.relu(logit),
-            }[kind]()
+            if kind == "softmax":
+                return weigh(logit, over, factor)
+            weight = torch.sigmoid(logit) if kind == "sigmoid" else torch.relu(logit)
             return weight if factor is None else factor * weight
 
         weight, pull = vjp(weights, q, k, {name: self.call.tables[name] for name in tables})
@@ -745,13 +739,13 @@ def closing(mask: Tensor | None, bias: Tensor) -> Addend:
 def normalise(logit: Tensor, factor: Tensor | None, v: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp of one part."""
     if kind == "softmax":
-        top = logit.amax(-1, keepdim=True)
-        top = top.masked_fill(top.isinf(), 0.0)
-        weight = torch.exp(logit - top)
+        top = peak(logit, factor)
+        top = top.masked_fill(top == -torch.inf, 0.0)
+        weight = weigh(logit, top, factor)
     else:
         top = torch.zeros_like(logit[..., :1])
         weight = torch.sigmoid(logit) if kind == "sigmoid" else torch.relu(logit)
-    weight = weight if factor is None else weight * factor
+        weight = weight if factor is None else weight * factor
     total = weight.sum(-1)
     lse = torch.log(total) + top.squeeze(-1)
     out = weight @ v

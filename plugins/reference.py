@@ -7,7 +7,7 @@ from torch import Tensor
 
 from attndsl.attention import Attention, HeadGroup
 from attndsl.backend import Call, Kernel, Problem, weighed
-from attndsl.execution.torch_eval import Env, decay_factor, elements, evaluate
+from attndsl.execution.torch_eval import Env, decay_factor, elements, evaluate, softmax
 from attndsl.tiles.blockmask import BlockMask
 
 SECONDS = {
@@ -107,18 +107,9 @@ def attend_group(group: HeadGroup, call: Call, env: Env) -> tuple[Tensor, Tensor
     decay = mask.to(env.dtype) if group.decay is None else decay_factor(group.decay, env, mask)
     decay = decay.expand(score.shape)
     if group.norm.kind == "softmax":
-        sink = logit.new_full((*logit.shape[:-1], 1), -torch.inf)
-        if group.norm.sink is not None:
-            sink = evaluate(group.norm.sink, env, here).to(env.dtype).expand(sink.shape)
-        top = torch.maximum(logit.amax(-1, keepdim=True), sink) if logit.shape[-1] else sink
-        top = torch.where(top.isinf(), 0.0, top).detach()
-        weight = decay * torch.exp(logit - top)
-        total = weight.sum(-1, keepdim=True) + torch.exp(sink - top)
-        empty = (decay == 0).all(-1, keepdim=True) | (total == 0)
-        weight = torch.where(empty, 0.0, weight)
-        normaliser = torch.where(empty, 1.0, total)
-        lse = torch.where(empty, -torch.inf, torch.log(normaliser) + top)
-        return (weight / normaliser) @ v, lse.squeeze(-1)
+        sink = group.norm.sink
+        weight, lse = softmax(logit, decay, None if sink is None else evaluate(sink, env, here).to(env.dtype))
+        return weight @ v, lse.squeeze(-1)
     weight = decay * (torch.sigmoid(logit) if group.norm.kind == "sigmoid" else torch.relu(logit))
     total = weight.sum(-1)
     empty = (weight == 0).all(-1)

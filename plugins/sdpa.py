@@ -22,6 +22,8 @@ from attndsl.execution.torch_eval import (
     elements,
     evaluate,
     fused_rows,
+    softmax,
+    strained,
 )
 from attndsl.expr import Expr
 from attndsl.tiles.blockmask import BlockMask, TileGrid
@@ -116,7 +118,7 @@ class Dense:
         grad_lse: Tensor | None,
     ) -> Gradients:
         fused = call.q.device.type == "cpu" and 0 not in (*call.q.shape, *call.k.shape)
-        if not fused or wanted or grad_lse is not None:
+        if not fused or wanted or grad_lse is not None or strained(lse):
             tables = {name: call.tables[name] for name in wanted}
             _, pull = vjp(
                 lambda q, k, v, t: self.formula(call, q, k, v, {**call.tables, **t}),
@@ -125,7 +127,8 @@ class Dense:
                 call.v,
                 tables,
             )
-            grads: Gradients = pull((grad_out, torch.zeros_like(lse) if grad_lse is None else grad_lse))
+            slopes = grad_out.to(lse.dtype), torch.zeros_like(lse) if grad_lse is None else grad_lse
+            grads: Gradients = pull(slopes)
             return grads
         causal, addend = self.addend(call)
         q, k, v = self.padded(call)
@@ -200,11 +203,8 @@ class Dense:
         )
         mask = self.mask(call)
         logit = q_ @ k_.transpose(-1, -2) * self.scale + self.bias_of(call, tables)
-        logit = torch.where(mask, logit, -torch.inf)
-        dead = (logit == -torch.inf).all(-1)
-        lse = torch.where(dead[..., None], 0.0, logit).logsumexp(-1)
-        weight = torch.exp(logit - lse[..., None])
-        return (weight @ v_).to(q.dtype), torch.where(dead, -torch.inf, lse)
+        weight, lse = softmax(torch.where(mask, logit, -torch.inf))
+        return weight @ v_, lse.squeeze(-1)
 
 
 def _checked(attention: Attention, head_dim: int) -> tuple[float, Expr | None]:

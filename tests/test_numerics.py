@@ -208,3 +208,86 @@ def test_vectors_of_tables_of_every_shape(backend: str, axes: str, lead: str) ->
     grads = (torch.autograd.grad(out.sin().sum(), leaves) for out in (found, expected))
     for mine, value in zip(*grads, strict=True):
         torch.testing.assert_close(mine, value)
+
+
+SINGLE = torch.finfo(torch.float32).min
+HALF = torch.finfo(torch.bfloat16).min
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("large", [-1e4, -1e9, HALF, SINGLE, -torch.inf, 1e9, 5e3])
+@pytest.mark.parametrize("norm", ["softmax", "softmax(sink = 0.5)", "softmax(sink = 3e9)"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_large_numbers_in_place_of_infinities(backend: str, norm: str, large: float, dtype: str) -> None:
+    """Row 0 is added `large` to everywhere, row 1 twice, other rows at every third key; keys are in parts.
+    The loss counts all rows, or leaves the two out."""
+    if backend == "sdpa" and norm != "softmax":
+        pytest.skip("SDPA has no sink")
+    n, d, kind = 96, 8, getattr(torch, dtype)
+    wide = torch.promote_types(kind, torch.float32)
+    text = f"inputs m : float[n, n]  mask radius(20) | columns(0..2) score s + m[q, k] norm {norm}"
+    attention = attndsl.parse(f"attention a {{ {text} }}")["a"]
+    plan = attndsl.compile(
+        attention, length=n, heads=2, head_dim=d, dtype=dtype, backend=backend, training=True, block_size=16
+    )
+    rng = torch.Generator().manual_seed(0)
+    drawn = [(torch.randn(1, 2, n, d, generator=rng) * 4).round().div(4).to(kind) for _ in range(4)]
+    m = torch.zeros(n, n, dtype=wide)
+    m[2:, ::3] = m[0] = large
+    m[1] = 2 * m[0]
+    leaves = [x.double().requires_grad_() for x in (*drawn[:3], m)]
+    q, k, v, added = leaves
+    position = torch.arange(n)
+    mask = ((position[:, None] - position).abs() <= 20) | (position <= 2)
+    s = q @ k.mT / d**0.5
+    rounded = (s.detach().to(wide) + m).double()
+    logit = torch.where(
+        mask, torch.where(rounded.isinf(), rounded, rounded + (s - s.detach()) + (added - m)), -torch.inf
+    )
+    sink = torch.tensor({"softmax": -torch.inf, "softmax(sink = 0.5)": 0.5}.get(norm, 3e9))
+    top = logit.detach().amax(-1, keepdim=True)
+    empty = top == -torch.inf
+    top = torch.maximum(torch.where(empty, 0.0, top), sink)
+    weight = torch.where(empty, 0.0, torch.exp(logit - top))
+    total = torch.where(empty, 1.0, weight.sum(-1, keepdim=True) + torch.exp(sink - top))
+    expected = (weight / total) @ v, torch.where(empty, -torch.inf, top + total.log()).squeeze(-1)
+    mine = [x.clone().requires_grad_() for x in (*drawn[:3], m)]
+    found = plan(*mine[:3], m=mine[3], return_lse=True)
+    tolerance = {"float32": 2e-5, "float64": 1e-12, "bfloat16": 3e-2}[dtype]
+    torch.testing.assert_close(found[0].double(), expected[0], rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(found[1], expected[1].to(wide), rtol=tolerance, atol=tolerance)
+    for counted in (position >= 0, position > 1):
+        grad = drawn[3] * counted[:, None]
+        grads = (
+            torch.autograd.grad(found[0], mine, grad, retain_graph=True),
+            torch.autograd.grad(expected[0], leaves, grad.double(), retain_graph=True),
+        )
+        for here, there in zip(*grads, strict=True):
+            torch.testing.assert_close(here.double(), there, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("large", [-1e9, SINGLE, 0.0])
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_a_decay_of_nought_takes_a_pair_out_however_large_its_logit(backend: str, large: float) -> None:
+    n, d = 64, 4
+    text = "inputs m : float[n]  w : float[n]  mask radius(20) | columns(0..2) score s + m[k] decay w[k]"
+    attention = attndsl.parse(f"attention a {{ {text} }}")["a"]
+    plan = attndsl.compile(
+        attention, length=n, heads=1, head_dim=d, backend=backend, training=True, block_size=16
+    )
+    rng = torch.Generator().manual_seed(1)
+    q, k, v, grad = (torch.randn(1, 1, n, d, generator=rng) for _ in range(4))
+    position = torch.arange(n)
+    out_of = position % 3 == 0
+    m, w = torch.where(out_of, 300.0, large), torch.where(out_of, 0.0, 0.5)
+    mask = (((position[:, None] - position).abs() <= 20) | (position <= 2)) & ~out_of
+    wide = [x.double().requires_grad_() for x in (q, k, v)]
+    s = wide[0] @ wide[1].mT / d**0.5
+    expected = torch.where(mask, s if large == 0 else 0 * s, -torch.inf).softmax(-1) @ wide[2]
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    found = plan(*leaves, m=m, w=w)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    grads = torch.autograd.grad(found, leaves, grad), torch.autograd.grad(expected, wide, grad.double())
+    # gradients pass through s + m, of which 0 * s knows nothing
+    for here, there in list(zip(*grads, strict=True))[0 if large == 0 else 2 :]:
+        torch.testing.assert_close(here.double(), there, rtol=1e-5, atol=1e-5)

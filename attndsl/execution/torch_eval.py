@@ -65,6 +65,48 @@ def decay_factor(decay: Expr, env: Env, live: Tensor) -> Tensor:
     return found
 
 
+def peak(logit: Tensor, factor: Tensor | None = None) -> Tensor:
+    """The greatest logit of each row [.., 1], of those whose factor is not 0; -inf if there is none. A
+    constant: nothing is differentiated through it."""
+    if not logit.shape[-1]:
+        return logit.new_full((*logit.shape[:-1], 1), -torch.inf)
+    kept = logit if factor is None else torch.where(factor == 0, -torch.inf, logit)
+    return kept.detach().amax(-1, keepdim=True)
+
+
+def weigh(logit: Tensor, base: Tensor, factor: Tensor | None) -> Tensor:
+    """factor * exp(logit - base), for a base that no logit of another factor than 0 exceeds by much."""
+    if factor is None:
+        return torch.exp(logit - base)
+    # 0 times infinity would be NaN
+    return factor * torch.exp((logit - base).clamp_max(64.0))
+
+
+def softmax(logit: Tensor, factor: Tensor | None = None, sink: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Weights of rows, which sum to 1 together with the sink's, and the log-sum-exp [.., 1]; 0 and -inf for a
+    row of which nothing is left. Exact for logits of any size: equal ones have a difference of 0."""
+    top = peak(logit, factor)
+    empty = top == -torch.inf
+    top = torch.where(empty, 0.0, top)
+    if sink is not None:
+        top = torch.maximum(top, sink.detach())
+    weight = torch.where(empty, 0.0, weigh(logit, top, factor))
+    total = weight.sum(-1, keepdim=True)
+    if sink is not None:
+        total = total + torch.exp(sink - top)
+    total = torch.where(empty, 1.0, total)
+    return weight / total, torch.where(empty, -torch.inf, torch.log(total) + top)
+
+
+STRAIN = 2.0**10
+"""A log-sum-exp beyond this says less and less of how many keys it is of: nothing where -1e9 is a mask."""
+
+
+def strained(lse: Tensor) -> bool:
+    """Whether in some row exp(logit - lse) is not the weight to all digits."""
+    return bool(((lse.abs() > STRAIN) & (lse != -torch.inf)).any())
+
+
 UNARY: dict[str, tuple[Callable[[Tensor], Tensor], float | None]] = {
     "exp": (torch.exp, 0.0),
     "log": (torch.log, 1.0),

@@ -142,12 +142,14 @@ class Part:
             g = 1 / (1 + np.exp(-logit)) if self.group.norm.kind == "sigmoid" else np.maximum(logit, 0)
             weight = self.factor * g
             return weight, weight.sum(-1), np.zeros(len(logit))
-        top = np.where(self.live, logit, -np.inf).max(-1, initial=-np.inf)
-        top = np.maximum(top, self.sink)
-        top = np.where(np.isfinite(top), top, 0)
-        weight = self.factor * np.exp(np.where(self.live, logit - top[:, None], -np.inf))
-        # a row without weight is empty, whatever its sink: its output is 0 and its log-sum-exp -inf
-        total = np.where((weight == 0).all(-1), 0, weight.sum(-1) + np.exp(self.sink - top))
+        top = np.where(self.live & (self.factor != 0), logit, -np.inf).max(-1, initial=-np.inf)
+        # a row without a key is empty, whatever its sink: its output is 0 and its log-sum-exp -inf
+        empty = top == -np.inf
+        top = np.maximum(np.where(empty, 0, top), self.sink)
+        # what is above the top has factor 0
+        power = np.minimum(logit - top[:, None], 0)
+        weight = np.where(empty[:, None], 0, self.factor * np.exp(np.where(self.live, power, -np.inf)))
+        total = np.where(empty, 0, weight.sum(-1) + np.exp(self.sink - top))
         return weight / np.where(total == 0, 1, total)[:, None], total, top
 
     def steepness(self) -> Array:
