@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import random
 import sys
@@ -13,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import attndsl
 from attndsl.conformance import CASES, Case, check, declined
 from attndsl.conformance.formula import Formula, Pairs, dot
 from attndsl.conformance.mechanisms import Mechanism, integers, likely
@@ -40,8 +42,12 @@ class Operator:
     of: Callable[..., Any]
     kinds: str
 
+    @property
+    def name(self) -> str:
+        return f"{self.text} of {self.kinds}"
+
     def __call__(self, *args: Pair) -> Pair:
-        uses = frozenset({self.text}).union(*(arg.uses for arg in args))
+        uses = frozenset({self.name}).union(*(arg.uses for arg in args))
         return Pair(
             self.text.format(*(arg.text for arg in args)), lambda p: self.of(*(a.of(p) for a in args)), uses
         )
@@ -130,6 +136,10 @@ def leaf(text: str, of: Callable[[Pairs], Any]) -> Pair:
     return Pair(text, of, frozenset({text}))
 
 
+def equals(p: Pairs) -> Tensor:
+    return p.tables["int__n"][p.q] == p.tables["int__n"][p.k]
+
+
 CONTENT = (
     leaf("s", lambda p: p.s),
     leaf("(Q @ K / 8)", lambda p: dot(p.Q, p.K) / 8),
@@ -154,6 +164,12 @@ PATTERNS = (
     leaf("full", lambda p: torch.tensor(1)),
     leaf("block(4)", lambda p: (p.q // 4 == p.k // 4).long()),
     leaf("blocks(3, causal)", lambda p: (p.k // 3 <= p.q // 3).long()),
+    leaf("within(5, radius(1))", lambda p: ((p.q // 5 == p.k // 5) & (abs(p.q - p.k) <= 1)).long()),
+    leaf("(last(2) @ last(3))", lambda p: ((p.k <= p.q) & (p.q - p.k < 4)).long()),
+    leaf("random(2)", lambda p: p.drawn("mask random(2)", p.q, p.k, p.n).long()),
+    Pair("documents(int__n)", lambda p: equals(p).long(), frozenset({"int__n"})),
+    Pair("within(int__n, causal)", lambda p: (equals(p) & (p.k <= p.q)).long(), frozenset({"int__n"})),
+    Pair("columns(bool_B_n)", lambda p: p.tables["bool_B_n"][p.b, p.k].long(), frozenset({"bool_B_n"})),
 )
 LOOKED_UP = (
     leaf("last(3)[q, k]", lambda p: (p.k <= p.q) & (p.q - p.k < 3)),
@@ -203,6 +219,7 @@ ENTRIES: dict[str, tuple[str, Callable[[Pairs], tuple[Any, ...]]]] = {
     "n, D": ("[q]", lambda p: (p.q,)),
     "5, D": ("[(q - k) mod 5]", lambda p: ((p.q - p.k) % 5,)),
     "3, n, D": ("[q mod 3, k]", lambda p: (p.q % 3, p.k)),
+    "n, 3": ("[q]", lambda p: (p.q,)),
 }
 
 
@@ -227,6 +244,7 @@ SHAPES = {
         *shapes("learn", ["", "H"], ["D", "5, D"]),
     ),
 }
+SHAPES["set"] = shapes("int", LEADS, ["n, 3"])
 BY_NAME = {shape.name: shape for group in SHAPES.values() for shape in group}
 
 
@@ -239,16 +257,20 @@ WITH_CONTENT = tuple(
 BOTH = Operator("({} @ {} / 4)", lambda a, b: dot(a, b) / 4, "vv")
 AMONG_TABLES = tuple(BOTH(v, w) for v, w in itertools.pairwise(VECTORS))
 PLAIN = {kind: tuple(shape.pair() for shape in SHAPES[kind]) for kind in "rit"}
+MEMBERS = tuple(
+    Pair(f"(k in {v.text})", lambda p, v=v: (v.of(p) == p.k[..., None]).any(-1), v.uses | {"k in"})
+    for v in (shape.pair() for shape in SHAPES["set"])
+)
 D = leaf("D", lambda p: torch.tensor(p.D))
 LEAVES = {
-    ("r", "score"): (*CONTENT, *WITH_CONTENT, *AMONG_TABLES, *PLAIN["r"]),
+    ("r", "score"): (*CONTENT * 5, *WITH_CONTENT, *AMONG_TABLES, *PLAIN["r"]),
     ("r", "bias"): (*AMONG_TABLES, *PLAIN["r"]),
     ("i", "score"): (*NUMBERS, D, *PLAIN["i"]),
     ("i", "bias"): (*NUMBERS, D, *PLAIN["i"]),
     ("i", "mask"): (*NUMBERS, *PLAIN["i"]),
-    ("t", "score"): (*LOOKED_UP, *PLAIN["t"]),
-    ("t", "bias"): (*LOOKED_UP, *PLAIN["t"]),
-    ("t", "mask"): (*LOOKED_UP, *PLAIN["t"]),
+    ("t", "score"): (*LOOKED_UP, *MEMBERS, *PLAIN["t"]),
+    ("t", "bias"): (*LOOKED_UP, *MEMBERS, *PLAIN["t"]),
+    ("t", "mask"): (*LOOKED_UP, *MEMBERS, *PLAIN["t"]),
     ("p", "mask"): PATTERNS,
 }
 """What stands in a mask, in a bias that neither queries nor keys decide, and in any score."""
@@ -261,18 +283,18 @@ class Grower:
         self.rng = random.Random(5)
         self.turns: dict[tuple[Any, ...], Iterator[Any]] = {}
 
-    def turn(self, items: tuple[Any, ...], *key: str) -> Any:
-        if (items, key) not in self.turns:
-            self.turns[items, key] = itertools.cycle(self.rng.sample(items, len(items)))
-        return next(self.turns[items, key])
+    def turn(self, items: tuple[Any, ...]) -> Any:
+        if items not in self.turns:
+            self.turns[items] = itertools.cycle(self.rng.sample(items, len(items)))
+        return next(self.turns[items])
 
     def tree(self, kind: str, depth: int, where: str) -> Pair:
         if depth == 0 or (depth < 3 and self.rng.random() < 0.15):
-            found: Pair = self.turn(LEAVES[kind, where], where)
+            found: Pair = self.turn(LEAVES[kind, where])
             return found
         # a mask is made of integers
         allowed = tuple(o for o in OPERATORS[kind] if where != "mask" or "r" not in o.kinds)
-        operator: Operator = self.turn(allowed, where)
+        operator: Operator = self.turn(allowed)
         return operator(*(self.tree(arg, depth - 1, where) for arg in operator.kinds))
 
 
@@ -293,7 +315,7 @@ SCORES = {
 }
 DECAYS = (
     Operator("0.25 + sigmoid({})", lambda x: 0.25 + x.sigmoid(), "r"),
-    Operator("max(tanh({}), 0.0)", lambda x: x.tanh().relu(), "r"),
+    Operator("where({}, 0.0, 0.5 + |tanh({})|)", lambda t, x: torch.where(t, 0.0, 0.5 + abs(x.tanh())), "tr"),
 )
 SINKS = tuple(
     Pair(f"{t.text} + 0.25 * h", lambda p, t=t: t.of(p) + 0.25 * p.h, t.uses | {"sink"})
@@ -319,7 +341,10 @@ def program(i: int, grower: Grower) -> Program:
         bare = score
         score = replace(bare, text=f"0.5 + |({bare.text})|", of=lambda p: 0.5 + abs(bare.of(p)))
     mask = PATTERNS[0] if i % 9 == 0 else grower.tree("p", 3, "mask")
-    decay = None if i % 9 == 0 or rng.random() < 0.5 else grower.turn(DECAYS)(grower.tree("r", 2, "bias"))
+    decay = None
+    if i % 9 and rng.random() < 0.5:
+        factor: Operator = grower.turn(DECAYS)
+        decay = factor(*(grower.tree(kind, 2, "bias") for kind in factor.kinds))
     sink = grower.turn(SINKS) if norm == "sink" else None
     uses = frozenset({norm}).union(*(part.uses for part in (score, mask, decay, sink) if part))
     tables = [BY_NAME[name] for name in sorted(uses & BY_NAME.keys())]
@@ -376,7 +401,7 @@ def test_a_program_is_its_formula(program: Program) -> None:
 
 
 def test_the_programs_use_everything() -> None:
-    operators = {o.text for group in (*OPERATORS.values(), DECAYS, (BOTH,)) for o in group}
+    operators = {o.name for group in (*OPERATORS.values(), DECAYS, (BOTH,)) for o in group}
     leaves = {name for group in LEAVES.values() for pair in group for name in pair.uses}
     wanted = operators | leaves | {*BY_NAME, *NORMS} | {name for sink in SINKS for name in sink.uses}
     assert not wanted - {name for program in PROGRAMS for name in program.uses}
@@ -409,8 +434,10 @@ FAULTS: dict[str, Callable[[pytest.MonkeyPatch, Any], None]] = {
 
 
 def check_all() -> None:
+    """But for programs that the fault sends outside of a table, which is refused."""
     for program in PROGRAMS:
-        check("reference", program.case)
+        with contextlib.suppress(attndsl.AttnError):
+            check("reference", program.case)
 
 
 @pytest.mark.parametrize("fault", FAULTS)

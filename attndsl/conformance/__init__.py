@@ -13,9 +13,12 @@
 
 `check` compares output, log-sum-exp and gradients with formulas that are written by hand beside each
 mechanism and evaluated in float64 pair by pair; gradients only where the backend has them: one that
-declines to train is held to the rest. The error may be twice that of SDPA's math path in the same dtype on
-the same q, k and v, plus a few roundings of the result and one of the largest logit. Memory that a kernel
-does not write is NaN while it runs.
+declines to train is held to the rest. The error may be twice that of SDPA in the same dtype on the same q,
+k and v, plus a few roundings of the result and one of the largest logit. Tensors lie in memory in many
+ways, and memory that a kernel does not write is NaN while it runs.
+
+NaN and infinities that no live pair reaches touch nothing. A NaN that a live pair reaches stays: it is in
+the row's output where the formula has it, and in gradients of what the row reaches and of nothing else.
 """
 
 from __future__ import annotations
@@ -47,9 +50,9 @@ from attndsl.execution import registry
 __all__ = ["CASES", "MECHANISMS", "Case", "Mechanism", "check", "declined", "supported"]
 
 ROUNDINGS, GRAD_ROUNDINGS = 2, 4
+"""Error allowed beside that of SDPA, in units of the dtype's epsilon; the latter for gradients."""
 FAR = -1000
 """The log-sum-exp of a row that a large number masks wholly is less."""
-"""Error allowed beside the yardstick, in units of the dtype's epsilon; the latter for gradients."""
 
 
 def check(backend: str, case: Case) -> str | None:
@@ -231,7 +234,8 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, out: Tensor, grad_out:
 
 
 def _allowed(case: Case, inputs: Named, mask: Tensor, sizes: Tensor) -> dict[str, float]:
-    """Twice the error of SDPA's math path, forward and backward, over the same mask without the score."""
+    """Twice the error of SDPA over the same mask without the score: of its math path and, but for 16 bits,
+    of the backward pass of fused kernels."""
     share = case.heads // case.kv_heads
     results = []
     # in float64 both sides would be the same: there float32's error stands for it, in units of epsilon
@@ -252,10 +256,8 @@ def _allowed(case: Case, inputs: Named, mask: Tensor, sizes: Tensor) -> dict[str
     factor = (4 if case.dtype == "float64" else 2) * eps / measured_eps
     # a logit of size S is off by S roundings of the arithmetic, and its weight in proportion
     logits = inputs["q"] @ inputs["k"].repeat_interleave(share, 1).transpose(-1, -2) / case.head_dim**0.5
-    kept = (
-        logits.detach() if case.mechanism.exact else torch.cat((logits.detach().flatten(), sizes.flatten()))
-    )
-    size = float(kept.nan_to_num().abs().max()) if kept.numel() else 0.0
+    known = [logits] if case.mechanism.exact else [logits, sizes]
+    size = max(float(x.detach().nan_to_num().abs().max()) if x.numel() else 0.0 for x in known)
     off = size * torch.finfo(torch.promote_types(getattr(torch, case.dtype), torch.float32)).eps
     out = factor * errors[0] + ROUNDINGS * eps + off
     grad = factor * max(errors[1:]) + GRAD_ROUNDINGS * eps + 2 * off

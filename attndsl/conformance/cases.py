@@ -85,16 +85,14 @@ def _for_each(starts: tuple[int, ...], batch: int) -> list[int]:
 LAID = ("q", "k", "v", "grad_out", "tables")
 
 
-def _cut(x: Tensor, *where: slice | int) -> Tensor:
-    """x in the place `where` of something longer, which is NaN elsewhere."""
-    index = (..., *where)
+def _cut(x: Tensor, *where: slice) -> Tensor:
+    """x in the place of something longer where its last axes are cut, which is NaN elsewhere."""
     sizes = list(x.shape)
     for axis, cut in zip(range(-len(where), 0), where, strict=True):
-        if isinstance(cut, slice):
-            sizes[axis] = (cut.start or 0) + sizes[axis] * (cut.step or 1) + 3
+        sizes[axis] = (cut.start or 0) + sizes[axis] * (cut.step or 1) + 3
     around = x.new_full(sizes, torch.nan) if x.is_floating_point() else x.new_zeros(sizes)
-    view = around[index][tuple(slice(size) for size in x.shape)]
-    return view.copy_(x)
+    place: Any = (..., *where)
+    return around[place][tuple(map(slice, x.shape))].copy_(x)
 
 
 def _reversed(x: Tensor) -> Tensor:
@@ -103,6 +101,7 @@ def _reversed(x: Tensor) -> Tensor:
     return x.permute(axes).contiguous().permute(axes)
 
 
+EVERY = slice(None)
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "plain": lambda x: x,
     "transposed": lambda x: x.mT.contiguous().mT if x.dim() > 1 else x,
@@ -110,9 +109,9 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "by-position": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2) if x.dim() > 2 else x,
     "one-row": lambda x: x[:1].expand(x.shape),
     "one-head": lambda x: x[:, :1].expand(x.shape) if x.dim() > 1 else x,
-    "in-a-cache": lambda x: _cut(x, slice(3, None), slice(None)) if x.dim() > 1 else x,
+    "in-a-cache": lambda x: _cut(x, slice(3, None), EVERY) if x.dim() > 1 else x,
     "in-features": lambda x: _cut(x, slice(4, None)),
-    "every-second": lambda x: _cut(x, slice(None, None, 2), slice(None)) if x.dim() > 1 else x,
+    "every-second": lambda x: _cut(x, slice(None, None, 2), EVERY) if x.dim() > 1 else x,
     "one-number": lambda x: x[(slice(1),) * x.dim()].expand(x.shape),
 }
 """A tensor of the same shape that lies in memory in another way. Those that begin with one- repeat what they
