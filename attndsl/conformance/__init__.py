@@ -40,6 +40,7 @@ from attndsl.conformance.cases import (
     attention_of,
     call_of,
     inputs_of,
+    keys_reached,
     leaves_of,
     make_odd,
 )
@@ -147,10 +148,12 @@ def _exact(case: Case) -> Exact:
     rows = exact["out"].isnan().any(-1)
     reached = {name: torch.zeros_like(x, dtype=torch.bool) for name, x in exact.items()}
     if rows.any():
-        # gradients that are NaN on arrival come to whatever these rows reach
+        # gradients that are NaN on arrival come to whatever in tables these rows read
         through, _ = results(_without(rows, odd, torch.nan))
-        reached = {name: x.isnan() for name, x in through.items()}
-        reached |= {"out": rows[..., None].expand_as(exact["out"]), "lse": rows}
+        reached = {name: x.isnan() for name, x in through.items()} | {"lse": rows}
+        keys = keys_reached(case, mask & rows[..., None])
+        places = {"out": rows, "gradient of q": rows, "gradient of k": keys, "gradient of v": keys}
+        reached |= {name: x[..., None].expand_as(exact[name]) for name, x in places.items()}
     far = ROUNDINGS * torch.finfo(torch.promote_types(getattr(torch, case.dtype), torch.float32)).eps
     return Exact(odd, exact, reached, masked, _allowed(case, inputs, mask, sizes), far)
 

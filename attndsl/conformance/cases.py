@@ -265,12 +265,17 @@ def leaves_of(inputs: Named, case: Case, dtype: torch.dtype) -> Named:
     return leaves
 
 
+def keys_reached(case: Case, mask: Tensor) -> Tensor:
+    """The keys [B, Hkv, n] in some pair of a mask [B, H, nq, n]."""
+    share = case.heads // case.kv_heads
+    return mask.view(case.batch, case.kv_heads, share, case.nq, case.n).any(3).any(2)
+
+
 def make_odd(inputs: Named, case: Case, mask: Tensor, slopes: Named) -> Named:
     """The inputs with NaN and infinities, as the case says, for a mask [B, H, nq, n]. What has no slope in a
     table is read by no live pair."""
     mine = {name: inputs[name].clone() for name in ("q", "k", "v", *slopes)}
-    share = case.heads // case.kv_heads
-    reached = mask.view(case.batch, case.kv_heads, share, case.nq, case.n).any(3).any(2)
+    reached = keys_reached(case, mask)
     if case.odd == "unreached":
         dead = {"q": ~mask.any(-1), "k": ~reached, "v": ~reached}
         for name, where in (dead | {name: slope == 0 for name, slope in slopes.items()}).items():
