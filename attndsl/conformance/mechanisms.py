@@ -35,7 +35,6 @@ class Mechanism:
     name: str
     clauses: str
     formulas: tuple[Formula, ...]
-    definitions: str = ""
     params: str = ""
     tables: Mapping[str, Draw] = field(default_factory=dict)
     sizes: Callable[[int], dict[str, int]] = lambda n: {}
@@ -44,7 +43,7 @@ class Mechanism:
 
     @property
     def text(self) -> str:
-        return f"{self.definitions}\nattention a{self.params} {{ {self.clauses} }}"
+        return f"attention a{self.params} {{ {self.clauses} }}"
 
 
 def full(p: Pairs) -> Tensor:
@@ -92,7 +91,7 @@ def clipped(p: Pairs, r: int) -> Tensor:
 
 
 def ramp(x: Tensor, span: Tensor, width: float) -> Tensor:
-    return torch.relu(torch.minimum((width + span - x) / width, torch.tensor(1.0, dtype=torch.float64)))
+    return torch.relu(torch.minimum((width + span - x) / width, torch.tensor(1.0)))
 
 
 def t5_causal(p: Pairs) -> Tensor:
