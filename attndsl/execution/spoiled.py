@@ -40,18 +40,17 @@ def forward(call: Call, run: Callable[[Call], Results]) -> Results:
     out, lse = run(call)
     if finite([out]):
         return out, lse
-    cleaned = clean(call)
-    if cleaned is None:
+    sound = _sound(call)
+    if all(bool(where.all()) for where in sound):
         return out, lse
-    out, lse = run(cleaned)
-    empty = lse == -torch.inf
-    lost = (_rows(call, ~_whole(call.k)) | ~_whole(call.q)) & ~empty
+    out, lse = run(_without(call, sound))
+    lost = _rows(call, ~_whole(call.k)) | (~_whole(call.q) & _live(call))
     out, lse = out.masked_fill(lost[..., None], torch.nan), lse.masked_fill(lost, torch.nan)
     for value in (torch.inf, -torch.inf, torch.nan):
         there = call.v.isnan() if math.isnan(value) else call.v == value
         keys, which = torch.unique(there.flatten(0, 2), dim=1, return_inverse=True)
         for i in keys.any(0).nonzero().flatten().tolist():
-            rows = _rows(call, keys[:, i].view(call.v.shape[:3])) & ~empty
+            rows = _rows(call, keys[:, i].view(call.v.shape[:3]))
             out[..., which == i] += torch.where(rows, value, 0.0)[..., None]
     return out, lse
 
@@ -64,51 +63,91 @@ def gradient(
     run: Callable[[Call], Results],
     pull: Callable[[Call, Results, Slopes], Gradients],
 ) -> Gradients:
-    """What `pull` gives; NaN for the query of a row that is not finite, for the keys and values that it
-    reads, and for the entries of tables that belong to its batch row and head."""
+    """What `pull` gives; NaN for the query of a row that is not finite, and for the keys, the values and the
+    entries of tables that it reads."""
     grads = pull(call, results, slopes)
     if finite([*grads[:3], *grads[3].values()]):
         return grads
     (out, lse), (grad_out, grad_lse) = results, slopes
-    empty = lse == -torch.inf
-    # where the weights of a row are lost, where its output is, and where what comes back is
-    weights, values, back = ~(lse < torch.inf), ~_whole(out), ~_whole(grad_out)
+    cleaned = replace(_without(call, _sound(call)), tables=_readable(call.tables, axes))
+    again, live = run(cleaned), _live(call)
+    # where the weights of a row are lost or are now others, where its output is, and what comes back
+    weights = ~(lse < torch.inf) | ~torch.isclose(again[1], lse, rtol=1e-3, atol=1e-3)
+    values, back = ~_whole(out), ~_whole(grad_out)
     if grad_lse is not None:
         back = back | ~grad_lse.isfinite()
-    lost = (weights | values | back) & ~empty
-    cleaned = clean(call) or call
-    if cleaned is call and not (lost | back).any():
-        return grads
+    blind = (weights | back) & live
+    lost = blind | (values & live)
 
     def without(rows: Tensor) -> Gradients:
-        zero = rows | empty
+        zero = rows | ~live
         some = grad_out.masked_fill(zero[..., None], 0.0)
         return pull(cleaned, again, (some, None if grad_lse is None else grad_lse.masked_fill(zero, 0.0)))
 
-    again = run(cleaned)
-    blind = (weights | back) & ~empty
     gq, gk, gv, tables = without(lost)
-    if (values & ~blind).any():
+    if (values & live & ~blind).any():
         gv = without(blind)[2]
     gq = gq.masked_fill(lost[..., None], torch.nan)
     gk = gk.masked_fill(_keys(call, lost)[..., None], torch.nan)
     gv = gv.masked_fill(_keys(call, blind)[..., None], torch.nan)
-    return gq, gk, gv, {name: _told(axes[name], grad, lost.any(-1)) for name, grad in tables.items()}
+    if tables and lost.any():
+        read = _entries(cleaned, lost, run, pull)
+        tables = {name: grad.masked_fill(read[name], torch.nan) for name, grad in tables.items()}
+    return gq, gk, gv, tables
 
 
-def clean(call: Call) -> Call | None:
-    """The call with 0 in place of keys and values that no pair reads, of queries and keys that are not finite
-    as a whole, and of numbers in values that are not; None where that changes nothing."""
+def _entries(
+    call: Call,
+    lost: Tensor,
+    run: Callable[[Call], Results],
+    pull: Callable[[Call, Results, Slopes], Gradients],
+) -> dict[str, Tensor]:
+    """Which entries of tables the rows [B, H, nq] read: those that have a gradient when anything comes back
+    from these rows, for logits of either sign, in the middle of their range or at its ends."""
+    some = torch.Generator().manual_seed(0)
+    shapes = call.q.shape, (*lost.shape, call.v.shape[3]), lost.shape
+    q, out, lse = (torch.randn(shape, generator=some).to(call.q.device) for shape in shapes)
+    found: dict[str, Tensor] = {}
+    for scale in (1, -1, 4, -4):
+        other = replace(call, q=torch.where(lost[..., None], (scale * q).to(call.q), call.q))
+        results = run(other)
+        slopes = out.to(call.q).masked_fill(~lost[..., None], 0.0), lse.to(results[1]).masked_fill(~lost, 0.0)
+        for name, grad in pull(other, results, slopes)[3].items():
+            found[name] = found.get(name, torch.zeros_like(grad, dtype=torch.bool)) | (grad != 0)
+    return found
+
+
+def _sound(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys [..., 1] that are finite as a whole, numbers in values that are; of keys and values
+    those that some pair reads."""
     read = _keys(call, torch.ones(call.q.shape[:3], dtype=torch.bool, device=call.q.device))[..., None]
-    sound = (_whole(call.q)[..., None], _whole(call.k)[..., None] & read, call.v.isfinite() & read)
-    if all(bool(where.all()) for where in sound):
-        return None
+    return _whole(call.q)[..., None], _whole(call.k)[..., None] & read, call.v.isfinite() & read
+
+
+def _without(call: Call, sound: tuple[Tensor, Tensor, Tensor]) -> Call:
+    """The call with 0 in place of what is not sound."""
     q, k, v = (torch.where(where, x, 0.0) for x, where in zip((call.q, call.k, call.v), sound, strict=True))
     return replace(call, q=q, k=k, v=v)
 
 
+def _readable(tables: Mapping[str, Tensor], axes: Mapping[str, Table]) -> dict[str, Tensor]:
+    """The tables with 0 in place of NaN, and of infinities in vectors, which are multiplied as a whole. A row
+    that reads one is lost already: the look-ups of a forward pass touch no other."""
+    found = dict(tables)
+    for name, x in tables.items():
+        if x.is_floating_point():
+            bad = ~x.isfinite() if axes[name].dims[-1:] == ("D",) else x.isnan()
+            found[name] = x.masked_fill(bad, 0.0)
+    return found
+
+
 def _whole(x: Tensor) -> Tensor:
     return x.isfinite().all(-1)
+
+
+def _live(call: Call) -> Tensor:
+    """The rows [B, H, nq] that read some key."""
+    return _rows(call, torch.ones(call.k.shape[:3], dtype=torch.bool, device=call.k.device))
 
 
 def _grid(call: Call, batch: int, head: int) -> TileGrid:
@@ -132,11 +171,3 @@ def _keys(call: Call, rows: Tensor) -> Tensor:
     for b, h in np.ndindex(given.shape[:2]):
         found[b, h // share] |= queries.keys_read_by(_grid(call, b, h), given[b, h])
     return torch.from_numpy(found).to(rows.device)
-
-
-def _told(table: Table, grad: Tensor, lost: Tensor) -> Tensor:
-    """The gradient of a table with NaN for the batch rows and heads [B, H] that are lost."""
-    lost = lost if table.batched else lost.any(0, keepdim=True)
-    lost = lost if table.headed else lost.any(1, keepdim=True)
-    shape = lost.shape[:1] * table.batched + lost.shape[1:] * table.headed
-    return grad.masked_fill(lost.view(*shape, *[1] * (grad.dim() - len(shape))), torch.nan)
