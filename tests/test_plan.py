@@ -15,7 +15,8 @@ from attndsl.command.cli import main
 from attndsl.conformance import CASES, MECHANISMS
 from attndsl.execution.lowered import MASKS_KEPT
 
-GOOD = """
+RESULT = "(call.q[..., :1] * call.v[:, :1, :1], torch.zeros(call.q.shape[:3]))"
+GOOD = f"""
 import torch
 from attndsl.expr import var
 
@@ -25,7 +26,7 @@ class Mine:
     def cost(self, attention, problem, block_mask):
         return 1.0
     def lower(self, attention, problem):
-        return lambda call: (torch.zeros_like(call.q), torch.zeros(call.q.shape[:3]))
+        return lambda call: {RESULT}
 
 backend = Mine()
 """
@@ -98,9 +99,7 @@ def test_what_a_plugin_raises_is_not_hidden(register):
 
 
 def test_a_kernel_is_a_function(register):
-    name = register(
-        GOOD.replace("return lambda call: (torch.zeros_like(call.q), torch.zeros(call.q.shape[:3]))", "pass")
-    )
+    name = register(GOOD.replace(f"return lambda call: {RESULT}", "pass"))
     with pytest.raises(attndsl.AttnError, match=f"the backend `{name}` returned no kernel"):
         compiled(name)
 
@@ -124,7 +123,7 @@ LSE = "log-sum-exp as"
     ],
 )
 def test_a_result_of_another_form_names_the_backend(register, result, said):
-    name = register(GOOD.replace("(torch.zeros_like(call.q), torch.zeros(call.q.shape[:3]))", result))
+    name = register(GOOD.replace(RESULT, result))
     with pytest.raises(attndsl.AttnError) as caught:
         compiled(name)(*qkv())
     assert f"the backend `{name}` returned " in str(caught.value)
