@@ -28,14 +28,18 @@ from attndsl.execution.parts import Gathered, Part, Strided, take_apart
 from attndsl.execution.torch_eval import (
     Env,
     affine_in_s,
+    along_diagonals,
     by_distance,
     by_head,
     constant_scale,
     decay_factor,
     elements,
     evaluate,
+    from_diagonals,
     fused_rows,
+    of_distances,
     peak,
+    singles,
     strained,
     weigh,
 )
@@ -104,6 +108,11 @@ class Views:
     def k_len(self) -> int:
         return self.part.k_len
 
+    @property
+    def run(self) -> int:
+        """Keys that stand side by side: what depends on the distance alone is equal along their diagonals."""
+        return self.part.k_len
+
     def query_tokens(self, device: torch.device) -> Tensor:
         return _tokens(self.part.q0, self.part.q_step, self.part.q_len, self.first, self.count, device)
 
@@ -139,11 +148,12 @@ class Views:
 
 @dataclass(frozen=True, eq=False)
 class Gathers:
-    """Some problems of a Gathered part: tokens [C, q_len] of the queries, [C, k_len] of the keys; mask
-    [C, q_len, k_len]."""
+    """Some problems of a Gathered part: tokens [C, q_len] of the queries, [C, k_len] of the keys, `run` side
+    by side; mask [C, q_len, k_len]."""
 
     rows: Tensor
     cols: Tensor
+    run: int
     mask: Tensor | None
     fresh: bool
 
@@ -189,12 +199,51 @@ Addend = tuple[Tensor | None, Tensor | None]
 
 
 @dataclass(frozen=True, eq=False)
+class Diagonals:
+    """Key minus query, in tokens, from `first` on: whether some pair is live there [L]."""
+
+    first: int
+    live: Tensor
+
+    @staticmethod
+    def of(chunks: list[Chunk], grid: TileGrid, device: torch.device) -> Diagonals:
+        found = torch.zeros(grid.nq + grid.n, dtype=torch.bool, device=device)
+        least = 1 - grid.nq
+        for chunk in chunks:
+            places = diagonals(chunk, device) - least
+            if chunk.mask is not None:
+                live = along_diagonals(by_run(chunk.mask, chunk.run)).any(-2)
+                places = places[live.expand(places.shape)]
+            found[places] = True
+        live = torch.nonzero(found).flatten()
+        first, last = (int(live[0]), int(live[-1])) if len(live) else (0, -1)
+        return Diagonals(first + least, found[first : last + 1])
+
+    def places(self, chunk: Chunk) -> Tensor:
+        """Where in `live` the `diagonals` of a chunk stand; somewhere if no pair is live."""
+        return (diagonals(chunk, self.live.device) - self.first).clamp(0, len(self.live) - 1)
+
+
+def diagonals(chunk: Chunk, device: torch.device) -> Tensor:
+    """Key minus query on the diagonals of each run, from the last query and the first key on: [C, T,
+    q_len + run - 1]."""
+    starts = chunk.key_tokens(device)[:, :: chunk.run] - chunk.query_tokens(device)[:, :1]
+    return starts[..., None] + torch.arange(1 - chunk.q_len, chunk.run, device=device)
+
+
+def by_run(x: Tensor, run: int) -> Tensor:
+    """[.., q_len, T * run] -> [.., T, q_len, run]"""
+    return x.view(*x.shape[:-1], x.shape[-1] // run, run).transpose(-3, -2)
+
+
+@dataclass(frozen=True, eq=False)
 class Chunks:
     """In the order in which they run, each with what to add to its logits where that is the same in every
-    call and small; and the rows of no fresh chunk, which start as empty."""
+    call and small; the rows of no fresh chunk, which start as empty; what `by_distance` is asked for."""
 
     chunks: list[tuple[Chunk, Addend | None]]
     empty: Tensor
+    diagonals: Diagonals | None
 
 
 Kept = WeakKeyDictionary[TileGrid, dict[tuple[object, ...], Chunks]]
@@ -207,14 +256,16 @@ def _tokens(start: int, step: int, length: int, first: int, count: int, device: 
 
 @dataclass(frozen=True)
 class Cut:
-    """How a grid is cut into chunks: rows of one problem in a band; whether parts that would form many
-    weights are cut; whether keys have gradients; numbers copied per token; numbers formed per pair."""
+    """How a grid is cut into chunks: rows of one problem in a band; whether weights are formed; whether keys
+    have gradients; numbers copied per token; numbers formed per pair, such as weights or a bias; whether the
+    bias depends on the distance alone."""
 
     unit: int
-    bounded: bool
+    formed: bool
     gradient: bool
     per_token: int
     per_pair: int
+    by_distance: bool
 
     def problems(self, part: Part) -> int:
         """How many at a time."""
@@ -224,28 +275,43 @@ class Cut:
             k_len = part.cols.shape[1] * part.block
             copied = part.q_len + k_len
         size = TRANSIENT // (self.per_token * copied)
-        return max(1, min(size, FORMED // (part.q_len * k_len * self.per_pair)) if self.per_pair else size)
+        if self.per_pair and not (self.by_distance and not self.formed and equidistant(part)):
+            size = min(size, FORMED // (part.q_len * k_len * self.per_pair))
+        return max(1, size)
 
     def parts(self, grid: TileGrid) -> list[Part]:
-        """In the order in which they run."""
+        """In the order in which they run: those of one distance, which share a bias, in turn."""
         parts = list(take_apart(grid, self.unit))
-        if self.bounded:
-            parts = [piece for part in parts for piece in _bound(part)]
+        if self.per_pair:
+            keys = K_MAX if self.formed else max(K_MAX, TRANSIENT // (Q_MAX * self.per_pair))
+            most = 0 if self.formed else TRANSIENT // self.per_pair
+            parts = [piece for part in parts for piece in _bound(part, keys, most)]
         if self.gradient:
             parts = [piece for part in parts for piece in _disjoint(part)]
-        return sorted(parts, key=lambda p: -p.count * p.q_len if isinstance(p, Strided) else 1)
+        return sorted(parts, key=self._turn)
+
+    def _turn(self, part: Part) -> tuple[int, int]:
+        if not isinstance(part, Strided):
+            return 1, 0
+        return -part.count * part.q_len, part.k0 - part.q0 if self.by_distance else 0
+
+
+def equidistant(part: Part) -> bool:
+    """Whether key minus query is the same in each of its problems."""
+    return isinstance(part, Strided) and part.q_step == part.k_step
 
 
 def cut_of(simple: Simple | None, heads: int, width: int, gradient: bool) -> Cut:
     """`simple` is None where torch's fused kernel does not run; `width` of a query or value."""
     formed = simple is None or gradient
-    by_position = formed or not (simple and simple.by_distance)
+    biased = simple is not None and simple.bias is not None
     return Cut(
         unit=BACKWARD_UNIT if gradient else FORMED_UNIT if formed else FORWARD_UNIT,
-        bounded=formed,
+        formed=formed,
         gradient=gradient,
         per_token=heads * width,
-        per_pair=heads if by_position else 0,
+        per_pair=heads if formed or biased else 0,
+        by_distance=simple is not None and biased and simple.by_distance,
     )
 
 
@@ -291,7 +357,7 @@ def _gathers(part: Gathered, fresh: bool, n: int, cut: Cut, device: torch.device
             mask = masks[torch.from_numpy(part.contents[some]).to(device)]
             mask = mask[:, :, : part.q_len].transpose(1, 2).flatten(2)
         tokens = (cols[:, :, None] * part.block + inside).flatten(1).clamp_max(n - 1)
-        yield Gathers(rows[:, None] + inside[: part.q_len], tokens, mask, fresh)
+        yield Gathers(rows[:, None] + inside[: part.q_len], tokens, part.block, mask, fresh)
 
 
 def _disjoint(part: Part) -> Iterator[Part]:
@@ -311,13 +377,14 @@ def _disjoint(part: Part) -> Iterator[Part]:
         )
 
 
-def _bound(part: Part) -> Iterator[Part]:
-    if not isinstance(part, Strided):
+def _bound(part: Part, keys: int, most: int) -> Iterator[Part]:
+    """In pieces of Q_MAX queries and so many keys, if a problem has more than `most` pairs."""
+    if not isinstance(part, Strided) or part.q_len * part.k_len <= most:
         yield part
         return
     for q in range(0, part.q_len, Q_MAX):
-        for k in range(0, part.k_len, K_MAX):
-            mask = None if part.mask is None else part.mask[q : q + Q_MAX, k : k + K_MAX]
+        for k in range(0, part.k_len, keys):
+            mask = None if part.mask is None else part.mask[q : q + Q_MAX, k : k + keys]
             if mask is not None and not mask.any():
                 continue
             yield replace(
@@ -325,7 +392,7 @@ def _bound(part: Part) -> Iterator[Part]:
                 q0=part.q0 + q,
                 q_len=min(Q_MAX, part.q_len - q),
                 k0=part.k0 + k,
-                k_len=min(K_MAX, part.k_len - k),
+                k_len=min(keys, part.k_len - k),
                 mask=None if mask is None or mask.all() else mask,
             )
 
@@ -368,7 +435,7 @@ class BlockSparse:
         lse = q.new_empty(q.shape[:3], dtype=wide)
         for lane in _lanes_of(self.attention, call):
             o, total = lane.queries(out), lane.queries(lse)
-            self.run(self.work(call, lane, recorded=False), o, total)
+            self.run(self.work(call, lane, gradient=False), o, total)
             if lane.strained(total):
                 _, top, exact, beyond = self.careful(call, lane)
                 o.copy_(exact)
@@ -377,20 +444,19 @@ class BlockSparse:
 
     def run(self, work: Work, out: Tensor, lse: Tensor) -> None:
         """Writes output and log-sum-exp of a lane."""
-        # the backward pass of careful work must round its logits as they are rounded here
-        chunks = work.chunks(self.chunks, gradient=work.top is not None)
-        out[:, chunks.empty] = 0.0
-        lse[:, chunks.empty] = -torch.inf
-        for chunk, addend in chunks.chunks:
+        out[:, work.chunks.empty] = 0.0
+        lse[:, work.chunks.empty] = -torch.inf
+        for chunk, addend in work.chunks.chunks:
             work.merge(chunk, out, lse, *work.part(chunk, addend))
         work.add_sink(out, lse)
 
     def careful(self, call: Call, lane: Lane) -> tuple[Work, Tensor, Tensor, Tensor]:
         """Work whose logits are differences from the greatest of their row, which are exact; that greatest;
         its output; and its log-sum-exp, which says how many keys there are, however large they are."""
-        work = Work(call, lane, None)
+        # the chunks of the backward pass, which must round its logits as they are rounded here
+        work = Work(call, lane, None, self.chunks, gradient=True)
         top = torch.full(work.q.shape[:2], -torch.inf, dtype=work.wide, device=call.q.device)
-        for chunk, _ in work.chunks(self.chunks, gradient=True).chunks:
+        for chunk, _ in work.chunks.chunks:
             q, k, _ = work.sources(chunk)
             found = peak(*work.weights(chunk, q, k, {})).squeeze(-1)
             chunk.put_queries(top, torch.maximum(chunk.queries(top), found))
@@ -414,10 +480,10 @@ class BlockSparse:
         wide = torch.promote_types(call.q.dtype, torch.float32)
         totals = [torch.empty(call.q.shape, dtype=wide, device=call.q.device)]
         totals += [torch.zeros(x.shape, dtype=wide, device=x.device) for x in (call.k, call.v)]
-        tables = {name: torch.zeros_like(call.tables[name]) for name in wanted}
+        tables = {name: x.new_zeros(x.shape) for name, x in singles(call.tables, wanted).items()}
         shift = None if grad_lse is None else grad_lse.masked_fill(lse == -torch.inf, 0.0)
         for lane in _lanes_of(self.attention, call):
-            work, over = self.work(call, lane, recorded=bool(tables)), lane.queries(lse)
+            work, over = self.work(call, lane, True, wanted), lane.queries(lse)
             if lane.strained(over):
                 work, _, _, over = self.careful(call, lane)
             rows = Rows(
@@ -427,20 +493,25 @@ class BlockSparse:
                 None if shift is None else lane.queries(shift),
             )
             dq, dk, dv = lane.queries(totals[0]), lane.keys(totals[1]), lane.keys(totals[2])
-            chunks = work.chunks(self.chunks, gradient=True)
-            dq[:, chunks.empty] = 0.0
-            room = work.room(chunks)
-            for chunk, addend in chunks.chunks:
-                gq, gk, gv = work.part_gradient(chunk, addend, rows, tables, room)
+            dq[:, work.chunks.empty] = 0.0
+            room, slopes = work.room(), work.slopes(wanted)
+            for chunk, addend in work.chunks.chunks:
+                gq, gk, gv = work.part_gradient(chunk, addend, rows, tables, room, slopes)
                 (chunk.put_queries if chunk.fresh else chunk.add_queries)(dq, gq)
                 for total, g in ((dk, gk), (dv, gv)):
                     chunk.add_keys(total, g.sum(0, keepdim=True) if len(total) < len(g) else g)
+            work.bias_gradient(slopes, tables)
             work.sink_gradient(rows, tables)
         gq, gk, gv = (total.to(x.dtype) for total, x in zip(totals, (call.q, call.k, call.v), strict=True))
-        return gq, gk, gv, tables
+        return gq, gk, gv, {name: total.to(call.tables[name].dtype) for name, total in tables.items()}
 
-    def work(self, call: Call, lane: Lane, recorded: bool) -> Work:
-        return Work(call, lane, None if recorded else Simple.of(lane.group, call.q.shape[3]))
+    def work(self, call: Call, lane: Lane, gradient: bool, wanted: Sequence[str] = ()) -> Work:
+        """Not simple where tables ask for gradients that differ from pair to pair."""
+        simple = Simple.of(lane.group, call.q.shape[3])
+        if simple is not None and simple.bias is not None and not simple.by_distance:
+            asked = not {table.name for table in simple.bias.tables}.isdisjoint(wanted)
+            simple = None if asked else simple
+        return Work(call, lane, simple, self.chunks, gradient)
 
 
 @dataclass(frozen=True, eq=False)
@@ -485,13 +556,16 @@ class Simple:
 class Work:
     """One lane of one call.
 
-    simple   how torch's fused kernel does it, None where it does not
-    top      what is subtracted from all logits of a row, the sink's too [X, nq]
+    simple    how torch's fused kernel does it, None where it does not
+    gradient  whether it is the backward pass
+    top       what is subtracted from all logits of a row, the sink's too [X, nq]
     """
 
     call: Call
     lane: Lane
     simple: Simple | None
+    kept: Kept
+    gradient: bool
     top: Tensor | None = None
     last: dict[tuple[int, ...], Addend] = field(default_factory=dict)
     """What a bias by distance was the last time, by what it depends on."""
@@ -512,17 +586,19 @@ class Work:
     def wide(self) -> torch.dtype:
         return torch.promote_types(self.call.q.dtype, torch.float32)
 
-    def chunks(self, kept: Kept, gradient: bool) -> Chunks:
+    @cached_property
+    def chunks(self) -> Chunks:
         grid, simple = self.lane.grid, self.simple if self.fused else None
-        cut = cut_of(simple, len(self.q), max(self.q.shape[2], self.v.shape[2]), gradient)
+        cut = cut_of(simple, len(self.q), max(self.q.shape[2], self.v.shape[2]), self.gradient)
         constant = self.simple is not None and self.simple.bias is None
-        known = kept.setdefault(grid, {})
+        known = self.kept.setdefault(grid, {})
         key = (cut, constant, self.wide, self.q.device)
         if key not in known:
             chunks, empty = chunks_of(grid, cut, self.q.device)
             masks = {id(c.mask): c.mask for c in chunks if c.mask is None or c.mask.numel() <= KEPT}
             closed = {name: closing(mask, self.zero) for name, mask in masks.items() if constant}
-            known[key] = Chunks([(c, closed.get(id(c.mask))) for c in chunks], empty)
+            near = Diagonals.of(chunks, grid, self.q.device) if cut.by_distance else None
+            known[key] = Chunks([(c, closed.get(id(c.mask))) for c in chunks], empty, near)
         return known[key]
 
     @cached_property
@@ -557,20 +633,59 @@ class Work:
         assert self.simple is not None
         if self.simple.bias is None:
             return closing(chunk.mask, self.zero)
-        if isinstance(chunk, Views) and chunk.part.q_step == chunk.part.k_step and self.simple.by_distance:
-            part = chunk.part
-            alike = (part.k0 - part.q0, part.q_len, part.k_len, id(part.mask))
-            if alike not in self.last:
-                self.last.clear()
-                self.last[alike] = self.biased(replace(chunk, count=1), self.simple.bias)
-            return self.last[alike]
-        return self.biased(chunk, self.simple.bias)
+        if not self.simple.by_distance:
+            env = self.env(chunk, {})
+            value = evaluate(self.simple.bias, env, None if chunk.mask is None else chunk.mask[None])
+            value = value.to(self.wide)
+            return closing(chunk.mask, value.expand(*value.shape[:-2], chunk.q_len, chunk.k_len))
+        if not isinstance(chunk, Views) or not equidistant(chunk.part):
+            return closing(chunk.mask, self.spread(chunk))
+        part = chunk.part
+        alike = (part.k0 - part.q0, part.q_len, part.k_len, id(part.mask))
+        if alike not in self.last:
+            self.last.clear()
+            self.last[alike] = closing(chunk.mask, self.spread(replace(chunk, count=1)))
+        return self.last[alike]
 
-    def biased(self, chunk: Chunk, bias: Expr) -> Addend:
-        env = self.env(chunk, {})
-        mask = None if chunk.mask is None else chunk.mask[None]
-        value = evaluate(bias, env, mask).to(self.wide)
-        return closing(chunk.mask, value.expand(*value.shape[:-2], chunk.q_len, chunk.k_len))
+    def near(self) -> Diagonals:
+        assert self.chunks.diagonals is not None
+        return self.chunks.diagonals
+
+    def along(self, tables: Mapping[str, Tensor]) -> Tensor:
+        """The bias by distance on each diagonal [X or 1, L]; `tables` take the place of the call's."""
+        assert self.simple is not None
+        assert self.simple.bias is not None
+        near, call, b = self.near(), self.call, self.lane.batch
+        offset = call.q_offset[b % len(call.q_offset)] - call.k_offset[b % len(call.k_offset)]
+        beyond = torch.arange(near.first, near.first + len(near.live), device=self.q.device)
+        env = self.env(None, tables)
+        return of_distances(self.simple.bias, env, (offset - beyond)[None, None], near.live[None, None])[:, 0]
+
+    @cached_property
+    def alongside(self) -> Tensor:
+        return self.along({})
+
+    def spread(self, chunk: Chunk) -> Tensor:
+        """The bias by distance [X or 1, C, q_len, k_len]."""
+        found = from_diagonals(self.alongside[:, self.near().places(chunk)], chunk.run)
+        return found.transpose(2, 3).flatten(3)
+
+    def slopes(self, wanted: Sequence[str]) -> Tensor | None:
+        """Where to sum the gradients of a bias by distance, if it has any [X, L]."""
+        simple = self.simple
+        if simple is None or simple.bias is None or not simple.by_distance:
+            return None
+        asked = not {table.name for table in simple.bias.tables}.isdisjoint(wanted)
+        shape = (len(self.q), len(self.near().live))
+        return torch.zeros(shape, dtype=self.wide, device=self.q.device) if asked else None
+
+    def bias_gradient(self, slopes: Tensor | None, tables: dict[str, Tensor]) -> None:
+        if slopes is None:
+            return
+        _, pull = vjp(lambda tables: self.along(tables).expand_as(slopes), singles(self.call.tables, tables))
+        (grads,) = pull(slopes)
+        for name, g in grads.items():
+            tables[name] += g
 
     def fused_inputs(self, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
         """As many key heads as query heads and equal head dimensions, which the fused kernel wants: the
@@ -647,7 +762,7 @@ class Work:
         sink = self.lane.group.norm.sink
         if sink is None or not tables:
             return
-        value, pull = vjp(self.sink, {name: self.call.tables[name] for name in tables})
+        value, pull = vjp(self.sink, singles(self.call.tables, tables))
         assert value is not None
         weight = torch.exp(value - rows.lse)
         (grads,) = pull(-weight * rows.delta)
@@ -655,14 +770,22 @@ class Work:
             tables[name] += g
 
     def part_gradient(
-        self, chunk: Chunk, addend: Addend | None, rows: Rows, tables: dict[str, Tensor], room: Tensor
+        self,
+        chunk: Chunk,
+        addend: Addend | None,
+        rows: Rows,
+        tables: dict[str, Tensor],
+        room: Tensor,
+        slopes: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of these queries, keys and values; those of `tables` are added in place.
+        """Gradients of these queries, keys and values; those of `tables` or, of a bias by distance, `slopes`
+        are added in place.
 
         With the L of the whole row, exp(l - L) is the final weight, so the parts need no merging.
         """
         if self.simple is not None:
-            return self.simple_gradient(chunk, self.additive(chunk) if addend is None else addend, rows, room)
+            addend = self.additive(chunk) if addend is None else addend
+            return self.simple_gradient(chunk, addend, rows, room, slopes)
         kind = self.lane.group.norm.kind
         q, k, v = self.sources(chunk)
         grad_out, delta = chunk.queries(rows.grad_out), chunk.queries(rows.delta)
@@ -675,7 +798,7 @@ class Work:
             weight = torch.sigmoid(logit) if kind == "sigmoid" else torch.relu(logit)
             return weight if factor is None else factor * weight
 
-        weight, pull = vjp(weights, q, k, {name: self.call.tables[name] for name in tables})
+        weight, pull = vjp(weights, q, k, singles(self.call.tables, tables))
         if kind != "softmax":
             delta = (delta - (grad_out * chunk.queries(rows.out)).sum(-1)) * torch.exp(-over).squeeze(-1)
         gq, gk, grads = pull(grad_out @ v.transpose(-1, -2) - delta[..., None])
@@ -683,15 +806,15 @@ class Work:
             tables[name] += g
         return gq, gk, weight.transpose(-1, -2) @ grad_out
 
-    def room(self, chunks: Chunks) -> Tensor:
+    def room(self) -> Tensor:
         """Where `simple_gradient` forms the weights of one chunk and their slopes: fresh memory for each
         would cost a third more time."""
-        sizes = [c.count * c.q_len * c.k_len for c, _ in chunks.chunks] if self.simple else []
+        sizes = [c.count * c.q_len * c.k_len for c, _ in self.chunks.chunks] if self.simple else []
         most = max(sizes, default=0)
         return self.q.new_empty((2, len(self.q) * most), dtype=self.wide)
 
     def simple_gradient(
-        self, chunk: Chunk, addend: Addend, rows: Rows, room: Tensor
+        self, chunk: Chunk, addend: Addend, rows: Rows, room: Tensor, slopes: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Five matrix products, in base 2: torch's exp2 takes a third of the time of its exp, and no longer
         where a weight vanishes. Query heads that share a key head are rows of one product."""
@@ -709,6 +832,9 @@ class Work:
         weight.baddbmm_(q, k.transpose(1, 2), alpha=LOG2_E).exp2_()
         unfolded(slope, shape).copy_(-chunk.queries(rows.delta)[..., None])
         slope.baddbmm_(grad_out, v.transpose(1, 2)).mul_(weight)
+        if slopes is not None:
+            sums = along_diagonals(by_run(unfolded(slope, shape), chunk.run)).sum(-2)
+            slopes.index_add_(1, self.near().places(chunk).flatten(), sums.flatten(1))
         gq = unfolded(torch.bmm(slope, k).mul_(scale), (*shape[:3], k.shape[2]))
         gk, gv = torch.bmm(slope.transpose(1, 2), q), torch.bmm(weight.transpose(1, 2), grad_out)
         gk, gv = (x.view(groups, shape[1], *x.shape[1:]) for x in (gk, gv))
@@ -813,6 +939,10 @@ def lane_counts(group: HeadGroup, grid: TileGrid, heads: int, problem: Problem, 
         rows += len(part.rows) * part.q_len if isinstance(part, Gathered) else part.count * part.q_len
         counts.update(_part_counts(part, cut, simple, group, heads, width))
     counts["merged"] = heads * width * max(0, rows - some.nq)
+    if simple is not None and simple.bias is not None and simple.by_distance:
+        numbers, computed = elements(simple.bias, grid.nq + grid.n, heads)
+        more = {"numbers": numbers, "nanoseconds": computed, "nodes": size(simple.bias)}
+        counts.update({name: count / times for name, count in more.items()})
     return Counter(
         {
             "lanes": 1,
@@ -832,7 +962,7 @@ def _part_counts(
 ) -> dict[str, float]:
     if isinstance(part, Strided):
         count, k_len, masked, strided = part.count, part.k_len, part.mask is not None, True
-        alike = simple is not None and simple.by_distance and part.q_step == part.k_step
+        alike = simple is not None and simple.by_distance and equidistant(part)
     else:
         count, k_len, masked = len(part.rows), part.cols.shape[1] * part.block, part.contents is not None
         alike = strided = False
@@ -848,7 +978,7 @@ def _part_counts(
         return counts | made_here | {"formed": heads * area, "copied": moved}
     step = 256 if part.q_len >= 768 else 64 if part.q_len >= 192 else 32
     biased = area * calls / count if alike else area
-    numbers, computed = elements(simple.bias, biased, heads)
+    numbers, computed = (0.0, 0.0) if simple.by_distance else elements(simple.bias, biased, heads)
     addends = (area * calls / count if strided else area) if masked else 0.0
     if simple.bias is not None:
         addends = max(addends, biased) * (heads if by_head(simple.bias) else 1)
@@ -861,7 +991,7 @@ def _part_counts(
         "addends": addends,
         "numbers": numbers,
         "nanoseconds": computed,
-        "nodes": calls * size(simple.bias),
+        "nodes": 0.0 if simple.by_distance else calls * size(simple.bias),
         "copied": 0.0 if strided else moved,
     }
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -17,11 +18,16 @@ from attndsl.execution.operator import vjp
 from attndsl.execution.torch_eval import (
     Env,
     affine_in_s,
+    along_diagonals,
+    by_distance,
     by_head,
     constant_scale,
     elements,
     evaluate,
+    from_diagonals,
     fused_rows,
+    of_distances,
+    singles,
     softmax,
     strained,
 )
@@ -44,6 +50,10 @@ SECONDS = {
 """Of two cores with AVX-512, by `python -m benchmarks.cost fit`."""
 TRAINING = 3.5
 """Forward and backward beside forward: 5 matrix products to 2."""
+ADDED, FORMED, KEPT = 2**21, 2**19, 2**24
+"""Numbers of an addend, and of weights, that are formed at once; pairs of a mask that is kept."""
+ALONG = "along diagonals"
+"""No table's name."""
 CAUSAL_SLACK = 384
 """Keys of a row beyond the diagonal that the fused kernel computes: half a block of 256 queries and of 512
 keys."""
@@ -89,24 +99,41 @@ def is_causal(grid: TileGrid) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Dense:
-    """The kernel of one attention: softmax(Q @ K * scale + bias) over a dense mask."""
+    """The kernel of one attention: softmax(Q @ K * scale + bias) over a dense mask, some rows at a time."""
 
     scale: float
     bias: Expr | None
     masks: WeakKeyDictionary[BlockMask, Tensor]
+    near: WeakKeyDictionary[BlockMask, Tensor]
+
+    @property
+    def by_distance(self) -> bool:
+        return self.bias is not None and by_distance(self.bias) is not None
 
     def __call__(self, call: Call) -> tuple[Tensor, Tensor]:
-        return self.formula(call, call.q, call.k, call.v, call.tables)
+        return self.forward(call)
 
     def forward(self, call: Call) -> tuple[Tensor, Tensor]:
-        if call.q.device.type != "cpu" or 0 in (*call.q.shape, *call.k.shape):
-            return self.formula(call, call.q, call.k, call.v, call.tables)
-        causal, addend = self.addend(call)
-        q, k, v = self.padded(call)
-        out, lse = flash(q, k, v, is_causal=causal, attn_mask=addend, scale=self.scale)
-        if addend is not None:
-            lse = lse.masked_fill((addend == -torch.inf).all(-1), -torch.inf)
-        return out[..., : call.v.shape[3]].contiguous(), lse.contiguous()
+        q, fused = call.q, is_fused(call)
+        wide = torch.promote_types(q.dtype, torch.float32)
+        out = q.new_empty((*q.shape[:3], call.v.shape[3]), dtype=q.dtype if fused else wide)
+        lse = q.new_empty(q.shape[:3], dtype=wide)
+        made = self.made(call, {})
+        # written in place: what is kept of each piece would scatter over the memory that the next ones need
+        if not fused:
+            for rows in self.formed_rows(call):
+                piece = self.formula(call, rows, q[:, :, rows], call.k, call.v, made)
+                out[:, :, rows], lse[:, :, rows] = piece
+            return out, lse
+        q, k, v = padded(call)
+        for rows in self.fused_rows(call):
+            causal, addend = self.addend(call, rows, made)
+            o, total = flash(q[:, :, rows], k, v, is_causal=causal, attn_mask=addend, scale=self.scale)
+            out[:, :, rows] = o[..., : call.v.shape[3]]
+            lse[:, :, rows] = total
+            if addend is not None:
+                lse[:, :, rows].masked_fill_(addend.amax(-1) == -torch.inf, -torch.inf)
+        return out, lse
 
     def gradient(
         self,
@@ -117,94 +144,194 @@ class Dense:
         grad_out: Tensor,
         grad_lse: Tensor | None,
     ) -> Gradients:
-        fused = call.q.device.type == "cpu" and 0 not in (*call.q.shape, *call.k.shape)
-        if not fused or wanted or grad_lse is not None or strained(lse):
-            tables = {name: call.tables[name] for name in wanted}
-            _, pull = vjp(
-                lambda q, k, v, t: self.formula(call, q, k, v, {**call.tables, **t}),
-                call.q,
-                call.k,
-                call.v,
-                tables,
-            )
+        if not is_fused(call) or wanted or grad_lse is not None or strained(lse):
             slopes = grad_out.to(lse.dtype), torch.zeros_like(lse) if grad_lse is None else grad_lse
-            grads: Gradients = pull(slopes)
-            return grads
-        causal, addend = self.addend(call)
-        q, k, v = self.padded(call)
+            return self.formula_gradient(call, wanted, *slopes)
+        q, k, v = padded(call)
         out, grad_out = (fused_rows(x.to(q.dtype), q.shape[3]) for x in (out, grad_out))
         lse = lse.masked_fill(lse == -torch.inf, 0.0)
-        gq, gk, gv = flash_backward(
-            grad_out, q, k, v, out, lse, 0.0, causal, attn_mask=addend, scale=self.scale
-        )
-        share = (call.k.shape[1], -1)
-        gk, gv = (x.unflatten(1, share).sum(2) for x in (gk, gv))
+        gq, made = torch.empty_like(q), self.made(call, {})
+        totals = [torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (k, v)]
+        for rows in self.fused_rows(call):
+            causal, addend = self.addend(call, rows, made)
+            gq[:, :, rows], *more = flash_backward(
+                grad_out[:, :, rows],
+                q[:, :, rows],
+                k,
+                v,
+                out[:, :, rows],
+                lse[:, :, rows],
+                0.0,
+                causal,
+                attn_mask=addend,
+                scale=self.scale,
+            )
+            for total, g in zip(totals, more, strict=True):
+                total += g
         d, dv = call.q.shape[3], call.v.shape[3]
-        return gq[..., :d].contiguous(), gk[..., :d].contiguous(), gv[..., :dv].contiguous(), {}
+        shared = (*call.k.shape[:2], -1, *k.shape[2:])
+        gk, gv = (total.view(shared).sum(2).to(q.dtype) for total in totals)
+        return gq[..., :d], gk[..., :d], gv[..., :dv], {}
 
-    def addend(self, call: Call) -> tuple[bool, Tensor | None]:
-        """Whether the mask is exactly causal, else mask and bias [B or 1, H or 1, nq, n] to add."""
+    def formula_gradient(
+        self, call: Call, wanted: Sequence[str], grad_out: Tensor, grad_lse: Tensor
+    ) -> Gradients:
+        wide = grad_lse.dtype
+        k, v = call.k.to(wide), call.v.to(wide)
+        tables = singles(call.tables, wanted)
+        made, pull_made = self.made(call, {}), None
+        if wanted:
+            made, pull_made = vjp(lambda tables: self.made(call, tables), tables)
+        gq = torch.empty_like(call.q)
+        gk, gv = (x.new_zeros(x.shape) for x in (k, v))
+        slopes = {name: x.new_zeros(x.shape) for name, x in made.items()}
+        for rows in self.formed_rows(call):
+            _, pull = vjp(
+                lambda q, k, v, made, rows=rows: self.formula(call, rows, q, k, v, made),
+                call.q[:, :, rows],
+                k,
+                v,
+                made,
+            )
+            gq[:, :, rows], more_k, more_v, more = pull((grad_out[:, :, rows], grad_lse[:, :, rows]))
+            gk += more_k
+            gv += more_v
+            for name, g in more.items():
+                slopes[name] += g
+        (named,) = pull_made(slopes) if pull_made else ({},)
+        named = {name: g.to(call.tables[name].dtype) for name, g in named.items()}
+        return gq, gk.to(call.k.dtype), gv.to(call.v.dtype), named
+
+    def fused_rows(self, call: Call) -> list[slice]:
+        """All at once where no addend is made; of less than 192 the fused kernel takes 32 at a time."""
+        batch, heads, nq, _ = call.q.shape
+        if self.plain(call) is not None:
+            return [slice(0, nq)]
+        lead = call.block_mask.index.size if self.bias is None else batch * heads
+        return blocks(nq, lead * call.k.shape[2], ADDED, 192)
+
+    def formed_rows(self, call: Call) -> list[slice]:
+        batch, heads, nq, _ = call.q.shape
+        return blocks(nq, batch * heads * call.k.shape[2], FORMED, 32)
+
+    def plain(self, call: Call) -> bool | None:
+        """Whether the mask is exactly causal, where that or its being full is all there is to add."""
         grids = call.block_mask.grids
         if self.bias is None and all(is_full(grid) for grid in grids):
-            return False, None
+            return False
         # the fused causal kernel of torch 2.13 on CPU gives NaN where the scale is not positive
         if self.bias is None and self.scale > 0 and all(is_causal(grid) for grid in grids):
-            return True, None
-        mask, bias = self.mask(call), self.bias_of(call, call.tables)
+            return True
+        return None
+
+    def addend(self, call: Call, rows: slice, made: Mapping[str, Tensor]) -> tuple[bool, Tensor | None]:
+        """`plain`, or mask and bias [B or 1, H or 1, rows, n] to add."""
+        causal = self.plain(call)
+        if causal is not None:
+            return causal, None
+        mask = self.mask(call, rows)
+        bias = self.bias_of(call, rows, mask, made)
         return False, torch.where(mask, bias, -torch.inf).expand(-1, -1, *mask.shape[2:])
 
-    def mask(self, call: Call) -> Tensor:
-        known = self.masks.get(call.block_mask)
+    def mask(self, call: Call, rows: slice) -> Tensor:
+        known, device = self.masks.get(call.block_mask), call.q.device
         if known is None:
-            known = self.masks[call.block_mask] = torch.from_numpy(call.block_mask.to_dense()).to(
-                call.q.device
-            )
+            blocks = call.block_mask
+            if blocks.nq * blocks.n * blocks.index.size > KEPT:
+                return torch.from_numpy(blocks.to_dense(rows.start, rows.stop)).to(device)
+            known = self.masks[blocks] = torch.from_numpy(blocks.to_dense()).to(device)
+        return known[:, :, rows]
+
+    def diagonals(self, call: Call) -> Tensor:
+        """Whether some pair is live at each key minus query [B or 1, H or 1, nq + n - 1]."""
+        known = self.near.get(call.block_mask)
+        if known is None:
+            (nq, n), shape = (call.q.shape[2], call.k.shape[2]), call.block_mask.index.shape
+            known = torch.zeros((*shape, nq + n - 1), dtype=torch.bool, device=call.q.device)
+            for rows in blocks(nq, math.prod(shape) * n, ADDED, 1):
+                live = along_diagonals(self.mask(call, rows)).any(-2)
+                known[..., nq - rows.stop : nq - rows.start + n - 1] |= live
+            self.near[call.block_mask] = known
         return known
 
-    def bias_of(self, call: Call, tables: Mapping[str, Tensor]) -> Tensor:
+    def env(self, call: Call, tables: Mapping[str, Tensor]) -> Env:
+        """Axes [B, H, nq, n], without positions."""
         q, device = call.q, call.q.device
-        wide = torch.promote_types(q.dtype, torch.float32)
-        if self.bias is None:
-            return torch.zeros((1, 1, 1, 1), dtype=wide, device=device)
-        per_row = [
-            torch.tensor(x, device=device).view(-1, 1, 1, 1) for x in (call.q_offset, call.k_offset, call.n)
-        ]
         heads = torch.arange(q.shape[1], device=device).view(1, -1, 1, 1)
         batch = torch.arange(q.shape[0], device=device).view(-1, 1, 1, 1)
-        values = {
-            "q": per_row[0] + torch.arange(q.shape[2], device=device)[:, None],
-            "k": per_row[1] + torch.arange(call.k.shape[2], device=device),
-            "n": per_row[2],
-            "h": heads,
-        }
         sizes = {"nq": q.shape[2], "H": q.shape[1], "D": q.shape[3]}
-        values |= {name: torch.tensor(size, device=device) for name, size in sizes.items()}
-        bias = evaluate(self.bias, Env(values, tables, batch, heads, wide), self.mask(call)).to(wide)
+        values = {name: torch.tensor(size, device=device) for name, size in sizes.items()}
+        n = torch.tensor(call.n, device=device).view(-1, 1, 1, 1)
+        wide = torch.promote_types(q.dtype, torch.float32)
+        return Env({**values, "n": n, "h": heads}, {**call.tables, **tables}, batch, heads, wide)
+
+    def starts(self, call: Call) -> tuple[Tensor, Tensor]:
+        """Positions of query row 0 and of key 0 [B or 1, 1, 1, 1]."""
+        first_q, first_k = (
+            torch.tensor(x, device=call.q.device).view(-1, 1, 1, 1) for x in (call.q_offset, call.k_offset)
+        )
+        return first_q, first_k
+
+    def made(self, call: Call, tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the bias of any rows is made of: tables that take the place of the call's, or its values ALONG
+        all diagonals [B or 1, H or 1, nq + n - 1]."""
+        nq, n = call.q.shape[2], call.k.shape[2]
+        if not self.by_distance or 0 in (nq, n):
+            return dict(tables)
+        assert self.bias is not None
+        first_q, first_k = self.starts(call)
+        distances = (first_q - first_k).squeeze(-1) - torch.arange(1 - nq, n, device=call.q.device)
+        return {ALONG: of_distances(self.bias, self.env(call, tables), distances, self.diagonals(call))}
+
+    def bias_of(self, call: Call, rows: slice, mask: Tensor, made: Mapping[str, Tensor]) -> Tensor:
+        """Of these query rows: [B or 1, H or 1, rows or 1, n or 1]."""
+        nq, n, device = call.q.shape[2], call.k.shape[2], call.q.device
+        if ALONG in made:
+            return from_diagonals(made[ALONG][..., nq - rows.stop : nq - rows.start + n - 1], n)
+        env = self.env(call, made)
+        if self.bias is None or not mask.numel():
+            return torch.zeros((1, 1, 1, 1), dtype=env.dtype, device=device)
+        first_q, first_k = self.starts(call)
+        values = {
+            **env.values,
+            "q": first_q + torch.arange(rows.start, rows.stop, device=device)[:, None],
+            "k": first_k + torch.arange(n, device=device),
+        }
+        bias = evaluate(self.bias, replace(env, values=values), mask).to(env.dtype)
         return bias if bias.dim() == 4 else bias.view(1, 1, 1, 1)
 
-    def padded(self, call: Call) -> tuple[Tensor, Tensor, Tensor]:
-        """As many key heads as query heads, and equal head dimensions, which the fused kernel wants."""
-        width = max(call.q.shape[3], call.v.shape[3])
-        share = call.q.shape[1] // call.k.shape[1]
-        k, v = (x.repeat_interleave(share, 1) if share > 1 else x for x in (call.k, call.v))
-        q, k, v = (fused_rows(x, width) for x in (call.q, k, v))
-        return q, k, v
-
     def formula(
-        self, call: Call, q: Tensor, k: Tensor, v: Tensor, tables: Mapping[str, Tensor]
+        self, call: Call, rows: slice, q: Tensor, k: Tensor, v: Tensor, made: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
         """The same from matrix products: differentiable in everything, the log-sum-exp included."""
         wide = torch.promote_types(q.dtype, torch.float32)
         share = q.shape[1] // k.shape[1]
-        q_, k_, v_ = (
-            q.to(wide),
-            k.to(wide).repeat_interleave(share, 1),
-            v.to(wide).repeat_interleave(share, 1),
-        )
-        mask = self.mask(call)
-        logit = q_ @ k_.transpose(-1, -2) * self.scale + self.bias_of(call, tables)
+        k, v = (x.to(wide).repeat_interleave(share, 1) for x in (k, v))
+        mask = self.mask(call, rows)
+        logit = q.to(wide) @ k.transpose(-1, -2) * self.scale + self.bias_of(call, rows, mask, made)
         weight, lse = softmax(torch.where(mask, logit, -torch.inf))
-        return weight @ v_, lse.squeeze(-1)
+        return weight @ v, lse.squeeze(-1)
+
+
+def is_fused(call: Call) -> bool:
+    """Whether torch's fused kernel can run."""
+    return call.q.device.type == "cpu" and 0 not in (*call.q.shape, *call.k.shape)
+
+
+def padded(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """As many key heads as query heads, and equal head dimensions, which the fused kernel wants."""
+    width = max(call.q.shape[3], call.v.shape[3])
+    share = call.q.shape[1] // call.k.shape[1]
+    k, v = (x.repeat_interleave(share, 1) if share > 1 else x for x in (call.k, call.v))
+    q, k, v = (fused_rows(x, width) for x in (call.q, k, v))
+    return q, k, v
+
+
+def blocks(rows: int, numbers: int, most: int, least: int) -> list[slice]:
+    """Rows of so many numbers each, at most so many numbers at a time but at least so many rows; one block if
+    there are none."""
+    step = max(least, most // max(1, numbers))
+    return [slice(first, min(first + step, rows)) for first in range(0, max(1, rows), step)]
 
 
 def _checked(attention: Attention, head_dim: int) -> tuple[float, Expr | None]:
@@ -247,12 +374,14 @@ class Sdpa:
             counts["pairs"] *= min(1.0, (problem.length + CAUSAL_SLACK) / max(1, 2 * problem.length))
         elif bias is not None or not all(is_full(grid) for grid in grids) or not grids:
             heads = problem.batch * problem.heads if bias is not None and by_head(bias) else masks
-            counts["numbers"], counts["nanoseconds"] = elements(bias, area, problem.batch * problem.heads)
+            by_pair = bias is None or by_distance(bias) is None
+            formed = area if by_pair else float(problem.length + problem.q_length)
+            counts["numbers"], counts["nanoseconds"] = elements(bias, formed, problem.batch * problem.heads)
             counts |= {"masked": every, "written": area * heads}
         return counts | {"products": counts["pairs"] * problem.head_dim}
 
     def lower(self, attention: Attention, problem: Problem) -> Kernel:
-        return Dense(*_checked(attention, problem.head_dim), WeakKeyDictionary())
+        return Dense(*_checked(attention, problem.head_dim), WeakKeyDictionary(), WeakKeyDictionary())
 
 
 backend = Sdpa()

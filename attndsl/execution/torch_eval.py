@@ -6,8 +6,8 @@ The axes of a pair tensor are the caller's choice: positions, heads and vectors 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -63,6 +63,11 @@ def decay_factor(decay: Expr, env: Env, live: Tensor) -> Tensor:
     if (found < 0).any():
         raise fail("a decay is negative at a related pair", help="bound it from below: `max(..., 0.0)`")
     return found
+
+
+def singles(tables: Mapping[str, Tensor], wanted: Iterable[str]) -> dict[str, Tensor]:
+    """The wanted tables as their gradients are summed: over many pairs, so in float32 or wider."""
+    return {name: tables[name].to(torch.promote_types(tables[name].dtype, torch.float32)) for name in wanted}
 
 
 def peak(logit: Tensor, factor: Tensor | None = None) -> Tensor:
@@ -498,6 +503,29 @@ def by_distance(e: Expr) -> Expr | None:
         else:
             done[node] = ir.rebuild(node, args)
     return None if {"q", "k"} & done[e].free else done[e]
+
+
+def of_distances(e: Expr, env: Env, distances: Tensor, live: Tensor) -> Tensor:
+    """An expression that `by_distance` finds, at each q - k [.., L] of which some pair is `live`: [.., L]."""
+    origin = torch.zeros((), dtype=torch.int64, device=distances.device)
+    values = {**env.values, "q": distances[..., None], "k": origin}
+    found = evaluate(e, replace(env, values=values), live[..., None]).to(env.dtype)
+    return broadcast_tensors(found, distances[..., None])[0].squeeze(-1)
+
+
+def from_diagonals(x: Tensor, columns: int) -> Tensor:
+    """[.., R + K - 1] -> [.., R, K], x[.., j - i + R - 1] at (i, j)."""
+    return x.unfold(-1, columns, 1).flip(-2)
+
+
+def along_diagonals(x: Tensor) -> Tensor:
+    """[.., R, K] -> [.., R, R + K - 1], the entry of (i, j) at (i, j - i + R - 1), beside it zeros."""
+    (rows, columns), count = x.shape[-2:], math.prod(x.shape[:-2])
+    width = rows + columns - 1
+    found = x.new_zeros((*x.shape[:-1], width))
+    sheared = found.as_strided((count, rows, columns), (rows * width, width - 1, 1), rows - 1)
+    sheared.copy_(x.reshape(count, rows, columns))
+    return found
 
 
 def fused_rows(x: Tensor, width: int) -> Tensor:

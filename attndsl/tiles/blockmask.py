@@ -124,17 +124,19 @@ class TileGrid:
             rank[part] = (np.cumsum(bits, axis=1) == rank[part, None] + 1).argmax(axis=1)
         return first[low].astype(np.int64) * size + rank
 
-    def to_dense(self) -> NDArray[np.bool_]:
-        """The mask itself, bool [nq, n]."""
-        (rows, cols), size = self.shape, self.block_size
-        dense = np.zeros((rows, cols, size, size), bool)
-        for row in range(rows):
+    def to_dense(self, start: int = 0, stop: int | None = None) -> NDArray[np.bool_]:
+        """The mask itself, or its rows from `start` to before `stop`: bool [rows, n]."""
+        size, cols, stop = self.block_size, self.shape[1], self.nq if stop is None else stop
+        first, last = start // size, -(-stop // size)
+        dense = np.zeros((last - first, cols, size, size), bool)
+        for row in range(first, last):
             for run in range(self.run_ptr[row], self.run_ptr[row + 1]):
-                dense[row, self.run_start[run] : self.run_end[run]] = True
+                dense[row - first, self.run_start[run] : self.run_end[run]] = True
             part = slice(self.part_ptr[row], self.part_ptr[row + 1])
             contents = self.masks[self.part_mask[part]]
-            dense[row, self.part_col[part]] = np.unpackbits(contents, axis=2, bitorder="little")
-        return dense.transpose(0, 2, 1, 3).reshape(rows * size, cols * size)[: self.nq, : self.n]
+            dense[row - first, self.part_col[part]] = np.unpackbits(contents, axis=2, bitorder="little")
+        rows = dense.transpose(0, 2, 1, 3).reshape((last - first) * size, cols * size)
+        return rows[start - first * size : stop - first * size, : self.n]
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,9 +192,9 @@ class BlockMask:
         """Which query rows have no key, bool [B or 1, H or 1, nq]."""
         return np.equal(self.row_counts(), 0)
 
-    def to_dense(self) -> NDArray[np.bool_]:
-        """The mask itself, bool [B or 1, H or 1, nq, n]."""
-        return np.stack([grid.to_dense() for grid in self.grids])[self.index]
+    def to_dense(self, start: int = 0, stop: int | None = None) -> NDArray[np.bool_]:
+        """The mask itself, or its rows from `start` to before `stop`: bool [B or 1, H or 1, rows, n]."""
+        return np.stack([grid.to_dense(start, stop) for grid in self.grids])[self.index]
 
     def to_flex(self, device: str = "cpu") -> flex_attention.BlockMask:
         """The same mask for FlexAttention: lists of tiles, and a mask_mod that reads the tile bits.
