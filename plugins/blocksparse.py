@@ -418,19 +418,27 @@ class Lane:
         return self.group.norm.kind == "softmax" and strained(lse)
 
 
+def widened(call: Call) -> Call:
+    """The call with vectors of at least float32."""
+    wide = torch.promote_types(call.q.dtype, torch.float32)
+    return replace(call, q=call.q.to(wide), k=call.k.to(wide), v=call.v.to(wide))
+
+
 @dataclass(frozen=True, eq=False)
 class BlockSparse:
-    """The kernel of one attention."""
+    """The kernel of one attention; `exact` says that outputs are not rounded to 16 bits, for the sake of the
+    backward pass, where their products with what comes back are differences of large sums."""
 
     attention: Attention
+    exact: bool
     chunks: Kept
 
     def __call__(self, call: Call) -> tuple[Tensor, Tensor]:
         return self.forward(call)
 
     def forward(self, call: Call) -> tuple[Tensor, Tensor]:
+        call, wide = widened(call) if self.exact else call, torch.promote_types(call.q.dtype, torch.float32)
         q = call.q
-        wide = torch.promote_types(q.dtype, torch.float32)
         out = q.new_empty((*q.shape[:3], call.v.shape[3]), dtype=wide)
         lse = q.new_empty(q.shape[:3], dtype=wide)
         for lane in _lanes_of(self.attention, call):
@@ -477,9 +485,9 @@ class BlockSparse:
         grad_out: Tensor,
         grad_lse: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-        wide = torch.promote_types(call.q.dtype, torch.float32)
-        totals = [torch.empty(call.q.shape, dtype=wide, device=call.q.device)]
-        totals += [torch.zeros(x.shape, dtype=wide, device=x.device) for x in (call.k, call.v)]
+        given, call = (call.q, call.k, call.v), widened(call)
+        wide = call.q.dtype
+        totals = [call.q.new_empty(call.q.shape), *(x.new_zeros(x.shape) for x in (call.k, call.v))]
         tables = {name: x.new_zeros(x.shape) for name, x in singles(call.tables, wanted).items()}
         shift = None if grad_lse is None else grad_lse.masked_fill(lse == -torch.inf, 0.0)
         for lane in _lanes_of(self.attention, call):
@@ -502,7 +510,7 @@ class BlockSparse:
                     chunk.add_keys(total, g.sum(0, keepdim=True) if len(total) < len(g) else g)
             work.bias_gradient(slopes, tables)
             work.sink_gradient(rows, tables)
-        gq, gk, gv = (total.to(x.dtype) for total, x in zip(totals, (call.q, call.k, call.v), strict=True))
+        gq, gk, gv = (total.to(x.dtype) for total, x in zip(totals, given, strict=True))
         return gq, gk, gv, {name: total.to(call.tables[name].dtype) for name, total in tables.items()}
 
     def work(self, call: Call, lane: Lane, gradient: bool, wanted: Sequence[str] = ()) -> Work:
@@ -1030,7 +1038,7 @@ class Torch:
         return {**total, "runs": 1.0, "written": total["copied"] + total["addends"]}
 
     def lower(self, attention: Attention, problem: Problem) -> Kernel:
-        return BlockSparse(attention, WeakKeyDictionary())
+        return BlockSparse(attention, problem.training, WeakKeyDictionary())
 
 
 backend = Torch()

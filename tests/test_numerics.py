@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Callable
 
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 import attndsl
+from attndsl.backend import Problem
+from attndsl.conformance import CASES, Case, check
 from attndsl.execution import registry
 
 BACKENDS = ("reference", "sdpa", "torch")
@@ -291,3 +294,130 @@ def test_a_decay_of_nought_takes_a_pair_out_however_large_its_logit(backend: str
     # gradients pass through s + m, of which 0 * s knows nothing
     for here, there in list(zip(*grads, strict=True))[0 if large == 0 else 2 :]:
         torch.testing.assert_close(here.double(), there, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.n > 100][::5], ids=str)
+def test_sdpa_conforms_in_small_blocks(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    plugin = sys.modules[type(registry.plugin("backends", "sdpa")).__module__]
+    for name in ("ADDED", "FORMED", "KEPT"):
+        monkeypatch.setattr(plugin, name, 1)
+    if reason := check("sdpa", case):
+        pytest.skip(reason)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_look_ups_by_distance_ask_for_what_live_pairs_read(backend: str) -> None:
+    text = "inputs z : float[m]  mask (causal & last(4)) | columns([30]) & causal  score s + z[q - k]"
+    attention = attndsl.parse(f"attention a {{ {text} }}")["a"]
+    plan = attndsl.compile(attention, length=40, heads=1, head_dim=4, backend=backend, block_size=16)
+    x = torch.randn(1, 1, 40, 4)
+    assert plan(x, x, x, z=torch.zeros(10)).isfinite().all()
+    with pytest.raises(attndsl.AttnError, match="but entry 9 is read"):
+        plan(x, x, x, z=torch.zeros(9))
+
+
+MEMORY = """
+import subprocess
+import sys
+import torch
+import attndsl
+from attndsl.backend import Problem
+from pathlib import Path
+
+def peak():
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
+
+text = f"attention a(table = learn[H, 32](0.1)) {{ mask {sys.argv[2]} score t5(table) }}"
+plan = attndsl.compile(
+    attndsl.parse(text)["a"], length=8192, heads=1, head_dim=64, backend=sys.argv[1], training=True
+)
+module = plan.module()
+q, k, v, grad = (torch.randn(1, 1, 8192, 64, requires_grad=True) for _ in range(4))
+short = [x[:, :, :64] for x in (q, k, v, grad)]
+module(*short[:3]).backward(short[3])
+before = peak()
+module(q, k, v).backward(grad)
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")
+@pytest.mark.parametrize("mask", ["full", "radius(256) | global([0, 5000])"])
+@pytest.mark.parametrize("backend", ["sdpa", "torch"])
+def test_memory_of_a_bias_by_distance_is_linear(backend: str, mask: str) -> None:
+    """An array of a number for each pair is 256 MiB here."""
+    child = subprocess.run(
+        [sys.executable, "-c", MEMORY, backend, mask], capture_output=True, text=True, check=True
+    )
+    assert float(child.stdout) < 150
+
+
+def test_some_rows_of_a_mask() -> None:
+    blocks = attndsl.parse("attention a { mask radius(20) | columns([3]) }")["a"].block_mask(100, 16)
+    whole = blocks.to_dense()
+    for start, stop in ((0, 100), (5, 90), (16, 32), (96, 100), (40, 41), (50, 50)):
+        assert (blocks.to_dense(start, stop) == whole[:, :, start:stop]).all()
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.float16])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize(
+    "clauses",
+    [
+        "inputs z : float[n] mask causal score s + z[k]",
+        "inputs z : float[n] mask causal score s + z[q - k]",
+        "inputs z : float[n] mask causal score tanh(s) + z[q - k]",
+        "inputs z : float[n, D] mask causal score s + Q @ z[k]",
+        "inputs z : float[n, D] mask causal score s + K @ z[q - k]",
+        "inputs z : float[n] mask causal decay 1.0 / z[k]",
+        "inputs z : float[n] mask causal norm softmax(sink = z[3])",
+    ],
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tables_keep_their_digits(backend: str, clauses: str, dtype: str, kind: torch.dtype) -> None:
+    """A table of 100 and a bit, beside vectors of 16 bits, is what it is in float64."""
+    attention = attndsl.parse(f"attention a {{ {clauses} }}")["a"]
+    n, d, found = 24, 4, []
+    rng = torch.Generator().manual_seed(0)
+    drawn = [torch.randn(1, 2, n, d, generator=rng).to(getattr(torch, dtype)) for _ in range(4)]
+    table = (100 + torch.randn(n, d, generator=rng)).to(kind)
+    table = table if "D]" in clauses else table[:, 0].contiguous()
+    for name, wide in ((backend, dtype), ("reference", "float64")):
+        options = {"length": n, "heads": 2, "head_dim": d, "dtype": wide, "training": True}
+        if reason := registry.plugin("backends", name).supports(attention, Problem(q_length=n, **options)):
+            pytest.skip(reason)
+        plan = attndsl.compile(attention, backend=name, **options)
+        leaves = [x.to(getattr(torch, wide)).requires_grad_() for x in drawn[:3]]
+        z = table.to(
+            torch.promote_types(kind, getattr(torch, wide)) if wide == "float64" else kind
+        ).requires_grad_()
+        out = plan(*leaves, z=z)
+        grads = torch.autograd.grad(out, [*leaves, z], drawn[3].to(out.dtype))
+        assert grads[3].dtype == z.dtype
+        found.append([x.double() for x in (out.detach(), *grads)])
+    loose = {"float32": 2e-3, "float16": 1e-2, "bfloat16": 3e-2}[dtype]
+    for mine, exact in zip(*found, strict=True):
+        assert (mine - exact).abs().max() <= loose * exact.abs().max().clamp_min(1e-3)
+
+
+@pytest.mark.parametrize("score", ["s * z[k mod 2] norm sigmoid", "s + z[q mod 2] norm sigmoid"])
+def test_gradients_of_a_table_of_16_bits_are_summed_in_more(
+    score: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All parts have gradients of one sign; to 256 times as much bfloat16 adds nothing."""
+    plugin = sys.modules[type(registry.plugin("backends", "torch")).__module__]
+    monkeypatch.setattr(plugin, "FORMED", 2**8)
+    text = f"inputs z : float[2] mask radius(7) score {score}"
+    attention = attndsl.parse(f"attention a {{ {text} }}")["a"]
+    n, d, found = 10_000, 4, []
+    x = torch.linspace(1, 2, n * d).view(1, 1, n, d)
+    for backend, dtype in (("torch", "bfloat16"), ("torch", "float64")):
+        plan = attndsl.compile(
+            attention, length=n, head_dim=d, dtype=dtype, backend=backend, training=True, block_size=16
+        )
+        z = torch.zeros(2, dtype=getattr(torch, dtype), requires_grad=True)
+        plan(*(x.to(z.dtype) for _ in "qkv"), z=z).sum().backward()
+        assert z.grad is not None
+        assert z.grad.dtype == z.dtype
+        found.append(z.grad.double())
+    torch.testing.assert_close(*found, rtol=2e-2, atol=0)
