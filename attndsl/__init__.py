@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from attndsl.attention import Attention as Attention
+from attndsl.bound import Bound as Bound
 from attndsl.errors import AttnError as AttnError
 from attndsl.language.assertions import Assertion as Assertion
 from attndsl.language.assertions import prove as prove

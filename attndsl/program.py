@@ -7,7 +7,7 @@ import gc
 from collections import ChainMap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import fields
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from attndsl import expr as ir
 from attndsl import syntax
 from attndsl.attention import Attention
+from attndsl.bound import Bound, Unbound
 from attndsl.errors import AttnError, Diagnostic, Source, Span, fail, suggest
 from attndsl.language.arguments import bind_arguments, name_span, signature
 from attndsl.language.assertions import Assertion, prove, typed
@@ -180,22 +181,8 @@ def _declare(item: Definition, definitions: dict[str, Definition]) -> list[Diagn
     return problems
 
 
-class Unbound:
-    """A definition that needs parameters: call it with them."""
-
-    def __init__(self, program: Program, definition: Definition) -> None:
-        self.program, self.definition = program, definition
-        self.name = definition.name
-
-    def __call__(self, *args: Any, **params: Any) -> Attention:
-        return self.program.bind(self.definition, args, params)
-
-    def __repr__(self) -> str:
-        return f"<{self.definition.name} needs parameters: {signature(self.definition)}>"
-
-
 class Program:
-    """Definitions by name. `program["longformer"]` is an Attention with the defaults bound.
+    """Definitions by name. `program["longformer"]` is a Bound with the defaults bound.
 
     names       the program's own attentions and patterns, in order
     assertions  its `assert`s, typed, for `prove`
@@ -226,7 +213,7 @@ class Program:
     def attentions(self) -> tuple[str, ...]:
         return tuple(name for name, item in self.own.items() if isinstance(item, ast.AttentionDef))
 
-    def __getitem__(self, name: str) -> Attention | Unbound:
+    def __getitem__(self, name: str) -> Bound | Unbound:
         item = self.elaborator.definitions.get(name)
         if item is None:
             known = suggest(str(name), self.own)
@@ -235,7 +222,7 @@ class Program:
         if not _compilable(item):
             raise fail(f"`{name}` is a {item.word}, neither an attention nor a pattern", item.name_span)  # type: ignore[union-attr]
         if any(param.default is None for param in item.params):
-            return Unbound(self, item)
+            return Unbound(item.name, signature(item), lambda *a, **kw: self.bind(item, a, kw))
         return self.bind(item, (), {})
 
     def default(self) -> str:
@@ -249,7 +236,7 @@ class Program:
         listed = ", ".join(self.names) or "nothing that can be compiled"
         raise fail(f"`{self.name}` defines {listed}", help="give the name of one")
 
-    def bind(self, item: Definition, args: tuple[Any, ...], params: Mapping[str, Any]) -> Attention:
+    def bind(self, item: Definition, args: tuple[Any, ...], params: Mapping[str, Any]) -> Bound:
         """An attention, or a pattern as an attention of its own, with parameters from Python."""
         names = [param.name for param in item.params]
         if len(args) > len(names):
@@ -266,8 +253,8 @@ class Program:
         self.elaborator.steps = 0
         values = {name: self.argument(name, value) for name, value in given.items()}
         value = self.elaborator.instance(item, values, Env({}), item.name_span)
-        found = _as_attention(item.name, value, lambda *a, **kw: self.bind(item, a, {**given, **kw}))
-        return replace(found, parameters=tuple(names))
+        attention = _as_attention(item.name, value)
+        return Bound(attention, tuple(names), lambda *a, **kw: self.bind(item, a, {**given, **kw}))
 
     def argument(self, name: str, value: Any) -> Value:
         """A Python number, a list or range of integers, a text of the language, or a number left open."""
@@ -339,6 +326,20 @@ class Program:
             value.at(Q, K, TOKENS)
 
 
+def bound_of(value: object) -> Bound:
+    """An attention as `Program` gives it out, or a bare one. Raises AttnError for anything else."""
+    if isinstance(value, Bound):
+        return value
+    if isinstance(value, Attention):
+        return Bound(value)
+    if isinstance(value, Unbound):
+        raise fail(f"`{value.name}` needs parameters", help=f"call it with them: `{value.written}`")
+    if isinstance(value, Program):
+        names = ", ".join(value.names)
+        raise fail("a program is taken one attention at a time", help=f'write program["..."]: {names}')
+    raise fail(f"expected an attention, not {type(value).__name__}")
+
+
 def _name_problems(item: Definition, elaborator: Elaborator) -> list[Diagnostic]:
     """What can be known of a definition whose parameters are open: its names mean something, and calls
     of definitions fit their parameters."""
@@ -400,11 +401,11 @@ def _compilable(item: Definition) -> bool:
     return isinstance(item, ast.AttentionDef) or item.word == "pattern"
 
 
-def _as_attention(name: str, value: Value, rebind: Any) -> Attention:
+def _as_attention(name: str, value: Value) -> Attention:
     if isinstance(value, AttentionOf):
-        return replace(value.attention, rebind=rebind)
+        return value.attention
     if isinstance(value, Pattern):
-        return Attention.of_pattern(name, value.at(Q, K, TOKENS), rebind)
+        return Attention.of_pattern(name, value.at(Q, K, TOKENS))
     raise fail(
         f"`{name}` is {value.noun}, which cannot stand alone", help="give it to grid(height, width, ...)"
     )

@@ -67,7 +67,7 @@ OPERATIONS = (
 
 
 def test_the_mechanisms_use_every_operation_and_shape_of_table() -> None:
-    attentions = [attndsl.parse(mechanism.text)["a"] for mechanism in MECHANISMS]
+    attentions = [attndsl.parse(mechanism.text)["a"].attention for mechanism in MECHANISMS]
     groups = [group for attention in attentions for group in attention.groups]
     whole = [e for g in groups for e in (g.relation.mask, g.score, g.decay, g.norm.sink) if e is not None]
     assert {node.op for e in whole for node in ir.nodes(e)} >= set(OPERATIONS.split())
@@ -215,7 +215,7 @@ def test_a_draw_over_a_table_is_counted(backend: str) -> None:
     plan = attndsl.compile(
         attention, batch=2, length=12, heads=2, head_dim=4, dtype="float64", backend=backend
     )
-    count = attention.groups[0].relation.count
+    count = attention.attention.groups[0].relation.count
     assert count is not None
     closed = ir.substitute(count, {"n": ir.const(12)})
     position = np.arange(12)

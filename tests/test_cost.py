@@ -18,6 +18,7 @@ from attndsl.analysis import cost
 from attndsl.analysis.cost import BlockSize, Machine, TileCounts
 from attndsl.attention import Attention
 from attndsl.backend import Counting, Problem, weighed
+from attndsl.bound import Bound
 from attndsl.execution import registry
 from attndsl.execution.torch_eval import elements
 from attndsl.tiles import lowering
@@ -28,8 +29,8 @@ OURS = ("reference", "sdpa", "torch")
 
 def attention_of(clauses: str) -> Attention:
     found = attndsl.parse(f"attention a {{ {clauses} }}")["a"]
-    assert isinstance(found, Attention)
-    return found
+    assert isinstance(found, Bound)
+    return found.attention
 
 
 def problem_of(n: int, nq: int | None = None, heads: int = 4, **options: Any) -> Problem:
@@ -60,7 +61,7 @@ def test_ideal_flops_and_bytes_are_those_of_the_live_pairs(
 ) -> None:
     attention = attention_of(clauses)
     p = problem_of(n, nq, kv_heads=kv_heads, batch=3, dtype="bfloat16", block_size=32)
-    mask = np.broadcast_to(attention.mask(n, nq, heads=4), (4, nq, n))
+    mask = np.broadcast_to(Bound(attention).mask(n, nq, heads=4), (4, nq, n))
     live = 3 * int(mask.sum())
     last = mask[:, -1]
     read = 3 * int(last.reshape(kv_heads, 4 // kv_heads, n).any(1).sum())
@@ -72,13 +73,12 @@ def test_ideal_flops_and_bytes_are_those_of_the_live_pairs(
 
 
 def test_batch_rows_with_masks_of_their_own_are_added() -> None:
-    attention = attndsl.load(EXAMPLES / "left_padding.attn")["left_padding"]
-    assert isinstance(attention, Attention)
+    attention = attndsl.load(EXAMPLES / "left_padding.attn")["left_padding"].attention
     sizes = lowering.sizes(attention, 50, 50, 4)
     tables = lowering.checked_tables(attention, {"pad": np.array([0, 30])}, sizes)
     p = problem_of(50, kv_heads=2, batch=2, block_size=16)
     found = cost.ideal(blocks_of(attention, p, tables), p)
-    mask = attention.mask(50, heads=4, pad=np.array([0, 30]))
+    mask = Bound(attention).mask(50, heads=4, pad=np.array([0, 30]))
     assert found.flops.forward == 64 * 4 * mask.sum()
     assert found.flops.decode == 64 * 4 * (50 + 20)
     assert found.bytes.decode == (2 * 2 * 4 + 2 * 2 * (50 + 20)) * 16 * 4
@@ -96,7 +96,7 @@ def test_no_keys_and_no_queries_cost_nothing(nq: int) -> None:
 @pytest.mark.parametrize("n", [64, 200])
 def test_tiles_of_every_block_size_are_those_of_the_mask(clauses: str, n: int) -> None:
     attention, p = attention_of(clauses), problem_of(n, batch=2)
-    mask = np.broadcast_to(attention.mask(n, heads=4), (4, n, n))
+    mask = np.broadcast_to(Bound(attention).mask(n, heads=4), (4, n, n))
     rows = cost.block_sizes(attention, p, candidates=(16, 32, 64))
     assert [row.block_size for row in rows] == [16, 32, 64]
     for row in rows:
@@ -202,7 +202,7 @@ def test_the_torch_backend_computes_the_pairs_that_it_counts(
     pairs, calls = map(sum, zip(*made, strict=True))
     found = counts("torch", attention, plan.problem, plan.block_masks)
     assert (found["pairs"], found["calls"]) == (pairs, calls)
-    assert found["pairs"] >= 2 * np.broadcast_to(attention.mask(n, heads=4), (4, n, n)).sum()
+    assert found["pairs"] >= 2 * np.broadcast_to(Bound(attention).mask(n, heads=4), (4, n, n)).sum()
 
 
 @pytest.mark.parametrize("clauses", ["mask radius(300) | global([0])", "mask causal", "mask strided(128)"])

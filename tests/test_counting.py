@@ -22,8 +22,8 @@ LONG = 2**20
 
 def mask_of(text: str) -> Expr:
     attention = attndsl.parse(f"pattern main = {text}")["main"]
-    assert isinstance(attention, attndsl.Attention)
-    (group,) = attention.groups
+    assert isinstance(attention, attndsl.Bound)
+    (group,) = attention.attention.groups
     return quantifier_free(substitute(group.relation.mask, {"nq": var("n")}))
 
 

@@ -20,6 +20,7 @@ from attndsl.analysis import eviction
 from attndsl.analysis.decode import Cache, kv_cache
 from attndsl.analysis.shards import SCHEMES, shards
 from attndsl.attention import Attention
+from attndsl.bound import Bound
 from attndsl.errors import AttnError
 from attndsl.expr import Table
 
@@ -92,12 +93,12 @@ Array = NDArray[Any]
 
 
 def bound(text: str) -> Attention:
-    return attndsl.parse(f"attention main {{ {text} }}")["main"]
+    return attndsl.parse(f"attention main {{ {text} }}")["main"].attention
 
 
 def example(name: str) -> Attention:
     file, _, entry = name.partition(":")
-    return attndsl.load(EXAMPLES / f"{file}.attn")[entry or file]
+    return attndsl.load(EXAMPLES / f"{file}.attn")[entry or file].attention
 
 
 def every() -> list[Any]:
@@ -141,7 +142,7 @@ def masks_of(attention: Attention, n: int, heads: int, tables: dict[str, Array])
         )
         for name, t in scores.items()
     }
-    found = attention.mask(n, heads=heads, **tables, **zeros)
+    found = Bound(attention).mask(n, heads=heads, **tables, **zeros)
     return found if found.ndim == 4 else found[None]
 
 
@@ -200,7 +201,7 @@ def test_caches_over_many_tiles() -> None:
 @pytest.mark.parametrize("seed", range(40))
 def test_caches_of_random_programs(seed: int) -> None:
     written = program(Random(seed), integral=seed % 2 == 0)
-    attention = attndsl.parse(written.text)["main"]
+    attention = attndsl.parse(written.text)["main"].attention
     for n in (5, 64):
         given = written.tables(n, seed)
         tables = {table.name: given[table.name] for table in read_tables(attention)}
@@ -292,7 +293,7 @@ def test_rules_say_what_is_held(text: str) -> None:
     attention = bound(text)
     rule = kv_cache(attention, 240).rule
     assert rule == f"keep {WORDED[text]}"
-    assert (rule_says(rule, 240)[:60] == held(attention.mask(240)[0])[:60]).all()
+    assert (rule_says(rule, 240)[:60] == held(Bound(attention).mask(240)[0])[:60]).all()
 
 
 def test_rules_that_leave_something_open() -> None:

@@ -222,7 +222,7 @@ def logits(
 ) -> NDArray[np.float64]:
     """The score at every pair where s and the inner product are 0, of one head."""
     constants = {"s": ir.const(0.0), "h": ir.const(head), "H": ir.const(heads), "D": ir.const(64)}
-    score = program[name].groups[0].score
+    score = program[name].attention.groups[0].score
     product = next((node for node in ir.nodes(score) if node.op == "inner"), None)
     score = ir.substitute(swapped(score, product, ir.const(0.0)), constants)
     q, k = np.arange(n)[:, None], np.arange(n)
@@ -271,7 +271,7 @@ def test_t5_buckets() -> None:
 
 
 def test_adaptive_span_falls_over_32_positions() -> None:
-    decay = attndsl.load(EXAMPLES / "adaptive_span.attn")["adaptive_span"].groups[0].decay
+    decay = attndsl.load(EXAMPLES / "adaptive_span.attn")["adaptive_span"].attention.groups[0].decay
     assert decay is not None
     found = pointwise.evaluate(decay, np.arange(100), np.asarray(0), {"z": np.asarray(20 / 8192)})
     np.testing.assert_allclose(found, np.clip((32 + 20 - np.arange(100)) / 32, 0, 1), atol=1e-12)
@@ -280,7 +280,7 @@ def test_adaptive_span_falls_over_32_positions() -> None:
 @pytest.mark.parametrize(("a", "far"), [(-1.0, 0.0), (2.0, 1 + np.e)])
 def test_da_transformer_weighs_distances_between_its_limits(a: float, far: float) -> None:
     """(1 + e^b) / (1 + e^(b - a |q - k|)): 1 at no distance, at a great one 0 or 1 + e^b."""
-    score = attndsl.load(EXAMPLES / "da_transformer.attn")["da_transformer"].groups[0].score
+    score = attndsl.load(EXAMPLES / "da_transformer.attn")["da_transformer"].attention.groups[0].score
     inner = next(node for node in ir.nodes(score) if node.op == "inner")
     halved = ir.substitute(swapped(score, inner, ir.const(8.0)), {"D": ir.const(64), "h": ir.const(0)})
     found = pointwise.evaluate(

@@ -17,6 +17,7 @@ import attndsl
 from attndsl import expr as x
 from attndsl.analysis.field import Field, Hole, Seen, paths, receptive_field
 from attndsl.attention import Attention
+from attndsl.bound import Bound
 from attndsl.errors import AttnError
 from attndsl.expr import IntSet, any_of, const, var
 from attndsl.meaning.pointwise import evaluate
@@ -30,15 +31,16 @@ Matrix = NDArray[np.bool_]
 
 def pattern(text: str, name: str = "main") -> Attention:
     found = attndsl.parse(f"attention {name} {{ mask {text} }}")[name]
-    assert isinstance(found, Attention)
-    return found
+    assert isinstance(found, Bound)
+    return found.attention
 
 
 def attentions() -> dict[str, Attention]:
     found = {}
     for path in sorted(EXAMPLES.glob("*.attn")):
         program = attndsl.load(path)
-        found |= {name: program[name] for name in program.names if isinstance(program[name], Attention)}
+        bound = {name: program[name] for name in program.names}
+        found |= {name: b.attention for name, b in bound.items() if isinstance(b, Bound)}
     return found
 
 
@@ -67,7 +69,7 @@ def union(attention: Attention, n: int, heads: int, given: dict[str, Any]) -> Ma
         for t in attention.inputs
         if t.name not in given
     }
-    mask = attention.mask(n, heads=heads, **given, **rest)
+    mask = Bound(attention).mask(n, heads=heads, **given, **rest)
     return mask.reshape(-1, n, n).any(axis=0) | np.eye(n, dtype=bool) if n else np.zeros((0, 0), bool)
 
 
@@ -129,7 +131,7 @@ PROGRAMS = [
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_random_programs_are_the_powers(program: programs.Program) -> None:
-    attention = attndsl.parse(program.text)["main"]
+    attention = attndsl.parse(program.text)["main"].attention
     for n in (3, 13, 70):
         given = program.tables(n, batch=1)
         step = union(attention, n, program.heads, given)
@@ -142,7 +144,7 @@ def test_random_programs_are_the_powers(program: programs.Program) -> None:
 def test_random_stacks_are_the_products() -> None:
     found = [p for p in PROGRAMS if p.heads == 1 and not p.inputs]
     for first, second in zip(found[::2], found[1::2], strict=False):
-        layers = [attndsl.parse(p.text)["main"] for p in (first, second, second, first)]
+        layers = [attndsl.parse(p.text)["main"].attention for p in (first, second, second, first)]
         steps = [union(layer, 40, 1, {}) for layer in layers]
         check(receptive_field(layers, 40), steps, alike=False)
 
@@ -205,8 +207,8 @@ def test_sums_of_distances() -> None:
 def test_images_of_rows() -> None:
     attention = pattern("random(3, seed = 5) | last(150) | columns([70])")
     for n in (1, 130, 300):
-        grid = attention.block_mask(n, 64).grids[0]
-        mask = attention.mask(n)[0]
+        grid = Bound(attention).block_mask(n, 64).grids[0]
+        mask = Bound(attention).mask(n)[0]
         rng = np.random.default_rng(n)
         for density in (0.0, 0.02, 1.0):
             queries = rng.random(n) < density
@@ -330,13 +332,13 @@ def test_what_depends_on_a_missing_table() -> None:
         "attention c { inputs doc : int[n]\n mask band(-8..0, step = 2) & documents(doc) }\n"
         "attention d { inputs pad : int[B]\n mask { q, k : k >= pad } }\n"
     )
-    found = receptive_field(windowed["a"], 101, layers=3)
+    found = receptive_field(windowed["a"].attention, 101, layers=3)
     assert "no less than 25 layers" in str(found.undecided)
     assert "at most 13 keys through 3" in str(found.undecided)
-    assert receptive_field(windowed["b"], 101).hole == Hole(16, 15)
-    assert receptive_field(windowed["c"], 101).hole == Hole(1, 0, "keys at odd distances")
-    assert "batch row" in str(receptive_field(windowed["d"], 4, inputs={"pad": [0, 1]}).undecided)
-    assert receptive_field(windowed["d"], 4, inputs={"pad": [1]}).hole == Hole(1, 0)
+    assert receptive_field(windowed["b"].attention, 101).hole == Hole(16, 15)
+    assert receptive_field(windowed["c"].attention, 101).hole == Hole(1, 0, "keys at odd distances")
+    assert "batch row" in str(receptive_field(windowed["d"].attention, 4, inputs={"pad": [0, 1]}).undecided)
+    assert receptive_field(windowed["d"].attention, 4, inputs={"pad": [1]}).hole == Hole(1, 0)
 
 
 def test_scattered_links_without_a_hub_are_followed_from_the_last_query() -> None:
@@ -345,7 +347,7 @@ def test_scattered_links_without_a_hub_are_followed_from_the_last_query() -> Non
     found = receptive_field(attention, n, layers=4)
     assert found.undecided is not None
     assert (found.full_after, found.hole) == (None, None)
-    grid = attention.block_mask(n).grids[0]
+    grid = Bound(attention).block_mask(n).grids[0]
     keys = np.arange(n) == n - 1
     for seen in found.per_layer:
         keys = powers.image(grid, keys)
@@ -387,7 +389,7 @@ def test_what_is_refused() -> None:
         receptive_field(attention, 8, inputs={"doc": [0] * 8})
     with pytest.raises(AttnError, match="speaks of head 7"):
         receptive_field(ATTENTIONS["duo_attention"], 8, heads=2)
-    shifted = attndsl.parse("attention a { offset 3\n mask causal }")["a"]
+    shifted = attndsl.parse("attention a { offset 3\n mask causal }")["a"].attention
     with pytest.raises(AttnError, match="stacked"):
         receptive_field(shifted, 8)
 

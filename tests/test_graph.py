@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 import attndsl
 from attndsl import AttnError
 from attndsl.analysis import graph as measuring
-from attndsl.analysis.graph import GraphMeasures, measures, pairs_of
-from attndsl.attention import Attention
+from attndsl.analysis.graph import GraphMeasures, pairs_of
+from attndsl.bound import Bound
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 PROGRAMS = [programs.program(Random(seed)) for seed in range(100, 140)]
@@ -29,9 +29,9 @@ PATTERNS = [
 ]  # fmt: skip
 
 
-def pattern(text: str) -> Attention:
+def pattern(text: str) -> Bound:
     found = attndsl.parse(f"attention main {{ mask {text} }}")["main"]
-    assert isinstance(found, Attention)
+    assert isinstance(found, Bound)
     return found
 
 
@@ -63,7 +63,11 @@ def examples() -> list[Any]:
     return found
 
 
-def union(attention: Attention, n: int, heads: int, **inputs: Any) -> NDArray[np.bool_]:
+def measures(found: Bound, *args: Any, **options: Any) -> GraphMeasures:
+    return measuring.measures(found.attention, *args, **options)
+
+
+def union(attention: Bound, n: int, heads: int, **inputs: Any) -> NDArray[np.bool_]:
     mask = attention.mask(n, heads=heads, **inputs)
     return mask.reshape((-1, n, n) if n else (1, 0, 0)).any(axis=0)
 
@@ -112,7 +116,7 @@ def by_networkx(made: nx.DiGraph, tokens: NDArray[np.bool_]) -> dict[str, Any]:
     }
 
 
-def check(attention: Attention, n: int, heads: int = 1, **inputs: Any) -> None:
+def check(attention: Bound, n: int, heads: int = 1, **inputs: Any) -> None:
     tokens = union(attention, n, heads, **inputs)
     made = attention.graph(n, heads=heads, **inputs)
     assert sorted(made) == list(range(n))
@@ -197,13 +201,13 @@ def test_random_programs(program: programs.Program) -> None:
 
 
 @pytest.mark.parametrize("attention", examples())
-def test_examples(attention: Attention) -> None:
-    check(attention, 64, attention.enough_heads(), **tables(attention.name, 64))
+def test_examples(attention: Bound) -> None:
+    check(attention, 64, attention.attention.enough_heads(), **tables(attention.name, 64))
 
 
 @pytest.mark.parametrize("attention", examples()[::4])
-def test_examples_over_several_tiles(attention: Attention) -> None:
-    check(attention, 200, attention.enough_heads(), **tables(attention.name, 200))
+def test_examples_over_several_tiles(attention: Bound) -> None:
+    check(attention, 200, attention.attention.enough_heads(), **tables(attention.name, 200))
 
 
 def test_one_head_and_any() -> None:
@@ -226,7 +230,7 @@ def test_edges_lead_from_key_to_query() -> None:
 
 def test_a_full_union_of_partial_tiles_is_full() -> None:
     both = attndsl.parse("attention main { heads 0 { mask causal } else { mask ~causal } }")["main"]
-    found = pairs_of(both, 64, "block", 16, 2, None, {})
+    found = pairs_of(both.attention, 64, "block", 16, 2, None, {})
     assert (found.codes == 1).all()
 
 

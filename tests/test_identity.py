@@ -122,7 +122,7 @@ def test_layers_that_differ_are_graphs_of_their_own() -> None:
 
 @pytest.mark.parametrize("mechanism", MECHANISMS, ids=lambda m: m.name)
 def test_text_and_back(mechanism: Any) -> None:
-    attention = attndsl.parse(mechanism.text)["a"]
+    attention = attndsl.parse(mechanism.text)["a"].attention
     written = portable.write(attention)
     again, _ = portable.read(written.text, written.constants)
     assert portable.write(again).text == written.text
@@ -131,10 +131,10 @@ def test_text_and_back(mechanism: Any) -> None:
 
 def test_equal_attentions_are_one_text_whatever_stands_before_them() -> None:
     text = "attention a(b = learn[H, 5]) { mask causal @ last(3) | random(2) score s + b[2] }"
-    alone = attndsl.parse(text)["a"]
+    alone = attndsl.parse(text)["a"].attention
     other = attndsl.parse("attention z(b = learn[H](0.2)) { score s + b }" + text)
     assert other["z"].learned
-    assert portable.write(alone).text == portable.write(other["a"]).text
+    assert portable.write(alone).text == portable.write(other["a"].attention).text
 
 
 def test_long_sets_travel_as_tensors() -> None:
@@ -145,7 +145,7 @@ def test_long_sets_travel_as_tensors() -> None:
     assert not none
     assert [array.shape for array in constants] == [(200, 2)]
     assert len(text) < len(short) + 200
-    other = attndsl.parse(f"attention a {{ mask causal & columns([{EVERY_THIRD}, 601]) }}")["a"]
+    other = attndsl.parse(f"attention a {{ mask causal & columns([{EVERY_THIRD}, 601]) }}")["a"].attention
     assert portable.write(other).text != text
 
 

@@ -38,9 +38,9 @@ def parsed(text: str) -> attndsl.Program:
     return attndsl.parse(text)
 
 
-def elaborated(program: programs.Program) -> attndsl.Attention:
+def elaborated(program: programs.Program) -> attndsl.Bound:
     attention = parsed(program.text)["main"]
-    assert isinstance(attention, attndsl.Attention)
+    assert isinstance(attention, attndsl.Bound)
     return attention
 
 
@@ -54,7 +54,7 @@ def each(found: list[programs.Program], step: int = 1) -> pytest.MarkDecorator:
 
 
 def roots(program: programs.Program) -> Iterator[expr.Expr]:
-    for group in elaborated(program).groups:
+    for group in elaborated(program).attention.groups:
         parts = (
             group.relation.mask,
             group.relation.count,
@@ -120,8 +120,10 @@ def test_a_bound_variable_may_be_all_that_varies(
 
 def test_heads_draw_from_keys_of_their_own() -> None:
     drawn = attndsl.parse("pattern p = random(1, of = { q, k : k mod 3 == h })")["p"]
-    assert isinstance(drawn, attndsl.Attention)
-    closed = expr.substitute(drawn.any_head(), {x: expr.const(9 if x == "n" else 3) for x in ("n", "H")})
+    assert isinstance(drawn, attndsl.Bound)
+    closed = expr.substitute(
+        drawn.attention.any_head(), {x: expr.const(9 if x == "n" else 3) for x in ("n", "H")}
+    )
     found = pointwise.evaluate(closed, np.arange(9)[:, None], np.arange(9)[None])
     np.testing.assert_array_equal(found, drawn.mask(9, heads=3).any(0))
     assert found.sum() == 27
@@ -166,8 +168,8 @@ def test_relations_bound_the_mask(program: programs.Program) -> None:
     n = 6
     attention = elaborated(program)
     mask = batched(attention.mask(n, heads=program.heads, **program.tables(n)))
-    groups = lowering.head_groups(attention, program.heads)
-    for g, group in enumerate(attention.groups):
+    groups = lowering.head_groups(attention.attention, program.heads)
+    for g, group in enumerate(attention.attention.groups):
         affine = relation.is_affine(group.relation.mask)
         assert affine or not program.integral
         try:

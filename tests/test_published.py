@@ -13,13 +13,13 @@ from attndsl.analysis.field import receptive_field
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def example(file: str, name: str) -> attndsl.Attention:
+def example(file: str, name: str) -> attndsl.Bound:
     found = attndsl.load(EXAMPLES / f"{file}.attn")[name]
-    assert isinstance(found, attndsl.Attention)
+    assert isinstance(found, attndsl.Bound)
     return found
 
 
-def nnz(attention: attndsl.Attention, length: int, heads: int | None = None) -> int:
+def nnz(attention: attndsl.Bound, length: int, heads: int | None = None) -> int:
     """Live pairs, which the formula must give as well where it holds."""
     count = attndsl.analyze(attention, length=length, heads=heads, parts=["nnz"]).nnz
     assert count is not None
@@ -74,7 +74,7 @@ def test_two_hops(first: str, second: str, complete: bool) -> None:
 
 @pytest.mark.parametrize("name", ["sparse_transformer", "enwik8"])
 def test_the_united_factors_are_complete_in_two_layers(name: str) -> None:
-    found = receptive_field(example("sparse_transformer", name), 12288)
+    found = receptive_field(example("sparse_transformer", name).attention, 12288)
     assert (found.target, found.full_after) == ("causal", 2)
     assert found.for_every_n is not None
 

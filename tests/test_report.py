@@ -20,7 +20,7 @@ ATTENTIONS = [
     (path.stem, name)
     for path in sorted(EXAMPLES.glob("*.attn"))
     for name in attndsl.load(path).attentions
-    if isinstance(attndsl.load(path)[name], attndsl.Attention)
+    if isinstance(attndsl.load(path)[name], attndsl.Bound)
 ]
 LENGTHS = (0, 1, 50, 97)
 
@@ -31,12 +31,15 @@ def run(*args: object) -> str:
     return done.stdout
 
 
-def random_tables(attention: attndsl.Attention, n: int) -> dict[str, Any]:
+def random_tables(attention: attndsl.Bound, n: int) -> dict[str, Any]:
     """Tables in the ranges that the examples expect: small sorted numbers."""
     rng = np.random.default_rng(n)
     found = {}
     for table in attention.inputs:
-        sizes = [*([1] if table.batched else []), *([attention.enough_heads()] if table.headed else [])]
+        sizes = [
+            *([1] if table.batched else []),
+            *([attention.attention.enough_heads()] if table.headed else []),
+        ]
         sizes += [axis if isinstance(axis, int) else {"n": n, "nq": n}.get(axis, 8) for axis in table.dims]
         draw = {
             "int": lambda shape: np.sort(rng.integers(0, 3, shape), axis=-1) if shape else rng.integers(0, 3),
@@ -51,8 +54,8 @@ def random_tables(attention: attndsl.Attention, n: int) -> dict[str, Any]:
 @pytest.mark.parametrize("n", LENGTHS)
 def test_counts_of_every_example(file: str, name: str, n: int) -> None:
     attention = attndsl.load(EXAMPLES / f"{file}.attn")[name]
-    assert isinstance(attention, attndsl.Attention)
-    heads = attention.enough_heads()
+    assert isinstance(attention, attndsl.Bound)
+    heads = attention.attention.enough_heads()
     given = random_tables(attention, n)
     mask = np.broadcast_to(attention.mask(n, heads=heads, **given), (1, heads, n, n))
     report = attndsl.analyze(attention, length=n, parts=["nnz", "rows"], **given)
@@ -74,7 +77,7 @@ def test_counts_of_every_example(file: str, name: str, n: int) -> None:
 def test_every_part_of_every_example(file: str, name: str) -> None:
     """A part is there, or there is a reason why not, and all is plain data."""
     attention = attndsl.load(EXAMPLES / f"{file}.attn")[name]
-    assert isinstance(attention, attndsl.Attention)
+    assert isinstance(attention, attndsl.Bound)
     report = attndsl.analyze(attention, length=200, layers=3, **random_tables(attention, 200))
     assert report.reasons == {}
     data = json.loads(json.dumps(report.to_dict()))
@@ -211,7 +214,7 @@ def test_draws_and_tables_together() -> None:
 
 def test_shards_need_no_tiles_of_the_whole_mask() -> None:
     attention = attndsl.load(EXAMPLES / "sparse_transformer.attn")["sparse_transformer"]
-    assert isinstance(attention, attndsl.Attention)
+    assert isinstance(attention, attndsl.Bound)
     report = attndsl.analyze(attention, length=2**20, parts=["shards"])
     assert report.reasons == {}
     assert report.shards is not None

@@ -105,7 +105,7 @@ def data() -> tuple[Tensor, ...]:
 
 def module(task: Task) -> torch.nn.Module:
     attention = attndsl.parse(task.text)["a"]
-    assert isinstance(attention, attndsl.Attention)
+    assert isinstance(attention, attndsl.Bound)
     sizes = {"length": LENGTH, "batch": 2, "heads": HEADS, "head_dim": HEAD_DIM}
     return attndsl.compile(attention, **sizes, training=True, backend="torch").module()  # type: ignore[arg-type]
 

@@ -14,9 +14,11 @@ import numpy as np
 from attndsl.analysis import counting
 from attndsl.attention import Attention
 from attndsl.backend import Problem, check_problem
+from attndsl.bound import Bound
 from attndsl.errors import AttnError, fail
 from attndsl.expr import FALSE, ZERO, Expr, const, exists, le, nodes, substitute, var
 from attndsl.meaning.pointwise import evaluate
+from attndsl.program import bound_of
 from attndsl.relations import proofs
 from attndsl.tiles import lowering
 from attndsl.tiles.blockmask import BlockMask
@@ -127,12 +129,16 @@ def plain(value: Any) -> Any:
 class Subject:
     """An attention on one problem, with what was given of its tables and parameters left open."""
 
-    attention: Attention
+    bound: Bound
     problem: Problem
     layers: int
     ranks: int
     parameters: tuple[str, ...]
     inputs: Mapping[str, ArrayLike]
+
+    @property
+    def attention(self) -> Attention:
+        return self.bound.attention
 
     @property
     def times(self) -> int:
@@ -251,7 +257,7 @@ def in_parameters(subject: Subject) -> dict[str, Any]:
     found: dict[str, counting.InParameter] = {}
     for name in subject.parameters:
         # a name of its own: the parameter may be called as a variable is
-        masks = masks_of(subject.attention(**{name: var(f"?{name}")}), subject.problem)
+        masks = masks_of(subject.bound(**{name: var(f"?{name}")}).attention, subject.problem)
         if len(masks) > 1:
             raise fail(f"the heads differ: there is no one formula in `{name}`")
         ((mask, times),) = masks.items()
@@ -431,7 +437,7 @@ PARTS: dict[str, Part] = {
 
 
 def analyze(
-    attention: Attention,
+    attention: Bound | Attention,
     *,
     length: int,
     q_length: int | None = None,
@@ -495,12 +501,12 @@ def extended(report: Report, name: str, subject: Subject) -> Report:
 
 
 def subject_of(
-    attention: Attention, *, length: int, q_length: int | None, batch: int, heads: int | None,
+    value: Bound | Attention, *, length: int, q_length: int | None, batch: int, heads: int | None,
     kv_heads: int | None, head_dim: int, dtype: str, block_size: int, layers: int, ranks: int,
     parameters: tuple[str, ...], inputs: Mapping[str, ArrayLike],
 ) -> Subject:  # fmt: skip
-    if not isinstance(attention, Attention):
-        raise fail(f"expected an attention, not {type(attention).__name__}")
+    bound = bound_of(value)
+    attention = bound.attention
     heads = lowering.heads_of(attention, inputs) if heads is None else heads
     problem = Problem(
         length=lowering.checked_length("length", length),
@@ -515,12 +521,12 @@ def subject_of(
     check_problem(problem)
     lowering.head_groups(attention, problem.heads)
     for name in parameters:
-        if name not in attention.parameters:
-            takes = ", ".join(attention.parameters) or "none"
+        if name not in bound.parameters:
+            takes = ", ".join(bound.parameters) or "none"
             raise fail(f"`{attention.name}` has no parameter `{name}`", help=f"it takes {takes}")
-    for name, value in (("layers", layers), ("ranks", ranks)):
-        if lowering.checked_length(name, value) == 0:
+    for name, count in (("layers", layers), ("ranks", ranks)):
+        if lowering.checked_length(name, count) == 0:
             raise fail(f"`{name}` is 0, and must be positive")
-    subject = Subject(attention, problem, layers, ranks, parameters, dict(inputs))
+    subject = Subject(bound, problem, layers, ranks, parameters, dict(inputs))
     lowering.checked_tables(attention, inputs, subject.sizes, problem.batch, needed=())
     return subject

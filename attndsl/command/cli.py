@@ -18,6 +18,7 @@ from attndsl.errors import AttnError, Diagnostic, fail
 if TYPE_CHECKING:
     from attndsl.analysis.report import Report, Subject
     from attndsl.attention import Attention
+    from attndsl.bound import Bound
     from attndsl.command.child import Stage
     from attndsl.execution.plan import Plan
     from attndsl.expr import Expr
@@ -139,20 +140,20 @@ def program_of(file: str) -> Program:
     return attndsl.parse(read(file), "<stdin>") if file == "-" else attndsl.load(file)
 
 
-def bound(file: str, name: str | None, params: dict[str, str]) -> Attention:
+def bound(file: str, name: str | None, params: dict[str, str]) -> Bound:
     """The attention that a command is about."""
     return titled(file, name, params)[0]
 
 
-def titled(file: str, name: str | None, params: dict[str, str]) -> tuple[Attention, str]:
+def titled(file: str, name: str | None, params: dict[str, str]) -> tuple[Bound, str]:
     """The attention, and its name with the parameters that differ from the defaults."""
-    from attndsl.attention import Attention
+    from attndsl.bound import Bound
 
     program = program_of(file)
     name = name or program.default()
     definition = program[name]
     attention = definition(**params) if params else definition
-    if not isinstance(attention, Attention):
+    if not isinstance(attention, Bound):
         raise fail(str(attention).strip("<>"), help="give them with --set name=value")
     return attention, title(program, name, params)
 
@@ -435,8 +436,8 @@ def show(
     form = form or SUFFIXES[suffix]
     if form != "term" and output is None:
         raise fail(f"a picture in {form} does not go to the terminal", help=f"name a file: -o mask.{form}")
-    attention, shown = titled(file, name, params)
-    given = tables(inputs)
+    found, shown = titled(file, name, params)
+    attention, given = found.attention, tables(inputs)
     heads = sizes["heads"] = heads_of(attention, given, sizes["heads"])
     if head is not None and head >= heads:
         raise fail(f"no head {head:,} among {counted(heads, 'head')}", help="more with --heads")
@@ -470,9 +471,11 @@ def heads_of(attention: Attention, given: dict[str, Any], heads: int | None) -> 
 
 def tiled(attention: Attention, given: dict[str, Any], **sizes: Any) -> BlockMask:
     """Tiles to draw or to count in, coarse where the mask is large."""
+    from attndsl.tiles import lowering
+
     n, nq, heads = sizes["length"], sizes["q_length"], sizes["heads"]
     block_size = sizes["block_size"] or coarse(attention, min(n, nq or n))
-    return attention.block_mask(n, block_size, nq, heads=heads, **given)
+    return lowering.tiles_of(attention, n, block_size, nq, heads=heads, inputs=given)
 
 
 def coarse(attention: Attention, length: int) -> int:
@@ -519,7 +522,7 @@ def compile(
     **problem: Any,
 ) -> None:
     """The plan: the backend chosen and why, tiles, bytes, time."""
-    attention = bound(file, name, params)
+    attention = bound(file, name, params).attention
     given = tables(inputs)
     problem["heads"] = heads_of(attention, given, problem["heads"])
 
@@ -560,7 +563,7 @@ def run(
     **problem: Any,
 ) -> None:
     """Run the plan, compare it with `reference`, time it beside dense attention."""
-    attention = bound(file, name, params)
+    attention = bound(file, name, params).attention
     given = tables(inputs)
     problem["heads"] = heads_of(attention, given, problem["heads"])
 
@@ -893,5 +896,5 @@ def each_head(target: str) -> Expr:
     """The mask of FILE:NAME at head `h`."""
     from attndsl.expr import all_of, any_of
 
-    attention = bound(*divided(target), {})
+    attention = bound(*divided(target), {}).attention
     return any_of(*(all_of(group.heads, group.relation.mask) for group in attention.groups))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import attndsl
 from attndsl.attention import Attention
+from attndsl.bound import Bound
 from attndsl.conformance.formula import Call
 from attndsl.conformance.mechanisms import MECHANISMS, WIDE, Mechanism, normal
 from attndsl.expr import Table
@@ -298,6 +299,6 @@ def call_of(attention: Attention, case: Case, inputs: Named) -> Call:
 
 
 def attention_of(mechanism: Mechanism) -> Attention:
-    attention = attndsl.parse(mechanism.text)["a"]
-    assert isinstance(attention, Attention)
-    return attention
+    found = attndsl.parse(mechanism.text)["a"]
+    assert isinstance(found, Bound)
+    return found.attention

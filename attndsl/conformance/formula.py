@@ -1,7 +1,7 @@
 """Attention by formulas written by hand, over the flat list of its live pairs.
 
 The yardstick of the suite. It shares no code with the evaluators of expressions, tiles or relations; the
-keys that `random` draws alone come from `Attention.mask`. A pair that is not live is not in the list, so
+keys that `random` draws alone come from `Bound.mask`. A pair that is not live is not in the list, so
 that nothing which stands there can reach a result or a gradient.
 """
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import attndsl
-from attndsl.attention import Attention
+from attndsl.bound import Bound
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,9 +79,9 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 @functools.cache
-def _pattern(text: str) -> Attention:
+def _pattern(text: str) -> Bound:
     found = attndsl.parse(f"attention a {{ {text} }}")["a"]
-    assert isinstance(found, Attention)
+    assert isinstance(found, Bound)
     return found
 
 

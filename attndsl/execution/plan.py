@@ -13,12 +13,12 @@ import numpy as np
 
 from attndsl.attention import Attention
 from attndsl.backend import DTYPES, Backend, Problem, check_problem
+from attndsl.bound import Bound
 from attndsl.errors import AttnError, fail
 from attndsl.execution import registry
 from attndsl.execution.lowered import Lowered, as_array, lower
 from attndsl.expr import Table
-from attndsl.language.arguments import signature
-from attndsl.program import Program, Unbound
+from attndsl.program import bound_of
 from attndsl.tiles import lowering
 from attndsl.tiles.blockmask import BlockMask
 
@@ -30,7 +30,7 @@ BLOCK_SIZE = 128
 
 
 def compile(
-    attention: Attention,
+    attention: Bound | Attention,
     *,
     length: int,
     q_length: int | None = None,
@@ -50,6 +50,7 @@ def compile(
     fit, an unknown backend, or a `backend` that declines: then no other is tried.
     """
     start = time.perf_counter()
+    attention = bound_of(attention).attention
     problem = _problem(
         attention,
         Problem(
@@ -74,15 +75,7 @@ def compile(
     return Plan(lower(attention, problem, _chosen(considered, backend)), considered, blocks, seconds)
 
 
-def _problem(attention: object, problem: Problem) -> Problem:
-    if isinstance(attention, Unbound):
-        written = signature(attention.definition)
-        raise fail(f"`{attention.name}` needs parameters", help=f"call it with them: `{written}`")
-    if isinstance(attention, Program):
-        names = ", ".join(attention.names)
-        raise fail("a program is compiled one attention at a time", help=f'write program["..."]: {names}')
-    if not isinstance(attention, Attention):
-        raise fail(f"expected an attention, not {type(attention).__name__}")
+def _problem(attention: Attention, problem: Problem) -> Problem:
     check_problem(problem)
     lowering.head_groups(attention, problem.heads)
     _check_device(problem.device)

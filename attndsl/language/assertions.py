@@ -319,7 +319,9 @@ def _measured(side: Quantity | float) -> float | None:
         from attndsl.relations.powers import diameter
 
         return diameter(side.of.any_head(), side.n, side.heads)
-    blocks = side.of.block_mask(side.n, heads=side.heads)
+    from attndsl.tiles.lowering import tiles_of
+
+    blocks = tiles_of(side.of, side.n, heads=side.heads)
     pairs = blocks.nnz * (side.heads // max(1, blocks.index.shape[1]))
     return float(pairs) if side.kind == "nnz" else pairs / max(1, side.heads * side.n * side.n)
 

@@ -85,12 +85,13 @@ MOST, FEW = 0.9, 0.3
 def _scattered(attention: Attention, span: Span) -> Iterator[Diagnostic]:
     """Nearly every tile of the causal half, or of the whole, is live for a few live pairs in each."""
     from attndsl.relations.proofs import subset
+    from attndsl.tiles.lowering import tiles_of
 
     masks = [group.relation.mask for group in attention.groups]
     if any(mask.tables for mask in masks):
         return
     try:
-        blocks = attention.block_mask(TRIED, heads=attention.enough_heads())
+        blocks = tiles_of(attention, TRIED, heads=attention.enough_heads())
     except AttnError:
         return  # a mask that is refused at this length says nothing about tiles
     full, partial, empty, _ = blocks.tiles

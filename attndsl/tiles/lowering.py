@@ -26,6 +26,7 @@ Array = NDArray[Any]
 NO_TABLES: Mapping[str, Any] = MappingProxyType({})
 LENGTH_LIMIT = 2**31 - 1
 HEAD_DIM_LIMIT = 2**16
+DENSE_LIMIT = 2**30
 
 
 @dataclass(frozen=True)
@@ -323,6 +324,58 @@ def dense(attention: Attention, sizes: Sizes, tables: Mapping[str, Array], count
     if not grid:
         return empty
     return np.stack([np.stack([grid[row, head] for head in range(heads)]) for row in range(rows)])
+
+
+def written_out(
+    attention: Attention,
+    counts: bool,
+    length: int,
+    q_length: int | None,
+    q_offset: int | None,
+    k_offset: int | None,
+    heads: int,
+    inputs: Mapping[str, ArrayLike],
+) -> Array:
+    """`dense` of a call, without an axis B where no input is batched. Raises AttnError beyond DENSE_LIMIT."""
+    found = _sizes_of(attention, length, q_length, q_offset, k_offset, heads)
+    if found.nq * found.n_keys > DENSE_LIMIT:
+        raise fail(
+            f"a mask of {found.nq:,} x {found.n_keys:,} is not written out: "
+            f"the limit is {DENSE_LIMIT:,} pairs",
+            help="`block_mask` gives its tiles",
+        )
+    tables = checked_tables(attention, inputs, found, needed=mask_tables(attention, counts))
+    pairs = dense(attention, found, tables, counts)
+    return pairs if any(t.batched for t in attention.inputs) or len(pairs) > 1 else pairs[0]
+
+
+def tiles_of(
+    attention: Attention,
+    length: int,
+    block_size: int = 128,
+    q_length: int | None = None,
+    q_offset: int | None = None,
+    k_offset: int | None = None,
+    heads: int = 1,
+    inputs: Mapping[str, ArrayLike] = NO_TABLES,
+) -> BlockMask:
+    """`block_mask` of a call."""
+    checked_block_size(block_size)
+    found = _sizes_of(attention, length, q_length, q_offset, k_offset, heads)
+    return block_mask(attention, found, checked_tables(attention, inputs, found), block_size)
+
+
+def _sizes_of(
+    attention: Attention,
+    length: int,
+    q_length: int | None,
+    q_offset: int | None,
+    k_offset: int | None,
+    heads: int,
+) -> Sizes:
+    keys = checked_length("length", length)
+    nq = keys if q_length is None else checked_length("q_length", q_length)
+    return sizes(attention, keys, nq, checked_length("heads", heads), q_offset, k_offset)
 
 
 def block_mask(attention: Attention, sizes: Sizes, tables: Mapping[str, Array], block_size: int) -> BlockMask:
