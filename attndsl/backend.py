@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
 
 from attndsl.attention import Attention
 from attndsl.errors import fail
@@ -72,6 +72,32 @@ Kernel = Callable[[Call], "tuple[Tensor, Tensor]"]
 """Gives the output [B, H, nq, Dv] in q's dtype or, to spare the backward pass its rounding, in float32, and
 the log-sum-exp [B, H, nq] in float32 (float64 for float64), natural logarithm, -inf for an empty row, the
 sink included. For `sigmoid` and `relu`, where no sum is formed, the second is log of the sum of weights."""
+
+
+Gradients: TypeAlias = "tuple[Tensor, Tensor, Tensor, Mapping[str, Tensor]]"
+"""Of q, k, v and, by name, of tables."""
+
+
+@runtime_checkable
+class Differentiable(Protocol):
+    """A kernel that gives its own gradients; any other is differentiated by running it again."""
+
+    def __call__(self, call: Call) -> tuple[Tensor, Tensor]:
+        """As `Kernel`."""
+
+    def forward(self, call: Call) -> tuple[Tensor, Tensor]:
+        """As `Kernel`, without recording anything for autograd."""
+
+    def gradient(
+        self,
+        call: Call,
+        wanted: Sequence[str],
+        out: Tensor,
+        lse: Tensor,
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+    ) -> Gradients:
+        """Gradients of q, k, v and, by name, of the wanted tables."""
 
 
 class Backend(Protocol):

@@ -13,9 +13,10 @@ from attndsl import expr, program
 from attndsl.command.cli import main
 from attndsl.language import elaborate
 from attndsl.language.arguments import signature
+from attndsl.layers import powers, reach
 from attndsl.meaning import links
 from attndsl.program import prelude
-from attndsl.relations import powers, reach, relation
+from attndsl.relations import relation
 from attndsl.syntax.format import render
 from attndsl.syntax.parse import ERROR_LIMIT, NESTING_LIMIT, SIZE_LIMIT, TEXT_LIMIT
 from attndsl.tiles import lowering, tiling

@@ -20,10 +20,10 @@ from attndsl.attention import Attention
 from attndsl.bound import Bound
 from attndsl.errors import AttnError
 from attndsl.expr import IntSet, any_of, const, var
+from attndsl.layers import powers, trees
+from attndsl.layers.powers import Dense, Form, Hubs, Shifts, Trees
+from attndsl.layers.reach import SAME, sums
 from attndsl.meaning.pointwise import evaluate
-from attndsl.relations import powers, trees
-from attndsl.relations.powers import Dense, Form, Hubs, Shifts, Trees
-from attndsl.relations.reach import SAME, sums
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 Matrix = NDArray[np.bool_]

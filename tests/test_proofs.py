@@ -8,9 +8,9 @@ from random_masks import CHOSEN, DOC, FLAG, Masks, truths
 
 from attndsl import expr as x
 from attndsl.expr import Expr, Table, all_of, any_of, const, eq, le, lt, negate, sub, var
+from attndsl.layers.reach import product
 from attndsl.meaning.pointwise import evaluate
 from attndsl.relations.proofs import Verdict, equal, every_row, subset
-from attndsl.relations.reach import product
 from attndsl.relations.relation import domain, eliminate
 
 Q, K, N, H = var("q"), var("k"), var("n"), var("h")

@@ -7,10 +7,10 @@ from random_masks import DOC, Masks, truths
 from attndsl import expr as x
 from attndsl.errors import AttnError
 from attndsl.expr import Expr, all_of, any_of, const, eq, le, lt, negate, sub, var
+from attndsl.layers.powers import diameter
+from attndsl.layers.reach import common_divisor, matrix_product, packed, product, reach
 from attndsl.meaning.pointwise import evaluate
-from attndsl.relations.powers import diameter
 from attndsl.relations.proofs import equal, subset
-from attndsl.relations.reach import common_divisor, matrix_product, packed, product, reach
 
 Q, K, N = var("q"), var("k"), var("n")
 CAUSAL = le(K, Q)

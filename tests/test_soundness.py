@@ -15,7 +15,8 @@ from soundness import FEW, BeyondError, Pair, contradiction, pairs
 import attndsl
 from attndsl.errors import AttnError
 from attndsl.expr import Expr, all_of, eq, le, var
-from attndsl.relations import proofs, reach, relation
+from attndsl.layers import reach
+from attndsl.relations import proofs, relation
 from attndsl.relations.relation import Abstraction, Translation, domain
 
 PAIRS = 900

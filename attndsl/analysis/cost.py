@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from attndsl.attention import Attention
 from attndsl.backend import DTYPES, Counting, Problem
-from attndsl.execution import registry
+from attndsl.execution import choice, registry
 from attndsl.tiles import lowering
 from attndsl.tiles.blockmask import BlockMask, TileGrid
 
@@ -159,11 +159,9 @@ def lowerings(attention: Attention, problem: Problem, block_mask: BlockMask | No
     and values once for every `block_size` queries that meet them, and twice what it writes in between; in the
     backward pass what it writes has a gradient of its own.
     """
-    from attndsl.execution.plan import judged
-
     found = {}
     for name in registry.names("backends"):
-        verdict = judged(name, attention, problem, block_mask)
+        verdict = choice.judged(name, attention, problem, block_mask)
         if isinstance(verdict, str):
             found[name] = Lowering(None, verdict, None, None)
             continue

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from attndsl.attention import Attention
 from attndsl.errors import AttnError, fail
 from attndsl.expr import TRUE, Expr, Table, all_of, any_of, const, le, make, nodes, rebuild, substitute, var
-from attndsl.relations.powers import TILE, Counts, Form, Step, computed, image, settled
+from attndsl.layers.powers import TILE, Counts, Form, Step, computed, image, settled
+from attndsl.layers.reach import SAME, Distances, common_divisor, joined, reach, sides
 from attndsl.relations.proofs import follows
-from attndsl.relations.reach import SAME, Distances, common_divisor, joined, reach, sides
 from attndsl.relations.relation import around
 from attndsl.tiles import lowering
 from attndsl.tiles.tiling import tile

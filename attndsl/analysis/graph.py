@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from attndsl.attention import Attention
 from attndsl.errors import fail
-from attndsl.relations.reach import packed, times
+from attndsl.layers.reach import packed, times
 from attndsl.tiles import lowering
 from attndsl.tiles.blockmask import BlockMask, TileGrid, tile_codes
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from attndsl.analysis.cost import BLOCK_SIZES, ENTRIES, Steps
-from attndsl.analysis.report import Report
 from attndsl.analysis.units import percent, scaled, seconds
+
+if TYPE_CHECKING:
+    from attndsl.analysis.report import Report
 
 WIDTH = 80
 LABEL = 14

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakValueDictionary
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from attndsl import portable
 from attndsl.attention import Attention
-from attndsl.backend import Backend, Call, Kernel, Problem
+from attndsl.backend import Backend, Call, Differentiable, Kernel, Problem
 from attndsl.errors import fail
 from attndsl.execution import registry
 from attndsl.expr import Table
 from attndsl.tiles import lowering
 from attndsl.tiles.blockmask import BlockMask
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from attndsl.execution.operator import Differentiable
 
 MASKS_KEPT = 8
 
@@ -108,8 +105,6 @@ _loaded: dict[str, Lowered] = {}
 
 def lower(attention: Attention, problem: Problem, backend: str) -> Lowered:
     """By this backend, which must not decline; equal ones are one as long as somebody holds it."""
-    import torch
-
     written = portable.write(attention, problem=vars(problem), backend=backend)
     found = _alive.get(written.text)
     if found is not None:

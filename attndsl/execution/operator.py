@@ -6,43 +6,18 @@ graph, and a saved program finds its attention in any process (`lowered.find`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from attndsl.backend import Call
+from attndsl.backend import Call, Differentiable, Gradients
 from attndsl.errors import fail
 from attndsl.execution import lowered, spoiled
 from attndsl.execution.lowered import Lowered
-
-Gradients = tuple[Tensor, Tensor, Tensor, Mapping[str, Tensor]]
-
-
-@runtime_checkable
-class Differentiable(Protocol):
-    """A kernel that gives its own gradients; any other is differentiated by running it again."""
-
-    def __call__(self, call: Call) -> tuple[Tensor, Tensor]:
-        """As `Kernel`."""
-
-    def forward(self, call: Call) -> tuple[Tensor, Tensor]:
-        """As `Kernel`, without recording anything for autograd."""
-
-    def gradient(
-        self,
-        call: Call,
-        wanted: Sequence[str],
-        out: Tensor,
-        lse: Tensor,
-        grad_out: Tensor,
-        grad_lse: Tensor | None,
-    ) -> Gradients:
-        """Gradients of q, k, v and, by name, of the wanted tables."""
-
 
 vjp: Callable[..., tuple[Any, Callable[..., Any]]] = torch.func.vjp  # type: ignore[assignment]
 """Autograd records nothing inside an operator; torch.func does."""

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import math
-import numbers
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from attndsl.attention import Attention
-from attndsl.backend import DTYPES, Backend, Problem, check_problem
+from attndsl.backend import DTYPES, Problem, check_problem
 from attndsl.bound import Bound
-from attndsl.errors import AttnError, fail
-from attndsl.execution import registry
+from attndsl.errors import fail
+from attndsl.execution import choice, registry
 from attndsl.execution.lowered import Lowered, as_array, lower
+from attndsl.execution.operator import attend
 from attndsl.expr import Table
 from attndsl.program import bound_of
 from attndsl.tiles import lowering
 from attndsl.tiles.blockmask import BlockMask
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, nn
 
 BLOCK_SIZE = 128
 
@@ -71,8 +69,11 @@ def compile(
         sizes = lowering.sizes(attention, problem.length, problem.q_length, problem.heads)
         blocks = lowering.block_mask(attention, sizes, {}, problem.block_size)
     seconds = time.perf_counter() - start
-    considered = {name: judged(name, attention, problem, blocks) for name in registry.names("backends")}
-    return Plan(lower(attention, problem, _chosen(considered, backend)), considered, blocks, seconds)
+    considered = {
+        name: choice.judged(name, attention, problem, blocks) for name in registry.names("backends")
+    }
+    taken = choice.chosen(considered, backend)
+    return Plan(lower(attention, problem, taken), considered, blocks, seconds)
 
 
 def _problem(attention: Attention, problem: Problem) -> Problem:
@@ -83,47 +84,11 @@ def _problem(attention: Attention, problem: Problem) -> Problem:
 
 
 def _check_device(name: str) -> None:
-    import torch
-
     kind, _, index = name.partition(":")
     count = {"cpu": 1, "cuda": torch.cuda.device_count()}.get(kind, 0)
     if not count or (index and not (index.isdecimal() and int(index) < count)):
         there = "cpu and cuda" if torch.cuda.is_available() else "cpu alone"
         raise fail(f"there is no device `{name}`", help=f"there is {there}")
-
-
-def judged(name: str, attention: Attention, problem: Problem, blocks: BlockMask | None) -> float | str:
-    """Predicted seconds, or the reason why the backend declines or cannot be used."""
-    try:
-        backend: Backend = registry.plugin("backends", name)
-    except AttnError as error:
-        return error.diagnostics[0].message
-    reason: object = backend.supports(attention, problem)
-    if reason is not None:
-        said = isinstance(reason, str) and reason
-        return said or f"its `supports` gave {reason!r}, which is neither None nor a reason"
-    cost: object = backend.cost(attention, problem, blocks)
-    if isinstance(cost, bool) or not isinstance(cost, numbers.Real) or not 0 <= float(cost) < math.inf:
-        return f"its cost is not a number of seconds: {cost!r}"
-    return float(cost)
-
-
-def _chosen(considered: Mapping[str, float | str], backend: str | None) -> str:
-    if backend is not None:
-        if backend not in considered:
-            raise fail(f"no backend is named `{backend}`", help=f"there are {', '.join(considered)}")
-        verdict = considered[backend]
-        if isinstance(verdict, str):
-            raise fail(
-                f"the backend `{backend}` declines: {verdict}",
-                help="leave `backend` out to let the cheapest that supports it be chosen",
-            )
-        return backend
-    costs = {name: cost for name, cost in considered.items() if not isinstance(cost, str)}
-    if not costs:
-        reasons = "; ".join(f"{name}: {why}" for name, why in considered.items())
-        raise fail(f"no backend supports this: {reasons}")
-    return min(costs, key=lambda name: costs[name])
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,8 +158,6 @@ class Plan:
     ) -> Any:
         """As `__call__`, with values of the learned parameters; everything that is no tensor or size stays
         behind one operator, so that torch.compile sees a single node."""
-        from attndsl.execution.operator import attend
-
         self._check(q, k, v)
         self._refuse_learned(inputs)
         given = self._tensors({**self.tables, **inputs}, len(q)) | dict(learned)
@@ -232,8 +195,6 @@ class Plan:
 
     def module(self) -> nn.Module:
         """An nn.Module that owns the learned parameters under the names they are bound to."""
-        from attndsl.execution.module import PlanModule
-
         return PlanModule(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -253,8 +214,6 @@ class Plan:
 
     def initial(self, table: Table) -> Tensor:
         """A learned parameter's first value, [H] if it has one per head, then its axes."""
-        import torch
-
         p = self.problem
         dims = [p.head_dim if size == "D" else int(size) for size in table.dims]
         shape = [p.heads, *dims] if table.headed else dims
@@ -262,13 +221,9 @@ class Plan:
 
     def _table_dtype(self) -> torch.dtype:
         """Of parameters and of tables that come without one: scores are computed in no less."""
-        import torch
-
         return torch.promote_types(getattr(torch, self.problem.dtype), torch.float32)
 
     def _check(self, q: Tensor, k: Tensor, v: Tensor) -> None:
-        import torch
-
         p = self.problem
         wanted = {
             "q": (q, p.heads, p.q_length, p.head_dim),
@@ -313,8 +268,6 @@ class Plan:
         return tensors
 
     def _tensor(self, table: Table, value: Any) -> Tensor:
-        import torch
-
         array = _array_like(table.name, value)
         lowering.check_kind(table, array)
         if isinstance(array, torch.Tensor):
@@ -347,14 +300,44 @@ class Plan:
         return "\n".join(lines)
 
 
+class PlanModule(nn.Module):
+    """Attention with trainable parameters, under the names they are bound to.
+
+    `forward` takes what `Plan.__call__` takes.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__()
+        self.plan = plan
+        for table in plan.attention.learned:
+            if hasattr(self, table.name):
+                raise fail(
+                    f"the learned parameter `{table.name}` has the name of an attribute of nn.Module",
+                    help="bind it to another name",
+                )
+            self.register_parameter(table.name, nn.Parameter(plan.initial(table)))
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        q_offset: int | tuple[int, ...] | None = None,
+        k_offset: int | tuple[int, ...] | None = None,
+        return_lse: bool = False,
+        **inputs: Any,
+    ) -> Any:
+        learned = {table.name: self.get_parameter(table.name) for table in self.plan.attention.learned}
+        return self.plan.run(q, k, v, q_offset, k_offset, return_lse, inputs, learned)
+
+
 def _again(attention: Attention, problem: Problem, backend: str, tables: dict[str, Any]) -> Plan:
     return compile(attention, **vars(problem), backend=backend).bind(**tables)
 
 
 def _check_tangents(*tensors: Tensor) -> None:
     """Raises AttnError where one carries a tangent: the operator would drop it without a word."""
-    from torch.autograd import forward_ad
-
     if forward_ad._current_level < 0:
         return
     if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):  # type: ignore[no-untyped-call]
@@ -379,8 +362,6 @@ def _listed(name: str, offset: Any) -> list[int] | None:
 
 def _array_like(name: str, value: Any) -> Any:
     """What has a dtype and a shape. Raises AttnError for what is no array of numbers or truths."""
-    import torch
-
     if isinstance(value, torch.Tensor):
         if value.is_sparse:
             raise fail(f"`{name}` is a sparse tensor", help=f"give `{name}.to_dense()`")

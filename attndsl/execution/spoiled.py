@@ -16,14 +16,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from attndsl.backend import Call
+from attndsl.backend import Call, Gradients
 from attndsl.expr import Table
 from attndsl.tiles import queries
 from attndsl.tiles.blockmask import TileGrid
 
 Results = tuple[Tensor, Tensor]
 Slopes = tuple[Tensor, "Tensor | None"]
-Gradients = tuple[Tensor, Tensor, Tensor, Mapping[str, Tensor]]
 Bool = NDArray[np.bool_]
 
 

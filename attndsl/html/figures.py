@@ -83,7 +83,7 @@ def reach(subject: Subject, report: Report) -> Figure:
     """
     from attndsl import pictures
     from attndsl.analysis.field import step_of
-    from attndsl.relations.powers import Form, computed
+    from attndsl.layers.powers import Form, computed
 
     n = subject.one_sequence.length
     if n > DRAWN:

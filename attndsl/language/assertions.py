@@ -305,7 +305,7 @@ def _worst(verdicts: list[Verdict]) -> Verdict:
 def _per_head(side: Heads | Reach) -> tuple[tuple[Expr, Expr], ...]:
     if isinstance(side, Heads):
         return side.groups
-    from attndsl.relations.reach import reach
+    from attndsl.layers.reach import reach
 
     return ((reach(side.of, side.layers), side.heads),)
 
@@ -316,7 +316,7 @@ def _measured(side: Quantity | float) -> float | None:
     if any(group.relation.mask.tables for group in side.of.groups):
         return None
     if side.kind == "diameter":
-        from attndsl.relations.powers import diameter
+        from attndsl.layers.powers import diameter
 
         return diameter(side.of.any_head(), side.n, side.heads)
     from attndsl.tiles.lowering import tiles_of

@@ -151,17 +151,16 @@ class AttentionBuilder:
         score, norm = ir.var("s"), Norm()
         decays: list[Expr] = []
         for clause in clauses:
-            self.elaborator.clause = clause
+            env = replace(self.env, clause=clause)
             with self.going_on():
                 if clause.word == "mask":
-                    pattern = self.mask(clause.value)
-                    relations.append(pattern.at(Q, K, TOKENS))
+                    relations.append(self.mask(clause).at(Q, K, TOKENS))
                 elif clause.word == "score":
-                    score = self.score(clause.value, score)
+                    score = self.score(clause.value, score, env)
                 elif clause.word == "decay":
-                    decays.append(self.decay(clause.value))
+                    decays.append(self.decay(clause.value, env.bind(q=Num(Q), k=Num(K))))
                 elif clause.word == "norm":
-                    norm = self.norm(clause.value)
+                    norm = self.norm(clause.value, env.bind(q=Num(Q), k=Num(K)))
         joined = intersection(relations) if relations else Relation(ir.TRUE)
         if joined.count is not None:
             decays.append(ir.mul(ir.const(1.0), joined.count))
@@ -170,17 +169,15 @@ class AttentionBuilder:
             decay = factor if decay is None else ir.mul(decay, factor)
         return HeadGroup(joined, score, decay, norm, heads)
 
-    def mask(self, e: ast.Expression) -> Pattern:
+    def mask(self, clause: ast.Clause) -> Pattern:
+        e = clause.value
         if isinstance(e, ast.Name) and e.id in self.elaborator.definitions:
             definition = self.elaborator.definitions[e.id]
             if isinstance(definition, ast.Definition) and definition.word == "score":
                 raise fail(f"expected a pattern, and `{e.id}` is a score", e.span, f"write `score {e.id}`")
-        return self.elaborator.pattern(e, self.mask_env, TOKENS)
+        return self.elaborator.pattern(e, replace(self.mask_env, clause=clause), TOKENS)
 
-    def positions(self) -> Env:
-        return self.env.bind(q=Num(Q), k=Num(K))
-
-    def score(self, e: ast.Expression, current: Expr) -> Expr:
+    def score(self, e: ast.Expression, current: Expr, env: Env) -> Expr:
         named: dict[str, Value] = {
             "s": Num(current),
             "q": Num(Q),
@@ -193,7 +190,7 @@ class AttentionBuilder:
                 if isinstance(node, ast.Name) and node.id == "s":
                     what = f"`s` is a parameter of `{self.definition.name}`, and the logit in a score"
                     raise fail(what, node.span, help="give the parameter another name")
-        env = self.env.bind(**named)
+        env = env.bind(**named)
         call = score_call(e, self.elaborator.definitions, env)
         if call is None:
             return self.real(e, env)
@@ -206,8 +203,8 @@ class AttentionBuilder:
     def real(self, e: ast.Expression, env: Env) -> Expr:
         return self.number(self.elaborator.value(e, env, TOKENS), e)
 
-    def decay(self, e: ast.Expression) -> Expr:
-        factor = self.real(e, self.positions())
+    def decay(self, e: ast.Expression, env: Env) -> Expr:
+        factor = self.real(e, env)
         value = ir.number(factor)
         if value is not None and value < 0:
             raise fail(f"a decay is {value}, and a weight may not be negative", e.span)
@@ -234,7 +231,7 @@ class AttentionBuilder:
                 help="bind them to different names, or share one through a `let`",
             )
 
-    def norm(self, e: ast.Expression) -> Norm:
+    def norm(self, e: ast.Expression, env: Env) -> Norm:
         func, args = (e.func, e.args) if isinstance(e, ast.Call) else (e, ())
         if not isinstance(func, ast.Name) or func.id not in ("softmax", "sigmoid", "relu"):
             raise fail("a norm is `softmax`, `softmax(sink = ...)`, `sigmoid` or `relu`", e.span)
@@ -243,7 +240,7 @@ class AttentionBuilder:
                 raise fail(f"`{func.id}` takes no arguments", arg.span, help="only `softmax` has a sink")
             if arg.name != "sink" or len(args) > 1:
                 raise fail("`softmax` takes one argument, `sink = ...`", arg.span)
-            sink = self.real(arg.value, replace(self.positions(), binding="sink"))
+            sink = self.real(arg.value, replace(env, binding="sink"))
             if not sink.free <= {"h", "H", "n", "nq", "D"}:
                 raise fail("a sink is one logit per head", arg.value.span)
             return Norm("softmax", sink)

@@ -86,7 +86,6 @@ class Elaborator:
         self.broken: set[str] = set()
         self.known: dict[tuple[object, ...], Value] = {}
         self.steps = 0
-        self.clause: ast.Clause | None = None
         self.serials: dict[tuple[object, ...], int] = {}
 
     # names
@@ -190,7 +189,7 @@ class Elaborator:
             self.broken.update(env.calls)
             raise fail(f"definitions use each other more than {CALL_DEPTH} deep", span)
         integral = env.integral and not isinstance(definition, ast.AttentionDef)
-        inner = Env({}, integral, calls=(*env.calls, definition.name))
+        inner = Env({}, integral, calls=(*env.calls, definition.name), clause=env.clause)
         for param in definition.params:
             if param.name in values:
                 value = values[param.name]
@@ -589,7 +588,7 @@ class Elaborator:
                 if int(dims[-1]) <= 0:
                     raise fail("a size of `learn` must be positive", size.span)
         # one parameter per evaluation: a clause that several head groups share is still one
-        serial = self.serials.setdefault((id(e), env.calls, id(self.clause)), len(self.serials))
+        serial = self.serials.setdefault((id(e), env.calls, id(env.clause)), len(self.serials))
         return TableOf(
             Table(env.binding, "float", tuple(dims), headed=headed, init=float(start), serial=serial)
         )

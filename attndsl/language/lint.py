@@ -170,7 +170,7 @@ def _empty_rows(group: HeadGroup, span: Span) -> Iterator[Diagnostic]:
 
 def _holes(mask: Expr, span: Span) -> Iterator[Diagnostic]:
     """All distances share a divisor: the residues modulo it never meet."""
-    from attndsl.relations.reach import common_divisor
+    from attndsl.layers.reach import common_divisor
 
     divisor = common_divisor(mask)
     if divisor > 1:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from attndsl import expr as ir
 from attndsl.attention import Attention, Relation
 from attndsl.expr import Expr, Table
+from attndsl.syntax import nodes as ast
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,7 @@ class Env:
     binding:  the name that a `learn` met here is bound to.
     calls:    the definitions being written out, outermost first.
     claims:   the text of an assertion: an attention stands for the union of its heads.
+    clause:   the clause of an attention that is being read.
     """
 
     names: Mapping[str, Value]
@@ -142,6 +144,7 @@ class Env:
     binding: str = ""
     calls: tuple[str, ...] = ()
     claims: bool = False
+    clause: ast.Clause | None = None
 
     def bind(self, **names: Value) -> Env:
         return replace(self, names={**self.names, **names})

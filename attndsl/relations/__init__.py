@@ -1,1 +1,1 @@
-"""Masks as integer relations: proofs, products, reach."""
+"""Masks as integer relations, and proofs about them."""

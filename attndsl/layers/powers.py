@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from attndsl.attention import over_heads
 from attndsl.errors import AttnError, fail
 from attndsl.expr import Expr, any_of, const, mul, substitute, var
+from attndsl.layers.reach import SAME, SELF, matrix_product, packed, sums, walkable
+from attndsl.layers.trees import Trees
 from attndsl.meaning.pointwise import evaluate
-from attndsl.relations.reach import SAME, SELF, matrix_product, packed, sums, walkable
 from attndsl.relations.relation import distances, eliminate
-from attndsl.relations.trees import Trees
 from attndsl.tiles.blockmask import TileGrid
 from attndsl.tiles.tiling import tile
 

@@ -1,0 +1,1 @@
+"""Layers of attentions: what stacks of relations reach."""

@@ -1,0 +1,92 @@
+"""Arrows between modules run one way."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import networkx as nx
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "attndsl"
+ROOMS = (
+    "errors",  # diagnostics
+    "expr",  # the typed core
+    "attention",
+    "portable",
+    "syntax",  # text to tree
+    "meaning",  # pointwise evaluation, bounds, draws
+    "relations",  # isl: relations and proofs
+    "tiles",  # masks in tiles
+    "layers",  # what stacks of relations reach
+    "language",  # tree to attention, assertions, warnings
+    "backend",  # the contract
+    "execution.registry",
+    "execution.choice",  # what backends say of a problem
+    "analysis",  # one question a file
+    "bound",  # what users hold
+    "program",
+    "analysis.report",
+    "execution",  # plans and the operator
+    "pictures",
+    "html",
+    "command",
+    "torch",
+    "conformance",
+)
+"""Where a module may import from: its own room and those before it; the longest name counts."""
+
+
+def modules() -> dict[str, ast.Module]:
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        place = path.relative_to(PACKAGE)
+        if place.parts[0] not in ("grammar", "plugins", "__init__.py", "__main__.py"):
+            name = ".".join(place.with_suffix("").parts).removesuffix(".__init__")
+            found[name] = ast.parse(path.read_text(encoding="utf-8"))
+    return found
+
+
+def imports(tree: ast.Module, known: dict[str, ast.Module]) -> Iterator[str]:
+    """What runs, in functions too; names that only annotations need are left out."""
+    typing = [
+        node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    ]
+    skipped = {id(node) for block in typing for node in ast.walk(block)}
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.ImportFrom) or id(node) in skipped:
+            continue
+        if node.module is None or not node.module.startswith("attndsl"):
+            continue
+        module = node.module.removeprefix("attndsl").removeprefix(".")
+        for alias in node.names:
+            deeper = f"{module}.{alias.name}".removeprefix(".")
+            yield deeper if deeper in known else module
+
+
+@pytest.fixture(scope="module")
+def graph() -> nx.DiGraph:
+    known = modules()
+    arrows = ((name, other) for name, tree in known.items() for other in imports(tree, known))
+    return nx.DiGraph([(a, b) for a, b in arrows if a != b and b])
+
+
+def room(module: str) -> int:
+    """The number of its room."""
+    within = [name for name in ROOMS if module == name or module.startswith(f"{name}.")]
+    return ROOMS.index(max(within, key=len))
+
+
+def test_no_module_imports_itself_in_the_end(graph: nx.DiGraph) -> None:
+    assert [sorted(circle) for circle in nx.strongly_connected_components(graph) if len(circle) > 1] == []
+
+
+def test_modules_import_from_rooms_before_theirs(graph: nx.DiGraph) -> None:
+    assert [(a, b) for a, b in graph.edges if room(b) > room(a)] == []
+
+
+def test_the_checks_see_a_wrong_arrow(graph: nx.DiGraph) -> None:
+    assert len(graph.edges) > 200
+    assert room("analysis.report") > room("bound") > room("analysis.graph")
+    assert nx.has_path(graph, "execution.plan", "expr")
