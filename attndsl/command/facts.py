@@ -5,11 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attndsl.attention import Attention
 from attndsl.errors import Diagnostic, fail
-from attndsl.expr import le, var
 from attndsl.relations import proofs
-from attndsl.tiles.blockmask import BlockMask
 
 if TYPE_CHECKING:
     from attndsl.command.child import Stage
@@ -33,22 +30,6 @@ def of_verdict(found: proofs.Verdict) -> dict[str, Any]:
         "counter_example": found.counter_example,
         "tables": {name: array.tolist() for name, array in found.tables.items()} if found.tables else None,
         "reason": found.reason,
-    }
-
-
-def of_mask(attention: Attention, block_mask: BlockMask, rows_and_heads: int) -> dict[str, Any]:
-    """Counts are over all batch rows and heads; causality holds for every n and every table."""
-    causal = proofs.subset(attention.any_head(), le(var("k"), var("q")))
-    times = rows_and_heads // block_mask.index.size
-    return {
-        "name": attention.name,
-        "length": block_mask.n,
-        "q_length": block_mask.nq,
-        "nnz": {"value": block_mask.nnz * times, "formula": None, "valid_for": f"n = {block_mask.n}"},
-        "density": block_mask.density,
-        "empty_rows": int(block_mask.empty_rows().sum()) * times,
-        "causal": {"proved": True, "refuted": False, "undecided": None}[causal.status],
-        "not_causal_at": causal.counter_example,
     }
 
 

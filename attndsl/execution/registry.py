@@ -11,7 +11,7 @@ from typing import Any
 
 from attndsl.errors import fail
 
-GROUPS = ("backends", "patterns", "scores", "analyses")
+GROUPS = ("backends",)
 METHODS = {"backends": {"supports": 2, "cost": 3, "lower": 2}}
 """What an object of a group is asked, and with how many arguments."""
 
