@@ -24,6 +24,7 @@ from attndsl.layers import powers, trees
 from attndsl.layers.powers import Dense, Form, Hubs, Shifts, Trees
 from attndsl.layers.reach import SAME, sums
 from attndsl.meaning.pointwise import evaluate
+from attndsl.tiles.queries import keys_read_by
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 Matrix = NDArray[np.bool_]
@@ -212,7 +213,7 @@ def test_images_of_rows() -> None:
         rng = np.random.default_rng(n)
         for density in (0.0, 0.02, 1.0):
             queries = rng.random(n) < density
-            assert (powers.image(grid, queries) == mask[queries].any(axis=0)).all()
+            assert (keys_read_by(grid, queries) == mask[queries].any(axis=0)).all()
         assert (powers.column_counts(grid) == mask.sum(axis=0)).all()
 
 
@@ -350,7 +351,7 @@ def test_scattered_links_without_a_hub_are_followed_from_the_last_query() -> Non
     grid = Bound(attention).block_mask(n).grids[0]
     keys = np.arange(n) == n - 1
     for seen in found.per_layer:
-        keys = powers.image(grid, keys)
+        keys = keys_read_by(grid, keys)
         assert seen.last_row == keys.sum()
 
 

@@ -110,11 +110,11 @@ def mask_tiles(attention: Attention, length: int, heads: int, inputs: Mapping[st
 
 def last_reads(grid: TileGrid) -> Array:
     """The last row that reads each key, -1 where none does: int64 [n]."""
-    size, (rows, cols) = grid.block_size, grid.shape
+    size, cols = grid.block_size, grid.shape[1]
     found = np.full((cols, size), -1, np.int64)
-    row = np.repeat(np.arange(rows), np.diff(grid.run_ptr))
+    row = grid.run_row
     found[:] = (_last_over(grid.run_start, grid.run_end, row, cols) + 1)[:, None] * size - 1
-    row = np.repeat(np.arange(rows), np.diff(grid.part_ptr))
+    row = grid.part_row
     # rows rise, so that of equal pairs the first from behind is the last
     pair, at = np.unique(
         (grid.part_col.astype(np.int64) * max(len(grid.masks), 1) + grid.part_mask)[::-1], return_index=True
@@ -157,10 +157,10 @@ def _last_rows(masks: Array) -> Array:
 
 def reads_ahead(grid: TileGrid) -> bool:
     """Whether a query reads a key after it."""
-    row = np.repeat(np.arange(grid.shape[0]), np.diff(grid.run_ptr))
+    row = grid.run_row
     if (grid.run_end > row).any():
         return True
-    row = np.repeat(np.arange(grid.shape[0]), np.diff(grid.part_ptr))
+    row = grid.part_row
     if (grid.part_col > row).any():
         return True
     inside = np.arange(grid.block_size)

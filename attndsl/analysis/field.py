@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 from attndsl.attention import Attention
 from attndsl.errors import AttnError, fail
 from attndsl.expr import TRUE, Expr, Table, all_of, any_of, const, le, make, nodes, rebuild, substitute, var
-from attndsl.layers.powers import TILE, Counts, Form, Step, computed, image, settled
+from attndsl.layers.powers import TILE, Counts, Form, Step, computed, settled
 from attndsl.layers.reach import SAME, Distances, common_divisor, joined, reach, sides
 from attndsl.relations.proofs import follows
 from attndsl.relations.relation import around
 from attndsl.tiles import lowering
+from attndsl.tiles.queries import keys_read_by
 from attndsl.tiles.tiling import tile
 
 if TYPE_CHECKING:
@@ -275,7 +276,7 @@ def _followed(n: int, steps: Sequence[Step], order: list[int]) -> tuple[Seen, ..
     for layer in range(len(order)):
         keys = np.arange(n) == n - 1
         for kind in order[layer::-1]:
-            keys = image(grids[kind], keys)
+            keys = keys_read_by(grids[kind], keys)
         rows.append(Seen(layer + 1, int(keys.sum())))
     return tuple(rows)
 

@@ -177,8 +177,8 @@ def needed_keys(grid: TileGrid, owner: Array, ranks: int) -> Array:
     pattern_of = np.array(seen, np.int64)
     patterns = padded[np.unique(pattern_of, return_index=True)[1]]
     needed = np.zeros((ranks, cols, size // 8), np.uint8)
-    row = np.repeat(pattern_of, np.diff(grid.run_ptr))
-    part_row = np.repeat(pattern_of, np.diff(grid.part_ptr))
+    row = pattern_of[grid.run_row]
+    part_row = pattern_of[grid.part_row]
     contents = max(len(grid.masks), 1)
     parts = np.unique(part_row * contents * cols + grid.part_col.astype(np.int64) * contents + grid.part_mask)
     starts = np.searchsorted(parts, np.arange(len(patterns) + 1) * contents * cols)

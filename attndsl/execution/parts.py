@@ -125,19 +125,16 @@ def _level_rows(entries: NDArray[np.int64], masks: Bool, block: int) -> tuple[ND
 
 def _entries(grid: TileGrid) -> NDArray[np.int64]:
     """[E, 4]: tile row, first column, one past the last, contents (FULL of a run); by row and column."""
-    rows = np.arange(len(grid.run_ptr) - 1)
     runs = np.stack(
         [
-            np.repeat(rows, np.diff(grid.run_ptr)),
+            grid.run_row,
             grid.run_start,
             grid.run_end,
             np.full(len(grid.run_start), FULL),
         ],
         axis=1,
     )
-    partial = np.stack(
-        [np.repeat(rows, np.diff(grid.part_ptr)), grid.part_col, grid.part_col + 1, grid.part_mask], axis=1
-    )
+    partial = np.stack([grid.part_row, grid.part_col, grid.part_col + 1, grid.part_mask], axis=1)
     both = np.concatenate([runs, partial]).astype(np.int64)
     return both[np.lexsort((both[:, 1], both[:, 0]))]
 

@@ -21,6 +21,7 @@ from attndsl.layers.trees import Trees
 from attndsl.meaning.pointwise import evaluate
 from attndsl.relations.relation import distances, eliminate
 from attndsl.tiles.blockmask import TileGrid
+from attndsl.tiles.queries import keys_read_by
 from attndsl.tiles.tiling import tile
 
 Bits = NDArray[Any]
@@ -33,8 +34,6 @@ Tiled: TypeAlias = 'Counted | Literal["same", "all"]'
 DENSE_LENGTH = 8192
 """Longest sequence whose relation is written out: 8 MB of bits."""
 TILE = 128
-CHUNK = 2**14
-"""Partial tiles looked at together."""
 
 
 class Form(Protocol):
@@ -175,7 +174,7 @@ class Hubs:
 
     def row(self, a: Tiled, q: int) -> Bits:
         one = np.arange(self.n) == q
-        return image(a.grid, one) if isinstance(a, Counted) else one | (a == "all")
+        return keys_read_by(a.grid, one) if isinstance(a, Counted) else one | (a == "all")
 
 
 class Dense:
@@ -206,9 +205,9 @@ FORMS: tuple[Callable[[int, Sequence[Step]], Form], ...] = (Trees, Shifts, Hubs,
 
 def column_counts(grid: TileGrid) -> Counts:
     """Queries of each key, int64 [n]."""
-    size, (rows, columns) = grid.block_size, grid.shape
+    size, columns = grid.block_size, grid.shape[1]
     steps = np.zeros(columns + 1, np.int64)
-    row = np.repeat(np.arange(rows), np.diff(grid.run_ptr))
+    row = grid.run_row
     height = np.minimum(grid.nq - row * size, size)
     np.add.at(steps, grid.run_start, height)
     np.add.at(steps, grid.run_end, -height)
@@ -220,24 +219,3 @@ def column_counts(grid: TileGrid) -> Counts:
         live = np.unpackbits(grid.masks, axis=2, bitorder="little").sum(axis=1, dtype=np.int64)
         np.add.at(counts, pair // len(grid.masks), live[pair % len(grid.masks)] * uses[:, None])
     return counts.ravel()[: grid.n]
-
-
-def image(grid: TileGrid, queries: Bits) -> Bits:
-    """The keys, bool [n], that some of these queries, bool [nq], have."""
-    size, (rows, columns) = grid.block_size, grid.shape
-    chosen = np.zeros((rows, size), bool)
-    chosen.ravel()[: grid.nq] = queries
-    some = np.logical_or.reduce(chosen, axis=1)
-    steps = np.zeros(columns + 1, np.int64)
-    live = np.repeat(some, np.diff(grid.run_ptr))
-    np.add.at(steps, grid.run_start[live], 1)
-    np.add.at(steps, grid.run_end[live], -1)
-    covered = np.cumsum(steps)[:columns]
-    bits = np.zeros((columns, size // 8), np.uint8)
-    row = np.repeat(np.arange(rows), np.diff(grid.part_ptr))
-    parts = np.flatnonzero(some[row])
-    for part in np.array_split(parts, 1 + len(parts) // CHUNK):
-        lines = np.where(chosen[row[part]][:, :, None], grid.masks[grid.part_mask[part]], 0)
-        np.bitwise_or.at(bits, grid.part_col[part], np.bitwise_or.reduce(lines, axis=1))
-    bits[covered > 0] = 255
-    return np.unpackbits(bits.ravel(), count=grid.n, bitorder="little").astype(bool)

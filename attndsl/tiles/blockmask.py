@@ -56,6 +56,16 @@ class TileGrid:
         """Rows and columns of tiles."""
         return -(-self.nq // self.block_size), -(-self.n // self.block_size)
 
+    @cached_property
+    def run_row(self) -> NDArray[np.int64]:
+        """The row of tiles of each run."""
+        return np.repeat(np.arange(len(self.run_ptr) - 1), np.diff(self.run_ptr))
+
+    @cached_property
+    def part_row(self) -> NDArray[np.int64]:
+        """The row of tiles of each partial tile."""
+        return np.repeat(np.arange(len(self.part_ptr) - 1), np.diff(self.part_ptr))
+
     @property
     def entries(self) -> int:
         """Runs and partial tiles."""
@@ -85,11 +95,10 @@ class TileGrid:
 
     def row_counts(self) -> NDArray[np.int64]:
         """Live keys of each query row, int64 [nq]."""
-        rows, _ = self.shape
         width = np.concatenate([[0], np.cumsum(self.run_end.astype(np.int64) - self.run_start)])
         full = width[self.run_ptr[1:]] - width[self.run_ptr[:-1]]
         counts = np.repeat(full[:, None] * self.block_size, self.block_size, axis=1)
-        row = np.repeat(np.arange(rows), np.diff(self.part_ptr))
+        row = self.part_row
         pair, uses = np.unique(row * len(self.masks) + self.part_mask, return_counts=True)
         if len(pair):
             row, content = pair // len(self.masks), pair % len(self.masks)
@@ -100,8 +109,7 @@ class TileGrid:
     def select(self, row: NDArray[np.int64], rank: NDArray[np.int64]) -> NDArray[np.int64]:
         """The column of the live key of `rank` (from 0) in `row`, for each of the pairs given."""
         size = self.block_size
-        rows = np.arange(self.shape[0])
-        tile_row = np.concatenate([np.repeat(rows, np.diff(p)) for p in (self.run_ptr, self.part_ptr)])
+        tile_row = np.concatenate([self.run_row, self.part_row])
         first = np.concatenate([self.run_start, self.part_col])
         length = np.concatenate([self.run_end - self.run_start, np.zeros_like(self.part_col)])
         content = np.concatenate([np.zeros_like(self.run_start), self.part_mask])
@@ -248,11 +256,11 @@ def tile_codes(grid: TileGrid, first: int) -> NDArray[np.int32]:
     """0 for an empty tile, 1 for a full one, first + 2 + content for a partial one: int32 [rows, cols]."""
     rows, cols = grid.shape
     edges = np.zeros((rows, cols + 1), np.int32)
-    row = np.repeat(np.arange(rows), np.diff(grid.run_ptr))
+    row = grid.run_row
     edges[row, grid.run_start] += 1
     edges[row, grid.run_end] -= 1
     codes: NDArray[np.int32] = np.cumsum(edges, axis=1, dtype=np.int32)[:, :cols]
-    codes[np.repeat(np.arange(rows), np.diff(grid.part_ptr)), grid.part_col] = grid.part_mask + first + 2
+    codes[grid.part_row, grid.part_col] = grid.part_mask + first + 2
     return codes
 
 

@@ -67,11 +67,11 @@ def sums(grid: TileGrid, queries: int, keys: int) -> NDArray[np.int64]:
     down, across = max(size // queries, 1), max(size // keys, 1)
     cell_row = np.arange(rows) // max(queries // size, 1)
     full = np.zeros((cell_row[-1] + 1, columns + 1), np.int64)
-    run_row = np.repeat(cell_row, np.diff(grid.run_ptr))
+    run_row = cell_row[grid.run_row]
     np.add.at(full, (run_row, grid.run_start), size * size // (down * across))
     np.add.at(full, (run_row, grid.run_end), -(size * size // (down * across)))
     live = np.tile(full.cumsum(axis=1)[:, :columns, None, None], (1, 1, down, across))
-    part_row = np.repeat(cell_row, np.diff(grid.part_ptr))
+    part_row = cell_row[grid.part_row]
     np.add.at(live, (part_row, grid.part_col), _content_sums(grid, down, across)[grid.part_mask])
     laid = live.transpose(0, 2, 1, 3).reshape(len(live) * down, columns * across)
     starts = np.arange(0, laid.shape[1], max(keys // size, 1))

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 from numpy.typing import NDArray
 
 from attndsl.tiles.blockmask import TileGrid
 
 Bool = NDArray[np.bool_]
-AT_ONCE = 2**26
-"""Bytes of tile contents looked at together."""
+AT_ONCE = 2**14
+"""Partial tiles looked at together."""
 
 
 def rows_that_read(grid: TileGrid, keys: Bool) -> Bool:
     """The rows [nq] with a live pair at one of the keys [n]."""
     (rows, cols), size = grid.shape, grid.block_size
     wanted = _tiles(keys, cols, size)
+    some = np.any(wanted, axis=1)
     found = np.zeros((rows, size), bool)
-    upto = np.r_[0, np.cumsum(wanted.any(1))]
-    full = upto[grid.run_end] > upto[grid.run_start]
-    found[np.repeat(np.arange(rows), np.diff(grid.run_ptr))[full]] = True
+    upto = np.r_[0, np.cumsum(some)]
+    found[grid.run_row[upto[grid.run_end] > upto[grid.run_start]]] = True
     bits = np.packbits(wanted, axis=1, bitorder="little")
-    for row, col, masks in _partial(grid):
-        np.logical_or.at(found, row, (masks & bits[col][:, None]).any(2))
+    for part in _pieces(some[grid.part_col]):
+        read = grid.masks[grid.part_mask[part]] & bits[grid.part_col[part]][:, None]
+        np.logical_or.at(found, grid.part_row[part], read.any(axis=2))
     return found.ravel()[: grid.nq]
 
 
@@ -32,29 +31,25 @@ def keys_read_by(grid: TileGrid, rows: Bool) -> Bool:
     """The keys [n] with a live pair at one of the rows [nq]."""
     (count, cols), size = grid.shape, grid.block_size
     wanted = _tiles(rows, count, size)
-    full = np.repeat(wanted.any(1), np.diff(grid.run_ptr))
-    edges = np.zeros(cols + 1, np.int64)
-    np.add.at(edges, grid.run_start[full], 1)
-    np.add.at(edges, grid.run_end[full], -1)
+    some = np.any(wanted, axis=1)
+    steps, full = np.zeros(cols + 1, np.int64), some[grid.run_row]
+    np.add.at(steps, grid.run_start[full], 1)
+    np.add.at(steps, grid.run_end[full], -1)
     bits = np.zeros((cols, size // 8), np.uint8)
-    for row, col, masks in _partial(grid):
-        read = np.bitwise_or.reduce(np.where(wanted[row][:, :, None], masks, 0), axis=1)
-        np.bitwise_or.at(bits, col, read)
-    found = np.unpackbits(bits, axis=1, bitorder="little").astype(bool)
-    found[np.cumsum(edges)[:-1] > 0] = True
-    return found.ravel()[: grid.n]
+    for part in _pieces(some[grid.part_row]):
+        lines = np.where(wanted[grid.part_row[part]][:, :, None], grid.masks[grid.part_mask[part]], 0)
+        np.bitwise_or.at(bits, grid.part_col[part], np.bitwise_or.reduce(lines, axis=1))
+    bits[np.cumsum(steps)[:cols] > 0] = 255
+    return np.unpackbits(bits.ravel(), count=grid.n, bitorder="little").astype(bool)
+
+
+def _pieces(chosen: Bool) -> list[NDArray[np.int64]]:
+    """The numbers of the partial tiles that are chosen, some at a time."""
+    parts = np.flatnonzero(chosen)
+    return np.array_split(parts, 1 + len(parts) // AT_ONCE)
 
 
 def _tiles(members: Bool, count: int, size: int) -> Bool:
     padded = np.zeros(count * size, bool)
     padded[: len(members)] = members
     return padded.reshape(count, size)
-
-
-def _partial(grid: TileGrid) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.uint8]]]:
-    """Tile row, tile column and contents [m, B, B / 8] of the partial tiles, some at a time."""
-    row = np.repeat(np.arange(len(grid.part_ptr) - 1), np.diff(grid.part_ptr))
-    step = max(1, AT_ONCE // (grid.block_size**2 // 8))
-    for first in range(0, len(row), step):
-        some = slice(first, first + step)
-        yield row[some], grid.part_col[some], grid.masks[grid.part_mask[some]]
