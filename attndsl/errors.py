@@ -87,11 +87,14 @@ def excerpt(span: Span, width: int = 76) -> str:
 
 
 class AttnError(Exception):
-    """A user's mistake. `str(error)` is the rendered diagnostics, all that were found in one run."""
+    """A user's mistake, of `Diagnostic`s. `str(error)` is their text, all that were found in one run.
 
-    def __init__(self, *diagnostics: Diagnostic) -> None:
-        super().__init__(*diagnostics)
-        self.diagnostics = diagnostics
+    torch.compile follows the making of an exception only where that has no `__init__` of its own.
+    """
+
+    @property
+    def diagnostics(self) -> tuple[Diagnostic, ...]:
+        return self.args
 
     def __str__(self) -> str:
         return "\n\n".join(map(str, self.diagnostics))

@@ -204,3 +204,23 @@ def test_autocast_changes_nothing(backend: str, kind: torch.dtype) -> None:
             found.append([out, *torch.autograd.grad(out.sin().sum(), leaves)])
     for plain, cast in zip(*found, strict=True):
         assert torch.equal(plain, cast)
+
+
+def test_parameters_are_what_the_module_shows() -> None:
+    """functional_call and parametrizations put tensors in the place of parameters."""
+    module = plan_of("mask causal score s * b", "(b = learn[H](2.0))", dtype="float64").module()
+    given, half = qkv(), torch.full((HEADS,), 1.0, dtype=torch.float64)
+    found = torch.func.functional_call(module, {"b": half}, tuple(given))
+    torch.testing.assert_close(found, plan_of("mask causal", dtype="float64")(*given))
+    torch.nn.utils.parametrize.register_parametrization(module, "b", torch.nn.Softplus())
+    torch.testing.assert_close(
+        module(*given), plan_of(f"mask causal score s * {np.log1p(np.exp(2.0))}", dtype="float64")(*given)
+    )
+
+
+def test_a_mistake_under_torch_compile_names_itself() -> None:
+    module = plan_of("inputs doc : int[n] mask causal & documents(doc)", kv_heads=HEADS).module()
+    x = torch.randn(1, HEADS, N, DIM)
+    compiled = torch.compile(module, fullgraph=True, backend="eager")
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="AttnError"):
+        compiled(x, x, x)

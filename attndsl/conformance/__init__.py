@@ -80,7 +80,7 @@ def _compare(name: str, mine: Tensor, exact: Exact) -> None:
     assert mine[value.isnan()].isnan().all(), f"{name} hides a NaN"
     either = exact.reached[name] & mine.isnan()
     mine, value = mine.masked_fill(either, 0.0), value.masked_fill(either, 0.0)
-    assert not mine.isnan().any(), f"{name} is NaN in {int(mine.isnan().sum())} places"
+    assert not mine.isnan().any(), f"{name} is NaN in {int(mine.isnan().sum())} places, {_at(mine.isnan())}"
     assert torch.equal(mine == -torch.inf, value == -torch.inf), f"{name}: other rows are -inf"
     if name == "lse":
         far = exact.masked
@@ -88,7 +88,7 @@ def _compare(name: str, mine: Tensor, exact: Exact) -> None:
         assert off <= exact.far, f"{name} of masked rows: error {off:.2e}, allowed {exact.far:.2e}"
         mine, value = mine.masked_fill(far, 0.0), value.masked_fill(far, 0.0)
     error, bound = _relative(mine, value), exact.allowed.get(name, exact.allowed["gradient"])
-    assert error <= bound, f"{name}: error {error:.2e}, allowed {bound:.2e}"
+    assert error <= bound, f"{name}: error {error:.2e}, allowed {bound:.2e}, {_worst(mine, value)}"
 
 
 def supported(backend: str) -> list[Case]:
@@ -162,6 +162,17 @@ def _without(rows: Tensor, inputs: Named, value: float) -> Named:
     """The inputs, and this value for the gradients of some rows of the results."""
     grads = {"grad_out": rows[..., None], "grad_lse": rows}
     return inputs | {name: inputs[name].masked_fill(which, value) for name, which in grads.items()}
+
+
+def _at(where: Tensor) -> str:
+    return f"first at {where.nonzero()[0].tolist()}"
+
+
+def _worst(mine: Tensor, value: Tensor) -> str:
+    """Where a result is off the most: [b, h, q, d] of the output, [b, h, q] of the log-sum-exp, and so on."""
+    gap = (mine.nan_to_num(neginf=0.0) - value.nan_to_num(neginf=0.0)).abs()
+    place = tuple(int(i[0]) for i in torch.nonzero(gap == gap.max(), as_tuple=True))
+    return f"worst at {[*place]}: {float(mine[place]):.6g}, not {float(value[place]):.6g}"
 
 
 def _relative(a: Tensor, b: Tensor) -> float:

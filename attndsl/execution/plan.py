@@ -237,7 +237,11 @@ class Plan:
             if len(shape) != 4:
                 raise fail(f"`{name}` has {len(shape)} axes, and needs 4: [batch, heads, length, head_dim]")
             if shape[1] != heads:
-                raise fail(f"`{name}` has {shape[1]} heads, and the plan is for {heads}")
+                size = "heads" if name == "q" else "kv_heads"
+                help = f"compile with `{size}={shape[1]}`"
+                if shape[2] == heads:
+                    help = f"the axes are [batch, heads, length, head_dim]: pass `{name}.transpose(1, 2)`"
+                raise fail(f"`{name}` has {shape[1]} heads, and the plan is for {heads}", help=help)
             if width is not None and shape[3] != width:
                 raise fail(f"`{name}` has head_dim {shape[3]}, and the plan is for {width}")
             if shape[2] > length:
@@ -328,7 +332,8 @@ class PlanModule(nn.Module):
         return_lse: bool = False,
         **inputs: Any,
     ) -> Any:
-        learned = {table.name: self.get_parameter(table.name) for table in self.plan.attention.learned}
+        # by attribute: parametrizations and functional_call put plain tensors there
+        learned = {table.name: getattr(self, table.name) for table in self.plan.attention.learned}
         return self.plan.run(q, k, v, q_offset, k_offset, return_lse, inputs, learned)
 
 
@@ -343,7 +348,7 @@ def _check_tangents(*tensors: Tensor) -> None:
     if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):  # type: ignore[no-untyped-call]
         raise fail(
             "attndsl has no forward-mode derivatives",
-            help="use reverse mode: torch.autograd.grad, or torch.func.vjp of a module's call",
+            help="use reverse mode: torch.autograd.grad or .backward()",
         )
 
 
