@@ -212,14 +212,12 @@ def _checked(table: Table, array: Array, bound: dict[str, int]) -> Array:
             continue
         wanted = axis if isinstance(axis, int) else bound.setdefault(axis, size)
         if size != wanted:
-            one = axis == "H" and size == 1
+            shared = f"one for all heads: leave `H` out of `{table.name}`, and the axis out of the tensor"
             raise fail(
                 f"`{table.name}` has {size} entries on its axis `{axis}`, and there `{axis}` is {wanted}"
                 if isinstance(axis, str)
                 else f"`{table.name}` has {size} entries on an axis of {axis}",
-                help=f"one for all heads: leave `H` out of `{table.name}`, and the axis out of the tensor"
-                if one
-                else "",
+                help=shared if axis == "H" and size == 1 else "",
             )
     if not table.batched:
         array = array[None]
