@@ -86,7 +86,7 @@ def test_what_a_pair_reads_is_not_hidden(backend: str) -> None:
     given, slope = qkv(), torch.ones(2, HEADS, N, DIM, dtype=torch.float64)
     expected = results(plan, given, slope)
     q, k, v = given
-    q[0, 3, 2, 0], k[1, 0, 7, 1], v[0, 1, 20, 3], v[0, 0, 30] = torch.nan, -torch.inf, torch.nan, torch.inf
+    q[0, 3, 2, 0], k[1, 0, 7, 1], v[0, 1, 20, 3], v[0, 0, 30] = torch.nan, torch.nan, torch.nan, torch.inf
     found = results(plan, given, slope)
     spoiled = {name: torch.zeros_like(x, dtype=torch.bool) for name, x in expected.items()}
     whole = [
@@ -124,7 +124,7 @@ def test_a_gradient_that_is_not_finite_stays_in_the_rows_it_is_of(backend: str) 
 def test_finite_results_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     from attndsl.execution import spoiled
 
-    monkeypatch.setattr(spoiled, "clean", lambda call: pytest.fail("a second pass"))
+    monkeypatch.setattr(spoiled, "_sound", lambda call: pytest.fail("a second pass"))
     plan = plan_of("mask causal", dtype="float64", training=True)
     results(plan, qkv(), torch.ones(2, HEADS, N, DIM, dtype=torch.float64))
 
@@ -224,3 +224,51 @@ def test_a_mistake_under_torch_compile_names_itself() -> None:
     compiled = torch.compile(module, fullgraph=True, backend="eager")
     with pytest.raises(torch._dynamo.exc.Unsupported, match="AttnError"):
         compiled(x, x, x)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_finite_row_does_not_depend_on_what_others_read(backend: str) -> None:
+    """A key of -inf has weight 0 where queries are positive, whatever another batch row holds."""
+    plan = plan_of("mask causal", backend=backend, batch=2)
+    q, k, v = (torch.ones_like(x) for x in qkv(torch.float32))
+    k[0, 0, 1, 0] = -torch.inf
+    expected = plan(q, k, v)[0, 0]
+    assert expected.isfinite().all()
+    k[1, 0, 0, 0] = torch.nan
+    assert torch.equal(plan(q, k, v)[0, 0], expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_infinity_in_a_table_stays_in_the_rows_that_read_it(backend: str) -> None:
+    plan = plan_of("inputs m : float[n] mask causal & last(2) score s + m[k]", backend=backend, training=True)
+    given = [x.requires_grad_() for x in qkv(torch.float32)]
+    m = torch.zeros(N)
+    m[5] = torch.inf
+    out = plan(*given, m=m.requires_grad_())
+    assert out.isnan().any(-1)[0, 0].nonzero().flatten().tolist() == [5, 6]
+    grads = torch.autograd.grad(out, [*given, m], torch.ones_like(out))
+    for grad, lost in zip(grads[:3], ([5, 6], [4, 5, 6], [4, 5, 6]), strict=True):
+        assert grad.isnan().any(-1)[0, 0].nonzero().flatten().tolist() == lost
+    assert grads[3].isnan().nonzero().flatten().tolist() == [4, 5, 6]
+
+
+@pytest.mark.parametrize("kind", ["reversed", "fortran", "sliced", "list", "float16"])
+def test_tables_of_numpy_lie_in_memory_as_they_like(kind: str) -> None:
+    z = np.random.default_rng(0).normal(size=(N, N)).astype(np.float16)
+    kinds = {
+        "reversed": lambda: z[::-1, ::-1].copy()[::-1, ::-1],
+        "fortran": lambda: np.asfortranarray(z),
+        "sliced": lambda: np.pad(z, 3)[3:-3, 3:-3],
+        "list": lambda: z.tolist(),
+        "float16": lambda: z,
+    }
+    plan = plan_of("inputs z : float[n, n] mask causal score s + z[q, k]", dtype="float64")
+    assert torch.equal(plan(*qkv(), z=kinds[kind]()), plan(*qkv(), z=torch.from_numpy(z).double()))
+
+
+def test_the_range_of_integers_in_scores_is_looked_at_in_every_call() -> None:
+    clauses = "inputs t : int[n] mask causal score where(t[k] * 1000 > 0, s, s - 100.0)"
+    plan, t = plan_of(clauses, dtype="float64"), np.ones(N, np.int64)
+    plan(*qkv(), t=t)
+    with pytest.raises(attndsl.AttnError, match="overflow"):
+        plan(*qkv(), t=t * 2**62)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -54,6 +55,12 @@ class Lowered:
         start = len(self.constants)
         return dict(zip(self.tables, tensors[start : start + len(self.tables)], strict=True))
 
+    @cached_property
+    def ranged(self) -> bool:
+        """Whether scores compute with given integers, whose range is looked at in every call."""
+        parts = (e for g in self.attention.groups for e in (g.score, g.decay, g.norm.sink) if e is not None)
+        return any(table.dtype == "int" for e in parts for table in e.tables)
+
     def untrainable(self) -> str | None:
         """Why the backend has no gradients, or None."""
         backend: Backend = registry.plugin("backends", self.backend)
@@ -90,6 +97,8 @@ class Lowered:
         used = (tables[table.name] for table in lowering.mask_tables(self.attention))
         key = (sizes, *((array.shape, array.tobytes()) for array in used))
         found = self.kept.get(key)
+        if found is not None and self.ranged:
+            lowering.check_scores(self.attention, sizes, tables)
         if found is None:
             found = lowering.block_mask(self.attention, sizes, tables, self.problem.block_size)
             while len(self.kept) >= MASKS_KEPT:

@@ -78,6 +78,8 @@ def compile(
 
 def _problem(attention: Attention, problem: Problem) -> Problem:
     check_problem(problem)
+    if problem.head_dim > lowering.HEAD_DIM_LIMIT:
+        raise fail(f"`head_dim` is {problem.head_dim}, and the limit is {lowering.HEAD_DIM_LIMIT}")
     lowering.head_groups(attention, problem.heads)
     _check_device(problem.device)
     return problem
@@ -233,6 +235,7 @@ class Plan:
         for name, (tensor, heads, length, width) in wanted.items():
             if not isinstance(tensor, torch.Tensor):
                 raise fail(f"`{name}` must be a torch tensor, and is of type {type(tensor).__name__}")
+            _check_strided(name, tensor)
             shape = tuple(tensor.shape)
             if len(shape) != 4:
                 raise fail(f"`{name}` has {len(shape)} axes, and needs 4: [batch, heads, length, head_dim]")
@@ -278,8 +281,9 @@ class Plan:
             tensor = array.to(self.problem.device)
             return tensor.long() if table.dtype == "int" else tensor
         # a copy: the caller may fill the array anew before the backward pass
-        dtypes = {"int": torch.int64, "bool": torch.bool, "float": self._table_dtype()}
-        return torch.tensor(array, dtype=dtypes[table.dtype], device=self.problem.device)
+        wide = "float64" if self._table_dtype() == torch.float64 else "float32"
+        dtype = {"int": "int64", "bool": "bool", "float": wide}[table.dtype]
+        return torch.from_numpy(np.array(array, dtype, order="C")).to(self.problem.device)
 
     def __str__(self) -> str:
         p, blocks = self.problem, self.block_masks
@@ -365,12 +369,22 @@ def _listed(name: str, offset: Any) -> list[int] | None:
     return [lowering.checked_length(name, item) for item in items]
 
 
+def _check_strided(name: str, tensor: Tensor) -> None:
+    if tensor.is_nested:
+        raise fail(f"`{name}` is a nested tensor", help="pad it, or give its parts as documents of one row")
+    if tensor.layout is not torch.strided:
+        raise fail(f"`{name}` is a sparse tensor", help=f"give `{name}.to_dense()`")
+
+
 def _array_like(name: str, value: Any) -> Any:
     """What has a dtype and a shape. Raises AttnError for what is no array of numbers or truths."""
     if isinstance(value, torch.Tensor):
-        if value.is_sparse:
-            raise fail(f"`{name}` is a sparse tensor", help=f"give `{name}.to_dense()`")
+        _check_strided(name, value)
+        if value.is_meta:
+            raise fail(f"`{name}` is a tensor without data, on the device meta")
         return value
+    if isinstance(value, list | tuple) and any(isinstance(item, torch.Tensor) for item in value):
+        raise fail(f"`{name}` is a list of tensors", help="give `torch.stack(...)` of them")
     try:
         array = np.asarray(value)
     except ValueError:

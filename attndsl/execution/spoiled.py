@@ -34,14 +34,17 @@ def finite(tensors: Iterable[Tensor]) -> bool:
 
 
 def forward(call: Call, run: Callable[[Call], Results]) -> Results:
-    """What `run` gives. A row that reads a key with NaN or an infinity, or has such a query, is NaN as a
-    whole; one that reads such a value in the features concerned, where infinities of one sign stay so."""
+    """What `run` gives, where that is finite. Else a row that reads a key with NaN or an infinity, or has
+    such a query, is NaN as a whole; one that reads such a value in the features concerned, where infinities
+    of one sign stay so."""
     out, lse = run(call)
     if finite([out]):
         return out, lse
     sound = _sound(call)
     if all(bool(where.all()) for where in sound):
         return out, lse
+    kept = _whole(out) & ~lse.isnan()
+    first = out, lse
     out, lse = run(_without(call, sound))
     lost = _rows(call, ~_whole(call.k)) | (~_whole(call.q) & _live(call))
     out, lse = out.masked_fill(lost[..., None], torch.nan), lse.masked_fill(lost, torch.nan)
@@ -51,7 +54,8 @@ def forward(call: Call, run: Callable[[Call], Results]) -> Results:
         for i in keys.any(0).nonzero().flatten().tolist():
             rows = _rows(call, keys[:, i].view(call.v.shape[:3]))
             out[..., which == i] += torch.where(rows, value, 0.0)[..., None]
-    return out, lse
+    # a row that is finite has met nothing that is not: it does not depend on what is in the others
+    return torch.where(kept[..., None], first[0], out), torch.where(kept, first[1], lse)
 
 
 def gradient(
@@ -130,12 +134,12 @@ def _without(call: Call, sound: tuple[Tensor, Tensor, Tensor]) -> Call:
 
 
 def _readable(tables: Mapping[str, Tensor], axes: Mapping[str, Table]) -> dict[str, Tensor]:
-    """The tables with 0 in place of NaN, and of infinities in vectors, which are multiplied as a whole. A row
-    that reads one is lost already: the look-ups of a forward pass touch no other."""
+    """The tables with 0 in place of NaN and infinities, but for -inf in a bias, which takes a key out. A row
+    that reads another is lost already: the look-ups of a forward pass touch no other."""
     found = dict(tables)
     for name, x in tables.items():
         if x.is_floating_point():
-            bad = ~x.isfinite() if axes[name].dims[-1:] == ("D",) else x.isnan()
+            bad = ~x.isfinite() if axes[name].dims[-1:] == ("D",) else ~(x < torch.inf)
             found[name] = x.masked_fill(bad, 0.0)
     return found
 

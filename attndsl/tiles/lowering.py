@@ -234,6 +234,8 @@ def check_kind(table: Table, array: Any) -> None:
     kind = next((kind for kind, names in KINDS.items() if dtype.startswith(names)), dtype)
     if kind != table.dtype:
         raise fail(f"`{table.name}` is {_shape_text(table)}, and was given as {dtype}")
+    if dtype == "uint64":
+        raise fail(f"`{table.name}` is uint64, and integers have 63 bits and a sign", help="give it as int64")
 
 
 def _shape_text(table: Table) -> str:
