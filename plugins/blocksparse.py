@@ -808,7 +808,10 @@ class Work:
 
         weight, pull = vjp(weights, q, k, singles(self.call.tables, tables))
         if kind != "softmax":
-            delta = (delta - (grad_out * chunk.queries(rows.out)).sum(-1)) * torch.exp(-over).squeeze(-1)
+            # no sum is divided by: of what delta is for, only the gradient of its logarithm is left
+            delta = torch.zeros_like(delta)
+            if rows.grad_lse is not None:
+                delta = -chunk.queries(rows.grad_lse) * torch.exp(-over).squeeze(-1)
         gq, gk, grads = pull(grad_out @ v.transpose(-1, -2) - delta[..., None])
         for name, g in grads.items():
             tables[name] += g

@@ -90,7 +90,7 @@ def is_causal(grid: TileGrid) -> bool:
     ends = np.zeros(rows, np.int64)
     if grid.nq != grid.n or grid.nnz != grid.n * (grid.n + 1) // 2 or grid.run_start.any():
         return False
-    ends[np.repeat(diagonal, np.diff(grid.run_ptr))] = grid.run_end
+    ends[grid.run_row] = grid.run_end
     if not np.array_equal(ends, diagonal) or not np.array_equal(grid.part_col, diagonal):
         return False
     inside = np.unpackbits(grid.masks, axis=2, bitorder="little").astype(bool)

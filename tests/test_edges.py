@@ -104,3 +104,44 @@ def test_tiles_of_a_canvas_of_tiles() -> None:
     attention = attndsl.parse(text)["a"]
     for n in (48, 37):
         assert (attention.block_mask(n, 8).to_dense() == attention.mask(n)).all()
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("distance", [70, 93, 126, 148])
+def test_a_key_whose_weight_is_tiny_is_still_the_only_one(backend: str, distance: int) -> None:
+    text = f"attention a {{ mask {{ q, k : q - k == {distance} }} decay 0.5 ** (q - k) }}"
+    n = distance + 3
+    plan = attndsl.compile(
+        attndsl.parse(text)["a"], length=n, head_dim=8, backend=backend, training=True, block_size=32
+    )
+    q, k, v = (torch.randn(1, 1, n, 8, requires_grad=True) for _ in "qkv")
+    out = plan(q, k, v)
+    grads = torch.autograd.grad(out.sum(), (q, k, v))
+    torch.testing.assert_close(out[0, 0, distance:], v[0, 0, :3])
+    torch.testing.assert_close(grads[2][0, 0, :3], torch.ones(3, 8), rtol=1e-4, atol=1e-4)
+    assert max(g.abs().max() for g in grads[:2]) < 1e-4
+
+
+@pytest.mark.parametrize("norm", ["sigmoid", "relu"])
+def test_sums_of_weights_without_a_reciprocal(norm: str) -> None:
+    text = f"attention a {{ mask {{ q, k : q - k >= 129 }} decay 0.5 ** (q - k) norm {norm} }}"
+    plan = attndsl.compile(attndsl.parse(text)["a"], length=140, head_dim=8, backend="torch", training=True)
+    q, k, v = (torch.randn(1, 1, 140, 8, requires_grad=True) for _ in "qkv")
+    for grad in torch.autograd.grad(plan(q, k, v).sum(), (q, k, v)):
+        assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("clauses", ["norm softmax(sink = learn[H])", "score s + b * tanh(k - q)"])
+def test_gradients_of_parameters_in_bfloat16_are_summed_in_float32(clauses: str) -> None:
+    text = f"attention a(b = learn[H](0.1)) {{ mask causal {clauses} }}"
+    found = []
+    for backend in ("reference", "torch"):
+        plan = attndsl.compile(
+            attndsl.parse(text)["a"], length=16, head_dim=8, batch=500, backend=backend, training=True
+        )
+        module = plan.module().to(torch.bfloat16)
+        torch.manual_seed(0)
+        q, k, v = (torch.randn(500, 1, 16, 8) for _ in "qkv")
+        module(q, k, v + 1).sum().backward()
+        found.append([float(x.grad) for x in module.parameters() if x.grad is not None])
+    assert found[1] == pytest.approx(found[0], rel=2e-2)

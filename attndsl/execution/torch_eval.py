@@ -71,20 +71,27 @@ def singles(tables: Mapping[str, Tensor], wanted: Iterable[str]) -> dict[str, Te
 
 
 def peak(logit: Tensor, factor: Tensor | None = None) -> Tensor:
-    """The greatest logit of each row [.., 1], of those whose factor is not 0; -inf if there is none. A
-    constant: nothing is differentiated through it."""
+    """The greatest logarithm of a weight in each row [.., 1]; -inf for a row without one."""
     if not logit.shape[-1]:
         return logit.new_full((*logit.shape[:-1], 1), -torch.inf)
-    kept = logit if factor is None else torch.where(factor == 0, -torch.inf, logit)
-    return kept.detach().amax(-1, keepdim=True)
+    if factor is not None:
+        logit = torch.where(factor == 0, -torch.inf, logit + _size(factor))
+    return logit.detach().amax(-1, keepdim=True)
 
 
 def weigh(logit: Tensor, base: Tensor, factor: Tensor | None) -> Tensor:
-    """factor * exp(logit - base), for a base that no logit of another factor than 0 exceeds by much."""
+    """factor * exp(logit - base), for a base that the logarithm of no weight exceeds by much."""
     if factor is None:
         return torch.exp(logit - base)
-    # 0 times infinity would be NaN
-    return factor * torch.exp((logit - base).clamp_max(64.0))
+    # the size of a factor goes into the exponent: of a tiny one and a huge exponential one would overflow
+    size = _size(factor)
+    # and 0 times infinity would be NaN
+    return factor * torch.exp(-size) * torch.exp((logit - base + size).clamp_max(64.0))
+
+
+def _size(factor: Tensor) -> Tensor:
+    """Its logarithm, within what has an inverse; 0 for a factor of 0."""
+    return torch.where(factor == 0, 1.0, factor).detach().log().clamp(-80.0, 80.0)
 
 
 def softmax(logit: Tensor, factor: Tensor | None = None, sink: Tensor | None = None) -> tuple[Tensor, Tensor]:
