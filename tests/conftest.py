@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+# before torch starts: small tensors are slower on many threads, and much slower beside other work
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 NUMBER = itertools.count()
 
 
