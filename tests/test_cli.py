@@ -210,7 +210,8 @@ def test_a_file_that_is_no_text(tmp_path, command):
     [
         ("--device=nothing", "no device `nothing`\n  help: cpu, or cuda"),
         ("--text=none.txt", "cannot read `none.txt`: no such file"),
-        ("--head-dim=2000000000", "GiB"),
+        ("--head-dim=2000000000", "the limit is 65536"),
+        ("--batch=100000000", "GiB"),
     ],
 )
 def test_run_refuses_what_the_machine_has_not(good, option, said):

@@ -376,7 +376,7 @@ def test_some_rows_of_a_mask() -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_tables_keep_their_digits(backend: str, clauses: str, dtype: str, kind: torch.dtype) -> None:
     """A table of 100 and a bit, beside vectors of 16 bits, is what it is in float64."""
-    attention = attndsl.parse(f"attention a {{ {clauses} }}")["a"]
+    attention = attndsl.parse(f"attention a {{ {clauses} }}")["a"].attention
     n, d, found = 24, 4, []
     rng = torch.Generator().manual_seed(0)
     drawn = [torch.randn(1, 2, n, d, generator=rng).to(getattr(torch, dtype)) for _ in range(4)]
