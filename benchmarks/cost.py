@@ -32,6 +32,7 @@ from scipy.optimize import nnls
 import attndsl
 from attndsl.attention import Attention
 from attndsl.backend import Counting, Problem, weighed
+from attndsl.bound import Bound
 from attndsl.execution import registry
 from attndsl.tiles import lowering
 from attndsl.tiles.blockmask import BlockMask
@@ -112,18 +113,19 @@ def backends() -> list[str]:
     return [name for name in registry.names("backends") if isinstance(plugin(name), Counting)]
 
 
-def first(program: attndsl.Program) -> Attention:
+def first(program: attndsl.Program) -> Bound:
     name = (*program.attentions, *program.names)[0]
     attention = program[name]
-    assert isinstance(attention, Attention), f"{name} needs parameters"
+    assert isinstance(attention, Bound), f"{name} needs parameters"
     return attention
 
 
 @functools.cache
 def case_of(example: str, n: int) -> Case:
-    attention = first(attndsl.load(EXAMPLES[0].parent / f"{example}.attn"))
+    bound = first(attndsl.load(EXAMPLES[0].parent / f"{example}.attn"))
     if example in PARAMETERS:
-        attention = attention(**PARAMETERS[example](n))
+        bound = bound(**PARAMETERS[example](n))
+    attention = bound.attention
     heads = max(8, attention.enough_heads())
     tables = TABLES[example](np.random.default_rng(0), n, heads) if example in TABLES else {}
     sizes = lowering.sizes(attention, n, n, heads)

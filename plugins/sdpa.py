@@ -121,12 +121,12 @@ class Dense:
         made = self.made(call, {})
         # written in place: what is kept of each piece would scatter over the memory that the next ones need
         if not fused:
-            for rows in self.formed_rows(call):
+            for rows in self.formed_blocks(call):
                 piece = self.formula(call, rows, q[:, :, rows], call.k, call.v, made)
                 out[:, :, rows], lse[:, :, rows] = piece
             return out, lse
         q, k, v = padded(call)
-        for rows in self.fused_rows(call):
+        for rows in self.fused_blocks(call):
             causal, addend = self.addend(call, rows, made)
             o, total = flash(q[:, :, rows], k, v, is_causal=causal, attn_mask=addend, scale=self.scale)
             out[:, :, rows] = o[..., : call.v.shape[3]]
@@ -152,7 +152,7 @@ class Dense:
         lse = lse.masked_fill(lse == -torch.inf, 0.0)
         gq, made = torch.empty_like(q), self.made(call, {})
         totals = [torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (k, v)]
-        for rows in self.fused_rows(call):
+        for rows in self.fused_blocks(call):
             causal, addend = self.addend(call, rows, made)
             gq[:, :, rows], *more = flash_backward(
                 grad_out[:, :, rows],
@@ -185,7 +185,7 @@ class Dense:
         gq = torch.empty_like(call.q)
         gk, gv = (x.new_zeros(x.shape) for x in (k, v))
         slopes = {name: x.new_zeros(x.shape) for name, x in made.items()}
-        for rows in self.formed_rows(call):
+        for rows in self.formed_blocks(call):
             _, pull = vjp(
                 lambda q, k, v, made, rows=rows: self.formula(call, rows, q, k, v, made),
                 call.q[:, :, rows],
@@ -202,7 +202,7 @@ class Dense:
         named = {name: g.to(call.tables[name].dtype) for name, g in named.items()}
         return gq, gk.to(call.k.dtype), gv.to(call.v.dtype), named
 
-    def fused_rows(self, call: Call) -> list[slice]:
+    def fused_blocks(self, call: Call) -> list[slice]:
         """All at once where no addend is made; of less than 192 the fused kernel takes 32 at a time."""
         batch, heads, nq, _ = call.q.shape
         if self.plain(call) is not None:
@@ -210,7 +210,7 @@ class Dense:
         lead = call.block_mask.index.size if self.bias is None else batch * heads
         return blocks(nq, lead * call.k.shape[2], ADDED, 192)
 
-    def formed_rows(self, call: Call) -> list[slice]:
+    def formed_blocks(self, call: Call) -> list[slice]:
         batch, heads, nq, _ = call.q.shape
         return blocks(nq, batch * heads * call.k.shape[2], FORMED, 32)
 

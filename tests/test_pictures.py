@@ -275,8 +275,8 @@ def test_every_example_is_drawn(name):
     attention = program[program.default()]
     for length in (512, 4096, 2**20)[: 1 if attention.inputs else 3]:
         given = TABLES[name](length) if attention.inputs else {}
-        heads = attention.enough_heads()
-        mask = attention.block_mask(length, coarse(attention, length), heads=heads, **given)
+        heads = attention.attention.enough_heads()
+        mask = attention.block_mask(length, coarse(attention.attention, length), heads=heads, **given)
         svg = pictures.render(pictures.mask(mask, name, dark=length == 512), "svg")
         assert len(svg) < 100_000
         assert svg.count(b"<image") == min(len(cells.distinct(mask)), 4)

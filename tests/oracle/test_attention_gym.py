@@ -335,7 +335,7 @@ def their_logits(score_mod: Callable[..., Tensor], logits: Tensor) -> Tensor:
 
 def our_logits(text: str, logits: Tensor, **tables: Tensor) -> Tensor:
     batch, heads, nq, n = logits.shape
-    [group] = attndsl.parse(f"attention m {{ {text} }}")["m"].groups
+    [group] = attndsl.parse(f"attention m {{ {text} }}")["m"].attention.groups
     sizes = {"n": n, "nq": nq, "H": heads, "D": DIM}
     values = {
         "s": logits,

@@ -216,7 +216,7 @@ def test_images() -> None:
 
 
 def numbers(text: str, n: int, **tables: Any) -> NDArray[Any]:
-    [group] = attndsl.parse(f"attention m {{ {text} }}")["m"].groups
+    [group] = attndsl.parse(f"attention m {{ {text} }}")["m"].attention.groups
     score = ir.substitute(group.score, {"s": ir.const(0.0)})
     at = {name: np.asarray(table) for name, table in tables.items()}
     return pointwise.evaluate(score, np.arange(n)[:, None], np.arange(n), at)
@@ -255,7 +255,7 @@ def test_relative_vectors() -> None:
         distance_embedding=torch.nn.Embedding.from_pretrained(vectors),
     )  # fmt: skip
     _, theirs = _apply_relative_key_position_encoding(layer, q, k)
-    [group] = attndsl.load(EXAMPLES / "wav2vec2_bert.attn")["wav2vec2_bert"].groups
+    [group] = attndsl.load(EXAMPLES / "wav2vec2_bert.attn")["wav2vec2_bert"].attention.groups
     values = {"q": torch.arange(n).view(-1, 1), "k": torch.arange(n), "D": torch.tensor(width)}
     values |= {"s": torch.zeros(()), "Q": q, "K": k, "h": torch.arange(heads).view(-1, 1, 1)}
     env = Env(values, {"table": vectors}, torch.arange(3).view(-1, 1, 1, 1), values["h"], torch.float32)
