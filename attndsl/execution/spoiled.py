@@ -13,7 +13,6 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from attndsl.backend import Call, Gradients
@@ -23,7 +22,6 @@ from attndsl.tiles.blockmask import TileGrid
 
 Results = tuple[Tensor, Tensor]
 Slopes = tuple[Tensor, "Tensor | None"]
-Bool = NDArray[np.bool_]
 
 
 def finite(tensors: Iterable[Tensor]) -> bool:
@@ -43,8 +41,7 @@ def forward(call: Call, run: Callable[[Call], Results]) -> Results:
     sound = _sound(call)
     if all(bool(where.all()) for where in sound):
         return out, lse
-    kept = _whole(out) & ~lse.isnan()
-    first = out, lse
+    kept, first = _whole(out) & ~lse.isnan(), (out, lse)
     out, lse = run(_without(call, sound))
     lost = _rows(call, ~_whole(call.k)) | (~_whole(call.q) & _live(call))
     out, lse = out.masked_fill(lost[..., None], torch.nan), lse.masked_fill(lost, torch.nan)
