@@ -85,9 +85,6 @@ class Differentiable(Protocol):
     def __call__(self, call: Call) -> tuple[Tensor, Tensor]:
         """As `Kernel`."""
 
-    def forward(self, call: Call) -> tuple[Tensor, Tensor]:
-        """As `Kernel`, without recording anything for autograd."""
-
     def gradient(
         self,
         call: Call,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from attndsl import expr as ir
 from attndsl.attention import Attention, HeadGroup
-from attndsl.backend import Call, Kernel, Problem, weighed
+from attndsl.backend import Call, Gradients, Kernel, Problem, weighed
 from attndsl.execution.operator import vjp
 from attndsl.execution.torch_eval import (
     Env,
@@ -36,8 +36,6 @@ from attndsl.tiles.blockmask import BlockMask, TileGrid
 
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-
-Gradients = tuple[Tensor, Tensor, Tensor, Mapping[str, Tensor]]
 
 SECONDS = {
     "calls": 0.00073,
@@ -111,9 +109,6 @@ class Dense:
         return self.bias is not None and by_distance(self.bias) is not None
 
     def __call__(self, call: Call) -> tuple[Tensor, Tensor]:
-        return self.forward(call)
-
-    def forward(self, call: Call) -> tuple[Tensor, Tensor]:
         q, fused = call.q, is_fused(call)
         wide = torch.promote_types(q.dtype, torch.float32)
         out = q.new_empty((*q.shape[:3], call.v.shape[3]), dtype=q.dtype if fused else wide)

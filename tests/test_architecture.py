@@ -72,6 +72,24 @@ def graph() -> nx.DiGraph:
     return nx.DiGraph([(a, b) for a, b in arrows if a != b and b])
 
 
+def test_a_plugin_in_a_folder_imports_nothing_from_other_plugins() -> None:
+    """The linter says nothing of imports of plugins inside their folders."""
+    folder = PACKAGE.parent / "plugins"
+    found = [(path, *other) for path in folder.rglob("*.py") for other in imported(path)]
+    assert any(level == 1 for _, level, _ in found)
+    assert [x for x in found if x[1] > 1 or x[2].startswith(("attndsl.plugins", "plugins"))] == []
+    assert [x for x in found if x[1] and x[0].parent == folder] == []
+
+
+def imported(path: Path) -> Iterator[tuple[int, str]]:
+    """How far up and what."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            yield from ((node.level, f"{node.module}.{alias.name}") for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from ((0, alias.name) for alias in node.names)
+
+
 def room(module: str) -> int:
     """The number of its room."""
     within = [name for name in ROOMS if module == name or module.startswith(f"{name}.")]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import numpy as np
@@ -16,10 +15,10 @@ import attndsl
 from attndsl import conformance
 from attndsl import expr as ir
 from attndsl.conformance import CASES, MECHANISMS, Case, check, declined
-from attndsl.execution import registry
-from attndsl.execution.parts import Strided, take_apart
 from attndsl.execution.torch_eval import affine_in_s, by_distance
 from attndsl.meaning.pointwise import evaluate
+from attndsl.plugins.torch import chunks, work
+from attndsl.plugins.torch.parts import Strided, take_apart
 from attndsl.tiles.blockmask import TileGrid
 
 s, q, k, h = map(ir.var, "sqkh")
@@ -116,9 +115,9 @@ def test_what_is_declined_is_a_mechanism() -> None:
 @pytest.mark.parametrize("case", CASES[::4], ids=str)
 def test_conforms_in_small_steps(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Short sequences are cut as often as long ones."""
-    kernel = sys.modules[type(registry.plugin("backends", "torch")).__module__]
-    for name, most in {"Q_MAX": 8, "K_MAX": 12, "FORMED": 2**10, "TRANSIENT": 2**12, "KEPT": 2**8}.items():
-        monkeypatch.setattr(kernel, name, most)
+    for name, most in {"Q_MAX": 8, "K_MAX": 12, "FORMED": 2**10, "TRANSIENT": 2**12}.items():
+        monkeypatch.setattr(chunks, name, most)
+    monkeypatch.setattr(work, "KEPT", 2**8)
     assert check("torch", case) is None
 
 

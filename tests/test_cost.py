@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +20,8 @@ from attndsl.backend import Counting, Problem, weighed
 from attndsl.bound import Bound
 from attndsl.execution import registry
 from attndsl.execution.torch_eval import elements
+from attndsl.plugins.torch import cost as sampling
+from attndsl.plugins.torch import work
 from attndsl.tiles import lowering
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -184,7 +185,6 @@ def test_the_torch_backend_computes_the_pairs_that_it_counts(
     plan = attndsl.compile(
         attention, length=n, heads=4, kv_heads=kv_heads, head_dim=16, batch=2, backend="torch"
     )
-    plugin = sys.modules[type(registry.plugin("backends", "torch")).__module__]
     made: list[tuple[int, int]] = []
 
     def fused(q: Any, k: Any, v: Any, **options: Any) -> Any:
@@ -195,9 +195,9 @@ def test_the_torch_backend_computes_the_pairs_that_it_counts(
         made.append((logit.numel(), 1))
         return normalise(logit, *rest)
 
-    flash, normalise = plugin.flash, plugin.normalise  # type: ignore[attr-defined]
-    monkeypatch.setattr(plugin, "flash", fused)
-    monkeypatch.setattr(plugin, "normalise", formed)
+    flash, normalise = work.flash, work.normalise
+    monkeypatch.setattr(work, "flash", fused)
+    monkeypatch.setattr(work, "normalise", formed)
     plan(*(torch.randn(2, heads, n, 16) for heads in (4, kv_heads, kv_heads)))
     pairs, calls = map(sum, zip(*made, strict=True))
     found = counts("torch", attention, plan.problem, plan.block_masks)
@@ -210,8 +210,7 @@ def test_a_sample_of_a_large_mask_tells_nearly_as_much(clauses: str, monkeypatch
     attention, p = attention_of(clauses), problem_of(2**15)
     blocks = blocks_of(attention, p)
     whole = counts("torch", attention, p, blocks)
-    plugin = sys.modules[type(registry.plugin("backends", "torch")).__module__]
-    monkeypatch.setattr(plugin, "SAMPLED", blocks.entries // 3)
+    monkeypatch.setattr(sampling, "SAMPLED", blocks.entries // 3)
     some = counts("torch", attention, p, blocks)
     assert some != whole
     assert some["pairs"] == pytest.approx(whole["pairs"], rel=0.15)

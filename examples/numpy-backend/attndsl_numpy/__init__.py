@@ -60,15 +60,12 @@ backend = Numpy()
 
 @dataclass(frozen=True)
 class Attend:
-    """The kernel. By `forward` and `gradient` attndsl's operator knows one that brings its gradients."""
+    """The kernel. By `gradient` attndsl's operator knows one that brings its gradients."""
 
     attention: Attention
 
-    def __call__(self, call: Call) -> tuple[Tensor, Tensor]:
-        return self.forward(call)
-
     @np.errstate(divide="ignore", invalid="ignore")
-    def forward(self, call: Call) -> tuple[Tensor, Tensor]:
+    def __call__(self, call: Call) -> tuple[Tensor, Tensor]:
         out = np.zeros((*call.q.shape[:3], call.v.shape[3]), np.longdouble)
         lse = np.zeros(call.q.shape[:3], np.longdouble)
         for part in parts(self.attention, call):

@@ -1,0 +1,45 @@
+"""The `torch` backend: block sparse attention from torch's own operators, forward and backward.
+
+A mask is taken apart (`take_apart`) into batches of equal problems. Stretches of rows that look the
+same run on strided views of k and v, which overlap and are never copied; the rest on gathered tiles. Each
+part gives an output and a log-sum-exp; two parts of a row merge exactly:
+L = logaddexp(L1, L2), o = exp(L1 - L) o1 + exp(L2 - L) o2 (Dao et al., FlashAttention, 2022).
+Memory grows with the entries of the BlockMask and the tokens, never with their square.
+"""
+
+from weakref import WeakKeyDictionary
+
+from attndsl.attention import Attention
+from attndsl.backend import Kernel, Problem, weighed
+from attndsl.tiles.blockmask import BlockMask
+
+from .cost import SECONDS, TRAINING, counts
+from .kernel import BlockSparse
+
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+
+
+class Torch:
+    """Registered as `torch`."""
+
+    seconds = SECONDS
+
+    def supports(self, attention: Attention, problem: Problem) -> str | None:
+        if problem.dtype not in DTYPES:
+            return f"dtype {problem.dtype}: it takes {', '.join(DTYPES)}"
+        return None
+
+    def cost(self, attention: Attention, problem: Problem, block_mask: BlockMask | None) -> float:
+        seconds = weighed(SECONDS, self.counts(attention, problem, block_mask))
+        return seconds * (TRAINING if problem.training else 1)
+
+    def counts(
+        self, attention: Attention, problem: Problem, block_mask: BlockMask | None
+    ) -> dict[str, float]:
+        return counts(attention, problem, block_mask)
+
+    def lower(self, attention: Attention, problem: Problem) -> Kernel:
+        return BlockSparse(attention, problem.training, WeakKeyDictionary())
+
+
+backend = Torch()

@@ -1,0 +1,151 @@
+"""What a forward pass does and how long that takes: the cost of the `torch` backend."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+
+from attndsl import expr as ir
+from attndsl.attention import Attention, HeadGroup
+from attndsl.backend import Problem
+from attndsl.execution.torch_eval import by_head, elements
+from attndsl.expr import Expr
+from attndsl.tiles.blockmask import BlockMask, TileGrid
+from attndsl.tiles.tiling import tile
+
+from .chunks import Cut, equidistant
+from .lanes import Simple, cut_of, lanes
+from .parts import Gathered, Part, Strided
+from .work import KEPT
+
+SECONDS = {
+    "runs": 0.000726,
+    "lanes": 0.000254,
+    "nodes": 4.46e-05,
+    "tokens": 2.03e-09,
+    "products": 3.2e-11,
+    "narrow": 1.08e-11,
+    "steps": 1.03e-06,
+    "addends": 3.4e-10,
+    "numbers": 1.7e-09,
+    "copied": 7.2e-10,
+    "merged": 3.49e-09,
+}
+"""Of two cores with AVX-512, by `python -m benchmarks.cost fit`."""
+TRAINING = 4.0
+"""Forward and backward beside forward: 5 matrix products more to 2, and wider windows."""
+SAMPLED = 2**14
+"""Entries of a BlockMask that are taken apart to predict what all take."""
+FUSED_K = 512
+"""Keys at a time in torch's fused kernel."""
+
+
+def counts(attention: Attention, problem: Problem, block_mask: BlockMask | None) -> dict[str, float]:
+    """Of a large mask by a sample of its rows; without tiles every pair."""
+    if block_mask is None:
+        grid = tile(ir.TRUE, problem.q_length, problem.length, problem.block_size, n=problem.length)
+        index = np.zeros((1, 1), np.int32)
+        block_mask = BlockMask(problem.q_length, problem.length, problem.block_size, (grid,), index)
+    batch = len(block_mask.index)
+    alike = Counter(
+        (lane.group, lane.grid, lane.heads.stop - lane.heads.start)
+        for lane in lanes(attention, block_mask, batch, problem.heads, problem.kv_heads)
+    )
+    total = Counter(dict.fromkeys((*SECONDS, "pairs"), 0.0))
+    for (group, grid, heads), times in alike.items():
+        counts = lane_counts(group, grid, heads, problem, max(256, SAMPLED // len(alike)))
+        total.update({name: times * problem.batch / batch * count for name, count in counts.items()})
+    return {**total, "runs": 1.0, "written": total["copied"] + total["addends"]}
+
+
+def sampled(grid: TileGrid, entries: int) -> tuple[TileGrid, float]:
+    """Rows of tiles from the middle that hold about so many entries, and how many times all that is."""
+    (rows, _), block = grid.shape, grid.block_size
+    if grid.entries <= entries:
+        return grid, 1.0
+    count = max(1, rows * entries // grid.entries)
+    first = (rows - count) // 2
+    runs, parts = (p[first : first + count + 1] for p in (grid.run_ptr, grid.part_ptr))
+    run, part = slice(runs[0], runs[-1]), slice(parts[0], parts[-1])
+    some = replace(
+        grid,
+        nq=count * block,
+        run_ptr=runs - runs[0],
+        run_start=grid.run_start[run],
+        run_end=grid.run_end[run],
+        part_ptr=parts - parts[0],
+        part_col=grid.part_col[part],
+        part_mask=grid.part_mask[part],
+    )
+    return some, rows / count
+
+
+def lane_counts(group: HeadGroup, grid: TileGrid, heads: int, problem: Problem, entries: int) -> Counter[str]:
+    """What the forward pass of a lane of so many heads does, `entries` of the grid being looked at."""
+    width = problem.head_dim
+    simple = Simple.of(group, width) if problem.device.startswith("cpu") else None
+    cut = cut_of(simple, heads, width, gradient=False)
+    some, times = sampled(grid, entries)
+    counts: Counter[str] = Counter()
+    rows = 0
+    for part in cut.parts(some):
+        rows += len(part.rows) * part.q_len if isinstance(part, Gathered) else part.count * part.q_len
+        counts.update(_part_counts(part, cut, simple, group, heads, width))
+    counts["merged"] = heads * width * max(0, rows - some.nq)
+    if simple is not None and simple.bias is not None and simple.by_distance:
+        numbers, computed = elements(simple.bias, grid.nq + grid.n, heads)
+        more = {"numbers": numbers, "nanoseconds": computed, "nodes": size(simple.bias)}
+        counts.update({name: count / times for name, count in more.items()})
+    return Counter(
+        {
+            "lanes": 1,
+            "tokens": heads * grid.nq * width,
+            **{name: times * count for name, count in counts.items()},
+        }
+    )
+
+
+def size(e: Expr | None) -> int:
+    """Nodes."""
+    return 0 if e is None else sum(1 for _ in ir.nodes(e))
+
+
+def _part_counts(
+    part: Part, cut: Cut, simple: Simple | None, group: HeadGroup, heads: int, width: int
+) -> dict[str, float]:
+    if isinstance(part, Strided):
+        count, k_len, masked, strided = part.count, part.k_len, part.mask is not None, True
+        alike = simple is not None and simple.by_distance and equidistant(part)
+    else:
+        count, k_len, masked = len(part.rows), part.cols.shape[1] * part.block, part.contents is not None
+        alike = strided = False
+    calls = -(-count // cut.problems(part))
+    area = float(count * part.q_len * k_len)
+    moved = heads * width * count * (part.q_len + 2 * k_len)
+    counts = {"calls": calls, "pairs": heads * area, "products": heads * area * width}
+    if simple is None:
+        made = [elements(e, area, heads) for e in (group.score, group.decay)]
+        numbers, computed = (sum(column) for column in zip(*made, strict=True))
+        nodes = calls * (size(group.score) + size(group.decay))
+        made_here = {"numbers": numbers, "nanoseconds": computed, "nodes": nodes}
+        return counts | made_here | {"formed": heads * area, "copied": moved}
+    step = 256 if part.q_len >= 768 else 64 if part.q_len >= 192 else 32
+    biased = area * calls / count if alike else area
+    numbers, computed = (0.0, 0.0) if simple.by_distance else elements(simple.bias, biased, heads)
+    addends = (area * calls / count if strided else area) if masked else 0.0
+    if simple.bias is not None:
+        addends = max(addends, biased) * (heads if by_head(simple.bias) else 1)
+    elif addends / calls <= KEPT:
+        addends = 0.0
+    return counts | {
+        "narrow": counts["products"] if step == 32 else 0.0,
+        "steps": heads * count * -(-part.q_len // step) * -(-k_len // FUSED_K),
+        "masked": heads * area if masked or simple.bias is not None else 0.0,
+        "addends": addends,
+        "numbers": numbers,
+        "nanoseconds": computed,
+        "nodes": 0.0 if simple.by_distance else calls * size(simple.bias),
+        "copied": 0.0 if strided else moved,
+    }

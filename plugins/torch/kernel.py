@@ -1,0 +1,123 @@
+"""The kernel: forward and backward over all lanes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from attndsl.attention import Attention
+from attndsl.backend import Call
+from attndsl.execution.torch_eval import peak, singles
+
+from .chunks import Kept
+from .gradient import Rows, bias_gradient, part_gradient, room_of, sink_gradient, slopes_of
+from .lanes import Lane, Simple, lanes
+from .work import Work
+
+
+def widened(call: Call) -> Call:
+    """The call with vectors of at least float32."""
+    wide = torch.promote_types(call.q.dtype, torch.float32)
+    return replace(call, q=call.q.to(wide), k=call.k.to(wide), v=call.v.to(wide))
+
+
+@dataclass(frozen=True, eq=False)
+class BlockSparse:
+    """The kernel of one attention; `exact` says that outputs are not rounded to 16 bits, for the sake of the
+    backward pass, where their products with what comes back are differences of large sums."""
+
+    attention: Attention
+    exact: bool
+    chunks: Kept
+
+    def __call__(self, call: Call) -> tuple[Tensor, Tensor]:
+        call, wide = widened(call) if self.exact else call, torch.promote_types(call.q.dtype, torch.float32)
+        q = call.q
+        out = q.new_empty((*q.shape[:3], call.v.shape[3]), dtype=wide)
+        lse = q.new_empty(q.shape[:3], dtype=wide)
+        for lane in self.lanes(call):
+            o, total = lane.queries(out), lane.queries(lse)
+            self.run(self.work(call, lane, gradient=False), o, total)
+            if lane.strained(total):
+                _, top, exact, beyond = self.careful(call, lane)
+                o.copy_(exact)
+                torch.add(beyond, top, out=total)
+        return out, lse
+
+    def lanes(self, call: Call) -> Iterator[Lane]:
+        batch, heads = call.q.shape[:2]
+        return lanes(self.attention, call.block_mask, batch, heads, call.k.shape[1])
+
+    def run(self, work: Work, out: Tensor, lse: Tensor) -> None:
+        """Writes output and log-sum-exp of a lane."""
+        out[:, work.chunks.empty] = 0.0
+        lse[:, work.chunks.empty] = -torch.inf
+        for chunk, addend in work.chunks.chunks:
+            work.merge(chunk, out, lse, *work.part(chunk, addend))
+        work.add_sink(out, lse)
+
+    def careful(self, call: Call, lane: Lane) -> tuple[Work, Tensor, Tensor, Tensor]:
+        """Work whose logits are differences from the greatest of their row, which are exact; that greatest;
+        its output; and its log-sum-exp, which says how many keys there are, however large they are."""
+        # the chunks of the backward pass, which must round its logits as they are rounded here
+        work = Work(call, lane, None, self.chunks, gradient=True)
+        top = torch.full(work.q.shape[:2], -torch.inf, dtype=work.wide, device=call.q.device)
+        for chunk, _ in work.chunks.chunks:
+            q, k, _ = work.sources(chunk)
+            found = peak(*work.weights(chunk, q, k, {})).squeeze(-1)
+            chunk.put_queries(top, torch.maximum(chunk.queries(top), found))
+        top.masked_fill_(top == -torch.inf, 0.0)
+        if (sink := work.sink({})) is not None:
+            torch.maximum(top, sink, out=top)
+        work = replace(work, top=top)
+        out, beyond = top.new_empty((*top.shape, call.v.shape[3])), torch.empty_like(top)
+        self.run(work, out, beyond)
+        return work, top, out, beyond
+
+    def gradient(
+        self,
+        call: Call,
+        wanted: Sequence[str],
+        out: Tensor,
+        lse: Tensor,
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        given, call = (call.q, call.k, call.v), widened(call)
+        wide = call.q.dtype
+        totals = [call.q.new_empty(call.q.shape), *(x.new_zeros(x.shape) for x in (call.k, call.v))]
+        tables = {name: x.new_zeros(x.shape) for name, x in singles(call.tables, wanted).items()}
+        shift = None if grad_lse is None else grad_lse.masked_fill(lse == -torch.inf, 0.0)
+        for lane in self.lanes(call):
+            work, over = self.work(call, lane, True, wanted), lane.queries(lse)
+            if lane.strained(over):
+                work, _, _, over = self.careful(call, lane)
+            rows = Rows(
+                lane.queries(grad_out.to(wide)),
+                lane.queries(out.to(wide)),
+                over.masked_fill(over == -torch.inf, torch.inf),
+                None if shift is None else lane.queries(shift),
+            )
+            dq, dk, dv = lane.queries(totals[0]), lane.keys(totals[1]), lane.keys(totals[2])
+            dq[:, work.chunks.empty] = 0.0
+            room, slopes = room_of(work), slopes_of(work, wanted)
+            for chunk, addend in work.chunks.chunks:
+                gq, gk, gv = part_gradient(work, chunk, addend, rows, tables, room, slopes)
+                (chunk.put_queries if chunk.fresh else chunk.add_queries)(dq, gq)
+                for total, g in ((dk, gk), (dv, gv)):
+                    chunk.add_keys(total, g.sum(0, keepdim=True) if len(total) < len(g) else g)
+            bias_gradient(work, slopes, tables)
+            sink_gradient(work, rows, tables)
+        gq, gk, gv = (total.to(x.dtype) for total, x in zip(totals, given, strict=True))
+        return gq, gk, gv, {name: total.to(call.tables[name].dtype) for name, total in tables.items()}
+
+    def work(self, call: Call, lane: Lane, gradient: bool, wanted: Sequence[str] = ()) -> Work:
+        """Not simple where tables ask for gradients that differ from pair to pair."""
+        simple = Simple.of(lane.group, call.q.shape[3])
+        if simple is not None and simple.bias is not None and not simple.by_distance:
+            asked = not {table.name for table in simple.bias.tables}.isdisjoint(wanted)
+            simple = None if asked else simple
+        return Work(call, lane, simple, self.chunks, gradient)

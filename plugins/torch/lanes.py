@@ -1,0 +1,99 @@
+"""Lanes: query heads that run together, and how their score lets them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attndsl import expr as ir
+from attndsl.attention import Attention, HeadGroup
+from attndsl.execution.torch_eval import Env, affine_in_s, by_distance, constant_scale, evaluate, strained
+from attndsl.expr import Expr
+from attndsl.tiles.blockmask import BlockMask, TileGrid
+
+from .chunks import Cut
+
+LANES = 16
+"""Heads that run together."""
+FORWARD_UNIT, BACKWARD_UNIT, FORMED_UNIT = 32, 128, 64
+"""Query rows of one problem in a band: what ran fastest on CPU (benchmarks/attention.py)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Lane:
+    """Query heads of one batch row that share a grid and read the same key heads, or one each."""
+
+    group: HeadGroup
+    grid: TileGrid
+    batch: int
+    heads: slice
+    kv_heads: slice
+
+    def queries(self, x: Tensor) -> Tensor:
+        return x[self.batch, self.heads]
+
+    def keys(self, x: Tensor) -> Tensor:
+        return x[self.batch, self.kv_heads]
+
+    def strained(self, lse: Tensor) -> bool:
+        """Whether parts are neither merged nor differentiated well by this log-sum-exp."""
+        return self.group.norm.kind == "softmax" and strained(lse)
+
+
+def lanes(
+    attention: Attention, block_mask: BlockMask, batch: int, heads: int, kv_heads: int
+) -> Iterator[Lane]:
+    """Every (batch row, query head) once."""
+    share = heads // kv_heads
+    index = block_mask.index
+    axis = torch.arange(heads)
+    numbers = Env({"h": axis, "H": torch.tensor(heads)}, {}, axis, axis, torch.float32)
+    mine = [evaluate(group.heads, numbers).expand(heads).tolist() for group in attention.groups]
+    for b in range(batch):
+        row = index[b % len(index)]
+        place = [(next(g for g, m in enumerate(mine) if m[h]), int(row[h % len(row)])) for h in range(heads)]
+        start = 0
+        for h in range(1, heads + 1):
+            new_key_head = share > 1 and h % share == 0
+            if h == heads or place[h] != place[start] or new_key_head or h - start == LANES:
+                group, grid = place[start]
+                kv = slice(start, h) if share == 1 else slice(start // share, start // share + 1)
+                yield Lane(attention.groups[group], block_mask.grids[grid], b, slice(start, h), kv)
+                start = h
+
+
+@dataclass(frozen=True)
+class Simple:
+    """A softmax of Q @ K * scale + bias, which torch's fused kernel can do."""
+
+    scale: float
+    bias: Expr | None
+    by_distance: bool
+
+    @staticmethod
+    def of(group: HeadGroup, head_dim: int) -> Simple | None:
+        split = affine_in_s(group.score)
+        if group.norm.kind != "softmax" or group.decay is not None or split is None:
+            return None
+        scale = constant_scale(split[0], head_dim)
+        if scale is None:
+            return None
+        bias = None if ir.number(split[1]) == 0 else split[1]
+        return Simple(scale / head_dim**0.5, bias, bias is None or by_distance(bias) is not None)
+
+
+def cut_of(simple: Simple | None, heads: int, width: int, gradient: bool) -> Cut:
+    """`simple` is None where torch's fused kernel does not run; `width` of a query or value."""
+    formed = simple is None or gradient
+    biased = simple is not None and simple.bias is not None
+    return Cut(
+        unit=BACKWARD_UNIT if gradient else FORMED_UNIT if formed else FORWARD_UNIT,
+        formed=formed,
+        gradient=gradient,
+        per_token=heads * width,
+        per_pair=heads if formed or biased else 0,
+        by_distance=simple is not None and biased and simple.by_distance,
+    )
