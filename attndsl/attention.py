@@ -17,7 +17,6 @@ from attndsl.expr import (
     exists,
     maximum,
     mul,
-    nodes,
     substitute,
     var,
 )
@@ -29,7 +28,7 @@ HEADS_TRIED = 256
 class Relation:
     """A pattern: which (q, k) are related and, where `+` was used, how many times.
 
-    `mask` is a truth over q, k, n, nq, h, H and tables; `count` an integer that is positive exactly where
+    `mask` is a truth over q, k, n, nq, b, h, H and tables; `count` an integer that is positive exactly where
     the mask holds, or None where every multiplicity is one.
     """
 
@@ -49,8 +48,8 @@ class Norm:
 class HeadGroup:
     """What one set of query heads does.
 
-    score:  the logit, a real over s (= Q @ K / sqrt(D)), Q, K, q, k, n, h, H, D and tables; `var("s")` itself
-            where no score was given. `Q @ K` written out appears as inner(Q, K).
+    score:  the logit, a real over s (= Q @ K / sqrt(D)), Q, K, q, k, n, b, h, H, D and tables; `var("s")`
+            itself where no score was given. `Q @ K` written out appears as inner(Q, K).
     decay:  a real factor of the weight with the multiplicity already in it, or None.
     heads:  a truth over h and H; the groups of one attention hold each head exactly once.
     """
@@ -100,29 +99,12 @@ class Attention:
     def any_head(self) -> Expr:
         """What some head relates, where every group holds a head.
 
-        The head is bound under a name that no text has, but as h where a table has entries for each head.
+        The head is bound under a name that no text has: what it is looked up at may read h.
         """
         heads = maximum(var("H"), const(self.enough_heads()))
         found = []
         for group in self.groups:
-            mask, which = group.relation.mask, all_of(group.heads, group.relation.mask)
-            name = "h" if any(table.headed for table in mask.tables) else "?h"
-            bound = exists(name, ZERO, heads, substitute(which, {"h": var(name)}))
-            found.append(bound if by_head(mask) else mask)
+            mask = group.relation.mask
+            which = substitute(all_of(group.heads, mask), {"h": var("?h")})
+            found.append(exists("?h", ZERO, heads, which) if "h" in mask.free else mask)
         return any_of(*found)
-
-
-def over_heads(mask: Expr) -> Expr:
-    """What some head relates."""
-    return exists("h", ZERO, var("H"), mask) if by_head(mask) else mask
-
-
-def by_head(mask: Expr) -> bool:
-    """Whether heads may differ: it reads h, or a table with entries for each head, outside a union over h."""
-    found: set[Expr] = set()
-    for e in nodes(mask):
-        reads = e is var("h") or (isinstance(e.value, Table) and e.value.headed)
-        bound = e.op == "exists" and e.value == "h"
-        if reads or (not bound and any(arg in found for arg in e.args)):
-            found.add(e)
-    return mask in found

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
 
 from attndsl.attention import Attention
+from attndsl.axis import Axis
 from attndsl.errors import fail
 from attndsl.tiles.blockmask import BlockMask
 
@@ -52,10 +53,10 @@ class Call:
     q  [B, H, nq, D], k [B, Hkv, n, D], v [B, Hkv, n, Dv], H a multiple of Hkv; query head h reads
        key head h // (H // Hkv). All of one dtype and device.
     block_mask  the tiles of this very problem (lengths, offsets and tables of this call).
-    tables      inputs and learned parameters by name, with axes [B] [H] before the explicit ones as the
-                Table says; learned ones never have B. Float ones may require gradients.
-    n           what `n` means in expressions: k_offset + number of keys, per call.
-    q_offset, k_offset   position of query row 0 and of key 0, one per batch row or the same for all.
+    tables      inputs and learned parameters by name, with the axes of their Table; learned ones never have
+                B. Float ones may require gradients.
+    q_at, k_at  where the queries and the keys stand: the values of `q` and `k` in expressions.
+    n           what `n` means in expressions, one for all batch rows or one each.
     """
 
     q: Tensor
@@ -63,9 +64,15 @@ class Call:
     v: Tensor
     block_mask: BlockMask
     tables: Mapping[str, Tensor]
-    q_offset: tuple[int, ...]
-    k_offset: tuple[int, ...]
+    q_at: Axis
+    k_at: Axis
     n: tuple[int, ...]
+
+    @property
+    def adjacent(self) -> bool:
+        """Whether queries stand beside one another, and keys too: what depends on the distance alone is then
+        equal along the diagonals of the matrix."""
+        return self.q_at.starts is not None and self.k_at.starts is not None
 
 
 Kernel = Callable[[Call], "tuple[Tensor, Tensor]"]

@@ -67,15 +67,23 @@ class Bound:
         *,
         q_offset: int | None = None,
         k_offset: int | None = None,
+        q_positions: ArrayLike | None = None,
+        k_positions: ArrayLike | None = None,
+        n: int | None = None,
         heads: int = 1,
         **inputs: ArrayLike,
     ) -> NDArray[np.bool_]:
-        """The meaning, pointwise: bool [H or 1, nq, n], or [B, H or 1, nq, n] with batched tables."""
+        """The meaning, pointwise: bool [H or 1, nq, n], or [B, H or 1, nq, n] with batched tables.
+
+        Queries and keys stand where offsets or positions ([nq], [length], or one row for each batch row) say;
+        n is the greatest position of a key + 1. Raises AttnError for sizes, positions and tables that do not
+        fit.
+        """
         from attndsl.tiles import lowering
 
-        return lowering.written_out(
-            self.attention, False, length, q_length, q_offset, k_offset, heads, inputs
-        )
+        places = q_offset, k_offset, q_positions, k_positions, n
+        sizes = lowering.sizes_of(self.attention, length, q_length, heads, *places)
+        return lowering.written_out(self.attention, sizes, inputs, counts=False)
 
     def counts(
         self,
@@ -84,13 +92,18 @@ class Bound:
         *,
         q_offset: int | None = None,
         k_offset: int | None = None,
+        q_positions: ArrayLike | None = None,
+        k_positions: ArrayLike | None = None,
+        n: int | None = None,
         heads: int = 1,
         **inputs: ArrayLike,
     ) -> NDArray[np.int64]:
-        """Multiplicities, int64, with the axes of `mask`."""
+        """Multiplicities, int64, as `mask`."""
         from attndsl.tiles import lowering
 
-        return lowering.written_out(self.attention, True, length, q_length, q_offset, k_offset, heads, inputs)
+        places = q_offset, k_offset, q_positions, k_positions, n
+        sizes = lowering.sizes_of(self.attention, length, q_length, heads, *places)
+        return lowering.written_out(self.attention, sizes, inputs, counts=True)
 
     def block_mask(
         self,
@@ -100,15 +113,20 @@ class Bound:
         *,
         q_offset: int | None = None,
         k_offset: int | None = None,
+        q_positions: ArrayLike | None = None,
+        k_positions: ArrayLike | None = None,
+        n: int | None = None,
         heads: int = 1,
         **inputs: ArrayLike,
     ) -> BlockMask:
-        """The tiles of `block_size` (a multiple of 8) tokens on a side."""
+        """The tiles of `block_size` (a multiple of 8) tokens on a side, of what `mask` takes."""
         from attndsl.tiles import lowering
 
-        return lowering.tiles_of(
-            self.attention, length, block_size, q_length, q_offset, k_offset, heads, inputs
-        )
+        places = q_offset, k_offset, q_positions, k_positions, n
+        sizes = lowering.sizes_of(self.attention, length, q_length, heads, *places)
+        lowering.checked_block_size(block_size)
+        tables = lowering.checked_tables(self.attention, inputs, sizes)
+        return lowering.block_mask(self.attention, sizes, tables, block_size)
 
     def graph(
         self,

@@ -7,10 +7,10 @@ them (pointwise.py, tiling.py, relation.py) and the backends' torch_eval.py a fo
 Legal nodes, by `op` (arguments -> type); anything else is a bug of the elaborator:
 
     const                value: bool, int or float
-    var                  value: a name. int: q k n h H D B nq and bound variables; real: s; vec: Q K
+    var                  value: a name. int: q k n b h H D nq and bound variables; real: s; vec: Q K
     lookup  i, j, ...    value: Table, all axes indexed -> its dtype; with the last axis `D` left -> vec
-    count_of, rank_of i  value: Table (int, one axis): how many entries equal i's, and i's rank among them
-                         -> int
+    count_of, rank_of i, j, ...   value: Table (int): along the last axis, how many entries equal this one,
+                         and its rank among them -> int
     intable e, i, ...    value: Table whose last axis is not indexed: some entry of that row equals e -> bool
     inset   e            value: IntSet -> bool
     random  q, k, n, seed, of   value: (r, row, col): k is one of r distinct keys drawn among the keys
@@ -42,22 +42,34 @@ DEPTH_LIMIT = 300
 class Table:
     """A run-time input or a trainable parameter that expressions look up.
 
-    `dims` are the explicit axes: names bound by the tensor, or sizes. `batched` and `headed` say that
-    axes B and H stand before them, in that order. `init` is None for an input, the initial value of a
-    `learn` parameter otherwise; `serial` tells two evaluations of `learn` apart.
+    `dims` are the axes: names bound by the tensor, or sizes. B and H, in that order, may stand first: the
+    language leaves them out, and `implicit` are their indices. `init` is None for an input, the initial
+    value of a `learn` parameter otherwise; `serial` tells two evaluations of `learn` apart.
     """
 
     name: str
     dtype: Literal["int", "bool", "float"]
     dims: tuple[str | int, ...]
-    batched: bool = False
-    headed: bool = False
     init: float | None = None
     serial: int = 0
 
     @property
     def learned(self) -> bool:
         return self.init is not None
+
+    @property
+    def batched(self) -> bool:
+        return "B" in self.dims
+
+    @property
+    def implicit(self) -> tuple[Expr, ...]:
+        """Batch row and head, as far as the table has axes for them."""
+        return tuple(var(name) for axis, name in (("B", "b"), ("H", "h")) if axis in self.dims)
+
+    @property
+    def explicit(self) -> tuple[str | int, ...]:
+        """The axes that a text indexes."""
+        return self.dims[len(self.implicit) :]
 
 
 @dataclass(frozen=True)
@@ -438,12 +450,12 @@ def intable(e: Expr, table: Table, *indices: Expr) -> Expr:
     return make("intable", (e, *indices), table, "bool")
 
 
-def rank_of(table: Table, i: Expr) -> Expr:
-    return make("rank_of", (i,), table, "int")
+def rank_of(table: Table, *indices: Expr) -> Expr:
+    return make("rank_of", indices, table, "int")
 
 
-def count_of(table: Table, i: Expr) -> Expr:
-    return make("count_of", (i,), table, "int")
+def count_of(table: Table, *indices: Expr) -> Expr:
+    return make("count_of", indices, table, "int")
 
 
 def inner(a: Expr, b: Expr) -> Expr:

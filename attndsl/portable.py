@@ -16,7 +16,7 @@ from attndsl.attention import Attention, HeadGroup, Norm, Relation
 from attndsl.errors import fail
 from attndsl.expr import Expr, IntSet, Table
 
-FORMAT = 1
+FORMAT = 2
 LONG = 64
 """Intervals of a constant set from which it stands outside of the text, which keeps its digest."""
 

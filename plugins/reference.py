@@ -7,7 +7,7 @@ from torch import Tensor
 
 from attndsl.attention import Attention, HeadGroup
 from attndsl.backend import Call, Kernel, Problem, weighed
-from attndsl.execution.torch_eval import Env, decay_factor, elements, evaluate, softmax
+from attndsl.execution.torch_eval import Env, decay_factor, elements, evaluate, every_position, softmax
 from attndsl.tiles.blockmask import BlockMask
 
 SECONDS = {
@@ -77,24 +77,20 @@ def attend(attention: Attention, call: Call) -> tuple[Tensor, Tensor]:
 def environment(call: Call, heads: Tensor) -> Env:
     """Every pair of every head: axes [B, H, nq, n], in at least float32."""
     q, k = call.q, call.k
-    per_batch = [
-        torch.tensor(values, device=q.device).view(-1, 1, 1, 1)
-        for values in (call.q_offset, call.k_offset, call.n)
-    ]
     dtype = torch.promote_types(q.dtype, torch.float32)
     vectors_q, vectors_k = q.to(dtype), k.to(dtype).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     size = {"H": q.shape[1], "D": q.shape[3], "nq": q.shape[2]}
     values = {
-        "q": per_batch[0] + torch.arange(q.shape[2], device=q.device).view(-1, 1),
-        "k": per_batch[1] + torch.arange(k.shape[2], device=q.device),
-        "n": per_batch[2],
+        "q": every_position(call.q_at, q.device)[:, None, :, None],
+        "k": every_position(call.k_at, q.device)[:, None, None, :],
+        "n": torch.tensor(call.n, device=q.device).view(-1, 1, 1, 1),
+        "b": torch.arange(q.shape[0], device=q.device).view(-1, 1, 1, 1),
         "h": heads,
         "s": vectors_q @ vectors_k.transpose(-1, -2) / q.shape[3] ** 0.5,
         "Q": vectors_q,
         "K": vectors_k,
     } | {name: torch.tensor(value, device=q.device) for name, value in size.items()}
-    batch = torch.arange(q.shape[0], device=q.device).view(-1, 1, 1, 1)
-    return Env(values, call.tables, batch, heads, dtype)
+    return Env(values, call.tables, dtype, q.device)
 
 
 def attend_group(group: HeadGroup, call: Call, env: Env) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,7 @@ from attndsl.execution.torch_eval import (
     constant_scale,
     elements,
     evaluate,
+    every_position,
     from_diagonals,
     fused_rows,
     of_distances,
@@ -258,24 +259,19 @@ class Dense:
         values = {name: torch.tensor(size, device=device) for name, size in sizes.items()}
         n = torch.tensor(call.n, device=device).view(-1, 1, 1, 1)
         wide = torch.promote_types(q.dtype, torch.float32)
-        return Env({**values, "n": n, "h": heads}, {**call.tables, **tables}, batch, heads, wide)
-
-    def starts(self, call: Call) -> tuple[Tensor, Tensor]:
-        """Positions of query row 0 and of key 0 [B or 1, 1, 1, 1]."""
-        first_q, first_k = (
-            torch.tensor(x, device=call.q.device).view(-1, 1, 1, 1) for x in (call.q_offset, call.k_offset)
-        )
-        return first_q, first_k
+        return Env({**values, "n": n, "b": batch, "h": heads}, {**call.tables, **tables}, wide, device)
 
     def made(self, call: Call, tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What the bias of any rows is made of: tables that take the place of the call's, or its values ALONG
         all diagonals [B or 1, H or 1, nq + n - 1]."""
         nq, n = call.q.shape[2], call.k.shape[2]
-        if not self.by_distance or 0 in (nq, n):
+        if not self.by_distance or 0 in (nq, n) or not call.adjacent:
             return dict(tables)
         assert self.bias is not None
-        first_q, first_k = self.starts(call)
-        distances = (first_q - first_k).squeeze(-1) - torch.arange(1 - nq, n, device=call.q.device)
+        first_q, first_k = (
+            every_position(axis, call.q.device)[:, None, :1] for axis in (call.q_at, call.k_at)
+        )
+        distances = first_q - first_k - torch.arange(1 - nq, n, device=call.q.device)
         return {ALONG: of_distances(self.bias, self.env(call, tables), distances, self.diagonals(call))}
 
     def bias_of(self, call: Call, rows: slice, mask: Tensor, made: Mapping[str, Tensor]) -> Tensor:
@@ -286,11 +282,10 @@ class Dense:
         env = self.env(call, made)
         if self.bias is None or not mask.numel():
             return torch.zeros((1, 1, 1, 1), dtype=env.dtype, device=device)
-        first_q, first_k = self.starts(call)
         values = {
             **env.values,
-            "q": first_q + torch.arange(rows.start, rows.stop, device=device)[:, None],
-            "k": first_k + torch.arange(n, device=device),
+            "q": every_position(call.q_at, device)[:, None, rows, None],
+            "k": every_position(call.k_at, device)[:, None, None, :],
         }
         bias = evaluate(self.bias, replace(env, values=values), mask).to(env.dtype)
         return bias if bias.dim() == 4 else bias.view(1, 1, 1, 1)

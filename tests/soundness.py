@@ -150,11 +150,7 @@ def refuted_wrongly(pair: Pair, verdict: attndsl.relations.proofs.Verdict) -> st
     if heads < pair.claims.heads[0] and re.search(r"\b[ab]\b", pair.assertion.text):
         return f"{heads} heads are too few"
     tables = {**drawn(pair.claims.inputs, n, heads, 0), **given}
-    # a counter-example's tables are those of one batch row, the same for every head
-    axes = {
-        table.name: tuple(axis for axis in table.axes if table.name not in given or axis not in ("B", "H"))
-        for table in pair.claims.inputs
-    }
+    axes = {table.name: table.axes for table in pair.claims.inputs}
     try:
         found = pair.point(n, heads, tables, axes).counter_examples(pair.expr)
     except AbsentError:

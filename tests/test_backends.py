@@ -71,7 +71,7 @@ def test_the_mechanisms_use_every_operation_and_shape_of_table() -> None:
     whole = [e for g in groups for e in (g.relation.mask, g.score, g.decay, g.norm.sink) if e is not None]
     assert {node.op for e in whole for node in ir.nodes(e)} >= set(OPERATIONS.split())
     leads = {
-        (table.dtype, table.learned, table.dims[-1:] == ("D",), table.batched, table.headed)
+        (table.dtype, table.learned, table.dims[-1:] == ("D",), "B" in table.dims, "H" in table.dims)
         for e in whole
         for table in e.tables
     }
@@ -216,10 +216,10 @@ def test_a_draw_over_a_table_is_counted(backend: str) -> None:
     )
     count = attention.attention.groups[0].relation.count
     assert count is not None
-    closed = ir.substitute(count, {"n": ir.const(12)})
     position = np.arange(12)
+    rows = [ir.substitute(count, {"n": ir.const(12), "b": ir.const(b)}) for b in range(2)]
     times = torch.from_numpy(
-        np.stack([evaluate(closed, position[:, None], position, {"keep": row}) for row in keep])
+        np.stack([evaluate(row, position[:, None], position, {"keep": keep}) for row in rows])
     )
     assert times.max() == 2
     weight = times[:, None] * torch.exp(queries @ keys.transpose(-1, -2) / 2)

@@ -125,8 +125,7 @@ def tables_for(attention: Attention, n: int, seed: int = 0) -> dict[str, Array]:
     sizes |= {"cubes": n // 64 + 1, "top": 2}
     drawn = {}
     for table in read_tables(attention):
-        axes = [*["B"] * table.batched, *["H"] * table.headed, *table.dims]
-        shape = [axis if isinstance(axis, int) else sizes[axis] for axis in axes]
+        shape = [axis if isinstance(axis, int) else sizes[axis] for axis in table.dims]
         values = rng.integers(0, max(1, min(n, 40)), shape)
         drawn[table.name] = np.sort(values, axis=-1) if table.name == "doc" or n > 2**16 else values
     return drawn
@@ -137,7 +136,7 @@ def masks_of(attention: Attention, n: int, heads: int, tables: dict[str, Array])
     scores = {table.name: table for table in attention.inputs if table.name not in tables}
     zeros = {
         name: np.zeros(
-            [{"n": n, "H": heads}.get(str(axis), 1) for axis in [*"B" * t.batched, *"H" * t.headed, *t.dims]],
+            [{"n": n, "H": heads}.get(str(axis), 1) for axis in t.dims],
             np.int64 if t.dtype == "int" else np.float64,
         )
         for name, t in scores.items()

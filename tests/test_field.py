@@ -75,7 +75,7 @@ def union(attention: Attention, n: int, heads: int, given: dict[str, Any]) -> Ma
 
 
 def axes(table: x.Table) -> list[str]:
-    return [*(["B"] if table.batched else []), *(["H"] if table.headed else []), *map(str, table.dims)]
+    return [*map(str, table.dims)]
 
 
 def expected(steps: list[Matrix], causal: bool, alike: bool) -> tuple[list[Seen], int | None, Hole | None]:

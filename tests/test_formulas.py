@@ -414,7 +414,7 @@ def at_head_0(evaluate: Any) -> Any:
     def faulty(expr: Expr, env: Env, live: Tensor | None = None) -> Tensor:
         tables = dict(env.tables)
         for table in expr.tables:
-            if table.headed and table.dims[-1:] == ("D",):
+            if "H" in table.dims and table.dims[-1:] == ("D",):
                 x, axis = tables[table.name], int(table.batched)
                 tables[table.name] = x.narrow(axis, 0, 1).expand(x.shape)
         return evaluate(expr, replace(env, tables=tables), live)

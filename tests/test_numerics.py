@@ -136,7 +136,7 @@ def test_fused_kernels_get_what_they_take_for_granted(
         attention, batch=2, length=40, heads=4, kv_heads=2, head_dim=6, backend=backend, training=True
     )
     drawn = [torch.randn(2, heads, 40, width) for heads, width in ((4, 6), (2, 6), (2, 3), (4, 3))]
-    table = {t.name: torch.randn([{"B": 2, "H": 4, "n": 40}[str(d)] for d in (*"BH" * t.batched, *t.dims)])
+    table = {t.name: torch.randn([{"B": 2, "H": 4, "n": 40}[str(d)] for d in t.dims])
              for t in attention.inputs}  # fmt: skip
     for layout in LAYOUTS.values():
         q, k, v, grad = (layout(x) for x in drawn)

@@ -195,7 +195,7 @@ def problem_of(
     program: programs.Program, plan: attndsl.Plan, n: int, nq: int, learned: Results
 ) -> meaning.Problem:
     axes = {table.name: table.axes for table in program.inputs}
-    axes |= {t.name: (*["H"] * t.headed, *map(str, t.dims)) for t in plan.attention.learned}
+    axes |= {t.name: tuple(map(str, t.dims)) for t in plan.attention.learned}
     own, values = parsed(program.text).own, {name: value.numpy() for name, value in learned.items()}
     return meaning.Problem(own, n, nq, program.heads, program.tables(n), axes, values, HEAD_DIM)
 

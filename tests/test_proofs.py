@@ -142,7 +142,7 @@ def test_refuted_at_the_smallest_point(name: str) -> None:
 
 
 def test_a_table_with_a_row_per_head_differs_between_heads() -> None:
-    chosen = x.lookup(Table("chosen", "bool", ("n",), headed=True), K)
+    chosen = x.lookup(Table("chosen", "bool", ("H", "n")), var("h"), K)
     some, some_not = (x.exists("h", x.ZERO, var("H"), e) for e in (chosen, negate(chosen)))
     assert subset(all_of(some, some_not), x.FALSE).status != "proved"
     assert subset(x.exists("h", x.ZERO, var("H"), all_of(chosen, negate(chosen))), x.FALSE).status == "proved"
@@ -188,7 +188,7 @@ def test_what_cannot_be_decided_is_undecided() -> None:
 
 
 def test_a_table_without_axes_is_searched() -> None:
-    start = x.lookup(Table("start", "int", (), batched=True))
+    start = x.lookup(Table("start", "int", ("B",)), var("b"))
     verdict = subset(CAUSAL, le(start, K))
     assert verdict.status == "refuted"
     assert verdict.tables is not None

@@ -36,11 +36,8 @@ def random_tables(attention: attndsl.Bound, n: int) -> dict[str, Any]:
     rng = np.random.default_rng(n)
     found = {}
     for table in attention.inputs:
-        sizes = [
-            *([1] if table.batched else []),
-            *([attention.attention.enough_heads()] if table.headed else []),
-        ]
-        sizes += [axis if isinstance(axis, int) else {"n": n, "nq": n}.get(axis, 8) for axis in table.dims]
+        known = {"B": 1, "H": attention.attention.enough_heads(), "n": n, "nq": n}
+        sizes = [axis if isinstance(axis, int) else known.get(axis, 8) for axis in table.dims]
         draw = {
             "int": lambda shape: np.sort(rng.integers(0, 3, shape), axis=-1) if shape else rng.integers(0, 3),
             "bool": lambda shape: rng.random(shape) < 0.5,

@@ -54,7 +54,9 @@ attention routed { inputs chosen : int[B, tiles, top]  mask blocks(4, { q, k : k
 FOUND = {
     "a union holds with a head in each group": ("two | none <= {q, k : H > 1}", "proved"),
     "so do layers": ("reach(two, layers = 2) <= {q, k : H > 1}", "proved"),
-    "heads that a table tells apart": ("by_table | none <= by_table", "undecided"),
+    "heads that a table tells apart": ("by_table | none <= by_table", "refuted"),
+    "looked up at h, heads that a table tells apart": ("{q, k : by_table[h, k]} <= causal", "refuted"),
+    "a union is the same at every head": ("{q, k : by_table[h, k] and h == q} <= by_table | none", "proved"),
     "in layers too": ("reach(by_table, layers = 1) <= radius(0) | by_table", "undecided"),
     "a head bound within one that is free": ("two | columns(0..h) <= sinks(2)", "refuted"),
     "a look-up at h is of no other head": (
@@ -74,7 +76,7 @@ def test_what_was_wrong(name: str) -> None:
         assert verdict.counter_example is not None
         assert verdict.tables is not None
         n, chosen = verdict.counter_example["n"], verdict.tables["chosen"]
-        assert attndsl.parse(HEADS)["routed"].mask(n, chosen=chosen[None]).shape == (1, 1, n, n)
+        assert attndsl.parse(HEADS)["routed"].mask(n, chosen=chosen).shape == (1, 1, n, n)
 
 
 def test_numbers_of_too_few_heads_are_refused() -> None:

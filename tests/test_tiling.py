@@ -39,6 +39,7 @@ from attndsl.expr import (
     random_keys,
     rank_of,
     sub,
+    substitute,
     var,
     where,
 )
@@ -187,7 +188,8 @@ def dense(
 
 def check(mask: Expr, nq: int, n: int, size: int, q_offset: int = 0, k_offset: int = 0) -> TileGrid:
     data = tables()
-    grid = tile(mask, nq, n, size, n=n + k_offset, q_offset=q_offset, k_offset=k_offset, tables=data)
+    places = {"q": add(Q, const(q_offset)), "k": add(K, const(k_offset))}
+    grid = tile(substitute(mask, places), nq, n, size, n=n + k_offset, tables=data)
     expected = dense(mask, nq, n, q_offset, k_offset, data)
     np.testing.assert_array_equal(grid.to_dense(), expected)
     assert grid.nnz == expected.sum()

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from attndsl.analysis.eviction import Eviction, eviction
 from attndsl.attention import Attention
 from attndsl.errors import fail
-from attndsl.expr import Expr, const, nodes, substitute, var
+from attndsl.expr import ZERO, Expr, const, nodes, substitute, var
 from attndsl.tiles import lowering
 from attndsl.tiles.blockmask import BlockMask, TileGrid
 from attndsl.tiles.tiling import tile
@@ -98,8 +98,8 @@ def mask_tiles(attention: Attention, length: int, heads: int, inputs: Mapping[st
     """
     length, heads = (lowering.checked_length(*given) for given in (("length", length), ("heads", heads)))
     sizes = lowering.sizes(attention, length, length, heads)
-    if sizes.q_offset != (0,):
-        raise fail(f"queries of `{attention.name}` start at position {sizes.q_offset[0]}, and keys at 0")
+    if sizes.q.starts != (0,):
+        raise fail(f"queries of `{attention.name}` start at position {sizes.q.span(0)[0]}, and keys at 0")
     tables = lowering.checked_tables(attention, inputs, sizes)
     masks = [group.relation.mask for group in attention.groups]
     drawn = any(node.op == "random" for mask in masks for node in nodes(mask))
@@ -243,8 +243,7 @@ def _evictions(attention: Attention, n: int, heads: int) -> list[tuple[Expr, Evi
     masks = [lowering.quantifier_free(group.relation.mask) for group in attention.groups]
     found = []
     for head, group in enumerate(lowering.head_groups(attention, heads)):
-        constants = {"h": const(head), "H": const(heads), "nq": var("n")}
-        mask = masks[group]
-        mask = substitute(mask, {name: e for name, e in constants.items() if name in mask.free})
+        constants = {"b": ZERO, "h": const(head), "H": const(heads), "nq": var("n")}
+        mask = lowering.alone(substitute(masks[group], constants))
         found.append((mask, eviction(mask, n if "n" in mask.free else 0)))
     return found

@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 
 from attndsl.attention import Attention
 from attndsl.errors import AttnError, fail
-from attndsl.expr import TRUE, Expr, Table, all_of, any_of, const, le, make, nodes, rebuild, substitute, var
+from attndsl.expr import TRUE, Expr, all_of, any_of, const, le, substitute, var
 from attndsl.layers.powers import TILE, Counts, Form, Step, computed, settled
 from attndsl.layers.reach import SAME, Distances, common_divisor, joined, reach, sides
+from attndsl.meaning.intervals import check_range
 from attndsl.relations.proofs import follows
 from attndsl.relations.relation import around
 from attndsl.tiles import lowering
@@ -202,23 +203,20 @@ def _whatever(masks: list[Expr], order: list[int], n: int, target: Target, table
 
 
 def step_of(attention: Attention, n: int, heads: int, inputs: Mapping[str, ArrayLike]) -> Step:
-    """What one layer joins: the union over heads, whose tables get names of their own, and radius(0)."""
+    """What one layer joins: the union over heads, and radius(0)."""
     own = replace(attention, inputs=lowering.mask_tables(attention))
     sizes = lowering.sizes(own, n, n, heads)
-    if sizes.q_offset != (0,):
+    if sizes.q.starts != (0,):
         raise fail(f"`{own.name}` has its queries at other positions than its keys: layers cannot be stacked")
     given = lowering.checked_tables(own, {t.name: inputs[t.name] for t in own.inputs}, sizes)
-    masks, tables = [SAME], dict[str, NDArray[Any]]()
-    for case in lowering.cases(own, sizes, given):
-        names = {t: replace(t, name=f"{t.name} {case.head}") for t in case.mask.tables if t.headed}
-        done: dict[Expr, Expr] = {}
-        for e in nodes(case.mask):
-            moved = rebuild(e, tuple(done[arg] for arg in e.args))
-            table = names.get(e.value) if isinstance(e.value, Table) else None
-            done[e] = moved if table is None else make(moved.op, moved.args, table, moved.type)
-        masks.append(done[case.mask])
-        tables |= {names.get(t, t).name: case.tables[t.name] for t in case.mask.tables}
-    return any_of(*masks), tables
+    masks = [lowering.quantifier_free(group.relation.mask) for group in own.groups]
+    by_head = (
+        lowering.closed(masks[group], n, n, 0, head, heads)
+        for head, group in enumerate(lowering.head_groups(own, heads))
+    )
+    joined = any_of(SAME, *by_head)
+    check_range(joined, lowering.ranges(sizes, 0), given)
+    return joined, given
 
 
 def _measured(form: Form, order: list[int], n: int, target: Target, tried: list[list[Seen]]) -> Field:

@@ -194,8 +194,10 @@ def pairs_of(
     if head is not None and lowering.checked_length("head", head) >= heads:
         raise fail(f"there is no head {head}: `heads` is {heads}")
     sizes = lowering.sizes(attention, n, n, heads)
-    if set(sizes.q_offset) != {0}:
-        raise fail(f"the queries of `{attention.name}` start at {sizes.q_offset[0]}: they are no keys' nodes")
+    if sizes.q.starts != (0,):
+        raise fail(
+            f"the queries of `{attention.name}` start at {sizes.q.span(0)[0]}: they are no keys' nodes"
+        )
     tables = lowering.checked_tables(attention, inputs, sizes)
     return _one(lowering.block_mask(attention, sizes, tables, block_size), head)
 

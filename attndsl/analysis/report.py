@@ -172,7 +172,7 @@ class Subject:
     @property
     def square(self) -> bool:
         """Whether queries and keys are the same positions."""
-        return self.problem.q_length == self.problem.length and self.sizes.q_offset == (0,)
+        return self.problem.q_length == self.problem.length and self.sizes.q.starts == (0,)
 
     @property
     def one_sequence(self) -> Problem:
@@ -191,8 +191,8 @@ def masks_of(attention: Attention, problem: Problem) -> dict[Expr, int]:
     found: dict[Expr, int] = {}
     for h, group in enumerate(lowering.head_groups(attention, problem.heads)):
         mask = attention.groups[group].relation.mask
-        known = {"h": const(h), "H": const(problem.heads), "nq": var("n")}
-        here = quantifier_free(substitute(mask, known))
+        known = {"b": ZERO, "h": const(h), "H": const(problem.heads), "nq": var("n")}
+        here = quantifier_free(lowering.alone(substitute(mask, known)))
         found[here] = found.get(here, 0) + problem.batch
     return found
 
@@ -405,7 +405,7 @@ def divided(subject: Subject) -> dict[str, Any]:
         dtype=p.dtype, block_size=p.block_size, inputs=subject.inputs,
     )  # fmt: skip
     # batch rows with one mask are counted once
-    alike = not any(table.batched for mask in subject.masks for table in mask.tables)
+    alike = not any(table.batched for table in lowering.mask_tables(subject.attention))
     rows = p.batch if alike else 1
     return {"shards": tuple([shard.times(rows) for shard in found])}
 

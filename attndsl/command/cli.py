@@ -228,7 +228,7 @@ def first_query(attention: Attention, block_mask: BlockMask, heads: int) -> int:
     """The position of query row 0."""
     from attndsl.tiles import lowering
 
-    return lowering.sizes(attention, block_mask.n, block_mask.nq, heads).q_offset[0]
+    return lowering.sizes(attention, block_mask.n, block_mask.nq, heads).q.span(0)[0]
 
 
 def width() -> int:

@@ -105,7 +105,7 @@ def verify(
         device=p.device,
         backend="reference",
     )
-    (first, *_) = lowering.sizes(plan.attention, p.length, p.q_length, p.heads).q_offset
+    first, _ = lowering.sizes(plan.attention, p.length, p.q_length, p.heads).q.span(0)
     keys, values = k.double(), v.double()
     error = largest = 0.0
     covered: set[int] = set()

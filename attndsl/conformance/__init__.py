@@ -27,6 +27,7 @@ import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -213,10 +214,9 @@ def _run(backend: str, case: Case, inputs: Named, training: bool) -> Named:
     plan = attndsl.compile(attention, **vars(_problem(case, training)), backend=backend)
     leaves = leaves_of(inputs, case, getattr(torch, case.dtype))
     learned = {table.name: leaves[table.name] for table in attention.learned}
-    tables = {table.name: leaves[table.name] for table in attention.inputs}
-    out, lse = plan.run(
-        leaves["q"], leaves["k"], leaves["v"], case.q_offset, case.k_offset, True, tables, learned
-    )
+    tables: dict[str, Any] = {table.name: leaves[table.name] for table in attention.inputs}
+    q, k, v = leaves["q"], leaves["k"], leaves["v"]
+    out, lse = plan.run(q, k, v, learned, **case.places, return_lse=True, **tables)
     if not training:
         return {"out": out.detach(), "lse": lse.detach()}
     return _results(out, lse, leaves, case.with_lse)

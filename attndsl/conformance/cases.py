@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 import attndsl
@@ -21,6 +22,7 @@ from attndsl.expr import Table
 
 Named = dict[str, Tensor]
 Odd = Literal["", "unreached", "q", "k", "v"]
+Apart = Literal["", "evicted", "shards"]
 LENGTHS, SHORT = (0, 1, 3, 127, 300), (0, 1, 3, 40, 130)
 
 
@@ -29,6 +31,7 @@ class Case:
     """One mechanism on one draw.
 
     q_offset, k_offset   what the call gives, or None
+    apart     positions are given instead: of keys some are gone, or they are shards from both ends
     layouts   how q, k, v, grad_out and all tables lie in memory: names in LAYOUTS
     loud      large logits
     with_lse  gradients come in through the log-sum-exp as well
@@ -53,6 +56,7 @@ class Case:
     odd: Odd
     block_size: int
     layouts: tuple[str, ...]
+    apart: Apart = ""
 
     def __str__(self) -> str:
         sizes = f"{self.nq}x{self.n}-b{self.batch}h{self.heads}-{self.kv_heads}d{self.head_dim}-{self.v_dim}"
@@ -60,23 +64,54 @@ class Case:
         extras += f"-odd.{self.odd}" if self.odd else ""
         extras += f"-at{self.q_offset}" if self.q_offset else ""
         extras += f"-from{self.k_offset}" if self.k_offset else ""
+        extras += f"-{self.apart}" if self.apart else ""
         laid = "".join(f"-{x}.{lay}" for x, lay in zip(LAID, self.layouts, strict=True) if lay != "plain")
         return f"{self.mechanism.name}-{self.dtype}-{sizes}{extras}-B{self.block_size}{laid}"
 
     @property
     def longest(self) -> int:
         """The greatest n of a batch row."""
-        return max(self.k_offset or (0,)) + self.n
+        return max(self.k_offset or (0,)) + self.n + (AWAY if self.apart else 0)
 
     @property
-    def starts(self) -> tuple[list[int], list[int]]:
-        """The positions of query row 0 and of key 0, for each batch row."""
-        keys = _for_each(self.k_offset or (0,), self.batch)
-        at = [self.mechanism.start(start + self.n, self.nq) for start in keys]
-        return _for_each(self.q_offset, self.batch) if self.q_offset else at, keys
+    def positions(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the queries [B, nq] and of the keys [B, n], and n [B]."""
+        if self.apart:
+            rng = np.random.default_rng(zlib.crc32(str(self).encode()))
+            q, k = (
+                torch.from_numpy(
+                    np.stack([_apart(self.apart, self.longest, size, rng) for _ in range(self.batch)])
+                )
+                for size in (self.nq, self.n)
+            )
+            return q, k, torch.full((self.batch,), self.longest)
+        keys = torch.tensor(_for_each(self.k_offset or (0,), self.batch))
+        ends = keys + self.n
+        starts = [self.mechanism.start(end, self.nq) for end in ends.tolist()]
+        queries = torch.tensor(_for_each(self.q_offset, self.batch) if self.q_offset else starts)
+        return queries[:, None] + torch.arange(self.nq), keys[:, None] + torch.arange(self.n), ends
+
+    @property
+    def places(self) -> dict[str, Any]:
+        """What the call gives of them."""
+        if not self.apart:
+            return {"q_offset": self.q_offset, "k_offset": self.k_offset}
+        q, k, _ = self.positions
+        return {"q_positions": q, "k_positions": k.numpy(), "n": self.longest}
 
     def layout(self, name: str) -> Callable[[Tensor], Tensor]:
         return LAYOUTS[self.layouts[LAID.index(name if name in LAID else "tables")]]
+
+
+AWAY = 40
+"""Positions at which no key stands, where they are apart."""
+
+
+def _apart(how: str, n: int, size: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Rising positions below n, so many."""
+    half = size // 2
+    ends = np.concatenate([np.arange(half), np.arange(n - (size - half), n)])
+    return ends if how == "shards" else np.sort(rng.permutation(n)[:size])
 
 
 def _for_each(starts: tuple[int, ...], batch: int) -> list[int]:
@@ -119,7 +154,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 hold, without memory for it; the others have the same values."""
 
 
-def _draw(mechanism: Mechanism, dtype: str, turn: int = 0, odd: Odd = "") -> Case:
+def _draw(mechanism: Mechanism, dtype: str, turn: int = 0, odd: Odd = "", apart: Apart = "") -> Case:
     """Sizes that differ from case to case and from run to run never."""
     rng = random.Random(zlib.crc32(f"{mechanism.name} {dtype} {turn} {odd}".encode()))
     small = mechanism in WIDE or bool(odd)
@@ -141,6 +176,8 @@ def _draw(mechanism: Mechanism, dtype: str, turn: int = 0, odd: Odd = "") -> Cas
         q_offset = tuple(rng.randint(0, most) for _ in range(rng.choice([1, batch])))
     left_out = mechanism.exact and turn == 1
     plain = rng.random() < 0.3 or bool(odd) or left_out
+    if apart:
+        q_offset = k_offset = None
     return Case(
         mechanism,
         dtype,
@@ -159,6 +196,7 @@ def _draw(mechanism: Mechanism, dtype: str, turn: int = 0, odd: Odd = "") -> Cas
         odd=odd,
         block_size=rng.choice([16, 32, 64]),
         layouts=tuple("plain" if plain or rng.random() < 0.3 else rng.choice(list(LAYOUTS)) for _ in LAID),
+        apart=apart,
     )
 
 
@@ -209,16 +247,24 @@ ODD: dict[str, tuple[Odd, ...]] = {
 ODD_NUMBERS = torch.tensor([torch.nan, torch.inf, -torch.inf], dtype=torch.float64)
 
 
-CASES = tuple(
-    _draw(mechanism, dtype, turn)
-    for mechanism in MECHANISMS
-    for dtype, turn in (("float32", 0), ("float32", 1), ("float64", 0), ("bfloat16", 0))
-    if mechanism not in WIDE or mechanism.exact or turn == 0
-) + tuple(
-    _draw(mechanism, dtype, odd=odd)
-    for mechanism in MECHANISMS
-    for odd, dtype in zip(
-        ODD.get(mechanism.name, ()), ("float32", "float32", "bfloat16", "float64"), strict=False
+CASES = (
+    tuple(
+        _draw(mechanism, dtype, turn)
+        for mechanism in MECHANISMS
+        for dtype, turn in (("float32", 0), ("float32", 1), ("float64", 0), ("bfloat16", 0))
+        if mechanism not in WIDE or mechanism.exact or turn == 0
+    )
+    + tuple(
+        _draw(mechanism, dtype, odd=odd)
+        for mechanism in MECHANISMS
+        for odd, dtype in zip(
+            ODD.get(mechanism.name, ()), ("float32", "float32", "bfloat16", "float64"), strict=False
+        )
+    )
+    + tuple(
+        _draw(mechanism, "float32", turn=1, apart="shards" if i % 2 else "evicted")
+        for i, mechanism in enumerate(MECHANISMS)
+        if not mechanism.exact and mechanism not in WIDE
     )
 )
 
@@ -252,8 +298,8 @@ def inputs_of(attention: Attention, case: Case) -> Named:
 
 def _shape(table: Table, case: Case, one_row: bool) -> tuple[int, ...]:
     sizes = {"n": case.longest, "nq": case.nq, "D": case.head_dim} | case.mechanism.sizes(case.longest)
-    lead = [1 if one_row else case.batch] * table.batched + [case.heads] * table.headed
-    return (*lead, *(sizes[size] if isinstance(size, str) else size for size in table.dims))
+    sizes |= {"B": 1 if one_row else case.batch, "H": case.heads}
+    return tuple([sizes[size] if isinstance(size, str) else size for size in table.dims])
 
 
 def leaves_of(inputs: Named, case: Case, dtype: torch.dtype) -> Named:
@@ -295,7 +341,7 @@ def call_of(attention: Attention, case: Case, inputs: Named) -> Call:
     for table in (*attention.inputs, *attention.learned):
         x = inputs[table.name]
         tables[table.name] = x.expand(case.batch, *x.shape[1:]) if table.batched else x
-    return Call(inputs["q"], inputs["k"], inputs["v"], tables, *case.starts, arithmetic)
+    return Call(inputs["q"], inputs["k"], inputs["v"], tables, *case.positions, arithmetic)
 
 
 def attention_of(mechanism: Mechanism) -> Attention:

@@ -107,15 +107,16 @@ def at_the_end(n: int, nq: int) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """What an attention is called with: q [B, H, nq, D], k and v [B, Hkv, n, D and Dv], one start for each
-    batch row, and tables as in `Pairs`."""
+    """What an attention is called with: q [B, H, nq, D], k and v [B, Hkv, n, D and Dv], tables as in `Pairs`,
+    and where queries [B, nq] and keys [B, n] stand, and what n is [B]."""
 
     q: Tensor
     k: Tensor
     v: Tensor
     tables: Mapping[str, Tensor]
-    q_offset: Sequence[int]
-    k_offset: Sequence[int]
+    q_at: Tensor
+    k_at: Tensor
+    n: Tensor
     arithmetic: torch.dtype = torch.float64
 
 
@@ -137,10 +138,9 @@ def related(formulas: Sequence[Formula], call: Call) -> Tensor:
     found = torch.zeros(B, H, nq, n, dtype=torch.bool)
     if not found.numel():
         return found
-    starts_q, starts_k = (torch.tensor(x).view(-1, 1, 1, 1) for x in (call.q_offset, call.k_offset))
     b, h = torch.arange(B).view(-1, 1, 1, 1), torch.arange(H).view(-1, 1, 1)
-    q, k = starts_q + torch.arange(nq).view(-1, 1), starts_k + torch.arange(n)
-    everywhere = Pairs(b, h, q, k, starts_k + n, nq, H, D, call.tables, call.arithmetic)
+    q, k, end = call.q_at[:, None, :, None], call.k_at[:, None, None, :], call.n.view(-1, 1, 1, 1)
+    everywhere = Pairs(b, h, q, k, end, nq, H, D, call.tables, call.arithmetic)
     for formula in formulas:
         here = torch.tensor([formula.heads(head, H) for head in range(H)]).view(-1, 1, 1)
         found = found | here & formula.mask(everywhere)
@@ -152,7 +152,7 @@ def attend(formulas: Sequence[Formula], call: Call, mask: Tensor) -> tuple[Tenso
     """Over the pairs of the mask: output [B, H, nq, Dv] and log-sum-exp [B, H, nq], differentiable, and how
     large logits are in the mean, by their weights [B, H, nq]."""
     B, H, nq, D = call.q.shape
-    share, n = H // call.k.shape[1], call.k.shape[2]
+    share = H // call.k.shape[1]
     rows = []
     for b in range(B):
         for h in range(H):
@@ -161,9 +161,9 @@ def attend(formulas: Sequence[Formula], call: Call, mask: Tensor) -> tuple[Tenso
             p = Pairs(
                 torch.tensor(b),
                 torch.tensor(h),
-                call.q_offset[b] + i,
-                call.k_offset[b] + j,
-                torch.tensor(call.k_offset[b] + n),
+                call.q_at[b, i],
+                call.k_at[b, j],
+                call.n[b],
                 nq,
                 H,
                 D,

@@ -23,6 +23,10 @@ from attndsl.tiles.blockmask import BlockMask
 
 MASKS_KEPT = 8
 
+Places = tuple[Sequence[int] | None, Tensor | None, Sequence[int] | None, Tensor | None, int | None]
+"""Where queries and keys stand, as the operator takes it: offsets of queries, as numbers or as a tensor [1 or
+B], which may be positions [1 or B, nq] instead; the same of keys; n. None where nothing is said."""
+
 
 @dataclass(frozen=True, eq=False)
 class Lowered:
@@ -66,29 +70,25 @@ class Lowered:
         backend: Backend = registry.plugin("backends", self.backend)
         return backend.supports(self.attention, replace(self.problem, training=True))
 
-    def call_of(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        tables: Mapping[str, Tensor],
-        q_offset: Sequence[int] | None,
-        k_offset: Sequence[int] | None,
-    ) -> Call:
-        """The checked call with its tiles; no offset means the attention's own."""
-        sizes = lowering.sizes(
-            self.attention,
-            k.shape[2],
-            q.shape[2],
-            self.problem.heads,
-            None if q_offset is None else tuple(q_offset),
-            None if k_offset is None else tuple(k_offset),
-        )
-        for name, offsets in (("q_offset", sizes.q_offset), ("k_offset", sizes.k_offset)):
-            if len(offsets) not in (1, len(q)):
-                raise fail(f"`{name}` has {len(offsets)} entries for {len(q)} batch rows")
+    def call_of(self, q: Tensor, k: Tensor, v: Tensor, tables: Mapping[str, Tensor], places: Places) -> Call:
+        """The checked call with its tiles."""
+        found, n = [], places[-1]
+        for side, x, offset, at in (("q", q, *places[:2]), ("k", k, *places[2:4])):
+            # the one place where what a tensor holds is read: a device waits for it
+            listed = offset if at is None else at.tolist()
+            if at is None or at.dim() == 1:
+                found.append(lowering.axis(side, x.shape[2], listed, None))
+            else:
+                positions = np.array(listed, np.int64).reshape(at.shape)
+                found.append(lowering.axis(side, x.shape[2], None, positions))
+        inside = places[1] is not None and places[1].dim() == 2
+        heads, (at_q, at_k) = self.problem.heads, found
+        sizes = lowering.sizes(self.attention, k.shape[2], q.shape[2], heads, at_q, at_k, n, inside)
+        for side, axis in (("q", sizes.q), ("k", sizes.k)):
+            if len(axis.rows) not in (1, len(q)):
+                raise fail(f"`{side}_offset` has {len(axis.rows)} entries for {len(q)} batch rows")
         blocks = self.tiles(sizes, {t.name: tables[t.name] for t in self.attention.inputs}, len(q))
-        return Call(q, k, v, blocks, tables, sizes.q_offset, sizes.k_offset, sizes.n)
+        return Call(q, k, v, blocks, tables, sizes.q, sizes.k, sizes.n)
 
     def tiles(self, sizes: lowering.Sizes, given: Mapping[str, Tensor], batch: int) -> BlockMask:
         """The tiles of one call, kept for the last few."""

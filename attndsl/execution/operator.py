@@ -37,16 +37,19 @@ def attend(
     v: Tensor,
     tensors: list[Tensor],
     q_offset: list[int] | None,
+    q_at: Tensor | None,
     k_offset: list[int] | None,
+    k_at: Tensor | None,
+    n: int | None,
     identity: str,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Output [B, H, nq, Dv] and log-sum-exp [B, H, nq] as in `Kernel`, and what the backward pass keeps.
 
-    `tensors` as in `Lowered.tensors`; without an offset the attention's own.
+    `tensors` as in `Lowered.tensors`, `q_offset` to `n` as in `lowered.Places`.
     """
     found = lowered.find(identity, tensors)
     with _full_precision(q.device):
-        call = found.call_of(q, k, v, found.named(tensors), q_offset, k_offset)
+        call = found.call_of(q, k, v, found.named(tensors), (q_offset, q_at, k_offset, k_at, n))
         out, lse = spoiled.forward(call, lambda call: _forward(found, call))
     return out.to(q.dtype), lse, [out.to(lse.dtype)] if _rounds(q) else []
 
@@ -107,7 +110,10 @@ def attend_backward(
     tensors: list[Tensor],
     wanted: list[bool],
     q_offset: list[int] | None,
+    q_at: Tensor | None,
     k_offset: list[int] | None,
+    k_at: Tensor | None,
+    n: int | None,
     identity: str,
 ) -> list[Tensor]:
     """Gradients of q, k, v and of the wanted among `tensors`, contiguous."""
@@ -119,7 +125,7 @@ def attend_backward(
         )
     needing = [name for name, w in found.named(wanted).items() if w]
     with _full_precision(q.device):
-        call = found.call_of(q, k, v, found.named(tensors), q_offset, k_offset)
+        call = found.call_of(q, k, v, found.named(tensors), (q_offset, q_at, k_offset, k_at, n))
         gq, gk, gv, by_name = spoiled.gradient(
             call,
             found.tables,
@@ -158,7 +164,10 @@ def _(
     v: Tensor,
     tensors: list[Tensor],
     q_offset: list[int] | None,
+    q_at: Tensor | None,
     k_offset: list[int] | None,
+    k_at: Tensor | None,
+    n: int | None,
     identity: str,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     shape, wide = (*q.shape[:3], v.shape[3]), torch.promote_types(q.dtype, torch.float32)
@@ -179,7 +188,10 @@ def _(
     tensors: list[Tensor],
     wanted: list[bool],
     q_offset: list[int] | None,
+    q_at: Tensor | None,
     k_offset: list[int] | None,
+    k_at: Tensor | None,
+    n: int | None,
     identity: str,
 ) -> list[Tensor]:
     needing = [t for t, w in zip(tensors, wanted, strict=True) if w]
@@ -187,25 +199,25 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, list[Tensor]]) -> None:
-    q, k, v, tensors, ctx.q_offset, ctx.k_offset, ctx.identity = inputs
+    q, k, v, tensors, ctx.q_offset, q_at, ctx.k_offset, k_at, ctx.n, ctx.identity = inputs
     out, lse, kept = output
     ctx.set_materialize_grads(False)
     ctx.wanted = [t.requires_grad for t in tensors]
     ctx.kept = len(kept)
     ctx.found = lowered.alive(ctx.identity)  # until the backward pass
-    ctx.save_for_backward(out, lse, q, k, v, *kept, *tensors)
+    ctx.save_for_backward(out, lse, q, k, v, q_at, k_at, *kept, *tensors)
 
 
 def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, _: Any) -> tuple[Any, ...]:
-    out, lse, q, k, v, *others = ctx.saved_tensors
+    out, lse, q, k, v, q_at, k_at, *others = ctx.saved_tensors
     kept, tensors = others[: ctx.kept], others[ctx.kept :]
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    places = ctx.q_offset, ctx.k_offset, ctx.identity
+    places = ctx.q_offset, q_at, ctx.k_offset, k_at, ctx.n, ctx.identity
     grads = iter(attend_backward(grad_out, grad_lse, out, lse, kept, q, k, v, tensors, ctx.wanted, *places))
     dense = [next(grads) for _ in range(3)]
     learned = [next(grads) if w else None for w in ctx.wanted]
-    return *dense, learned, None, None, None
+    return *dense, learned, None, None, None, None, None, None
 
 
 attend.register_autograd(_backward, setup_context=_setup_context)

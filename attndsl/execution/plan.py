@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -23,6 +24,9 @@ from attndsl.expr import Table
 from attndsl.program import bound_of
 from attndsl.tiles import lowering
 from attndsl.tiles.blockmask import BlockMask
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
 
 BLOCK_SIZE = 128
 
@@ -81,6 +85,9 @@ def _problem(attention: Attention, problem: Problem) -> Problem:
     if problem.head_dim > lowering.HEAD_DIM_LIMIT:
         raise fail(f"`head_dim` is {problem.head_dim}, and the limit is {lowering.HEAD_DIM_LIMIT}")
     lowering.head_groups(attention, problem.heads)
+    for table in (*attention.inputs, *attention.learned):
+        if table.name in inspect.signature(Plan.__call__).parameters:
+            raise fail(f"the table `{table.name}` has the name of an argument of the call", help="rename it")
     _check_device(problem.device)
     return problem
 
@@ -129,34 +136,49 @@ class Plan:
         k: Tensor,
         v: Tensor,
         *,
-        q_offset: int | tuple[int, ...] | None = None,
-        k_offset: int | tuple[int, ...] | None = None,
+        q_offset: Offset = None,
+        k_offset: Offset = None,
+        q_positions: ArrayLike | Tensor | None = None,
+        k_positions: ArrayLike | Tensor | None = None,
+        n: int | None = None,
         return_lse: bool = False,
         **inputs: Any,
     ) -> Any:
         """Attention of q [B, H, nq, D], k [B, Hkv, n, D], v [B, Hkv, n, Dv] -> [B, H, nq, Dv].
 
-        Offsets are an int or one per batch row. With `return_lse` also the log-sum-exp [B, H, nq], -inf
-        for an empty row. Raises AttnError for tensors and tables that do not fit the plan, and where
-        parameters are to be trained: `module` owns them, here they have their initial values.
+        Where queries stand is an offset, an int or one per batch row, or positions [nq] or [B, nq], in any
+        order; keys likewise. Tensors of them are on q's device, and are read inside the operator, once. `n`,
+        which positions end at, is the greatest of a key + 1 where it is not given.
+
+        With `return_lse` also the log-sum-exp [B, H, nq], -inf for an empty row. Raises AttnError for
+        tensors, positions and tables that do not fit the plan, and where parameters are to be trained:
+        `module` owns them, here they have their initial values.
         """
         if self.problem.training and self.attention.learned:
             names = ", ".join(f"`{table.name}`" for table in self.attention.learned)
             raise fail(
                 f"a call of the plan does not train {names}", help=f"use plan.module(), which owns {names}"
             )
-        return self.run(q, k, v, q_offset, k_offset, return_lse, inputs, self._initial())
+        return self.run(
+            q, k, v, self._initial(), q_offset=q_offset, k_offset=k_offset, q_positions=q_positions,
+            k_positions=k_positions, n=n, return_lse=return_lse, **inputs,
+        )  # fmt: skip
 
     def run(
         self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        q_offset: int | tuple[int, ...] | None,
-        k_offset: int | tuple[int, ...] | None,
-        return_lse: bool,
-        inputs: Mapping[str, Any],
         learned: Mapping[str, Tensor],
+        /,
+        *,
+        q_offset: Offset = None,
+        k_offset: Offset = None,
+        q_positions: ArrayLike | Tensor | None = None,
+        k_positions: ArrayLike | Tensor | None = None,
+        n: int | None = None,
+        return_lse: bool = False,
+        **inputs: Any,
     ) -> Any:
         """As `__call__`, with values of the learned parameters; everything that is no tensor or size stays
         behind one operator, so that torch.compile sees a single node."""
@@ -164,11 +186,12 @@ class Plan:
         self._refuse_learned(inputs)
         given = self._tensors({**self.tables, **inputs}, len(q)) | dict(learned)
         _check_tangents(q, k, v, *given.values())
-        tensors, starts = (
-            self.lowered.tensors(q, given),
-            (_listed("q_offset", q_offset), _listed("k_offset", k_offset)),
+        places = (
+            *_placed("q", q, q_offset, q_positions),
+            *_placed("k", k, k_offset, k_positions),
+            None if n is None else lowering.checked_length("n", n),
         )
-        out, lse, _ = attend(q, k, v, tensors, *starts, self.lowered.identity)
+        out, lse, _ = attend(q, k, v, self.lowered.tensors(q, given), *places, self.lowered.identity)
         return (out, lse) if return_lse else out
 
     def bind(self, **inputs: Any) -> Plan:
@@ -217,8 +240,7 @@ class Plan:
     def initial(self, table: Table) -> Tensor:
         """A learned parameter's first value, [H] if it has one per head, then its axes."""
         p = self.problem
-        dims = [p.head_dim if size == "D" else int(size) for size in table.dims]
-        shape = [p.heads, *dims] if table.headed else dims
+        shape = [{"H": p.heads, "D": p.head_dim}.get(str(size)) or int(size) for size in table.dims]
         return torch.full(shape, table.init or 0.0, dtype=self._table_dtype(), device=p.device)
 
     def _table_dtype(self) -> torch.dtype:
@@ -325,20 +347,10 @@ class PlanModule(nn.Module):
                 )
             self.register_parameter(table.name, nn.Parameter(plan.initial(table)))
 
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        q_offset: int | tuple[int, ...] | None = None,
-        k_offset: int | tuple[int, ...] | None = None,
-        return_lse: bool = False,
-        **inputs: Any,
-    ) -> Any:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, **call: Any) -> Any:
         # by attribute: parametrizations and functional_call put plain tensors there
         learned = {table.name: getattr(self, table.name) for table in self.plan.attention.learned}
-        return self.plan.run(q, k, v, q_offset, k_offset, return_lse, inputs, learned)
+        return self.plan.run(q, k, v, learned, **call)
 
 
 def _again(attention: Attention, problem: Problem, backend: str, tables: dict[str, Any]) -> Plan:
@@ -356,17 +368,41 @@ def _check_tangents(*tensors: Tensor) -> None:
         )
 
 
-def _listed(name: str, offset: Any) -> list[int] | None:
-    """An integer, one per batch row, or None for the attention's own. Raises AttnError for anything else."""
-    if offset is None:
-        return None
-    if isinstance(offset, int):
-        return [lowering.checked_length(name, offset)]
-    items = offset.tolist() if hasattr(offset, "tolist") else offset
-    items = items if isinstance(items, list | tuple) else [items]
-    if not items:
-        raise fail(f"`{name}` is empty", help="leave it out, or give one position per batch row")
-    return [lowering.checked_length(name, item) for item in items]
+Offset: TypeAlias = "int | Sequence[int] | Tensor | None"
+
+
+def _placed(side: str, x: Tensor, offset: Any, positions: Any) -> tuple[list[int] | None, Tensor | None]:
+    """Where the entries of x [B, H, n, D] stand, as in `Places`; what a tensor holds is not read.
+
+    Raises AttnError for what is no position, or does not fit x.
+    """
+    if positions is None:
+        name = f"{side}_offset"
+        if not isinstance(offset, Tensor):
+            return None if offset is None else list(lowering.offsets(name, offset)), None
+        _check_place(name, offset, x)
+        if offset.dim() > 1 or offset.numel() not in (1, len(x)):
+            raise fail(f"`{name}` has the shape {list(offset.shape)}, and there are {len(x)} batch rows")
+        return None, offset.reshape(-1)
+    name = f"{side}_positions"
+    if offset is not None:
+        raise fail(f"`{side}_offset` and `{name}` are given: one says it all")
+    if isinstance(positions, Tensor):
+        _check_place(name, positions, x)
+    else:
+        positions = torch.from_numpy(np.array(_array_like(name, positions)))
+    lowering.check_positions(name, str(positions.dtype), positions.shape, x.shape[2])
+    positions = positions if positions.dim() == 2 else positions[None]
+    if len(positions) not in (1, len(x)):
+        raise fail(f"`{name}` has {len(positions)} rows, and there are {len(x)} batch rows")
+    return None, positions
+
+
+def _check_place(name: str, at: Tensor, x: Tensor) -> None:
+    if at.is_floating_point() or at.is_complex() or at.dtype in (torch.bool, torch.uint64):
+        raise fail(f"`{name}` holds positions, and was given as {str(at.dtype).removeprefix('torch.')}")
+    if at.device != x.device:
+        raise fail(f"`{name}` is on {at.device}, and the queries and keys are on {x.device}")
 
 
 def _check_strided(name: str, tensor: Tensor) -> None:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from attndsl import expr as ir
+from attndsl.axis import Axis
 from attndsl.errors import fail
 from attndsl.expr import Expr, IntSet, Table
 from attndsl.meaning import pointwise
@@ -27,18 +28,30 @@ PAIR = frozenset({"q", "k", "s", "Q", "K"})
 class Env:
     """What the names of an expression stand for.
 
-    values  variables: int64 tensors of positions, heads and sizes that broadcast to the pairs; `s` as
-            well, a real. Vectors: `Q` [..., nq, D] and `K` [..., n, D] with the leading axes of the pairs.
-    tables  by name, with axes [B] [H] before the explicit ones as the Table says
-    batch, head   indices into axes B and H, int64, broadcasting to the pairs
+    values  variables: int64 tensors of positions, batch rows, heads and sizes that broadcast to the pairs;
+            `s` as well, a real. Vectors: `Q` [..., nq, D] and `K` [..., n, D] with the leading axes of the
+            pairs.
+    tables  by name, with the axes of the Table
     dtype   of real results
+    device  of all tensors
     """
 
     values: Mapping[str, Tensor]
     tables: Mapping[str, Tensor]
-    batch: Tensor
-    head: Tensor
     dtype: torch.dtype
+    device: torch.device
+
+
+def every_position(axis: Axis, device: torch.device) -> Tensor:
+    """int64 [B or 1, length]"""
+    return torch.from_numpy(np.stack([axis.positions(b) for b in range(len(axis.rows))])).to(device)
+
+
+def positions(axis: Axis, batch: int, entries: Tensor) -> Tensor:
+    """Of some entries of one batch row."""
+    if len(axis.row(batch)) == 1:
+        return entries + axis.row(batch)[0][1]
+    return torch.from_numpy(axis.positions(batch)).to(entries.device)[entries]
 
 
 def evaluate(expr: Expr, env: Env, live: Tensor | None = None) -> Tensor:
@@ -150,7 +163,7 @@ class _Evaluation:
         self.memo: dict[tuple[Expr, int], Tensor] = {}
         self.lives: list[Tensor] = []
         self.problems: dict[int, Tensor] = {}
-        self.device = env.batch.device
+        self.device = env.device
 
     def of(self, node: Expr, live: Tensor | None) -> Tensor:
         key = (node, id(live))
@@ -280,13 +293,10 @@ class _Evaluation:
         result = torch.zeros((), dtype=torch.bool, device=self.device)
         for m in range(int(lo.min()), int(hi.max())):
             value = torch.tensor(m, device=self.device)
-            env = Env({**self.env.values, str(node.value): value}, *self.surroundings())
+            env = replace(self.env, values={**self.env.values, str(node.value): value})
             inside = (lo <= m) & (m < hi)
             result = result | inside & evaluate(body, env, self.refine(live, inside))
         return result
-
-    def surroundings(self) -> tuple[Mapping[str, Tensor], Tensor, Tensor, torch.dtype]:
-        return self.env.tables, self.env.batch, self.env.head, self.env.dtype
 
     def on_random(self, node: Expr, live: Tensor | None) -> Tensor:
         """Drawn by the evaluator that defines the meaning, once for every setting of what it depends on."""
@@ -297,24 +307,16 @@ class _Evaluation:
         tensors = [
             torch.ones_like(nought, dtype=torch.bool) if live is None else live,
             *(self.of(arg, live) for arg in (q, k, n, seed)),
-            self.env.batch if any(table.batched for table in of.tables) else nought,
-            self.env.head if any(table.headed for table in of.tables) else nought,
             *(self.env.values[name] for name in names),
         ]
         asked, *arrays = (in_numpy(tensor, np.int64) for tensor in broadcast_tensors(*tensors))
         settings, which = np.unique(np.stack([a.ravel() for a in arrays[2:]]), axis=1, return_inverse=True)
         drawn = np.zeros(asked.shape, bool)
-        for i, (length, state, batch, head, *others) in enumerate(settings.T.tolist()):
+        tables = {t.name: in_numpy(self.env.tables[t.name], NUMPY[t.dtype]) for t in of.tables}
+        for i, (length, state, *others) in enumerate(settings.T.tolist()):
             fixed_of = ir.substitute(of, dict(zip(names, map(ir.const, others), strict=True)))
             args = ir.var("q"), ir.var("k"), ir.const(length), ir.const(state), fixed_of
             chosen = ir.make("random", args, node.value, "bool")
-            tables = {
-                table.name: in_numpy(
-                    self.env.tables[table.name][(batch,) * table.batched + (head,) * table.headed],
-                    NUMPY[table.dtype],
-                )
-                for table in of.tables
-            }
             here = (which.reshape(drawn.shape) == i) & (asked != 0)
             drawn[here] = pointwise.evaluate(chosen, arrays[0][here], arrays[1][here], tables)
         return torch.from_numpy(drawn).to(self.device)
@@ -338,11 +340,12 @@ class _Evaluation:
     def index(
         self, table: Table, values: Tensor, args: tuple[Expr, ...], live: Tensor | None
     ) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Indices clamped into the table, the implicit axes in front, and where they were inside."""
-        lead = [self.env.batch] * table.batched + [self.env.head] * table.headed
-        explicit = [self.of(arg, live) for arg in args]
+        """Indices clamped into the table, and where they were inside."""
+        lead = len(table.implicit)
+        found = [self.of(arg, live) for arg in args]
+        explicit = found[lead:]
         inside = torch.ones((), dtype=torch.bool, device=self.device)
-        sizes = values.shape[len(lead) :]
+        sizes = values.shape[lead:]
         for i, size in zip(explicit, sizes, strict=False):
             inside = inside & (i >= 0) & (i < size)
         outside = ~inside if live is None else live & ~inside
@@ -350,7 +353,7 @@ class _Evaluation:
             read = [i.cpu().numpy() for i in explicit]
             raise pointwise.outside(table, args, read, sizes, outside.cpu().numpy())
         clamped = [i.clamp(0, max(size - 1, 0)) for i, size in zip(explicit, sizes, strict=False)]
-        return (*lead, *clamped), inside
+        return (*found[:lead], *clamped), inside
 
     def on_intable(self, node: Expr, live: Tensor | None) -> Tensor:
         table = node.value
@@ -398,9 +401,9 @@ class _Evaluation:
         assert isinstance(table, Table)
         values = self.env.tables[table.name].to(self.env.dtype)
         index, _ = self.index(table, values, row.args, live)
-        lead = table.batched + table.headed
+        lead = len(table.implicit)
         rows = values[tuple(i.squeeze((-1, -2)) for i in index[:lead])] if lead else values
-        products = self.env.values[side] @ rows.flatten(-len(table.dims), -2).transpose(-1, -2)
+        products = self.env.values[side] @ rows.flatten(-len(table.explicit), -2).transpose(-1, -2)
         place = torch.zeros((), dtype=torch.int64, device=self.device)
         for i, size in zip(index[lead:], values.shape[lead:-1], strict=True):
             place = place * size + i
@@ -449,7 +452,7 @@ def by_pair(e: Expr) -> bool:
 
 def by_head(e: Expr) -> bool:
     """Whether the value differs from head to head."""
-    return bool(e.free & {"h", "s", "Q", "K"}) or any(table.headed for table in e.tables)
+    return bool(e.free & {"h", "s", "Q", "K"})
 
 
 def affine_in_s(score: Expr) -> tuple[Expr, Expr] | None:

@@ -39,7 +39,7 @@ def drawn(draw: Callable[..., matplotlib.figure.Figure], alt: str, caption: str 
 
 def shown(subject: Subject, report: Report) -> list[Mask]:
     """The masks in tiles of the block size. Raises AttnError where tables are missing."""
-    return masks(subject.block_mask, subject.sizes.q_offset[0])
+    return masks(subject.block_mask, subject.sizes.q.span(0)[0])
 
 
 def cost(subject: Subject, report: Report) -> Figure:

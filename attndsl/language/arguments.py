@@ -109,18 +109,13 @@ def input_table(decl: ast.InputDecl) -> Table:
     if decl.dtype not in ("int", "bool", "float"):
         raise fail(f"unknown type `{decl.dtype}`", decl.span, help="a table is int, bool or float")
     dims: list[str | int] = []
-    batched = headed = False
-    for i, dim in enumerate(decl.dims):
-        if isinstance(dim, ast.Name) and dim.id == "B" and i == 0:
-            batched = True
-        elif isinstance(dim, ast.Name) and dim.id == "H" and i == int(batched):
-            headed = True
-        elif isinstance(dim, ast.Name):
-            if dim.id in ("B", "H"):
+    for dim in decl.dims:
+        if isinstance(dim, ast.Name):
+            if dim.id in ("B", "H") and (*dims, dim.id) not in (("B",), ("H",), ("B", "H")):
                 raise fail("the axes `B` and `H` come first, in this order", dim.span)
             dims.append(dim.id)
         elif isinstance(dim, ast.Number) and isinstance(dim.value, int) and dim.value > 0:
             dims.append(dim.value)
         else:
             raise fail("a size is a name or a positive integer", dim.span)
-    return Table(decl.name, decl.dtype, tuple(dims), batched, headed)  # type: ignore[arg-type]
+    return Table(decl.name, decl.dtype, tuple(dims))  # type: ignore[arg-type]

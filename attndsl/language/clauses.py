@@ -241,7 +241,7 @@ class AttentionBuilder:
             if arg.name != "sink" or len(args) > 1:
                 raise fail("`softmax` takes one argument, `sink = ...`", arg.span)
             sink = self.real(arg.value, replace(env, binding="sink"))
-            if not sink.free <= {"h", "H", "n", "nq", "D"}:
+            if not sink.free <= {"b", "h", "H", "n", "nq", "D"}:
                 raise fail("a sink is one logit per head", arg.value.span)
             return Norm("softmax", sink)
         return Norm(func.id)  # type: ignore[arg-type]

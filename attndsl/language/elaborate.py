@@ -145,14 +145,7 @@ class Elaborator:
         found = self.instance(definition, values, env, name.span, given=given)
         if env.claims and isinstance(found, AttentionOf):
             union = found.attention.any_head()
-
-            def at(q: Expr, k: Expr, sp: Space) -> Expr:
-                by_table = any(x.op == "exists" and x.value == "h" for x in ir.nodes(union))
-                if by_table and "h" in q.free | k.free:
-                    raise fail("a union over heads whose tables differ is not looked up at h", name.span)
-                return ir.substitute(union, {"q": q, "k": k})
-
-            return self.relation(at)
+            return self.relation(lambda q, k, sp: ir.substitute(union, {"q": q, "k": k}))
         return found
 
     def arguments(
@@ -551,10 +544,9 @@ class Elaborator:
             if isinstance(i, ast.Name) and i.id in "BH" and i.id not in env.names:
                 raise fail(f"the axis `{i.id}` of `{table.name}` is implicit", i.span, help="leave it out")
         indices = (*base.indices, *(self.integer(i, env, space) for i in e.indices))
-        if len(indices) > len(table.dims):
-            implicit = table.batched or table.headed
-            help = "the axes `B` and `H` are implicit: leave them out" if implicit else ""
-            rank = len(table.dims)
+        rank = len(table.explicit)
+        if len(indices) > rank:
+            help = "the axes `B` and `H` are implicit: leave them out" if table.implicit else ""
             takes = f"{rank} ind{'ex' if rank == 1 else 'ices'}, not {len(indices)}" if rank else "no index"
             raise fail(f"`{table.name}` takes {takes}", e.span, help)
         return as_number(TableOf(table, indices))
@@ -577,21 +569,16 @@ class Elaborator:
         if start is None:
             raise fail("the initial value of `learn` must be a constant", span)
         dims: list[int | str] = []
-        headed = False
         for i, size in enumerate(e.indices):
-            if isinstance(size, ast.Name) and size.id == "H" and i == 0:
-                headed = True
-            elif isinstance(size, ast.Name) and size.id == "D":
-                dims.append("D")
+            if isinstance(size, ast.Name) and (size.id == "D" or (size.id == "H" and i == 0)):
+                dims.append(size.id)
             else:
                 dims.append(self.constant(size, env, space, "a size of `learn`"))
                 if int(dims[-1]) <= 0:
                     raise fail("a size of `learn` must be positive", size.span)
         # one parameter per evaluation: a clause that several head groups share is still one
         serial = self.serials.setdefault((id(e), env.calls, id(env.clause)), len(self.serials))
-        return TableOf(
-            Table(env.binding, "float", tuple(dims), headed=headed, init=float(start), serial=serial)
-        )
+        return TableOf(Table(env.binding, "float", tuple(dims), init=float(start), serial=serial))
 
     def on_call(self, e: ast.Call, env: Env, space: Space) -> Value:
         if isinstance(e.func, ast.Index):
@@ -660,12 +647,13 @@ class Elaborator:
         args = bind_built_in("within", ("x", "R"), (), e)
         x = self.value(args["x"], env, space)
         if isinstance(x, TableOf):
-            if x.table.dtype != "int" or len(x.table.dims) != 1 or x.indices:
+            if x.table.dtype != "int" or len(x.table.explicit) != 1 or x.indices:
                 raise fail("`within` takes an int table of one axis or a length", args["x"].span)
             table = x.table
 
             def segment(p: Expr, sp: Space) -> tuple[Expr, Expr, Expr]:
-                return ir.lookup(table, p), ir.rank_of(table, p), ir.count_of(table, p)
+                at = (*table.implicit, p)
+                return ir.lookup(table, *at), ir.rank_of(table, *at), ir.count_of(table, *at)
         elif not isinstance(x, Num):
             raise fail("`within` takes an int table of one axis or a length", args["x"].span)
         elif isinstance(args["x"], ast.Index) and x.expr.free & {"q", "k"}:

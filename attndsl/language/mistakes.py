@@ -70,7 +70,7 @@ def expected(noun: str, value: Value, e: ast.Expression, help: str = "") -> Attn
             name = quoted(e)
             help = help or f"write `documents({name})`, or `columns({name})` for the keys it lists"
     if isinstance(value, TableOf):
-        left = len(value.table.dims) - len(value.indices)
+        left = value.left
         more = f"{quoted(e)}[{('q', 'q, k')[left - 1] if left <= 2 else '...'}]"
         if value.indices:
             help = help or f"it takes {left} more ind{'ex' if left == 1 else 'ices'}"

@@ -73,8 +73,18 @@ class TableOf:
     indices: tuple[Expr, ...] = ()
 
     @property
+    def left(self) -> int:
+        """Axes that are not indexed yet."""
+        return len(self.table.explicit) - len(self.indices)
+
+    @property
+    def full(self) -> tuple[Expr, ...]:
+        """The indices, with those that a text leaves out."""
+        return (*self.table.implicit, *self.indices)
+
+    @property
     def noun(self) -> str:
-        left = len(self.table.dims) - len(self.indices)
+        left = self.left
         return f"a table of {left} ax{'is' if left == 1 else 'es'}"
 
 
@@ -161,20 +171,19 @@ def as_number(value: Value) -> Value:
     """A table with all axes indexed is a number or a truth, one with the axis D left over a vector."""
     if not isinstance(value, TableOf):
         return value
-    left = len(value.table.dims) - len(value.indices)
-    if left == 0:
-        found = ir.lookup(value.table, *value.indices)
+    if value.left == 0:
+        found = ir.lookup(value.table, *value.full)
         return Truth(found) if found.type == "bool" else Num(found)
-    if left == 1 and value.table.dims[-1] == "D" and value.table.dtype == "float":
-        return Vec(ir.lookup(value.table, *value.indices))
+    if value.left == 1 and value.table.dims[-1] == "D" and value.table.dtype == "float":
+        return Vec(ir.lookup(value.table, *value.full))
     return value
 
 
 def as_set(value: Value) -> Value:
     """A table that one axis is left of is a set: of the true positions, or of the integers listed."""
-    if not isinstance(value, TableOf) or len(value.table.dims) - len(value.indices) != 1:
+    if not isinstance(value, TableOf) or value.left != 1:
         return value
-    table, indices = value.table, value.indices
+    table, indices = value.table, value.full
     if table.dtype == "bool":
         return SetOf(lambda p, sp: ir.lookup(table, *indices, p))
     if table.dtype == "int":

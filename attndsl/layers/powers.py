@@ -13,10 +13,9 @@ from typing import Any, Literal, Protocol, TypeAlias, TypeVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from attndsl.attention import over_heads
 from attndsl.errors import AttnError, fail
 from attndsl.expr import Expr, any_of, const, mul, substitute, var
-from attndsl.layers.reach import SAME, SELF, matrix_product, packed, sums, walkable
+from attndsl.layers.reach import SAME, SELF, matrix_product, over_heads, packed, sums, walkable
 from attndsl.layers.trees import Trees
 from attndsl.meaning.pointwise import evaluate
 from attndsl.relations.relation import distances, eliminate

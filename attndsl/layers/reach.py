@@ -10,7 +10,6 @@ from typing import Any, Literal, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from attndsl.attention import over_heads
 from attndsl.errors import fail
 from attndsl.expr import (
     TRUE,
@@ -53,6 +52,11 @@ def product(upper: Expr, lower: Expr) -> Expr:
     m = next(name for name in (f"m{i}" for i in range(len(used) + 1)) if name not in used)
     body = all_of(substitute(upper, {"k": var(m)}), substitute(lower, {"q": var(m)}))
     return eliminate(exists(m, ZERO, var("n"), body), SELF)
+
+
+def over_heads(mask: Expr) -> Expr:
+    """What some head relates."""
+    return exists("h", ZERO, var("H"), mask) if "h" in mask.free else mask
 
 
 def joined(mask: Expr) -> Expr:

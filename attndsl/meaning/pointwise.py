@@ -33,19 +33,23 @@ GUARD = "guard it: write the condition that keeps it inside left of it, with `an
 def evaluate(expr: Expr, q: Array, k: Array, tables: Tables | None = None) -> Array:
     """`expr` at positions `q` and `k` (int64, broadcast against each other).
 
-    Every other variable has been replaced by a constant. `tables` maps a name to its explicit axes, batch
-    row and head already selected. Raises AttnError where an int or float table is read out of its range.
+    Every other variable has been replaced by a constant. `tables` maps a name to its entries, with the axes
+    of the table. Raises AttnError where an int or float table is read out of its range.
     """
     result = _Evaluation({"q": q, "k": k}, tables or {}, expr, {}).value(expr, None)
     return np.broadcast_to(result, np.broadcast_shapes(np.shape(result), q.shape, k.shape))
 
 
 def segments(values: Array) -> tuple[Array, Array]:
-    """For each position of a one-axis table: its rank among equal values, and how many are equal."""
+    """For each entry: its rank among equal values along the last axis, and how many are equal."""
+    rank, size = np.empty(values.shape, np.int64), np.empty(values.shape, np.int64)
+    if values.ndim > 1:
+        for row in np.ndindex(values.shape[:-1]):
+            rank[row], size[row] = segments(values[row])
+        return rank, size
     order = np.argsort(values, kind="stable")
     starts = np.flatnonzero(np.r_[True, np.diff(values[order]) != 0]) if len(values) else np.zeros(0, int)
     lengths = np.diff(np.r_[starts, len(values)])
-    rank, size = np.empty(len(values), np.int64), np.empty(len(values), np.int64)
     rank[order] = np.arange(len(values)) - np.repeat(starts, lengths)
     size[order] = np.repeat(lengths, lengths)
     return rank, size

@@ -93,7 +93,7 @@ def _never(formula: Expr, names: tuple[str, ...], given: Mapping[str, int]) -> V
         *(x for x in ("H", "h") if x in formula.free),
         *(["H"] if "h" in formula.free else []),
     )
-    values = {name: const(value) for name, value in given.items()}
+    values = {"b": ZERO} | {name: const(value) for name, value in given.items()}
     values["nq"] = values.get("n", var("n"))
     formula, known = substitute(formula, values), substitute(domain(*names), values)
     at = "at " + ", ".join(f"{name} = {value}" for name, value in given.items()) if given else ""
@@ -153,8 +153,8 @@ def _candidate(space: Translation, found: isl.Set) -> tuple[Point, Tables]:
         known = entries.get(table.name, {})
         needed = [1 + max((index[i] for index in known), default=0) for i in range(len(table.dims))]
         shape = [
-            max(size, low) if isinstance(dim, str) and dim != "n" else size
-            for dim, size, low in zip(table.dims, _shape(table, point.get("n", 0)), needed, strict=True)
+            max(size, low) if isinstance(dim, str) and dim not in ("n", "H") else size
+            for dim, size, low in zip(table.dims, _shape(table, point), needed, strict=True)
         ]
         if math.prod(shape) > TABLE_ENTRIES:
             raise fail(f"a counter-example has a table of more than {TABLE_ENTRIES:,} entries")
@@ -198,8 +198,9 @@ def _search(
         for heads in [given["H"]] if "H" in given else range(1, SEARCH_HEADS + 1) if "H" in names else [1]:
             for h in range(heads) if "h" in names else [0]:
                 for trial in range(SEARCH_TABLES if formula.tables else 1):
-                    tables = _random_tables(formula, n, trial)
-                    point = _first(formula, {"n": n, "H": heads, "h": h}, tables, positions, keys)
+                    at = {"n": n, "H": heads, "h": h}
+                    tables = _random_tables(formula, at, trial)
+                    point = _first(formula, at, tables, positions, keys)
                     if point is not None:
                         yield point, tables
 
@@ -212,11 +213,11 @@ def _nesting(formula: Expr) -> int:
     return depth[formula]
 
 
-def _random_tables(formula: Expr, n: int, trial: int) -> Tables:
-    rng = np.random.default_rng([n, trial])
+def _random_tables(formula: Expr, at: Point, trial: int) -> Tables:
+    rng = np.random.default_rng([at["n"], trial])
     tables: Tables = {}
     for table in sorted(formula.tables, key=lambda table: table.name):
-        shape = _shape(table, n)
+        shape = _shape(table, at)
         if table.dtype == "float":
             tables[table.name] = rng.normal(size=shape)
         elif table.dtype == "bool":
@@ -226,9 +227,10 @@ def _random_tables(formula: Expr, n: int, trial: int) -> Tables:
     return tables
 
 
-def _shape(table: Table, n: int) -> list[int]:
+def _shape(table: Table, at: Point) -> list[int]:
     """Sizes with room for an entry per position where the text leaves them open."""
-    return [size if isinstance(size, int) else n if size == "n" else max(n, 4) for size in table.dims]
+    named = {"B": 1, "H": at.get("H", 1), "n": at.get("n", 0)}
+    return [size if isinstance(size, int) else named.get(size, max(named["n"], 4)) for size in table.dims]
 
 
 def _integers(rng: np.random.Generator, shape: list[int], trial: int) -> NDArray[Any]:

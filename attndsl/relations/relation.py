@@ -89,7 +89,7 @@ class Term:
     @property
     def free(self) -> frozenset[str]:
         """The variables that its value depends on."""
-        return self.expr.free | ({"h"} if any(table.headed for table in self.expr.tables) else set())
+        return self.expr.free
 
 
 class Abstraction:
@@ -222,6 +222,8 @@ class Translation:
 
     def __init__(self, root: Expr, known: Expr = TRUE, related: bool = True) -> None:
         self.abstraction = Abstraction(related)
+        # whatever holds for every table holds for every batch row
+        root = substitute(root, {"b": ZERO})
         self.root = self.abstraction(root)
         self.terms = self.abstraction.scope(self.root)
         used = known.free | {str(x.value) for x in nodes(self.root) if x.op == "var"}

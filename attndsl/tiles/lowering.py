@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from attndsl import expr as ir
 from attndsl.attention import Attention
+from attndsl.axis import Axis
 from attndsl.errors import fail
 from attndsl.expr import Expr, Table
 from attndsl.meaning.intervals import check_range
@@ -31,21 +32,17 @@ DENSE_LIMIT = 2**30
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of one call.
+    """The sizes of one call, and where its queries and keys stand; n for all batch rows, or one each."""
 
-    n counts tokens: `k_offset` plus the number of keys. Offsets hold one entry for all batch rows, or one
-    each.
-    """
-
-    nq: int
-    n_keys: int
     heads: int
-    q_offset: tuple[int, ...]
-    k_offset: tuple[int, ...] = (0,)
+    q: Axis
+    k: Axis
+    n: tuple[int, ...]
 
     @property
-    def n(self) -> tuple[int, ...]:
-        return tuple(start + self.n_keys for start in self.k_offset)
+    def rows(self) -> int:
+        """Batch rows that differ, tables aside."""
+        return max(len(self.q.rows), len(self.k.rows))
 
 
 def checked_length(name: str, value: object) -> int:
@@ -69,41 +66,81 @@ def sizes(
     n_keys: int,
     nq: int,
     heads: int,
-    q_offset: int | tuple[int, ...] | None = None,
-    k_offset: int | tuple[int, ...] | None = None,
+    q: Axis | None = None,
+    k: Axis | None = None,
+    n: int | None = None,
+    inside: bool = False,
 ) -> Sizes:
-    """Offsets filled in. Raises AttnError for a default offset that is negative."""
-    starts = _offsets("k_offset", k_offset) if k_offset is not None else (0,)
-    if q_offset is not None:
-        return Sizes(nq, n_keys, heads, _offsets("q_offset", q_offset), starts)
-    found = []
-    for start in starts:
-        n = start + n_keys
-        if attention.offset is not None:
-            row = ir.number(ir.substitute(attention.offset, {"n": ir.const(n), "nq": ir.const(nq)}))
-            assert row is not None
-            if row < 0:
-                raise fail(f"`offset` is {row} at n = {n}, nq = {nq}, and must not be negative")
-            found.append(int(row))
-        elif n < nq:
+    """What is not given filled in: keys from position 0 on, n the greatest position of a key + 1, queries
+    where the attention says. Raises AttnError for a key that is not below n, with `inside` for a query
+    that is not, and for a default position below 0."""
+    k = k or Axis.starting(n_keys, (0,))
+    each = tuple([k.span(row)[1] + 1 for row in range(len(k.rows))])
+    if n is not None:
+        if checked_length("n", n) < max(each):
+            raise fail(f"`n` is {n}, and a key stands at {max(each) - 1}")
+        each = (n,)
+    found = Sizes(heads, q or Axis.starting(nq, (_first_row(attention, n, nq) for n in each)), k, each)
+    for row in range(found.rows if inside else 0):
+        last, end = found.q.span(row)[1], each[row % len(each)]
+        if last >= end:
             raise fail(
-                f"{nq} queries at the end of {n} keys would start before position 0",
-                help="cross attention: write `offset 0`",
+                f"a query stands at {last}, and n is {end}", help="give `n=`, the number of all positions"
             )
-        else:
-            found.append(n - nq)
-    return Sizes(nq, n_keys, heads, tuple(found), starts)
+    return found
 
 
-def _offsets(name: str, value: object) -> tuple[int, ...]:
-    listed = np.asarray(value).reshape(-1).tolist()
-    return tuple(checked_length(name, item) for item in listed)
+def _first_row(attention: Attention, n: int, nq: int) -> int:
+    if attention.offset is not None:
+        row = ir.number(ir.substitute(attention.offset, {"n": ir.const(n), "nq": ir.const(nq)}))
+        assert row is not None
+        if row < 0:
+            raise fail(f"`offset` is {row} at n = {n}, nq = {nq}, and must not be negative")
+        return int(row)
+    if n < nq:
+        raise fail(
+            f"{nq} queries at the end of {n} keys would start before position 0",
+            help="cross attention: write `offset 0`",
+        )
+    return n - nq
+
+
+def axis(side: str, length: int, offset: object, positions: ArrayLike | None) -> Axis | None:
+    """Of the queries (`side` is q) or keys (k): an offset for all batch rows or one each, or positions
+    [length] or [B, length]; None where neither is given. Raises AttnError for what is none of these."""
+    if positions is None:
+        return None if offset is None else Axis.starting(length, offsets(f"{side}_offset", offset))
+    if offset is not None:
+        raise fail(f"`{side}_offset` and `{side}_positions` are given: one says it all")
+    name, found = f"{side}_positions", np.asarray(positions)
+    check_positions(name, str(found.dtype), found.shape, length)
+    if found.size:
+        checked_length(name, int(found.min()))
+        checked_length(name, int(found.max()))
+    return Axis.of(np.atleast_2d(found).astype(np.int64, copy=False))
+
+
+def check_positions(name: str, dtype: str, shape: Sequence[int], length: int) -> None:
+    """Raises AttnError for positions that are no integers, or of another number than there are entries."""
+    if not dtype.removeprefix("torch.").startswith(("int", "uint")):
+        raise fail(f"`{name}` are integers, and were given as {dtype}")
+    if len(shape) not in (1, 2) or shape[-1] != length:
+        raise fail(f"`{name}` is [{length}] or [B, {length}], and was given as {list(shape)}")
+
+
+def offsets(name: str, value: object) -> tuple[int, ...]:
+    """One for all batch rows, or one each. Raises AttnError for what is no position."""
+    listed = value.tolist() if hasattr(value, "tolist") else value
+    listed = listed if isinstance(listed, list | tuple) else [listed]
+    if not listed:
+        raise fail(f"`{name}` is empty", help="leave it out, or give one position per batch row")
+    return tuple([checked_length(name, item) for item in listed])
 
 
 @functools.lru_cache(maxsize=4096)
-def closed(e: Expr, n: int, nq: int, h: int, heads: int) -> Expr:
-    """The expression at one length and head: only q, k and tables are left in it."""
-    constants = {"n": n, "nq": nq, "h": h, "H": heads}
+def closed(e: Expr, n: int, nq: int, b: int, h: int, heads: int) -> Expr:
+    """The expression at one length, batch row and head: only q, k and tables are left in it."""
+    constants = {"n": n, "nq": nq, "b": b, "h": h, "H": heads}
     return ir.substitute(e, {name: ir.const(value) for name, value in constants.items() if name in e.free})
 
 
@@ -116,7 +153,7 @@ def head_groups(attention: Attention, heads: int) -> tuple[int, ...]:
     found = []
     for h in range(heads):
         here = [
-            i for i, group in enumerate(attention.groups) if closed(group.heads, 0, 0, h, heads) is ir.TRUE
+            i for i, group in enumerate(attention.groups) if closed(group.heads, 0, 0, 0, h, heads) is ir.TRUE
         ]
         if len(here) != 1:
             which = "no group" if not here else f"{len(here)} groups"
@@ -131,7 +168,7 @@ def head_groups(attention: Attention, heads: int) -> tuple[int, ...]:
 def heads_of(attention: Attention, given: Mapping[str, ArrayLike]) -> int:
     """As many heads as the attention and the given tables speak of."""
     shapes: list[tuple[int, ...]] = [
-        np.shape(given[t.name])[t.batched :] for t in attention.inputs if t.headed and t.name in given
+        np.shape(given[t.name])[t.batched :] for t in attention.inputs if "H" in t.dims and t.name in given
     ]
     return max([attention.enough_heads(), *(shape[0] for shape in shapes if shape)])
 
@@ -154,13 +191,13 @@ def checked_tables(
     head_dim: int | None = None,
     needed: Sequence[Table] | None = None,
 ) -> dict[str, Array]:
-    """The given inputs as arrays [B or 1] [H or 1] then the explicit axes, both leading axes always there.
+    """The given inputs as arrays with the axes of their tables; one batch row may serve all.
 
     Raises AttnError for a table that is unknown, of another type or shape, or missing: one of `needed`, or
     where that is None of those that masks read.
     """
     check_names(attention, given, mask_tables(attention) if needed is None else needed)
-    bound: dict[str, int] = {"nq": sizes.nq, "H": sizes.heads}
+    bound: dict[str, int] = {"nq": sizes.q.length, "H": sizes.heads}
     if len(set(sizes.n)) == 1:
         bound["n"] = sizes.n[0]
     if head_dim is not None:
@@ -202,12 +239,11 @@ KINDS = {"int": ("int", "uint"), "bool": ("bool",), "float": ("float16", "float3
 
 def _checked(table: Table, array: Array, bound: dict[str, int]) -> Array:
     check_kind(table, array)
-    axes = [*(["B"] if table.batched else []), *(["H"] if table.headed else []), *table.dims]
-    if array.ndim != len(axes):
+    if array.ndim != len(table.dims):
         raise fail(
             f"`{table.name}` is {_shape_text(table)}, and was given with {array.ndim} axes: {array.shape}"
         )
-    for axis, size in zip(axes, array.shape, strict=True):
+    for axis, size in zip(table.dims, array.shape, strict=True):
         if axis == "B" and size == 1:
             continue
         wanted = axis if isinstance(axis, int) else bound.setdefault(axis, size)
@@ -219,10 +255,6 @@ def _checked(table: Table, array: Array, bound: dict[str, int]) -> Array:
                 else f"`{table.name}` has {size} entries on an axis of {axis}",
                 help=shared if axis == "H" and size == 1 else "",
             )
-    if not table.batched:
-        array = array[None]
-    if not table.headed:
-        array = array[:, None]
     if table.dtype == "int":
         array = array.astype(np.int64, copy=False)
     return array
@@ -239,21 +271,19 @@ def check_kind(table: Table, array: Any) -> None:
 
 
 def _shape_text(table: Table) -> str:
-    axes = [*(["B"] if table.batched else []), *(["H"] if table.headed else []), *map(str, table.dims)]
-    return f"{table.dtype}[{', '.join(axes)}]"
+    return f"{table.dtype}[{', '.join(map(str, table.dims))}]"
 
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One batch row and head: its closed mask and where it stands."""
+    """One batch row and head: its closed mask and multiplicity, `q` and `k` being the entries, not their
+    positions; tables without the axes B and H."""
 
     row: int
     head: int
-    group: int
     mask: Expr
+    count: Expr
     n: int
-    q_offset: int
-    k_offset: int
     tables: Mapping[str, Array]
 
 
@@ -266,30 +296,73 @@ def cases(
     masks = [quantifier_free(group.relation.mask) for group in attention.groups]
     multiplicities = [group.relation.count or ir.ONE if counts else ir.ONE for group in attention.groups]
     read = [*masks, *multiplicities]
-    used = {table for e in read for table in e.tables}
-    rows = max(len(sizes.q_offset), len(sizes.k_offset), *(len(tables[t.name]) for t in used), 1)
-    by_head = len(set(groups)) > 1 or any("h" in e.free for e in read) or any(t.headed for t in used)
+    used = sorted({table for e in read for table in e.tables}, key=lambda table: table.name)
+    rows = max(sizes.rows, *(len(tables[table.name]) for table in used if table.batched), 1)
+    by_head = len(set(groups)) > 1 or any("h" in e.free for e in read)
+    empty = not (sizes.q.length and sizes.k.length)
     for row in range(rows):
-        start, keys_start = (o[row % len(o)] for o in (sizes.q_offset, sizes.k_offset))
-        n = keys_start + sizes.n_keys
+        n = sizes.n[row % len(sizes.n)]
+        if sizes.q.span(row)[1] >= n:
+            _check_draws(read, n)
+        (q, at_q), (k, at_k) = sizes.q.expression("q", row), sizes.k.expression("k", row)
         for head in range(sizes.heads if by_head else min(1, sizes.heads)):
-            mask = ir.FALSE
-            if sizes.nq and sizes.n_keys:
-                mask = closed(masks[groups[head]], n, sizes.nq, head, sizes.heads)
-            here = {
-                t.name: tables[t.name][row % len(tables[t.name]), head % tables[t.name].shape[1]]
-                for t in sorted(mask.tables | multiplicities[groups[head]].tables, key=lambda t: t.name)
-            }
-            check_range(mask, _ranges(sizes, row), here)
-            yield Case(row, head, groups[head], mask, n, start, keys_start, here)
+            mask, count = ir.FALSE, ir.ONE
+            if not empty:
+                mask, count = (
+                    alone(closed(e[groups[head]], n, sizes.q.length, row, head, sizes.heads))
+                    for e in (masks, multiplicities)
+                )
+            names = {table.name for table in mask.tables | count.tables}
+            here = {t.name: _entries(t, tables[t.name], row, head) for t in used if t.name in names}
+            here |= at_q | at_k
+            mask, count = (ir.substitute(e, {"q": q, "k": k}) for e in (mask, count))
+            for e in (mask, count):
+                check_range(e, _entry_ranges(sizes), here)
+            yield Case(row, head, mask, count, n, here)
 
 
-def _ranges(sizes: Sizes, row: int) -> dict[str, tuple[int, int]]:
+def _check_draws(masks: Iterable[Expr], n: int) -> None:
+    """Raises AttnError where a query beyond the last key draws keys by a table, which has no entry for it."""
+    for node in (node for mask in masks for node in ir.nodes(mask)):
+        if node.op == "random" and node.args[0] is ir.var("q") and node.args[4].tables:
+            names = ", ".join(sorted(f"`{table.name}`" for table in node.args[4].tables))
+            raise fail(
+                f"a query stands beyond the last key, at n = {n}, and its keys are drawn by {names}",
+                help="let `n` count that query too",
+            )
+
+
+def alone(e: Expr) -> Expr:
+    """A closed expression over tables without the axes B and H, whose indices are constants in it."""
+    done: dict[Expr, Expr] = {}
+    for node in ir.nodes(e):
+        args, table = tuple([done[arg] for arg in node.args]), node.value
+        if isinstance(table, Table) and table.implicit:
+            first = int(node.op == "intable")
+            args = (*args[:first], *args[first + len(table.implicit) :])
+            done[node] = ir.make(node.op, args, replace(table, dims=table.explicit), node.type)
+        else:
+            done[node] = ir.rebuild(node, args)
+    return done[e]
+
+
+def _entries(table: Table, array: Array, row: int, head: int) -> Array:
+    """Those of one batch row and head."""
+    for axis, at in (("B", row), ("H", head)):
+        if axis in table.dims:
+            array = array[at % len(array)]
+    return array
+
+
+def _entry_ranges(sizes: Sizes) -> dict[str, tuple[int, int]]:
+    return {"q": (0, sizes.q.length - 1), "k": (0, sizes.k.length - 1)}
+
+
+def ranges(sizes: Sizes, row: int) -> dict[str, tuple[int, int]]:
     """Least and greatest value of each variable in a batch row."""
-    q, k = (offsets[row % len(offsets)] for offsets in (sizes.q_offset, sizes.k_offset))
-    n, heads = k + sizes.n_keys, sizes.heads
+    n, heads, nq = sizes.n[row % len(sizes.n)], sizes.heads, sizes.q.length
     return {
-        "q": (q, q + sizes.nq - 1), "k": (k, n - 1), "n": (n, n), "nq": (sizes.nq, sizes.nq),
+        "q": sizes.q.span(row), "k": sizes.k.span(row), "n": (n, n), "nq": (nq, nq), "b": (row, row),
         "h": (0, heads - 1), "H": (heads, heads), "D": (1, HEAD_DIM_LIMIT),
     }  # fmt: skip
 
@@ -297,59 +370,41 @@ def _ranges(sizes: Sizes, row: int) -> dict[str, tuple[int, int]]:
 def check_scores(attention: Attention, sizes: Sizes, tables: Mapping[str, Array]) -> None:
     """Raises AttnError where an integer of a score, decay or sink could leave the 64-bit range; those that
     read a table wait until it is given."""
-    if not (sizes.nq and sizes.n_keys):
+    if not (sizes.q.length and sizes.k.length):
         return
     known = {table for table in attention.inputs if table.name in tables} | set(attention.learned)
-    for row in range(max(len(sizes.q_offset), len(sizes.k_offset))):
+    for row in range(sizes.rows):
         for group in attention.groups:
             for e in (group.score, group.decay, group.norm.sink):
                 if e is not None and e.tables <= known:
-                    check_range(e, _ranges(sizes, row), tables)
+                    check_range(e, ranges(sizes, row), tables)
 
 
 def dense(attention: Attention, sizes: Sizes, tables: Mapping[str, Array], counts: bool = False) -> Array:
     """The mask [B or 1, H or 1, nq, n_keys], pointwise; with `counts` the multiplicities instead."""
     grid: dict[tuple[int, int], Array] = {}
+    q, k = np.arange(sizes.q.length)[:, None], np.arange(sizes.k.length)[None, :]
     for case in cases(attention, sizes, tables, counts):
-        q = case.q_offset + np.arange(sizes.nq)[:, None]
-        k = case.k_offset + np.arange(sizes.n_keys)[None, :]
         live = evaluate(case.mask, q, k, case.tables)
         if counts:
-            count = attention.groups[case.group].relation.count
-            if count is not None and live.size:
-                at = closed(count, case.n, sizes.nq, case.head, sizes.heads)
-                check_range(at, _ranges(sizes, case.row), case.tables)
-                live = np.where(live, evaluate(at, q, k, case.tables), 0)
-            live = live.astype(np.int64)
+            live = np.where(live, evaluate(case.count, q, k, case.tables), 0).astype(np.int64)
         grid[case.row, case.head] = live
     rows, heads = (1 + max((key[axis] for key in grid), default=0) for axis in (0, 1))
-    kind = np.int64 if counts else bool
-    empty = np.zeros((rows, 0, sizes.nq, sizes.n_keys), kind)
     if not grid:
-        return empty
+        return np.zeros((rows, 0, sizes.q.length, sizes.k.length), np.int64 if counts else bool)
     return np.stack([np.stack([grid[row, head] for head in range(heads)]) for row in range(rows)])
 
 
-def written_out(
-    attention: Attention,
-    counts: bool,
-    length: int,
-    q_length: int | None,
-    q_offset: int | None,
-    k_offset: int | None,
-    heads: int,
-    inputs: Mapping[str, ArrayLike],
-) -> Array:
+def written_out(attention: Attention, sizes: Sizes, inputs: Mapping[str, ArrayLike], counts: bool) -> Array:
     """`dense` of a call, without an axis B where no input is batched. Raises AttnError beyond DENSE_LIMIT."""
-    found = _sizes_of(attention, length, q_length, q_offset, k_offset, heads)
-    if found.nq * found.n_keys > DENSE_LIMIT:
+    if sizes.q.length * sizes.k.length > DENSE_LIMIT:
         raise fail(
-            f"a mask of {found.nq:,} x {found.n_keys:,} is not written out: "
+            f"a mask of {sizes.q.length:,} x {sizes.k.length:,} is not written out: "
             f"the limit is {DENSE_LIMIT:,} pairs",
             help="`block_mask` gives its tiles",
         )
-    tables = checked_tables(attention, inputs, found, needed=mask_tables(attention, counts))
-    pairs = dense(attention, found, tables, counts)
+    tables = checked_tables(attention, inputs, sizes, needed=mask_tables(attention, counts))
+    pairs = dense(attention, sizes, tables, counts)
     return pairs if any(t.batched for t in attention.inputs) or len(pairs) > 1 else pairs[0]
 
 
@@ -358,28 +413,32 @@ def tiles_of(
     length: int,
     block_size: int = 128,
     q_length: int | None = None,
-    q_offset: int | None = None,
-    k_offset: int | None = None,
     heads: int = 1,
     inputs: Mapping[str, ArrayLike] = NO_TABLES,
 ) -> BlockMask:
-    """`block_mask` of a call."""
+    """`block_mask` of a call whose queries and keys stand at their places."""
+    found = sizes_of(attention, length, q_length, heads)
     checked_block_size(block_size)
-    found = _sizes_of(attention, length, q_length, q_offset, k_offset, heads)
     return block_mask(attention, found, checked_tables(attention, inputs, found), block_size)
 
 
-def _sizes_of(
+def sizes_of(
     attention: Attention,
     length: int,
     q_length: int | None,
-    q_offset: int | None,
-    k_offset: int | None,
     heads: int,
+    q_offset: object = None,
+    k_offset: object = None,
+    q_positions: ArrayLike | None = None,
+    k_positions: ArrayLike | None = None,
+    n: int | None = None,
 ) -> Sizes:
+    """The sizes of a call as users write it. Raises AttnError for what fits none."""
     keys = checked_length("length", length)
     nq = keys if q_length is None else checked_length("q_length", q_length)
-    return sizes(attention, keys, nq, checked_length("heads", heads), q_offset, k_offset)
+    q, k = axis("q", nq, q_offset, q_positions), axis("k", keys, k_offset, k_positions)
+    inside = q_positions is not None
+    return sizes(attention, keys, nq, checked_length("heads", heads), q, k, n, inside)
 
 
 def block_mask(attention: Attention, sizes: Sizes, tables: Mapping[str, Array], block_size: int) -> BlockMask:
@@ -387,29 +446,19 @@ def block_mask(attention: Attention, sizes: Sizes, tables: Mapping[str, Array], 
     from attndsl.tiles.tiling import tile
 
     check_scores(attention, sizes, tables)
+    nq, n_keys = sizes.q.length, sizes.k.length
     grids: list[TileGrid] = []
     known: dict[tuple[object, ...], int] = {}
     index: dict[tuple[int, int], int] = {}
     for case in cases(attention, sizes, tables):
         contents = tuple((name, a.shape, a.tobytes()) for name, a in case.tables.items())
-        key = (case.mask, case.q_offset, case.k_offset, contents)
+        key = (case.mask, contents)
         if key not in known:
             known[key] = len(grids)
-            grids.append(
-                tile(
-                    case.mask,
-                    sizes.nq,
-                    sizes.n_keys,
-                    block_size,
-                    n=case.n,
-                    q_offset=case.q_offset,
-                    k_offset=case.k_offset,
-                    tables=case.tables,
-                )
-            )
+            grids.append(tile(case.mask, nq, n_keys, block_size, n=case.n, tables=case.tables))
         index[case.row, case.head] = known[key]
     shape = tuple(1 + max((key[axis] for key in index), default=0) for axis in (0, 1))
     places = np.zeros(shape, np.int32)
     for place, grid in index.items():
         places[place] = grid
-    return BlockMask(sizes.nq, sizes.n_keys, block_size, tuple(grids), places)
+    return BlockMask(nq, n_keys, block_size, tuple(grids), places)

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attndsl.errors import fail
-from attndsl.expr import FALSE, TRUE, Expr, Table, const, intable, nodes, rebuild, sub, substitute, var
+from attndsl.expr import FALSE, TRUE, Expr, Table, add, const, intable, nodes, rebuild, sub, substitute, var
 from attndsl.meaning import pointwise
 from attndsl.meaning.links import sample
 from attndsl.tiles.abstract import (
@@ -73,11 +73,9 @@ def tile(
     block_size: int,
     *,
     n: int,
-    q_offset: int = 0,
-    k_offset: int = 0,
     tables: Tables | None = None,
 ) -> TileGrid:
-    """The tiles of a truth over `q` and `k`: row i is q = q_offset + i, column j is k = k_offset + j.
+    """The tiles of a truth over `q` and `k`, the numbers of the row and of the column.
 
     Every other variable has been replaced by a constant. `tables` maps a name to its explicit axes.
     Raises AttnError where an int table is read out of its range, and where the mask has more tiles or more
@@ -88,7 +86,7 @@ def tile(
         raise fail(f"block_size {block_size} is not a positive multiple of 8")
     if max(nq, n_keys) > block_size << COLUMN_BITS:
         raise fail(f"{max(nq, n_keys)} positions are more than {1 << COLUMN_BITS} tiles of {block_size}")
-    frame = Frame((q_offset, q_offset + nq), (k_offset, k_offset + n_keys))
+    frame = Frame((0, nq), (0, n_keys))
     if nq == 0 or n_keys == 0:
         nothing = np.zeros((2, 0), np.int64)
         return grid_of(frame, block_size, nothing, nothing, packed(0, block_size))
@@ -114,7 +112,7 @@ def tile(
     present = [leaf for leaf in links.values() if leaf.pairs.size]
     if present:
         at = sorted_set(np.concatenate([leaf.boxes(block_size) for leaf in present]))
-        q, k = q_offset + at // ROW * block_size, k_offset + at % ROW * block_size
+        q, k = at // ROW * block_size, at % ROW * block_size
         live = {node: leaf if leaf.pairs.size else nowhere for node, leaf in links.items()}
         source = Source(mask, frame, tables, live)
         numbers, _, more = descend(source, q[:, None, None], k[:, None, None], block_size, block_size)
@@ -244,8 +242,6 @@ def draw(mask: Expr, frame: Frame, tables: Tables) -> tuple[Expr, Tables]:
         of = substitute(node.args[4], {row: var("q"), col: var("k")})
         counts = np.full(len(rows), n)
         if of is not TRUE:
-            if of.tables and not 0 <= frame.q[0] <= frame.q[1] <= n:
-                continue
             # rows outside are guarded where the draw is looked up, so that tables need not hold them
             inside = np.flatnonzero((0 <= rows) & (rows < n)) if of.tables else np.arange(len(rows))
             start = int(rows[inside[0]]) if len(inside) else 0
@@ -271,7 +267,7 @@ def eligible(
     """
     searched = any(node.op in ("random", "exists") for node in nodes(of))
     if not 0 < count * n <= FEW_POINTS or searched or pointwise.partial(of):
-        grid = tile(of, count, n, 128, n=n, q_offset=start, tables=tables)
+        grid = tile(substitute(of, {"q": add(var("q"), const(start))}), count, n, 128, n=n, tables=tables)
         return grid.row_counts(), grid.select
     live = pointwise.evaluate(of, start + np.arange(count)[:, None], np.arange(n)[None, :], tables)
     counts = live.sum(axis=1)

@@ -117,6 +117,8 @@ class BlockSparse:
     def work(self, call: Call, lane: Lane, gradient: bool, wanted: Sequence[str] = ()) -> Work:
         """Not simple where tables ask for gradients that differ from pair to pair."""
         simple = Simple.of(lane.group, call.q.shape[3])
+        if simple is not None and not call.adjacent:
+            simple = replace(simple, by_distance=simple.bias is None)
         if simple is not None and simple.bias is not None and not simple.by_distance:
             asked = not {table.name for table in simple.bias.tables}.isdisjoint(wanted)
             simple = None if asked else simple

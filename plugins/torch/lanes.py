@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from attndsl import expr as ir
 from attndsl.attention import Attention, HeadGroup
-from attndsl.execution.torch_eval import Env, affine_in_s, by_distance, constant_scale, evaluate, strained
+from attndsl.execution.torch_eval import affine_in_s, by_distance, constant_scale, strained
 from attndsl.expr import Expr
 from attndsl.tiles.blockmask import BlockMask, TileGrid
+from attndsl.tiles.lowering import head_groups
 
 from .chunks import Cut
 
@@ -49,12 +49,10 @@ def lanes(
     """Every (batch row, query head) once."""
     share = heads // kv_heads
     index = block_mask.index
-    axis = torch.arange(heads)
-    numbers = Env({"h": axis, "H": torch.tensor(heads)}, {}, axis, axis, torch.float32)
-    mine = [evaluate(group.heads, numbers).expand(heads).tolist() for group in attention.groups]
+    groups = head_groups(attention, heads)
     for b in range(batch):
         row = index[b % len(index)]
-        place = [(next(g for g, m in enumerate(mine) if m[h]), int(row[h % len(row)])) for h in range(heads)]
+        place = [(groups[h], int(row[h % len(row)])) for h in range(heads)]
         start = 0
         for h in range(1, heads + 1):
             new_key_head = share > 1 and h % share == 0

@@ -18,6 +18,7 @@ from attndsl.execution.torch_eval import (
     fused_rows,
     of_distances,
     peak,
+    positions,
     weigh,
 )
 
@@ -99,12 +100,10 @@ class Work:
         }
         values = {name: torch.tensor(value, device=device) for name, value in numbers.items()} | {"h": heads}
         if chunk is not None:
-            q_offset = call.q_offset[b % len(call.q_offset)]
-            k_offset = call.k_offset[b % len(call.k_offset)]
-            values["q"] = chunk.query_tokens(device)[None, :, :, None] + q_offset
-            values["k"] = chunk.key_tokens(device)[None, :, None, :] + k_offset
-        batch = torch.full((1, 1, 1, 1), b, device=device)
-        return Env(values, {**call.tables, **tables}, batch, heads, self.wide)
+            values["q"] = positions(call.q_at, b, chunk.query_tokens(device)[None, :, :, None])
+            values["k"] = positions(call.k_at, b, chunk.key_tokens(device)[None, :, None, :])
+        values["b"] = torch.full((1, 1, 1, 1), b, device=device)
+        return Env(values, {**call.tables, **tables}, self.wide, device)
 
     def additive(self, chunk: Chunk) -> Addend:
         """Mask and bias as one addend [X or 1, C or 1, q_len, k_len], and which rows it kills."""
@@ -134,10 +133,12 @@ class Work:
         assert self.simple is not None
         assert self.simple.bias is not None
         near, call, b = self.near(), self.call, self.lane.batch
-        offset = call.q_offset[b % len(call.q_offset)] - call.k_offset[b % len(call.k_offset)]
+        (_, first_q), (_, first_k) = call.q_at.row(b)[0], call.k_at.row(b)[0]
         beyond = torch.arange(near.first, near.first + len(near.live), device=self.q.device)
         env = self.env(None, tables)
-        return of_distances(self.simple.bias, env, (offset - beyond)[None, None], near.live[None, None])[:, 0]
+        return of_distances(
+            self.simple.bias, env, (first_q - first_k - beyond)[None, None], near.live[None, None]
+        )[:, 0]
 
     @cached_property
     def alongside(self) -> Tensor:

@@ -191,17 +191,17 @@ class Positions:
     def of(self, e: Expr, live: Array, start: int) -> Array:
         """An expression without s, Q and K where `live`, 0 elsewhere: there tables may not reach."""
         call = self.call
-        n, q_offset, k_offset = (here[self.b % len(here)] for here in (call.n, call.q_offset, call.k_offset))
-        closed = lowering.closed(e, n, call.q.shape[2], self.h, call.q.shape[1])
+        n = call.n[self.b % len(call.n)]
+        closed = lowering.closed(e, n, call.q.shape[2], self.b, self.h, call.q.shape[1])
         closed = ir.substitute(closed, {"D": ir.const(call.q.shape[3])})
         tables = {}
         for table in closed.tables:
             array = call.tables[table.name].detach()
-            array = array.double().numpy() if array.is_floating_point() else array.numpy()
-            tables[table.name] = array[(self.b,) * table.batched + (self.h,) * table.headed]
+            tables[table.name] = array.double().numpy() if array.is_floating_point() else array.numpy()
         found = np.zeros(live.shape, np.longdouble)
+        q, k = call.q_at.positions(self.b), call.k_at.positions(self.b)
         rows, columns = np.nonzero(live)
-        found[rows, columns] = evaluate(closed, q_offset + start + rows, k_offset + columns, tables)
+        found[rows, columns] = evaluate(closed, q[start + rows], k[columns], tables)
         return found
 
 
