@@ -11,17 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attndsl import expr as ir
 from attndsl.attention import Attention, HeadGroup
 from attndsl.backend import Call, Gradients, Kernel, Problem, weighed
 from attndsl.execution.operator import vjp
 from attndsl.execution.torch_eval import (
     Env,
-    affine_in_s,
     along_diagonals,
-    by_distance,
-    by_head,
-    constant_scale,
     elements,
     evaluate,
     from_diagonals,
@@ -32,6 +27,7 @@ from attndsl.execution.torch_eval import (
     strained,
 )
 from attndsl.expr import Expr
+from attndsl.scores import by_distance, by_head, scale_and_bias
 from attndsl.tiles.blockmask import BlockMask, TileGrid
 
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -68,13 +64,7 @@ def lowered(attention: Attention, head_dim: int) -> tuple[float, Expr | None] | 
         return "a sink: SDPA has none"
     if group.decay is not None:
         return "decay or multiplicities: SDPA has a bias only"
-    split = affine_in_s(group.score)
-    if split is None:
-        return "the score is not s * number + bias"
-    scale = constant_scale(split[0], head_dim)
-    if scale is None:
-        return "the score scales s by something that varies"
-    return scale / head_dim**0.5, None if ir.number(split[1]) == 0 else split[1]
+    return scale_and_bias(group.score, head_dim)
 
 
 def is_full(grid: TileGrid) -> bool:

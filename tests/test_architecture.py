@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "attndsl"
 ROOMS = (
     "errors",  # diagnostics
     "expr",  # the typed core
+    "scores",  # what they depend on
     "attention",
     "portable",
     "syntax",  # text to tree

@@ -15,10 +15,10 @@ import attndsl
 from attndsl import conformance
 from attndsl import expr as ir
 from attndsl.conformance import CASES, MECHANISMS, Case, check, declined
-from attndsl.execution.torch_eval import affine_in_s, by_distance
 from attndsl.meaning.pointwise import evaluate
 from attndsl.plugins.torch import chunks, work
 from attndsl.plugins.torch.parts import Strided, take_apart
+from attndsl.scores import affine_in_s, by_distance
 from attndsl.tiles.blockmask import TileGrid
 
 s, q, k, h = map(ir.var, "sqkh")

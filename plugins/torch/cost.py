@@ -10,8 +10,9 @@ import numpy as np
 from attndsl import expr as ir
 from attndsl.attention import Attention, HeadGroup
 from attndsl.backend import Problem
-from attndsl.execution.torch_eval import by_head, elements
+from attndsl.execution.torch_eval import elements
 from attndsl.expr import Expr
+from attndsl.scores import by_head
 from attndsl.tiles.blockmask import BlockMask, TileGrid
 from attndsl.tiles.tiling import tile
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from attndsl import expr as ir
 from attndsl.attention import Attention, HeadGroup
 from attndsl.backend import Call, Kernel, Problem
-from attndsl.execution.torch_eval import affine_in_s
 from attndsl.expr import Expr
 from attndsl.meaning.pointwise import evaluate
+from attndsl.scores import affine_in_s
 from attndsl.tiles import lowering
 from attndsl.tiles.blockmask import BlockMask
 
