@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from attndsl import expr as ir
+from attndsl.backend import Features
 from attndsl.errors import fail
 from attndsl.expr import Expr, IntSet, Table
 from attndsl.meaning import pointwise
@@ -412,6 +413,16 @@ class _Evaluation:
         found = products.gather(axis, place.expand(shape))
         return found if live is None else torch.where(live, found, 0.0)
 
+
+FEATURES = Features(
+    operations={"and", "or", "not", "where", *UNARY, *COMPARE}
+    | {name.removeprefix("on_") for name in vars(_Evaluation) if name.startswith("on_")},
+    tables={"given", "learned", "int", "bool", "float", "batched", "headed"},
+    modes={"training"},
+    dtypes={"float16", "bfloat16", "float32", "float64"},
+    devices={"cpu", "cuda"},
+)
+"""What `evaluate` knows; a backend adds the clauses and norms that it does."""
 
 PASSES: dict[str, tuple[float, float]] = {
     "where": (2, 3), "div": (2, 1.5), "pow": (3, 3), "floordiv": (1, 2), "mod": (1, 2), "floor": (2, 1),

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from attndsl import expr as ir
 from attndsl.attention import Attention, HeadGroup
-from attndsl.backend import Call, Kernel, Problem
+from attndsl.backend import Call, Features, Kernel, Problem
 from attndsl.expr import Expr
-from attndsl.meaning.pointwise import evaluate
+from attndsl.meaning.pointwise import OPERATIONS, evaluate
 from attndsl.scores import affine_in_s
 from attndsl.tiles import lowering
 from attndsl.tiles.blockmask import BlockMask
@@ -27,9 +27,17 @@ ROWS = 256
 
 
 class Numpy:
+    features = Features(
+        clauses={"score", "decay", "count", "sink", "heads"},
+        norms={"softmax", "sigmoid", "relu"},
+        operations={*OPERATIONS, "add", "and", "or", "inset", "exists", "random", "inner"}
+        | {"lookup", "intable", "rank_of", "count_of"},
+        tables={"given", "learned", "int", "bool", "float", "batched", "headed"},
+        modes={"training"},
+        dtypes={"float16", "bfloat16", "float32", "float64"},
+    )
+
     def supports(self, attention: Attention, problem: Problem) -> str | None:
-        if problem.device != "cpu":
-            return "it runs on the CPU alone"
         if problem.training and (attention.learned or any(t.dtype == "float" for t in attention.inputs)):
             return "it has gradients of q, k and v alone"
         for group in attention.groups:
