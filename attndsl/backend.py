@@ -1,8 +1,9 @@
-"""What a backend is: the three questions that attndsl asks it, and what a kernel receives."""
+"""The contract of a backend: what it knows, the three questions that attndsl asks it, what a kernel receives
+and gives."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
 
@@ -44,6 +45,29 @@ def check_problem(problem: Problem) -> None:
             raise fail(f"`{name}` is 0, and must be positive")
     if problem.heads % problem.kv_heads:
         raise fail(f"{problem.heads} heads cannot share {problem.kv_heads} key heads evenly")
+
+
+@dataclass(frozen=True)
+class Features:
+    """What an attention on a problem asks of a kernel, or what a backend knows. Masks are tiles, and need
+    nothing.
+
+    clauses     fields of the attention, its groups and their norms that are set: `score`, `decay`, `sink`,
+                `heads` (groups of heads that differ), `count` (multiplicities, which the decay holds)
+    norms       kinds of Norm
+    operations  ops of the expressions that a kernel evaluates, as in expr.py
+    tables      what those read: `given` or `learned`; `int`, `bool`, `float`
+    modes       fields of the problem that are set and no sizes: `training`
+    dtypes, devices   of the problem; a device without its number
+    """
+
+    clauses: Set[str] = frozenset()
+    norms: Set[str] = frozenset({"softmax"})
+    operations: Set[str] = frozenset()
+    tables: Set[str] = frozenset()
+    modes: Set[str] = frozenset()
+    dtypes: Set[str] = frozenset({"float32"})
+    devices: Set[str] = frozenset({"cpu"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,12 +131,16 @@ class Differentiable(Protocol):
 class Backend(Protocol):
     """A lowering, registered under the entry-point group `attndsl.backends` by an object like this."""
 
-    def supports(self, attention: Attention, problem: Problem) -> str | None:
-        """None, or the reason why this attention on this problem is declined."""
+    @property
+    def features(self) -> Features:
+        """What it knows; whatever asks for more is declined, and it is not asked."""
 
-    def cost(self, attention: Attention, problem: Problem, block_mask: BlockMask | None) -> float:
-        """Estimated seconds of one forward pass (and backward, if training); `block_mask` is None
-        where tables are not bound yet, then an upper bound."""
+    def supports(self, attention: Attention, problem: Problem) -> str | None:
+        """None, or the reason why it declines what it knows all features of."""
+
+    def cost(self, attention: Attention, problem: Problem, block_mask: BlockMask | None) -> float | None:
+        """Estimated seconds of one forward pass (and backward, if training), None where it knows none of the
+        device; `block_mask` is None where tables are not bound yet, then an upper bound."""
 
     def lower(self, attention: Attention, problem: Problem) -> Kernel:
         """The kernel. It must be differentiable by torch's autograd where `problem.training`."""
@@ -126,8 +154,8 @@ class Counting(Protocol):
     """
 
     @property
-    def seconds(self) -> Mapping[str, float]:
-        """What one of each count takes; counts that are not named take nothing."""
+    def seconds(self) -> Mapping[str, Mapping[str, float]]:
+        """By device what one of each count takes; counts that are not named take nothing."""
 
     def counts(
         self, attention: Attention, problem: Problem, block_mask: BlockMask | None
@@ -138,3 +166,19 @@ class Counting(Protocol):
 
 def weighed(seconds: Mapping[str, float], counts: Mapping[str, float]) -> float:
     return sum(second * counts[name] for name, second in seconds.items())
+
+
+def predicted(
+    seconds: Mapping[str, Mapping[str, float]],
+    counts: Mapping[str, float],
+    problem: Problem,
+    training: float,
+) -> float | None:
+    """Seconds of a forward pass, times `training` where the problem is; None for a device without any."""
+    here = seconds.get(device_kind(problem))
+    return None if here is None else weighed(here, counts) * (training if problem.training else 1)
+
+
+def device_kind(problem: Problem) -> str:
+    """Without its number."""
+    return problem.device.partition(":")[0]

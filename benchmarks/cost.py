@@ -33,7 +33,7 @@ import attndsl
 from attndsl.attention import Attention
 from attndsl.backend import Counting, Problem, weighed
 from attndsl.bound import Bound
-from attndsl.execution import registry
+from attndsl.execution import choice, registry
 from attndsl.tiles import lowering
 from attndsl.tiles.blockmask import BlockMask
 
@@ -102,7 +102,7 @@ class Case:
         return plugin(backend).counts(self.attention, self.problem, self.blocks)
 
     def supported(self, backend: str) -> bool:
-        return plugin(backend).supports(self.attention, self.problem) is None
+        return choice.declined(plugin(backend), self.attention, self.problem) is None
 
 
 def plugin(name: str) -> Any:
@@ -190,7 +190,7 @@ def measure(path: Path, minutes: float, only: str | None) -> None:
                 return
             if (example, n, backend) in done or not case.supported(backend):
                 continue
-            predicted = weighed(plugin(backend).seconds, case.counts(backend))
+            predicted = weighed(plugin(backend).seconds["cpu"], case.counts(backend))
             if predicted > LIMIT or peak(case, backend) > MEMORY:
                 continue
             row = {"example": example, "n": n, "backend": backend, "seconds": seconds(case, backend)}
@@ -207,7 +207,7 @@ def fitted(rows: list[Row]) -> Constants:
     least squares reweighted ten times. What hardly shows in the timings stays near what the plugin has."""
     result: Constants = {}
     for backend in backends():
-        present = {name: max(second, 1e-13) for name, second in plugin(backend).seconds.items()}
+        present = {name: max(second, 1e-13) for name, second in plugin(backend).seconds["cpu"].items()}
         mine = [row for row in rows if row["backend"] == backend and row["example"] in TRAINING]
         counts = [case_of(row["example"], row["n"]).counts(backend) for row in mine]
         shares = np.array(
@@ -249,7 +249,7 @@ def fit(path: Path) -> None:
 
 def judge(path: Path, use_fitted: bool, worst: int) -> None:
     rows = rows_of(path)
-    constants = fitted(rows) if use_fitted else {name: plugin(name).seconds for name in backends()}
+    constants = fitted(rows) if use_fitted else {name: plugin(name).seconds["cpu"] for name in backends()}
     judged = [(row, p) for row, p in errors(rows, constants) if row["example"] not in TRAINING and p < JUDGED]
     print(f"median relative error: {median_error(judged):.1%} of {len(judged)} predictions under {JUDGED} s")
     for backend in backends():

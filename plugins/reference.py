@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from attndsl.attention import Attention, HeadGroup
-from attndsl.backend import Call, Kernel, Problem, weighed
-from attndsl.execution.torch_eval import Env, decay_factor, elements, evaluate, every_position, softmax
+from attndsl.backend import Call, Kernel, Problem, predicted
+from attndsl.execution.torch_eval import (
+    FEATURES,
+    Env,
+    decay_factor,
+    elements,
+    evaluate,
+    every_position,
+    softmax,
+)
 from attndsl.tiles.blockmask import BlockMask
 
 SECONDS = {
-    "calls": 0.00118,
-    "products": 1.74e-11,
-    "formed": 1.71e-08,
-    "masks": 8.96e-10,
-    "numbers": 1.86e-09,
+    "cpu": {
+        "calls": 0.00118,
+        "products": 1.74e-11,
+        "formed": 1.71e-08,
+        "masks": 8.96e-10,
+        "numbers": 1.86e-09,
+    }
 }
 """Of two cores with AVX-512, by `python -m benchmarks.cost fit`."""
 TRAINING = 3.4
@@ -27,14 +39,18 @@ PASSES = 8
 class Reference:
     """Registered as `reference`."""
 
+    features = replace(
+        FEATURES,
+        clauses={"score", "decay", "count", "sink", "heads"},
+        norms={"softmax", "sigmoid", "relu"},
+    )
     seconds = SECONDS
 
     def supports(self, attention: Attention, problem: Problem) -> str | None:
         return None
 
-    def cost(self, attention: Attention, problem: Problem, block_mask: BlockMask | None) -> float:
-        seconds = weighed(SECONDS, self.counts(attention, problem, block_mask))
-        return seconds * (TRAINING if problem.training else 1)
+    def cost(self, attention: Attention, problem: Problem, block_mask: BlockMask | None) -> float | None:
+        return predicted(SECONDS, self.counts(attention, problem, block_mask), problem, TRAINING)
 
     def counts(
         self, attention: Attention, problem: Problem, block_mask: BlockMask | None

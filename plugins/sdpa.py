@@ -11,17 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attndsl import expr as ir
-from attndsl.attention import Attention, HeadGroup
-from attndsl.backend import Call, Gradients, Kernel, Problem, weighed
+from attndsl.attention import Attention
+from attndsl.backend import Call, Gradients, Kernel, Problem, predicted
 from attndsl.execution.operator import vjp
 from attndsl.execution.torch_eval import (
+    FEATURES,
     Env,
-    affine_in_s,
     along_diagonals,
-    by_distance,
-    by_head,
-    constant_scale,
     elements,
     evaluate,
     every_position,
@@ -33,18 +29,21 @@ from attndsl.execution.torch_eval import (
     strained,
 )
 from attndsl.expr import Expr
+from attndsl.scores import by_distance, by_head, scale_and_bias
 from attndsl.tiles.blockmask import BlockMask, TileGrid
 
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 SECONDS = {
-    "calls": 0.00073,
-    "products": 3.13e-11,
-    "masked": 3.11e-10,
-    "written": 3.09e-09,
-    "numbers": 2.07e-09,
-    "nanoseconds": 8.65e-11,
+    "cpu": {
+        "calls": 0.00073,
+        "products": 3.13e-11,
+        "masked": 3.11e-10,
+        "written": 3.09e-09,
+        "numbers": 2.07e-09,
+        "nanoseconds": 8.65e-11,
+    }
 }
 """Of two cores with AVX-512, by `python -m benchmarks.cost fit`."""
 TRAINING = 3.5
@@ -56,26 +55,6 @@ ALONG = "along diagonals"
 CAUSAL_SLACK = 384
 """Keys of a row beyond the diagonal that the fused kernel computes: half a block of 256 queries and of 512
 keys."""
-
-
-def lowered(attention: Attention, head_dim: int) -> tuple[float, Expr | None] | str:
-    """Scale of Q @ K and bias of the logits, or the reason why SDPA cannot do it."""
-    if len(attention.groups) > 1:
-        return "head groups: SDPA does the same for every head"
-    group: HeadGroup = attention.groups[0]
-    if group.norm.kind != "softmax":
-        return f"norm {group.norm.kind}: SDPA has softmax only"
-    if group.norm.sink is not None:
-        return "a sink: SDPA has none"
-    if group.decay is not None:
-        return "decay or multiplicities: SDPA has a bias only"
-    split = affine_in_s(group.score)
-    if split is None:
-        return "the score is not s * number + bias"
-    scale = constant_scale(split[0], head_dim)
-    if scale is None:
-        return "the score scales s by something that varies"
-    return scale / head_dim**0.5, None if ir.number(split[1]) == 0 else split[1]
 
 
 def is_full(grid: TileGrid) -> bool:
@@ -324,9 +303,9 @@ def blocks(rows: int, numbers: int, most: int, least: int) -> list[slice]:
     return [slice(first, min(first + step, rows)) for first in range(0, max(1, rows), step)]
 
 
-def _checked(attention: Attention, head_dim: int) -> tuple[float, Expr | None]:
-    """`lowered`, of an attention that is supported."""
-    found = lowered(attention, head_dim)
+def lowered(attention: Attention, head_dim: int) -> tuple[float, Expr | None]:
+    """Scale of Q @ K and bias of the logits, of an attention that is supported."""
+    found = scale_and_bias(attention.groups[0].score, head_dim)
     assert not isinstance(found, str), found
     return found
 
@@ -334,15 +313,15 @@ def _checked(attention: Attention, head_dim: int) -> tuple[float, Expr | None]:
 class Sdpa:
     """Registered as `sdpa`."""
 
+    features = replace(FEATURES, clauses={"score"})
     seconds = SECONDS
 
     def supports(self, attention: Attention, problem: Problem) -> str | None:
-        reason = lowered(attention, problem.head_dim)
+        reason = scale_and_bias(attention.groups[0].score, problem.head_dim)
         return reason if isinstance(reason, str) else None
 
-    def cost(self, attention: Attention, problem: Problem, block_mask: BlockMask | None) -> float:
-        seconds = weighed(SECONDS, self.counts(attention, problem, block_mask))
-        return seconds * (TRAINING if problem.training else 1)
+    def cost(self, attention: Attention, problem: Problem, block_mask: BlockMask | None) -> float | None:
+        return predicted(SECONDS, self.counts(attention, problem, block_mask), problem, TRAINING)
 
     def counts(
         self, attention: Attention, problem: Problem, block_mask: BlockMask | None
@@ -350,7 +329,7 @@ class Sdpa:
         """An addend of mask and bias is made at every call."""
         area = float(problem.length * problem.q_length)
         every = problem.batch * problem.heads * area
-        scale, bias = _checked(attention, problem.head_dim)
+        scale, bias = lowered(attention, problem.head_dim)
         grids, masks = ((), 1) if block_mask is None else (block_mask.grids, block_mask.index.size)
         counts = {
             "calls": 1.0,
@@ -371,7 +350,7 @@ class Sdpa:
         return counts | {"products": counts["pairs"] * problem.head_dim}
 
     def lower(self, attention: Attention, problem: Problem) -> Kernel:
-        return Dense(*_checked(attention, problem.head_dim), WeakKeyDictionary(), WeakKeyDictionary())
+        return Dense(*lowered(attention, problem.head_dim), WeakKeyDictionary(), WeakKeyDictionary())
 
 
 backend = Sdpa()

@@ -13,6 +13,8 @@ PACKAGE = Path(__file__).parent.parent / "attndsl"
 ROOMS = (
     "errors",  # diagnostics
     "expr",  # the typed core
+    "scores",  # what they depend on
+    "axis",  # where queries and keys stand
     "attention",
     "portable",
     "syntax",  # text to tree

@@ -15,17 +15,29 @@ import attndsl
 from attndsl import conformance
 from attndsl import expr as ir
 from attndsl.conformance import CASES, MECHANISMS, Case, check, declined
-from attndsl.execution.torch_eval import affine_in_s, by_distance
 from attndsl.meaning.pointwise import evaluate
 from attndsl.plugins.torch import chunks, work
 from attndsl.plugins.torch.parts import Strided, take_apart
+from attndsl.scores import affine_in_s, by_distance
 from attndsl.tiles.blockmask import TileGrid
 
 s, q, k, h = map(ir.var, "sqkh")
 
 
+NOTHING = "it knows nothing of the "
 GAPS = {
-    "head groups: SDPA does the same for every head": "head-groups groups-of-all-kinds odd-heads last-head",
+    NOTHING + "clause `heads`": "head-groups odd-heads last-head",
+    NOTHING + "clause `sink`": "sink sink-number sink-H sink-BH",
+    NOTHING + "clause `decay`": (
+        "adaptive decay-power decay-table decay-of-vectors decay-to-nothing decay-sigmoid decay-relu "
+        "multiset-of-tables random-decay"
+    ),
+    NOTHING + "clauses `count`, `decay`": "multiset threefold multisets-met multiset-sigmoid",
+    NOTHING + "clauses `decay`, `sink`": "decay-twice",
+    NOTHING + "clauses `count`, `decay`, `sink`": "sink-B-multiset",
+    NOTHING + "clauses `decay`, `heads`, `sink`": "groups-of-all-kinds",
+    NOTHING + "norm `sigmoid`": "sigmoid",
+    NOTHING + "norm `relu`": "relu",
     "the score is not s * number + bias": (
         "softcap shaw da u-D u-HD-twice transformer-xl x-D-y-BD x-BHD-y-HD x-nD x-BnD x-BHnD "
         "x-B35D norms-of-vectors functions powers extremes several-clauses condition-on-content"
@@ -34,13 +46,6 @@ GAPS = {
         "in-a-part t-B t-BH t-H-learned z-Bnn int-BHn-top-in-a-score bool-B-bool-H conditions "
         "sizes cross-tables replaced-1e9"
     ),
-    "decay or multiplicities: SDPA has a bias only": (
-        "adaptive multiset decay-power decay-table decay-of-vectors decay-to-nothing threefold "
-        "multisets-met multiset-of-tables random-decay"
-    ),
-    "a sink: SDPA has none": "sink decay-twice sink-number sink-H sink-BH sink-B-multiset",
-    "norm sigmoid: SDPA has softmax only": "sigmoid decay-sigmoid multiset-sigmoid",
-    "norm relu: SDPA has softmax only": "relu decay-relu",
 }
 """Mechanisms that `sdpa` declines, by the reason that it gives."""
 DECLINED: dict[str, dict[str, str]] = {

@@ -435,9 +435,11 @@ def test_run_verifies_and_times(good):
 
 
 LIAR = """
+from attndsl.backend import Features
 from attndsl.execution import registry
 
 class Liar:
+    features = Features()
     def supports(self, attention, problem):
         return None
     def cost(self, attention, problem, block_mask):

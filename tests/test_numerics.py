@@ -13,7 +13,7 @@ from torch import Tensor
 import attndsl
 from attndsl.backend import Problem
 from attndsl.conformance import CASES, Case, check
-from attndsl.execution import registry
+from attndsl.execution import choice, registry
 from attndsl.plugins import sdpa
 from attndsl.plugins.torch import chunks, work
 
@@ -385,7 +385,9 @@ def test_tables_keep_their_digits(backend: str, clauses: str, dtype: str, kind: 
     table = table if "D]" in clauses else table[:, 0].contiguous()
     for name, wide in ((backend, dtype), ("reference", "float64")):
         options = {"length": n, "heads": 2, "head_dim": d, "dtype": wide, "training": True}
-        if reason := registry.plugin("backends", name).supports(attention, Problem(q_length=n, **options)):
+        if reason := choice.declined(
+            registry.plugin("backends", name), attention, Problem(q_length=n, **options)
+        ):
             pytest.skip(reason)
         plan = attndsl.compile(attention, backend=name, **options)
         leaves = [x.to(getattr(torch, wide)).requires_grad_() for x in drawn[:3]]

@@ -18,9 +18,10 @@ from attndsl.execution.lowered import MASKS_KEPT
 RESULT = "(call.q[..., :1] * call.v[:, :1, :1], torch.zeros(call.q.shape[:3]))"
 GOOD = f"""
 import torch
-from attndsl.expr import var
+from attndsl.backend import Features
 
 class Mine:
+    features = Features(modes={{"training"}})
     def supports(self, attention, problem):
         return "it has no gradients" if problem.training else None
     def cost(self, attention, problem, block_mask):
@@ -48,6 +49,7 @@ def qkv(**options):
 @pytest.mark.parametrize(
     ("right", "wrong", "reason"),
     [
+        ("features =", "knows =", "it has no `features` of type Features"),
         ("def supports(", "def support(", "it has no method `supports`"),
         ("def cost(", "def price(", "it has no method `cost`"),
         ("def lower(", "def lowered(", "it has no method `lower`"),
@@ -71,7 +73,7 @@ def test_a_plugin_without_the_interface_is_listed_and_declined_with_the_reason(
         compiled(name)
 
 
-@pytest.mark.parametrize("cost", ["None", "'1'", "float('nan')", "float('inf')", "-1.0", "True"])
+@pytest.mark.parametrize("cost", ["'1'", "float('nan')", "float('inf')", "-1.0", "True"])
 def test_a_cost_that_is_no_number_declines(register, cost):
     name = register(GOOD.replace("return 1.0", f"return {cost}"))
     plan = compiled()
@@ -139,9 +141,10 @@ def test_a_backend_without_gradients_refuses_the_backward_pass(register):
 
 def test_the_suite_holds_a_backend_without_gradients_to_its_results(register):
     name = register(GOOD)
-    assert conformance.supported(name) == list(CASES)
+    mine = conformance.supported(name)
+    assert {case.mechanism.name for case in mine} >= {"causal", "window"}
     with pytest.raises(AssertionError):
-        conformance.check(name, next(case for case in CASES if case.mechanism.name == "causal"))
+        conformance.check(name, next(case for case in mine if case.mechanism.name == "causal"))
 
 
 def test_a_backend_that_supports_no_case_shows_nothing(register):

@@ -62,7 +62,8 @@ class Ideal:
 @dataclass(frozen=True)
 class Lowering:
     """What one backend makes of it: predicted seconds of a forward pass (of both where the problem is
-    training), or the reason why it declines; FLOPs and bytes where it tells them (`Counting`)."""
+    training), or the reason why there are none: it declines, or its cost is unknown; FLOPs and bytes where it
+    tells them (`Counting`)."""
 
     seconds_estimate: float | None
     reason: str | None
@@ -169,7 +170,8 @@ def lowerings(attention: Attention, problem: Problem, block_mask: BlockMask | No
         work = None
         if isinstance(backend, Counting):
             work = _work(backend.counts(attention, problem, block_mask), problem)
-        found[name] = Lowering(verdict, None, *(work or (None, None)))
+        unknown = choice.UNKNOWN if verdict is None else None
+        found[name] = Lowering(verdict, unknown, *(work or (None, None)))
     return found
 
 

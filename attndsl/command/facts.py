@@ -35,6 +35,8 @@ def of_verdict(found: proofs.Verdict) -> dict[str, Any]:
 
 def of_plan(plan: Plan) -> dict[str, Any]:
     """Tiles and nnz are over all batch rows and heads; None where they wait for tables."""
+    from attndsl.execution.choice import UNKNOWN
+
     p, blocks = plan.problem, plan.block_masks
     found: dict[str, Any] = {
         "name": plan.attention.name,
@@ -42,7 +44,11 @@ def of_plan(plan: Plan) -> dict[str, Any]:
         "q_length": p.q_length,
         "block_size": p.block_size,
         "backend": plan.backend,
-        "rejected": {name: why for name, why in plan.considered.items() if name != plan.backend},
+        "rejected": {
+            name: UNKNOWN if said is None else said
+            for name, said in plan.considered.items()
+            if name != plan.backend
+        },
         **dict.fromkeys(("tiles", "entries", "nnz", "density", "plan_bytes")),
         "compile_seconds": plan.compile_seconds,
     }

@@ -176,7 +176,7 @@ def masked_work(plan: Plan) -> MaskedWork:
     plain = (var("s"), None, Norm())
     if all((group.score, group.decay, group.norm) == plain for group in plan.attention.groups):
         return "this mask"
-    return "mask + bias" if isinstance(plan.considered.get("sdpa"), float) else "mask only"
+    return "mask + bias" if not isinstance(plan.considered["sdpa"], str) else "mask only"
 
 
 def dense_masked(plan: Plan, q: Tensor, k: Tensor, v: Tensor, tables: Mapping[str, Any]) -> Work | None:

@@ -47,7 +47,7 @@ from attndsl.conformance.cases import (
 )
 from attndsl.conformance.formula import attend, related
 from attndsl.conformance.mechanisms import MECHANISMS, Mechanism
-from attndsl.execution import registry
+from attndsl.execution import choice, registry
 
 __all__ = ["CASES", "MECHANISMS", "Case", "Mechanism", "check", "declined", "supported"]
 
@@ -100,7 +100,8 @@ def supported(backend: str) -> list[Case]:
 def declined(backend: str, case: Case, training: bool = False) -> str | None:
     """The reason that the backend gives for declining the case, or None."""
     problem = _problem(case, training)
-    reason: object = registry.plugin("backends", backend).supports(_attention(case.mechanism), problem)
+    plugin = registry.plugin("backends", backend)
+    reason: object = choice.declined(plugin, _attention(case.mechanism), problem)
     assert reason is None or (isinstance(reason, str) and reason), f"neither None nor a reason: {reason!r}"
     return reason
 

@@ -2,41 +2,117 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeAlias
 
 from attndsl.attention import Attention
-from attndsl.backend import Backend, Problem
+from attndsl.backend import Backend, Counting, Features, Problem, device_kind
 from attndsl.errors import AttnError, fail
 from attndsl.execution import registry
+from attndsl.expr import Expr, Table, nodes, var
 from attndsl.tiles.blockmask import BlockMask
 
+Verdict: TypeAlias = float | str | None
+"""Predicted seconds, None where the cost is unknown, or why the backend declines or cannot be used."""
+UNKNOWN = "cost unknown"
+"""None in words."""
 
-def judged(name: str, attention: Attention, problem: Problem, blocks: BlockMask | None) -> float | str:
-    """Predicted seconds, or the reason why the backend declines or cannot be used."""
+
+def considered(attention: Attention, problem: Problem, blocks: BlockMask | None) -> dict[str, Verdict]:
+    """Every backend, in the order in which they are taken: by predicted seconds; where the cost is unknown by
+    the numbers that they say they form and write, those that do not say last; and by name."""
+
+    def turn(name: str) -> tuple[int, float]:
+        verdict = verdicts[name]
+        if verdict is not None:
+            return (0, verdict) if isinstance(verdict, float) else (2, 0.0)
+        backend = registry.plugin("backends", name)
+        if not isinstance(backend, Counting):
+            return 1, math.inf
+        counts = backend.counts(attention, problem, blocks)
+        return 1, counts["pairs"] + counts["written"]
+
+    verdicts = {name: judged(name, attention, problem, blocks) for name in sorted(registry.names("backends"))}
+    return {name: verdicts[name] for name in sorted(verdicts, key=turn)}
+
+
+def judged(name: str, attention: Attention, problem: Problem, blocks: BlockMask | None) -> Verdict:
     try:
         backend: Backend = registry.plugin("backends", name)
     except AttnError as error:
         return error.diagnostics[0].message
-    reason: object = backend.supports(attention, problem)
+    reason: object = declined(backend, attention, problem)
     if reason is not None:
         said = isinstance(reason, str) and reason
         return said or f"its `supports` gave {reason!r}, which is neither None nor a reason"
     cost: object = backend.cost(attention, problem, blocks)
+    if cost is None:
+        return None
     if isinstance(cost, bool) or not isinstance(cost, numbers.Real) or not 0 <= float(cost) < math.inf:
         return f"its cost is not a number of seconds: {cost!r}"
     return float(cost)
 
 
-def chosen(considered: Mapping[str, float | str], backend: str | None) -> str:
-    """`backend`, or where that is None the one that predicts the least seconds.
+def declined(backend: Backend, attention: Attention, problem: Problem) -> str | None:
+    """What the backend does not know, or else its own reason, as it gave it."""
+    asked = used(attention, problem)
+    for field in dataclasses.fields(Features):
+        new = sorted(getattr(asked, field.name) - getattr(backend.features, field.name))
+        if new:
+            kind = field.name if len(new) > 1 else field.name.removesuffix("s")
+            return f"it knows nothing of the {kind} {', '.join(f'`{name}`' for name in new)}"
+    return backend.supports(attention, problem)
+
+
+def used(attention: Attention, problem: Problem) -> Features:
+    """What a kernel must know. Whatever is added to an attention, a table or a problem is a feature that
+    nobody knows until backends say so."""
+    groups = attention.groups
+    parts: list[tuple[Any, str]] = [(attention, "name groups inputs learned offset least_heads")]
+    parts += [(group, "relation norm") for group in groups]
+    parts += [(group.relation, "mask") for group in groups]
+    parts += [(group.norm, "kind") for group in groups]
+    clauses = [clause for part, rest in parts for clause in _set(part, rest)]
+    expressions = [value for _, value in clauses if isinstance(value, Expr)]
+    sizes = "length q_length batch heads kv_heads head_dim block_size dtype device"
+    return Features(
+        clauses={name for name, _ in clauses},
+        norms={group.norm.kind for group in groups},
+        operations={node.op for e in expressions for node in nodes(e)} - {"const", "var"},
+        tables={kind for e in expressions for table in e.tables for kind in _kinds(table)},
+        modes={name for name, _ in _set(problem, sizes)},
+        dtypes={problem.dtype},
+        devices={device_kind(problem)},
+    )
+
+
+def _set(value: Any, rest: str) -> Iterator[tuple[str, Any]]:
+    """The fields that are not as they are by default, but for the rest, which are told otherwise or need
+    nothing of a kernel."""
+    for field in dataclasses.fields(value):
+        plain = var("s") if field.name == "score" else field.default
+        here = getattr(value, field.name)
+        if field.name not in rest.split() and here != plain:
+            yield field.name, here
+
+
+def _kinds(table: Table) -> Iterator[str]:
+    yield "learned" if table.learned else "given"
+    yield table.dtype
+    yield from (name for name, _ in _set(table, "name dtype dims init serial"))
+
+
+def chosen(considered: Mapping[str, Verdict], backend: str | None) -> str:
+    """`backend`, or where that is None the first that does not decline.
 
     Raises AttnError where there is none.
     """
     if backend is not None:
         if backend not in considered:
-            raise fail(f"no backend is named `{backend}`", help=f"there are {', '.join(considered)}")
+            raise fail(f"no backend is named `{backend}`", help=f"there are {', '.join(sorted(considered))}")
         verdict = considered[backend]
         if isinstance(verdict, str):
             raise fail(
@@ -44,8 +120,8 @@ def chosen(considered: Mapping[str, float | str], backend: str | None) -> str:
                 help="leave `backend` out to let the cheapest that supports it be chosen",
             )
         return backend
-    costs = {name: cost for name, cost in considered.items() if not isinstance(cost, str)}
-    if not costs:
+    taken = next((name for name, verdict in considered.items() if not isinstance(verdict, str)), None)
+    if taken is None:
         reasons = "; ".join(f"{name}: {why}" for name, why in considered.items())
         raise fail(f"no backend supports this: {reasons}")
-    return min(costs, key=lambda name: costs[name])
+    return taken

@@ -16,7 +16,7 @@ from attndsl import portable
 from attndsl.attention import Attention
 from attndsl.backend import Backend, Call, Differentiable, Kernel, Problem
 from attndsl.errors import fail
-from attndsl.execution import registry
+from attndsl.execution import choice, registry
 from attndsl.expr import Table
 from attndsl.tiles import lowering
 from attndsl.tiles.blockmask import BlockMask
@@ -68,7 +68,7 @@ class Lowered:
     def untrainable(self) -> str | None:
         """Why the backend has no gradients, or None."""
         backend: Backend = registry.plugin("backends", self.backend)
-        return backend.supports(self.attention, replace(self.problem, training=True))
+        return choice.declined(backend, self.attention, replace(self.problem, training=True))
 
     def call_of(self, q: Tensor, k: Tensor, v: Tensor, tables: Mapping[str, Tensor], places: Places) -> Call:
         """The checked call with its tiles."""
@@ -142,7 +142,7 @@ def find(identity: str, tensors: Sequence[Tensor]) -> Lowered:
                 f"this program needs the backend `{backend}`, which is not installed",
                 help=f"install what provides it; there are {installed}",
             )
-        reason = registry.plugin("backends", backend).supports(attention, problem)
+        reason = choice.declined(registry.plugin("backends", backend), attention, problem)
         if reason is not None:
             raise fail(f"this program needs the backend `{backend}`, which declines here: {reason}")
         found = _loaded[identity] = lower(attention, problem, backend)

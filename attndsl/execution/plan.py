@@ -17,7 +17,7 @@ from attndsl.attention import Attention
 from attndsl.backend import DTYPES, Problem, check_problem
 from attndsl.bound import Bound
 from attndsl.errors import fail
-from attndsl.execution import choice, registry
+from attndsl.execution import choice
 from attndsl.execution.lowered import Lowered, as_array, lower
 from attndsl.execution.operator import attend
 from attndsl.expr import Table
@@ -73,9 +73,7 @@ def compile(
         sizes = lowering.sizes(attention, problem.length, problem.q_length, problem.heads)
         blocks = lowering.block_mask(attention, sizes, {}, problem.block_size)
     seconds = time.perf_counter() - start
-    considered = {
-        name: choice.judged(name, attention, problem, blocks) for name in registry.names("backends")
-    }
+    considered = choice.considered(attention, problem, blocks)
     taken = choice.chosen(considered, backend)
     return Plan(lower(attention, problem, taken), considered, blocks, seconds)
 
@@ -105,14 +103,15 @@ class Plan:
     """What was chosen and why, and the call.
 
     lowered          the attention, the problem, the chosen backend and its kernel
-    considered       every backend: predicted seconds, or why it declined
+    considered       every backend in the order in which they are taken: predicted seconds, None where the
+                     cost is unknown, or why it declined
     block_masks      the tiles at full length; None until the tables that they need are bound
     compile_seconds  from the typed attention to the finished tiles
     tables           what is bound
     """
 
     lowered: Lowered = field(repr=False)
-    considered: Mapping[str, float | str]
+    considered: Mapping[str, choice.Verdict]
     block_masks: BlockMask | None = field(repr=False)
     compile_seconds: float
     tables: Mapping[str, Any] = field(default_factory=dict, repr=False)
@@ -325,7 +324,7 @@ class Plan:
             lines.append(f"  density   {100 * blocks.density:.3g} % ({pairs:,} pairs)")
         for name, verdict in self.considered.items():
             mark = "->" if name == self.backend else "  "
-            said = verdict if isinstance(verdict, str) else f"{verdict:.3g} s predicted"
+            said = f"{verdict:.3g} s predicted" if isinstance(verdict, float) else verdict or choice.UNKNOWN
             lines.append(f"  {mark} {name:10} {said}")
         return "\n".join(lines)
 

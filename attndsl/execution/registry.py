@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
+from attndsl.backend import Features
 from attndsl.errors import fail
 
 GROUPS = ("backends",)
 METHODS = {"backends": {"supports": 2, "cost": 3, "lower": 2}}
 """What an object of a group is asked, and with how many arguments."""
+VALUES = {"backends": {"features": Features}}
+"""What it says of itself."""
 
 
 @dataclass(frozen=True)
@@ -80,11 +82,14 @@ def _load(point: EntryPoint) -> tuple[Any, str]:
         loaded = point.load()
     except Exception as error:
         return None, f"{type(error).__name__}: {error}"
-    return loaded, _flaw(loaded, METHODS.get(point.group.removeprefix("attndsl."), {}))
+    return loaded, _flaw(loaded, point.group.removeprefix("attndsl."))
 
 
-def _flaw(loaded: object, methods: Mapping[str, int]) -> str:
-    for name, count in methods.items():
+def _flaw(loaded: object, group: str) -> str:
+    for name, kind in VALUES.get(group, {}).items():
+        if not isinstance(getattr(loaded, name, None), kind):
+            return f"it has no `{name}` of type {kind.__name__}"
+    for name, count in METHODS.get(group, {}).items():
         method = getattr(loaded, name, None)
         if not callable(method):
             return f"it has no method `{name}`"

@@ -1,4 +1,4 @@
-"""Expressions evaluated with torch, and what backends ask about their structure.
+"""Expressions evaluated with torch, and the arithmetic that backends share.
 
 The axes of a pair tensor are the caller's choice: positions, heads and vectors only have to broadcast.
 """
@@ -17,9 +17,11 @@ from torch import Tensor
 
 from attndsl import expr as ir
 from attndsl.axis import Axis
+from attndsl.backend import Features
 from attndsl.errors import fail
 from attndsl.expr import Expr, IntSet, Table
 from attndsl.meaning import pointwise
+from attndsl.scores import by_head, by_pair
 
 PAIR = frozenset({"q", "k", "s", "Q", "K"})
 
@@ -415,6 +417,16 @@ class _Evaluation:
         return found if live is None else torch.where(live, found, 0.0)
 
 
+FEATURES = Features(
+    operations={"and", "or", "not", "where", *UNARY, *COMPARE}
+    | {name.removeprefix("on_") for name in vars(_Evaluation) if name.startswith("on_")},
+    tables={"given", "learned", "int", "bool", "float"},
+    modes={"training"},
+    dtypes={"float16", "bfloat16", "float32", "float64"},
+    devices={"cpu", "cuda"},
+)
+"""What `evaluate` knows; a backend adds the clauses and norms that it does."""
+
 PASSES: dict[str, tuple[float, float]] = {
     "where": (2, 3), "div": (2, 1.5), "pow": (3, 3), "floordiv": (1, 2), "mod": (1, 2), "floor": (2, 1),
     "exp": (2, 1.5), "log": (2, 1.5), "sqrt": (2, 1), "log2": (6, 6), "isqrt": (10, 8),
@@ -443,76 +455,6 @@ def elements(e: Expr | None, pairs: float, heads: float) -> tuple[float, float]:
         numbers += size * passes * {"bool": 0.25, "int": 2}.get(node.type, 1)
         nanoseconds += size * more
     return numbers, nanoseconds
-
-
-def by_pair(e: Expr) -> bool:
-    """Whether the value differs along the queries and along the keys."""
-    return bool(e.free & {"q", "Q", "s"} and e.free & {"k", "K", "s"})
-
-
-def by_head(e: Expr) -> bool:
-    """Whether the value differs from head to head."""
-    return bool(e.free & {"h", "s", "Q", "K"})
-
-
-def affine_in_s(score: Expr) -> tuple[Expr, Expr] | None:
-    """A and B, free of s, Q and K, with score = A * s + B; inner(Q, K) counts as sqrt(D) * s."""
-    content = frozenset({"s", "Q", "K"})
-    zero, one = ir.const(0.0), ir.const(1.0)
-
-    def split(e: Expr) -> tuple[Expr, Expr] | None:
-        if e.free.isdisjoint(content):
-            return zero, e
-        if e.op == "var":
-            return (one, zero) if e.value == "s" else None
-        if e.op == "inner" and {a.value for a in e.args} == {"Q", "K"}:
-            return ir.call("sqrt", ir.var("D")), zero
-        parts = [split(arg) for arg in e.args]
-        if None in parts:
-            return None
-        slopes, rests = zip(*(part for part in parts if part is not None), strict=True)
-        if e.op == "add":
-            return _sum(slopes), _sum(rests)
-        if e.op == "mul" and (slopes[0] is zero or slopes[1] is zero):
-            i = 0 if slopes[0] is zero else 1
-            return _times(rests[i], slopes[1 - i]), _times(rests[i], rests[1 - i])
-        if e.op == "div" and slopes[1] is zero:
-            return ir.div(slopes[0], rests[1]), zero if rests[0] is zero else ir.div(rests[0], rests[1])
-        if e.op == "where" and e.args[0].free.isdisjoint(content):
-            return ir.where(e.args[0], slopes[1], slopes[2]), ir.where(e.args[0], rests[1], rests[2])
-        return None
-
-    return split(score)
-
-
-def _sum(parts: tuple[Expr, ...]) -> Expr:
-    kept = [part for part in parts if ir.number(part) != 0]
-    return ir.add(*kept) if kept else ir.const(0.0)
-
-
-def _times(a: Expr, b: Expr) -> Expr:
-    if ir.number(a) == 0 or ir.number(b) == 0:
-        return ir.const(0.0)
-    if ir.number(a) == 1:
-        return b
-    return a if ir.number(b) == 1 else ir.mul(a, b)
-
-
-def by_distance(e: Expr) -> Expr | None:
-    """The expression over `d` = q - k in place of q and k, or None if it depends on more than that."""
-    shifted = {"q": ir.add(ir.var("k"), ir.var("d"))}
-    done: dict[Expr, Expr] = {}
-    for node in ir.nodes(e):
-        args = tuple(done[arg] for arg in node.args)
-        if node.op == "var":
-            done[node] = shifted.get(str(node.value), node)
-        elif node.op in COMPARE and all(a.type == "int" for a in args):
-            difference = ir.sub(args[1], args[0])
-            compare = {"le": ir.le, "lt": ir.lt, "eq": ir.eq}[node.op]
-            done[node] = compare(ir.ZERO, difference)
-        else:
-            done[node] = ir.rebuild(node, args)
-    return None if {"q", "k"} & done[e].free else done[e]
 
 
 def of_distances(e: Expr, env: Env, distances: Tensor, live: Tensor) -> Tensor:
@@ -544,9 +486,3 @@ def fused_rows(x: Tensor, width: int) -> Tensor:
     if x.shape[-1] < width:
         x = torch.nn.functional.pad(x, (0, width - x.shape[-1]))
     return x if x.stride(-1) == 1 and x.stride(-2) >= width else x.contiguous()
-
-
-def constant_scale(slope: Expr, head_dim: int) -> float | None:
-    """The number that A of `affine_in_s` is for this head dimension, or None if it varies."""
-    value = ir.number(ir.substitute(slope, {"D": ir.const(head_dim)}))
-    return None if value is None or not math.isfinite(value) else float(value)

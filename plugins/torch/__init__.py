@@ -7,31 +7,33 @@ L = logaddexp(L1, L2), o = exp(L1 - L) o1 + exp(L2 - L) o2 (Dao et al., FlashAtt
 Memory grows with the entries of the BlockMask and the tokens, never with their square.
 """
 
+from dataclasses import replace
 from weakref import WeakKeyDictionary
 
 from attndsl.attention import Attention
-from attndsl.backend import Kernel, Problem, weighed
+from attndsl.backend import Kernel, Problem, predicted
+from attndsl.execution.torch_eval import FEATURES
 from attndsl.tiles.blockmask import BlockMask
 
 from .cost import SECONDS, TRAINING, counts
 from .kernel import BlockSparse
 
-DTYPES = ("float32", "float64", "bfloat16", "float16")
-
 
 class Torch:
     """Registered as `torch`."""
 
+    features = replace(
+        FEATURES,
+        clauses={"score", "decay", "count", "sink", "heads"},
+        norms={"softmax", "sigmoid", "relu"},
+    )
     seconds = SECONDS
 
     def supports(self, attention: Attention, problem: Problem) -> str | None:
-        if problem.dtype not in DTYPES:
-            return f"dtype {problem.dtype}: it takes {', '.join(DTYPES)}"
         return None
 
-    def cost(self, attention: Attention, problem: Problem, block_mask: BlockMask | None) -> float:
-        seconds = weighed(SECONDS, self.counts(attention, problem, block_mask))
-        return seconds * (TRAINING if problem.training else 1)
+    def cost(self, attention: Attention, problem: Problem, block_mask: BlockMask | None) -> float | None:
+        return predicted(SECONDS, self.counts(attention, problem, block_mask), problem, TRAINING)
 
     def counts(
         self, attention: Attention, problem: Problem, block_mask: BlockMask | None

@@ -10,8 +10,9 @@ import numpy as np
 from attndsl import expr as ir
 from attndsl.attention import Attention, HeadGroup
 from attndsl.backend import Problem
-from attndsl.execution.torch_eval import by_head, elements
+from attndsl.execution.torch_eval import elements
 from attndsl.expr import Expr
+from attndsl.scores import by_head
 from attndsl.tiles.blockmask import BlockMask, TileGrid
 from attndsl.tiles.tiling import tile
 
@@ -21,17 +22,19 @@ from .parts import Gathered, Part, Strided
 from .work import KEPT
 
 SECONDS = {
-    "runs": 0.000726,
-    "lanes": 0.000254,
-    "nodes": 4.46e-05,
-    "tokens": 2.03e-09,
-    "products": 3.2e-11,
-    "narrow": 1.08e-11,
-    "steps": 1.03e-06,
-    "addends": 3.4e-10,
-    "numbers": 1.7e-09,
-    "copied": 7.2e-10,
-    "merged": 3.49e-09,
+    "cpu": {
+        "runs": 0.000726,
+        "lanes": 0.000254,
+        "nodes": 4.46e-05,
+        "tokens": 2.03e-09,
+        "products": 3.2e-11,
+        "narrow": 1.08e-11,
+        "steps": 1.03e-06,
+        "addends": 3.4e-10,
+        "numbers": 1.7e-09,
+        "copied": 7.2e-10,
+        "merged": 3.49e-09,
+    }
 }
 """Of two cores with AVX-512, by `python -m benchmarks.cost fit`."""
 TRAINING = 4.0
@@ -53,7 +56,7 @@ def counts(attention: Attention, problem: Problem, block_mask: BlockMask | None)
         (lane.group, lane.grid, lane.heads.stop - lane.heads.start)
         for lane in lanes(attention, block_mask, batch, problem.heads, problem.kv_heads)
     )
-    total = Counter(dict.fromkeys((*SECONDS, "pairs"), 0.0))
+    total = Counter(dict.fromkeys((*SECONDS["cpu"], "pairs"), 0.0))
     for (group, grid, heads), times in alike.items():
         counts = lane_counts(group, grid, heads, problem, max(256, SAMPLED // len(alike)))
         total.update({name: times * problem.batch / batch * count for name, count in counts.items()})

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from attndsl import expr as ir
 from attndsl.attention import Attention, HeadGroup
-from attndsl.execution.torch_eval import affine_in_s, by_distance, constant_scale, strained
+from attndsl.execution.torch_eval import strained
 from attndsl.expr import Expr
+from attndsl.scores import by_distance, scale_and_bias
 from attndsl.tiles.blockmask import BlockMask, TileGrid
 from attndsl.tiles.lowering import head_groups
 
@@ -73,14 +73,11 @@ class Simple:
 
     @staticmethod
     def of(group: HeadGroup, head_dim: int) -> Simple | None:
-        split = affine_in_s(group.score)
-        if group.norm.kind != "softmax" or group.decay is not None or split is None:
+        found = scale_and_bias(group.score, head_dim)
+        if group.norm.kind != "softmax" or group.decay is not None or isinstance(found, str):
             return None
-        scale = constant_scale(split[0], head_dim)
-        if scale is None:
-            return None
-        bias = None if ir.number(split[1]) == 0 else split[1]
-        return Simple(scale / head_dim**0.5, bias, bias is None or by_distance(bias) is not None)
+        scale, bias = found
+        return Simple(scale, bias, bias is None or by_distance(bias) is not None)
 
 
 def cut_of(simple: Simple | None, heads: int, width: int, gradient: bool) -> Cut:

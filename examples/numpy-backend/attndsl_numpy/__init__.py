@@ -13,10 +13,10 @@ from torch import Tensor
 
 from attndsl import expr as ir
 from attndsl.attention import Attention, HeadGroup
-from attndsl.backend import Call, Kernel, Problem
-from attndsl.execution.torch_eval import affine_in_s
+from attndsl.backend import Call, Features, Kernel, Problem
 from attndsl.expr import Expr
-from attndsl.meaning.pointwise import evaluate
+from attndsl.meaning.pointwise import OPERATIONS, evaluate
+from attndsl.scores import affine_in_s
 from attndsl.tiles import lowering
 from attndsl.tiles.blockmask import BlockMask
 
@@ -27,9 +27,17 @@ ROWS = 256
 
 
 class Numpy:
+    features = Features(
+        clauses={"score", "decay", "count", "sink", "heads"},
+        norms={"softmax", "sigmoid", "relu"},
+        operations={*OPERATIONS, "add", "and", "or", "inset", "exists", "random", "inner"}
+        | {"lookup", "intable", "rank_of", "count_of"},
+        tables={"given", "learned", "int", "bool", "float"},
+        modes={"training"},
+        dtypes={"float16", "bfloat16", "float32", "float64"},
+    )
+
     def supports(self, attention: Attention, problem: Problem) -> str | None:
-        if problem.device != "cpu":
-            return "it runs on the CPU alone"
         if problem.training and (attention.learned or any(t.dtype == "float" for t in attention.inputs)):
             return "it has gradients of q, k and v alone"
         for group in attention.groups:
@@ -170,7 +178,7 @@ def parts(attention: Attention, call: Call) -> Iterator[Part]:
             slope, rest = affine_in_s(group.score) or (ir.ONE, ir.ZERO)
             sink = -np.inf
             if group.norm.sink is not None:
-                sink = at.of(group.norm.sink, np.ones((1, 1), bool), 0)[0, 0]
+                sink = at.at(group.norm.sink, np.int64(0), np.int64(0))[()]
             for start in range(0, nq, ROWS):
                 rows = slice(start, min(start + ROWS, nq))
                 live = mask[b % len(mask), h % mask.shape[1], rows]
@@ -190,6 +198,13 @@ class Positions:
 
     def of(self, e: Expr, live: Array, start: int) -> Array:
         """An expression without s, Q and K where `live`, 0 elsewhere: there tables may not reach."""
+        found = np.zeros(live.shape, np.longdouble)
+        rows, columns = np.nonzero(live)
+        q, k = self.call.q_at.positions(self.b), self.call.k_at.positions(self.b)
+        found[rows, columns] = self.at(e, q[start + rows], k[columns])
+        return found
+
+    def at(self, e: Expr, q: Array, k: Array) -> Array:
         call = self.call
         n = call.n[self.b % len(call.n)]
         closed = lowering.closed(e, n, call.q.shape[2], self.b, self.h, call.q.shape[1])
@@ -198,11 +213,7 @@ class Positions:
         for table in closed.tables:
             array = call.tables[table.name].detach()
             tables[table.name] = array.double().numpy() if array.is_floating_point() else array.numpy()
-        found = np.zeros(live.shape, np.longdouble)
-        q, k = call.q_at.positions(self.b), call.k_at.positions(self.b)
-        rows, columns = np.nonzero(live)
-        found[rows, columns] = evaluate(closed, q[start + rows], k[columns], tables)
-        return found
+        return evaluate(closed, q, k, tables)
 
 
 def extended(tensor: Tensor) -> Array:
