@@ -17,7 +17,7 @@ import torch
 from click.testing import CliRunner
 
 import attndsl
-from attndsl.analysis import cost, text
+from attndsl.analysis import block_sizes
 from attndsl.command import child, cli, trial
 from attndsl.command.cli import main
 from attndsl.errors import AttnError, fail
@@ -243,12 +243,11 @@ def test_analyze_agrees_with_the_mask(tmp_path):
 
 
 def test_analyze_says_which_block_sizes_it_left_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(cost, "ENTRIES", 2000)
-    monkeypatch.setattr(text, "ENTRIES", 2000)
+    monkeypatch.setattr(block_sizes, "ENTRIES", 2000)
     file = write(tmp_path / "a.attn", "attention a { inputs z : float[n]  mask random(2)  score s + z[k] }")
     done = attn("analyze", file, "--length", 4096, "--only", "block_sizes")
     assert "not counted: below 128, where there may be more than 2,000 entries" in done.stdout
-    monkeypatch.setattr(cost, "ENTRIES", 10**9)
+    monkeypatch.setattr(block_sizes, "ENTRIES", 10**9)
     assert "not counted" not in attn("analyze", file, "--length", 4096, "--only", "block_sizes").stdout
 
 

@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -16,13 +17,16 @@ import click
 from attndsl.errors import AttnError, Diagnostic, fail
 
 if TYPE_CHECKING:
-    from attndsl.analysis.report import Report, Subject
+    from attndsl.analysis.part import Subject
+    from attndsl.analysis.report import Report
     from attndsl.attention import Attention
     from attndsl.bound import Bound
     from attndsl.command.child import Stage
     from attndsl.execution.plan import Plan
     from attndsl.expr import Expr
+    from attndsl.html.masks import Mask
     from attndsl.language.assertions import Assertion
+    from attndsl.pictures import Drawing
     from attndsl.program import Program
     from attndsl.relations.proofs import Verdict
     from attndsl.tiles.blockmask import BlockMask
@@ -637,6 +641,16 @@ def ratio(dense: float, ours: float) -> str:
     return f"{dense / ours:.3g} x faster" if dense >= ours else f"{ours / dense:.3g} x slower"
 
 
+class Only(click.Option):
+    """Its help names what is registered when that is asked for."""
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        from attndsl.execution.registry import names
+
+        self.help = f"Some parts: {', '.join(names('analyses'))}."
+        return super().get_help_record(ctx)
+
+
 ANALYSIS = options(
     click.option("--q-length", type=Count(0, 65536), help="Number of queries, if not n."),
     HEADS,
@@ -655,11 +669,7 @@ ANALYSIS = options(
 @TARGET
 @click.option("--length", type=Count(0, 65536), required=True, help="Number of keys, n.")
 @ANALYSIS
-@click.option(
-    "--only",
-    metavar="PART,...",
-    help="Some parts: nnz, parameters, rows, cost, block_sizes, machines, reach, kv_cache, shards, graph.",
-)
+@click.option("--only", metavar="PART,...", cls=Only)
 @click.option(
     "--in",
     "parameters",
@@ -817,31 +827,40 @@ def report(
     attention, shown = titled(file, name, params)
     subject = subject_of(attention, parameters=(), inputs=tables(inputs), **sizes)
     (found,) = analyzed([(subject, shown)], None, time_limit)
-    drawings, undrawn = illustrated(subject, found, time_limit)
+    masks, drawings, undrawn = illustrated(subject, found, time_limit)
     found = replace(found, reasons={**found.reasons, **undrawn})
     source = None if file == "-" else read(file)
-    masks = drawings.pop("masks", ())
     write(output, render(found.to_dict(), masks=masks, figures=drawings, source=source))
     if not (masks or drawings):
         demand_known([found])
 
 
-def illustrated(subject: Subject, report: Report, time_limit: float) -> tuple[dict[str, Any], dict[str, str]]:
-    """The drawings of a page, each made in a child of its own, and why others are missing."""
-    from attndsl.html.figures import DRAWINGS
+def illustrated(
+    subject: Subject, report: Report, time_limit: float
+) -> tuple[list[Mask], dict[str, Drawing], dict[str, str]]:
+    """Masks, and drawings by part, each made in a child of its own, and why others are missing."""
+    from attndsl.analysis.report import usable
+    from attndsl.html.masks import masks
 
-    made, undrawn = {}, {}
-    for part, draw in DRAWINGS.items():
+    made: dict[str, Any] = {}
+    undrawn = {}
+    draws: dict[str, Callable[[], Any]] = {
+        "masks": lambda: masks(subject.block_mask, subject.sizes.q.span(0)[0])
+    }
+    for name, part in usable().items():
+        if part.draw and name in report.findings:
+            draws[name] = partial(part.draw, subject, report.findings[name])
+    for what, make in draws.items():
 
-        def work(stage: Stage, part: str = part, draw: Callable[..., Any] = draw) -> Any:
-            stage(f"drawing {part}", time_limit)
-            return draw(subject, report)
+        def work(stage: Stage, what: str = what, make: Callable[[], Any] = make) -> Any:
+            stage(f"drawing {what}", time_limit)
+            return make()
 
         try:
-            made[part] = apart(work)
+            made[what] = apart(work)
         except AttnError as error:
-            undrawn[f"picture of {part}"] = error.diagnostics[0].message
-    return made, undrawn
+            undrawn[f"picture of {what}"] = error.diagnostics[0].message
+    return made.pop("masks", []), made, undrawn
 
 
 @main.command()
