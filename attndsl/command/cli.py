@@ -647,7 +647,7 @@ class Only(click.Option):
     def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
         from attndsl.execution.registry import names
 
-        self.help = f"Some parts: {', '.join(names('analyses'))}."
+        self.help = f"Some parts: {', '.join(sorted(names('analyses')))}."
         return super().get_help_record(ctx)
 
 
