@@ -18,7 +18,7 @@ from click.testing import CliRunner
 
 import attndsl
 from attndsl.analysis import block_sizes
-from attndsl.command import child, cli, trial
+from attndsl.command import child, run, trial
 from attndsl.command.cli import main
 from attndsl.errors import AttnError, fail
 from attndsl.tiles import tiling
@@ -492,8 +492,8 @@ def test_dense_attention_with_bias_does_the_same_work():
 
 
 def test_a_ratio_is_in_words():
-    assert cli.ratio(dense=2.4, ours=2.0) == "1.2 x faster"
-    assert cli.ratio(dense=1.0, ours=3.1) == "3.1 x slower"
+    assert run.ratio(dense=2.4, ours=2.0) == "1.2 x faster"
+    assert run.ratio(dense=1.0, ours=3.1) == "3.1 x slower"
 
 
 def test_run_reads_a_text_and_shows_everything(good):

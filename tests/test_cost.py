@@ -13,7 +13,8 @@ import torch
 
 import attndsl
 from attndsl import expr as ir
-from attndsl.analysis import block_sizes, cost, machines, work
+from attndsl.analysis import block_sizes, cost, machines
+from attndsl.analysis import work as analysis
 from attndsl.analysis.block_sizes import BlockSize, TileCounts
 from attndsl.analysis.machines import Machine
 from attndsl.attention import Attention
@@ -67,11 +68,13 @@ def test_ideal_flops_and_bytes_are_those_of_the_live_pairs(
     live = 3 * int(mask.sum())
     last = mask[:, -1]
     read = 3 * int(last.reshape(kv_heads, 4 // kv_heads, n).any(1).sum())
-    found = work.ideal(blocks_of(attention, p), p)
-    assert found.flops == work.Steps(2 * (16 + 16) * live, round(2.5 * 64 * live), 64 * 3 * int(last.sum()))
+    found = analysis.ideal(blocks_of(attention, p), p)
+    assert found.flops == analysis.Steps(
+        2 * (16 + 16) * live, round(2.5 * 64 * live), 64 * 3 * int(last.sum())
+    )
     seen = 3 * int(mask.any(1).reshape(kv_heads, 4 // kv_heads, n).any(1).sum())
     q, k = 3 * 4 * nq * 16 * 2, seen * 16 * 2
-    assert found.bytes == work.Steps(2 * (q + k), 4 * (q + k), (2 * 3 * 4 + 2 * read) * 16 * 2)
+    assert found.bytes == analysis.Steps(2 * (q + k), 4 * (q + k), (2 * 3 * 4 + 2 * read) * 16 * 2)
 
 
 def test_batch_rows_with_masks_of_their_own_are_added() -> None:
@@ -79,7 +82,7 @@ def test_batch_rows_with_masks_of_their_own_are_added() -> None:
     sizes = lowering.sizes(attention, 50, 50, 4)
     tables = lowering.checked_tables(attention, {"pad": np.array([0, 30])}, sizes)
     p = problem_of(50, kv_heads=2, batch=2, block_size=16)
-    found = work.ideal(blocks_of(attention, p, tables), p)
+    found = analysis.ideal(blocks_of(attention, p, tables), p)
     mask = Bound(attention).mask(50, heads=4, pad=np.array([0, 30]))
     assert found.flops.forward == 64 * 4 * mask.sum()
     assert found.flops.decode == 64 * 4 * (50 + 20)
@@ -89,8 +92,8 @@ def test_batch_rows_with_masks_of_their_own_are_added() -> None:
 @pytest.mark.parametrize("nq", [0, 5])
 def test_no_keys_and_no_queries_cost_nothing(nq: int) -> None:
     p = problem_of(nq and 0, nq and 0)
-    found = work.ideal(blocks_of(attention_of("mask causal"), p), p)
-    assert found.flops == found.bytes == work.Steps(0, 0, 0)
+    found = analysis.ideal(blocks_of(attention_of("mask causal"), p), p)
+    assert found.flops == found.bytes == analysis.Steps(0, 0, 0)
     assert machines.roofline(machines.MACHINES[0], found, "float32").seconds.forward == 0
 
 
@@ -235,7 +238,7 @@ def test_lowerings_of_all_backends(monkeypatch: pytest.MonkeyPatch) -> None:
     found = cost.lowerings(attention, p, blocks)
     assert found["sdpa"] == cost.Lowering(None, "norm sigmoid: SDPA has softmax only", None, None)
     dense = found["reference"]
-    assert dense.flops == work.Passes(64 * 4 * 256**2, 160 * 4 * 256**2)
+    assert dense.flops == analysis.Passes(64 * 4 * 256**2, 160 * 4 * 256**2)
     written = counts("reference", attention, p)["written"]
     rows = 4 * 256 * 16 * 4
     assert dense.bytes is not None
@@ -249,7 +252,7 @@ def test_lowerings_of_all_backends(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_roofline_by_hand() -> None:
-    live = work.Ideal(work.Steps(1000, 2500, 10), work.Steps(100, 50, 40))
+    live = analysis.Ideal(analysis.Steps(1000, 2500, 10), analysis.Steps(100, 50, 40))
     machine = Machine("toy", {"float32": 500.0}, 20.0)
     found = machines.roofline(machine, live, "float32")
     assert (found.intensity, found.bound) == (10.0, "memory")

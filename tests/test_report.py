@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import pickle
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,16 @@ def test_a_part_of_another_party(registered: Callable[..., str]) -> None:
     assert f'<data value="16" data-field="/{name}/twice">16</data>' in page
     assert f'<data value="true" data-field="/{name}/list/1">yes</data>' in page
     assert attndsl.analyze(attention, length=8, parts=["rows"]).to_dict()[name] is None
+
+
+def test_the_analysis_in_contributing(registered: Callable[..., str]) -> None:
+    text = (EXAMPLES.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (source,) = (block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "Part(" in block)
+    name = registered(source.replace("part = ", "backend = "))
+    report = attndsl.analyze(attndsl.parse("pattern p = last(3)")["p"], length=8, parts=[name])
+    assert getattr(report, name) == 3
+    assert str(report).endswith("\n  most keys     3 for one query")
+    assert f'<data value="3" data-field="/{name}">3</data>' in render(report.to_dict())
 
 
 @pytest.mark.parametrize(
