@@ -7,7 +7,7 @@ import gc
 from collections import ChainMap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,6 +56,17 @@ def load(path: str | Path) -> Program:
     return _program(_read(path, str(path), None), path.resolve())
 
 
+@dataclass(frozen=True)
+class Shelf:
+    """The files that a `use` without a library's name may read: those in `root` and below it.
+
+    library: "" for the folder of the first file.
+    """
+
+    library: str
+    root: Path
+
+
 def _read(path: Path, shown: str, span: Span | None) -> Source:
     try:
         return Source(shown, path.read_text(encoding="utf-8"))
@@ -82,9 +93,9 @@ def _keeping() -> Iterator[None]:
 @_keeping()
 def _program(source: Source, path: Path | None) -> Program:
     problems: list[Diagnostic] = []
-    folder, chain = (path.parent, (path,)) if path else (None, ())
+    shelf = Shelf("", path.parent) if path else None
     unread: set[str] = set()
-    items = list(_items(source, folder, folder, chain, set(), problems, unread))
+    items = list(_items(source, shelf, (path,) if path else (), set(), problems, unread))
     definitions: dict[str, Definition] = {}
     assertions: list[ast.Assert] = []
     for item in items:
@@ -115,13 +126,14 @@ def _in_order(problems: list[Diagnostic]) -> list[Diagnostic]:
 
 def _items(
     source: Source,
-    folder: Path | None,
-    root: Path | None,
+    shelf: Shelf | None,
     chain: tuple[Path, ...],
     seen: set[Path],
     problems: list[Diagnostic],
     unread: set[str],
 ) -> Iterator[ast.Item]:
+    """The definitions and assertions of a text and of the files that it uses; chain: the files that lead
+    to it, itself last."""
     module, found = syntax.parse_partial(source)
     unread.update(module.unread)
     problems += found
@@ -130,7 +142,7 @@ def _items(
             yield item
             continue
         try:
-            path = _used_path(item, folder, root)
+            path, shown, place = _used(item, chain[-1].parent if chain else None, shelf)
             if path in chain:
                 raise fail(f"`{item.path}` uses itself in the end", item.span)
             if path in seen:
@@ -138,20 +150,46 @@ def _items(
             if len(seen) >= FILE_LIMIT:
                 raise fail(f"a program uses more than {FILE_LIMIT} files", item.span)
             seen.add(path)
-            used = _read(path, item.path, item.span)
+            used = _read(path, shown, item.span)
         except AttnError as error:
             problems += error.diagnostics
             continue
-        yield from _items(used, path.parent, root, (*chain, path), seen, problems, unread)
+        yield from _items(used, place, (*chain, path), seen, problems, unread)
 
 
-def _used_path(item: ast.Use, folder: Path | None, root: Path | None) -> Path:
-    if folder is None or root is None:
+def _used(item: ast.Use, folder: Path | None, shelf: Shelf | None) -> tuple[Path, str, Shelf]:
+    """The file that is meant, links followed, its name in messages, and the shelf that it stands on."""
+    library, colon, inside = item.path.rpartition(":")
+    if colon:
+        shelf = _library(library, item.span)
+        folder = shelf.root
+    if folder is None or shelf is None:
         raise fail("a text without a file cannot use another", item.span, "load it from a file")
-    path = (folder / item.path).resolve()
-    if Path(item.path).is_absolute() or not path.is_relative_to(root.resolve()):
-        raise fail("`use` reaches files in the folder of the first file or below it alone", item.span)
-    return path
+    path = (folder / inside).resolve()
+    if Path(inside).is_absolute() or not path.is_relative_to(shelf.root):
+        where = "the folder of the first file or below it" if not shelf.library else f"`{shelf.library}`"
+        raise fail(f"`use` reaches files in {where} alone", item.span)
+    if not shelf.library:
+        return path, inside, shelf
+    name = path.relative_to(shelf.root).as_posix()
+    if not path.is_file():
+        held = sorted(file.relative_to(shelf.root).as_posix() for file in shelf.root.rglob("*.attn"))
+        help = suggest(name, held) or f"it has {', '.join(held) or 'none'}"
+        raise fail(f"the library `{shelf.library}` has no file `{name}`", item.span, help)
+    return path, f"{shelf.library}:{name}", shelf
+
+
+def _library(name: str, span: Span) -> Shelf:
+    from attndsl.execution import registry
+
+    installed = registry.names("libraries")
+    if name not in installed:
+        known = suggest(name, installed) or f"there are {', '.join(sorted(installed)) or 'none'}"
+        raise fail(f"no library `{name}` is installed", span, known)
+    try:
+        return Shelf(name, registry.plugin("libraries", name).resolve())
+    except AttnError as error:
+        raise fail(error.diagnostics[0].message, span) from None
 
 
 def _declare(item: Definition, definitions: dict[str, Definition]) -> list[Diagnostic]:

@@ -14,18 +14,18 @@ NUMBER = itertools.count()
 
 
 @pytest.fixture
-def register(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
+def register(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     """Installs a backend with this source, as pip would leave it, under a new name: for this process and
-    those that it starts."""
+    those that it starts. Or an object of another group, or the module itself."""
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
 
-    def install(source: str) -> str:
-        name = f"mine{next(NUMBER)}"
+    def install(source: str, group: str = "backends", target: str = ":backend", name: str = "") -> str:
+        name = name or f"mine{next(NUMBER)}"
         (tmp_path / f"{name}.py").write_text(source)
         info = tmp_path / f"{name}-0.1.dist-info"
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.1\n")
-        (info / "entry_points.txt").write_text(f"[attndsl.backends]\n{name} = {name}:backend\n")
+        (info / "entry_points.txt").write_text(f"[attndsl.{group}]\n{name} = {name}{target}\n")
         monkeypatch.syspath_prepend(tmp_path)
         return name
 

@@ -21,9 +21,11 @@ ROOMS = (
     "meaning",  # pointwise evaluation, bounds, draws
     "relations",  # isl: relations and proofs
     "tiles",  # masks in tiles
+    "pictures",
     "layers",  # what stacks of relations reach
     "language",  # tree to attention, assertions, warnings
-    "backend",  # the contract
+    "backend",  # the contract of a backend
+    "analysis.part",  # the contract of an analysis
     "execution.registry",
     "execution.choice",  # what backends say of a problem
     "analysis",  # one question a file
@@ -31,7 +33,6 @@ ROOMS = (
     "program",
     "analysis.report",
     "execution",  # plans and the operator
-    "pictures",
     "html",
     "command",
     "torch",

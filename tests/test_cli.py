@@ -17,8 +17,8 @@ import torch
 from click.testing import CliRunner
 
 import attndsl
-from attndsl.analysis import cost, text
-from attndsl.command import child, cli, trial
+from attndsl.analysis import block_sizes
+from attndsl.command import child, run, trial
 from attndsl.command.cli import main
 from attndsl.errors import AttnError, fail
 from attndsl.tiles import tiling
@@ -243,12 +243,11 @@ def test_analyze_agrees_with_the_mask(tmp_path):
 
 
 def test_analyze_says_which_block_sizes_it_left_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(cost, "ENTRIES", 2000)
-    monkeypatch.setattr(text, "ENTRIES", 2000)
+    monkeypatch.setattr(block_sizes, "ENTRIES", 2000)
     file = write(tmp_path / "a.attn", "attention a { inputs z : float[n]  mask random(2)  score s + z[k] }")
     done = attn("analyze", file, "--length", 4096, "--only", "block_sizes")
     assert "not counted: below 128, where there may be more than 2,000 entries" in done.stdout
-    monkeypatch.setattr(cost, "ENTRIES", 10**9)
+    monkeypatch.setattr(block_sizes, "ENTRIES", 10**9)
     assert "not counted" not in attn("analyze", file, "--length", 4096, "--only", "block_sizes").stdout
 
 
@@ -495,8 +494,8 @@ def test_dense_attention_with_bias_does_the_same_work():
 
 
 def test_a_ratio_is_in_words():
-    assert cli.ratio(dense=2.4, ours=2.0) == "1.2 x faster"
-    assert cli.ratio(dense=1.0, ours=3.1) == "3.1 x slower"
+    assert run.ratio(dense=2.4, ours=2.0) == "1.2 x faster"
+    assert run.ratio(dense=1.0, ours=3.1) == "3.1 x slower"
 
 
 def test_run_reads_a_text_and_shows_everything(good):

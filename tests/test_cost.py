@@ -13,8 +13,10 @@ import torch
 
 import attndsl
 from attndsl import expr as ir
-from attndsl.analysis import cost
-from attndsl.analysis.cost import BlockSize, Machine, TileCounts
+from attndsl.analysis import block_sizes, cost, machines
+from attndsl.analysis import work as analysis
+from attndsl.analysis.block_sizes import BlockSize, TileCounts
+from attndsl.analysis.machines import Machine
 from attndsl.attention import Attention
 from attndsl.backend import Counting, Problem, weighed
 from attndsl.bound import Bound
@@ -66,11 +68,13 @@ def test_ideal_flops_and_bytes_are_those_of_the_live_pairs(
     live = 3 * int(mask.sum())
     last = mask[:, -1]
     read = 3 * int(last.reshape(kv_heads, 4 // kv_heads, n).any(1).sum())
-    found = cost.ideal(blocks_of(attention, p), p)
-    assert found.flops == cost.Steps(2 * (16 + 16) * live, round(2.5 * 64 * live), 64 * 3 * int(last.sum()))
+    found = analysis.ideal(blocks_of(attention, p), p)
+    assert found.flops == analysis.Steps(
+        2 * (16 + 16) * live, round(2.5 * 64 * live), 64 * 3 * int(last.sum())
+    )
     seen = 3 * int(mask.any(1).reshape(kv_heads, 4 // kv_heads, n).any(1).sum())
     q, k = 3 * 4 * nq * 16 * 2, seen * 16 * 2
-    assert found.bytes == cost.Steps(2 * (q + k), 4 * (q + k), (2 * 3 * 4 + 2 * read) * 16 * 2)
+    assert found.bytes == analysis.Steps(2 * (q + k), 4 * (q + k), (2 * 3 * 4 + 2 * read) * 16 * 2)
 
 
 def test_batch_rows_with_masks_of_their_own_are_added() -> None:
@@ -78,7 +82,7 @@ def test_batch_rows_with_masks_of_their_own_are_added() -> None:
     sizes = lowering.sizes(attention, 50, 50, 4)
     tables = lowering.checked_tables(attention, {"pad": np.array([0, 30])}, sizes)
     p = problem_of(50, kv_heads=2, batch=2, block_size=16)
-    found = cost.ideal(blocks_of(attention, p, tables), p)
+    found = analysis.ideal(blocks_of(attention, p, tables), p)
     mask = Bound(attention).mask(50, heads=4, pad=np.array([0, 30]))
     assert found.flops.forward == 64 * 4 * mask.sum()
     assert found.flops.decode == 64 * 4 * (50 + 20)
@@ -88,9 +92,9 @@ def test_batch_rows_with_masks_of_their_own_are_added() -> None:
 @pytest.mark.parametrize("nq", [0, 5])
 def test_no_keys_and_no_queries_cost_nothing(nq: int) -> None:
     p = problem_of(nq and 0, nq and 0)
-    found = cost.ideal(blocks_of(attention_of("mask causal"), p), p)
-    assert found.flops == found.bytes == cost.Steps(0, 0, 0)
-    assert cost.roofline(cost.MACHINES[0], found, "float32").seconds.forward == 0
+    found = analysis.ideal(blocks_of(attention_of("mask causal"), p), p)
+    assert found.flops == found.bytes == analysis.Steps(0, 0, 0)
+    assert machines.roofline(machines.MACHINES[0], found, "float32").seconds.forward == 0
 
 
 @pytest.mark.parametrize("clauses", PATTERNS)
@@ -98,7 +102,7 @@ def test_no_keys_and_no_queries_cost_nothing(nq: int) -> None:
 def test_tiles_of_every_block_size_are_those_of_the_mask(clauses: str, n: int) -> None:
     attention, p = attention_of(clauses), problem_of(n, batch=2)
     mask = np.broadcast_to(Bound(attention).mask(n, heads=4), (4, n, n))
-    rows = cost.block_sizes(attention, p, candidates=(16, 32, 64))
+    rows = block_sizes.block_sizes(attention, p, candidates=(16, 32, 64))
     assert [row.block_size for row in rows] == [16, 32, 64]
     for row in rows:
         size = row.block_size
@@ -114,28 +118,28 @@ def test_tiles_of_every_block_size_are_those_of_the_mask(clauses: str, n: int) -
 
 def test_the_best_block_size_leaves_out_dead_pairs_where_that_pays() -> None:
     def best(clauses: str, n: int = 4096) -> int | None:
-        return cost.best_block_size(cost.block_sizes(attention_of(clauses), problem_of(n)))
+        return block_sizes.best_block_size(block_sizes.block_sizes(attention_of(clauses), problem_of(n)))
 
     assert best("") == 256
     assert best("mask blocks(64, { q, k : q == k })") == 64
     assert best("mask blocks(32, { q, k : (q + k) mod 5 == 0 })") == 32
     assert best("mask causal & last(64)") < best("mask causal & last(2048)")  # type: ignore[operator]
-    assert cost.best_block_size(()) is None
+    assert block_sizes.best_block_size(()) is None
     even = [BlockSize(size, TileCounts(0, 0), 0, 1.0) for size in (16, 32)]
-    assert cost.best_block_size(tuple(even)) == 32
+    assert block_sizes.best_block_size(tuple(even)) == 32
 
 
 def test_a_tile_costs_its_pairs_and_4096_more() -> None:
     small, large = BlockSize(16, TileCounts(3, 7), 2560, 1.0), BlockSize(64, TileCounts(1, 2), 31233, 2.0)
     assert 2560 + 10 * 4096 == 31232 + 3 * 4096
-    assert cost.best_block_size((small, large)) == 16
-    assert cost.best_block_size((small, BlockSize(64, TileCounts(1, 2), 31232, 2.0))) == 64
+    assert block_sizes.best_block_size((small, large)) == 16
+    assert block_sizes.best_block_size((small, BlockSize(64, TileCounts(1, 2), 31232, 2.0))) == 64
 
 
 def test_block_sizes_with_too_many_tiles_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     attention, p = attention_of("mask { q, k : (q - k) mod 16 == 0 }"), problem_of(1024)
-    monkeypatch.setattr(cost, "ENTRIES", 16**2)
-    assert [row.block_size for row in cost.block_sizes(attention, p)] == [64, 128, 256]
+    monkeypatch.setattr(block_sizes, "ENTRIES", 16**2)
+    assert [row.block_size for row in block_sizes.block_sizes(attention, p)] == [64, 128, 256]
 
 
 def counts(backend: str, attention: Attention, p: Problem, blocks: Any = None) -> dict[str, float]:
@@ -236,7 +240,7 @@ def test_lowerings_of_all_backends(monkeypatch: pytest.MonkeyPatch) -> None:
     found = cost.lowerings(attention, p, blocks)
     assert found["sdpa"] == cost.Lowering(None, "it knows nothing of the norm `sigmoid`", None, None)
     dense = found["reference"]
-    assert dense.flops == cost.Passes(64 * 4 * 256**2, 160 * 4 * 256**2)
+    assert dense.flops == analysis.Passes(64 * 4 * 256**2, 160 * 4 * 256**2)
     written = counts("reference", attention, p)["written"]
     rows = 4 * 256 * 16 * 4
     assert dense.bytes is not None
@@ -250,16 +254,16 @@ def test_lowerings_of_all_backends(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_roofline_by_hand() -> None:
-    work = cost.Ideal(cost.Steps(1000, 2500, 10), cost.Steps(100, 50, 40))
+    live = analysis.Ideal(analysis.Steps(1000, 2500, 10), analysis.Steps(100, 50, 40))
     machine = Machine("toy", {"float32": 500.0}, 20.0)
-    found = cost.roofline(machine, work, "float32")
+    found = machines.roofline(machine, live, "float32")
     assert (found.intensity, found.bound) == (10.0, "memory")
-    assert found.seconds == cost.Seconds(5.0, 5.0, 2.0)
-    assert cost.roofline(Machine("toy", {"float32": 100.0}, 20.0), work, "float32").bound == "compute"
+    assert found.seconds == machines.Seconds(5.0, 5.0, 2.0)
+    assert machines.roofline(Machine("toy", {"float32": 100.0}, 20.0), live, "float32").bound == "compute"
 
 
 def test_machines_are_those_of_the_data_sheets() -> None:
-    peaks = {m.name: (m.flops["bfloat16"] / 1e12, m.bandwidth / 1e12) for m in cost.MACHINES}
+    peaks = {m.name: (m.flops["bfloat16"] / 1e12, m.bandwidth / 1e12) for m in machines.MACHINES}
     assert peaks == {"A100": (312, 2.039), "H100": (989.5, 3.35), "H200": (989.5, 4.8)}
 
 
@@ -270,14 +274,14 @@ RATES = {"float16": 1.0, "bfloat16": 2.0, "float32": 3.0, "float64": 4.0, "bandw
 def timings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows with every measurement."""
     made: list[int] = []
-    monkeypatch.setattr(cost, "measured", lambda: made.append(1) or dict(RATES))
+    monkeypatch.setattr(machines, "measured", lambda: made.append(1) or dict(RATES))
     return made
 
 
 def test_this_machine_is_measured_once(tmp_path: Path, timings: list[int]) -> None:
     file = tmp_path / "deep" / "machines.json"
-    first, second = cost.this_machine(file), cost.this_machine(file)
-    assert first == second == Machine("this CPU", {k: v for k, v in RATES.items() if k in cost.DTYPES}, 5.0)
+    first, second = machines.this_machine(file), machines.this_machine(file)
+    assert first == second == Machine("this CPU", {k: v for k, v in RATES.items() if k != "bandwidth"}, 5.0)
     assert len(timings) == 1
     (key,) = json.loads(file.read_text())
     assert torch.__version__ in key
@@ -290,14 +294,14 @@ def test_this_machine_is_measured_once(tmp_path: Path, timings: list[int]) -> No
 )
 def test_a_broken_cache_is_measured_anew(tmp_path: Path, timings: list[int], text: str | bytes) -> None:
     file = tmp_path / "machines.json"
-    cost.this_machine(file)
+    machines.this_machine(file)
     (key,) = json.loads(file.read_text())
     bad = json.dumps(RATES | {"float32": "fast"})
     filled = (
         text if isinstance(text, bytes) else text.replace("KEY", json.dumps(key)).replace("BAD", bad).encode()
     )
     file.write_bytes(filled)
-    assert cost.this_machine(file).flops["float32"] == 3.0
+    assert machines.this_machine(file).flops["float32"] == 3.0
     assert len(timings) == 2
     assert json.loads(file.read_text()) == {key: RATES}
 
@@ -305,17 +309,17 @@ def test_a_broken_cache_is_measured_anew(tmp_path: Path, timings: list[int], tex
 def test_machines_of_others_stay_in_the_cache(tmp_path: Path, timings: list[int]) -> None:
     file = tmp_path / "machines.json"
     file.write_text(json.dumps({"another": RATES}))
-    cost.this_machine(file)
+    machines.this_machine(file)
     assert len(json.loads(file.read_text())) == 2
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path, timings: list[int]) -> None:
     (tmp_path / "file").write_text("")
-    assert cost.this_machine(tmp_path / "file" / "machines.json").bandwidth == 5.0
+    assert machines.this_machine(tmp_path / "file" / "machines.json").bandwidth == 5.0
 
 
 def test_the_micro_benchmark_gives_plausible_rates() -> None:
-    rates = cost.measured()
+    rates = machines.measured()
     assert rates.keys() == RATES.keys()
     assert 1e8 < rates["float32"] < 1e14
     assert 1e8 < rates["bandwidth"] < 1e13

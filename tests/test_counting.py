@@ -10,7 +10,7 @@ import sympy
 
 import attndsl
 from attndsl.analysis import counting
-from attndsl.analysis.report import Count
+from attndsl.analysis.live import Count
 from attndsl.expr import Expr, const, substitute, var
 from attndsl.meaning.pointwise import evaluate
 from attndsl.tiles.lowering import quantifier_free

@@ -14,8 +14,9 @@ import sympy
 
 import attndsl
 from attndsl.html.masks import SIDES, Mask, masks
-from attndsl.html.page import Figure, render
+from attndsl.html.page import render
 from attndsl.html.typeset import mathml
+from attndsl.pictures import Drawing
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 browser_needed = pytest.mark.skipif(
@@ -40,8 +41,8 @@ REPORT = {
     "nnz": {
         "value": 24517608, "formula": "6180*n - 795672", "valid_for": "n >= 257", "bounds": None,
         "expected": None, "around": None, "residues": None,
-        "in_parameters": {"r": {"formula": "n*(2*r + 1) - r*(r + 1)", "valid_for": "n >= r"}},
     },
+    "in_parameters": {"r": {"formula": "n*(2*r + 1) - r*(r + 1)", "valid_for": "n >= r"}},
     "density": 2043134 / 4096**2, "complexity": "O(n*sqrt(n))", "empty_rows": 0, "causal": False,
     "not_causal_at": {"n": 2, "q": 0, "k": 1},
     "flops": {"forward": 6276507648, "backward": 15691269120, "decode": 1572864},
@@ -140,7 +141,8 @@ def opened(chromium, tmp_path):
 
 def full_page():
     figures = {
-        name: Figure(SVG.format("white"), SVG.format("black"), f"{name} {EVIL}") for name in ("cost", "reach")
+        name: Drawing(SVG.format("white"), SVG.format("black"), f"{name} {EVIL}")
+        for name in ("cost", "reach")
     }
     return render(REPORT, masks=LONGFORMER, figures=figures, source=EVIL)
 
@@ -240,7 +242,7 @@ def read_formula(element):
 @browser_needed
 def test_the_formulas_on_the_page_are_those_of_the_report(opened):
     driver = opened(full_page())
-    for place in ("/nnz/formula", "/nnz/in_parameters/r/formula", "/kv_cache/formula", "/reach/formula"):
+    for place in ("/nnz/formula", "/in_parameters/r/formula", "/kv_cache/formula", "/reach/formula"):
         element = driver.find_element("css selector", f"[data-field='{place}']")
         assert (
             sympy.expand(read_formula(element) - sympy.sympify(at(REPORT, place).partition(" for ")[0])) == 0

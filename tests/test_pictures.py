@@ -18,7 +18,8 @@ from matplotlib.colors import to_rgb
 
 import attndsl
 from attndsl import pictures
-from attndsl.command.cli import coarse, main
+from attndsl.command.cli import main
+from attndsl.command.show import coarse
 from attndsl.errors import AttnError
 from attndsl.pictures.masks import FULL, PARTIAL, ticks, tokens
 from attndsl.pictures.style import DARK, LIGHT

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import pickle
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,8 @@ from click.testing import CliRunner
 
 import attndsl
 from attndsl.command.cli import main
+from attndsl.execution import registry
+from attndsl.html.page import render
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 ATTENTIONS = [
@@ -91,6 +96,74 @@ def test_queries_of_their_own() -> None:
     assert report.nnz is not None
     assert (report.nnz.value, report.nnz.formula) == (sum(range(91, 101)), None)
     assert set(report.reasons) == {"reach", "kv_cache", "shards", "graph"}
+
+
+MINE = """
+from attndsl.analysis.part import Part
+def found(subject):
+    return {"twice": 2 * subject.problem.length, "list": [0.5, True]}
+backend = Part(found, lambda found: ["mine"])
+"""
+
+
+@pytest.fixture
+def registered(register: Callable[..., str]) -> Iterator[Callable[..., str]]:
+    yield lambda source, name="": register(source, "analyses", name=name)
+    registry.plugin.cache_clear()
+
+
+def test_a_part_of_another_party(registered: Callable[..., str]) -> None:
+    name = registered(MINE)
+    attention = attndsl.parse("pattern p = causal")["p"]
+    report = attndsl.analyze(attention, length=8)
+    assert getattr(report, name) == report.to_dict()[name] == {"twice": 16, "list": [0.5, True]}
+    assert (str(report).splitlines()[-1], report.reasons) == ("mine", {})
+    assert pickle.loads(pickle.dumps(report)) == report
+    page = render(report.to_dict())
+    assert f'<data value="16" data-field="/{name}/twice">16</data>' in page
+    assert f'<data value="true" data-field="/{name}/list/1">yes</data>' in page
+    assert attndsl.analyze(attention, length=8, parts=["rows"]).to_dict()[name] is None
+
+
+def test_the_analysis_in_contributing(registered: Callable[..., str]) -> None:
+    text = (EXAMPLES.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (source,) = (block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "Part(" in block)
+    name = registered(source.replace("part = ", "backend = "))
+    report = attndsl.analyze(attndsl.parse("pattern p = last(3)")["p"], length=8, parts=[name])
+    assert getattr(report, name) == 3
+    assert str(report).endswith("\n  most keys     3 for one query")
+    assert f'<data value="3" data-field="/{name}">3</data>' in render(report.to_dict())
+
+
+@pytest.mark.parametrize(
+    ("source", "error"),
+    [("import nowhere", "ModuleNotFoundError"), ("backend = print", "it is no `attndsl.analysis.part.Part`")],
+)
+def test_a_part_that_cannot_be_used_is_told_and_takes_no_other_down(
+    source: str, error: str, registered: Callable[..., str]
+) -> None:
+    name = registered(source)
+    rows = {row["name"]: row["error"] for row in json.loads(run("plugins", "--json"))["plugins"]}
+    assert rows[name].startswith(error)
+    report = attndsl.analyze(attndsl.parse("pattern p = causal")["p"], length=8)
+    assert report.nnz.value == 36
+    assert report.reasons.keys() == {name}
+    assert error in report.reasons[name]
+    assert f"  {name}" in str(report)
+
+
+@pytest.mark.parametrize("name", ["density", "length"])
+def test_no_field_is_given_twice(name: str, registered: Callable[..., str]) -> None:
+    registered(MINE, name)
+    with pytest.raises(attndsl.AttnError, match=f"gives the field `{name}`, and so does"):
+        attndsl.analyze(attndsl.parse("pattern p = causal")["p"], length=8)
+
+
+def test_a_report_has_no_other_fields() -> None:
+    report = attndsl.analyze(attndsl.parse("pattern p = causal")["p"], length=8, parts=["rows"])
+    assert (report.empty_rows, report.nnz) == (0, None)
+    with pytest.raises(AttributeError, match="no field `nzz`"):
+        _ = report.nzz
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import attndsl
-from attndsl.command import show
+from attndsl.command import terminal
 
 HALF = {" ": (0, 0), "▀": (1, 0), "▄": (0, 1), "█": (1, 1)}
 PATTERNS = {
@@ -32,7 +32,7 @@ def body(picture):
 @pytest.mark.parametrize(("length", "q_length"), [(64, None), (78, 77), (40, 1), (1, 1), (33, 20)])
 def test_up_to_a_token_per_column_the_picture_is_the_mask(text, length, q_length):
     mask = block_mask(text, length, q_length=q_length)
-    read = np.array([[HALF[char] for char in line] for line in body(show.picture(mask))])
+    read = np.array([[HALF[char] for char in line] for line in body(terminal.picture(mask))])
     rows = read.swapaxes(1, 2).reshape(-1, length)
     dense = mask.to_dense()[0, 0]
     assert (rows[: len(dense)] == dense).all()
@@ -49,7 +49,7 @@ def shade(share):
 @pytest.mark.parametrize(("length", "q_length"), [(300, None), (511, 17), (1000, 999)])
 def test_a_character_is_the_share_of_its_rectangle(block_size, text, length, q_length):
     mask = block_mask(text, length, block_size, q_length=q_length)
-    drawn = show.picture(mask)
+    drawn = terminal.picture(mask)
     keys, queries = (int(x) for x in re.search(r"= (\d+) keys x (\d+) queries", drawn).groups())
     dense = mask.to_dense()[0, 0]
     wanted = [
@@ -62,7 +62,7 @@ def test_a_character_is_the_share_of_its_rectangle(block_size, text, length, q_l
 def test_a_narrow_window_is_visible_at_a_million_tokens():
     mask = block_mask("last(3)", 2**20, block_size=128)
     start = time.perf_counter()
-    lines = body(show.picture(mask))
+    lines = body(terminal.picture(mask))
     assert time.perf_counter() - start < 1
     assert len(lines) == 32
     assert all(line.strip() == "·" * len(line.strip()) for line in lines)
@@ -73,7 +73,7 @@ def test_each_distinct_mask_stands_under_its_heads():
     mask = attndsl.parse(
         "attention a { heads 0..5 { mask causal } [6, 8] { mask last(9) } else { mask full } }"
     )["a"].block_mask(64, 16, heads=10)
-    drawn = show.picture(mask)
+    drawn = terminal.picture(mask)
     names = [name.strip() for name in re.findall(r"heads [\d., ]+", drawn)]
     assert names == ["heads 0..5", "heads 6, 8", "heads 7, 9"]
     assert drawn.count("┌") == 3
@@ -84,7 +84,7 @@ def test_each_distinct_mask_stands_under_its_heads():
 def test_no_line_is_wider_than_the_terminal(length, heads, width):
     groups = "heads 0..0 { mask causal } else { mask last(50) }" if heads > 1 else "mask causal"
     mask = attndsl.parse(f"attention a {{ {groups} }}")["a"].block_mask(length, heads=heads)
-    assert max(map(len, show.picture(mask, width).splitlines())) <= width
+    assert max(map(len, terminal.picture(mask, width).splitlines())) <= width
 
 
 @pytest.mark.parametrize(
@@ -97,18 +97,18 @@ def test_no_line_is_wider_than_the_terminal(length, heads, width):
     ],
 )
 def test_positions_are_those_of_the_pattern(n, nq, first, said):
-    assert said in show.picture(block_mask("causal", n, q_length=nq), first=first).splitlines()
+    assert said in terminal.picture(block_mask("causal", n, q_length=nq), first=first).splitlines()
 
 
 def test_numbers_agree_with_their_words():
-    drawn = show.picture(block_mask("causal", 300, q_length=1))
+    drawn = terminal.picture(block_mask("causal", 300, q_length=1))
     assert "one character = 4 keys x 1 query" in drawn
-    assert show.counted(0, "key") == "0 keys"
+    assert terminal.counted(0, "key") == "0 keys"
 
 
 def test_of_many_masks_a_few_are_drawn():
     mask = attndsl.parse("attention a { mask causal & last(h + 1) }")["a"].block_mask(64, 16, heads=32)
-    drawn = show.picture(mask).splitlines()
+    drawn = terminal.picture(mask).splitlines()
     assert len(drawn) < 80
     assert sum(line.count("┌") for line in drawn) == 4
     assert any(line.startswith("head 0 ") for line in drawn)
@@ -121,6 +121,6 @@ def test_a_block_mask_says_how_thin_it_is():
 
 
 def test_colour_changes_no_character():
-    drawn = show.picture(block_mask("causal", 500))
-    assert re.sub("\x1b\\[\\d+m", "", show.coloured(drawn)) == drawn
-    assert show.coloured(drawn) != drawn
+    drawn = terminal.picture(block_mask("causal", 500))
+    assert re.sub("\x1b\\[\\d+m", "", terminal.coloured(drawn)) == drawn
+    assert terminal.coloured(drawn) != drawn

@@ -1,4 +1,5 @@
-"""A backend of another party: built, installed, and held to the conformance suite by its name."""
+"""Distributions of another party, built and installed: a backend, held to the conformance suite by its name,
+an analysis, and a library of patterns."""
 
 import json
 import os
@@ -12,20 +13,21 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SOURCE = ROOT / "examples" / "numpy-backend"
+SOURCES = [path.parent for path in sorted((ROOT / "examples").glob("*/pyproject.toml"))]
 
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    """An environment in which the wheel is installed, in a folder of its own."""
+    """An environment in which their wheels are installed, in a folder of its own."""
     home = tmp_path_factory.mktemp("third_party")
-    shutil.copytree(SOURCE, home / "source", ignore=shutil.ignore_patterns("build", "*.egg-info"))
+    copies = [home / "source" / source.name for source in SOURCES]
+    for source, copy in zip(SOURCES, copies, strict=True):
+        shutil.copytree(source, copy, ignore=shutil.ignore_patterns("build", "*.egg-info"))
     pip = [sys.executable, "-m", "pip"]
-    build = ["wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", home, home / "source"]
+    build = ["wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", home, *copies]
     subprocess.run([*pip, *build], check=True, capture_output=True)
-    (wheel,) = home.glob("*.whl")
-    install = ["install", "--quiet", "--no-deps", "--no-index", "--target", home / "installed", wheel]
-    subprocess.run([*pip, *install], check=True, capture_output=True)
+    install = ["install", "--quiet", "--no-deps", "--no-index", "--target", home / "installed"]
+    subprocess.run([*pip, *install, *home.glob("*.whl")], check=True, capture_output=True)
     return environment_with(home / "installed")
 
 
@@ -49,15 +51,52 @@ def python_of(text):
     return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
 
-def test_it_is_listed_with_its_owner(environment):
-    command = [sys.executable, "-m", "attndsl", "plugins", "--json"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    (row,) = (row for row in json.loads(done.stdout)["plugins"] if row["name"] == "numpy")
-    assert (row["group"], row["owner"], row["error"]) == ("backends", "attndsl-numpy", "")
+def attn(environment, *arguments):
+    command = [sys.executable, "-m", "attndsl", *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
-def test_it_conforms(environment, tmp_path):
-    assert suite_of("numpy", (SOURCE / "README.md").read_text(), tmp_path, environment) > 350
+def test_they_are_listed_with_their_owners(environment):
+    rows = json.loads(attn(environment, "plugins", "--json"))["plugins"]
+    theirs = {
+        (row["group"], row["name"], row["owner"], row["error"]) for row in rows if row["owner"] != "attndsl"
+    }
+    assert theirs == {
+        ("backends", "numpy", "attndsl-numpy", ""),
+        ("analyses", "spread", "attndsl-spread", ""),
+        ("libraries", "dilated", "attndsl-dilated", ""),
+    }
+
+
+def test_the_backend_conforms(environment, tmp_path):
+    text = (ROOT / "examples" / "numpy-backend" / "README.md").read_text()
+    assert suite_of("numpy", text, tmp_path, environment) > 350
+
+
+def test_the_analysis_is_in_the_report_its_help_and_the_page(environment, tmp_path):
+    file, page = ROOT / "examples" / "mistral.attn", tmp_path / "page.html"
+    sizes = ("--length", 100, "--set", "w=8")
+    found = json.loads(attn(environment, "analyze", file, *sizes, "--json"))
+    assert found["spread"] == {"fewest": 1, "median": 8.0, "most": 8}
+    assert (found["nnz"]["value"], found["reasons"]) == (8 * 100 - 28, {})
+    said = "  spread        a query sees 1 to 8 keys, 8 in the middle"
+    assert attn(environment, "analyze", file, *sizes, "--only", "spread").splitlines()[1:] == [said]
+    assert "shards, spread" in " ".join(attn(environment, "analyze", "--help").split())
+    attn(environment, "report", file, *sizes, "-o", page)
+    assert '<h2 id="spread">Keys of a query</h2>' in page.read_text()
+    assert '<data value="8.0" data-field="/spread/median">8</data>' in page.read_text()
+
+
+def test_the_library_is_read_where_it_is_used(environment, tmp_path):
+    file = tmp_path / "lm.attn"
+    text = (ROOT / "examples" / "dilated-library" / "README.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"```attn\n(.*?)```", text, re.DOTALL)
+    file.write_text(program + "assert lm == causal & (block(64) | dilated(256, 2) | dilated(1024, 4))\n")
+    *theirs, mine = attn(environment, "check", file).splitlines()
+    assert [line.partition(": ")[0] for line in theirs] == ["dilated:dilated.attn:4"]
+    assert ": proved: " in mine
 
 
 def test_the_backend_in_the_readme_conforms(tmp_path):

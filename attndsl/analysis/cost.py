@@ -1,62 +1,26 @@
-"""What an attention costs: FLOPs and bytes, ideal and per lowering, block sizes, time on named machines.
-
-FLOPs are those of the matrix products, a multiplication and an addition each, as FlashAttention counts them
-(Dao, FlashAttention-2, 2023, section 4.1): forward Q Kᵀ and P V, 2 (D + Dv) for each pair; backward five
-products to the forward's two, so 2.5 times that, the logits being formed again. Dv = D here.
-"""
+"""cost: FLOPs and bytes of the live pairs and of what each backend makes of them, and predicted seconds."""
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
-from types import MappingProxyType
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
-import numpy as np
-from numpy.typing import NDArray
-
+from attndsl.analysis.machines import roofline, this_machine
+from attndsl.analysis.part import Part, Subject
+from attndsl.analysis.text import line, table
+from attndsl.analysis.units import scaled, seconds
+from attndsl.analysis.work import BACKWARD, Passes, Steps, ideal, pair_flops
 from attndsl.attention import Attention
 from attndsl.backend import DTYPES, Counting, Problem
+from attndsl.errors import fail
 from attndsl.execution import choice, registry
+from attndsl.pictures import Drawing, drawn
 from attndsl.tiles import lowering
-from attndsl.tiles.blockmask import BlockMask, TileGrid
+from attndsl.tiles.blockmask import BlockMask
 
-BACKWARD = 2.5
-"""Backward FLOPs beside forward."""
-BLOCK_SIZES = (16, 32, 64, 128, 256)
-ENTRIES = 2**21
-"""Runs and partial tiles that a block size may take to be looked at."""
-PAIRS_PER_TILE = 64**2
-"""What a tile costs beside its pairs, in pairs: at a side of 64 half of the time."""
-
-
-@dataclass(frozen=True)
-class Passes:
-    """Of one forward pass, and of one backward pass alone; over all heads and batch rows."""
-
-    forward: int
-    backward: int
-
-
-@dataclass(frozen=True)
-class Steps(Passes):
-    """And of one decoding step: the last query alone, with the keys and values that it reads."""
-
-    decode: int
-
-
-@dataclass(frozen=True)
-class Ideal:
-    """What no lowering can avoid."""
-
-    flops: Steps
-    bytes: Steps
+LENGTHS = 7
+"""Lengths at which cost is drawn, each half of the next."""
+SHORTEST = 64
 
 
 @dataclass(frozen=True)
@@ -69,88 +33,6 @@ class Lowering:
     reason: str | None
     flops: Passes | None
     bytes: Passes | None
-
-
-def pair_flops(head_dim: int) -> int:
-    """2 (D + Dv) with Dv = D: products of one pair in the forward pass."""
-    return 4 * head_dim
-
-
-def ideal(block_mask: BlockMask, problem: Problem) -> Ideal:
-    """Live pairs only, everything read or written once.
-
-    Bytes forward: q, out, and the keys and values that some query reads. Backward: these, the gradient of
-    out, and the gradients of q, k and v.
-    Decode: the query and its output, and of each key head the keys and values that some of its query heads
-    relates to the last row. Log-sum-exps are left out.
-    """
-    p, item = problem, DTYPES[problem.dtype]
-    per_row = p.head_dim * item
-    q = p.batch * p.heads * p.q_length * per_row
-    k = _keys_read(problem, block_mask, read_keys) * per_row
-    forward = pair_flops(p.head_dim) * _all(block_mask, problem, [grid.nnz for grid in block_mask.grids])
-    last, read = _decode(block_mask, problem)
-    return Ideal(
-        Steps(forward, round(BACKWARD * forward), pair_flops(p.head_dim) * last),
-        Steps(
-            2 * q + 2 * k,
-            4 * q + 4 * k,
-            per_row * (2 * read + (2 * p.batch * p.heads if p.q_length else 0)),
-        ),
-    )
-
-
-def _all(block_mask: BlockMask, problem: Problem, counts: list[int]) -> int:
-    """The sum over all batch rows and heads of what is counted for each grid."""
-    uses = np.bincount(block_mask.index.ravel(), minlength=len(counts))
-    times = problem.batch * problem.heads // max(1, block_mask.index.size)
-    return times * sum(int(u) * count for u, count in zip(uses, counts, strict=True))
-
-
-def _decode(block_mask: BlockMask, problem: Problem) -> tuple[int, int]:
-    """Live pairs of the last row over all heads, and the keys that it reads over all key heads."""
-    if not problem.q_length:
-        return 0, 0
-    pairs = _all(block_mask, problem, [int(last_keys(grid).sum()) for grid in block_mask.grids])
-    return pairs, _keys_read(problem, block_mask, last_keys)
-
-
-def _keys_read(problem: Problem, block_mask: BlockMask, read: Callable[[TileGrid], NDArray[np.bool_]]) -> int:
-    """The keys that are read over all key heads, where `read` says it of one mask."""
-    p, index = problem, block_mask.index
-    live = [read(grid) for grid in block_mask.grids]
-    heads = np.broadcast_to(index, (len(index), p.heads))
-    groups = heads.reshape(len(index), p.kv_heads, p.heads // p.kv_heads)
-    sets = {frozenset(group.tolist()) for row in groups for group in row}
-    union = {s: int(np.logical_or.reduce([live[g] for g in s]).sum()) for s in sets}
-    found = sum(union[frozenset(group.tolist())] for row in groups for group in row)
-    return found * (p.batch // len(index))
-
-
-def read_keys(grid: TileGrid) -> NDArray[np.bool_]:
-    """Whether some query relates to each key, bool [n]."""
-    cols, size = grid.shape[1], grid.block_size
-    edges = np.zeros(cols + 1, np.int64)
-    np.add.at(edges, grid.run_start, 1)
-    np.add.at(edges, grid.run_end, -1)
-    live = np.zeros((cols, size), bool)
-    live[np.cumsum(edges)[:cols] > 0] = True
-    seen = np.unpackbits(np.bitwise_or.reduce(grid.masks, axis=1), axis=1, bitorder="little").astype(bool)
-    col, content = np.unique(np.stack([grid.part_col, grid.part_mask]), axis=1)
-    np.logical_or.at(live, col, seen[content])
-    return live.ravel()[: grid.n]
-
-
-def last_keys(grid: TileGrid) -> NDArray[np.bool_]:
-    """Whether the last query row relates to each key, bool [n]."""
-    (rows, cols), size = grid.shape, grid.block_size
-    runs, parts = (slice(p[rows - 1], p[rows]) for p in (grid.run_ptr, grid.part_ptr))
-    live = np.zeros((cols, size), bool)
-    for start, end in zip(grid.run_start[runs].tolist(), grid.run_end[runs].tolist(), strict=True):
-        live[start:end] = True
-    contents = grid.masks[grid.part_mask[parts], (grid.nq - 1) % size]
-    live[grid.part_col[parts]] = np.unpackbits(contents, axis=1, bitorder="little")
-    return live.ravel()[: grid.n]
 
 
 def lowerings(attention: Attention, problem: Problem, block_mask: BlockMask | None) -> dict[str, Lowering]:
@@ -187,198 +69,95 @@ def _work(counts: Mapping[str, float], problem: Problem) -> tuple[Passes, Passes
 
 
 @dataclass(frozen=True)
-class TileCounts:
-    full: int
-    partial: int
+class Costs:
+    """The work on the live pairs alone, and on what each backend computes."""
+
+    flops: Steps
+    bytes: Steps
+    lowerings: Mapping[str, Lowering]
 
 
-@dataclass(frozen=True)
-class BlockSize:
-    """Tiles that are computed over all heads and batch rows, the pairs in them, and these beside the live
-    ones; a waste of 1.0 is none."""
-
-    block_size: int
-    tiles: TileCounts
-    pairs: int
-    waste: float
+def _find(subject: Subject) -> Costs:
+    least = ideal(subject.block_mask, subject.problem)
+    found = lowerings(subject.attention, subject.problem, subject.block_mask)
+    return Costs(least.flops, least.bytes, found)
 
 
-def block_sizes(
-    attention: Attention,
-    problem: Problem,
-    tables: Mapping[str, NDArray[Any]] | None = None,
-    candidates: tuple[int, ...] = BLOCK_SIZES,
-) -> tuple[BlockSize, ...]:
-    """By rising block size. `tables` as `lowering.checked_tables` gives them.
+def _text(found: Costs) -> Iterator[str]:
+    flops, moved = found.flops, found.bytes
+    rows = [["live pairs alone", scaled(flops.forward), scaled(flops.backward), scaled(moved.forward), ""]]
+    for name, work in found.lowerings.items():
+        done = [scaled(work.flops.forward), scaled(work.flops.backward)] if work.flops else ["-", "-"]
+        traffic = scaled(work.bytes.forward) if work.bytes else "-"
+        predicted = "-" if work.seconds_estimate is None else seconds(work.seconds_estimate)
+        rows.append([name, *done, traffic, predicted])
+    yield "\ncost"
+    yield table(["", "FLOP forward", "backward", "bytes forward", "predicted"], rows)
+    for name, work in found.lowerings.items():
+        if work.reason:
+            yield line(name, work.reason)
+    yield line("decode step", f"{scaled(flops.decode, 'FLOP')}, {scaled(moved.decode, 'B')}")
 
-    A size that could have more than `ENTRIES` runs and partial tiles is left out, with all smaller ones.
+
+def _draw(subject: Subject, found: Costs) -> Drawing:
+    """Predicted seconds of each backend against n, up to the length in question, or further if it is short.
+
+    Raises AttnError where queries are not the keys' positions, or tables tie the attention to one length.
     """
-    p = problem
-    sizes = lowering.sizes(attention, p.length, p.q_length, p.heads)
-    found: list[BlockSize] = []
-    known: BlockMask | None = None
-    for size in sorted(candidates, reverse=True):
-        if known is not None:
-            times = known.block_size / size
-            runs, parts = (sum(len(a) for a in x) for x in zip(*map(_entries, known.grids), strict=True))
-            if times * runs + times**2 * parts > ENTRIES:
-                break
-        known = lowering.block_mask(attention, sizes, tables or {}, size)
-        full, partial = (_all(known, p, [g.tiles[i] for g in known.grids]) for i in (0, 1))
-        pairs, live = (full + partial) * size**2, _all(known, p, [g.nnz for g in known.grids])
-        found.append(BlockSize(size, TileCounts(full, partial), pairs, pairs / live if live else 1.0))
-    return tuple(reversed(found))
+    from attndsl import pictures
 
-
-def _entries(grid: TileGrid) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    return grid.run_start, grid.part_col
-
-
-def best_block_size(rows: tuple[BlockSize, ...]) -> int | None:
-    """The cheapest, the largest of equals; None of none.
-
-    A tile costs its pairs and `PAIRS_PER_TILE` more, for finding it, starting the loads of its keys and
-    values, and rescaling the output: with D = 64 a megaflop, 0.14 us of one of the H100's 132 processors.
-    So small tiles pay where they leave out more dead pairs than that.
-    """
-
-    def cost(row: BlockSize) -> tuple[int, int]:
-        return row.pairs + PAIRS_PER_TILE * (row.tiles.full + row.tiles.partial), -row.block_size
-
-    return min(rows, key=cost).block_size if rows else None
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Peak FLOP/s by dtype, and bytes per second to and from memory."""
-
-    name: str
-    flops: Mapping[str, float]
-    bandwidth: float
-
-
-def _machine(name: str, half: float, single: float, double: float, bandwidth: float) -> Machine:
-    peaks = {"float16": half, "bfloat16": half, "float32": single, "float64": double}
-    return Machine(name, MappingProxyType(peaks), bandwidth)
-
-
-MACHINES = (
-    # NVIDIA A100 80GB SXM data sheet (2022): 312, 156 (TF32), 19.5 (FP64 tensor core) TFLOPS; 2,039 GB/s
-    _machine("A100", 312e12, 156e12, 19.5e12, 2.039e12),
-    # NVIDIA H100 SXM data sheet (2023): 1,979, 989 (TF32), both with sparsity, which doubles them, and 67
-    # (FP64 tensor core) TFLOPS; 3.35 TB/s
-    _machine("H100", 989.5e12, 494.5e12, 67e12, 3.35e12),
-    # NVIDIA H200 SXM data sheet (2024): as H100; 4.8 TB/s
-    _machine("H200", 989.5e12, 494.5e12, 67e12, 4.8e12),
-)
-"""SXM modules: dense peaks of the tensor cores, float32 as TF32."""
-
-
-@dataclass(frozen=True)
-class Seconds:
-    forward: float
-    backward: float
-    decode: float
-
-
-@dataclass(frozen=True)
-class Roofline:
-    """FLOPs per byte and what bounds the forward pass; the least seconds of each pass
-    (Williams, Waterman, Patterson, Roofline, 2009)."""
-
-    intensity: float
-    bound: Literal["compute", "memory"]
-    seconds: Seconds
-
-
-def roofline(machine: Machine, cost: Ideal, dtype: str) -> Roofline:
-    """max(FLOPs / peak, bytes / bandwidth)"""
-    peak = machine.flops[dtype]
-
-    def seconds(flops: int, moved: int) -> float:
-        return max(flops / peak, moved / machine.bandwidth)
-
-    f, b = cost.flops, cost.bytes
-    intensity = f.forward / b.forward if b.forward else 0.0
-    return Roofline(
-        intensity,
-        "compute" if intensity > peak / machine.bandwidth else "memory",
-        Seconds(seconds(f.forward, b.forward), seconds(f.backward, b.backward), seconds(f.decode, b.decode)),
+    whole = subject.one_sequence
+    if subject.attention.inputs:
+        raise fail("its tables have one length")
+    last = max(whole.length, SHORTEST << LENGTHS - 1)
+    lengths = [last >> i for i in reversed(range(LENGTHS))]
+    machine = this_machine()
+    curves: dict[str, tuple[list[int], list[float]]] = {}
+    least = []
+    for n in lengths:
+        problem = replace(whole, length=n, q_length=n)
+        sizes = lowering.sizes(subject.attention, n, n, whole.heads)
+        block_mask = lowering.block_mask(subject.attention, sizes, {}, whole.block_size)
+        least.append(roofline(machine, ideal(block_mask, problem), whole.dtype).seconds.forward)
+        for name, work in lowerings(subject.attention, problem, block_mask).items():
+            if work.seconds_estimate is not None:
+                at, predicted = curves.setdefault(name, ([], []))
+                at.append(n)
+                predicted.append(work.seconds_estimate)
+    return drawn(
+        lambda dark: pictures.cost(curves, (lengths, least), dark=dark),
+        f"Predicted seconds of a forward pass against n, for {', '.join(curves)} and the ideal",
+        "Predicted seconds of a forward pass on this CPU; ideal is its roofline for the live pairs.",
     )
 
 
-SIDE, STREAMED = 512, 2**24
-"""Of the matrices and the numbers that the micro-benchmark multiplies and copies."""
+SECTION = """
+{% set passes = {"forward": "forward", "backward": "backward", "decode": "decode step"} %}
+{% call table("Live pairs only") %}
+{{ heads(["", "work", "memory moved"]) }}
+<tbody>
+{% for pass in passes %}
+<tr><th scope="row">{{ passes[pass] }}</th>
+{% for kind in ("flops", "bytes") %}<td>{{ fact(kind, pass, unit=kind) }}</td>{% endfor %}</tr>
+{% endfor %}
+</tbody>
+{% endcall %}
+{% call table("Backends") %}
+{{ heads(["", "estimate", "work forward", "backward", "memory forward", "backward", ""]) }}
+<tbody>
+{% set chosen = report.lowerings | cheapest %}
+{% for name, it in report.lowerings.items() %}
+<tr><th scope="row">{{ name }}{% if name == chosen %} <em class="mark">chosen</em>{% endif %}</th>
+<td>{{ fact("lowerings", name, "seconds_estimate", unit="seconds") }}</td>
+{% for kind in ("flops", "bytes") %}{% for pass in ("forward", "backward") %}
+<td>{{ fact("lowerings", name, kind, pass, unit=kind) }}</td>
+{% endfor %}{% endfor %}
+<td class="text">{{ it.reason or "" }}</td></tr>
+{% endfor %}
+</tbody>
+{% endcall %}
+"""
 
-
-def this_machine(cache: Path | None = None) -> Machine:
-    """This CPU with torch's number of threads, measured in under a second the first time and kept in `cache`
-    (the user's cache folder)."""
-    import platformdirs
-    import torch
-
-    path = cache or Path(platformdirs.user_cache_dir("attndsl")) / "machines.json"
-    key = f"{_cpu()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    kept = _kept(path)
-    if key not in kept:
-        kept[key] = measured()
-        # where the folder cannot be written to it is measured in every process
-        with suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            draft = path.with_suffix(f".{os.getpid()}")
-            draft.write_text(json.dumps(kept), encoding="utf-8")
-            draft.replace(path)
-    found = dict(kept[key])
-    bandwidth = found.pop("bandwidth")
-    return Machine("this CPU", MappingProxyType(found), bandwidth)
-
-
-def _kept(path: Path) -> dict[str, dict[str, float]]:
-    """What the file holds of the right form: a file of another version or a broken one is measured anew."""
-    try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    wanted = {*DTYPES, "bandwidth"}
-    return {
-        key: rates
-        for key, rates in (kept.items() if isinstance(kept, dict) else ())
-        if isinstance(rates, dict)
-        and rates.keys() == wanted
-        and all(isinstance(rate, float) and rate > 0 for rate in rates.values())
-    }
-
-
-def _cpu() -> str:
-    """The processor's name, where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
-
-
-def measured() -> dict[str, float]:
-    """FLOP/s of a matrix product by dtype, and bytes per second of a copy as `bandwidth`."""
-    import torch
-
-    def rate(dtype: str, side: int) -> float:
-        a, b = (torch.randn(side, side).to(getattr(torch, dtype)) for _ in range(2))
-        return 2.0 * side**3 / _best(lambda: a @ b)
-
-    # a dtype without instructions of its own can be 100 times slower
-    rates = {d: rate(d, SIDE if d in ("float32", "float64") else SIDE // 4) for d in DTYPES}
-    source = torch.zeros(STREAMED)
-    target = torch.empty_like(source)
-    rates["bandwidth"] = 2.0 * source.nbytes / _best(lambda: target.copy_(source))
-    return rates
-
-
-def _best(work: Callable[[], object]) -> float:
-    """Seconds of the fastest of four calls after one to warm up."""
-    work()
-    seconds = []
-    for _ in range(4):
-        start = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+part = Part(
+    _find, _text, ("flops", "bytes", "lowerings"), place=40, title="Cost", section=SECTION, draw=_draw
+)

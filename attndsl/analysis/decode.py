@@ -1,8 +1,8 @@
-"""What decoding must keep: how long each key is read, and the smallest KV cache that holds what is read."""
+"""kv_cache: how long decoding reads each key, and the smallest cache that holds what is read."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attndsl.analysis.eviction import Eviction, eviction
+from attndsl.analysis.part import Part, Subject
+from attndsl.analysis.text import line
 from attndsl.attention import Attention
 from attndsl.errors import fail
 from attndsl.expr import ZERO, Expr, const, nodes, substitute, var
@@ -247,3 +249,42 @@ def _evictions(attention: Attention, n: int, heads: int) -> list[tuple[Expr, Evi
         mask = lowering.alone(substitute(masks[group], constants))
         found.append((mask, eviction(mask, n if "n" in mask.free else 0)))
     return found
+
+
+def _find(subject: Subject) -> Cache:
+    p = subject.one_sequence
+    return kv_cache(subject.attention, p.length, heads=p.heads, inputs=subject.inputs)
+
+
+def _text(found: Cache) -> Iterator[str]:
+    yield "\nKV cache when decoding"
+    yield line("keys", f"{found.minimum:,} at most, of {found.full:,}")
+    yield line("rule", found.rule)
+    if found.bounded is not None:
+        yield line("bounded", "yes, for every n" if found.bounded else "no, it grows with n")
+    if len(found.per_head) > 1:
+        yield line("by head", ", ".join(f"{keys:,}" for keys in found.per_head))
+    if not found.causal:
+        yield line("note", "reads of keys after the query are left out: decoding cannot do them")
+
+
+CARDS = """
+{% call card("keys kept to decode") %}
+{{ fact("kv_cache", "minimum") }}<small>of {{ fact("kv_cache", "full") }}</small>
+{% endcall %}
+"""
+
+SECTION = """
+{% set it = report.kv_cache %}
+<p>The smallest key-value cache holds {{ fact("kv_cache", "minimum") }} of {{ fact("kv_cache", "full") }} keys
+{%- if it.at is not none %}, first at position {{ fact("kv_cache", "at") }}{% endif %}
+{%- if it.formula %}; for {{ it.valid_for | relation }} it is
+<span data-field="/kv_cache/formula">{{ it.formula | math }}</span>{% endif %}.
+{% if it.bounded is not none %}
+{{ "It stops growing with n." if it.bounded else "It grows with n." }}
+{% endif %}
+{% if not it.causal %}Reads of later keys do not count.{% endif %}</p>
+<p class="rule" data-field="/kv_cache/rule">{{ it.rule }}</p>
+"""
+
+part = Part(_find, _text, place=80, title="Decoding", section=SECTION, cards=CARDS)

@@ -1,23 +1,27 @@
-"""The receptive field: which keys a query sees through several layers, the residual stream counted."""
+"""reach: the receptive field, which keys a query sees through several layers, the residual stream counted."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from attndsl.analysis.part import Part, Subject
+from attndsl.analysis.text import line, table
 from attndsl.attention import Attention
 from attndsl.errors import AttnError, fail
-from attndsl.expr import TRUE, Expr, all_of, any_of, const, le, substitute, var
+from attndsl.expr import TRUE, Expr, Table, all_of, any_of, const, le, lookup, substitute, var
 from attndsl.layers.powers import TILE, Counts, Form, Step, computed, settled
 from attndsl.layers.reach import SAME, Distances, common_divisor, joined, reach, sides
 from attndsl.meaning.intervals import check_range
+from attndsl.pictures import Drawing, drawn
 from attndsl.relations.proofs import follows
 from attndsl.relations.relation import around
 from attndsl.tiles import lowering
+from attndsl.tiles.blockmask import TileGrid
 from attndsl.tiles.queries import keys_read_by
 from attndsl.tiles.tiling import tile
 
@@ -42,6 +46,8 @@ FEW = 8
 FOLLOWED = 2**21
 """Tiles, counted once for each layer, through which the last query is followed."""
 PATHS_LENGTH = 512
+DRAWN, PANELS = 4096, 4
+"""Longest sequence whose field is drawn, and after how many numbers of layers."""
 
 
 @dataclass(frozen=True)
@@ -355,3 +361,158 @@ def paths(
     if not most < 2.0**62:
         raise fail(f"the paths through {layers} layers are too many for 64 bits")
     return np.asarray(np.linalg.matrix_power(grid.astype(np.int64), layers))
+
+
+@dataclass(frozen=True)
+class Reached:
+    """The receptive field; `diameter`: layers after which nothing more is seen."""
+
+    reach: Field
+    diameter: int | None
+
+
+def _find(subject: Subject) -> Reached:
+    p = subject.one_sequence
+    found = receptive_field(
+        subject.attention, p.length, heads=p.heads, layers=subject.layers, inputs=subject.inputs
+    )
+    return Reached(found, found.settled_after)
+
+
+def _text(reached: Reached) -> Iterator[str]:
+    found = reached.reach
+    target = {"causal": "every key up to itself", "full": "every key"}[found.target]
+    yield "\nreceptive field"
+    if found.full_after is not None:
+        yield line("full after", f"{layers_said(found.full_after)}: every query then sees {target}")
+    if found.hole is not None:
+        missed = f"query {found.hole.q:,} never sees key {found.hole.k:,}"
+        yield line("hole", missed + (f": {found.hole.residues}" if found.hole.residues else ""))
+    if found.for_every_n:
+        yield line("for every n", found.for_every_n)
+    if found.formula:
+        keys, _, where = found.formula.partition(" for ")
+        after = f", where {where}" if where else ""
+        yield line("last query", f"sees {keys} keys after L layers{after}")
+    if reached.diameter is not None:
+        yield line("diameter", f"{reached.diameter:,}")
+    shown = [row for row in found.per_layer if row.last_row is not None or row.worst_row is not None]
+    if len(shown) > 1 and found.settled_after is not None:
+        shown = shown[: max(1, found.settled_after)]
+    if shown:
+        rows = [
+            [
+                layers_said(row.layers),
+                _number(row.last_row),
+                f"{_number(row.worst_row)} (query {_number(row.worst_at)})",
+            ]
+            for row in shown
+        ]
+        yield table(["after", "last query sees", "worst query sees"], rows)
+    if found.undecided:
+        yield line("undecided", found.undecided)
+
+
+def layers_said(count: int) -> str:
+    return f"{count:,} layer{'s' * (count != 1)}"
+
+
+def _number(value: int | None) -> str:
+    return "-" if value is None else f"{value:,}"
+
+
+def _draw(subject: Subject, reached: Reached) -> Drawing:
+    """What is reached after 1, 2, 4, ... layers, until nothing more is.
+
+    Raises AttnError for longer sequences than `DRAWN`, where layers cannot be stacked, and where the
+    relations are beyond all limits.
+    """
+    from attndsl import pictures
+
+    n = subject.one_sequence.length
+    if n > DRAWN:
+        raise fail(f"receptive fields are drawn up to {DRAWN:,} tokens")
+    if reached.reach.undecided is not None:
+        raise fail(reached.reach.undecided)
+    last = reached.reach.settled_after or 2**PANELS
+    layers = sorted({min(2**i, last) for i in range(PANELS)})
+    written = Table("reached", "bool", (n, n))
+    at = lookup(written, var("q"), var("k"))
+
+    def after(form: Form) -> dict[int, TileGrid]:
+        (step,), found, reached = form.steps, {}, form.same
+        for layer in range(1, layers[-1] + 1):
+            reached = form.product(step, reached)
+            if layer in layers:
+                rows = np.stack([form.row(reached, q) for q in range(n)]).astype(bool)
+                found[layer] = tile(at, n, n, subject.problem.block_size, n=n, tables={written.name: rows})
+        return found
+
+    grids = computed(n, [step_of(subject.attention, n, subject.problem.heads, subject.inputs)], after)
+    return drawn(
+        lambda dark: pictures.receptive_field(grids, dark=dark),
+        f"Which keys each query sees after {', '.join(map(str, layers))} layers",
+    )
+
+
+CARDS = """
+{% call card("sees everything after") %}
+{% if report.reach.full_after is not none %}
+{{ fact("reach", "full_after") }} {{ "layer" if report.reach.full_after == 1 else "layers" }}
+{% else %}{{ "never" if report.reach.hole else "undecided" }}{% endif %}
+{% endcall %}
+"""
+
+SECTION = """
+{% set it = report.reach %}
+<p>
+{% if it.full_after is not none %}
+Every query sees every key{{ " up to it" if it.target == "causal" }} after
+{{ fact("reach", "full_after") }} {{ "layer" if it.full_after == 1 else "layers" }}.
+{% elif it.hole %}
+Query {{ fact("reach", "hole", "q") }} never sees key {{ fact("reach", "hole", "k") }}
+{%- if at("reach", "hole", "residues") %}: what is never seen is
+<span data-field="/reach/hole/residues">{{ it.hole.residues }}</span>{% endif %}.
+{% elif it.undecided %}
+Undecided: <span data-field="/reach/undecided">{{ it.undecided }}</span>.
+{% else %}
+Not everything is seen within these layers.
+{% endif %}
+{% if it.full_after is none and it.settled_after is not none %}
+Nothing more is seen after {{ fact("reach", "settled_after") }}
+{{ "layer" if it.settled_after == 1 else "layers" }}.
+{% endif %}
+{% if at("diameter") is not none %}The diameter is {{ fact("diameter") }}.{% endif %}
+</p>
+{% if it.for_every_n %}
+<p>For every n: <span data-field="/reach/for_every_n">{{ it.for_every_n }}</span>.</p>
+{% endif %}
+{% if it.formula %}
+{% set formula, _, where = it.formula.partition(" for ") %}
+<p>After <var>L</var> layers the last query sees
+<span class="inline" data-field="/reach/formula">{{ formula | math }}</span> keys
+{%- if where %}, for {{ where | relation }}{% endif %}.</p>
+{% endif %}
+{% if it.per_layer %}
+{% call table("Keys seen after each layer", "narrow") %}
+{{ heads(["layers", "by the last query", "by the query that misses most"]) }}
+<tbody>
+{% for row in it.per_layer if it.settled_after is none or row.layers <= [1, it.settled_after] | max %}
+{% set i = loop.index0 %}
+{% set worst = row.worst_at + 1 if it.target == "causal" and row.worst_at is not none else it.length %}
+<tr><th scope="row">{{ fact("reach", "per_layer", i, "layers") }}</th>
+{% for field, due in (("last_row", it.length), ("worst_row", worst)) %}
+<td>{{ fact("reach", "per_layer", i, field) }}
+{%- if row[field] is not none and due %}<span class="bar" style="--share: {{ row[field] / due }}"></span>
+{%- endif %}</td>
+{% endfor %}</tr>
+{% endfor %}
+</tbody>
+{% endcall %}
+{% endif %}
+"""
+
+part = Part(
+    _find, _text, ("reach", "diameter"), known=lambda found: found.reach.known, place=70,
+    title="What it sees", section=SECTION, cards=CARDS, draw=_draw,
+)  # fmt: skip

@@ -1,4 +1,4 @@
-"""The sparsity graph: an edge leads from a key to each query that sees it, as information flows.
+"""graph: an edge leads from a key to each query that sees it, as information flows.
 
 Its nodes are positions, or blocks of them. A position that sees itself has an edge to itself. Several heads
 are one graph: an edge is there if some head has the pair.
@@ -6,7 +6,7 @@ are one graph: an edge is there if some head has the pair.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from attndsl.analysis.part import Part, Subject
+from attndsl.analysis.text import line
+from attndsl.analysis.units import percent
 from attndsl.attention import Attention
 from attndsl.errors import fail
 from attndsl.layers.reach import packed, times
@@ -531,3 +534,62 @@ def _searched_gap(pairs: Pairs, degrees: Array, bound: float, start: Array) -> f
         return_eigenvectors=False,
     )
     return gap(np.r_[found, 1.0])
+
+
+def _find(subject: Subject) -> GraphMeasures:
+    p = subject.one_sequence
+    level = level_of(p.length)
+    return measured(pairs_of(subject.attention, p.length, level, None, p.heads, None, subject.inputs), level)
+
+
+def _text(found: GraphMeasures) -> Iterator[str]:
+    yield f"\ngraph of {'tokens' if found.by == 'token' else f'blocks of {found.block_size}'}"
+    yield line("size", f"{found.nodes:,} nodes, {found.edges:,} edges")
+    if found.by == "block":
+        yield line("note", "paths are those of the blocks, degrees those of the tokens")
+    for label, d in (("keys seen", found.in_degree), ("seen by", found.out_degree)):
+        yield line(label, f"{d.min:,} to {d.max:,}, mean {d.mean:.4g}")
+    if found.average_shortest_path is not None:
+        yield line("distances", f"{found.average_shortest_path:.4g} in the mean, {found.diameter} at most")
+    if found.joined is not None:
+        yield line("joined", f"{percent(found.joined)} of the pairs")
+    yield line("components", f"{found.components:,}, the largest of {found.largest_component:,}")
+    if found.spectral_gap is not None:
+        yield line("spectral gap", f"{found.spectral_gap:.4g}")
+    for label, holds in (("star", found.star), ("two hops", found.two_hop)):
+        yield line(label, {True: "yes", False: "no", None: "undecided"}[holds])
+
+
+SECTION = """
+{% set measures = {
+  "diameter": ("diameter", "count"),
+  "average_shortest_path": ("mean shortest path", "count"),
+  "joined": ("pairs that are joined", "percent"),
+  "components": ("strongly connected components", "count"),
+  "largest_component": ("nodes of the largest", "count"),
+  "spectral_gap": ("spectral gap", "ratio"),
+  "hubs": ("hubs", "count"),
+  "star": ("contains the star graph", "truth"),
+  "two_hop": ("all within two steps", "truth"),
+} %}
+<dl class="facts">
+{% for field in ("nodes", "edges") %}
+<div><dt>{{ field }}</dt><dd>{{ fact("graph", field) }}</dd></div>
+{% endfor %}
+{% for field, label in {"in_degree": "keys a query sees", "out_degree": "queries that see a key"}.items() %}
+<div><dt>{{ label }}</dt><dd>
+{{ fact("graph", field, "min") }} to {{ fact("graph", field, "max") }},
+{{ fact("graph", field, "mean") }} on average
+</dd></div>
+{% endfor %}
+{% for field, (label, unit) in measures.items() if report.graph[field] is not none %}
+<div><dt>{{ label }}</dt><dd>{{ fact("graph", field, unit=unit) }}</dd></div>
+{% endfor %}
+</dl>
+{% if report.graph.block_size is not none %}
+<p class="hint">Distances, components and the spectral gap are those of blocks of
+{{ fact("graph", "block_size") }} tokens.</p>
+{% endif %}
+"""
+
+part = Part(_find, _text, place=100, title="Graph", section=SECTION)

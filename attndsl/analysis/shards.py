@@ -1,8 +1,8 @@
-"""A sequence divided among ranks: the keys that each rank lacks, what sending them costs, and the balance."""
+"""shards: a sequence divided among ranks, the keys that each lacks, what sending them costs, the balance."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -11,11 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attndsl.analysis.decode import mask_tiles
+from attndsl.analysis.part import Part, Subject
+from attndsl.analysis.text import table
+from attndsl.analysis.units import scaled
 from attndsl.attention import Attention
 from attndsl.backend import DTYPES, Problem, check_problem
 from attndsl.errors import fail
 from attndsl.tiles.blockmask import BlockMask, TileGrid
-from attndsl.tiles.lowering import NO_TABLES, checked_block_size, checked_length
+from attndsl.tiles.lowering import NO_TABLES, checked_block_size, checked_length, mask_tables
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -206,3 +209,48 @@ def _spread(needed: Array, here: Array, col: Array, unions: Array, content: Arra
         starts = np.flatnonzero(np.diff(part, prepend=-1))
         read = np.bitwise_or.reduceat(unions[content[begin : begin + step]], starts, axis=0)
         needed[np.ix_(here, part[starts])] |= read.transpose(1, 0, 2)
+
+
+def _find(subject: Subject) -> tuple[Shard, ...]:
+    p = subject.one_sequence
+    found = shards(
+        subject.attention, p.length, subject.ranks, heads=p.heads, kv_heads=p.kv_heads, head_dim=p.head_dim,
+        dtype=p.dtype, block_size=p.block_size, inputs=subject.inputs,
+    )  # fmt: skip
+    # batch rows with one mask are counted once
+    alike = not any(table.batched for table in mask_tables(subject.attention))
+    return tuple([shard.times(p.batch if alike else 1) for shard in found])
+
+
+def _text(found: tuple[Shard, ...]) -> Iterator[str]:
+    yield f"\n{found[0].ranks} ranks"
+    yield table(
+        ["", "fetched", "sent", "all-gather", "ring", "load max/mean"],
+        [
+            [s.scheme, f"{max(s.keys):,}", *(scaled(b, "B") for b in (s.bytes, s.all_gather, s.ring)),
+             f"{s.balance:.3g}"]
+            for s in found
+        ],
+    )  # fmt: skip
+
+
+SECTION = """
+{% call table("Keys, values and work divided among ranks") %}
+{{ heads(["", "ranks", "keys fetched at most", "sent", "by all-gather", "by a ring", "hops", "balance"]) }}
+<tbody>
+{% for it in report.shards %}
+{% set i = loop.index0 %}
+{% set most = it["keys"].index(it["keys"] | max) %}
+<tr><th scope="row">{{ it.scheme }}</th>
+<td>{{ fact("shards", i, "ranks") }}</td><td>{{ fact("shards", i, "keys", most) }}</td>
+{% for name in ("bytes", "all_gather", "ring") %}
+<td>{{ fact("shards", i, name, unit="bytes") }}</td>
+{% endfor %}
+<td>{{ fact("shards", i, "ring_hops") }}</td><td>{{ fact("shards", i, "balance", unit="ratio") }}</td></tr>
+{% endfor %}
+</tbody>
+{% endcall %}
+<p class="hint">Balance is the largest number of live pairs of a rank over the mean: 1 is even.</p>
+"""
+
+part = Part(_find, _text, place=90, title="Sharding", section=SECTION)

@@ -1,105 +1,108 @@
-"""A block mask as text for a terminal.
-
-Where one token fits a column the picture is exact, two rows of tokens to a line. Above that a character
-stands for a rectangle of tokens and its shade says how much of it is live; any live pair leaves a mark,
-so a narrow window stays visible at any length. Nothing of size n x n is made unless that is small.
-"""
+"""The command show: a mask as a picture, coarse where it is large."""
 
 from __future__ import annotations
 
-import re
-import textwrap
-from itertools import zip_longest
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
 
-import numpy as np
-from numpy.typing import NDArray
+import click
 
-from attndsl.tiles import cells
+from attndsl import pictures
+from attndsl.attention import Attention
+from attndsl.command import child, terminal
+from attndsl.command.given import first_query, heads_of, tables, titled, write
+from attndsl.command.options import SIZES, TARGET, Whole
+from attndsl.errors import fail
+from attndsl.expr import nodes
+from attndsl.tiles import lowering
 from attndsl.tiles.blockmask import BlockMask
 
-PANELS = 4
-HALVES = np.array([" ", "▄", "▀", "█"])
-SHADES = np.array([" ", "·", "░", "▒", "▓", "█"])
-LEGEND = ", ".join(f"{shade} {level}" for shade, level in zip(SHADES[1:], cells.LEVELS, strict=True))
+TILES = 1024
+"""Tiles on a side of a mask to draw, about."""
+SUFFIXES: dict[str, Literal["term", "svg", "png"]] = {
+    "": "term",
+    ".txt": "term",
+    ".svg": "svg",
+    ".png": "png",
+}
+"""What a picture is, by the end of its file's name."""
 
 
-def picture(block_mask: BlockMask, width: int = 80, first: int = 0) -> str:
-    """The distinct masks of batch row 0, each under the heads that use it, two beside each other.
+@click.command()
+@TARGET
+@SIZES
+@click.option("--head", type=Whole(0, 0), help="Show this head alone.")
+@click.option("--format", "form", type=click.Choice(["term", "svg", "png"]),
+              help="The default is what the name of the output ends in, or else term.")  # fmt: skip
+@click.option("-o", "--output", help="Write to a file instead.")
+def show(
+    file: str,
+    name: str | None,
+    params: dict[str, str],
+    inputs: dict[str, str],
+    time_limit: float,
+    head: int | None,
+    form: Literal["term", "svg", "png"] | None,
+    output: str | None,
+    **sizes: Any,
+) -> None:
+    """The mask as a picture, in the terminal or in a file."""
+    suffix = Path(output or "").suffix.lower()
+    if form is None and suffix not in SUFFIXES:
+        raise fail(f"no picture ends in {suffix}", help="give the output a name in .svg, .png or .txt")
+    form = form or SUFFIXES[suffix]
+    if form != "term" and output is None:
+        raise fail(f"a picture in {form} does not go to the terminal", help=f"name a file: -o mask.{form}")
+    found, shown = titled(file, name, params)
+    attention, given = found.attention, tables(inputs)
+    heads = sizes["heads"] = heads_of(attention, given, sizes["heads"])
+    if head is not None and head >= heads:
+        raise fail(f"no head {head:,} among {terminal.counted(heads, 'head')}", help="more with --heads")
 
-    Queries run down from position `first`, keys to the right; the last lines say what a character
-    stands for.
+    def work(stage: child.Stage) -> str | bytes:
+        stage("tiling", time_limit)
+        block_mask = drawable(attention, given, **sizes)
+        if head is not None:
+            block_mask = of_head(block_mask, head)
+        title = shown + ("" if head is None else f", head {head:,}")
+        first = first_query(attention, block_mask, heads)
+        if form == "term":
+            return f"{heading(title, block_mask)}\n{terminal.picture(block_mask, terminal.width(), first)}\n"
+        stage("drawing", None)
+        return pictures.render(pictures.mask(block_mask, title, first=first), form)
+
+    drawn = child.run(work)
+    if output is not None:
+        write(output, drawn)
+    elif isinstance(drawn, str):
+        terminal.echo(drawn.removesuffix("\n"))
+
+
+def drawable(attention: Attention, given: dict[str, Any], **sizes: Any) -> BlockMask:
+    """Tiles to draw, coarse where the mask is large."""
+    n, nq, heads = sizes["length"], sizes["q_length"], sizes["heads"]
+    block_size = sizes["block_size"] or coarse(attention, min(n, nq or n))
+    return lowering.tiles_of(attention, n, block_size, nq, heads=heads, inputs=given)
+
+
+def coarse(attention: Attention, length: int) -> int:
+    """About `TILES` tiles on a side, of a short sequence eight or more.
+
+    Tables and `random` make many different ones, which cost their area.
     """
-    distinct = cells.distinct(block_mask)
-    shown = distinct[:PANELS]
-    alone = len(shown) == 1
-    room = width - 2 if alone else (width - 2) // 2 - 2
-    queries, keys = cell(block_mask, room)
-    exact = queries == keys == 1
-    frames = [
-        framed(_exact(grid.to_dense()) if exact else _shaded(cells.shares(grid, queries, keys)))
-        for _, grid in shown
-    ]
-    if alone:
-        lines = frames[0]
-    else:
-        named = [
-            [cells.heads(users)[: room + 2], *frame] for (users, _), frame in zip(shown, frames, strict=True)
-        ]
-        pairs = zip_longest(named[::2], named[1::2], fillvalue=list[str]())
-        rows = [row for pair in pairs for row in zip_longest(*pair, fillvalue="")]
-        lines = [f"{left:{room + 2}}  {right}".rstrip() for left, right in rows]
-    if len(distinct) > PANELS:
-        lines.append(f"and {len(distinct) - PANELS:,} more: `show --head` shows one")
-    down, across = span("query", "queries", first, block_mask.nq), span("key", "keys", 0, block_mask.n)
-    lines.append(f"{down} down, {across} across")
-    if exact:
-        lines.append("one character = 1 key x 2 queries")
-    else:
-        size = f"{counted(keys, 'key')} x {counted(queries, 'query', 'queries')}"
-        lines += [f"one character = {size}", *textwrap.wrap(LEGEND, width)]
-    return "\n".join(lines)
+    if length < 8 * 128:
+        return max(8, 1 << (length // 8).bit_length() >> 1)
+    masks = [group.relation.mask for group in attention.groups]
+    if any(mask.tables or any(node.op == "random" for node in nodes(mask)) for mask in masks):
+        return 128
+    return 1 << min(max(7, (length // TILES // 2).bit_length()), 12)
 
 
-def counted(number: int, one: str, many: str = "") -> str:
-    """`1 key`, `2,048 keys`."""
-    return f"{number:,} {one if number == 1 else many or one + 's'}"
+def of_head(block_mask: BlockMask, head: int) -> BlockMask:
+    return replace(block_mask, index=block_mask.index[:, [head % block_mask.index.shape[1]]])
 
 
-def span(one: str, many: str, first: int, count: int) -> str:
-    """`key 0`, `keys 0..2,047`."""
-    return f"{one} {first:,}" if count == 1 else f"{many} {first:,}..{first + count - 1:,}"
-
-
-def coloured(text: str) -> str:
-    """Full characters in cyan, partial ones in magenta."""
-    return re.sub("[·░▒▓]+", "\x1b[35m\\g<0>\x1b[0m", re.sub("[█▀▄]+", "\x1b[36m\\g<0>\x1b[0m", text))
-
-
-def cell(block_mask: BlockMask, room: int) -> tuple[int, int]:
-    """Queries and keys that one character stands for, (1, 1) where the picture is exact.
-
-    A character is about twice as high as wide.
-    """
-    nq, n = block_mask.nq, block_mask.n
-    keys = cells.side(n, room, block_mask.block_size)
-    if keys == 1 and nq <= room:
-        return 1, 1
-    sides = cells.sides(block_mask.block_size, max(nq, 2 * keys))
-    queries = next(side for side in sides if side >= max(2 * keys, nq / room))
-    while queries > 1 and nq < 8 * queries:
-        queries = sides[sides.index(queries) - 1]
-    return queries, keys
-
-
-def framed(body: list[str]) -> list[str]:
-    rule = "─" * len(body[0])
-    return [f"┌{rule}┐", *(f"│{line}│" for line in body), f"└{rule}┘"]
-
-
-def _exact(mask: NDArray[np.bool_]) -> list[str]:
-    padded = np.pad(mask, ((0, len(mask) % 2), (0, 0))).astype(np.int8)
-    return ["".join(row) for row in HALVES[2 * padded[::2] + padded[1::2]]]
-
-
-def _shaded(shares: NDArray[np.float64]) -> list[str]:
-    return ["".join(row) for row in SHADES[cells.levels(shares)]]
+def heading(title: str, block_mask: BlockMask) -> str:
+    size = f"n = {block_mask.n:,}" + (f", nq = {block_mask.nq:,}" if block_mask.nq != block_mask.n else "")
+    return f"{title}  {size}  {100 * block_mask.density:.3g} % live"

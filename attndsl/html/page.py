@@ -6,100 +6,104 @@ import base64
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from importlib import resources
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from attndsl.analysis import units
+from attndsl.analysis.part import Part
+from attndsl.analysis.report import usable
 from attndsl.html.masks import Mask
 from attndsl.html.typeset import mathml
-from attndsl.pictures.style import DARK, LIGHT
+from attndsl.pictures.style import DARK, LIGHT, Drawing
 from attndsl.tiles.cells import LEVELS
 
 LINES = 48
 """Tiles on a side up to which lines between them help."""
 
-PASSES = {"forward": "forward", "backward": "backward", "decode": "decode step"}
-DEGREES = {"in_degree": "keys a query sees", "out_degree": "queries that see a key"}
-MEASURES = {
-    "diameter": ("diameter", "count"),
-    "average_shortest_path": ("mean shortest path", "count"),
-    "joined": ("pairs that are joined", "percent"),
-    "components": ("strongly connected components", "count"),
-    "largest_component": ("nodes of the largest", "count"),
-    "spectral_gap": ("spectral gap", "ratio"),
-    "hubs": ("hubs", "count"),
-    "star": ("contains the star graph", "truth"),
-    "two_hop": ("all within two steps", "truth"),
-}
-"""What is told of the graph, by field: in words, its unit."""
-
-
-@dataclass(frozen=True)
-class Figure:
-    """An SVG document for light and one for dark screens; `alt` says what is to be seen in words."""
-
-    light: str
-    dark: str
-    alt: str
-    caption: str = ""
+MACROS = '{% from "macros.jinja" import card, heads, listed, table %}\n'
+LISTED = "{{ listed(report[fields[0]], fields) if fields | length == 1 else listed(told, []) }}"
+"""The section of a part that brings none."""
 
 
 def render(
     report: Mapping[str, Any],
     *,
     masks: Sequence[Mask] = (),
-    figures: Mapping[str, Figure] | None = None,
+    figures: Mapping[str, Drawing] | None = None,
     source: str | None = None,
 ) -> str:
     """The page for the fields of `analyze --json`; what is missing or None is left out or shown as a dash.
 
     masks    drawn by us, with a tooltip on each cell
-    figures  `cost` and `reach`, each put in its section
+    figures  by the part in whose section each is put
     source   the text of the .attn file
     """
     import jinja2
     from markupsafe import Markup
 
-    files = resources.files("attndsl.html")
-    template, style, script = (
-        files.joinpath(f"page.{kind}").read_text("utf-8") for kind in ("html.jinja", "css", "js")
-    )
+    files = {file.name: file for file in resources.files("attndsl.html").iterdir()}
+    style, script = (files[f"page.{kind}"].read_text("utf-8") for kind in ("css", "js"))
     environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters.update(UNITS, math=lambda formula: Markup(mathml(formula)), relation=relation)
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
+        loader=jinja2.FunctionLoader(lambda name: files[name].read_text("utf-8")),
+    )  # fmt: skip
 
     def at(*path: str | int) -> Any:
         return look_up(report, path)
 
     def fact(*path: str | int, unit: str = "count") -> Markup:
         """The number at a path of the report; it keeps its exact value and its place as JSON pointer."""
-        return element(look_up(report, path), "/".join(["", *map(str, path)]), unit)
-
-    def element(value: Any, place: str, unit: str) -> Markup:
+        value = look_up(report, path)
         if value is None:
             return Markup('<span class="none" title="not known">—</span>')
         exact = f"{value:,}" if isinstance(value, int) and unit in ("flops", "bytes") else ""
         return Markup('<data value="{}" data-field="{}"{}>{}</data>').format(
-            json.dumps(value), place, Markup(' title="{}"').format(exact) if exact else "", UNITS[unit](value)
+            json.dumps(value),
+            "/".join(["", *map(str, path)]),
+            Markup(' title="{}"').format(exact) if exact else "",
+            UNITS[unit](value),
         )
 
-    return environment.from_string(template).render(
+    environment.filters.update(
+        UNITS, math=lambda formula: Markup(mathml(formula)), relation=relation, cheapest=cheapest
+    )
+    environment.globals.update(at=at, fact=fact)
+
+    def written(template: str, name: str, part: Part) -> Markup:
+        told = {field: report[field] for field in part.names(name) if report.get(field) is not None}
+        return Markup(
+            environment.from_string(MACROS + template).render(report=report, told=told, fields=list(told))
+        )
+
+    known = {
+        name: part
+        for name, part in usable().items()
+        if any(report.get(field) is not None for field in part.names(name))
+    }
+    titled = [(part.title or name.replace("_", " "), name, part) for name, part in known.items()]
+    sections = [
+        (
+            title,
+            [
+                (name, written(LISTED if part.section is None else part.section, name, part))
+                for _, name, part in parts
+            ],
+        )
+        for title, parts in groupby((row for row in titled if row[2].section != ""), key=itemgetter(0))
+    ]
+    return environment.get_template("page.html.jinja").render(
         report=report,
         panels=[panel(mask) for mask in masks],
         figures={name: images(figure) for name, figure in (figures or {}).items()},
         source=source,
-        chosen=cheapest(report.get("lowerings") or {}),
-        at=at,
-        fact=fact,
+        cards=[written(part.cards, name, part) for name, part in known.items() if part.cards],
+        sections=sections,
         levels=LEVELS,
-        passes=PASSES,
-        degrees=DEGREES,
-        measures=MEASURES,
         light=LIGHT,
         dark=DARK,
         style=Markup(style),
@@ -187,7 +191,7 @@ def lines(mask: Mask) -> str:
     return "".join([*(f"M0 {y:g}h{columns}" for y in down), *(f"M{x:g} 0v{rows}" for x in across)])
 
 
-def images(figure: Figure) -> dict[str, str]:
+def images(figure: Drawing) -> dict[str, str]:
     """As addresses that hold the picture: two SVG documents in one page would share their ids."""
     light, dark = (
         "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -117,3 +117,19 @@ def render(figure: Figure, form: Literal["svg", "png"], transparent: bool = Fals
     with styled():
         figure.savefig(file, format=form, dpi=DPI, metadata=metadata, transparent=transparent)
     return file.getvalue()
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """An SVG document for light and one for dark screens; `alt` says what is to be seen in words."""
+
+    light: str
+    dark: str
+    alt: str
+    caption: str = ""
+
+
+def drawn(draw: Callable[[bool], Figure], alt: str, caption: str = "") -> Drawing:
+    """What `draw(dark)` makes, light and dark."""
+    light, dark = (render(draw(dark), "svg", transparent=True).decode() for dark in (False, True))
+    return Drawing(light, dark, alt, caption)

@@ -1,0 +1,213 @@
+"""The commands that make reports: analyze, compare, report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, TypeVar
+
+import click
+
+from attndsl.analysis.part import Subject
+from attndsl.analysis.report import Report, blank, chosen, extended, subject_of, usable
+from attndsl.command import child, comparison
+from attndsl.command.given import bound, echo_json, file_and_name, read, tables, titled, write
+from attndsl.command.options import ANALYSIS, INPUTS, JSON, LENGTH, TARGET, Whole
+from attndsl.errors import AttnError, Diagnostic
+from attndsl.execution.registry import names
+from attndsl.html.masks import Mask, masks
+from attndsl.html.page import render
+from attndsl.pictures import Drawing
+
+T = TypeVar("T")
+
+
+class Only(click.Option):
+    """Its help names what is registered when that is asked for."""
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        self.help = f"Some parts: {', '.join(sorted(names('analyses')))}."
+        return super().get_help_record(ctx)
+
+
+@click.command()
+@TARGET
+@click.option("--length", type=Whole(0, 65536), required=True, help="Number of keys, n.")
+@ANALYSIS
+@click.option("--only", metavar="PART,...", cls=Only)
+@click.option(
+    "--in",
+    "parameters",
+    metavar="P",
+    multiple=True,
+    help="Leave a parameter open: the count as a polynomial in it.",
+)
+@JSON
+def analyze(
+    file: str,
+    name: str | None,
+    params: dict[str, str],
+    inputs: dict[str, str],
+    time_limit: float,
+    only: str | None,
+    parameters: tuple[str, ...],
+    as_json: bool,
+    **sizes: Any,
+) -> None:
+    """What the attention costs and sees, exactly, and for every n where that can be had."""
+    attention, shown = titled(file, name, params)
+    subject = subject_of(attention, parameters=parameters, inputs=tables(inputs), **sizes)
+    (report,) = analyzed([(subject, shown)], only.split(",") if only else None, time_limit)
+    if as_json:
+        echo_json(report.to_dict())
+    else:
+        click.echo(report)
+    demand_known([report])
+
+
+def demand_known(reports: Sequence[Report]) -> None:
+    """Raises AttnError where no part of any report is known; what is printed before has all the reasons."""
+    if any(report.known or not report.reasons for report in reports):
+        return
+    said = {report.name: next(iter(report.reasons.values())) for report in reports}
+    raise AttnError(*(Diagnostic(f"nothing is known of `{name}`: {why}") for name, why in said.items()))
+
+
+def analyzed(named: list[tuple[Subject, str]], parts: list[str] | None, time_limit: float) -> list[Report]:
+    """The reports, with the names that they are to have.
+
+    All in one child, unless a part of one takes too long: then each part in its own, and what takes too long
+    is left out, with the reason.
+    """
+    left = chosen(parts)
+
+    def work(stage: child.Stage) -> list[Report]:
+        reports = []
+        for subject, shown in named:
+            report = replace(blank(subject), name=shown)
+            for part in left:
+                stage(f"analysing {part}", time_limit)
+                report = extended(report, part, subject)
+            reports.append(report)
+        return reports
+
+    try:
+        return child.run(work)
+    except child.TimeLimitError:
+        return [one_by_one(subject, shown, left, time_limit) for subject, shown in named]
+
+
+def one_by_one(subject: Subject, shown: str, parts: list[str], time_limit: float) -> Report:
+    report = replace(blank(subject), name=shown)
+    for part in parts:
+
+        def work(stage: child.Stage, report: Report = report, part: str = part) -> Report:
+            stage(f"analysing {part}", time_limit)
+            return extended(report, part, subject)
+
+        try:
+            report = child.run(work)
+        except child.TimeLimitError as limit:
+            report = replace(report, reasons={**report.reasons, part: limit.diagnostics[0].message})
+    return report
+
+
+@click.command()
+@click.argument("targets", metavar="FILE[:NAME]...", nargs=-1, required=True)
+@click.option("--length", type=Whole(0, 65536), help="Number of keys, n.")
+@click.option(
+    "--sweep",
+    "sweeps",
+    metavar="P=V,V,...",
+    multiple=True,
+    help="Values of a parameter, or of n: each is a column.",
+)
+@INPUTS
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["text", "markdown", "csv", "json"]),
+    default="text",
+    show_default=True,
+)
+@ANALYSIS
+def compare(
+    targets: tuple[str, ...],
+    sweeps: tuple[str, ...],
+    inputs: dict[str, str],
+    form: str,
+    time_limit: float,
+    **sizes: Any,
+) -> None:
+    """Attentions side by side: density, FLOPs, reach, KV cache, predicted seconds."""
+    columns = list(comparison.cases(sweeps))
+    if (sizes["length"] is None) != ("n" in columns[0]):
+        raise click.UsageError("give one of --length N and --sweep n=N,N")
+    given = tables(inputs)
+    named, swept = [], []
+    for target in targets:
+        file, name = file_and_name(target)
+        for column in columns:
+            attention = bound(file, name, {key: value for key, value in column.items() if key != "n"})
+            own = {table.name: given[table.name] for table in attention.inputs if table.name in given}
+            length = int(column["n"]) if "n" in column else sizes["length"]
+            one = subject_of(attention, parameters=(), inputs=own, **{**sizes, "length": length})
+            named.append((one, attention.name))
+            swept.append(column)
+    reports = analyzed(named, comparison.PARTS, time_limit)
+    rows = [comparison.row(report, column) for report, column in zip(reports, swept, strict=True)]
+    click.echo(comparison.FORMATS[form](rows))
+    demand_known(reports)
+
+
+@click.command()
+@TARGET
+@click.option("--length", type=LENGTH, default=4096, show_default=True, help="Number of keys, n.")
+@ANALYSIS
+@click.option("-o", "--output", required=True, help="The page to write.")
+def report(
+    file: str,
+    name: str | None,
+    params: dict[str, str],
+    inputs: dict[str, str],
+    time_limit: float,
+    output: str,
+    **sizes: Any,
+) -> None:
+    """All of `analyze` and the pictures as one HTML page that stands alone."""
+    attention, shown = titled(file, name, params)
+    subject = subject_of(attention, parameters=(), inputs=tables(inputs), **sizes)
+    (found,) = analyzed([(subject, shown)], None, time_limit)
+    shown_masks, drawings, undrawn = illustrated(subject, found, time_limit)
+    found = replace(found, reasons={**found.reasons, **undrawn})
+    source = None if file == "-" else read(file)
+    write(output, render(found.to_dict(), masks=shown_masks, figures=drawings, source=source))
+    if not (shown_masks or drawings):
+        demand_known([found])
+
+
+def illustrated(
+    subject: Subject, report: Report, time_limit: float
+) -> tuple[list[Mask], dict[str, Drawing], dict[str, str]]:
+    """Masks, and drawings by part, each made in a child of its own, and why others are missing."""
+    undrawn: dict[str, str] = {}
+
+    def made(what: str, make: Callable[[], T]) -> T | None:
+        def work(stage: child.Stage) -> T:
+            stage(f"drawing {what}", time_limit)
+            return make()
+
+        try:
+            return child.run(work)
+        except AttnError as error:
+            undrawn[f"picture of {what}"] = error.diagnostics[0].message
+            return None
+
+    shown = made("masks", lambda: masks(subject.block_mask, subject.sizes.q.span(0)[0])) or []
+    drawings = {
+        name: made(name, partial(part.draw, subject, report.findings[name]))
+        for name, part in usable().items()
+        if part.draw and name in report.findings
+    }
+    return shown, {name: drawing for name, drawing in drawings.items() if drawing}, undrawn

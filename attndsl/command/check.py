@@ -1,0 +1,219 @@
+"""Commands about the text and what it claims: check, fmt, diff."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from attndsl import syntax
+from attndsl.command import child
+from attndsl.command.given import bound, echo_json, file_and_name, program_of, read, write
+from attndsl.command.options import JSON, LIMIT
+from attndsl.errors import AttnError, Diagnostic, Source
+from attndsl.expr import Expr, all_of, any_of
+from attndsl.language.assertions import Assertion, prove
+from attndsl.program import Program
+
+if TYPE_CHECKING:
+    from attndsl.relations.proofs import Verdict
+
+
+@click.command()
+@click.argument("files", nargs=-1, required=True)
+@JSON
+@LIMIT
+def check(files: tuple[str, ...], as_json: bool, time_limit: float) -> None:
+    """Parse, type-check and prove the assertions of FILES (`-`: stdin).
+
+    Exit 1 on any error or refuted assertion.
+    """
+    reports = [check_file(file, time_limit, as_json) for file in files]
+    if as_json:
+        echo_json({"files": reports})
+    else:
+        click.echo("\n".join(line for report in reports for line in report_lines(report)))
+    if not all(report["fine"] for report in reports):
+        raise click.exceptions.Exit(1)
+
+
+def report_lines(report: dict[str, Any]) -> list[str]:
+    file = report["file"]
+    if not report["assertions"]:
+        return [f"{file}: {'fine' if report['fine'] else 'not checked further'}"]
+    return [
+        f"{found['file']}:{found['line']}: {found['status']}: {found['assertion']}{detail(found)}"
+        for found in report["assertions"]
+    ]
+
+
+def check_file(file: str, time_limit: float, quiet: bool) -> dict[str, Any]:
+    """What is wrong is also said on stderr, unless `quiet`."""
+    shown = "<stdin>" if file == "-" else file
+
+    errors: Sequence[Diagnostic] = ()
+    warned: Sequence[Diagnostic] = ()
+    verdicts: Sequence[Verdict] = ()
+    try:
+        program = program_of(file)
+        warned, verdicts = judged(program, time_limit)
+    except AttnError as error:
+        errors = error.diagnostics
+    if not quiet and (errors or warned):
+        click.echo("\n\n".join(map(str, errors)) or "\n".join(map(str, warned)), err=True)
+    assertions = [
+        {
+            "file": assertion.span.source.name,
+            "line": assertion.span.source.position(assertion.span.start)[0],
+            "assertion": assertion.text,
+            **of_verdict(verdict),
+        }
+        for assertion, verdict in zip(() if errors else program.assertions, verdicts, strict=True)
+    ]
+    return {
+        "file": shown,
+        "fine": not errors and all(found["status"] != "refuted" for found in assertions),
+        "errors": [of_diagnostic(found, shown) for found in errors],
+        "warnings": [of_diagnostic(found, shown) for found in warned],
+        "assertions": assertions,
+    }
+
+
+def of_diagnostic(found: Diagnostic, file: str) -> dict[str, Any]:
+    """Line and column count from 1; None, in `file`, where a message is about no place in a text."""
+    line = column = None
+    if found.span is not None:
+        file = found.span.source.name
+        line, column = found.span.source.position(found.span.start)
+    said = {"severity": found.severity, "message": found.message, "help": found.help}
+    return {"file": file, "line": line, "column": column, **said}
+
+
+def of_verdict(found: Verdict) -> dict[str, Any]:
+    return {
+        "status": found.status,
+        "at": found.at,
+        "counter_example": found.counter_example,
+        "tables": {name: array.tolist() for name, array in found.tables.items()} if found.tables else None,
+        "reason": found.reason,
+    }
+
+
+def judged(program: Program, time_limit: float) -> tuple[list[Diagnostic], list[Verdict]]:
+    """Warnings, and a verdict on each assertion: in one child, or one each where a stage takes too long."""
+
+    def warnings(stage: child.Stage) -> list[Diagnostic]:
+        stage(f"looking for warnings in {program.name}", time_limit)
+        return program.warnings
+
+    def everything(stage: child.Stage) -> tuple[list[Diagnostic], list[Verdict]]:
+        warned, verdicts = warnings(stage), []
+        for assertion in program.assertions:
+            stage(f"proving {assertion.text}", time_limit)
+            verdicts.append(prove(assertion))
+        return warned, verdicts
+
+    try:
+        return child.run(everything)
+    except child.TimeLimitError:
+        return child.run(warnings), [decided(assertion, time_limit) for assertion in program.assertions]
+
+
+def decided(assertion: Assertion, time_limit: float) -> Verdict:
+    """A proof that takes too long is undecided."""
+
+    def work(stage: child.Stage) -> Verdict:
+        stage(f"proving {assertion.text}", time_limit)
+        return prove(assertion)
+
+    try:
+        return child.run(work)
+    except child.TimeLimitError as limit:
+        return Verdict("undecided", reason=limit.diagnostics[0].message)
+
+
+def detail(found: dict[str, Any]) -> str:
+    """What there is to say about a verdict besides its status."""
+    tables = {name: elided(entries) for name, entries in (found["tables"] or {}).items()}
+    point = {**(found["counter_example"] or {}), **tables}
+    parts = [found["at"], ", ".join(f"{name} = {value}" for name, value in point.items()), found["reason"]]
+    said = "; ".join(part for part in parts if part)
+    return f" ({said})" if said else ""
+
+
+def elided(entries: Any) -> str:
+    """A table on one line: of a long one the first and last entries."""
+    import numpy as np
+
+    text = np.array2string(
+        np.asarray(entries), separator=", ", threshold=12, edgeitems=3, max_line_width=10**9
+    )
+    return " ".join(text.split())
+
+
+@click.command()
+@click.argument("files", nargs=-1, required=True)
+@click.option("--check", "only_check", is_flag=True, help="Change nothing; exit 1 if a file would change.")
+def fmt(files: tuple[str, ...], only_check: bool) -> None:
+    """Rewrite FILES in the one layout."""
+    changed = False
+    for file in files:
+        text = read(file)
+        formatted = syntax.format(Source(file, text))
+        if formatted == text:
+            continue
+        changed = True
+        if not only_check:
+            write(file, formatted)
+        click.echo(f"{'would change' if only_check else 'changed'} {file}")
+    if changed and only_check:
+        raise click.exceptions.Exit(1)
+
+
+@click.command()
+@click.argument("left", metavar="FILE:NAME")
+@click.argument("right", metavar="FILE:NAME")
+@JSON
+@LIMIT
+def diff(left: str, right: str, as_json: bool, time_limit: float) -> None:
+    """Whether two patterns are equal, one a subset of the other, or a pair that differs."""
+    mine, other = each_head(left), each_head(right)
+
+    def work(stage: child.Stage) -> list[Verdict]:
+        from attndsl.relations import proofs
+
+        stage("comparing", time_limit)
+        return [proofs.subset(mine, other), proofs.subset(other, mine)]
+
+    inside, outside = child.run(work)
+    refuted = [found for found in (inside, outside) if found.status == "refuted"]
+    if len(refuted) == 2:
+        status, said = "different", f"{left} and {right} differ"
+    elif "undecided" in (inside.status, outside.status):
+        status, said = "undecided", "undecided"
+    elif inside.status == outside.status:
+        status, said = "equal", f"{left} and {right} are equal"
+    elif inside.status == "proved":
+        status, said = "subset", f"{left} is a subset of {right}"
+    else:
+        status, said = "superset", f"{right} is a subset of {left}"
+    pairs = [
+        {"only_in": side, **(found.counter_example or {})}
+        for side, found in ((left, inside), (right, outside))
+        if found.status == "refuted"
+    ]
+    reason = next((found.reason for found in (inside, outside) if found.reason), "")
+    if as_json:
+        echo_json({"left": left, "right": right, "status": status, "pairs": pairs, "reason": reason})
+        return
+    click.echo(said + (f": {reason}" if status == "undecided" else ""))
+    for pair in pairs:
+        where = ", ".join(f"{name} = {value}" for name, value in pair.items() if name != "only_in")
+        click.echo(f"  only in {pair['only_in']}: {where}")
+
+
+def each_head(target: str) -> Expr:
+    """The mask of FILE:NAME at head `h`."""
+    attention = bound(*file_and_name(target), {}).attention
+    return any_of(*(all_of(group.heads, group.relation.mask) for group in attention.groups))

@@ -1,0 +1,113 @@
+"""What a command is given: programs, tables and files; where it writes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from attndsl import syntax
+from attndsl.attention import Attention
+from attndsl.bound import Bound
+from attndsl.errors import AttnError, Source, fail
+from attndsl.program import Program, load, parse
+from attndsl.syntax.format import render
+
+if TYPE_CHECKING:
+    from attndsl.tiles.blockmask import BlockMask
+
+
+def program_of(file: str) -> Program:
+    """The program of a file, or of stdin for `-`."""
+    return parse(read(file), "<stdin>") if file == "-" else load(file)
+
+
+def bound(file: str, name: str | None, params: dict[str, str]) -> Bound:
+    """The attention that a command is about."""
+    return titled(file, name, params)[0]
+
+
+def titled(file: str, name: str | None, params: dict[str, str]) -> tuple[Bound, str]:
+    """The attention, and its name with the parameters that differ from the defaults."""
+    program = program_of(file)
+    name = name or program.default()
+    definition = program[name]
+    attention = definition(**params) if params else definition
+    if not isinstance(attention, Bound):
+        raise fail(str(attention).strip("<>"), help="give them with --set name=value")
+    return attention, title(program, name, params)
+
+
+def title(program: Program, name: str, params: dict[str, str]) -> str:
+    defaults = {param.name: param.default for param in program.elaborator.definitions[name].params}
+    given = {param: render(syntax.parse_expression(Source("", text))) for param, text in params.items()}
+    other = [
+        f"{param} = {given[param]}"
+        for param, default in defaults.items()
+        if param in given and (default is None or render(default) != given[param])
+    ]
+    return f"{name}({', '.join(other)})" if other else name
+
+
+def tables(inputs: dict[str, str]) -> dict[str, Any]:
+    """The arrays in the files given as run-time tables."""
+    import numpy as np
+
+    found = {}
+    for name, path in inputs.items():
+        try:
+            with open(path, "rb") as file:
+                found[name] = np.lib.format.read_array(file, allow_pickle=False)
+        except OSError as error:
+            raise unreadable(path, error) from None
+        except (ValueError, EOFError):
+            raise fail(f"`{path}` is no .npy file", help="write it with numpy.save") from None
+    return found
+
+
+def read(file: str) -> str:
+    """The text of a file, or of stdin for `-`."""
+    try:
+        data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+        return data.decode()
+    except OSError as error:
+        raise unreadable(file, error) from None
+    except UnicodeDecodeError:
+        raise fail(f"`{'<stdin>' if file == '-' else file}` is not UTF-8 text") from None
+
+
+def unreadable(file: str, error: OSError) -> AttnError:
+    return fail(f"cannot read `{file}`: {(error.strerror or str(error)).lower()}")
+
+
+def write(file: str, text: str | bytes) -> None:
+    try:
+        Path(file).write_bytes(text if isinstance(text, bytes) else text.encode())
+    except OSError as error:
+        raise fail(f"cannot write `{file}`: {error.strerror}") from None
+
+
+def file_and_name(target: str) -> tuple[str, str | None]:
+    """FILE:NAME or FILE."""
+    file, _, name = target.rpartition(":") if ":" in target else (target, "", "")
+    return file, name or None
+
+
+def heads_of(attention: Attention, given: dict[str, Any], heads: int | None) -> int:
+    from attndsl.tiles import lowering
+
+    return lowering.heads_of(attention, given) if heads is None else heads
+
+
+def first_query(attention: Attention, block_mask: BlockMask, heads: int) -> int:
+    """The position of query row 0."""
+    from attndsl.tiles import lowering
+
+    return lowering.sizes(attention, block_mask.n, block_mask.nq, heads).q.span(0)[0]
+
+
+def echo_json(data: dict[str, Any]) -> None:
+    click.echo(json.dumps(data, indent=2))

@@ -1,0 +1,101 @@
+"""The options that commands share, and the kinds of their values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+Command = Callable[..., Any]
+
+
+def pair(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+    """`name=value` options as a dictionary."""
+    found: dict[str, str] = {}
+    for value in values:
+        name, equals, rest = value.partition("=")
+        if not (name and equals and rest):
+            raise click.BadParameter(f"`{value}` is not of the form name=value", ctx, param)
+        if name in found:
+            raise click.BadParameter(f"`{name}` is given twice", ctx, param)
+        found[name] = rest
+    return found
+
+
+def options(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    def add(command: Command) -> Command:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return add
+
+
+class Whole(click.IntRange):
+    """A whole number, at least `least`; `example` stands in the message about what is none."""
+
+    def __init__(self, least: int, example: int) -> None:
+        super().__init__(min=least)
+        self.example = example
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return super().convert(int(value), param, ctx)
+        except ValueError:
+            name = param.opts[0] if param else "this"
+            raise click.UsageError(f"`{name}` takes a whole number, such as {self.example}", ctx) from None
+
+
+LENGTH = Whole(1, 65536)
+COUNT = Whole(1, 64)
+JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+LIMIT = click.option(
+    "--time-limit", type=click.FloatRange(min=0, min_open=True), default=60.0, show_default=True,
+    help="Seconds for symbolic work: proofs and tiling.",
+)  # fmt: skip
+INPUTS = click.option(
+    "--input", "inputs", metavar="T=FILE.npy", multiple=True, callback=pair, help="A run-time table."
+)
+HEADS = click.option(
+    "--heads", type=COUNT, help="Query heads; else as many as the attention and its tables speak of."
+)
+SHAPE = options(
+    click.option("--kv-heads", type=COUNT, help="Number of key heads, if not that of query heads."),
+    click.option("--head-dim", type=COUNT, default=64, show_default=True),
+    click.option("--dtype", type=click.Choice(["float64", "float32", "bfloat16", "float16"]),
+                 default="float32", show_default=True),
+)  # fmt: skip
+TARGET = options(
+    click.argument("file"),
+    click.argument("name", required=False),
+    click.option("--set", "params", metavar="P=V", multiple=True, callback=pair,
+                 help="A parameter, as the language writes it: 4, [0, 8], 0..3."),
+    INPUTS,
+)  # fmt: skip
+SIZES = options(
+    click.option("--length", type=LENGTH, required=True, help="Number of keys, n."),
+    click.option("--q-length", type=LENGTH, help="Number of queries, if not n."),
+    HEADS,
+    click.option("--batch", type=COUNT, default=1, show_default=True),
+    click.option("--block-size", type=COUNT, help="Tokens on the side of a tile."),
+    LIMIT,
+)  # fmt: skip
+PROBLEM = options(
+    SIZES,
+    SHAPE,
+    click.option("--device", default="cpu", show_default=True),
+    click.option("--backend", help="Take this one or fail; the default is the cheapest that can."),
+)  # fmt: skip
+ANALYSIS = options(
+    click.option("--q-length", type=Whole(0, 65536), help="Number of queries, if not n."),
+    HEADS,
+    SHAPE,
+    click.option("--batch", type=COUNT, default=1, show_default=True),
+    click.option("--block-size", type=COUNT, default=128, show_default=True,
+                 help="Tokens on the side of a tile."),
+    click.option("--layers", type=COUNT, default=1, show_default=True, help="Layers that are stacked."),
+    click.option("--ranks", type=COUNT, default=8, show_default=True,
+                 help="Processes that the sequence is divided among."),
+    LIMIT,
+)  # fmt: skip

@@ -1,0 +1,216 @@
+"""Commands that make a plan: compile, run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from attndsl.attention import Attention
+from attndsl.command import child, terminal
+from attndsl.command.given import bound, echo_json, first_query, heads_of, tables
+from attndsl.command.options import JSON, PROBLEM, TARGET
+from attndsl.errors import fail
+
+if TYPE_CHECKING:
+    from attndsl.execution.plan import Plan
+
+
+@click.command()
+@TARGET
+@PROBLEM
+@JSON
+def compile(
+    file: str,
+    name: str | None,
+    params: dict[str, str],
+    inputs: dict[str, str],
+    time_limit: float,
+    as_json: bool,
+    **problem: Any,
+) -> None:
+    """The plan: the backend chosen and why, tiles, bytes, time."""
+    attention = bound(file, name, params).attention
+    given = tables(inputs)
+    problem["heads"] = heads_of(attention, given, problem["heads"])
+
+    def work(stage: child.Stage) -> tuple[dict[str, Any], str]:
+        plan = planned(stage, time_limit, attention, given, **problem)
+        return of_plan(plan), plan_text(plan)
+
+    found, text = child.run(work)
+    if as_json:
+        echo_json(found)
+    else:
+        click.echo(text)
+
+
+@click.command()
+@TARGET
+@PROBLEM
+@click.option("--backward", is_flag=True, help="Time the backward pass as well.")
+@click.option(
+    "--text",
+    type=click.Path(path_type=Path),
+    help="Take q, k and v from the bytes of this file, not from random numbers.",
+)
+@click.option("--seed", type=int, default=0, show_default=True)
+@JSON
+def run(
+    file: str,
+    name: str | None,
+    params: dict[str, str],
+    inputs: dict[str, str],
+    time_limit: float,
+    backward: bool,
+    text: Path | None,
+    seed: int,
+    as_json: bool,
+    **problem: Any,
+) -> None:
+    """Run the plan, compare it with `reference`, time it beside dense attention."""
+    attention = bound(file, name, params).attention
+    given = tables(inputs)
+    problem["heads"] = heads_of(attention, given, problem["heads"])
+
+    def work(stage: child.Stage) -> tuple[dict[str, Any], str]:
+        plan = planned(stage, time_limit, attention, given, training=backward, **problem)
+        found = of_run(stage, plan, given, backward, text, seed)
+        seen = plan_text(plan)
+        if plan.block_masks is not None:
+            first = first_query(attention, plan.block_masks, problem["heads"])
+            seen += f"\n\n{terminal.picture(plan.block_masks, terminal.width(), first)}"
+        return found, seen
+
+    found, said = child.run(work)
+    if as_json:
+        echo_json(found)
+    else:
+        terminal.echo(f"{said}\n\n{result_text(found)}")
+
+
+def of_plan(plan: Plan) -> dict[str, Any]:
+    """Tiles and nnz are over all batch rows and heads; None where they wait for tables."""
+    from attndsl.execution.choice import UNKNOWN
+
+    p, blocks = plan.problem, plan.block_masks
+    found: dict[str, Any] = {
+        "name": plan.attention.name,
+        "length": p.length,
+        "q_length": p.q_length,
+        "block_size": p.block_size,
+        "backend": plan.backend,
+        "rejected": {
+            name: UNKNOWN if said is None else said
+            for name, said in plan.considered.items()
+            if name != plan.backend
+        },
+        **dict.fromkeys(("tiles", "entries", "nnz", "density", "plan_bytes")),
+        "compile_seconds": plan.compile_seconds,
+    }
+    if blocks is None:
+        return found
+    times = p.batch * p.heads // blocks.index.size
+    full, partial, empty, unique = blocks.tiles
+    counts = {"full": full * times, "partial": partial * times, "empty": empty * times}
+    return found | {
+        "tiles": {**counts, "unique_partial": unique},
+        "entries": blocks.entries,
+        "nnz": blocks.nnz * times,
+        "density": blocks.density,
+        "plan_bytes": blocks.nbytes,
+    }
+
+
+def of_run(
+    stage: child.Stage, plan: Plan, given: dict[str, Any], backward: bool, text: Path | None, seed: int
+) -> dict[str, Any]:
+    """The plan's facts and what running it shows. Raises AttnError where `reference` disagrees."""
+    from attndsl.command import trial
+
+    stage("making q, k and v", None)
+    problem = plan.problem
+    q, k, v = trial.qkv(problem, text, seed)
+    stage(f"running {plan.backend}", None)
+    call = plan.module().requires_grad_(False)
+    out = call(q, k, v, **given)
+    stage("running reference", None)
+    verified = trial.verify(plan, out, q, k, v, given)
+    if verified is not None and not verified.error <= verified.tolerance:
+        raise fail(
+            f"`{plan.backend}` differs from `reference` by {verified.error:.3g}, "
+            f"more than {verified.tolerance:.3g}",
+            help="this is a bug in that backend; another one may be right: --backend",
+        )
+    stage(f"timing {plan.backend} and dense attention", None)
+    works = {
+        "forward": lambda: call(q, k, v, **given),
+        "backward": trial.backward(plan, (q, k, v), given) if backward else None,
+        "dense": trial.dense(plan, q, k, v),
+        "dense_masked": trial.dense_masked(plan, q, k, v, given),
+    }
+    seconds = trial.medians({name: work for name, work in works.items() if work}, problem.device)
+    found = of_plan(plan)
+    nnz = found["nnz"]
+    return found | {
+        "seconds": {name: seconds.get(name) for name in works},
+        "dense_masked_work": trial.masked_work(plan),
+        "gflops_live": None if nnz is None else 4 * nnz * problem.head_dim / seconds["forward"] / 1e9,
+        "max_abs_error": None if verified is None else verified.error,
+        "verified_rows": 0 if verified is None else verified.rows,
+    }
+
+
+def planned(
+    stage: child.Stage, time_limit: float, attention: Attention, given: dict[str, Any], **problem: Any
+) -> Plan:
+    """The plan, its tables bound if they were given."""
+    stage("loading torch", None)
+    import torch
+
+    import attndsl
+
+    try:
+        torch.empty(0, device=problem["device"])
+    except (RuntimeError, AssertionError):
+        help = "cpu, or cuda where there is one"
+        raise fail(f"no device `{problem['device']}`", help=help) from None
+    stage("tiling", time_limit)
+    plan = attndsl.compile(attention, **problem)
+    return plan.bind(**given) if given else plan
+
+
+def plan_text(plan: Plan) -> str:
+    blocks = plan.block_masks
+    held = ""
+    if blocks is not None:
+        entries = terminal.counted(blocks.entries, "entry", "entries")
+        held = f", {entries} in {terminal.counted(blocks.nbytes, 'byte')}"
+    return f"{plan}\n  compiled  in {plan.compile_seconds:.3g} s{held}"
+
+
+def result_text(found: dict[str, Any]) -> str:
+    seconds, rows = found["seconds"], found["verified_rows"]
+    forward = seconds["forward"]
+    speed = f"  {found['gflops_live']:.3g} GFLOP/s on live pairs" if found["gflops_live"] else ""
+    lines = [("forward", f"{forward:.4g} s{speed}")]
+    if seconds["backward"] is not None:
+        lines.append(("backward", f"{seconds['backward']:.4g} s"))
+    for key, work in (("dense", "no mask"), ("dense_masked", found["dense_masked_work"])):
+        taken = seconds[key]
+        times = (
+            "left out: too large" if taken is None else f"{taken:.4g} s; forward is {ratio(taken, forward)}"
+        )
+        lines.append((f"SDPA, {work}", times))
+    which = "all" if rows == found["q_length"] else f"{rows:,} sampled"
+    error = "not verified: the pattern depends on nq, and reference does not fit"
+    if rows:
+        error = f"{found['max_abs_error']:.3g} at most, against reference in float64 on {which} rows"
+    lines.append(("error", error))
+    return "\n".join(f"  {title:17} {said}" for title, said in lines)
+
+
+def ratio(dense: float, ours: float) -> str:
+    """Never below 1: the word says which of the two is faster."""
+    return f"{dense / ours:.3g} x faster" if dense >= ours else f"{ours / dense:.3g} x slower"
