@@ -92,8 +92,7 @@ class Lowered:
 
     def tiles(self, sizes: lowering.Sizes, given: Mapping[str, Tensor], batch: int) -> BlockMask:
         """The tiles of one call, kept for the last few."""
-        arrays = {name: as_array(value) for name, value in given.items()}
-        tables = lowering.checked_tables(self.attention, arrays, sizes, batch, self.problem.head_dim)
+        tables = lowering.checked_tables(self.attention, given, sizes, batch, self.problem.head_dim)
         used = (tables[table.name] for table in lowering.mask_tables(self.attention))
         key = (sizes, *((array.shape, array.tobytes()) for array in used))
         found = self.kept.get(key)
@@ -152,11 +151,3 @@ def find(identity: str, tensors: Sequence[Tensor]) -> Lowered:
 def alive(identity: str) -> Lowered | None:
     """The one with this identity, if somebody holds it."""
     return _alive.get(identity)
-
-
-def as_array(value: Any) -> Any:
-    """A tensor, or whatever numpy reads, as an array; bfloat16 has no numpy type and only floats do."""
-    if hasattr(value, "detach"):
-        value = value.detach().cpu()
-        return (value.float() if str(value.dtype) == "torch.bfloat16" else value).numpy()
-    return np.asarray(value)

@@ -18,7 +18,7 @@ from attndsl.backend import DTYPES, Problem, check_problem
 from attndsl.bound import Bound
 from attndsl.errors import fail
 from attndsl.execution import choice
-from attndsl.execution.lowered import Lowered, as_array, lower
+from attndsl.execution.lowered import Lowered, lower
 from attndsl.execution.operator import attend
 from attndsl.expr import Table
 from attndsl.program import bound_of
@@ -211,8 +211,7 @@ class Plan:
             sizes = lowering.sizes(
                 self.attention, self.problem.length, self.problem.q_length, self.problem.heads
             )
-            arrays = {name: as_array(value) for name, value in bound.items()}
-            tables = lowering.checked_tables(self.attention, arrays, sizes, head_dim=self.problem.head_dim)
+            tables = lowering.checked_tables(self.attention, bound, sizes, head_dim=self.problem.head_dim)
             blocks = lowering.block_mask(self.attention, sizes, tables, self.problem.block_size)
         seconds = self.compile_seconds + time.perf_counter() - start
         return replace(self, tables=bound, block_masks=blocks, compile_seconds=seconds)

@@ -6,8 +6,6 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from numpy.typing import NDArray
-
 from attndsl.errors import fail
 from attndsl.expr import INT64, Expr, Table, nodes, render
 
@@ -18,11 +16,11 @@ ANYTHING: Interval = (-math.inf, math.inf)
 BOUND_VARIABLE: Interval = (0, 2**31)
 
 
-def check_range(root: Expr, variables: Mapping[str, Interval], tables: Mapping[str, NDArray[Any]]) -> None:
+def check_range(root: Expr, variables: Mapping[str, Interval], tables: Mapping[str, Any]) -> None:
     """Raises AttnError where an integer could leave the 64-bit range.
 
     The bounds see no guards: `q < 4 and q ** 20 > k` is refused for a long sequence. `variables` gives the
-    ranges of the free ones; bound ones are positions. `tables` needs those of integers.
+    ranges of the free ones; bound ones are positions. `tables`, arrays or tensors, needs those of integers.
     """
     known: dict[Expr, Interval] = {}
     for node in nodes(root):
@@ -40,7 +38,7 @@ def _interval(
     e: Expr,
     known: Mapping[Expr, Interval],
     variables: Mapping[str, Interval],
-    tables: Mapping[str, NDArray[Any]],
+    tables: Mapping[str, Any],
 ) -> Interval:
     args = [known[arg] for arg in e.args if arg in known]
     if e.op == "const":
@@ -59,13 +57,13 @@ def _interval(
     return RULES[e.op](*args) if e.op in RULES else ANYTHING
 
 
-def _entries(e: Expr, table: Table, tables: Mapping[str, NDArray[Any]]) -> Interval:
+def _entries(e: Expr, table: Table, tables: Mapping[str, Any]) -> Interval:
     if e.op in ("rank_of", "count_of"):
-        return 0, tables[table.name].size
+        return 0, tables[table.name].shape[-1]
     data = tables.get(table.name)
     if data is None:
         return ANYTHING
-    if not data.size:
+    if 0 in data.shape:
         return 0, 0
     return data.min().item(), data.max().item()
 

@@ -122,7 +122,8 @@ def axis(side: str, length: int, offset: object, positions: ArrayLike | None) ->
 
 def check_positions(name: str, dtype: str, shape: Sequence[int], length: int) -> None:
     """Raises AttnError for positions that are no integers, or of another number than there are entries."""
-    if not dtype.removeprefix("torch.").startswith(("int", "uint")):
+    dtype = dtype.removeprefix("torch.")
+    if not dtype.startswith(("int", "uint")):
         raise fail(f"`{name}` are integers, and were given as {dtype}")
     if len(shape) not in (1, 2) or shape[-1] != length:
         raise fail(f"`{name}` is [{length}] or [B, {length}], and was given as {list(shape)}")
@@ -185,17 +186,19 @@ def quantifier_free(mask: Expr) -> Expr:
 
 def checked_tables(
     attention: Attention,
-    given: Mapping[str, ArrayLike],
+    given: Mapping[str, Any],
     sizes: Sizes,
     batch: int | None = None,
     head_dim: int | None = None,
     needed: Sequence[Table] | None = None,
-) -> dict[str, Array]:
-    """The given inputs as arrays with the axes of their tables; one batch row may serve all.
+) -> dict[str, Any]:
+    """The given inputs with the axes of their tables; one batch row may serve all. Those that masks read are
+    arrays; the others, which may be tensors, stay where they are.
 
     Raises AttnError for a table that is unknown, of another type or shape, or missing: one of `needed`, or
     where that is None of those that masks read.
     """
+    read = mask_tables(attention, counts=True)
     check_names(attention, given, mask_tables(attention) if needed is None else needed)
     bound: dict[str, int] = {"nq": sizes.q.length, "H": sizes.heads}
     if len(set(sizes.n)) == 1:
@@ -204,11 +207,20 @@ def checked_tables(
         bound["D"] = head_dim
     if batch is not None:
         bound["B"] = batch
-    return {
-        table.name: _checked(table, np.asarray(given[table.name]), bound)
-        for table in attention.inputs
-        if table.name in given
-    }
+    found = {}
+    for table in attention.inputs:
+        if table.name in given:
+            value = given[table.name]
+            value = value if hasattr(value, "detach") else np.asarray(value)
+            _check(table, value, bound)
+            found[table.name] = as_array(value) if table in read else value
+    return found
+
+
+def as_array(value: Any) -> Array:
+    """A tensor, or whatever numpy reads, as an array, integers as int64."""
+    found = np.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
+    return found.astype(np.int64, copy=False) if found.dtype.kind in "iu" else found
 
 
 def mask_tables(attention: Attention, counts: bool = False) -> tuple[Table, ...]:
@@ -237,11 +249,12 @@ KINDS = {"int": ("int", "uint"), "bool": ("bool",), "float": ("float16", "float3
 """How the names of dtypes begin, by kind of table."""
 
 
-def _checked(table: Table, array: Array, bound: dict[str, int]) -> Array:
+def _check(table: Table, array: Any, bound: dict[str, int]) -> None:
     check_kind(table, array)
     if array.ndim != len(table.dims):
         raise fail(
-            f"`{table.name}` is {_shape_text(table)}, and was given with {array.ndim} axes: {array.shape}"
+            f"`{table.name}` is {_shape_text(table)}, and was given with {array.ndim} axes: "
+            f"{tuple(array.shape)}"
         )
     for axis, size in zip(table.dims, array.shape, strict=True):
         if axis == "B" and size == 1:
@@ -255,9 +268,6 @@ def _checked(table: Table, array: Array, bound: dict[str, int]) -> Array:
                 else f"`{table.name}` has {size} entries on an axis of {axis}",
                 help=shared if axis == "H" and size == 1 else "",
             )
-    if table.dtype == "int":
-        array = array.astype(np.int64, copy=False)
-    return array
 
 
 def check_kind(table: Table, array: Any) -> None:
