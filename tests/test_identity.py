@@ -157,21 +157,23 @@ def identity(**changes: Any) -> str:
     ("changes", "said"),
     [
         ({"backend": "absent"}, "needs the backend `absent`, which is not installed"),
-        ({"attndsl": 99}, "saved in format 99 of attndsl, and this version reads 1"),
+        ({"attndsl": 99}, "saved in format 99 of attndsl, and this version reads 2"),
     ],
 )
 def test_a_program_that_cannot_run_here_says_why(changes: dict[str, Any], said: str) -> None:
     q, k, v = inputs()
     with pytest.raises(attndsl.AttnError, match=said):
-        attend(q, k, v, [q.new_empty(0)], None, None, identity(**changes))
+        attend(q, k, v, [q.new_empty(0)], *[None] * 5, identity(**changes))
 
 
 def test_a_backend_that_declines_a_loaded_program_says_why() -> None:
     plan = module_of("learned", backend="torch").plan
     text = plan.lowered.identity.replace('"norm":"softmax"', '"norm":"relu"').replace('"torch"', '"sdpa"')
     q, k, v = inputs()
-    with pytest.raises(attndsl.AttnError, match="`sdpa`, which declines here: norm relu"):
-        attend(q, k, v, [torch.zeros(2)], None, None, text)
+    with pytest.raises(
+        attndsl.AttnError, match="`sdpa`, which declines here: it knows nothing of the norm `relu`"
+    ):
+        attend(q, k, v, [torch.zeros(2)], *[None] * 5, text)
 
 
 def test_equal_plans_share_what_was_lowered_and_what_is_dropped_is_collected() -> None:
@@ -218,7 +220,7 @@ def test_the_operator_keeps_the_rules_of_torch() -> None:
     q, k, v = (x.requires_grad_() for x in inputs())
     plan = module.plan.lowered
     tensors = plan.tensors(q, dict(module.named_parameters()))
-    torch.library.opcheck(attend, (q, k, v, tensors, None, [0], plan.identity))
+    torch.library.opcheck(attend, (q, k, v, tensors, None, None, [0], None, None, plan.identity))
 
 
 def test_importing_attndsl_torch_is_enough_and_attndsl_alone_is_free_of_it() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -287,13 +287,14 @@ def _shape_text(table: Table) -> str:
 @dataclass(frozen=True, eq=False)
 class Case:
     """One batch row and head: its closed mask and multiplicity, `q` and `k` being the entries, not their
-    positions; tables without the axes B and H."""
+    positions (`query` is the one of a query); tables without the axes B and H."""
 
     row: int
     head: int
     mask: Expr
     count: Expr
     n: int
+    query: Expr
     tables: Mapping[str, Array]
 
 
@@ -312,8 +313,6 @@ def cases(
     empty = not (sizes.q.length and sizes.k.length)
     for row in range(rows):
         n = sizes.n[row % len(sizes.n)]
-        if sizes.q.span(row)[1] >= n:
-            _check_draws(read, n)
         (q, at_q), (k, at_k) = sizes.q.expression("q", row), sizes.k.expression("k", row)
         for head in range(sizes.heads if by_head else min(1, sizes.heads)):
             mask, count = ir.FALSE, ir.ONE
@@ -328,18 +327,7 @@ def cases(
             mask, count = (ir.substitute(e, {"q": q, "k": k}) for e in (mask, count))
             for e in (mask, count):
                 check_range(e, _entry_ranges(sizes), here)
-            yield Case(row, head, mask, count, n, here)
-
-
-def _check_draws(masks: Iterable[Expr], n: int) -> None:
-    """Raises AttnError where a query beyond the last key draws keys by a table, which has no entry for it."""
-    for node in (node for mask in masks for node in ir.nodes(mask)):
-        if node.op == "random" and node.args[0] is ir.var("q") and node.args[4].tables:
-            names = ", ".join(sorted(f"`{table.name}`" for table in node.args[4].tables))
-            raise fail(
-                f"a query stands beyond the last key, at n = {n}, and its keys are drawn by {names}",
-                help="let `n` count that query too",
-            )
+            yield Case(row, head, mask, count, n, q, here)
 
 
 def alone(e: Expr) -> Expr:
@@ -465,7 +453,10 @@ def block_mask(attention: Attention, sizes: Sizes, tables: Mapping[str, Array], 
         key = (case.mask, contents)
         if key not in known:
             known[key] = len(grids)
-            grids.append(tile(case.mask, nq, n_keys, block_size, n=case.n, tables=case.tables))
+            grid = tile(
+                case.mask, nq, n_keys, block_size, n=case.n, query=case.query, tables=case.tables
+            )  # fmt: skip
+            grids.append(grid)
         index[case.row, case.head] = known[key]
     shape = tuple(1 + max((key[axis] for key in index), default=0) for axis in (0, 1))
     places = np.zeros(shape, np.int32)

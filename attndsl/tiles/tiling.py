@@ -61,6 +61,7 @@ POINT_LIMIT = 2**30
 ENTRY_LIMIT = 2**24
 """Partial tiles and runs of one mask; writing them out takes about 60 bytes each."""
 DRAWN_ROWS = 2**24
+QUERY = var("q")
 COLUMN_BITS, CONTENT_BITS = 20, 22
 LISTED = "where a term is no integer relation, list its values, as in `q - k in [1, 2, 4, 8]`"
 """Help where too many tiles differ."""
@@ -73,9 +74,10 @@ def tile(
     block_size: int,
     *,
     n: int,
+    query: Expr = QUERY,
     tables: Tables | None = None,
 ) -> TileGrid:
-    """The tiles of a truth over `q` and `k`, the numbers of the row and of the column.
+    """The tiles of a truth over `q` and `k`, the numbers of row and column. `query` is the position of a query.
 
     Every other variable has been replaced by a constant. `tables` maps a name to its explicit axes.
     Raises AttnError where an int table is read out of its range, and where the mask has more tiles or more
@@ -91,7 +93,7 @@ def tile(
         nothing = np.zeros((2, 0), np.int64)
         return grid_of(frame, block_size, nothing, nothing, packed(0, block_size))
     defined = not pointwise.partial(mask)
-    mask, tables = draw(mask, frame, tables or {})
+    mask, tables = draw(mask, frame, query, tables or {})
     depth = searches(mask)
     points = nq * n_keys * n**depth
     if depth and points > POINT_LIMIT:
@@ -223,7 +225,7 @@ def nowhere(boxes: Boxes) -> Truth:
     return Truth(np.int8(EMPTY), ())
 
 
-def draw(mask: Expr, frame: Frame, tables: Tables) -> tuple[Expr, Tables]:
+def draw(mask: Expr, frame: Frame, query: Expr, tables: Tables) -> tuple[Expr, Tables]:
     """`random` as look-ups in tables of the keys drawn, where n and the seed are constants."""
     done: dict[Expr, Expr] = {}
     drawn = dict(tables)
@@ -242,8 +244,11 @@ def draw(mask: Expr, frame: Frame, tables: Tables) -> tuple[Expr, Tables]:
         of = substitute(node.args[4], {row: var("q"), col: var("k")})
         counts = np.full(len(rows), n)
         if of is not TRUE:
-            # rows outside are guarded where the draw is looked up, so that tables need not hold them
-            inside = np.flatnonzero((0 <= rows) & (rows < n)) if of.tables else np.arange(len(rows))
+            by_row = any(isinstance(x.value, Table) and "q" in x.free for x in nodes(of))
+            if by_row and node.args[0] is query and not 0 <= first <= last < n:
+                continue
+            # other rows outside are guarded where the draw is looked up, so that tables need not hold them
+            inside = np.flatnonzero((0 <= rows) & (rows < n)) if by_row else np.arange(len(rows))
             start = int(rows[inside[0]]) if len(inside) else 0
             counts = np.zeros(len(rows), np.int64)
             counts[inside], select = eligible(of, start, len(inside), n, tables)
