@@ -313,10 +313,12 @@ def _within(op: str, x: float, least: int) -> int:
     return int(x)
 
 
-def power(a: Expr, b: Expr) -> Expr:
+def power(a: Expr, b: Expr, integral: bool = False) -> Expr:
+    """An integer if both are and `b` is a constant from 0 on, or as `integral` says: both are, and `b` is not
+    negative wherever the value matters."""
     x, y = number(a), number(b)
-    integral = a.type == "int" and b.type == "int" and y is not None and y >= 0
-    if x is None or y is None:
+    integral = integral or (a.type == b.type == "int" and y is not None and y >= 0)
+    if x is None or y is None or (integral and y < 0):
         return make("pow", (a, b), None, "int" if integral else "real")
     if integral:
         if abs(x) > 1 and y * math.log2(abs(x)) > 64:
@@ -476,7 +478,6 @@ REBUILD: dict[str, Callable[..., Expr]] = {
     "div": div,
     "floordiv": floordiv,
     "mod": mod,
-    "pow": power,
     "min": minimum,
     "max": maximum,
     "abs": absolute,
@@ -497,6 +498,8 @@ def rebuild(node: Expr, args: tuple[Expr, ...]) -> Expr:
         return node
     if node.op in REBUILD:
         return REBUILD[node.op](*args)
+    if node.op == "pow":
+        return power(args[0], args[1], node.type == "int")
     if node.op == "inset":
         return inset(args[0], node.value)  # type: ignore[arg-type]
     if node.op == "exists":

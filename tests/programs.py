@@ -187,6 +187,8 @@ class Writer:
         return self.pick(
             lambda: f"({self.number(scope, 0)} * {self.number(scope, 0)})",
             lambda: f"(({sub()}) mod 7) ** {self.rng.choice(('2', '3'))}",
+            lambda: f"({sub()} mod 5 - 2) ** ({sub()} mod {self.rng.choice('34')})",
+            lambda: f"2 ** log2(1 + |{sub()}|)",
             lambda: f"isqrt(|{sub()}|)",
             lambda: f"log2(1 + |{sub()}|)",
             lambda: f"floor(0.5 * {sub()})",

@@ -62,6 +62,14 @@ def root(x: Tensor) -> Tensor:
     return sum((x >= i * i).long() for i in range(1, 200))  # type: ignore[return-value]
 
 
+def raised(x: Tensor, count: Tensor) -> Tensor:
+    """x to a power of less than 5."""
+    found = torch.ones_like(x + count)
+    for i in range(1, 5):
+        found = torch.where(count >= i, found * x, found)
+    return found
+
+
 LISTED = torch.tensor([0, 2, 5, 6, 7, 9, 11, 14])
 OPERATORS: dict[str, tuple[Operator, ...]] = {
     # r: a real, i: an integer, t: a truth, p: a pattern, as its multiplicities
@@ -98,6 +106,7 @@ OPERATORS: dict[str, tuple[Operator, ...]] = {
         Operator("({} // 3)", lambda a: torch.floor(a.double() / 3).long(), "i"),
         Operator("({} mod 4)", lambda a: a - 4 * torch.floor(a.double() / 4).long(), "i"),
         Operator("(({} mod 6) ** 3)", lambda a: (a % 6) * (a % 6) * (a % 6), "i"),
+        Operator("(({} mod 4) ** ({} mod 5))", lambda a, b: raised(a % 4, b % 5), "ii"),
         Operator("min({}, {})", torch.minimum, "ii"),
         Operator("max({}, {})", torch.maximum, "ii"),
         Operator("|({})|", abs, "i"),

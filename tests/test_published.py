@@ -88,6 +88,13 @@ def test_etc() -> None:
     assert report.diameter == 2
 
 
+@pytest.mark.parametrize("length", [1, 2, 24, 96, 2**12, 2**20])
+def test_log_sparse(length: int) -> None:
+    """Li et al. 2019, section 4.2: a position sees itself and those a power of two before it."""
+    pairs = length + sum(position.bit_length() for position in range(length))
+    assert nnz(example("log_sparse", "log_sparse"), length) == pairs
+
+
 @pytest.mark.parametrize(("parts", "length"), [(2, 512), (3, 510), (4, 512)])
 def test_blockbert(parts: int, length: int) -> None:
     """Qiu et al. 2020, section 3: a head has N^2 / n of the pairs."""

@@ -106,7 +106,10 @@ class Masks:
             case 12:
                 return where(self.truth(depth - 1), x, self.integer(depth - 1))
             case 13:
-                return r.choice([mul(x, self.integer(depth - 1)), power(x, const(2))])
+                base = r.choice([const(r.randint(-3, 4)), sub(mod(x, const(7)), const(r.randint(0, 3)))])
+                exponent = r.choice([mod(self.integer(depth - 1), const(5)), const(r.randint(0, 3))])
+                squared = power(x, const(2))
+                return r.choice([mul(x, self.integer(depth - 1)), squared, power(base, exponent, True)])
             case 14:
                 return r.choice([call("isqrt", absolute(x)), call("log2", maximum(x, const(1)))])
             case _:

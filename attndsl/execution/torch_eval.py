@@ -254,7 +254,7 @@ class _Evaluation:
 
     def on_pow(self, node: Expr, live: Tensor | None) -> Tensor:
         if node.type == "int":
-            return torch.pow(self.of(node.args[0], live), self.of(node.args[1], live))
+            return torch.pow(self.of(node.args[0], live), self.of(node.args[1], live).clamp_min(0))
         return torch.pow(self.real(node.args[0], live, 1.0), self.real(node.args[1], live, 1.0))
 
     def on_min(self, node: Expr, live: Tensor | None) -> Tensor:

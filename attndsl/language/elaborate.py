@@ -68,6 +68,7 @@ from attndsl.language.vocabulary import (
     RETIRED,
     SIGNATURES,
 )
+from attndsl.meaning.intervals import never_negative
 from attndsl.syntax import nodes as ast
 
 CALL_DEPTH = 64
@@ -415,7 +416,7 @@ class Elaborator:
         if e.op == "*":
             return Num(ir.mul(a, b))
         if e.op == "**":
-            return Num(ir.power(a, b))
+            return Num(ir.power(a, b, a.type == b.type == "int" and never_negative(b)))
         if e.op == "/":
             if env.integral:
                 raise fail("`/` is real where an integer is needed", e.span, help="write `//` to round down")
