@@ -96,6 +96,7 @@ OPERATORS: dict[str, tuple[Operator, ...]] = {
         Operator("sin({})", torch.sin, "r"),
         Operator("cos({})", torch.cos, "r"),
         Operator("(0.25 * ({} mod 7))", lambda i: 0.25 * (i % 7), "i"),
+        Operator("[0.5, -1.25, 3][{} mod 3]", lambda i: torch.tensor([0.5, -1.25, 3]).double()[i % 3], "i"),
         Operator("(({} mod 5) / 4)", lambda i: i % 5 / 4, "i"),
     ),
     "i": (
@@ -107,6 +108,7 @@ OPERATORS: dict[str, tuple[Operator, ...]] = {
         Operator("({} mod 4)", lambda a: a - 4 * torch.floor(a.double() / 4).long(), "i"),
         Operator("(({} mod 6) ** 3)", lambda a: (a % 6) * (a % 6) * (a % 6), "i"),
         Operator("(({} mod 4) ** ({} mod 5))", lambda a, b: raised(a % 4, b % 5), "ii"),
+        Operator("[0, 2, -5, 6][{} mod 4]", lambda a: torch.tensor([0, 2, -5, 6])[a % 4], "i"),
         Operator("min({}, {})", torch.minimum, "ii"),
         Operator("max({}, {})", torch.maximum, "ii"),
         Operator("|({})|", abs, "i"),

@@ -103,6 +103,20 @@ def test_blockbert(parts: int, length: int) -> None:
         assert nnz(attention, length, heads) == heads * length**2 // parts
 
 
+def test_blocks_in_a_given_order() -> None:
+    """Qiu et al. 2020, section 3: query block i sees the key block that a permutation gives it, here among
+    16,384 blocks."""
+    order = np.random.default_rng(0).permutation(2**14)
+    pattern = attndsl.parse("pattern p(order) = blocks(64, { q, k : order[q] == k })")["p"](order=order)
+    (grid,) = pattern.block_mask(2**20, 64).grids
+    assert (grid.run_start == order).all()
+    assert (grid.run_end == order + 1).all()
+    assert grid.nnz == 2**20 * 64
+    halves = pattern.block_mask(2**20)
+    assert halves.nnz == 2**20 * 64
+    assert len(halves.grids[0].masks) < 16
+
+
 @pytest.mark.parametrize(("radius", "length"), [(1, 9), (3, 100), (256, 4096)])
 def test_diameters(radius: int, length: int) -> None:
     """A global token makes any pattern two layers deep; a window alone takes ceil((n - 1) / r)."""

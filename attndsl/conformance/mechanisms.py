@@ -216,6 +216,15 @@ PLAIN = (
             lambda p: p.s - 2.0 ** ((p.q - p.k).abs() % 6) / 32,
         ),
     ),
+    mechanism(
+        "in-order",
+        "mask blocks(16, { q, k : [3, 0, 4, 1, 2][(q + h) mod 5] == k mod 5 }) "
+        "score s + [0.5, -1.0][q mod 2]",
+        Formula(
+            lambda p: torch.tensor([3, 0, 4, 1, 2])[(p.q // 16 + p.h) % 5] == p.k // 16 % 5,
+            lambda p: p.s + torch.where(p.q % 2 == 0, 0.5, -1.0),
+        ),
+    ),
     mechanism("blocks", "mask block(32)", lambda p: p.q // 32 == p.k // 32),
     mechanism(
         "per-head",

@@ -70,7 +70,7 @@ def _interval(
 
 
 def _entries(e: Expr, table: Table, tables: Mapping[str, NDArray[Any]]) -> Interval:
-    data = tables.get(table.name)
+    data = tables.get(table.name) if table.entries is None else table.known
     if e.op in ("rank_of", "count_of"):
         return 0, 2**31 if data is None else data.size
     if data is None:

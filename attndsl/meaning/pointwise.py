@@ -125,7 +125,7 @@ class _Evaluation:
         return np.asarray(OPERATIONS[e.op](*args))
 
     def look_up(self, e: Expr, table: Table, args: list[Array], active: Array | None) -> Array:
-        data = self.tables[table.name]
+        data = table.content(self.tables)
         if e.op in ("rank_of", "count_of"):
             data = segments(data)[0 if e.op == "rank_of" else 1]
         indices = args[1:] if e.op == "intable" else args

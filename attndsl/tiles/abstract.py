@@ -179,10 +179,10 @@ class Signatures:
             case "log2":
                 bound = math.log2(max(args[0], 1))
             case "lookup":
-                data = self.tables[_table(node).name]
+                data = _table(node).content(self.tables)
                 bound = 2 * max(-int(data.min()), int(data.max()), 0) if data.size else 0
             case "rank_of" | "count_of":
-                bound = 2 * self.tables[_table(node).name].size
+                bound = 2 * _table(node).content(self.tables).size
             case _:
                 bound = sum(args)
         return bound if bound < LARGEST else math.inf
@@ -263,7 +263,7 @@ class Signatures:
         table = _table(node)
         part = self.parts.get(node)
         if part is None:
-            part = self.parts[node] = _part(node, self.tables[table.name])
+            part = self.parts[node] = _part(node, table.content(self.tables))
         indices = [arg for arg, index in zip(args, node.args, strict=True) if index.op != "const"]
         key = [column for index in indices for column in _open(index)]
         wild: Any = False

@@ -61,6 +61,8 @@ POINT_LIMIT = 2**30
 ENTRY_LIMIT = 2**24
 """Partial tiles and runs of one mask; writing them out takes about 60 bytes each."""
 DRAWN_ROWS = 2**24
+MEETINGS = 2**23
+"""Tiles that the links of an equation meet, counted for each link; with more they are not scattered."""
 COLUMN_BITS, CONTENT_BITS = 20, 22
 LISTED = "where a term is no integer relation, list its values, as in `q - k in [1, 2, 4, 8]`"
 """Help where too many tiles differ."""
@@ -105,7 +107,8 @@ def tile(
     links = {
         node: found
         for node in nodes(mask)
-        if node.op == "intable" and (found := links_of(node, frame, tables)) is not None
+        if (found := links_of(node, frame, tables)) is not None
+        and (node.op == "intable" or found.meetings(block_size) <= MEETINGS)
     }
     quiet = replaced(mask, dict.fromkeys(links, FALSE))
     parts, runs, masks = tiles_of(Source(quiet, frame, tables), max(nq, n_keys), block_size)
