@@ -96,8 +96,8 @@ def _times(x: float, y: float) -> float:
     return 0 if x == 0 or y == 0 else x * y
 
 
-def _divide(a: Interval, b: Interval) -> Interval:
-    return ANYTHING if b[0] <= 0 <= b[1] else _corners(lambda x, y: x / y)(a, b)
+def _quotient(operation: Callable[[float, float], float]) -> Callable[[Interval, Interval], Interval]:
+    return lambda a, b: ANYTHING if b[0] <= 0 <= b[1] else _corners(operation)(a, b)
 
 
 def _absolute(a: Interval) -> Interval:
@@ -156,8 +156,8 @@ WHOLE: dict[str, Callable[..., Interval]] = {
 """Operations that give an integer of integers, and are others of real numbers."""
 RULES: dict[str, Callable[..., Interval]] = {
     "mul": _corners(_times),
-    "div": _divide,
-    "floordiv": _corners(lambda x, y: x // y),
+    "div": _quotient(lambda x, y: x / y),
+    "floordiv": _quotient(lambda x, y: x // y),
     "mod": lambda a, b: (0, max(b[1], 0)),
     "abs": _absolute,
     "pow": _power,
