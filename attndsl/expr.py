@@ -25,26 +25,33 @@ Legal nodes, by `op` (arguments -> type); anything else is a bug of the elaborat
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any, Literal, cast
 from weakref import WeakValueDictionary
+
+import numpy as np
+from numpy.typing import NDArray
 
 from attndsl.errors import fail
 
 Type = Literal["bool", "int", "real", "vec"]
 INT64 = (-(2**63), 2**63 - 1)
 DEPTH_LIMIT = 300
+ENTRY_LIMIT = 2**20
+"""Entries of a list of the text."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """A run-time input or a trainable parameter that expressions look up.
+    """A run-time input, a trainable parameter or a list of the text, that expressions look up.
 
     `dims` are the axes: names bound by the tensor, or sizes. B and H, in that order, may stand first: the
     language leaves them out, and `implicit` are their indices. `init` is None for an input, the initial
-    value of a `learn` parameter otherwise; `serial` tells two evaluations of `learn` apart.
+    value of a `learn` parameter otherwise; `serial` tells two evaluations of `learn` apart. `entries` are
+    those of a list of the text, which has one axis, and None where the content is not known before a call.
     """
 
     name: str
@@ -52,6 +59,17 @@ class Table:
     dims: tuple[str | int, ...]
     init: float | None = None
     serial: int = 0
+    entries: tuple[int | float, ...] | None = None
+
+    @staticmethod
+    def listed(*parts: Sequence[int | float]) -> Table:
+        """A list of the text, of these one after the other; of integers unless an entry is real."""
+        if sum(map(len, parts)) > ENTRY_LIMIT:
+            raise fail(f"a list that is looked up has at most {ENTRY_LIMIT:,} entries")
+        entries = tuple(const(entry).value for part in parts for entry in part)
+        shown = ", ".join([*map(str, entries[:4]), *["..."] * (len(entries) > 4)])
+        dtype: Literal["int", "float"] = "float" if any(isinstance(x, float) for x in entries) else "int"
+        return Table(f"[{shown}]", dtype, (len(entries),), entries=cast("tuple[int | float, ...]", entries))
 
     @property
     def learned(self) -> bool:
@@ -70,6 +88,15 @@ class Table:
     def explicit(self) -> tuple[str | int, ...]:
         """The axes that a text indexes."""
         return self.dims[len(self.implicit) :]
+
+    @functools.cached_property
+    def known(self) -> NDArray[Any]:
+        """The entries, which are known."""
+        return np.array(self.entries, np.int64 if self.dtype == "int" else np.float64)
+
+    def content(self, given: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
+        """Its own entries, or what was given under its name."""
+        return given[self.name] if self.entries is None else self.known
 
 
 @dataclass(frozen=True)
@@ -105,7 +132,7 @@ class Expr:
     free: frozenset[str]
     """Names of the variables that occur free."""
     tables: frozenset[Table]
-    """Tables that occur anywhere below."""
+    """Tables that occur anywhere below and whose content is not known."""
 
     def __repr__(self) -> str:
         return render(self)
@@ -144,7 +171,7 @@ def make(op: str, args: tuple[Expr, ...], value: Hashable, type: Type) -> Expr:
         free = frozenset().union(*(arg.free for arg in args[:4])) | (args[4].free - {row, col})
     node.free = free
     tables = frozenset().union(*(arg.tables for arg in args))
-    node.tables = tables | {value} if isinstance(value, Table) else tables
+    node.tables = tables | {value} if isinstance(value, Table) and value.entries is None else tables
     _interned[key] = node
     return node
 
@@ -313,10 +340,12 @@ def _within(op: str, x: float, least: int) -> int:
     return int(x)
 
 
-def power(a: Expr, b: Expr) -> Expr:
+def power(a: Expr, b: Expr, integral: bool = False) -> Expr:
+    """An integer if both are and `b` is a constant from 0 on, or as `integral` says: both are, and `b` is not
+    negative wherever the value matters."""
     x, y = number(a), number(b)
-    integral = a.type == "int" and b.type == "int" and y is not None and y >= 0
-    if x is None or y is None:
+    integral = integral or (a.type == b.type == "int" and y is not None and y >= 0)
+    if x is None or y is None or (integral and y < 0):
         return make("pow", (a, b), None, "int" if integral else "real")
     if integral:
         if abs(x) > 1 and y * math.log2(abs(x)) > 64:
@@ -443,6 +472,9 @@ def _between(e: Expr, lo: int, hi: int) -> Expr:
 def lookup(table: Table, *indices: Expr) -> Expr:
     types: dict[str, Type] = {"int": "int", "bool": "bool", "float": "real"}
     left_over = len(indices) < len(table.dims)
+    place = number(indices[0]) if table.entries is not None else None
+    if table.entries is not None and place is not None and 0 <= place < len(table.entries):
+        return const(table.entries[int(place)])
     return make("lookup", indices, table, "vec" if left_over else types[table.dtype])
 
 
@@ -476,7 +508,6 @@ REBUILD: dict[str, Callable[..., Expr]] = {
     "div": div,
     "floordiv": floordiv,
     "mod": mod,
-    "pow": power,
     "min": minimum,
     "max": maximum,
     "abs": absolute,
@@ -497,12 +528,16 @@ def rebuild(node: Expr, args: tuple[Expr, ...]) -> Expr:
         return node
     if node.op in REBUILD:
         return REBUILD[node.op](*args)
+    if node.op == "pow":
+        return power(args[0], args[1], node.type == "int")
     if node.op == "inset":
         return inset(args[0], node.value)  # type: ignore[arg-type]
     if node.op == "exists":
         return exists(str(node.value), *args)
     if node.op in FUNCTIONS or node.op in ("isqrt", "floor"):
         return call(node.op, args[0])
+    if node.op == "lookup":
+        return lookup(node.value, *args)  # type: ignore[arg-type]
     return make(node.op, args, node.value, node.type)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -18,17 +18,18 @@ from attndsl.expr import Expr, IntSet, Table
 
 FORMAT = 2
 LONG = 64
-"""Intervals of a constant set from which it stands outside of the text, which keeps its digest."""
+"""Intervals or entries of a constant from which it stands outside of the text, which keeps its digest."""
 
-Intervals = NDArray[np.int64]
+Constant = NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
 class Portable:
-    """`text` is JSON, equal for equal attentions; `constants` the long sets that it names, int64 [m, 2]."""
+    """`text` is JSON, equal for equal attentions; `constants` are what is long in it: the intervals of a set,
+    int64 [m, 2], and the integers of a list, int64 [m]."""
 
     text: str
-    constants: tuple[Intervals, ...]
+    constants: tuple[Constant, ...]
 
 
 def write(attention: Attention, **beside: Any) -> Portable:
@@ -55,7 +56,7 @@ def write(attention: Attention, **beside: Any) -> Portable:
         "offset": writer.place(attention.offset),
         "least_heads": attention.least_heads,
         "groups": groups,
-        "tables": [_table_fields(table) for table in writer.tables],
+        "tables": [writer.fields(table) for table in writer.tables],
         "nodes": writer.nodes,
     }
     return Portable(json.dumps(body, separators=(",", ":")), tuple(writer.constants))
@@ -72,7 +73,7 @@ def read(text: str, constants: Sequence[Any]) -> tuple[Attention, dict[str, Any]
             f"this program was saved in format {body['attndsl']} of attndsl, and this version reads {FORMAT}",
             help="save it again with this version",
         )
-    tables = [Table(**{**fields, "dims": tuple(fields["dims"])}) for fields in body["tables"]]
+    tables = [_table(fields, constants) for fields in body["tables"]]
     nodes: list[Expr] = []
     for op, kind, value, *args in body["nodes"]:
         arguments = tuple(nodes[i] for i in args)
@@ -109,7 +110,7 @@ class _Writer:
         self.nodes: list[list[Any]] = []
         self.places: dict[Expr, int] = {}
         self.tables: list[Table] = []
-        self.constants: list[Intervals] = []
+        self.constants: list[Constant] = []
 
     def place(self, root: Expr | None) -> int | None:
         if root is None:
@@ -135,19 +136,36 @@ class _Writer:
             case IntSet(intervals) if len(intervals) < LONG:
                 return {"set": intervals}
             case IntSet(intervals):
-                self.constants.append(np.array(intervals, np.int64))
-                digest = hashlib.sha256(self.constants[-1].tobytes()).hexdigest()
-                return {"long": len(self.constants) - 1, "digest": digest}
+                return self.long(np.array(intervals, np.int64))
             case tuple():
                 return {"draw": value}
         return value
 
+    def long(self, constant: Constant) -> dict[str, Any]:
+        self.constants.append(constant)
+        return {
+            "long": len(self.constants) - 1,
+            "digest": hashlib.sha256(constant.tobytes()).hexdigest(),
+        }
 
-def _table_fields(table: Table) -> dict[str, Any]:
-    return {name: value for name, value in vars(table).items() if name != "serial"}
+    def fields(self, table: Table) -> dict[str, Any]:
+        written = {field.name: getattr(table, field.name) for field in fields(table)}
+        del written["serial"]
+        if table.dtype == "int" and len(table.entries or ()) >= LONG:
+            written["entries"] = self.long(table.known)
+        return written
 
 
-def _value(value: Any, tables: Sequence[Table], constants: Sequence[Intervals]) -> Any:
+def _table(fields: dict[str, Any], constants: Sequence[Any]) -> Table:
+    entries = fields["entries"]
+    if isinstance(entries, dict):
+        entries = constants[entries["long"]].tolist()
+    return Table(
+        **{**fields, "dims": tuple(fields["dims"]), "entries": None if entries is None else tuple(entries)}
+    )
+
+
+def _value(value: Any, tables: Sequence[Table], constants: Sequence[Any]) -> Any:
     match value:
         case {"table": place}:
             return tables[place]

@@ -21,7 +21,7 @@ from attndsl.language.arguments import bind_arguments, name_span, signature
 from attndsl.language.assertions import Assertion, prove, typed
 from attndsl.language.elaborate import STEP_LIMIT, Elaborator
 from attndsl.language.mistakes import out_of_place
-from attndsl.language.values import TOKENS, AttentionOf, Env, K, Num, Pattern, Q, SetOf, Value, Vec
+from attndsl.language.values import TOKENS, AttentionOf, Env, K, Num, Pattern, Q, SetOf, Space, Value, Vec
 from attndsl.language.vocabulary import BUILT_IN, RESERVED
 from attndsl.syntax import nodes as ast
 
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 Definition = ast.Definition | ast.AttentionDef
 FILE_LIMIT = 64
-MEMBERS_LIMIT = 2**20
 DEFINITION_LIMIT = 20_000
 
 
@@ -304,17 +303,9 @@ class Program:
         if hasattr(value, "tolist"):
             value = value.tolist()
         if isinstance(value, range | list | tuple | set):
-            if isinstance(value, range) and value.step == 1:
-                members = ir.IntSet.of([(value.start, value.stop - 1)])
-            elif len(value) > MEMBERS_LIMIT:
-                raise fail(f"`{name}` lists more than {MEMBERS_LIMIT:,} members")
-            elif not all(isinstance(v, int) and not isinstance(v, bool) for v in value):
-                raise fail(f"`{name}` is a list of integers, and this is {value}")
-            else:
-                members = ir.IntSet.of((v, v) for v in value)
-            return SetOf(lambda p, sp: ir.inset(p, members))
+            return _listed(name, value)
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise fail(f"`{name}` is a number, a list of integers or a text, not {type(value).__name__}")
+            raise fail(f"`{name}` is a number, a list of numbers or a text, not {type(value).__name__}")
         return Num(ir.const(value))
 
     def check_definitions(self) -> list[Diagnostic]:
@@ -362,6 +353,28 @@ class Program:
         value = self.elaborator.instance(item, {}, Env({}, integral), item.name_span, extra)
         if isinstance(value, Pattern):
             value.at(Q, K, TOKENS)
+
+
+def _listed(name: str, value: range | list[Any] | tuple[Any, ...] | set[Any]) -> SetOf:
+    """A list from Python: a set, and a table unless it has no order."""
+    members: ir.IntSet | None = None
+    if isinstance(value, range) and value.step == 1:
+        members = ir.IntSet.of([(value.start, value.stop - 1)])
+    elif len(value) > ir.ENTRY_LIMIT:
+        raise fail(f"`{name}` lists more than {ir.ENTRY_LIMIT:,} members")
+    elif not all(isinstance(v, int | float) and not isinstance(v, bool) for v in value):
+        raise fail(f"`{name}` is a list of numbers, and this is {value}")
+    elif all(isinstance(v, int) for v in value):
+        members = ir.IntSet.of((v, v) for v in value)
+
+    def contains(p: ir.Expr, space: Space) -> ir.Expr:
+        if members is None:
+            raise fail(f"`{name}` is a set of integers, and this is {value}")
+        return ir.inset(p, members)
+
+    return SetOf(
+        contains, None if isinstance(value, set) else functools.cache(lambda: ir.Table.listed(value))
+    )
 
 
 def bound_of(value: object) -> Bound:

@@ -72,6 +72,8 @@ def wide(rng: Random) -> str:
             f"{{ q, k : n <= {w} or k <= q }}",
             f"{{ q, k : q + k != {w} }}",
             f"dilate({m}, last({w // 4}))",
+            f"{{ q, k : q - k < [{w}, {m}, {w - m}][q mod 3] }}",
+            f"{{ q, k : q < 4 and [2, 0, 3, 1][min(q, 3)] == k or k < {m} }}",
             f"within({w}, causal)",
             f"(causal & (last({m}) | columns(every({m}))))",
             f"band(-{w}..{m}, step = {rng.randint(1, 4)})",
@@ -244,6 +246,7 @@ class Assertions:
                 f"dilate({i}, last({j})) == band(-{i * (j - 1)}..0, step = {i})",
                 f"block({i * j}) & {x} <= blocks({i}, block({j}))",
                 f"{x} & columns({i}..{i + j}) <= ~sinks({i})",
+                f"{x} & {{ q, k : [{i}, {j}][k mod 2] <= q - k }} <= ~last({min(i, j)})",
                 f"{x} & {{ q, k : {i} * q < {j} * k }} <= {{ q, k : q < {j} * k // {i} + 1 }}",
             )
         )

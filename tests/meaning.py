@@ -48,6 +48,8 @@ class Kind:
 
     noun: str
     at: Any
+    entries: tuple[Any, ...] | None = None
+    """Of a list, in their order."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,12 @@ class Meaning:
                 found = found | ((here(lo) <= p) & (p <= here(hi)))
             return found
 
-        return Kind("set", members)
+        entries: list[Any] = []
+        for item in e.items:
+            entries += (
+                range(self(item.lo), self(item.hi) + 1) if isinstance(item, ast.Range) else [self(item)]
+            )
+        return Kind("set", members, tuple(entries))
 
     def builder(self, e: ast.Builder) -> Any:
         names = [[name.id for name in group] for group in e.vars]
@@ -195,6 +202,8 @@ class Meaning:
 
     def index(self, e: ast.Index) -> Any:
         base, indices = self(e.base), [np.asarray(self(i)) for i in e.indices]
+        if isinstance(base, Kind) and base.noun == "set":
+            return look_up(np.array(base.entries), indices)
         if isinstance(base, Kind):
             return look_up(base.at(self.n), indices) > 0
         data: Array = base.data

@@ -122,6 +122,8 @@ class Writer:
     definitions: dict[str, Callable[[Scope, int], str]] = field(default_factory=dict)
     sets: list[str] = field(default_factory=list)
     lets: list[str] = field(default_factory=list)
+    lists: dict[str, int] = field(default_factory=dict)
+    """With the numbers of their entries."""
 
     def pick(self, *options: Callable[[], str] | None) -> str:
         return self.rng.choice([option for option in options if option is not None])()
@@ -163,6 +165,7 @@ class Writer:
             lambda: f"{self.rng.choice(('min', 'max'))}({sub()}, {sub()})",
             lambda: f"where({self.truth(scope, depth - 1)}, {sub()}, {sub()})",
             lambda: f"clamp({sub()}, {self.small(-2, 2)}, {self.small(2, 9)})",
+            lambda: self.listed(scope, depth - 1),
             None if self.integral else lambda: self.curved(scope, depth - 1),
         )
 
@@ -187,11 +190,22 @@ class Writer:
         return self.pick(
             lambda: f"({self.number(scope, 0)} * {self.number(scope, 0)})",
             lambda: f"(({sub()}) mod 7) ** {self.rng.choice(('2', '3'))}",
+            lambda: f"({sub()} mod 5 - 2) ** ({sub()} mod {self.rng.choice('34')})",
+            lambda: f"2 ** log2(1 + |{sub()}|)",
             lambda: f"isqrt(|{sub()}|)",
             lambda: f"log2(1 + |{sub()}|)",
             lambda: f"floor(0.5 * {sub()})",
             lambda: f"floor(sqrt(1 + |{sub()}|))",
         )
+
+    def listed(self, scope: Scope, depth: int) -> str:
+        """A look-up in a list: of few entries, named, or in a program that is no relation of many."""
+        sub = self.number(scope, depth)
+        if self.integral or self.rng.random() < 0.7:
+            named = [f"{name}[{sub} mod {count}]" for name, count in self.lists.items()]
+            literal = f"[{self.small(-9, 9)}, {self.small(0, 4)}..{self.small(5, 6)}, 1][{sub} mod 3]"
+            return self.rng.choice([literal, *named])
+        return f"[{', '.join(self.small(-9, 9) for _ in range(70))}][{sub} mod 70]"
 
     def entry(self, scope: Scope) -> str:
         """A look-up in an int table."""
@@ -268,6 +282,7 @@ class Writer:
             lambda: f"({self.small(-4, 1)}..{number()})",
             lambda: f"[{number()}, {self.small(5, 7)}..{self.small(6, 9)}, n - 1]",
             lambda: "[" + ", ".join(str(self.rng.randint(0, 40)) for _ in range(9)) + "]",
+            (lambda: self.rng.choice([*self.lists])) if self.lists else None,
             lambda: f"every({self.rng.randint(1, 5)})",
             (lambda: self.rng.choice(self.sets)) if self.sets else None,
             (lambda: self.table(BOOLS[0]).name) if tables else None,
@@ -401,8 +416,12 @@ class Writer:
 
     def define(self) -> str:
         """One definition more; later expressions may use it."""
-        number = len(self.definitions) + len(self.sets) + len(self.lets)
-        kind = self.rng.choice(("pattern", "pattern", "combinator", "set", "let"))
+        number = len(self.definitions) + len(self.sets) + len(self.lets) + len(self.lists)
+        kind = self.rng.choice(("pattern", "pattern", "combinator", "set", "let", "list"))
+        if kind == "list":
+            count = self.rng.randint(1, 6)
+            self.lists[f"list{number}"] = count
+            return f"let list{number} = [{', '.join(self.small(-3, 9) for _ in range(count))}]"
         if kind == "set":
             text = f"let set{number} = {self.members(Scope(), 1)}"
             self.sets.append(f"set{number}")
@@ -475,6 +494,7 @@ class Writer:
                 lambda: f"{self.table(FLOATS[0]).name}[q, k]",
                 lambda: f"{self.table(FLOATS[1]).name}[k]",
                 lambda: f"{self.table(FLOATS[2]).name}[clamp({distance}, -4, 4) + 4]",
+                lambda: f"[0.5, -1.0, 0.25][|{distance}| mod 3]",
                 lambda: f"(K @ {self.table(FLOATS[3]).name}[clamp({distance}, -4, 4) + 4])",
                 lambda: f"(Q @ {self.table(FLOATS[4]).name}[k] / D)",
                 lambda: self.table(FLOATS[5]).name,

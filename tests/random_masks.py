@@ -17,6 +17,7 @@ N = var("n")
 DOC = Table("doc", "int", ("n",))
 FLAG = Table("flag", "bool", ("n",))
 CHOSEN = Table("chosen", "int", ("n", 2))
+LIST, LONG = Table.listed([3, -1, 0, 2, 2]), Table.listed([3 * i * i % 7 for i in range(200)])
 LENGTHS = range(8)
 
 
@@ -48,6 +49,7 @@ class Masks:
                     lambda: x.eq(x.lookup(DOC, position()), x.lookup(DOC, position())),
                     lambda: x.le(x.lookup(DOC, position()), number()),
                     lambda: x.lookup(FLAG, number()),
+                    lambda: x.le(x.lookup(LONG, x.mod(number(), const(200))), number()),
                     lambda: x.intable(number(), CHOSEN, position()),
                     lambda: x.random_keys(position(), position(), N, x.ZERO, of, 2, row, col),
                     lambda: x.lt(x.mul(number(), number()), number()),
@@ -60,6 +62,10 @@ class Masks:
             m = f"m{self.bound}"
             low, high = self.rng.choice([(x.ZERO, N), (number(), number())])
             return x.exists(m, low, high, self.mask(depth - 1, (*variables, m)))
+        if self.rng.random() < 0.1:
+            index = number()
+            inside = x.all_of(x.le(x.ZERO, index), x.lt(index, const(5)))
+            return x.all_of(inside, self.rng.choice([x.le, x.eq])(x.lookup(LIST, index), number()))
         if self.rng.random() < 0.1:
             return x.make(
                 "inset", (number(),), IntSet.of((3 * i, 3 * i + i % 2) for i in range(-2, 5)), "bool"
@@ -82,15 +88,17 @@ class Masks:
         choices = [x.add(a, b), x.sub(a, b), x.mul(small, a), x.floordiv(a, small), x.mod(a, small)]
         choices += [x.minimum(a, b), x.maximum(a, b), x.absolute(a)]
         choices.append(x.where(self.mask(0, variables), a, b))
+        choices.append(x.lookup(LIST, x.mod(a, const(self.rng.randint(2, 5)))))
         return self.rng.choice(choices)
 
 
 def tables(n: int, trial: int) -> dict[str, NDArray[Any]]:
-    rng = np.random.default_rng([n, trial])
+    """At n = 0 bound variables may still read an entry."""
+    rng, size = np.random.default_rng([n, trial]), max(n, 1)
     return {
-        "doc": rng.integers(0, 3, n),
-        "flag": rng.random(n) < 0.5,
-        "chosen": rng.integers(0, max(n, 1), (n, 2)),
+        "doc": rng.integers(0, 3, size),
+        "flag": rng.random(size) < 0.5,
+        "chosen": rng.integers(0, size, (size, 2)),
     }
 
 

@@ -265,3 +265,19 @@ def test_no_length_is_too_short(length: int) -> None:
 def test_lengths_that_are_none(length: int) -> None:
     with pytest.raises(attndsl.AttnError, match="length"):
         attndsl.analyze(attndsl.parse("pattern main = causal")["main"], length=length)
+
+
+def test_lists_that_are_read_inside_have_a_formula_and_others_end() -> None:
+    program = attndsl.parse(
+        "pattern inside = { q, k : [2, 0, 1][q mod 3] == k mod 3 }\n"
+        "pattern ends = { q, k : [2, 0, 1][q] == k }"
+    )
+    counts = [attndsl.analyze(program["inside"], length=n, parts=["nnz"]).nnz for n in (6, 31)]
+    assert [c and c.value for c in counts] == [6 * 2, 11 * 10 + 10 * 11 + 10 * 10]
+    assert all(c is not None and c.formula for c in counts)
+    assert exact(mask_of("{ q, k : q < 3 and [2, 0, 1][q] == k }"), 2**20) == 3
+    three, four = (attndsl.analyze(program["ends"], length=n, parts=["nnz"]) for n in (3, 4))
+    assert three.nnz is not None
+    assert (three.nnz.value, three.nnz.formula) == (3, None)
+    assert four.nnz is None
+    assert "3 entries" in str(four)

@@ -47,6 +47,7 @@ RULES = {
     "kerple:kerple_powers": "keep everything",
     "left_padding": "keep at most everything: it depends on the table `pad`",
     "llama4_chunked": "keep the current block of 8192, restarting every 8192 tokens",
+    "log_sparse": "keep at least the current key and at most everything: it depends on `log2` and a power",
     "longformer": "keep the first key and the last 257 keys",
     "longformer_charlm": "heads 0..1: keep the last 2045 keys; head 2: keep the last 512 keys",
     "mistral": "keep the last 4096 keys",

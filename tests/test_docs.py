@@ -35,6 +35,7 @@ LIMITS = {
     "definitions inside one another": elaborate.CALL_DEPTH,
     "steps to write a program out": elaborate.STEP_LIMIT,
     "operations inside one another, written out": expr.DEPTH_LIMIT,
+    "entries of a list that is looked up": expr.ENTRY_LIMIT,
     "length of a sequence": lowering.LENGTH_LIMIT,
     "tiles along a side": 2**tiling.COLUMN_BITS,
     "different partial tiles": tiling.CONTENT_LIMIT,

@@ -147,6 +147,7 @@ DEFINITIONS: dict[str, tuple[dict[str, Any], dict[str, Any], Definition]] = {
     "sparse_transformer": ({"l": 3}, {}, lambda q, k, h: (k <= q) & ((q - k < 3) | ((q - k) % 3 == 0))),
     "enwik8": ({"l": 4, "c": 1}, {}, lambda q, k, h: (k <= q) & ((q // 4 == k // 4) | (k % 4 == 3))),
     "blockbert": ({"parts": 5, "length": 10}, {}, lambda q, k, h: (q // 2 + h) % 5 == k // 2),
+    "log_sparse": ({}, {}, lambda q, k, h: np.isin(q - k, [0, 1, 2, 4, 8])),
     "mistral": ({"w": 3}, {}, lambda q, k, h: (k <= q) & (q - k < 3)),
     "streaming_llm": ({"sink": 2, "w": 3}, {}, lambda q, k, h: (k <= q) & ((q - k < 3) | (k < 2))),
     "llama4_chunked": ({"c": 4}, {}, lambda q, k, h: (k <= q) & (q // 4 == k // 4)),

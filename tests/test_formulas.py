@@ -62,6 +62,14 @@ def root(x: Tensor) -> Tensor:
     return sum((x >= i * i).long() for i in range(1, 200))  # type: ignore[return-value]
 
 
+def raised(x: Tensor, count: Tensor) -> Tensor:
+    """x to a power of less than 5."""
+    found = torch.ones_like(x + count)
+    for i in range(1, 5):
+        found = torch.where(count >= i, found * x, found)
+    return found
+
+
 LISTED = torch.tensor([0, 2, 5, 6, 7, 9, 11, 14])
 OPERATORS: dict[str, tuple[Operator, ...]] = {
     # r: a real, i: an integer, t: a truth, p: a pattern, as its multiplicities
@@ -88,6 +96,7 @@ OPERATORS: dict[str, tuple[Operator, ...]] = {
         Operator("sin({})", torch.sin, "r"),
         Operator("cos({})", torch.cos, "r"),
         Operator("(0.25 * ({} mod 7))", lambda i: 0.25 * (i % 7), "i"),
+        Operator("[0.5, -1.25, 3][{} mod 3]", lambda i: torch.tensor([0.5, -1.25, 3]).double()[i % 3], "i"),
         Operator("(({} mod 5) / 4)", lambda i: i % 5 / 4, "i"),
     ),
     "i": (
@@ -98,6 +107,8 @@ OPERATORS: dict[str, tuple[Operator, ...]] = {
         Operator("({} // 3)", lambda a: torch.floor(a.double() / 3).long(), "i"),
         Operator("({} mod 4)", lambda a: a - 4 * torch.floor(a.double() / 4).long(), "i"),
         Operator("(({} mod 6) ** 3)", lambda a: (a % 6) * (a % 6) * (a % 6), "i"),
+        Operator("(({} mod 4) ** ({} mod 5))", lambda a, b: raised(a % 4, b % 5), "ii"),
+        Operator("[0, 2, -5, 6][{} mod 4]", lambda a: torch.tensor([0, 2, -5, 6])[a % 4], "i"),
         Operator("min({}, {})", torch.minimum, "ii"),
         Operator("max({}, {})", torch.maximum, "ii"),
         Operator("|({})|", abs, "i"),

@@ -88,12 +88,33 @@ def test_etc() -> None:
     assert report.diameter == 2
 
 
+@pytest.mark.parametrize("length", [1, 2, 24, 96, 2**12, 2**20])
+def test_log_sparse(length: int) -> None:
+    """Li et al. 2019, section 4.2: a position sees itself and those a power of two before it."""
+    pairs = length + sum(position.bit_length() for position in range(length))
+    assert nnz(example("log_sparse", "log_sparse"), length) == pairs
+
+
 @pytest.mark.parametrize(("parts", "length"), [(2, 512), (3, 510), (4, 512)])
 def test_blockbert(parts: int, length: int) -> None:
     """Qiu et al. 2020, section 3: a head has N^2 / n of the pairs."""
     attention = example("blockbert", "blockbert")(parts=parts, length=length)
     for heads in (1, parts):
         assert nnz(attention, length, heads) == heads * length**2 // parts
+
+
+def test_blocks_in_a_given_order() -> None:
+    """Qiu et al. 2020, section 3: query block i sees the key block that a permutation gives it, here among
+    16,384 blocks."""
+    order = np.random.default_rng(0).permutation(2**14)
+    pattern = attndsl.parse("pattern p(order) = blocks(64, { q, k : order[q] == k })")["p"](order=order)
+    (grid,) = pattern.block_mask(2**20, 64).grids
+    assert (grid.run_start == order).all()
+    assert (grid.run_end == order + 1).all()
+    assert grid.nnz == 2**20 * 64
+    halves = pattern.block_mask(2**20)
+    assert halves.nnz == 2**20 * 64
+    assert len(halves.grids[0].masks) < 16
 
 
 @pytest.mark.parametrize(("radius", "length"), [(1, 9), (3, 100), (256, 4096)])

@@ -56,6 +56,7 @@ IDS = Table("ids", "int", (40,))
 FLAGS = Table("flags", "bool", (50,))
 CANVAS = Table("canvas", "bool", (30, 60))
 ROUTES = Table("routes", "int", (20, 30))
+ORDER = Table.listed([(37 * i + i * i) % 41 - 3 for i in range(320)])
 CHOSEN = Table("chosen", "int", (40, 3))
 CHOSEN_BY_TOKEN = Table("chosen_by_token", "int", (320, 2))
 CHOSEN_BY_HEAD = Table("chosen_by_head", "int", (2, 40, 2))
@@ -106,13 +107,17 @@ class Masks:
             case 12:
                 return where(self.truth(depth - 1), x, self.integer(depth - 1))
             case 13:
-                return r.choice([mul(x, self.integer(depth - 1)), power(x, const(2))])
+                base = r.choice([const(r.randint(-3, 4)), sub(mod(x, const(7)), const(r.randint(0, 3)))])
+                exponent = r.choice([mod(self.integer(depth - 1), const(5)), const(r.randint(0, 3))])
+                squared = power(x, const(2))
+                return r.choice([mul(x, self.integer(depth - 1)), squared, power(base, exponent, True)])
             case 14:
                 return r.choice([call("isqrt", absolute(x)), call("log2", maximum(x, const(1)))])
             case _:
                 return r.choice(
                     [
                         lookup(DOC, mod(x, const(97))),
+                        lookup(ORDER, mod(x, const(r.choice([4, 97])))),
                         lookup(IDS, minimum(maximum(x, const(0)), const(39))),
                         lookup(ROUTES, mod(x, const(20)), mod(self.integer(depth - 1), const(30))),
                         rank_of(DOC, mod(x, const(97))),
@@ -173,6 +178,9 @@ class Masks:
                 intable(floordiv(Q, c), CHOSEN, floordiv(K, b)),
                 intable(add(floordiv(add(K, const(5)), c), const(2)), CHOSEN, floordiv(Q, const(9))),
                 intable(K, CHOSEN_BY_TOKEN, Q),
+                eq(floordiv(K, b), lookup(ORDER, floordiv(Q, c))),
+                eq(add(lookup(ORDER, Q), const(-2)), floordiv(K, c)),
+                eq(lookup(CHOSEN_BY_TOKEN, K, const(1)), Q),
                 intable(floordiv(K, b), CHOSEN_BY_HEAD, const(1), floordiv(Q, b)),
                 intable(mod(K, const(20)), CHOSEN, mod(Q, const(40))),
             ]

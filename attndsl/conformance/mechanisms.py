@@ -208,6 +208,23 @@ PLAIN = (
         "mask fixed(16, 4)",
         lambda p: (p.k <= p.q) & ((p.q // 16 == p.k // 16) | (p.k % 16 >= 12)),
     ),
+    mechanism(
+        "log-sparse",
+        "mask { q, k : q == k or q > k and 2 ** log2(q - k) == q - k } score s - 2 ** (|q - k| mod 6) / 32",
+        Formula(
+            lambda p: (p.q >= p.k) & ((p.q - p.k) & (p.q - p.k - 1) == 0),
+            lambda p: p.s - 2.0 ** ((p.q - p.k).abs() % 6) / 32,
+        ),
+    ),
+    mechanism(
+        "in-order",
+        "mask blocks(16, { q, k : [3, 0, 4, 1, 2][(q + h) mod 5] == k mod 5 }) "
+        "score s + [0.5, -1.0][q mod 2]",
+        Formula(
+            lambda p: torch.tensor([3, 0, 4, 1, 2])[(p.q // 16 + p.h) % 5] == p.k // 16 % 5,
+            lambda p: p.s + torch.where(p.q % 2 == 0, 0.5, -1.0),
+        ),
+    ),
     mechanism("blocks", "mask block(32)", lambda p: p.q // 32 == p.k // 32),
     mechanism(
         "per-head",

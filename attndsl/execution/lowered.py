@@ -33,7 +33,7 @@ class Lowered:
     """What the operator runs.
 
     identity   the attention, the problem and the backend as text: all that another process needs beside
-    constants  the long sets of the attention, int64 [m, 2] each
+    constants  the long sets and lists of the attention, as `portable` gives them
     """
 
     attention: Attention

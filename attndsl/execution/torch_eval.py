@@ -254,7 +254,7 @@ class _Evaluation:
 
     def on_pow(self, node: Expr, live: Tensor | None) -> Tensor:
         if node.type == "int":
-            return torch.pow(self.of(node.args[0], live), self.of(node.args[1], live))
+            return torch.pow(self.of(node.args[0], live), self.of(node.args[1], live).clamp_min(0))
         return torch.pow(self.real(node.args[0], live, 1.0), self.real(node.args[1], live, 1.0))
 
     def on_min(self, node: Expr, live: Tensor | None) -> Tensor:
@@ -326,7 +326,7 @@ class _Evaluation:
     def on_lookup(self, node: Expr, live: Tensor | None) -> Tensor:
         table = node.value
         assert isinstance(table, Table)
-        values = self.env.tables[table.name]
+        values = self.content(table)
         if node.type == "vec":
             index, _ = self.index(table, values, node.args, live)
             return values.to(self.env.dtype)[index]
@@ -338,6 +338,11 @@ class _Evaluation:
         if table.dtype == "int":
             return found.to(torch.int64)
         return found if live is None else torch.where(self.around(node, live), found, 0.0)
+
+    def content(self, table: Table) -> Tensor:
+        if table.entries is None:
+            return self.env.tables[table.name]
+        return torch.from_numpy(table.known).to(self.device)
 
     def index(
         self, table: Table, values: Tensor, args: tuple[Expr, ...], live: Tensor | None
@@ -360,7 +365,7 @@ class _Evaluation:
     def on_intable(self, node: Expr, live: Tensor | None) -> Tensor:
         table = node.value
         assert isinstance(table, Table)
-        values = self.env.tables[table.name]
+        values = self.content(table)
         index, inside = self.index(table, values, node.args[1:], live)
         return (values[index] == self.of(node.args[0], live).unsqueeze(-1)).any(-1) & inside
 
@@ -373,7 +378,7 @@ class _Evaluation:
     def segment(self, node: Expr, live: Tensor | None, rank: bool) -> Tensor:
         table = node.value
         assert isinstance(table, Table)
-        values = self.env.tables[table.name]
+        values = self.content(table)
         ordered, order = values.sort(dim=-1, stable=True)
         first = torch.searchsorted(ordered, values)
         if rank:
@@ -401,7 +406,7 @@ class _Evaluation:
         """Products of Q (or K) with a row for each pair: one matrix product with the table, then a gather."""
         table = row.value
         assert isinstance(table, Table)
-        values = self.env.tables[table.name].to(self.env.dtype)
+        values = self.content(table).to(self.env.dtype)
         index, _ = self.index(table, values, row.args, live)
         lead = len(table.implicit)
         rows = values[tuple(i.squeeze((-1, -2)) for i in index[:lead])] if lead else values

@@ -7,7 +7,8 @@ combinator that opens a new space (`blocks within grid`) is text of that space.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from attndsl import expr as ir
@@ -51,6 +52,7 @@ from attndsl.language.values import (
     Vec,
     as_number,
     as_set,
+    as_table,
     intersection,
     is_whole,
     restrict,
@@ -68,6 +70,7 @@ from attndsl.language.vocabulary import (
     RETIRED,
     SIGNATURES,
 )
+from attndsl.meaning.intervals import never_negative
 from attndsl.syntax import nodes as ast
 
 CALL_DEPTH = 64
@@ -415,7 +418,7 @@ class Elaborator:
         if e.op == "*":
             return Num(ir.mul(a, b))
         if e.op == "**":
-            return Num(ir.power(a, b))
+            return Num(ir.power(a, b, a.type == b.type == "int" and never_negative(b)))
         if e.op == "/":
             if env.integral:
                 raise fail("`/` is real where an integer is needed", e.span, help="write `//` to round down")
@@ -493,20 +496,44 @@ class Elaborator:
         return self.members(contains)
 
     def on_setlist(self, e: ast.SetList, env: Env, space: Space) -> Value:
+        @functools.cache
+        def items(sp: Space) -> list[tuple[Expr, Expr]]:
+            """First and last of what each item lists; real numbers are for a list that is looked up."""
+            found = []
+            for item in e.items:
+                if isinstance(item, ast.Range):
+                    found.append((self.integer(item.lo, env, sp), self.integer(item.hi, env, sp)))
+                else:
+                    found.append((self.num(item, env, sp, "sets are joined with `|`"),) * 2)
+            return found
+
         def contains(p: Expr, sp: Space) -> Expr:
             constant: list[tuple[int, int]] = []
             rest: list[Expr] = []
-            for item in e.items:
-                ends = (item.lo, item.hi) if isinstance(item, ast.Range) else (item, item)
-                lo, hi = (self.integer(end, env, sp, "sets are joined with `|`") for end in ends)
+            for item, (lo, hi) in zip(e.items, items(sp), strict=True):
+                if lo.type == "real":
+                    raise not_integer(lo, item)
                 if lo.op == hi.op == "const":
                     constant.append((int(lo.value), int(hi.value)))  # type: ignore[call-overload]
                 else:
                     rest.append(ir.eq(p, lo) if lo is hi else ir.all_of(ir.le(lo, p), ir.le(p, hi)))
             return ir.any_of(ir.inset(p, IntSet.of(constant)), *rest)
 
-        contains(Q, space)
-        return self.members(contains)
+        @functools.cache
+        def listed() -> Table:
+            parts: list[Sequence[int | float]] = []
+            for item, ends in zip(e.items, items(space), strict=True):
+                first, last = map(ir.number, ends)
+                if first is None or last is None:
+                    raise fail("an entry of a list that is looked up must be a constant", item.span)
+                parts.append(range(int(first), int(last) + 1) if isinstance(item, ast.Range) else (first,))
+            return Table.listed(*parts)
+
+        if env.integral:
+            contains(Q, space)
+        else:
+            items(space)
+        return replace(self.members(contains), listed=listed)
 
     def on_builder(self, e: ast.Builder, env: Env, space: Space) -> Value:
         check_builder(e)
@@ -529,7 +556,7 @@ class Elaborator:
             return self.learn(e, None, env, space)
         if isinstance(e.base, ast.Name) and not self.means(e.base.id, env):
             raise self.undeclared(e.base, env)
-        base = self.value(e.base, env, space)
+        base = as_table(self.value(e.base, env, space))
         if isinstance(base, Pattern):
             if len(e.indices) != 2:
                 help = f"write `{quoted(e.base, tight=True)}[q, k]`"
@@ -538,7 +565,10 @@ class Elaborator:
             inside = (ir.all_of(ir.le(ir.ZERO, p), ir.lt(p, space.n)) for p in (q, k) if p not in (Q, K))
             return Truth(ir.all_of(*inside, base.at(q, k, space).mask))
         if not isinstance(base, TableOf):
-            raise fail(f"only tables and patterns are looked up, and this is {base.noun}", e.base.span)
+            help = f"write `[{quoted(e.base)}]`" if isinstance(e.base, ast.Range) else ""
+            raise fail(
+                f"only tables, lists and patterns are looked up, and this is {base.noun}", e.base.span, help
+            )
         table = base.table
         for i in e.indices:
             if isinstance(i, ast.Name) and i.id in "BH" and i.id not in env.names:
@@ -645,7 +675,7 @@ class Elaborator:
 
     def within_of(self, e: ast.Call, env: Env, space: Space) -> Value:
         args = bind_built_in("within", ("x", "R"), (), e)
-        x = self.value(args["x"], env, space)
+        x = as_table(self.value(args["x"], env, space))
         if isinstance(x, TableOf):
             if x.table.dtype != "int" or len(x.table.explicit) != 1 or x.indices:
                 raise fail("`within` takes an int table of one axis or a length", args["x"].span)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from attndsl.errors import AttnError, Diagnostic, Span, fail
-from attndsl.expr import Expr
+from attndsl.expr import Expr, nodes
 from attndsl.language.values import (
     Env,
     Num,
@@ -90,6 +90,10 @@ def not_integer(number: Expr, e: ast.Expression) -> AttnError:
         if table.dtype == "float":
             help = f"declare it `int`, or round it: `floor({quoted(e)})`"
             return fail(f"expected an integer, and `{table.name}` is a float table", e.span, help)
+    powers = [x for x in ast.walk(e) if isinstance(x, ast.Binary) and x.op == "**"]
+    if powers and all(arg.type == "int" for x in nodes(number) if x.op == "pow" for arg in x.args):
+        bounded = f"bound the exponent: `max({quoted(powers[0].right)}, 0)`"
+        return fail("a power is real where its exponent may be negative", powers[0].span, bounded)
     if isinstance(e, ast.Binary) and e.op == "/":
         return fail("`/` is real where an integer is needed", e.span, "write `//` to round down")
     if isinstance(e, ast.Number):

@@ -42,9 +42,13 @@ class Vec:
 
 @dataclass(frozen=True, eq=False)
 class SetOf:
-    """A set of positions: is `e` in it, in a space? Evaluated where it is used."""
+    """A set of positions: is `e` in it, in a space? Evaluated where it is used.
+
+    `listed` gives the entries, in order, of what can be looked up as well: a list.
+    """
 
     contains: Callable[[Expr, Space], Expr]
+    listed: Callable[[], Table] | None = None
     noun = "a set"
 
 
@@ -177,6 +181,12 @@ def as_number(value: Value) -> Value:
     if value.left == 1 and value.table.dims[-1] == "D" and value.table.dtype == "float":
         return Vec(ir.lookup(value.table, *value.full))
     return value
+
+
+def as_table(value: Value) -> Value:
+    """A list is a table of its entries too."""
+    listed = isinstance(value, SetOf) and value.listed
+    return TableOf(listed()) if listed else value
 
 
 def as_set(value: Value) -> Value:

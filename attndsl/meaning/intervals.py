@@ -14,6 +14,7 @@ Interval = tuple[float, float]
 
 ANYTHING: Interval = (-math.inf, math.inf)
 BOUND_VARIABLE: Interval = (0, 2**31)
+SIZE: Interval = (1, 2**31)
 
 
 def check_range(root: Expr, variables: Mapping[str, Interval], tables: Mapping[str, Any]) -> None:
@@ -32,6 +33,14 @@ def check_range(root: Expr, variables: Mapping[str, Interval], tables: Mapping[s
                 f"integer overflow: {render(node)} can leave the 64-bit range",
                 help="bound it with min(...) and max(...)",
             )
+
+
+def never_negative(e: Expr) -> bool:
+    """Whether an integer is at least 0 at all positions, at every length, whatever is given."""
+    known: dict[Expr, Interval] = {}
+    for node in nodes(e):
+        known[node] = _interval(node, known, {"n": SIZE, "nq": SIZE, "H": SIZE, "D": SIZE}, {})
+    return known[e][0] >= 0
 
 
 def _interval(
@@ -54,13 +63,14 @@ def _interval(
         return join(a[0] for a in args), join(a[1] for a in args)
     if e.op == "add":
         return sum(a[0] for a in args), sum(a[1] for a in args)
-    return RULES[e.op](*args) if e.op in RULES else ANYTHING
+    rule = (WHOLE.get(e.op) if e.type == "int" else None) or RULES.get(e.op)
+    return rule(*args) if rule else ANYTHING
 
 
 def _entries(e: Expr, table: Table, tables: Mapping[str, Any]) -> Interval:
+    data = tables.get(table.name) if table.entries is None else table.known
     if e.op in ("rank_of", "count_of"):
-        return 0, tables[table.name].shape[-1]
-    data = tables.get(table.name)
+        return 0, 2**31 if data is None else data.shape[-1]
     if data is None:
         return ANYTHING
     if 0 in data.shape:
@@ -84,8 +94,8 @@ def _times(x: float, y: float) -> float:
     return 0 if x == 0 or y == 0 else x * y
 
 
-def _divide(a: Interval, b: Interval) -> Interval:
-    return ANYTHING if b[0] <= 0 <= b[1] else _corners(lambda x, y: x / y)(a, b)
+def _quotient(operation: Callable[[float, float], float]) -> Callable[[Interval, Interval], Interval]:
+    return lambda a, b: ANYTHING if b[0] <= 0 <= b[1] else _corners(operation)(a, b)
 
 
 def _absolute(a: Interval) -> Interval:
@@ -104,6 +114,19 @@ def _power(a: Interval, b: Interval) -> Interval:
     return _corners(lambda x, y: x**y)(a, b)
 
 
+def _whole_power(a: Interval, b: Interval) -> Interval:
+    """Of an integer power, whose exponent is at least 0 wherever it has a value."""
+    first, last = max(b[0], 0), max(b[1], 0)
+    if first == last:
+        return _power(a, (first, first))
+    size = max(map(abs, a))
+    if size > 1 and last * math.log2(size) > 1000:
+        return ANYTHING
+    if a[0] >= 1:
+        return a[0] ** first, a[1] ** last
+    return (-(size**last) if a[0] < 0 else 0), max(1, size**last)
+
+
 def _monotone(
     function: Callable[[float], float], least: float, most: float
 ) -> Callable[[Interval], Interval]:
@@ -118,16 +141,25 @@ def _floor(a: Interval) -> Interval:
     return ANYTHING if math.isinf(a[1] - a[0]) else (math.floor(a[0]), math.floor(a[1]))
 
 
+def _rising(function: Callable[[int], int]) -> Callable[[Interval], Interval]:
+    """A rising function of integers that is never negative where it has a value."""
+    return lambda a: (0, function(max(int(a[1]), 1)) if math.isfinite(a[1]) else math.inf)
+
+
+WHOLE: dict[str, Callable[..., Interval]] = {
+    "pow": _whole_power,
+    "isqrt": _rising(math.isqrt),
+    "log2": _rising(lambda x: x.bit_length() - 1),
+}
+"""Operations that give an integer of integers, and are others of real numbers."""
 RULES: dict[str, Callable[..., Interval]] = {
     "mul": _corners(_times),
-    "div": _divide,
-    "floordiv": _corners(lambda x, y: x // y),
+    "div": _quotient(lambda x, y: x / y),
+    "floordiv": _quotient(lambda x, y: x // y),
     "mod": lambda a, b: (0, max(b[1], 0)),
     "abs": _absolute,
     "pow": _power,
     "floor": _floor,
-    "isqrt": lambda a: (0, math.isqrt(max(int(a[1]), 0))),
-    "log2": lambda a: (0, max(int(a[1]), 1).bit_length()) if isinstance(a[1], int) else ANYTHING,
     "exp": _monotone(math.exp, -math.inf, 700.0),
     "log": _monotone(math.log, 5e-324, math.inf),
     "sqrt": _monotone(math.sqrt, 0.0, math.inf),

@@ -21,8 +21,8 @@ from attndsl.meaning.links import sample
 Array = NDArray[Any]
 Tables = Mapping[str, Array]
 
-LEAST = {"isqrt": 0, "log2": 1}
-"""The least integer that these are defined for."""
+LEAST = {"isqrt": (0, 0), "log2": (0, 1), "pow": (1, 0)}
+"""Of integers, which argument must be at least which number."""
 LARGEST_ROOT = 3_037_000_499
 """isqrt(2**63 - 1)"""
 AT_ONCE = 2**16
@@ -60,7 +60,8 @@ def partial(root: Expr) -> frozenset[Expr]:
     """The nodes that have no value everywhere."""
     found: set[Expr] = set()
     for e in nodes(root):
-        undefined = isinstance(e.value, Table) or (e.op in LEAST and e.type == "int")
+        limited = e.type == "int" and e.op in LEAST and e.args[LEAST[e.op][0]].op != "const"
+        undefined = limited or isinstance(e.value, Table)
         if undefined or any(arg in found for arg in e.args):
             found.add(e)
     return frozenset(found)
@@ -108,19 +109,23 @@ class _Evaluation:
         if e.op == "inset":
             assert isinstance(e.value, IntSet)
             return _any([(lo <= args[0]) & (args[0] <= hi) for lo, hi in e.value.intervals])
-        if e in self.partial and e.op in LEAST:
-            needed = args[0] < LEAST[e.op] if active is None else (args[0] < LEAST[e.op]) & active
+        if e.type == "int" and e.op in LEAST:
+            which, least = LEAST[e.op]
+            needed = args[which] < least if active is None else (args[which] < least) & active
             if needed.any():
-                bad = np.broadcast_to(args[0], needed.shape)[needed][0]
-                raise fail(f"{e.op}({bad}) is not a number", help=GUARD)
+                bad = np.broadcast_to(args[which], needed.shape)[needed][0]
+                undefined = f"{e.op}({bad}) is not a number"
+                raise fail(f"a power to {bad} is no integer" if e.op == "pow" else undefined, help=GUARD)
         if e.op == "add":
             return sum(args[1:], start=args[0])
         if e.op == "or":
             return _any(args)
+        if e.op == "pow" and e.type == "int":
+            return np.asarray(np.power(args[0], np.maximum(args[1], 0)))
         return np.asarray(OPERATIONS[e.op](*args))
 
     def look_up(self, e: Expr, table: Table, args: list[Array], active: Array | None) -> Array:
-        data = self.tables[table.name]
+        data = table.content(self.tables)
         if e.op in ("rank_of", "count_of"):
             data = segments(data)[0 if e.op == "rank_of" else 1]
         indices = args[1:] if e.op == "intable" else args
@@ -231,17 +236,12 @@ def _isqrt(x: Array) -> Array:
     return np.where(after * after <= x, after, root)
 
 
-def _power(a: Array, b: Array) -> Array:
-    """Of integers an integer, which numpy has for exponents from 0 on alone."""
-    return np.power(a, b) if np.ndim(b) == 0 and b >= 0 else np.power(np.asarray(a, np.float64), b)
-
-
 OPERATIONS: dict[str, Any] = {
     "mul": np.multiply,
     "div": np.true_divide,
     "floordiv": np.floor_divide,
     "mod": np.mod,
-    "pow": _power,
+    "pow": np.float_power,
     "min": np.minimum,
     "max": np.maximum,
     "abs": np.abs,

@@ -123,9 +123,15 @@ def _never(formula: Expr, names: tuple[str, ...], given: Mapping[str, int]) -> V
 
 def said(term: Expr) -> str:
     """What a reader of the pattern file knows an unknown term as."""
-    if isinstance(term.value, Table):
+    if isinstance(term.value, Table) and term.value.entries is None:
         return f"the table `{term.value.name}`"
-    kinds = {"random": "which keys are drawn", "mul": "a product of positions", "inset": "a long list"}
+    kinds = {
+        "random": "which keys are drawn",
+        "mul": "a product of positions",
+        "pow": "a power",
+        "inset": "a long list",
+        "lookup": "a long list",
+    }
     kinds |= {"floordiv": "a division by what is no constant", "mod": "a division by what is no constant"}
     return kinds.get(term.op, f"`{term.op}`")
 

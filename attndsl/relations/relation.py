@@ -19,6 +19,7 @@ from itertools import combinations
 from typing import cast
 
 import islpy as isl
+import numpy as np
 
 from attndsl.errors import AttnError, fail
 from attndsl.expr import (
@@ -121,13 +122,18 @@ class Abstraction:
             a, b = self(e.args[0]), self(e.args[1])
             return any_of(all_of(a, b), all_of(negate(a), negate(b)))
         args = [self.done[arg] for arg in e.args]
-        if e.type != "bool" and not self.affine(e, args):
+        truth = e.type == "bool" and not isinstance(e.value, Table)
+        if not (truth or self.affine(e, args)):
             return self.unknown(e, e.args)
-        if isinstance(e.value, Table) or (isinstance(e.value, IntSet) and len(e.value.intervals) > PIECES):
+        if isinstance(e.value, IntSet) and len(e.value.intervals) > PIECES:
             return self.unknown(e, e.args)
         return rebuild(e, tuple(args))
 
     def affine(self, e: Expr, args: list[Expr]) -> bool:
+        if e.op == "lookup" and isinstance(e.value, Table):
+            return (
+                e.value.dtype == "int" and e.value.entries is not None and 0 < len(rises(e.value)) <= PIECES
+            )
         if e.op == "mul":
             return any(arg.op == "const" for arg in args)
         if e.op in ("floordiv", "mod"):
@@ -198,6 +204,10 @@ def _facts(term: Term) -> Iterator[Expr]:
     if term.expr.type == "bool":
         yield le(ZERO, x)
         yield le(x, ONE)
+    elif op == "lookup" and isinstance(term.expr.value, Table) and term.expr.value.entries:
+        entries = term.expr.value.known
+        yield le(const(int(entries.min())), x)
+        yield le(x, const(int(entries.max())))
     elif op in ("isqrt", "log2", "rank_of"):
         yield le(ZERO, x)
     elif op == "count_of":
@@ -318,6 +328,14 @@ class Translation:
             a, b = self.number(e.args[1]).intersect_domain(yes), self.number(e.args[2]).intersect_domain(no)
             return a.union_add(b)
         a = self.number(e.args[0])
+        if isinstance(e.value, Table):
+            pieces = isl.PwAff.empty(a.get_space())
+            for first, last, step in rises(e.value):
+                at = a.ge_set(self.constant(first)).intersect(a.le_set(self.constant(last)))
+                start = int(e.value.known[first]) - step * first
+                value = a.scale_val(_val(step)).add(self.constant(start))
+                pieces = pieces.union_add(value.intersect_domain(at))
+            return pieces
         if e.op == "abs":
             return a.max(a.neg())
         if e.op == "mul":
@@ -354,6 +372,25 @@ class Translation:
                 s = s.eliminate(isl.dim_type.set, self.position[name], 1)
         return limited(s.coalesce())
 
+    def outside(self, e: Expr, context: isl.Set) -> isl.Set:
+        """The part of `context` where `e` has no meaning: it reads a list beyond its entries."""
+        found = isl.Set.empty(self.space)
+        if not any(isinstance(node.value, Table) for node in nodes(e)):
+            return found
+        if e.op == "exists":
+            m, (lo, hi, body) = str(e.value), e.args
+            inside = self.meet(context, all_of(le(lo, var(m)), lt(var(m), hi)), True, True)
+            return self.hide(self.outside(body, inside), [m])
+        for arg in e.args:
+            found = limited(found.union(self.outside(arg, context)))
+            if e.op == "and":
+                context = self.meet(context, arg, True, True)
+        if isinstance(e.value, Table):
+            a, end = self.number(e.args[0]), len(e.value.known)
+            beyond = a.lt_set(self.constant(0)).union(a.ge_set(self.constant(end)))
+            found = limited(found.union(context.intersect(beyond)))
+        return found
+
     def expression(self, s: isl.Set) -> Expr:
         """The truth of being in `s`, without bound variables."""
         parts = s.compute_divs().coalesce().get_basic_sets()
@@ -373,13 +410,32 @@ class Translation:
         return all_of(*truths)
 
     def where(self, positive: bool) -> isl.Set:
-        """Over-approximation, terms included, of where the root holds or fails, inside `known`."""
+        """Over-approximation, terms included, of where the root holds or fails, inside `known`.
+
+        Where a list is read beyond its entries it does neither; that is left in beside unknown terms.
+        """
         found = self.meet(self.base, self.root, positive, True)
+        if self.exact:
+            found = limited(found.subtract(self.outside(self.root, self.base)))
         for fact in self.abstraction.facts(self.terms):
             if found.is_empty():
                 return found
             found = self.meet(found, fact, True, True)
         return found
+
+
+def rises(table: Table) -> list[tuple[int, int, int]]:
+    """The entries first..last that rise by a step, piece by piece; beyond PIECES only that there are more."""
+    # Python's integers: steps may leave 64 bits
+    steps = np.diff(table.known.astype(object))
+    turns = np.flatnonzero(np.diff(steps)) + 1
+    found, first = list[tuple[int, int, int]](), 0
+    while first < len(table.known) and len(found) <= PIECES:
+        turn = np.searchsorted(turns, first, side="right")
+        last = int(turns[turn]) if turn < len(turns) else len(steps)
+        found.append((first, last, steps[first] if last > first else 0))
+        first = last + 1
+    return found
 
 
 def limited(s: isl.Set) -> isl.Set:
@@ -443,9 +499,18 @@ def quota() -> Iterator[None]:
 
 
 def is_affine(mask: Expr) -> bool:
-    """Whether `mask` is an integer relation, exact for every n."""
+    """Whether `mask` is an integer relation, exact for every n, and reads no list beyond its entries."""
     abstraction = Abstraction()
-    return not abstraction.scope(abstraction(mask))
+    if abstraction.scope(abstraction(mask)):
+        return False
+    if not any(isinstance(node.value, Table) for node in nodes(mask)):
+        return True
+    try:
+        with quota():
+            space = Translation(mask, domain("n", "q", "k", *mask.free))
+            return bool(space.outside(space.root, space.base).is_empty())
+    except AttnError:
+        return False
 
 
 def bounds(mask: Expr) -> tuple[isl.Set, isl.Set]:

@@ -175,12 +175,14 @@ class Signatures:
             case "where":
                 bound = args[1] + args[2]
             case "pow":
-                bound = args[0] ** args[1] if args[1] < 64 and args[0] < LARGEST else math.inf
+                bound = max(args[0], 1) ** args[1] if args[1] < 64 and args[0] < LARGEST else math.inf
+            case "log2":
+                bound = math.log2(max(args[0], 1))
             case "lookup":
-                data = self.tables[_table(node).name]
+                data = _table(node).content(self.tables)
                 bound = 2 * max(-int(data.min()), int(data.max()), 0) if data.size else 0
             case "rank_of" | "count_of":
-                bound = 2 * self.tables[_table(node).name].size
+                bound = 2 * _table(node).content(self.tables).size
             case _:
                 bound = sum(args)
         return bound if bound < LARGEST else math.inf
@@ -216,7 +218,7 @@ class Signatures:
             case "where":
                 return choose(args[0], args[1], args[2], boxes, shift=True)
             case "pow":
-                return power(args[0], integer(node.args[1]), boxes)
+                return power(args[0], args[1], boxes)
             case "isqrt":
                 return monotone(args[0], isqrt, 0, boxes)
             case "log2":
@@ -261,7 +263,7 @@ class Signatures:
         table = _table(node)
         part = self.parts.get(node)
         if part is None:
-            part = self.parts[node] = _part(node, self.tables[table.name])
+            part = self.parts[node] = _part(node, table.content(self.tables))
         indices = [arg for arg, index in zip(args, node.args, strict=True) if index.op != "const"]
         key = [column for index in indices for column in _open(index)]
         wild: Any = False
@@ -380,8 +382,6 @@ def _opaque(node: Expr) -> bool:
         case "floordiv" | "mod":
             divisor = node.args[1]
             return node.type != "int" or divisor.op != "const" or divisor.value < 1  # type: ignore[operator]
-        case "pow":
-            return node.type != "int" or node.args[1].op != "const"
         case "floor" | "exists" | "intable" | "random":
             return True
         case _:
@@ -687,11 +687,20 @@ def monotone(x: Ints, function: Callable[[Array], Array], least: int, boxes: Box
     return between(function(np.maximum(lo, least)), function(np.maximum(hi, least)), _open(x), wild)
 
 
-def power(x: Ints, exponent: int, boxes: Boxes) -> Ints:
-    lo, hi = span(x, boxes)
-    ends = np.stack([lo**exponent, hi**exponent])
-    least = np.where((exponent % 2 == 0) & (lo < 0) & (hi > 0), 0, ends.min(0))
-    return between(least, ends.max(0), _open(x), x.wild)
+def power(x: Ints, y: Ints, boxes: Boxes) -> Ints:
+    (lo, hi), (first, last) = span(x, boxes), span(y, boxes)
+    wild = x.wild | y.wild | (first < 0)
+    first, last = np.maximum(first, 0), np.maximum(last, 0)
+    fixed = first == last
+    even = fixed & (last % 2 == 0)
+    lo, hi = (
+        np.where(even, np.maximum(np.maximum(lo, -hi), 0), lo),
+        np.where(even, np.maximum(-lo, hi), hi),
+    )
+    # with a negative base the sign may change with the exponent: only the size is followed
+    rises, size = fixed | (lo >= 1), np.maximum(np.maximum(-lo, hi), 1) ** last
+    least = np.where(rises, lo**first, np.where(lo < 0, -size, 0))
+    return between(least, np.where(rises, hi**last, size), [*_open(x), *_open(y)], wild)
 
 
 def isqrt(x: Array) -> Array:

@@ -1,4 +1,5 @@
-"""Sets of links, the leaves that are scattered: `e in table[i]` where e and i follow one axis each.
+"""Sets of links, the leaves that are scattered: `e in table[i]` and `table[i] == e`, where e and i follow one
+axis each.
 
 `random` becomes such a leaf as soon as the matrix is known: its keys are drawn for every row.
 """
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from attndsl.expr import Expr, Table
+from attndsl.expr import Expr, Table, sub
 from attndsl.tiles.abstract import (
     EMPTY,
     FULL,
@@ -81,6 +82,11 @@ class Links:
 
     def origin(self, axis: Stripe) -> int:
         return (self.frame.q if axis.axis == "q" else self.frame.k)[0]
+
+    def meetings(self, size: int) -> int:
+        """Boxes of `size` that meet a link at most, counted for each link."""
+        count: int = self.pairs.shape[1] * (self.row.width // size + 2) * (self.col.width // size + 2)
+        return count
 
     @cached_property
     def codes(self) -> Array:
@@ -158,15 +164,32 @@ def contains(known: Array, wanted: Array) -> Array:
     return np.equal(known[np.minimum(np.searchsorted(known, wanted), len(known) - 1)], wanted)
 
 
+def entry_of(node: Expr) -> tuple[Expr, Table, tuple[Expr, ...]] | None:
+    """What is compared, with which entries: of `intable`, or of an equation with an integer of a table."""
+    if isinstance(node.value, Table) and node.op == "intable":
+        return node.args[0], node.value, node.args[1:]
+    for entry, other in (node.args, node.args[::-1]) if node.op == "eq" else ():
+        if entry.op == "add" and len(entry.args) == 2 and entry.args[1].op == "const":
+            entry, other = entry.args[0], sub(other, entry.args[1])
+        if isinstance(entry.value, Table) and entry.op == "lookup" and entry.type == "int":
+            return other, entry.value, entry.args
+    return None
+
+
 def links_of(node: Expr, frame: Frame, tables: Mapping[str, Array]) -> Links | None:
-    """The links of an `intable` node, or None where it does not follow the axes or may be out of range."""
-    free = [index for index in node.args[1:] if index.op != "const"]
-    assert isinstance(node.value, Table)
-    data = tables[node.value.name]
-    col, row = stripe(node.args[0]), stripe(free[0]) if len(free) == 1 else None
+    """The links of a node, or None where it has none, does not follow the axes or may be out of range."""
+    found = entry_of(node)
+    if found is None:
+        return None
+    compared, table, indices = found
+    free = [index for index in indices if index.op != "const"]
+    data = table.content(tables)
+    col, row = stripe(compared), stripe(free[0]) if len(free) == 1 else None
     if row is None or col is None or row.axis == col.axis:
         return None
-    data, inside = selected(data, node.args[1:])
+    data, inside = selected(data, indices)
+    if node.op == "eq":
+        data = data[..., None]
     (first, last), (least, most) = (
         (axis.at(np.int64(start)), axis.at(np.int64(end - 1)))
         for axis, (start, end) in ((a, frame.q if a.axis == "q" else frame.k) for a in (row, col))

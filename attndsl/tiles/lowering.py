@@ -453,10 +453,9 @@ def block_mask(attention: Attention, sizes: Sizes, tables: Mapping[str, Array], 
         key = (case.mask, contents)
         if key not in known:
             known[key] = len(grids)
-            grid = tile(
-                case.mask, nq, n_keys, block_size, n=case.n, query=case.query, tables=case.tables
-            )  # fmt: skip
-            grids.append(grid)
+            grids.append(
+                tile(case.mask, nq, n_keys, block_size, n=case.n, query=case.query, tables=case.tables)
+            )
         index[case.row, case.head] = known[key]
     shape = tuple(1 + max((key[axis] for key in index), default=0) for axis in (0, 1))
     places = np.zeros(shape, np.int32)

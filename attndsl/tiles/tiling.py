@@ -62,6 +62,8 @@ ENTRY_LIMIT = 2**24
 """Partial tiles and runs of one mask; writing them out takes about 60 bytes each."""
 DRAWN_ROWS = 2**24
 QUERY = var("q")
+MEETINGS = 2**23
+"""Tiles that the links of an equation meet, counted for each link; with more they are not scattered."""
 COLUMN_BITS, CONTENT_BITS = 20, 22
 LISTED = "where a term is no integer relation, list its values, as in `q - k in [1, 2, 4, 8]`"
 """Help where too many tiles differ."""
@@ -77,7 +79,7 @@ def tile(
     query: Expr = QUERY,
     tables: Tables | None = None,
 ) -> TileGrid:
-    """The tiles of a truth over `q` and `k`, the numbers of row and column. `query` is the position of a query.
+    """The tiles of a truth over `q` and `k`, the numbers of row and column; `query` is the position of one.
 
     Every other variable has been replaced by a constant. `tables` maps a name to its explicit axes.
     Raises AttnError where an int table is read out of its range, and where the mask has more tiles or more
@@ -107,7 +109,8 @@ def tile(
     links = {
         node: found
         for node in nodes(mask)
-        if node.op == "intable" and (found := links_of(node, frame, tables)) is not None
+        if (found := links_of(node, frame, tables)) is not None
+        and (node.op == "intable" or found.meetings(block_size) <= MEETINGS)
     }
     quiet = replaced(mask, dict.fromkeys(links, FALSE))
     parts, runs, masks = tiles_of(Source(quiet, frame, tables), max(nq, n_keys), block_size)
