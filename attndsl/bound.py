@@ -143,9 +143,9 @@ class Bound:
         A node is a token (0 .. n - 1, up to 8192) or a block of tokens, with its `first` and `last`; an edge
         between blocks has its live `pairs` and whether it is `full`.
         """
-        from attndsl.analysis.graph import graph, pairs_of
+        from attndsl.analysis.graph import graph, tiles_of
 
-        return graph(pairs_of(self.attention, length, by, block_size, heads, head, inputs), by, self.name)
+        return graph(tiles_of(self.attention, length, by, block_size, heads, head, inputs), by, self.name)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 import attndsl
 from attndsl import AttnError
 from attndsl.analysis import graph as measuring
-from attndsl.analysis.graph import GraphMeasures, pairs_of
+from attndsl.analysis.graph import GraphMeasures, tiles_of
 from attndsl.bound import Bound
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -230,8 +230,8 @@ def test_edges_lead_from_key_to_query() -> None:
 
 def test_a_full_union_of_partial_tiles_is_full() -> None:
     both = attndsl.parse("attention main { heads 0 { mask causal } else { mask ~causal } }")["main"]
-    found = pairs_of(both.attention, 64, "block", 16, 2, None, {})
-    assert (found.codes == 1).all()
+    found = tiles_of(both.attention, 64, "block", 16, 2, None, {})
+    assert found.tiles == (16, 0, 0, 0)
 
 
 @pytest.mark.parametrize("n", [50, 64, 200])

@@ -16,7 +16,6 @@ from attndsl.errors import AttnError, fail
 from attndsl.expr import TRUE, Expr, Table, all_of, any_of, const, le, lookup, substitute, var
 from attndsl.layers.powers import TILE, Counts, Form, Step, computed, settled
 from attndsl.layers.reach import SAME, Distances, common_divisor, joined, reach, sides
-from attndsl.meaning.intervals import check_range
 from attndsl.pictures import Drawing, drawn
 from attndsl.relations.proofs import follows
 from attndsl.relations.relation import around
@@ -215,14 +214,7 @@ def step_of(attention: Attention, n: int, heads: int, inputs: Mapping[str, Array
     if sizes.q.starts != (0,):
         raise fail(f"`{own.name}` has its queries at other positions than its keys: layers cannot be stacked")
     given = lowering.checked_tables(own, {t.name: inputs[t.name] for t in own.inputs}, sizes)
-    masks = [lowering.quantifier_free(group.relation.mask) for group in own.groups]
-    by_head = (
-        lowering.closed(masks[group], n, n, 0, head, heads)
-        for head, group in enumerate(lowering.head_groups(own, heads))
-    )
-    joined = any_of(SAME, *by_head)
-    check_range(joined, lowering.ranges(sizes, 0), given)
-    return joined, given
+    return any_of(SAME, lowering.any_of_heads(own, sizes, given, range(heads))), given
 
 
 def _measured(form: Form, order: list[int], n: int, target: Target, tried: list[list[Seen]]) -> Field:

@@ -7,13 +7,13 @@ are one graph: an edge is there if some head has the pair.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import cached_property, reduce
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from attndsl.analysis.decode import reads_ahead
 from attndsl.analysis.part import Part, Subject
 from attndsl.analysis.text import line
 from attndsl.analysis.units import percent
@@ -21,7 +21,9 @@ from attndsl.attention import Attention
 from attndsl.errors import fail
 from attndsl.layers.reach import packed, times
 from attndsl.tiles import lowering
-from attndsl.tiles.blockmask import BlockMask, TileGrid, tile_codes
+from attndsl.tiles.blockmask import TileGrid, tile_codes
+from attndsl.tiles.queries import column_counts
+from attndsl.tiles.tiling import tile
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -50,106 +52,6 @@ ACCURACY, FINEST = 1e-5, 1e-13
 """Error of the eigenvalue of more nodes: relative to a bound of the gap, and of rounding."""
 
 
-@dataclass(frozen=True, eq=False)
-class Pairs:
-    """The pairs of a square mask in R x R tiles, a row for each block of queries.
-
-    codes     int32 [R, R]          the content of each tile; 0 is empty and 1 full
-    contents  uint8 [U, B, B / 8]   bits little-endian along the keys, 0 outside of the matrix
-    """
-
-    n: int
-    block_size: int
-    codes: Array
-    contents: Array
-
-    @staticmethod
-    def of(grid: TileGrid) -> Pairs:
-        blank = np.zeros((1, grid.block_size, grid.block_size // 8), np.uint8)
-        contents = np.concatenate([blank, ~blank, grid.masks])
-        return Pairs(grid.n, grid.block_size, tile_codes(grid, 0), contents)
-
-    def union(self, other: Pairs) -> Pairs:
-        width = len(other.contents)
-        both = self.codes.astype(np.int64) * width + other.codes
-        used, place = np.unique(both, return_inverse=True)
-        contents = self.contents[used // width] | other.contents[used % width]
-        codes = np.where(
-            (contents == 255).all(axis=(1, 2)), 1, (2 + np.arange(len(used))) * contents.any(axis=(1, 2))
-        )
-        return Pairs(
-            self.n,
-            self.block_size,
-            codes.astype(np.int32)[place].reshape(both.shape),
-            np.concatenate([self.contents[:2], contents]),
-        )
-
-    def counts(self) -> Array:
-        """Live pairs of each tile, int64 [R, R]."""
-        counts: Array = np.bitwise_count(self.contents).sum(axis=(1, 2), dtype=np.int64)[self.codes]
-        return counts
-
-    def dense(self, wanted: Callable[[Array], Bits] | None = None) -> Bits:
-        """Query q sees key k, [n, n]; of tiles with a `wanted` code only."""
-        codes = self.codes if wanted is None else np.where(wanted(self.codes), self.codes, 0)
-        size = len(codes) * self.block_size
-        return unpacked(self.contents)[codes].transpose(0, 2, 1, 3).reshape(size, size)[: self.n, : self.n]
-
-    def block_sizes(self) -> Array:
-        """Tokens in each block, int64 [R]."""
-        return np.diff(np.minimum(np.arange(len(self.codes) + 1) * self.block_size, self.n))
-
-    @cached_property
-    def moments(self) -> tuple[Array, Array, Array]:
-        """For each content its row sums [U, B], column sums [U, B], and sum of x[i] x[j], x = `places`."""
-        parts = np.array_split(self.contents, 1 + self.contents.nbytes // 2**20)
-        rows, columns, both = [], [], []
-        for part in parts:
-            bits = unpacked(part).astype(float)
-            rows.append(bits.sum(axis=2))
-            columns.append(bits.sum(axis=1))
-            both.append(bits @ self.places @ self.places)
-        return np.concatenate(rows), np.concatenate(columns), np.concatenate(both)
-
-    @property
-    def places(self) -> Array:
-        """Positions inside of a block, from -1 to 1."""
-        return np.linspace(-1, 1, self.block_size)
-
-    @cached_property
-    def seen(self) -> Array:
-        """Keys that each query sees, int64 [n]."""
-        return self._sums(self.moments[0], self.codes)
-
-    @cached_property
-    def seers(self) -> Array:
-        """Queries that see each key, int64 [n]."""
-        return self._sums(self.moments[1], self.codes.T)
-
-    def _sums(self, sums: Array, codes: Array) -> Array:
-        from scipy.sparse import csr_array
-
-        row, column = np.nonzero(codes)
-        uses = csr_array((np.ones(len(row)), (row, codes[row, column])), shape=(len(codes), len(sums)))
-        found: Array = (uses @ sums).ravel()[: self.n].astype(np.int64)
-        return found
-
-    def selves(self) -> Bits:
-        """Which positions see themselves, [n]."""
-        used, place = np.unique(self.codes.diagonal(), return_inverse=True)
-        found: Bits = unpacked(self.contents[used]).diagonal(axis1=1, axis2=2)[place].ravel()[: self.n]
-        return found
-
-    def causal(self) -> bool:
-        diagonal = unpacked(self.contents[np.unique(self.codes.diagonal())])
-        return not np.triu(self.codes, 1).any() and not np.triu(diagonal, 1).any()
-
-
-def unpacked(contents: Array) -> Bits:
-    """Bits as truths, [U, B, B]."""
-    return np.unpackbits(contents, axis=2, bitorder="little").astype(bool)
-
-
 def default_block_size(length: int) -> int:
     """A power of two, 128 or more, that makes at most 1024 blocks."""
     return max(128, 1 << (-(-length // 1024) - 1).bit_length())
@@ -160,7 +62,7 @@ def level_of(length: int) -> Level:
     return "token" if length <= TOKENS else "block"
 
 
-def pairs_of(
+def tiles_of(
     attention: Attention,
     length: int,
     by: Level,
@@ -168,7 +70,7 @@ def pairs_of(
     heads: int,
     head: int | None,
     inputs: Mapping[str, ArrayLike],
-) -> Pairs:
+) -> TileGrid:
     """The pairs of one head, or of any; tiles of a size of its own choice by token.
 
     Raises AttnError for more nodes than the level's limit, for batched tables of several rows, and where
@@ -202,18 +104,41 @@ def pairs_of(
             f"the queries of `{attention.name}` start at {sizes.q.span(0)[0]}: they are no keys' nodes"
         )
     tables = lowering.checked_tables(attention, inputs, sizes)
-    return _one(lowering.block_mask(attention, sizes, tables, block_size), head)
-
-
-def _one(mask: BlockMask, head: int | None) -> Pairs:
-    rows, heads = mask.index.shape
+    rows = max((len(tables[t.name]) for t in lowering.mask_tables(attention) if t.batched), default=1)
     if rows > 1:
         raise fail(f"a graph is of one batch row, and the tables hold {rows}", help="pass one row of them")
-    used = np.unique(mask.index[0]) if head is None else mask.index[0, head % heads : head % heads + 1]
-    return reduce(Pairs.union, (Pairs.of(mask.grids[i]) for i in used))
+    which = range(heads) if head is None else (head,)
+    return tile(lowering.any_of_heads(attention, sizes, tables, which), n, n, block_size, n=n, tables=tables)
 
 
-def graph(pairs: Pairs, by: Level, name: str = "") -> nx.DiGraph:
+def unpacked(contents: Array) -> Bits:
+    """Bits as truths, [U, B, B]."""
+    return np.unpackbits(contents, axis=2, bitorder="little").astype(bool)
+
+
+def pair_counts(grid: TileGrid) -> Array:
+    """Live pairs of each tile, int64 [R, R]."""
+    held = np.r_[0, grid.block_size**2, grid.live.sum(axis=1)].astype(np.int64)
+    counts: Array = held[tile_codes(grid, 0)]
+    return counts
+
+
+def sizes_of(grid: TileGrid) -> Array:
+    """Tokens in each block, int64 [R]."""
+    return np.diff(np.minimum(np.arange(grid.shape[0] + 1) * grid.block_size, grid.n))
+
+
+def selves(grid: TileGrid) -> Bits:
+    """Which positions see themselves, [n]."""
+    found = np.zeros((grid.shape[0], grid.block_size), bool)
+    found[tile_codes(grid, 0).diagonal() == 1] = True
+    at = grid.part_col == grid.part_row
+    used, place = np.unique(grid.part_mask[at], return_inverse=True)
+    found[grid.part_row[at]] = unpacked(grid.masks[used]).diagonal(axis1=1, axis2=2)[place]
+    return found.ravel()[: grid.n]
+
+
+def graph(grid: TileGrid, by: Level, name: str = "") -> nx.DiGraph:
     """For networkx. Nodes are numbered from 0; edges lead from key to query.
 
     By block, a node has its `first` and `last` token, an edge its number of live `pairs` and whether it is
@@ -221,21 +146,21 @@ def graph(pairs: Pairs, by: Level, name: str = "") -> nx.DiGraph:
     """
     import networkx as nx
 
-    counts = pairs.counts()
+    counts = pair_counts(grid)
     edges = int(counts.sum() if by == "token" else np.count_nonzero(counts))
     if edges > EDGES:
         raise fail(
             f"a graph of {edges:,} edges exceeds the limit of {EDGES:,}",
             help='by="block" makes a node of each block of tokens',
         )
-    made = nx.DiGraph(name=name, length=pairs.n, by=by)
+    made = nx.DiGraph(name=name, length=grid.n, by=by)
     if by == "token":
-        made.add_nodes_from(range(pairs.n))
-        q, k = np.nonzero(pairs.dense())
+        made.add_nodes_from(range(grid.n))
+        q, k = np.nonzero(grid.to_dense())
         made.add_edges_from(zip(k.tolist(), q.tolist(), strict=True))
         return made
-    made.graph["block_size"] = pairs.block_size
-    sizes = pairs.block_sizes()
+    made.graph["block_size"] = grid.block_size
+    sizes = sizes_of(grid)
     last = np.cumsum(sizes) - 1
     for i, (size, end) in enumerate(zip(sizes.tolist(), last.tolist(), strict=True)):
         made.add_node(i, first=end - size + 1, last=end)
@@ -321,31 +246,31 @@ def measures(
 ) -> GraphMeasures:
     """The measures of `attention.graph` with the same arguments; unless told, by token up to TOKENS.
 
-    Raises AttnError as `pairs_of` does.
+    Raises AttnError as `tiles_of` does.
     """
     level = by or level_of(lowering.checked_length("length", length))
-    return measured(pairs_of(attention, length, level, block_size, heads, head, inputs), level)
+    return measured(tiles_of(attention, length, level, block_size, heads, head, inputs), level)
 
 
-def measured(pairs: Pairs, by: Level) -> GraphMeasures:
-    counts = pairs.counts()
-    sees = pairs.dense() if by == "token" else counts > 0
+def measured(grid: TileGrid, by: Level) -> GraphMeasures:
+    sees = grid.to_dense() if by == "token" else tile_codes(grid, 0) > 0
     nodes = len(sees)
     steps, joined = distances(sees)
     others = nodes * (nodes - 1)
     reached = int(steps.sum())
     sizes = component_sizes(joined)
-    seen, seers, selves = pairs.seen, pairs.seers, pairs.selves()
-    hub = (seen - selves == pairs.n - 1) & (seers - selves == pairs.n - 1)
-    alone = np.flatnonzero(~selves)
+    seen, seers, itself = grid.row_counts(), column_counts(grid), selves(grid)
+    hub = (seen - itself == grid.n - 1) & (seers - itself == grid.n - 1)
+    alone = np.flatnonzero(~itself)
     star = bool(hub.any()) and (len(alone) == 0 or (len(alone) == 1 and bool(hub[alone[0]])))
-    causal = pairs.causal()
+    causal = not reads_ahead(grid)
     two_hop: bool | None = int(steps[:3].sum()) == (others // 2 if causal else others)
     if by == "block" and two_hop:
-        two_hop = True if hub.any() or _complete(pairs, causal) else None
+        due = grid.n * (grid.n - 1) // (2 if causal else 1)
+        two_hop = True if hub.any() or int(seen.sum() - itself.sum()) == due else None
     return GraphMeasures(
         by=by,
-        block_size=pairs.block_size if by == "block" else None,
+        block_size=grid.block_size if by == "block" else None,
         nodes=nodes,
         edges=int(sees.sum()),
         in_degree=_degrees(seen),
@@ -359,14 +284,8 @@ def measured(pairs: Pairs, by: Level) -> GraphMeasures:
         joined=reached / others if others else None,
         components=len(sizes),
         largest_component=max(sizes, default=0),
-        spectral_gap=spectral_gap(pairs, by, connected(joined)),
+        spectral_gap=spectral_gap(grid, by, seen + seers, connected(joined)),
     )
-
-
-def _complete(pairs: Pairs, causal: bool) -> bool:
-    """Whether every pair of different positions, earlier ones where `causal`, is live."""
-    live = int(pairs.seen.sum() - pairs.selves().sum())
-    return live == pairs.n * (pairs.n - 1) // (2 if causal else 1)
 
 
 def _degrees(degrees: Array) -> Degrees:
@@ -445,22 +364,21 @@ def connected(joined: Bits) -> bool:
     return bool(found.all())
 
 
-def spectral_gap(pairs: Pairs, by: Level, connected: bool) -> float | None:
-    """GraphMeasures.spectral_gap; `connected` tells whether the nodes are if directions are ignored."""
-    if pairs.n < 2:
+def spectral_gap(grid: TileGrid, by: Level, degrees: Array, connected: bool) -> float | None:
+    """GraphMeasures.spectral_gap; `degrees` of the tokens and `connected` if directions are ignored."""
+    if grid.n < 2:
         return None
-    degrees = pairs.seen + pairs.seers
     if not connected or not degrees.all():
         return 0.0
-    if by == "token" and pairs.n <= DENSE:
-        sees = pairs.dense().astype(float)
+    if by == "token" and grid.n <= DENSE:
+        sees = grid.to_dense().astype(float)
         scale = degrees**-0.5
         return gap(np.linalg.eigvalsh(scale[:, None] * (sees + sees.T) * scale))
-    walk, function = smooth_walk(pairs, degrees)
+    walk, function = smooth_walk(grid, degrees)
     if by == "block":
         return gap(np.linalg.eigvalsh(walk))
     values, vectors = np.linalg.eigh(walk)
-    return _searched_gap(pairs, degrees, gap(values), function(vectors[:, -2]))
+    return _searched_gap(grid, degrees, gap(values), function(vectors[:, -2]))
 
 
 def gap(values: Array) -> float:
@@ -468,25 +386,22 @@ def gap(values: Array) -> float:
     return max(0.0, 1 - float(values[-2]))
 
 
-def smooth_walk(pairs: Pairs, degrees: Array) -> tuple[Array, Callable[[Array], Array]]:
+def smooth_walk(grid: TileGrid, degrees: Array) -> tuple[Array, Callable[[Array], Array]]:
     """The walk among the vectors x for which D^(-1/2) x is, in each block, a linear function of the position:
     its matrix in an orthonormal basis of them, and how coefficients become x.
 
     Its second largest eigenvalue is at most that among all vectors (Courant and Fischer), which gives the
     upper bound of the spectral gap.
     """
-    place = pairs.places
-    rows, columns, both = pairs.moments
-    blocks = len(pairs.codes)
-    here = np.pad(degrees.astype(float), (0, blocks * len(place) - pairs.n)).reshape(blocks, -1)
+    blocks, size = grid.shape[0], grid.block_size
+    place = np.linspace(-1, 1, size)
+    here = np.pad(degrees.astype(float), (0, blocks * size - grid.n)).reshape(blocks, -1)
     mass = here.sum(axis=1)
     centre = here @ place / mass
     # on each block 1 and place - centre, which are orthogonal there, each made of length 1
     norm = np.r_[mass, (here * (place - centre[:, None]) ** 2).sum(axis=1)] ** 0.5
     q, k = centre[:, None], centre[None, :]
-    ones, by_q, by_k, by_both = (
-        found[pairs.codes] for found in (rows.sum(axis=1), rows @ place, columns @ place, both)
-    )
+    ones, by_q, by_k, by_both = moments(grid, place)
     by_both = by_both - q * by_k - k * by_q + q * k * ones
     walk = np.block([[ones, by_k - k * ones], [by_q - q * ones, by_both]])
     kept = norm > 1e-9 * norm.max()
@@ -496,13 +411,29 @@ def smooth_walk(pairs: Pairs, degrees: Array) -> tuple[Array, Callable[[Array], 
         found = np.zeros(2 * blocks)
         found[kept] = coefficients / norm[kept]
         level, slope = found[:blocks, None], found[blocks:, None]
-        x: Array = (level + slope * (place - centre[:, None])).ravel()[: pairs.n] * degrees**0.5
+        x: Array = (level + slope * (place - centre[:, None])).ravel()[: grid.n] * degrees**0.5
         return x
 
     return walk, function
 
 
-def _searched_gap(pairs: Pairs, degrees: Array, bound: float, start: Array) -> float:
+def moments(grid: TileGrid, place: Array) -> Array:
+    """For each tile the sums over its live pairs (i, j) of 1, x[i], x[j], x[i] x[j]: [4, R, R]; x is `place`.
+
+    A tile with the pairs (0, 0) and (1, 0), and x = -1, 1:  2,  x[0] + x[1] = 0,  2 x[0] = -2,  1 - 1 = 0
+    """
+    blank = np.zeros((1, grid.block_size, grid.block_size // 8), np.uint8)
+    contents = np.concatenate([blank, ~blank, grid.masks])
+    found = []
+    for part in np.array_split(contents, 1 + contents.nbytes // 2**20):
+        bits = unpacked(part).astype(float)
+        rows, columns = bits.sum(axis=2), bits.sum(axis=1)
+        found.append([rows.sum(axis=1), rows @ place, columns @ place, bits @ place @ place])
+    of_tiles: Array = np.concatenate(found, axis=1)[:, tile_codes(grid, 0)]
+    return of_tiles
+
+
+def _searched_gap(grid: TileGrid, degrees: Array, bound: float, start: Array) -> float:
     """The gap of more tokens, to within ACCURACY of `bound` or FINEST, by Lanczos' method from `start`.
 
     W is applied as the partial tiles, which are written out, and the full ones, which only need the sums of
@@ -511,10 +442,12 @@ def _searched_gap(pairs: Pairs, degrees: Array, bound: float, start: Array) -> f
     from scipy.sparse import csr_array
     from scipy.sparse.linalg import LinearOperator, eigsh
 
-    part = csr_array(pairs.dense(lambda codes: codes > 1), dtype=float)
-    full = csr_array(pairs.codes == 1, dtype=float)
+    none = np.zeros_like(grid.run_ptr)
+    partial = replace(grid, run_ptr=none, run_start=grid.run_start[:0], run_end=grid.run_end[:0])
+    part = csr_array(partial.to_dense(), dtype=float)
+    full = csr_array(tile_codes(grid, 0) == 1, dtype=float)
     part, full = part + part.T, full + full.T
-    starts, sizes = np.arange(len(pairs.codes)) * pairs.block_size, pairs.block_sizes()
+    starts, sizes = np.arange(grid.shape[0]) * grid.block_size, sizes_of(grid)
     scale, known = degrees**-0.5, np.sqrt(degrees / degrees.sum())
 
     def walk(x: Array) -> Array:
@@ -525,7 +458,7 @@ def _searched_gap(pairs: Pairs, degrees: Array, bound: float, start: Array) -> f
         return reflected
 
     found = eigsh(
-        LinearOperator((pairs.n, pairs.n), matvec=walk, dtype=float),
+        LinearOperator((grid.n, grid.n), matvec=walk, dtype=float),
         k=1,
         which="LA",
         ncv=64,
@@ -539,7 +472,7 @@ def _searched_gap(pairs: Pairs, degrees: Array, bound: float, start: Array) -> f
 def _find(subject: Subject) -> GraphMeasures:
     p = subject.one_sequence
     level = level_of(p.length)
-    return measured(pairs_of(subject.attention, p.length, level, None, p.heads, None, subject.inputs), level)
+    return measured(tiles_of(subject.attention, p.length, level, None, p.heads, None, subject.inputs), level)
 
 
 def _text(found: GraphMeasures) -> Iterator[str]:

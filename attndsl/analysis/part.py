@@ -101,7 +101,7 @@ class Part:
     place    a report shows parts by rising place
     title    the heading of its section on the page, else its name
     section  the section: a Jinja template over the fields of `--json` that may use what html/macros.jinja
-             defines. Where there is none, all fields are listed
+             defines. Left out, all fields are listed
     cards    likewise, for "At a glance"
     draw     a picture for the section. Raises AttnError where there is none
     """
@@ -112,7 +112,7 @@ class Part:
     known: Callable[[Any], bool] = lambda finding: True
     place: int = 1000
     title: str = ""
-    section: str | None = None
+    section: str = "{{ listed(told) }}"
     cards: str = ""
     draw: Callable[[Subject, Any], Drawing] | None = None
 

@@ -7,14 +7,14 @@ products to the forward's two, so 2.5 times that, the logits being formed again.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from attndsl.backend import DTYPES, Problem
-from attndsl.tiles.blockmask import BlockMask, TileGrid
+from attndsl.tiles.blockmask import BlockMask
+from attndsl.tiles.queries import column_counts, keys_read_by
 
 BACKWARD = 2.5
 """Backward FLOPs beside forward."""
@@ -59,7 +59,7 @@ def ideal(block_mask: BlockMask, problem: Problem) -> Ideal:
     p, item = problem, DTYPES[problem.dtype]
     per_row = p.head_dim * item
     q = p.batch * p.heads * p.q_length * per_row
-    k = _keys_read(problem, block_mask, read_keys) * per_row
+    k = _over_key_heads(problem, block_mask, [column_counts(grid) > 0 for grid in block_mask.grids]) * per_row
     forward = pair_flops(p.head_dim) * over_all(block_mask, problem, [grid.nnz for grid in block_mask.grids])
     last, read = _decode(block_mask, problem)
     return Ideal(
@@ -83,43 +83,18 @@ def _decode(block_mask: BlockMask, problem: Problem) -> tuple[int, int]:
     """Live pairs of the last row over all heads, and the keys that it reads over all key heads."""
     if not problem.q_length:
         return 0, 0
-    pairs = over_all(block_mask, problem, [int(last_keys(grid).sum()) for grid in block_mask.grids])
-    return pairs, _keys_read(problem, block_mask, last_keys)
+    last = np.arange(problem.q_length) == problem.q_length - 1
+    read = [keys_read_by(grid, last) for grid in block_mask.grids]
+    pairs = over_all(block_mask, problem, [int(keys.sum()) for keys in read])
+    return pairs, _over_key_heads(problem, block_mask, read)
 
 
-def _keys_read(problem: Problem, block_mask: BlockMask, read: Callable[[TileGrid], NDArray[np.bool_]]) -> int:
-    """The keys that are read over all key heads, where `read` says it of one mask."""
+def _over_key_heads(problem: Problem, block_mask: BlockMask, read: list[NDArray[np.bool_]]) -> int:
+    """The keys that are read over all key heads, given those of each grid."""
     p, index = problem, block_mask.index
-    live = [read(grid) for grid in block_mask.grids]
     heads = np.broadcast_to(index, (len(index), p.heads))
     groups = heads.reshape(len(index), p.kv_heads, p.heads // p.kv_heads)
     sets = {frozenset(group.tolist()) for row in groups for group in row}
-    union = {s: int(np.logical_or.reduce([live[g] for g in s]).sum()) for s in sets}
+    union = {s: int(np.logical_or.reduce([read[g] for g in s]).sum()) for s in sets}
     found = sum(union[frozenset(group.tolist())] for row in groups for group in row)
     return found * (p.batch // len(index))
-
-
-def read_keys(grid: TileGrid) -> NDArray[np.bool_]:
-    """Whether some query relates to each key, bool [n]."""
-    cols, size = grid.shape[1], grid.block_size
-    edges = np.zeros(cols + 1, np.int64)
-    np.add.at(edges, grid.run_start, 1)
-    np.add.at(edges, grid.run_end, -1)
-    live = np.zeros((cols, size), bool)
-    live[np.cumsum(edges)[:cols] > 0] = True
-    seen = np.unpackbits(np.bitwise_or.reduce(grid.masks, axis=1), axis=1, bitorder="little").astype(bool)
-    col, content = np.unique(np.stack([grid.part_col, grid.part_mask]), axis=1)
-    np.logical_or.at(live, col, seen[content])
-    return live.ravel()[: grid.n]
-
-
-def last_keys(grid: TileGrid) -> NDArray[np.bool_]:
-    """Whether the last query row relates to each key, bool [n]."""
-    (rows, cols), size = grid.shape, grid.block_size
-    runs, parts = (slice(p[rows - 1], p[rows]) for p in (grid.run_ptr, grid.part_ptr))
-    live = np.zeros((cols, size), bool)
-    for start, end in zip(grid.run_start[runs].tolist(), grid.run_end[runs].tolist(), strict=True):
-        live[start:end] = True
-    contents = grid.masks[grid.part_mask[parts], (grid.nq - 1) % size]
-    live[grid.part_col[parts]] = np.unpackbits(contents, axis=1, bitorder="little")
-    return live.ravel()[: grid.n]

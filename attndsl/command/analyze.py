@@ -141,7 +141,7 @@ def compare(
     **sizes: Any,
 ) -> None:
     """Attentions side by side: density, FLOPs, reach, KV cache, predicted seconds."""
-    columns = list(comparison.cases(sweeps))
+    columns = list(comparison.columns(sweeps))
     if (sizes["length"] is None) != ("n" in columns[0]):
         raise click.UsageError("give one of --length N and --sweep n=N,N")
     given = tables(inputs)

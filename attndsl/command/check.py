@@ -1,23 +1,24 @@
-"""Commands about the text and what it claims: check, fmt, diff."""
+"""Commands about what a text claims: check, diff.
+
+A child has what was imported before it started: so proofs are, which both processes need.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from attndsl import syntax
 from attndsl.command import child
-from attndsl.command.given import bound, echo_json, file_and_name, program_of, read, write
+from attndsl.command.given import bound, echo_json, file_and_name, program_of
 from attndsl.command.options import JSON, LIMIT
-from attndsl.errors import AttnError, Diagnostic, Source
+from attndsl.errors import AttnError, Diagnostic
 from attndsl.expr import Expr, all_of, any_of
 from attndsl.language.assertions import Assertion, prove
 from attndsl.program import Program
-
-if TYPE_CHECKING:
-    from attndsl.relations.proofs import Verdict
+from attndsl.relations import proofs
+from attndsl.relations.proofs import Verdict
 
 
 @click.command()
@@ -153,25 +154,6 @@ def elided(entries: Any) -> str:
 
 
 @click.command()
-@click.argument("files", nargs=-1, required=True)
-@click.option("--check", "only_check", is_flag=True, help="Change nothing; exit 1 if a file would change.")
-def fmt(files: tuple[str, ...], only_check: bool) -> None:
-    """Rewrite FILES in the one layout."""
-    changed = False
-    for file in files:
-        text = read(file)
-        formatted = syntax.format(Source(file, text))
-        if formatted == text:
-            continue
-        changed = True
-        if not only_check:
-            write(file, formatted)
-        click.echo(f"{'would change' if only_check else 'changed'} {file}")
-    if changed and only_check:
-        raise click.exceptions.Exit(1)
-
-
-@click.command()
 @click.argument("left", metavar="FILE:NAME")
 @click.argument("right", metavar="FILE:NAME")
 @JSON
@@ -181,8 +163,6 @@ def diff(left: str, right: str, as_json: bool, time_limit: float) -> None:
     mine, other = each_head(left), each_head(right)
 
     def work(stage: child.Stage) -> list[Verdict]:
-        from attndsl.relations import proofs
-
         stage("comparing", time_limit)
         return [proofs.subset(mine, other), proofs.subset(other, mine)]
 

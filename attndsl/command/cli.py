@@ -11,7 +11,7 @@ from attndsl.errors import AttnError
 
 COMMANDS = {
     "check": "check",
-    "fmt": "check",
+    "fmt": "fmt",
     "plugins": "plugins",
     "show": "show",
     "compile": "run",

@@ -7,18 +7,38 @@ import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
+from attndsl.analysis.field import layers_said
 from attndsl.analysis.report import Report
 from attndsl.analysis.units import percent, scaled, seconds
 from attndsl.errors import fail
 
-PARTS = ["nnz", "cost", "reach", "kv_cache"]
-
 Row = Mapping[str, Any]
 
 
-def cases(sweeps: Sequence[str]) -> Iterator[dict[str, str]]:
+class Line(NamedTuple):
+    """One thing that is compared: how it is called, the part that finds it, it, and how it is written."""
+
+    label: str
+    part: str
+    value: Callable[[Report], Any]
+    write: Callable[[Any], str]
+
+
+LINES = {
+    "nnz": Line("live pairs", "nnz", lambda r: r.nnz and r.nnz.value, "{:,}".format),
+    "density": Line("density", "nnz", lambda r: r.density, percent),
+    "complexity": Line("complexity", "nnz", lambda r: r.complexity, str),
+    "flops": Line("FLOP forward", "cost", lambda r: r.flops and r.flops.forward, scaled),
+    "full_after": Line("sees all after", "reach", lambda r: r.reach and r.reach.full_after, layers_said),
+    "diameter": Line("diameter", "reach", lambda r: r.diameter, "{:,}".format),
+    "kv_cache": Line("KV cache", "kv_cache", lambda r: r.kv_cache and r.kv_cache.minimum, "{:,} keys".format),
+}
+PARTS = list(dict.fromkeys(line.part for line in LINES.values()))
+
+
+def columns(sweeps: Sequence[str]) -> Iterator[dict[str, str]]:
     """The values of each column: every combination of those in `P=V,V,...`, where P is a parameter or n."""
     named = {}
     for sweep in sweeps:
@@ -37,40 +57,23 @@ def cases(sweeps: Sequence[str]) -> Iterator[dict[str, str]]:
 
 def row(report: Report, swept: Mapping[str, str]) -> dict[str, Any]:
     """What is compared, as numbers; None where it is not known."""
-    reach, cache, count = report.reach, report.kv_cache, report.nnz
     return {
         "name": report.name,
         "length": report.length,
         **{name: value for name, value in swept.items() if name != "n"},
-        "nnz": count and count.value,
-        "density": report.density,
-        "complexity": report.complexity,
-        "flops": report.flops and report.flops.forward,
-        "full_after": reach and reach.full_after,
-        "diameter": report.diameter,
-        "kv_cache": cache and cache.minimum,
+        **{name: line.value(report) for name, line in LINES.items()},
         **{f"{name}_seconds": work.seconds_estimate for name, work in (report.lowerings or {}).items()},
         "reasons": dict(report.reasons) or None,
     }
 
 
-SAID: dict[str, tuple[str, Callable[[Any], str]]] = {
-    "length": ("keys, n", "{:,}".format),
-    "nnz": ("live pairs", "{:,}".format),
-    "density": ("density", percent),
-    "complexity": ("complexity", str),
-    "flops": ("FLOP forward", scaled),
-    "full_after": ("sees all after", lambda layers: f"{layers:,} layer{'s' * (layers != 1)}"),
-    "diameter": ("diameter", "{:,}".format),
-    "kv_cache": ("KV cache", "{:,} keys".format),
-}
-"""Labels for people, and how the values are written."""
-
-
 def said(name: str) -> tuple[str, Callable[[Any], str]]:
-    if name.endswith("_seconds"):
-        return name.removesuffix("_seconds"), seconds
-    return SAID.get(name, (name, str))
+    """The label of a line for people, and how its values are written."""
+    if name in LINES:
+        return LINES[name].label, LINES[name].write
+    if name == "length":
+        return "keys, n", "{:,}".format
+    return (name.removesuffix("_seconds"), seconds) if name.endswith("_seconds") else (name, str)
 
 
 def _cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:

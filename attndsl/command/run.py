@@ -12,6 +12,7 @@ from attndsl.command import child, terminal
 from attndsl.command.given import bound, echo_json, first_query, heads_of, tables
 from attndsl.command.options import JSON, PROBLEM, TARGET
 from attndsl.errors import fail
+from attndsl.execution.choice import UNKNOWN
 
 if TYPE_CHECKING:
     from attndsl.execution.plan import Plan
@@ -92,8 +93,6 @@ def run(
 
 def of_plan(plan: Plan) -> dict[str, Any]:
     """Tiles and nnz are over all batch rows and heads; None where they wait for tables."""
-    from attndsl.execution.choice import UNKNOWN
-
     p, blocks = plan.problem, plan.block_masks
     found: dict[str, Any] = {
         "name": plan.attention.name,

@@ -26,8 +26,6 @@ LINES = 48
 """Tiles on a side up to which lines between them help."""
 
 MACROS = '{% from "macros.jinja" import card, heads, listed, table %}\n'
-LISTED = "{{ listed(report[fields[0]], fields) if fields | length == 1 else listed(told, []) }}"
-"""The section of a part that brings none."""
 
 
 def render(
@@ -76,33 +74,22 @@ def render(
 
     def written(template: str, name: str, part: Part) -> Markup:
         told = {field: report[field] for field in part.names(name) if report.get(field) is not None}
-        return Markup(
-            environment.from_string(MACROS + template).render(report=report, told=told, fields=list(told))
-        )
+        made = environment.from_string(MACROS + template).render(report=report, told=told) if told else ""
+        return Markup(made)
 
-    known = {
-        name: part
-        for name, part in usable().items()
-        if any(report.get(field) is not None for field in part.names(name))
-    }
-    titled = [(part.title or name.replace("_", " "), name, part) for name, part in known.items()]
-    sections = [
-        (
-            title,
-            [
-                (name, written(LISTED if part.section is None else part.section, name, part))
-                for _, name, part in parts
-            ],
-        )
-        for title, parts in groupby((row for row in titled if row[2].section != ""), key=itemgetter(0))
+    parts = usable().items()
+    bodies = [
+        (part.title or name.replace("_", " "), name, written(part.section, name, part))
+        for name, part in parts
     ]
+    sections = groupby(filter(itemgetter(2), bodies), key=itemgetter(0))
     return environment.get_template("page.html.jinja").render(
         report=report,
         panels=[panel(mask) for mask in masks],
         figures={name: images(figure) for name, figure in (figures or {}).items()},
         source=source,
-        cards=[written(part.cards, name, part) for name, part in known.items() if part.cards],
-        sections=sections,
+        cards=[written(part.cards, name, part) for name, part in parts],
+        sections=[(title, list(under)) for title, under in sections],
         levels=LEVELS,
         light=LIGHT,
         dark=DARK,

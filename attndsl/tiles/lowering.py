@@ -166,6 +166,20 @@ def head_groups(attention: Attention, heads: int) -> tuple[int, ...]:
     return tuple(found)
 
 
+def any_of_heads(
+    attention: Attention, sizes: Sizes, tables: Mapping[str, Array], heads: Sequence[int]
+) -> Expr:
+    """What some of these heads relates in batch row 0, closed.
+
+    Raises AttnError where an integer could leave the 64-bit range.
+    """
+    masks = [quantifier_free(group.relation.mask) for group in attention.groups]
+    groups, n, nq = head_groups(attention, sizes.heads), sizes.n[0], sizes.q.length
+    joined = ir.any_of(*(closed(masks[groups[head]], n, nq, 0, head, sizes.heads) for head in heads))
+    check_range(joined, ranges(sizes, 0), tables)
+    return joined
+
+
 def heads_of(attention: Attention, given: Mapping[str, ArrayLike]) -> int:
     """As many heads as the attention and the given tables speak of."""
     shapes: list[tuple[int, ...]] = [

@@ -43,6 +43,24 @@ def keys_read_by(grid: TileGrid, rows: Bool) -> Bool:
     return np.unpackbits(bits.ravel(), count=grid.n, bitorder="little").astype(bool)
 
 
+def column_counts(grid: TileGrid) -> NDArray[np.int64]:
+    """Live queries of each key, int64 [n]."""
+    cols, size = grid.shape[1], grid.block_size
+    steps = np.zeros((cols + 1, 1), np.int64)
+    np.add.at(steps, grid.run_start, size)
+    np.add.at(steps, grid.run_end, -size)
+    counts = np.repeat(np.cumsum(steps, axis=0)[:cols], size, axis=1)
+    contents = [
+        np.unpackbits(part, axis=2, bitorder="little").sum(axis=1, dtype=np.int64)
+        for part in np.array_split(grid.masks, 1 + grid.masks.nbytes // 2**20)
+    ]
+    where = grid.part_col.astype(np.int64) * len(grid.masks) + grid.part_mask
+    pair, uses = np.unique(where, return_counts=True)
+    col, content = np.divmod(pair, max(len(grid.masks), 1))
+    np.add.at(counts, col, np.concatenate(contents)[content] * uses[:, None])
+    return counts.ravel()[: grid.n]
+
+
 def _pieces(chosen: Bool) -> list[NDArray[np.int64]]:
     """The numbers of the partial tiles that are chosen, some at a time."""
     parts = np.flatnonzero(chosen)

@@ -1,0 +1,28 @@
+"""The command fmt."""
+
+from __future__ import annotations
+
+import click
+
+from attndsl import syntax
+from attndsl.command.given import read, write
+from attndsl.errors import Source
+
+
+@click.command()
+@click.argument("files", nargs=-1, required=True)
+@click.option("--check", "only_check", is_flag=True, help="Change nothing; exit 1 if a file would change.")
+def fmt(files: tuple[str, ...], only_check: bool) -> None:
+    """Rewrite FILES in the one layout."""
+    changed = False
+    for file in files:
+        text = read(file)
+        formatted = syntax.format(Source(file, text))
+        if formatted == text:
+            continue
+        changed = True
+        if not only_check:
+            write(file, formatted)
+        click.echo(f"{'would change' if only_check else 'changed'} {file}")
+    if changed and only_check:
+        raise click.exceptions.Exit(1)
