@@ -4,16 +4,16 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALL = $(BIN)/pip install --quiet --constraint constraints.txt --editable
 
-.PHONY: run test bench lint types oracle clean
+.PHONY: run test slow bench lint types clean
 
 run: $(VENV)/run
 	$(BIN)/attndsl run examples/longformer.attn --length 4096 --heads 12 --text examples/data/us-constitution.txt
 
 test: $(VENV)/test
-	$(BIN)/pytest -m "not oracle"
+	$(BIN)/pytest -m "not slow and not oracle"
 
-oracle: $(VENV)/oracle
-	$(BIN)/pytest -m oracle
+slow: $(VENV)/oracle
+	$(BIN)/pytest -m "slow or oracle"
 
 bench: $(VENV)/run
 	for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import multiprocessing
 import os
 import pty
 import re
@@ -44,10 +45,24 @@ def attn(*arguments):
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["torch", "pytest", "attndsl.command.cli"])
+
+
+def answer(sender, arguments):
+    done = CliRunner().invoke(main, [*map(str, arguments)], catch_exceptions=False)
+    sender.send((done.exit_code, done.stdout, done.stderr))
+
+
 def attn_process(*arguments):
-    """In a process of its own: torch's threads and forks do not mix."""
-    command = [sys.executable, "-m", "attndsl", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    """In a process of its own that has torch loaded, but not run: its threads and forks do not mix."""
+    receiver, sender = FORKS.Pipe(duplex=False)
+    process = FORKS.Process(target=answer, args=(sender, arguments))
+    process.start()
+    sender.close()
+    code, stdout, stderr = receiver.recv()
+    process.join()
+    return subprocess.CompletedProcess(arguments, code, stdout, stderr)
 
 
 @pytest.mark.parametrize(
@@ -415,7 +430,8 @@ def test_tables_may_come_later_for_compile_but_not_for_run(good):
 
 def test_run_verifies_and_times(good):
     sizes = ("--length", 200, "--heads", 2, "--kv-heads", 1, "--head-dim", 16)
-    done = attn_process("run", good, "lm", *sizes, "--backward", "--json")
+    command = [sys.executable, "-m", "attndsl", "run", good, "lm", *map(str, sizes), "--backward", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found.keys() == COMPILED | {
@@ -534,7 +550,7 @@ def test_a_stage_past_its_limit_is_stopped():
     start = time.monotonic()
     with pytest.raises(AttnError, match=r"sleeping took longer than 0.3 s"):
         child.run(sleeper)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 20
 
 
 def test_a_child_that_dies_is_reported():

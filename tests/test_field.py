@@ -12,6 +12,7 @@ import numpy as np
 import programs
 import pytest
 from numpy.typing import NDArray
+from thin import thin
 
 import attndsl
 from attndsl import expr as x
@@ -130,7 +131,7 @@ PROGRAMS = [
 ]
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("program", thin(PROGRAMS, 4))
 def test_random_programs_are_the_powers(program: programs.Program) -> None:
     attention = attndsl.parse(program.text)["main"].attention
     for n in (3, 13, 70):

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from thin import thin
 from torch import Tensor
 
 import attndsl
@@ -404,7 +405,7 @@ def programs() -> tuple[Program, ...]:
 PROGRAMS = programs()
 
 
-@pytest.mark.parametrize("program", PROGRAMS, ids=str)
+@pytest.mark.parametrize("program", thin(PROGRAMS, 3), ids=str)
 def test_a_program_is_its_formula(program: Program) -> None:
     for backend in ("reference", "torch"):
         assert check(backend, program.case) is None

@@ -19,9 +19,6 @@ from attndsl.html.typeset import mathml
 from attndsl.pictures import Drawing
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-browser_needed = pytest.mark.skipif(
-    not (CHROMIUM and DRIVER), reason="there is no Chromium here: apt-get install chromium chromium-driver"
-)
 PHONE, DESKTOP = 360, 1280
 EVIL = '</script><script>document.title = "taken"</script><img src=x onerror="document.title = \'taken\'">'
 SVG = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 2 1"><rect width="2" height="1" fill="{}"/></svg>'
@@ -104,6 +101,8 @@ LONGFORMER = drawn("mask radius(256) | global([0])", 4096)
 
 @pytest.fixture(scope="module")
 def chromium():
+    if not (CHROMIUM and DRIVER):
+        pytest.skip("there is no Chromium here: apt-get install chromium chromium-driver")
     from selenium import webdriver
     from selenium.webdriver.chrome.options import Options
     from selenium.webdriver.chrome.service import Service
@@ -176,7 +175,7 @@ def read_number(written):
     return float(digits.replace(",", "")) * scale
 
 
-@browser_needed
+@pytest.mark.slow
 def test_every_number_on_the_page_is_that_of_the_report(opened):
     driver = opened(full_page())
     shown = {}
@@ -200,7 +199,7 @@ def test_every_number_on_the_page_is_that_of_the_report(opened):
     assert {place for place in numbers - shown.keys() if not not_told.match(place)} == set()
 
 
-@browser_needed
+@pytest.mark.slow
 def test_the_page_of_a_file_says_what_analyze_says(chromium, tmp_path):
     file, page = "examples/longformer.attn", tmp_path / "page.html"
     sizes = "--length 640 --heads 2 --layers 3 --set w=64".split()
@@ -239,7 +238,7 @@ def read_formula(element):
     return sympy.sympify(read(ElementTree.fromstring(math.get_property("outerHTML"))))
 
 
-@browser_needed
+@pytest.mark.slow
 def test_the_formulas_on_the_page_are_those_of_the_report(opened):
     driver = opened(full_page())
     for place in ("/nnz/formula", "/in_parameters/r/formula", "/kv_cache/formula", "/reach/formula"):
@@ -252,7 +251,7 @@ def test_the_formulas_on_the_page_are_those_of_the_report(opened):
     assert "6180*n - 795672" in [text(code) for code in driver.find_elements("tag name", "code")]
 
 
-@browser_needed
+@pytest.mark.slow
 def test_a_tile_under_the_mouse_tells_its_queries_keys_and_live_pairs(opened):
     from selenium.webdriver.common.action_chains import ActionChains
 
@@ -279,7 +278,7 @@ def test_a_tile_under_the_mouse_tells_its_queries_keys_and_live_pairs(opened):
     assert not tip.is_displayed()
 
 
-@browser_needed
+@pytest.mark.slow
 def test_the_arrow_keys_and_a_finger_reach_the_tiles_too(opened):
     from selenium.webdriver.common.keys import Keys
 
@@ -301,7 +300,7 @@ def test_the_arrow_keys_and_a_finger_reach_the_tiles_too(opened):
     assert text(tip) == "queries 768–895, keys 640–767:\n16,384 of 16,384 pairs live"
 
 
-@browser_needed
+@pytest.mark.slow
 def test_the_page_asks_for_nothing_and_runs_no_text_of_a_user(opened):
     driver = opened(full_page())
     for kind in ("performance", "browser"):
@@ -322,7 +321,7 @@ def test_the_page_asks_for_nothing_and_runs_no_text_of_a_user(opened):
     assert driver.execute_script(loaded) == 4 * [True]
 
 
-@browser_needed
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [PHONE, DESKTOP])
 def test_the_page_fits_the_screen(opened, width):
     driver = opened(full_page(), width)
@@ -341,7 +340,7 @@ def contrast(*colours):
     return (max(light) + 0.05) / (min(light) + 0.05)
 
 
-@browser_needed
+@pytest.mark.slow
 def test_screens_may_be_light_or_dark_and_paper_is_light(opened):
     def colours(selector, **settings):
         driver = opened(full_page(), **settings)
@@ -362,14 +361,14 @@ def test_screens_may_be_light_or_dark_and_paper_is_light(opened):
         assert contrast(*colours(".mark", scheme=scheme)) > 4.5
 
 
-@browser_needed
+@pytest.mark.slow
 def test_paper_shows_no_hints_for_a_mouse(opened):
     driver = opened(full_page(), media="print")
     assert not driver.find_element("css selector", ".screen").is_displayed()
     assert driver.execute_cdp_cmd("Page.printToPDF", {})["data"]
 
 
-@browser_needed
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mask", "length", "sizes", "first", "said"),
     [

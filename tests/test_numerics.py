@@ -342,6 +342,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")
 @pytest.mark.parametrize("mask", ["full", "radius(256) | global([0, 5000])"])
 @pytest.mark.parametrize("backend", ["sdpa", "torch"])

@@ -72,6 +72,7 @@ def test_the_linter_holds_the_architecture(file, line, rule):
     assert f" {rule} " in done.stdout
 
 
+@pytest.mark.slow
 def test_a_wheel_holds_the_grammar_and_the_plugins(tmp_path):
     source = tmp_path / "source"
     source.mkdir()

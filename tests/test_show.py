@@ -61,9 +61,9 @@ def test_a_character_is_the_share_of_its_rectangle(block_size, text, length, q_l
 
 def test_a_narrow_window_is_visible_at_a_million_tokens():
     mask = block_mask("last(3)", 2**20, block_size=128)
-    start = time.perf_counter()
+    start = time.process_time()
     lines = body(terminal.picture(mask))
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
     assert len(lines) == 32
     assert all(line.strip() == "·" * len(line.strip()) for line in lines)
     assert all(line[2 * i : 2 * i + 2] == "··" for i, line in enumerate(lines))

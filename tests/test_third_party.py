@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 SOURCES = [path.parent for path in sorted((ROOT / "examples").glob("*/pyproject.toml"))]
 
