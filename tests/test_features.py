@@ -17,7 +17,7 @@ from attndsl import expr as ir
 from attndsl.analysis import cost
 from attndsl.attention import Attention, HeadGroup, Norm, Relation
 from attndsl.backend import Features, Problem
-from attndsl.command.facts import of_plan
+from attndsl.command.run import of_plan
 from attndsl.execution import choice, registry
 from attndsl.expr import Expr, Table
 
