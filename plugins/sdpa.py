@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -81,8 +81,8 @@ class Dense:
 
     scale: float
     bias: Expr | None
-    masks: WeakKeyDictionary[BlockMask, Tensor]
-    near: WeakKeyDictionary[BlockMask, Tensor]
+    masks: WeakKeyDictionary[BlockMask, Tensor] = field(default_factory=WeakKeyDictionary)
+    near: WeakKeyDictionary[BlockMask, Tensor] = field(default_factory=WeakKeyDictionary)
 
     @property
     def by_distance(self) -> bool:
@@ -303,7 +303,7 @@ def blocks(rows: int, numbers: int, most: int, least: int) -> list[slice]:
     return [slice(first, min(first + step, rows)) for first in range(0, max(1, rows), step)]
 
 
-def lowered(attention: Attention, head_dim: int) -> tuple[float, Expr | None]:
+def scale_and_bias_of(attention: Attention, head_dim: int) -> tuple[float, Expr | None]:
     """Scale of Q @ K and bias of the logits, of an attention that is supported."""
     found = scale_and_bias(attention.groups[0].score, head_dim)
     assert not isinstance(found, str), found
@@ -329,7 +329,7 @@ class Sdpa:
         """An addend of mask and bias is made at every call."""
         area = float(problem.length * problem.q_length)
         every = problem.batch * problem.heads * area
-        scale, bias = lowered(attention, problem.head_dim)
+        scale, bias = scale_and_bias_of(attention, problem.head_dim)
         grids, masks = ((), 1) if block_mask is None else (block_mask.grids, block_mask.index.size)
         counts = {
             "calls": 1.0,
@@ -350,7 +350,7 @@ class Sdpa:
         return counts | {"products": counts["pairs"] * problem.head_dim}
 
     def lower(self, attention: Attention, problem: Problem) -> Kernel:
-        return Dense(*lowered(attention, problem.head_dim), WeakKeyDictionary(), WeakKeyDictionary())
+        return Dense(*scale_and_bias_of(attention, problem.head_dim))
 
 
 backend = Sdpa()

@@ -100,8 +100,8 @@ def test_the_library_is_read_where_it_is_used(environment, tmp_path):
     assert ": proved: " in mine
 
 
-def test_the_backend_in_the_readme_conforms(tmp_path):
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_backend_that_is_shown_conforms(tmp_path):
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     (source,) = (block for block in python_of(text) if block.endswith("backend = Tiny()\n"))
     (points,) = (block for block in re.findall(r"```toml\n(.*?)```", text, re.DOTALL) if "tiny" in block)
     (tmp_path / "my_package.py").write_text(source)

@@ -39,7 +39,7 @@ from attndsl.conformance.cases import (
     Case,
     Named,
     attention_of,
-    call_of,
+    given_of,
     inputs_of,
     keys_reached,
     leaves_of,
@@ -128,7 +128,7 @@ def _exact(case: Case) -> Exact:
     """Shared by the backends that run a case in turn."""
     attention, formulas = _attention(case.mechanism), case.mechanism.formulas
     inputs = inputs_of(attention, case)
-    plain = call_of(attention, case, inputs)
+    plain = given_of(attention, case, inputs)
     mask = related(formulas, plain)
     masked = torch.zeros(mask.shape[:3], dtype=torch.bool)
     if case.mechanism.exact:
@@ -139,7 +139,7 @@ def _exact(case: Case) -> Exact:
 
     def results(inputs: Named) -> tuple[Named, Tensor]:
         leaves = leaves_of(inputs, case, torch.float64)
-        out, lse, sizes = attend(formulas, call_of(attention, case, leaves), mask)
+        out, lse, sizes = attend(formulas, given_of(attention, case, leaves), mask)
         return _results(out, lse, leaves, case.with_lse), sizes
 
     odd, (exact, sizes) = inputs, results(inputs)

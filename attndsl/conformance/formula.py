@@ -106,8 +106,8 @@ def at_the_end(n: int, nq: int) -> int:
 
 
 @dataclass(frozen=True, eq=False)
-class Call:
-    """What an attention is called with: q [B, H, nq, D], k and v [B, Hkv, n, D and Dv], tables as in `Pairs`,
+class Given:
+    """What an attention is given: q [B, H, nq, D], k and v [B, Hkv, n, D and Dv], tables as in `Pairs`,
     and where queries [B, nq] and keys [B, n] stand, and what n is [B]."""
 
     q: Tensor
@@ -132,15 +132,15 @@ def doubles() -> Iterator[None]:
 
 
 @doubles()
-def related(formulas: Sequence[Formula], call: Call) -> Tensor:
+def related(formulas: Sequence[Formula], given: Given) -> Tensor:
     """The mask [B, H, nq, n]."""
-    (B, H, nq, D), n = call.q.shape, call.k.shape[2]
+    (B, H, nq, D), n = given.q.shape, given.k.shape[2]
     found = torch.zeros(B, H, nq, n, dtype=torch.bool)
     if not found.numel():
         return found
     b, h = torch.arange(B).view(-1, 1, 1, 1), torch.arange(H).view(-1, 1, 1)
-    q, k, end = call.q_at[:, None, :, None], call.k_at[:, None, None, :], call.n.view(-1, 1, 1, 1)
-    everywhere = Pairs(b, h, q, k, end, nq, H, D, call.tables, call.arithmetic)
+    q, k, end = given.q_at[:, None, :, None], given.k_at[:, None, None, :], given.n.view(-1, 1, 1, 1)
+    everywhere = Pairs(b, h, q, k, end, nq, H, D, given.tables, given.arithmetic)
     for formula in formulas:
         here = torch.tensor([formula.heads(head, H) for head in range(H)]).view(-1, 1, 1)
         found = found | here & formula.mask(everywhere)
@@ -148,11 +148,11 @@ def related(formulas: Sequence[Formula], call: Call) -> Tensor:
 
 
 @doubles()
-def attend(formulas: Sequence[Formula], call: Call, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def attend(formulas: Sequence[Formula], given: Given, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Over the pairs of the mask: output [B, H, nq, Dv] and log-sum-exp [B, H, nq], differentiable, and how
     large logits are in the mean, by their weights [B, H, nq]."""
-    B, H, nq, D = call.q.shape
-    share = H // call.k.shape[1]
+    B, H, nq, D = given.q.shape
+    share = H // given.k.shape[1]
     rows = []
     for b in range(B):
         for h in range(H):
@@ -161,18 +161,18 @@ def attend(formulas: Sequence[Formula], call: Call, mask: Tensor) -> tuple[Tenso
             p = Pairs(
                 torch.tensor(b),
                 torch.tensor(h),
-                call.q_at[b, i],
-                call.k_at[b, j],
-                call.n[b],
+                given.q_at[b, i],
+                given.k_at[b, j],
+                given.n[b],
                 nq,
                 H,
                 D,
-                call.tables,
-                call.arithmetic,
-                call.q[b, h].index_select(0, i),
-                call.k[b, h // share].index_select(0, j),
+                given.tables,
+                given.arithmetic,
+                given.q[b, h].index_select(0, i),
+                given.k[b, h // share].index_select(0, j),
             )
-            rows.append(_rows(formula, p, call.v[b, h // share].index_select(0, j), i))
+            rows.append(_rows(formula, p, given.v[b, h // share].index_select(0, j), i))
     out, lse, size = (torch.stack(part) for part in zip(*rows, strict=True))
     return out.view(B, H, *out.shape[1:]), lse.view(B, H, nq), size.view(B, H, nq)
 

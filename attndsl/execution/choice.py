@@ -70,23 +70,26 @@ def declined(backend: Backend, attention: Attention, problem: Problem) -> str | 
 def used(attention: Attention, problem: Problem) -> Features:
     """What a kernel must know. Whatever is added to an attention, a table or a problem is a feature that
     nobody knows until backends say so."""
-    groups = attention.groups
-    parts: list[tuple[Any, str]] = [(attention, "name groups inputs learned offset least_heads")]
-    parts += [(group, "relation norm") for group in groups]
-    parts += [(group.relation, "mask") for group in groups]
-    parts += [(group.norm, "kind") for group in groups]
-    clauses = [clause for part, rest in parts for clause in _set(part, rest)]
+    clauses = list(_clauses(attention))
     expressions = [value for _, value in clauses if isinstance(value, Expr)]
     sizes = "length q_length batch heads kv_heads head_dim block_size dtype device"
     return Features(
         clauses={name for name, _ in clauses},
-        norms={group.norm.kind for group in groups},
+        norms={group.norm.kind for group in attention.groups},
         operations={node.op for e in expressions for node in nodes(e)} - {"const", "var"},
         tables={kind for e in expressions for table in e.tables for kind in _kinds(table)},
         modes={name for name, _ in _set(problem, sizes)},
         dtypes={problem.dtype},
         devices={device_kind(problem)},
     )
+
+
+def _clauses(attention: Attention) -> Iterator[tuple[str, Any]]:
+    yield from _set(attention, "name groups inputs learned offset least_heads")
+    for group in attention.groups:
+        yield from _set(group, "relation norm")
+        yield from _set(group.relation, "mask")
+        yield from _set(group.norm, "kind")
 
 
 def _set(value: Any, rest: str) -> Iterator[tuple[str, Any]]:

@@ -61,7 +61,10 @@ def evaluate(expr: Expr, env: Env, live: Tensor | None = None) -> Tensor:
 
     Where `live` (a truth per pair) does not hold the value is arbitrary, but neither it nor its
     gradient poisons anything: functions see a harmless argument there, look-ups are clamped. Elsewhere a
-    look-up outside an int or float table is an error.
+    look-up outside an int or float table is an error. Of `log(q - k) + z[q - k]` under `k < q`,
+
+        q = 0, k = 0   gives log(1) + z[0]: its gradient times 0 is 0, and that of log(0) times 0 NaN
+        q = 1, k = 0   gives log(1) + z[1], an error if z has one entry
     """
     return _Evaluation(env).of(expr, live)
 

@@ -8,7 +8,6 @@ Memory grows with the entries of the BlockMask and the tokens, never with their 
 """
 
 from dataclasses import replace
-from weakref import WeakKeyDictionary
 
 from attndsl.attention import Attention
 from attndsl.backend import Kernel, Problem, predicted
@@ -28,6 +27,7 @@ class Torch:
         norms={"softmax", "sigmoid", "relu"},
     )
     seconds = SECONDS
+    counts = staticmethod(counts)
 
     def supports(self, attention: Attention, problem: Problem) -> str | None:
         return None
@@ -35,13 +35,8 @@ class Torch:
     def cost(self, attention: Attention, problem: Problem, block_mask: BlockMask | None) -> float | None:
         return predicted(SECONDS, self.counts(attention, problem, block_mask), problem, TRAINING)
 
-    def counts(
-        self, attention: Attention, problem: Problem, block_mask: BlockMask | None
-    ) -> dict[str, float]:
-        return counts(attention, problem, block_mask)
-
     def lower(self, attention: Attention, problem: Problem) -> Kernel:
-        return BlockSparse(attention, problem.training, WeakKeyDictionary())
+        return BlockSparse(attention, problem.training)
 
 
 backend = Torch()

@@ -174,7 +174,7 @@ def by_run(x: Tensor, run: int) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class Chunks:
+class Schedule:
     """In the order in which they run, each with what to add to its logits where that is the same in every
     call and small; the rows of no fresh chunk, which start as empty; what `by_distance` is asked for."""
 
@@ -183,7 +183,7 @@ class Chunks:
     diagonals: Diagonals | None
 
 
-Kept = WeakKeyDictionary[TileGrid, dict[tuple[object, ...], Chunks]]
+Kept = WeakKeyDictionary[TileGrid, dict[tuple[object, ...], Schedule]]
 
 
 def _tokens(start: int, step: int, length: int, first: int, count: int, device: torch.device) -> Tensor:

@@ -43,7 +43,7 @@ class Rows:
 def room_of(work: Work) -> Tensor:
     """Where `simple_gradient` forms the weights of one chunk and their slopes: fresh memory for each
     would cost a third more time."""
-    sizes = [c.count * c.q_len * c.k_len for c, _ in work.chunks.chunks] if work.simple else []
+    sizes = [c.count * c.q_len * c.k_len for c, _ in work.schedule.chunks] if work.simple else []
     most = max(sizes, default=0)
     return work.q.new_empty((2, len(work.q) * most), dtype=work.wide)
 

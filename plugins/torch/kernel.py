@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ class BlockSparse:
 
     attention: Attention
     exact: bool
-    chunks: Kept
+    kept: Kept = field(default_factory=Kept)
 
     def __call__(self, call: Call) -> tuple[Tensor, Tensor]:
         call, wide = widened(call) if self.exact else call, torch.promote_types(call.q.dtype, torch.float32)
@@ -53,9 +53,9 @@ class BlockSparse:
 
     def run(self, work: Work, out: Tensor, lse: Tensor) -> None:
         """Writes output and log-sum-exp of a lane."""
-        out[:, work.chunks.empty] = 0.0
-        lse[:, work.chunks.empty] = -torch.inf
-        for chunk, addend in work.chunks.chunks:
+        out[:, work.schedule.empty] = 0.0
+        lse[:, work.schedule.empty] = -torch.inf
+        for chunk, addend in work.schedule.chunks:
             work.merge(chunk, out, lse, *work.part(chunk, addend))
         work.add_sink(out, lse)
 
@@ -63,9 +63,9 @@ class BlockSparse:
         """Work whose logits are differences from the greatest of their row, which are exact; that greatest;
         its output; and its log-sum-exp, which says how many keys there are, however large they are."""
         # the chunks of the backward pass, which must round its logits as they are rounded here
-        work = Work(call, lane, None, self.chunks, gradient=True)
+        work = Work(call, lane, None, self.kept, gradient=True)
         top = torch.full(work.q.shape[:2], -torch.inf, dtype=work.wide, device=call.q.device)
-        for chunk, _ in work.chunks.chunks:
+        for chunk, _ in work.schedule.chunks:
             q, k, _ = work.sources(chunk)
             found = peak(*work.weights(chunk, q, k, {})).squeeze(-1)
             chunk.put_queries(top, torch.maximum(chunk.queries(top), found))
@@ -102,9 +102,9 @@ class BlockSparse:
                 None if shift is None else lane.queries(shift),
             )
             dq, dk, dv = lane.queries(totals[0]), lane.keys(totals[1]), lane.keys(totals[2])
-            dq[:, work.chunks.empty] = 0.0
+            dq[:, work.schedule.empty] = 0.0
             room, slopes = room_of(work), slopes_of(work, wanted)
-            for chunk, addend in work.chunks.chunks:
+            for chunk, addend in work.schedule.chunks:
                 gq, gk, gv = part_gradient(work, chunk, addend, rows, tables, room, slopes)
                 (chunk.put_queries if chunk.fresh else chunk.add_queries)(dq, gq)
                 for total, g in ((dk, gk), (dv, gv)):
@@ -122,4 +122,4 @@ class BlockSparse:
         if simple is not None and simple.bias is not None and not simple.by_distance:
             asked = not {table.name for table in simple.bias.tables}.isdisjoint(wanted)
             simple = None if asked else simple
-        return Work(call, lane, simple, self.chunks, gradient)
+        return Work(call, lane, simple, self.kept, gradient)

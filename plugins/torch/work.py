@@ -22,7 +22,7 @@ from attndsl.execution.torch_eval import (
     weigh,
 )
 
-from .chunks import Addend, Chunk, Chunks, Diagonals, Kept, Views, chunks_of, equidistant
+from .chunks import Addend, Chunk, Diagonals, Kept, Schedule, Views, chunks_of, equidistant
 from .lanes import Lane, Simple, cut_of
 
 flash: Callable[..., tuple[Tensor, Tensor]] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -66,7 +66,7 @@ class Work:
         return torch.promote_types(self.call.q.dtype, torch.float32)
 
     @cached_property
-    def chunks(self) -> Chunks:
+    def schedule(self) -> Schedule:
         grid, simple = self.lane.grid, self.simple if self.fused else None
         cut = cut_of(simple, len(self.q), max(self.q.shape[2], self.v.shape[2]), self.gradient)
         constant = self.simple is not None and self.simple.bias is None
@@ -77,7 +77,7 @@ class Work:
             masks = {id(c.mask): c.mask for c in chunks if c.mask is None or c.mask.numel() <= KEPT}
             closed = {name: closing(mask, self.zero) for name, mask in masks.items() if constant}
             near = Diagonals.of(chunks, grid, self.q.device) if cut.by_distance else None
-            known[key] = Chunks([(c, closed.get(id(c.mask))) for c in chunks], empty, near)
+            known[key] = Schedule([(c, closed.get(id(c.mask))) for c in chunks], empty, near)
         return known[key]
 
     @cached_property
@@ -125,8 +125,8 @@ class Work:
         return self.last[alike]
 
     def near(self) -> Diagonals:
-        assert self.chunks.diagonals is not None
-        return self.chunks.diagonals
+        assert self.schedule.diagonals is not None
+        return self.schedule.diagonals
 
     def along(self, tables: Mapping[str, Tensor]) -> Tensor:
         """The bias by distance on each diagonal [X or 1, L]; `tables` take the place of the call's."""
