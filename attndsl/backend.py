@@ -56,7 +56,7 @@ class Features:
                 `heads` (groups of heads that differ), `count` (multiplicities, which the decay holds)
     norms       kinds of Norm
     operations  ops of the expressions that a kernel evaluates, as in expr.py
-    tables      what those read: `given` or `learned`; `int`, `bool`, `float`
+    tables      what those read: `given`, `learned` or `known`; `int`, `bool`, `float`
     modes       fields of the problem that are set and no sizes: `training`
     dtypes, devices   of the problem; a device without its number
     """

@@ -45,21 +45,43 @@ ENTRY_LIMIT = 2**20
 
 
 @dataclass(frozen=True)
+class Given:
+    """The origin of a table that comes with the call."""
+
+
+@dataclass(frozen=True)
+class Learned:
+    """The origin of a trainable parameter, with its first value; `serial` tells two of them apart."""
+
+    init: float
+    serial: int = 0
+
+
+@dataclass(frozen=True)
+class Known:
+    """The origin of a list of the text, which has one axis."""
+
+    entries: tuple[int | float, ...]
+
+    @functools.cached_property
+    def array(self) -> NDArray[Any]:
+        """float64 if an entry is real, else int64."""
+        return np.array(self.entries, np.float64 if float in map(type, self.entries) else np.int64)
+
+
+@dataclass(frozen=True)
 class Table:
-    """A run-time input, a trainable parameter or a list of the text, that expressions look up.
+    """What expressions look up.
 
     `dims` are the axes: names bound by the tensor, or sizes. B and H, in that order, may stand first: the
-    language leaves them out, and `implicit` are their indices. `init` is None for an input, the initial
-    value of a `learn` parameter otherwise; `serial` tells two evaluations of `learn` apart. `entries` are
-    those of a list of the text, which has one axis, and None where the content is not known before a call.
+    language leaves them out, and `implicit` are their indices. `origin` says where the content comes from,
+    and so when it is known.
     """
 
     name: str
     dtype: Literal["int", "bool", "float"]
     dims: tuple[str | int, ...]
-    init: float | None = None
-    serial: int = 0
-    entries: tuple[int | float, ...] | None = None
+    origin: Given | Learned | Known = Given()
 
     @staticmethod
     def listed(*parts: Sequence[int | float]) -> Table:
@@ -68,12 +90,13 @@ class Table:
             raise fail(f"a list that is looked up has at most {ENTRY_LIMIT:,} entries")
         entries = tuple(const(entry).value for part in parts for entry in part)
         shown = ", ".join([*map(str, entries[:4]), *["..."] * (len(entries) > 4)])
-        dtype: Literal["int", "float"] = "float" if any(isinstance(x, float) for x in entries) else "int"
-        return Table(f"[{shown}]", dtype, (len(entries),), entries=cast("tuple[int | float, ...]", entries))
+        origin = Known(cast("tuple[int | float, ...]", entries))
+        dtype: Literal["int", "float"] = "float" if origin.array.dtype.kind == "f" else "int"
+        return Table(f"[{shown}]", dtype, (len(entries),), origin)
 
     @property
     def learned(self) -> bool:
-        return self.init is not None
+        return isinstance(self.origin, Learned)
 
     @property
     def batched(self) -> bool:
@@ -89,14 +112,14 @@ class Table:
         """The axes that a text indexes."""
         return self.dims[len(self.implicit) :]
 
-    @functools.cached_property
-    def known(self) -> NDArray[Any]:
-        """The entries, which are known."""
-        return np.array(self.entries, np.int64 if self.dtype == "int" else np.float64)
+    @property
+    def known(self) -> NDArray[Any] | None:
+        """The entries, if they are known before a call."""
+        return self.origin.array if isinstance(self.origin, Known) else None
 
-    def content(self, given: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
-        """Its own entries, or what was given under its name."""
-        return given[self.name] if self.entries is None else self.known
+    def content(self, given: Mapping[str, Any]) -> Any:
+        """Its own entries, or what was given under its name; None if nothing was."""
+        return given.get(self.name) if self.known is None else self.known
 
 
 @dataclass(frozen=True)
@@ -171,7 +194,7 @@ def make(op: str, args: tuple[Expr, ...], value: Hashable, type: Type) -> Expr:
         free = frozenset().union(*(arg.free for arg in args[:4])) | (args[4].free - {row, col})
     node.free = free
     tables = frozenset().union(*(arg.tables for arg in args))
-    node.tables = tables | {value} if isinstance(value, Table) and value.entries is None else tables
+    node.tables = tables | {value} if isinstance(value, Table) and value.known is None else tables
     _interned[key] = node
     return node
 
@@ -472,9 +495,10 @@ def _between(e: Expr, lo: int, hi: int) -> Expr:
 def lookup(table: Table, *indices: Expr) -> Expr:
     types: dict[str, Type] = {"int": "int", "bool": "bool", "float": "real"}
     left_over = len(indices) < len(table.dims)
-    place = number(indices[0]) if table.entries is not None else None
-    if table.entries is not None and place is not None and 0 <= place < len(table.entries):
-        return const(table.entries[int(place)])
+    if isinstance(table.origin, Known):
+        place, entries = number(indices[0]), table.origin.entries
+        if place is not None and 0 <= place < len(entries):
+            return const(entries[int(place)])
     return make("lookup", indices, table, "vec" if left_over else types[table.dtype])
 
 

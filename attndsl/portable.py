@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from attndsl import expr as ir
 from attndsl.attention import Attention, HeadGroup, Norm, Relation
 from attndsl.errors import fail
-from attndsl.expr import Expr, IntSet, Table
+from attndsl.expr import Expr, Given, IntSet, Known, Learned, Table
 
 FORMAT = 2
 LONG = 64
@@ -124,7 +124,8 @@ class _Writer:
 
     def table(self, table: Table) -> int:
         """Its place. Names are unique in an attention, serials are not the same in every process."""
-        table = replace(table, serial=0)
+        if isinstance(table.origin, Learned):
+            table = replace(table, origin=replace(table.origin, serial=0))
         if table not in self.tables:
             self.tables.append(table)
         return self.tables.index(table)
@@ -150,19 +151,27 @@ class _Writer:
 
     def fields(self, table: Table) -> dict[str, Any]:
         written = {field.name: getattr(table, field.name) for field in fields(table)}
-        del written["serial"]
-        if table.dtype == "int" and len(table.entries or ()) >= LONG:
-            written["entries"] = self.long(table.known)
-        return written
+        match table.origin:
+            case Learned(init):
+                return written | {"origin": {"learned": init}}
+            case Known(entries) if table.dtype == "int" and len(entries) >= LONG:
+                return written | {"origin": self.long(table.origin.array)}
+            case Known(entries):
+                return written | {"origin": {"known": entries}}
+        assert isinstance(table.origin, Given)
+        return written | {"origin": "given"}
 
 
 def _table(fields: dict[str, Any], constants: Sequence[Any]) -> Table:
-    entries = fields["entries"]
-    if isinstance(entries, dict):
-        entries = constants[entries["long"]].tolist()
-    return Table(
-        **{**fields, "dims": tuple(fields["dims"]), "entries": None if entries is None else tuple(entries)}
-    )
+    origin: Given | Learned | Known = Given()
+    match fields["origin"]:
+        case {"learned": init}:
+            origin = Learned(init)
+        case {"long": place}:
+            origin = Known(tuple(constants[place].tolist()))
+        case {"known": entries}:
+            origin = Known(tuple(entries))
+    return Table(**{**fields, "dims": tuple(fields["dims"]), "origin": origin})
 
 
 def _value(value: Any, tables: Sequence[Table], constants: Sequence[Any]) -> Any:

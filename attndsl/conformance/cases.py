@@ -18,7 +18,7 @@ from attndsl.attention import Attention
 from attndsl.bound import Bound
 from attndsl.conformance.formula import Given
 from attndsl.conformance.mechanisms import MECHANISMS, WIDE, Mechanism, normal
-from attndsl.expr import Table
+from attndsl.expr import Learned, Table
 
 Named = dict[str, Tensor]
 Odd = Literal["", "unreached", "q", "k", "v"]
@@ -287,8 +287,8 @@ def inputs_of(attention: Attention, case: Case) -> Named:
         drawn |= {name: np.clip(np.round(64 * drawn[name]) / 64, -3.5, 3.5) for name in "qk"}
     for table in (*attention.inputs, *attention.learned):
         shape = _shape(table, case, one_row=bool(rng.integers(2)))
-        if table.init is not None:
-            drawn[table.name] = table.init + 0.1 * rng.standard_normal(shape)
+        if isinstance(table.origin, Learned):
+            drawn[table.name] = table.origin.init + 0.1 * rng.standard_normal(shape)
         else:
             drawn[table.name] = case.mechanism.tables.get(table.name, normal)(rng, shape, case)
     tensors = {name: torch.as_tensor(value) for name, value in drawn.items()}

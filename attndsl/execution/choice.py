@@ -77,7 +77,13 @@ def used(attention: Attention, problem: Problem) -> Features:
         clauses={name for name, _ in clauses},
         norms={group.norm.kind for group in attention.groups},
         operations={node.op for e in expressions for node in nodes(e)} - {"const", "var"},
-        tables={kind for e in expressions for table in e.tables for kind in _kinds(table)},
+        tables={
+            kind
+            for e in expressions
+            for node in nodes(e)
+            if isinstance(node.value, Table)
+            for kind in _kinds(node.value)
+        },
         modes={name for name, _ in _set(problem, sizes)},
         dtypes={problem.dtype},
         devices={device_kind(problem)},
@@ -103,9 +109,9 @@ def _set(value: Any, rest: str) -> Iterator[tuple[str, Any]]:
 
 
 def _kinds(table: Table) -> Iterator[str]:
-    yield "learned" if table.learned else "given"
+    yield type(table.origin).__name__.lower()
     yield table.dtype
-    yield from (name for name, _ in _set(table, "name dtype dims init serial"))
+    yield from (name for name, _ in _set(table, "name dtype dims origin"))
 
 
 def chosen(considered: Mapping[str, Verdict], backend: str | None) -> str:

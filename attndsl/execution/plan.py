@@ -20,7 +20,7 @@ from attndsl.errors import fail
 from attndsl.execution import choice
 from attndsl.execution.lowered import Lowered, lower
 from attndsl.execution.operator import attend
-from attndsl.expr import Table
+from attndsl.expr import Learned, Table
 from attndsl.program import bound_of
 from attndsl.tiles import lowering
 from attndsl.tiles.blockmask import BlockMask
@@ -239,7 +239,8 @@ class Plan:
         """A learned parameter's first value, [H] if it has one per head, then its axes."""
         p = self.problem
         shape = [{"H": p.heads, "D": p.head_dim}.get(str(size)) or int(size) for size in table.dims]
-        return torch.full(shape, table.init or 0.0, dtype=self._table_dtype(), device=p.device)
+        assert isinstance(table.origin, Learned)
+        return torch.full(shape, table.origin.init, dtype=self._table_dtype(), device=p.device)
 
     def _table_dtype(self) -> torch.dtype:
         """Of parameters and of tables that come without one: scores are computed in no less."""

@@ -343,9 +343,8 @@ class _Evaluation:
         return found if live is None else torch.where(self.around(node, live), found, 0.0)
 
     def content(self, table: Table) -> Tensor:
-        if table.entries is None:
-            return self.env.tables[table.name]
-        return torch.from_numpy(table.known).to(self.device)
+        known = table.known
+        return self.env.tables[table.name] if known is None else torch.from_numpy(known).to(self.device)
 
     def index(
         self, table: Table, values: Tensor, args: tuple[Expr, ...], live: Tensor | None
@@ -428,7 +427,7 @@ class _Evaluation:
 FEATURES = Features(
     operations={"and", "or", "not", "where", *UNARY, *COMPARE}
     | {name.removeprefix("on_") for name in vars(_Evaluation) if name.startswith("on_")},
-    tables={"given", "learned", "int", "bool", "float"},
+    tables={"given", "learned", "known", "int", "bool", "float"},
     modes={"training"},
     dtypes={"float16", "bfloat16", "float32", "float64"},
     devices={"cpu", "cuda"},

@@ -608,7 +608,7 @@ class Elaborator:
                     raise fail("a size of `learn` must be positive", size.span)
         # one parameter per evaluation: a clause that several head groups share is still one
         serial = self.serials.setdefault((id(e), env.calls, id(env.clause)), len(self.serials))
-        return TableOf(Table(env.binding, "float", tuple(dims), init=float(start), serial=serial))
+        return TableOf(Table(env.binding, "float", tuple(dims), ir.Learned(float(start), serial)))
 
     def on_call(self, e: ast.Call, env: Env, space: Space) -> Value:
         if isinstance(e.func, ast.Index):

@@ -68,7 +68,7 @@ def _interval(
 
 
 def _entries(e: Expr, table: Table, tables: Mapping[str, Any]) -> Interval:
-    data = tables.get(table.name) if table.entries is None else table.known
+    data = table.content(tables)
     if e.op in ("rank_of", "count_of"):
         return 0, 2**31 if data is None else data.shape[-1]
     if data is None:

@@ -123,7 +123,7 @@ def _never(formula: Expr, names: tuple[str, ...], given: Mapping[str, int]) -> V
 
 def said(term: Expr) -> str:
     """What a reader of the pattern file knows an unknown term as."""
-    if isinstance(term.value, Table) and term.value.entries is None:
+    if isinstance(term.value, Table) and term.value.known is None:
         return f"the table `{term.value.name}`"
     kinds = {
         "random": "which keys are drawn",

@@ -16,10 +16,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import combinations
-from typing import cast
+from typing import Any, cast
 
 import islpy as isl
 import numpy as np
+from numpy.typing import NDArray
 
 from attndsl.errors import AttnError, fail
 from attndsl.expr import (
@@ -131,9 +132,8 @@ class Abstraction:
 
     def affine(self, e: Expr, args: list[Expr]) -> bool:
         if e.op == "lookup" and isinstance(e.value, Table):
-            return (
-                e.value.dtype == "int" and e.value.entries is not None and 0 < len(rises(e.value)) <= PIECES
-            )
+            known = e.value.known
+            return known is not None and e.value.dtype == "int" and 0 < len(rises(known)) <= PIECES
         if e.op == "mul":
             return any(arg.op == "const" for arg in args)
         if e.op in ("floordiv", "mod"):
@@ -200,14 +200,14 @@ class Abstraction:
 
 
 def _facts(term: Term) -> Iterator[Expr]:
-    x, op = var(term.name), term.expr.op
+    x, op, table = var(term.name), term.expr.op, term.expr.value
+    known = table.known if isinstance(table, Table) and op == "lookup" else None
     if term.expr.type == "bool":
         yield le(ZERO, x)
         yield le(x, ONE)
-    elif op == "lookup" and isinstance(term.expr.value, Table) and term.expr.value.entries:
-        entries = term.expr.value.known
-        yield le(const(int(entries.min())), x)
-        yield le(x, const(int(entries.max())))
+    elif known is not None and len(known):
+        yield le(const(int(known.min())), x)
+        yield le(x, const(int(known.max())))
     elif op in ("isqrt", "log2", "rank_of"):
         yield le(ZERO, x)
     elif op == "count_of":
@@ -330,7 +330,8 @@ class Translation:
         a = self.number(e.args[0])
         if isinstance(e.value, Table):
             pieces = isl.PwAff.empty(a.get_space())
-            for first, last, step in rises(e.value):
+            assert e.value.known is not None
+            for first, last, step in rises(e.value.known):
                 at = a.ge_set(self.constant(first)).intersect(a.le_set(self.constant(last)))
                 start = int(e.value.known[first]) - step * first
                 value = a.scale_val(_val(step)).add(self.constant(start))
@@ -386,7 +387,7 @@ class Translation:
             if e.op == "and":
                 context = self.meet(context, arg, True, True)
         if isinstance(e.value, Table):
-            a, end = self.number(e.args[0]), len(e.value.known)
+            a, end = self.number(e.args[0]), int(e.value.dims[0])
             beyond = a.lt_set(self.constant(0)).union(a.ge_set(self.constant(end)))
             found = limited(found.union(context.intersect(beyond)))
         return found
@@ -424,13 +425,13 @@ class Translation:
         return found
 
 
-def rises(table: Table) -> list[tuple[int, int, int]]:
+def rises(entries: NDArray[Any]) -> list[tuple[int, int, int]]:
     """The entries first..last that rise by a step, piece by piece; beyond PIECES only that there are more."""
     # Python's integers: steps may leave 64 bits
-    steps = np.diff(table.known.astype(object))
+    steps = np.diff(entries.astype(object))
     turns = np.flatnonzero(np.diff(steps)) + 1
     found, first = list[tuple[int, int, int]](), 0
-    while first < len(table.known) and len(found) <= PIECES:
+    while first < len(entries) and len(found) <= PIECES:
         turn = np.searchsorted(turns, first, side="right")
         last = int(turns[turn]) if turn < len(turns) else len(steps)
         found.append((first, last, steps[first] if last > first else 0))

@@ -32,7 +32,7 @@ class Numpy:
         norms={"softmax", "sigmoid", "relu"},
         operations={*OPERATIONS, "add", "and", "or", "inset", "exists", "random", "inner"}
         | {"lookup", "intable", "rank_of", "count_of"},
-        tables={"given", "learned", "int", "bool", "float"},
+        tables={"given", "learned", "known", "int", "bool", "float"},
         modes={"training"},
         dtypes={"float16", "bfloat16", "float32", "float64"},
     )
