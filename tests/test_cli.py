@@ -19,7 +19,7 @@ from click.testing import CliRunner
 
 import attndsl
 from attndsl.analysis import block_sizes
-from attndsl.command import child, run, trial
+from attndsl.command import check, child, run, trial
 from attndsl.command.cli import main
 from attndsl.errors import AttnError, fail
 from attndsl.tiles import tiling
@@ -392,6 +392,22 @@ def test_progress_shows_on_a_terminal(tmp_path):
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
     assert b"tiling ... 1 s" in shown
     assert b"tiling took longer than 2 s" in shown
+
+
+def test_a_proof_that_takes_too_long_is_undecided_and_the_others_are_not(tmp_path, monkeypatch):
+    def slow(assertion):
+        time.sleep(10 * ("full" in assertion.text))
+        return proved(assertion)
+
+    proved = check.prove
+    monkeypatch.setattr(check, "prove", slow)
+    file = write(tmp_path / "a.attn", "pattern p = causal\nassert p <= full\nassert p == causal")
+    done = attn("check", file, "--time-limit", 1, "--json")
+    found = json.loads(done.stdout)["files"][0]["assertions"]
+    assert [(row["status"], row["reason"]) for row in found] == [
+        ("undecided", "proving p <= full took longer than 1 s"),
+        ("proved", ""),
+    ]
 
 
 def test_plugins_names_owners():

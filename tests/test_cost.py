@@ -274,7 +274,7 @@ RATES = {"float16": 1.0, "bfloat16": 2.0, "float32": 3.0, "float64": 4.0, "bandw
 def timings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows with every measurement."""
     made: list[int] = []
-    monkeypatch.setattr(machines, "measured", lambda: made.append(1) or dict(RATES))
+    monkeypatch.setattr(machines, "benchmarked", lambda: made.append(1) or dict(RATES))
     return made
 
 
@@ -319,7 +319,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path, timings: lis
 
 
 def test_the_micro_benchmark_gives_plausible_rates() -> None:
-    rates = machines.measured()
+    rates = machines.benchmarked()
     assert rates.keys() == RATES.keys()
     assert 1e8 < rates["float32"] < 1e14
     assert 1e8 < rates["bandwidth"] < 1e13

@@ -103,7 +103,7 @@ def test_positions_are_those_of_the_pattern(n, nq, first, said):
 def test_numbers_agree_with_their_words():
     drawn = terminal.picture(block_mask("causal", 300, q_length=1))
     assert "one character = 4 keys x 1 query" in drawn
-    assert terminal.counted(0, "key") == "0 keys"
+    assert terminal.quantity(0, "key") == "0 keys"
 
 
 def test_of_many_masks_a_few_are_drawn():

@@ -69,6 +69,8 @@ class ClosedForm:
     """c(n) = (a[r] f^2 + b[r] f + c[r]) / 2 with f = n // p and r = n mod p, for every n >= start.
 
     doubled: Python integers [3, p], the rows a, b and c.
+    causal, p = 1:                  1 | 1 | 0            (f^2 + f) / 2,  f = n
+    causal, every other key, p = 2: 2 2 | 2 4 | 0 2      f^2 + f for n = 2 f,  f^2 + 2 f + 1 for n = 2 f + 1
     """
 
     start: int

@@ -134,6 +134,7 @@ def last_reads(grid: TileGrid) -> Array:
 def _last_over(start: Array, end: Array, row: Array, cols: int) -> Array:
     """The greatest `row` of the intervals [start, end) over each of `cols` places, -1 where there is none.
 
+    Row 5 over [0, 3) and row 1 over [2, 4):  5 5 5 1
     An interval is two overlapping ones of 2^i places; they are spread to halves from the longest down.
     """
     level = np.frexp(end - start)[1] - 1

@@ -300,7 +300,12 @@ def _formula(before: Distances) -> str | None:
 
 
 def _progression(distances: Distances) -> tuple[int, int | None]:
-    """g and m where these are 0, g, ..., m * g, or without end if m is None; g = 0 where they are not."""
+    """g and m where these are 0, g, ..., m * g, or without end if m is None; g = 0 where they are not.
+
+    {0, 2, 4}         2, 2
+    {0, 3, 6, ...}    3, None
+    {0, 1, 5}         0, None
+    """
     bits, tail = distances.bits, distances.bits[distances.start :]
     members = np.flatnonzero(bits)
     spacing = int(members[1]) if len(members) > 1 else max(distances.period, 1) if tail.any() else 1

@@ -306,6 +306,7 @@ def distances(sees: Bits) -> tuple[Array, Bits]:
     """How many ordered pairs of different nodes are at distance 0, 1, 2, ..., and which node q is reached by
     which node k, itself included. `sees` [m, m]: q sees k.
 
+    last(2) of 3 nodes: 1 sees 0 and 2 sees 1, at distance 1, and 2 sees 0 through 1: [0, 2, 1]
     All nodes take a step at once, by a product of matrices, until nothing is added.
     """
     m = len(sees)

@@ -93,7 +93,7 @@ def this_machine(cache: Path | None = None) -> Machine:
     key = f"{_cpu()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     kept = _kept(path)
     if key not in kept:
-        kept[key] = measured()
+        kept[key] = benchmarked()
         # where the folder cannot be written to it is measured in every process
         with suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -129,7 +129,7 @@ def _cpu() -> str:
     return next(named, platform.processor() or platform.machine())
 
 
-def measured() -> dict[str, float]:
+def benchmarked() -> dict[str, float]:
     """FLOP/s of a matrix product by dtype, and bytes per second of a copy as `bandwidth`."""
     import torch
 

@@ -77,8 +77,8 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, the fields of `analyze --json`."""
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "findings"}
-        found: dict[str, Any] = plain(own | self._fields())
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("findings", "reasons")}
+        found: dict[str, Any] = plain(own | self._fields() | {"reasons": self.reasons})
         return found
 
 

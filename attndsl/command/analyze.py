@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import partial, reduce
 from typing import Any, TypeVar
 
 import click
@@ -81,36 +81,24 @@ def analyzed(named: list[tuple[Subject, str]], parts: list[str] | None, time_lim
     is left out, with the reason.
     """
     left = chosen(parts)
+    begun = [(subject, replace(blank(subject), name=shown)) for subject, shown in named]
 
-    def work(stage: child.Stage) -> list[Report]:
-        reports = []
-        for subject, shown in named:
-            report = replace(blank(subject), name=shown)
-            for part in left:
-                stage(f"analysing {part}", time_limit)
-                report = extended(report, part, subject)
-            reports.append(report)
-        return reports
+    def more(stage: child.Stage, subject: Subject, report: Report, part: str) -> Report:
+        stage(f"analysing {part}", time_limit)
+        return extended(report, part, subject)
+
+    def apart(subject: Subject, report: Report, part: str) -> Report:
+        try:
+            return child.run(partial(more, subject=subject, report=report, part=part))
+        except child.TimeLimitError as limit:
+            return replace(report, reasons={**report.reasons, part: limit.diagnostics[0].message})
 
     try:
-        return child.run(work)
+        return child.run(
+            lambda stage: [reduce(partial(more, stage, subject), left, report) for subject, report in begun]
+        )
     except child.TimeLimitError:
-        return [one_by_one(subject, shown, left, time_limit) for subject, shown in named]
-
-
-def one_by_one(subject: Subject, shown: str, parts: list[str], time_limit: float) -> Report:
-    report = replace(blank(subject), name=shown)
-    for part in parts:
-
-        def work(stage: child.Stage, report: Report = report, part: str = part) -> Report:
-            stage(f"analysing {part}", time_limit)
-            return extended(report, part, subject)
-
-        try:
-            report = child.run(work)
-        except child.TimeLimitError as limit:
-            report = replace(report, reasons={**report.reasons, part: limit.diagnostics[0].message})
-    return report
+        return [reduce(partial(apart, subject), left, report) for subject, report in begun]
 
 
 @click.command()

@@ -17,7 +17,7 @@ from attndsl.errors import fail
 Row = Mapping[str, Any]
 
 
-class Line(NamedTuple):
+class Compared(NamedTuple):
     """One thing that is compared: how it is called, the part that finds it, it, and how it is written."""
 
     label: str
@@ -27,13 +27,15 @@ class Line(NamedTuple):
 
 
 LINES = {
-    "nnz": Line("live pairs", "nnz", lambda r: r.nnz and r.nnz.value, "{:,}".format),
-    "density": Line("density", "nnz", lambda r: r.density, percent),
-    "complexity": Line("complexity", "nnz", lambda r: r.complexity, str),
-    "flops": Line("FLOP forward", "cost", lambda r: r.flops and r.flops.forward, scaled),
-    "full_after": Line("sees all after", "reach", lambda r: r.reach and r.reach.full_after, layers_said),
-    "diameter": Line("diameter", "reach", lambda r: r.diameter, "{:,}".format),
-    "kv_cache": Line("KV cache", "kv_cache", lambda r: r.kv_cache and r.kv_cache.minimum, "{:,} keys".format),
+    "nnz": Compared("live pairs", "nnz", lambda r: r.nnz and r.nnz.value, "{:,}".format),
+    "density": Compared("density", "nnz", lambda r: r.density, percent),
+    "complexity": Compared("complexity", "nnz", lambda r: r.complexity, str),
+    "flops": Compared("FLOP forward", "cost", lambda r: r.flops and r.flops.forward, scaled),
+    "full_after": Compared("sees all after", "reach", lambda r: r.reach and r.reach.full_after, layers_said),
+    "diameter": Compared("diameter", "reach", lambda r: r.diameter, "{:,}".format),
+    "kv_cache": Compared(
+        "KV cache", "kv_cache", lambda r: r.kv_cache and r.kv_cache.minimum, "{:,} keys".format
+    ),
 }
 PARTS = list(dict.fromkeys(line.part for line in LINES.values()))
 

@@ -184,8 +184,8 @@ def plan_text(plan: Plan) -> str:
     blocks = plan.block_masks
     held = ""
     if blocks is not None:
-        entries = terminal.counted(blocks.entries, "entry", "entries")
-        held = f", {entries} in {terminal.counted(blocks.nbytes, 'byte')}"
+        entries = terminal.quantity(blocks.entries, "entry", "entries")
+        held = f", {entries} in {terminal.quantity(blocks.nbytes, 'byte')}"
     return f"{plan}\n  compiled  in {plan.compile_seconds:.3g} s{held}"
 
 

@@ -58,7 +58,7 @@ def show(
     attention, given = found.attention, tables(inputs)
     heads = sizes["heads"] = heads_of(attention, given, sizes["heads"])
     if head is not None and head >= heads:
-        raise fail(f"no head {head:,} among {terminal.counted(heads, 'head')}", help="more with --heads")
+        raise fail(f"no head {head:,} among {terminal.quantity(heads, 'head')}", help="more with --heads")
 
     def work(stage: child.Stage) -> str | bytes:
         stage("tiling", time_limit)

@@ -59,12 +59,12 @@ def picture(block_mask: BlockMask, width: int = 80, first: int = 0) -> str:
     if exact:
         lines.append("one character = 1 key x 2 queries")
     else:
-        size = f"{counted(keys, 'key')} x {counted(queries, 'query', 'queries')}"
+        size = f"{quantity(keys, 'key')} x {quantity(queries, 'query', 'queries')}"
         lines += [f"one character = {size}", *textwrap.wrap(LEGEND, width)]
     return "\n".join(lines)
 
 
-def counted(number: int, one: str, many: str = "") -> str:
+def quantity(number: int, one: str, many: str = "") -> str:
     """`1 key`, `2,048 keys`."""
     return f"{number:,} {one if number == 1 else many or one + 's'}"
 
