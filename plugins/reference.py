@@ -14,8 +14,8 @@ from attndsl.execution.torch_eval import (
     Env,
     decay_factor,
     elements,
+    environment,
     evaluate,
-    every_position,
     softmax,
 )
 from attndsl.tiles.blockmask import BlockMask
@@ -77,36 +77,19 @@ class Reference:
 
 def attend(attention: Attention, call: Call) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp as in `Kernel`; every pair is formed."""
-    heads = torch.arange(call.q.shape[1], device=call.q.device).view(1, -1, 1, 1)
-    env = environment(call, heads)
+    env = environment(call)
+    q, k = call.q.to(env.dtype), call.k.to(env.dtype).repeat_interleave(call.q.shape[1] // call.k.shape[1], 1)
+    s = q @ k.transpose(-1, -2) / q.shape[3] ** 0.5
+    env = replace(env, values={**env.values, "s": s, "Q": q, "K": k})
     out, lse = None, None
     for group in attention.groups:
         some, sums = attend_group(group, call, env)
-        mine = evaluate(group.heads, env).expand(1, len(heads.view(-1)), 1, 1)
+        mine = evaluate(group.heads, env).expand(1, q.shape[1], 1, 1)
         out = some if out is None else torch.where(mine, some, out)
         lse = sums if lse is None else torch.where(mine.squeeze(-1), sums, lse)
     assert out is not None
     assert lse is not None
     return out.to(call.q.dtype), lse
-
-
-def environment(call: Call, heads: Tensor) -> Env:
-    """Every pair of every head: axes [B, H, nq, n], in at least float32."""
-    q, k = call.q, call.k
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    vectors_q, vectors_k = q.to(dtype), k.to(dtype).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-    size = {"H": q.shape[1], "D": q.shape[3], "nq": q.shape[2]}
-    values = {
-        "q": every_position(call.q_at, q.device)[:, None, :, None],
-        "k": every_position(call.k_at, q.device)[:, None, None, :],
-        "n": torch.tensor(call.n, device=q.device).view(-1, 1, 1, 1),
-        "b": torch.arange(q.shape[0], device=q.device).view(-1, 1, 1, 1),
-        "h": heads,
-        "s": vectors_q @ vectors_k.transpose(-1, -2) / q.shape[3] ** 0.5,
-        "Q": vectors_q,
-        "K": vectors_k,
-    } | {name: torch.tensor(value, device=q.device) for name, value in size.items()}
-    return Env(values, call.tables, dtype, q.device)
 
 
 def attend_group(group: HeadGroup, call: Call, env: Env) -> tuple[Tensor, Tensor]:

@@ -16,11 +16,10 @@ from attndsl.backend import Call, Gradients, Kernel, Problem, predicted
 from attndsl.execution.operator import vjp
 from attndsl.execution.torch_eval import (
     FEATURES,
-    Env,
     along_diagonals,
     elements,
+    environment,
     evaluate,
-    every_position,
     from_diagonals,
     fused_rows,
     of_distances,
@@ -229,17 +228,6 @@ class Dense:
             self.near[call.block_mask] = known
         return known
 
-    def env(self, call: Call, tables: Mapping[str, Tensor]) -> Env:
-        """Axes [B, H, nq, n], without positions."""
-        q, device = call.q, call.q.device
-        heads = torch.arange(q.shape[1], device=device).view(1, -1, 1, 1)
-        batch = torch.arange(q.shape[0], device=device).view(-1, 1, 1, 1)
-        sizes = {"nq": q.shape[2], "H": q.shape[1], "D": q.shape[3]}
-        values = {name: torch.tensor(size, device=device) for name, size in sizes.items()}
-        n = torch.tensor(call.n, device=device).view(-1, 1, 1, 1)
-        wide = torch.promote_types(q.dtype, torch.float32)
-        return Env({**values, "n": n, "b": batch, "h": heads}, {**call.tables, **tables}, wide, device)
-
     def made(self, call: Call, tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What the bias of any rows is made of: tables that take the place of the call's, or its values ALONG
         all diagonals [B or 1, H or 1, nq + n - 1]."""
@@ -247,25 +235,20 @@ class Dense:
         if not self.by_distance or 0 in (nq, n) or not call.adjacent:
             return dict(tables)
         assert self.bias is not None
-        first_q, first_k = (
-            every_position(axis, call.q.device)[:, None, :1] for axis in (call.q_at, call.k_at)
-        )
-        distances = first_q - first_k - torch.arange(1 - nq, n, device=call.q.device)
-        return {ALONG: of_distances(self.bias, self.env(call, tables), distances, self.diagonals(call))}
+        env = replace(environment(call), tables={**call.tables, **tables})
+        first_q, first_k = env.values["q"][..., :1, 0], env.values["k"][..., 0, :1]
+        distances = first_q - first_k - torch.arange(1 - nq, n, device=env.device)
+        return {ALONG: of_distances(self.bias, env, distances, self.diagonals(call))}
 
     def bias_of(self, call: Call, rows: slice, mask: Tensor, made: Mapping[str, Tensor]) -> Tensor:
         """Of these query rows: [B or 1, H or 1, rows or 1, n or 1]."""
-        nq, n, device = call.q.shape[2], call.k.shape[2], call.q.device
+        nq, n = call.q.shape[2], call.k.shape[2]
         if ALONG in made:
             return from_diagonals(made[ALONG][..., nq - rows.stop : nq - rows.start + n - 1], n)
-        env = self.env(call, made)
+        env = replace(environment(call), tables={**call.tables, **made})
         if self.bias is None or not mask.numel():
-            return torch.zeros((1, 1, 1, 1), dtype=env.dtype, device=device)
-        values = {
-            **env.values,
-            "q": every_position(call.q_at, device)[:, None, rows, None],
-            "k": every_position(call.k_at, device)[:, None, None, :],
-        }
+            return torch.zeros((1, 1, 1, 1), dtype=env.dtype, device=env.device)
+        values = {**env.values, "q": env.values["q"][:, :, rows]}
         bias = evaluate(self.bias, replace(env, values=values), mask).to(env.dtype)
         return bias if bias.dim() == 4 else bias.view(1, 1, 1, 1)
 

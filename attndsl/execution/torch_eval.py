@@ -17,7 +17,7 @@ from torch import Tensor
 
 from attndsl import expr as ir
 from attndsl.axis import Axis
-from attndsl.backend import Features
+from attndsl.backend import Call, Features
 from attndsl.errors import fail
 from attndsl.expr import Expr, IntSet, Table
 from attndsl.meaning import pointwise
@@ -44,9 +44,22 @@ class Env:
     device: torch.device
 
 
-def every_position(axis: Axis, device: torch.device) -> Tensor:
-    """int64 [B or 1, length]"""
-    return torch.from_numpy(np.stack([axis.positions(b) for b in range(len(axis.rows))])).to(device)
+def environment(call: Call) -> Env:
+    """Every pair of a call, but without s, Q and K: axes [B, H, nq, n], reals in at least float32."""
+    (batch, heads, nq, width), device = call.q.shape, call.q.device
+    q, k = (np.stack([axis.positions(b) for b in range(len(axis.rows))]) for axis in (call.q_at, call.k_at))
+    values = {
+        "q": torch.from_numpy(q)[:, None, :, None],
+        "k": torch.from_numpy(k)[:, None, None, :],
+        "n": torch.tensor(call.n).view(-1, 1, 1, 1),
+        "b": torch.arange(batch).view(-1, 1, 1, 1),
+        "h": torch.arange(heads).view(1, -1, 1, 1),
+        "H": torch.tensor(heads),
+        "D": torch.tensor(width),
+        "nq": torch.tensor(nq),
+    }
+    wide = torch.promote_types(call.q.dtype, torch.float32)
+    return Env({name: x.to(device) for name, x in values.items()}, call.tables, wide, device)
 
 
 def positions(axis: Axis, batch: int, entries: Tensor) -> Tensor:
