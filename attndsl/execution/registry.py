@@ -36,7 +36,8 @@ def _points(group: str) -> dict[str, EntryPoint]:
     found: dict[str, EntryPoint] = {}
     for point in entry_points(group=f"attndsl.{group}"):
         other = found.setdefault(point.name, point)
-        if (other.value, _owner(other)) != (point.value, _owner(point)):
+        # whose it is takes reading a file
+        if other is not point and (other.value, _owner(other)) != (point.value, _owner(point)):
             raise fail(
                 f"`{point.name}` is registered twice under attndsl.{group}: "
                 f"by {_owner(other)} and by {_owner(point)}",
