@@ -7,7 +7,7 @@ import pytest
 import attndsl
 from attndsl import syntax
 from attndsl.errors import Source
-from attndsl.language.elaborate import Elaborator
+from attndsl.language import elaborate
 from attndsl.syntax import nodes as ast
 
 
@@ -31,12 +31,12 @@ def test_a_file_shadows_the_prelude():
 def test_an_attention_is_written_out_once(monkeypatch: pytest.MonkeyPatch):
     written: list[str] = []
 
-    def attention(self: Elaborator, definition: ast.AttentionDef, env: object) -> object:
+    def attention_of(elaborator: object, definition: ast.AttentionDef, env: object) -> object:
         written.append(definition.name)
-        return original(self, definition, env)
+        return original(elaborator, definition, env)
 
-    original = Elaborator.attention
-    monkeypatch.setattr(Elaborator, "attention", attention)
+    original = elaborate.attention_of
+    monkeypatch.setattr(elaborate, "attention_of", attention_of)
     program = attndsl.parse("attention a(w = 3) { mask last(w) }\nassert a <= causal\nassert every_row(a)")
     assert program["a"] is not None
     assert program.warnings == []

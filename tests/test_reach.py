@@ -117,6 +117,11 @@ def test_published_diameters() -> None:
     assert diameter(band(-256, 256), 1 << 20) == 4096
     assert diameter(BLOCKS, 1 << 20) == 1
     assert diameter(all_of(CAUSAL, any_of(band(-1023, 0), band(-(2**40), 0, 1024))), 1 << 20) == 2
+    apart = sub(Q, K)
+    squares = all_of(CAUSAL, eq(x.power(x.call("isqrt", apart), const(2)), apart))
+    assert diameter(squares, 1 << 16) == 4  # Lagrange: of four squares every number is the sum
+    powers = eq(x.power(const(2), x.call("log2", apart), True), apart)
+    assert diameter(all_of(lt(K, Q), powers), 1 << 15) == 15
 
 
 def test_common_divisors() -> None:

@@ -7,13 +7,8 @@ from dataclasses import replace
 
 from attndsl.errors import Span, fail, suggest
 from attndsl.expr import Table
-from attndsl.language.values import (
-    Env,
-)
-from attndsl.language.vocabulary import (
-    RESERVED,
-    SIGNATURES,
-)
+from attndsl.language.values import Env
+from attndsl.language.vocabulary import RESERVED, SIGNATURES
 from attndsl.syntax import nodes as ast
 from attndsl.syntax.format import render
 

@@ -13,15 +13,8 @@ from attndsl import expr as ir
 from attndsl.attention import Attention, HeadGroup, Norm, Relation
 from attndsl.errors import AttnError, fail
 from attndsl.expr import Expr, Table
-from attndsl.language.arguments import (
-    bind_arguments,
-    score_call,
-)
-from attndsl.language.mistakes import (
-    expected,
-    number_of,
-    quoted,
-)
+from attndsl.language.arguments import bind_arguments, input_table, name_span, score_call
+from attndsl.language.mistakes import expected, number_of, quoted
 from attndsl.language.values import (
     TOKENS,
     Env,
@@ -30,6 +23,7 @@ from attndsl.language.values import (
     Pattern,
     Q,
     SetOf,
+    TableOf,
     Truth,
     Value,
     Vec,
@@ -37,6 +31,7 @@ from attndsl.language.values import (
     as_set,
     intersection,
 )
+from attndsl.language.vocabulary import BUILT_IN, RESERVED
 from attndsl.meaning.pointwise import evaluate
 from attndsl.syntax import nodes as ast
 
@@ -44,6 +39,24 @@ if TYPE_CHECKING:
     from attndsl.language.elaborate import Elaborator
 
 HEAD_LIMIT = 4096
+
+
+def attention_of(elaborator: Elaborator, definition: ast.AttentionDef, env: Env) -> Attention:
+    """Its tables declared, then its clauses; `env` holds the parameters."""
+    inputs: dict[str, Table] = {}
+    for clause in definition.clauses:
+        if isinstance(clause, ast.Inputs):
+            for decl in clause.decls:
+                if decl.name in inputs:
+                    raise fail(f"`{decl.name}` is declared twice", name_span(decl))
+                if decl.name in env.names:
+                    raise fail(f"`{decl.name}` is a parameter and a table", name_span(decl), "rename one")
+                if decl.name in RESERVED or decl.name in BUILT_IN:
+                    what = "reserved" if decl.name in RESERVED else "built in"
+                    raise fail(f"`{decl.name}` is {what}", name_span(decl), "choose another name")
+                inputs[decl.name] = input_table(decl)
+    env = env.bind(**{name: TableOf(table) for name, table in inputs.items()})
+    return AttentionBuilder(elaborator, definition, env).build(tuple(inputs.values()))
 
 
 class AttentionBuilder:

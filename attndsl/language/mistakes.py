@@ -8,17 +8,7 @@ from dataclasses import replace
 
 from attndsl.errors import AttnError, Diagnostic, Span, fail
 from attndsl.expr import Expr, nodes
-from attndsl.language.values import (
-    Env,
-    Num,
-    Pattern,
-    SetOf,
-    TableOf,
-    Truth,
-    Value,
-    as_number,
-    as_set,
-)
+from attndsl.language.values import Env, Num, Pattern, SetOf, TableOf, Truth, Value, as_number, as_set
 from attndsl.syntax import nodes as ast
 
 REMEDIES = {

@@ -14,11 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attndsl.errors import AttnError, fail
-from attndsl.expr import Expr, any_of, const, mul, substitute, var
+from attndsl.expr import Expr, any_of, const, sub, substitute, var
 from attndsl.layers.reach import SAME, SELF, matrix_product, over_heads, packed, sums, walkable
 from attndsl.layers.trees import Trees
 from attndsl.meaning.pointwise import evaluate
 from attndsl.relations.relation import distances, eliminate
+from attndsl.scores import by_distance
 from attndsl.tiles.blockmask import TileGrid
 from attndsl.tiles.queries import keys_read_by
 from attndsl.tiles.tiling import tile
@@ -69,7 +70,13 @@ def computed(n: int, steps: Sequence[Step], job: Callable[[Form], Result]) -> Re
 
 
 def settled(form: Form, step: Any) -> tuple[int, Any]:
-    """The least power of `step` that equals all higher ones, and that relation."""
+    """The least power of `step` that equals all higher ones, and that relation.
+
+    Squares find the last relation, then the powers of two are added that do not reach it. Of last(2), n = 8:
+
+        1, 2, 4, 8 and 16, which equals 8   the last relation is causal
+        4, then 4 + 2 reach less; 4 + 2 + 1 all of it   so the power is 6 + 1
+    """
     powers = [step]
     while not form.equal(square := form.product(powers[-1], powers[-1]), powers[-1]):
         powers.append(square)
@@ -110,12 +117,13 @@ class Shifts:
         self.same = (np.arange(n) == 0,) * 2
 
     def sides(self, mask: Expr, tables: Mapping[str, Bits]) -> tuple[Bits, Bits]:
-        held = distances(mask, substitute(SELF, {"n": const(self.n)}))
-        if held is None:
-            raise fail("the pattern depends on more than k - q")
-        d = np.arange(self.n)
-        before, after = (evaluate(substitute(held, {"d": mul(const(c), var("q"))}), d, d) for c in (-1, 1))
-        return before, after
+        if by_distance(mask) is None:
+            held = distances(mask, substitute(SELF, {"n": const(self.n)}))
+            if held is None:
+                raise fail("the pattern depends on more than k - q")
+            mask = substitute(held, {"d": sub(var("k"), var("q"))})
+        d, first = np.arange(self.n), np.zeros(self.n, np.int64)
+        return evaluate(mask, d, first, tables), evaluate(mask, first, d, tables)
 
     def product(self, upper: tuple[Bits, Bits], lower: tuple[Bits, Bits]) -> tuple[Bits, Bits]:
         before, after = (sums(a, b) for a, b in zip(upper, lower, strict=True))

@@ -81,7 +81,12 @@ def reach(mask: Expr, layers: int) -> Expr:
 
 @dataclass(frozen=True, eq=False)
 class Distances:
-    """Distances d >= 0, where k - q = sign * d: those with `bits[d]`, whose last `period` repeat for ever."""
+    """Distances d >= 0, where k - q = sign * d: those with `bits[d]`, whose last `period` repeat for ever.
+
+    `last(2) | { q, k : k <= q and (q - k) mod 3 == 0 }` has the distances 0, 1, 3, 6, 9, ...:
+
+        bits 1 1 0 1 0, period 3, sign -1   so 1 1, then 0 1 0 for ever
+    """
 
     bits: Bits
     period: int
@@ -224,7 +229,11 @@ def walkable(steps: Iterable[tuple[Bits, Bits]]) -> bool:
 
 
 def _periodic(held: Expr, sign: Literal[-1, 1]) -> Distances | None:
-    """The multiples d of `sign`, not negative, with `held`, a truth over d made of linear comparisons."""
+    """The multiples d of `sign`, not negative, with `held`, a truth over d made of linear comparisons.
+
+    With the period p of its roundings, d = p * y + r, a comparison a * y + b(r) <= 0 is settled once y passes
+    all |b / a|. So `d mod 3 == 0 or 2 * d <= 11` repeats from y = 2 on: p = 3, a = 6, and b is -11, -9 or -7.
+    """
     held = substitute(held, {"d": mul(const(sign), var("q"))})
     period = _period(held)
     if period > PERIOD:
@@ -235,7 +244,6 @@ def _periodic(held: Expr, sign: Literal[-1, 1]) -> Distances | None:
         if e.op in ("le", "lt", "eq"):
             difference = sub(e.args[0], e.args[1])
             here, next_ = (evaluate(difference, q, q) for q in (first, first + period))
-            # x = p * y + r gives a * y + b(r): the sign of that is settled once y > |b / a|
             slope = int(next_[0] - here[0])
             turns = max(turns, int(np.abs(here).max()) // abs(slope) + 1 if slope else 0)
     if (turns + 1) * period > LONGEST:

@@ -9,6 +9,12 @@ two boxes of one size with equal keys have equal rests, whatever their bases. A 
 or full; its key fixes its content and is zero where it is decided. A base enters a key only where it
 matters, so a window has a handful of keys whatever n is. Bounds need only be sound: what they leave
 undecided, smaller boxes decide, and at last the single positions.
+
+Thus `k - q <= 0`, over boxes of 8 x 8 that begin at (q, k), has the number k - q = base - i + j:
+
+    (16, 0)                 base -16, so -23..-9      full
+    (8, 8), (16, 16), ...   base 0, so -7..7          partial, and one key for all of them
+    (0, 16)                 base 16, so 9..23         empty
 """
 
 from __future__ import annotations
@@ -32,7 +38,10 @@ class Column(NamedTuple):
     """A column of a key: `values` where all of `masks` hold, else 0. Few of its rows are ever needed.
 
     Every mask is known from the columns: whoever masks a key adds to it a column of new values, never 0,
-    under the same mask (`choose`: the status).
+    under the same mask (`choose`: the status). Of three boxes of which the first is decided:
+
+        values 5 5 9, mask 0 1 1   gives   0 5 9
+        added  3 1 1, mask 0 1 1   gives   0 1 1: it tells a 0 that is masked from a value 0
     """
 
     values: Array

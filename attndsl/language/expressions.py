@@ -1,0 +1,433 @@
+"""Expressions: what each form of the syntax denotes. `el` evaluates its parts and knows the definitions.
+
+Numbers are evaluated where they are written. Sets and patterns are evaluated where they are used: they
+become functions of a position, or of a query and a key, in a space (values.py).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from attndsl import expr as ir
+from attndsl.errors import AttnError, fail
+from attndsl.expr import Expr, IntSet, Table
+from attndsl.language import combinators
+from attndsl.language.arguments import check_builder
+from attndsl.language.mistakes import IN_SCORES, chosen, expected, not_integer, number_of, quoted, truth_of
+from attndsl.language.values import (
+    Env,
+    GridPattern,
+    K,
+    Num,
+    Pattern,
+    Q,
+    SetOf,
+    Space,
+    TableOf,
+    Truth,
+    Value,
+    Vec,
+    as_number,
+    as_set,
+    as_table,
+    intersection,
+    is_whole,
+    restrict,
+    tables_of,
+    total,
+    union,
+)
+from attndsl.language.vocabulary import CLAIMS, COMBINATORS, FUNCTIONS, SIGNATURES
+from attndsl.meaning.intervals import never_negative
+from attndsl.syntax import nodes as ast
+
+if TYPE_CHECKING:
+    from attndsl.language.elaborate import Elaborator
+
+
+def on_name(el: Elaborator, e: ast.Name, env: Env, space: Space) -> Value:
+    value = el.lookup(e, env, space)
+    if env.integral and any(table.learned for table in tables_of(value)):
+        raise fail(f"`{e.id}` is learned, and a mask may not depend on it", e.span, IN_SCORES)
+    return value
+
+
+def on_number(el: Elaborator, e: ast.Number, env: Env, space: Space) -> Value:
+    return Num(ir.const(e.value))
+
+
+def on_text(el: Elaborator, e: ast.Text, env: Env, space: Space) -> Value:
+    raise fail("a string has no meaning here", e.span)
+
+
+def on_abs(el: Elaborator, e: ast.Abs, env: Env, space: Space) -> Value:
+    return Num(ir.absolute(el.num(e.arg, env, space)))
+
+
+def on_unary(el: Elaborator, e: ast.Unary, env: Env, space: Space) -> Value:
+    if e.op == "not":
+        value = el.value(e.arg, env, space)
+        if isinstance(value, Pattern | SetOf):
+            raise fail(f"`not` is for truths, and this is {value.noun}", e.arg.span, help="write `~`")
+        return Truth(ir.negate(truth_of(value, e.arg, env)))
+    if e.op == "-":
+        value = el.value(e.arg, env, space)
+        help = "`~` is the complement" if isinstance(value, Pattern | SetOf) else ""
+        return Num(ir.neg(number_of(value, e.arg, help)))
+    value = as_set(el.value(e.arg, env, space))
+    if isinstance(value, Pattern):
+        return el.relation(lambda q, k, sp: ir.negate(value.at(q, k, sp).mask))
+    if isinstance(value, SetOf):
+        return el.members(lambda p, sp: ir.negate(value.contains(p, sp)))
+    help = "write `not`" if isinstance(value, Truth) else ""
+    raise fail(f"`~` is for patterns and sets, and this is {value.noun}", e.arg.span, help)
+
+
+def on_nary(el: Elaborator, e: ast.Nary, env: Env, space: Space) -> Value:
+    if e.op in ("and", "or"):
+        return connective(el, e, env, space)
+    written = [el.value(arg, env, space) for arg in e.args]
+    values = [as_set(value) for value in written]
+    if all(isinstance(v, Pattern) for v in values):
+        join = {"|": union, "&": intersection, "+": total}[e.op]
+        parts = [v for v in values if isinstance(v, Pattern)]
+        return el.memoised(lambda q, k, sp: join([p.at(q, k, sp) for p in parts]))
+    if e.op == "+":
+        return summed(e, written, env)
+    if all(isinstance(v, SetOf) for v in values):
+        combine = ir.any_of if e.op == "|" else ir.all_of
+        sets = [v for v in values if isinstance(v, SetOf)]
+        return el.members(lambda p, sp: combine(*(s.contains(p, sp) for s in sets)))
+    word = "or" if e.op == "|" else "and"
+    for arg, value in zip(e.args, values, strict=True):
+        if isinstance(as_number(value), Truth | Num):
+            raise fail(
+                f"`{e.op}` joins patterns or sets, and this is {as_number(value).noun}",
+                arg.span,
+                help=f"a set is written in brackets: `[{arg.span.text}]`"
+                if any(isinstance(v, SetOf) for v in values)
+                else f"between truths write `{word}`",
+            )
+    raise mixed(e, written)
+
+
+def mixed(e: ast.Nary, values: list[Value]) -> AttnError:
+    """For sets among patterns and the like: what the first operand is, all must be."""
+    first = as_set(values[0])
+    if not isinstance(first, Pattern | SetOf):
+        return expected("a pattern", values[0], e.args[0])
+    for arg, value in zip(e.args, values, strict=True):
+        if as_set(value).noun != first.noun:
+            return expected(first.noun, value, arg)
+    raise AssertionError
+
+
+def summed(e: ast.Nary, values: list[Value], env: Env) -> Value:
+    if isinstance(values[0], Pattern):
+        raise mixed(e, values)
+    help = "for the union write `|`" if any(isinstance(value, SetOf) for value in values) else ""
+    pairs = zip(e.args, values, strict=True)
+    return Num(ir.add(*(number_of(v, arg, help or chosen(v, arg, env)) for arg, v in pairs)))
+
+
+def connective(el: Elaborator, e: ast.Nary, env: Env, space: Space) -> Value:
+    truths = []
+    for arg in e.args:
+        value = el.value(arg, env, space)
+        if isinstance(value, Pattern | SetOf):
+            symbol = "&" if e.op == "and" else "|"
+            raise fail(
+                f"`{e.op}` joins truths, and this is {value.noun}",
+                arg.span,
+                help=f"between {value.noun[2:]}s write `{symbol}`",
+            )
+        truths.append(truth_of(value, arg, env))
+    return Truth(ir.all_of(*truths) if e.op == "and" else ir.any_of(*truths))
+
+
+def on_binary(el: Elaborator, e: ast.Binary, env: Env, space: Space) -> Value:
+    left, right = el.value(e.left, env, space), el.value(e.right, env, space)
+    if e.op in ("-", "@"):
+        combined = difference(el, left, right) if e.op == "-" else product(el, left, right)
+        if combined is not None:
+            return combined
+    if e.op == "@":
+        left, right = as_number(left), as_number(right)
+        help = "between numbers write `*`" if isinstance(left, Num) and isinstance(right, Num) else ""
+        if isinstance(left, TableOf) or isinstance(right, TableOf):
+            help = "the last axis of a table of vectors is `D`"
+        found = f"{left.noun} and {right.noun}"
+        raise fail(f"`@` multiplies two patterns or two vectors, not {found}", e.span, help)
+    if e.op == "-" and isinstance(left, Pattern | SetOf):
+        raise expected(left.noun, right, e.right)
+    both = isinstance(left, Pattern) and isinstance(right, Pattern)
+    help = "between patterns write `&`" if both else ""
+    a = number_of(left, e.left, help or chosen(left, e.left, env))
+    b = number_of(right, e.right, help or chosen(right, e.right, env))
+    if e.op == "-":
+        return Num(ir.sub(a, b))
+    if e.op == "*":
+        return Num(ir.mul(a, b))
+    if e.op == "**":
+        return Num(ir.power(a, b, a.type == b.type == "int" and never_negative(b)))
+    if e.op == "/":
+        if env.integral:
+            raise fail("`/` is real where an integer is needed", e.span, help="write `//` to round down")
+        return Num(ir.div(a, b))
+    if b.free & {"q", "k"} or b.tables:
+        raise fail(
+            f"the divisor of `{e.op}` must be the same for all positions",
+            e.right.span,
+            help="divide by a constant",
+        )
+    value = ir.number(b)
+    if value is not None and value <= 0:
+        raise fail(f"the divisor of `{e.op}` is {value}, and must be positive", e.right.span)
+    return Num(ir.floordiv(a, b) if e.op == "//" else ir.mod(a, b))
+
+
+def difference(el: Elaborator, left: Value, right: Value) -> Value | None:
+    a, b = as_set(left), as_set(right)
+    if isinstance(a, Pattern) and isinstance(b, Pattern):
+        return el.memoised(lambda q, k, sp: restrict(a.at(q, k, sp), ir.negate(b.at(q, k, sp).mask)))
+    if isinstance(a, SetOf) and isinstance(b, SetOf):
+        return el.members(lambda p, sp: ir.all_of(a.contains(p, sp), ir.negate(b.contains(p, sp))))
+    return None
+
+
+def product(el: Elaborator, left: Value, right: Value) -> Value | None:
+    """The Boolean matrix product of patterns, or the inner product of vectors."""
+    if isinstance(left, Pattern) and isinstance(right, Pattern):
+
+        def holds(q: Expr, k: Expr, space: Space) -> Expr:
+            m, within = ir.var(f"m{space.depth}"), replace(space, depth=space.depth + 1)
+            both = ir.all_of(left.at(q, m, within).mask, right.at(m, k, within).mask)
+            return ir.exists(str(m.value), ir.ZERO, space.n, both)
+
+        return el.relation(holds)
+    a, b = as_number(left), as_number(right)
+    if isinstance(a, Vec) and isinstance(b, Vec):
+        return Num(ir.inner(a.expr, b.expr))
+    return None
+
+
+def on_compare(el: Elaborator, e: ast.Compare, env: Env, space: Space) -> Value:
+    parts = []
+    for op, left, right in zip(e.ops, e.args, e.args[1:], strict=False):
+        if op == "in":
+            parts.append(member(el, left, right, env, space))
+            continue
+        a, b = (operand(el, op, side, env, space) for side in (left, right))
+        parts.append(COMPARISONS[op](a, b))
+    return Truth(ir.all_of(*parts))
+
+
+def operand(el: Elaborator, op: str, e: ast.Expression, env: Env, space: Space) -> Expr:
+    value = el.value(e, env, space)
+    help = ""
+    if isinstance(as_set(value), SetOf) and op == "==" and not is_whole(value):
+        help = "for a member write `in`"
+    if isinstance(value, Pattern):
+        help = f"patterns are compared in an `assert` alone; look one up: `{quoted(e, tight=True)}[q, k]`"
+    number = number_of(value, e, help)
+    if env.integral and number.type == "real":
+        raise not_integer(number, e)
+    return number
+
+
+def member(el: Elaborator, e: ast.Expression, of: ast.Expression, env: Env, space: Space) -> Expr:
+    position = operand(el, "in", e, env, space)
+    members = as_set(el.value(of, env, space))
+    if not isinstance(members, SetOf):
+        help = f"look it up: `{quoted(of, tight=True)}[q, k]`" if isinstance(members, Pattern) else ""
+        raise expected("a set", members, of, help)
+    return members.contains(position, space)
+
+
+def on_range(el: Elaborator, e: ast.Range, env: Env, space: Space) -> Value:
+    def contains(p: Expr, sp: Space) -> Expr:
+        lo, hi = el.integer(e.lo, env, sp), el.integer(e.hi, env, sp)
+        return ir.all_of(ir.le(lo, p), ir.le(p, hi))
+
+    contains(Q, space)
+    return el.members(contains)
+
+
+def on_setlist(el: Elaborator, e: ast.SetList, env: Env, space: Space) -> Value:
+    @functools.cache
+    def items(sp: Space) -> list[tuple[Expr, Expr]]:
+        """First and last of what each item lists; real numbers are for a list that is looked up."""
+        found = []
+        for item in e.items:
+            if isinstance(item, ast.Range):
+                found.append((el.integer(item.lo, env, sp), el.integer(item.hi, env, sp)))
+            else:
+                found.append((el.num(item, env, sp, "sets are joined with `|`"),) * 2)
+        return found
+
+    def contains(p: Expr, sp: Space) -> Expr:
+        constant: list[tuple[int, int]] = []
+        rest: list[Expr] = []
+        for item, (lo, hi) in zip(e.items, items(sp), strict=True):
+            if lo.type == "real":
+                raise not_integer(lo, item)
+            if lo.op == hi.op == "const":
+                constant.append((int(lo.value), int(hi.value)))  # type: ignore[call-overload]
+            else:
+                rest.append(ir.eq(p, lo) if lo is hi else ir.all_of(ir.le(lo, p), ir.le(p, hi)))
+        return ir.any_of(ir.inset(p, IntSet.of(constant)), *rest)
+
+    @functools.cache
+    def listed() -> Table:
+        parts: list[Sequence[int | float]] = []
+        for item, ends in zip(e.items, items(space), strict=True):
+            first, last = map(ir.number, ends)
+            if first is None or last is None:
+                raise fail("an entry of a list that is looked up must be a constant", item.span)
+            parts.append(range(int(first), int(last) + 1) if isinstance(item, ast.Range) else (first,))
+        return Table.listed(*parts)
+
+    if env.integral:
+        contains(Q, space)
+    else:
+        items(space)
+    return replace(el.members(contains), listed=listed)
+
+
+def on_builder(el: Elaborator, e: ast.Builder, env: Env, space: Space) -> Value:
+    check_builder(e)
+    inside = replace(env, integral=True)
+
+    def holds(names: list[str], positions: tuple[Expr, ...], sp: Space) -> Expr:
+        bound = {name: Num(p) for name, p in zip(names, positions, strict=True)}
+        return el.truth(e.pred, inside.bind(**bound), sp)
+
+    names = [name.id for group in e.vars for name in group]
+    holds(names, tuple(ir.var("q" if i % 2 == 0 else "k") for i in range(len(names))), space)
+    if len(e.vars) == 1:
+        return el.members(lambda p, sp: holds(names, (p,), sp))
+    if all(len(group) == 1 for group in e.vars):
+        return el.relation(lambda q, k, sp: holds(names, (q, k), sp))
+    return GridPattern(len(e.vars[0]), lambda qs, ks, sp: holds(names, (*qs, *ks), sp))
+
+
+def on_index(el: Elaborator, e: ast.Index, env: Env, space: Space) -> Value:
+    if isinstance(e.base, ast.Name) and e.base.id == "learn":
+        return learn(el, e, None, env, space)
+    if isinstance(e.base, ast.Name) and not el.means(e.base.id, env):
+        raise el.undeclared(e.base, env)
+    base = as_table(el.value(e.base, env, space))
+    if isinstance(base, Pattern):
+        if len(e.indices) != 2:
+            help = f"write `{quoted(e.base, tight=True)}[q, k]`"
+            raise fail(f"a pattern is looked up at 2 positions, not {len(e.indices)}", e.span, help)
+        q, k = (el.integer(i, env, space) for i in e.indices)
+        inside = (ir.all_of(ir.le(ir.ZERO, p), ir.lt(p, space.n)) for p in (q, k) if p not in (Q, K))
+        return Truth(ir.all_of(*inside, base.at(q, k, space).mask))
+    if not isinstance(base, TableOf):
+        help = f"write `[{quoted(e.base)}]`" if isinstance(e.base, ast.Range) else ""
+        raise fail(
+            f"only tables, lists and patterns are looked up, and this is {base.noun}", e.base.span, help
+        )
+    table = base.table
+    for i in e.indices:
+        if isinstance(i, ast.Name) and i.id in "BH" and i.id not in env.names:
+            raise fail(f"the axis `{i.id}` of `{table.name}` is implicit", i.span, help="leave it out")
+    indices = (*base.indices, *(el.integer(i, env, space) for i in e.indices))
+    rank = len(table.explicit)
+    if len(indices) > rank:
+        help = "the axes `B` and `H` are implicit: leave them out" if table.implicit else ""
+        takes = f"{rank} ind{'ex' if rank == 1 else 'ices'}, not {len(indices)}" if rank else "no index"
+        raise fail(f"`{table.name}` takes {takes}", e.span, help)
+    return as_number(TableOf(table, indices))
+
+
+def learn(el: Elaborator, e: ast.Index, call: ast.Call | None, env: Env, space: Space) -> Value:
+    span = (call or e).span
+    if env.integral:
+        raise fail("a mask may not depend on a learned parameter", span, IN_SCORES)
+    if not env.binding:
+        raise fail(
+            "a learned parameter needs a name",
+            span,
+            help=f"bind it: `let NAME = {quoted(call or e)}`, or make it a parameter's value",
+        )
+    if call is not None and len(call.args) != 1:
+        raise fail(f"`learn` takes one initial value, not {len(call.args)}", span)
+    env = env.bind(q=Num(Q), k=Num(K))
+    init = el.num(call.args[0].value, env, space) if call is not None else ir.const(0.0)
+    start = ir.number(init)
+    if start is None:
+        raise fail("the initial value of `learn` must be a constant", span)
+    dims: list[int | str] = []
+    for i, size in enumerate(e.indices):
+        if isinstance(size, ast.Name) and (size.id == "D" or (size.id == "H" and i == 0)):
+            dims.append(size.id)
+        else:
+            dims.append(el.constant(size, env, space, "a size of `learn`"))
+            if int(dims[-1]) <= 0:
+                raise fail("a size of `learn` must be positive", size.span)
+    # one parameter per evaluation: a clause that several head groups share is still one
+    serial = el.serials.setdefault((id(e), env.calls, id(env.clause)), len(el.serials))
+    return TableOf(Table(env.binding, "float", tuple(dims), ir.Learned(float(start), serial)))
+
+
+def on_call(el: Elaborator, e: ast.Call, env: Env, space: Space) -> Value:
+    if isinstance(e.func, ast.Index):
+        base = e.func.base
+        if isinstance(base, ast.Name) and base.id == "learn":
+            return learn(el, e.func, e, env, space)
+    if not isinstance(e.func, ast.Name):
+        raise fail("only a name can be called", e.func.span)
+    name = e.func.id
+    if name in env.names:
+        help = f"look it up: `{name}[...]`" if isinstance(env.names[name], TableOf | Pattern) else ""
+        raise fail(f"`{name}` is {env.names[name].noun} and takes no arguments", e.func.span, help)
+    if name in el.definitions:
+        return el.apply(e.func, e.args, env, space)
+    if name in FUNCTIONS:
+        return function(el, name, e, env, space)
+    if name in CLAIMS:
+        raise fail(f"`{name}` stands in an `assert` alone", e.func.span)
+    if name in COMBINATORS:
+        return getattr(combinators, name)(el, e, env, space)  # type: ignore[no-any-return]
+    raise el.unknown(e.func, env)
+
+
+def function(el: Elaborator, name: str, e: ast.Call, env: Env, space: Space) -> Value:
+    for arg in e.args:
+        if arg.name:
+            raise fail(f"`{name}` takes no named arguments", arg.span)
+    counts = {"where": (3, 3), "min": (2, 99), "max": (2, 99)}
+    least, most = counts.get(name, (1, 1))
+    if not least <= len(e.args) <= most:
+        wanted = f"{least} argument{'s' * (least > 1)}" + (" or more" if most > least else "")
+        extra = e.args[most].span if len(e.args) > most else e.span
+        raise fail(f"`{name}` takes {wanted}, not {len(e.args)}", extra, f"write `{SIGNATURES[name]}`")
+    args = [arg.value for arg in e.args]
+    if name == "where":
+        cond = el.truth(args[0], env, space)
+        return Num(ir.where(cond, el.num(args[1], env, space), el.num(args[2], env, space)))
+    numbers = [el.num(arg, env, space) for arg in args]
+    if name in ("min", "max"):
+        join = ir.minimum if name == "min" else ir.maximum
+        result = numbers[0]
+        for other in numbers[1:]:
+            result = join(result, other)
+        return Num(result)
+    if name == "isqrt" and numbers[0].type != "int":
+        raise not_integer(numbers[0], args[0])
+    return Num(ir.call(name, numbers[0]))
+
+
+COMPARISONS: dict[str, Callable[[Expr, Expr], Expr]] = {
+    "==": ir.eq,
+    "!=": lambda a, b: ir.negate(ir.eq(a, b)),
+    "<": ir.lt,
+    "<=": ir.le,
+    ">": lambda a, b: ir.lt(b, a),
+    ">=": lambda a, b: ir.le(b, a),
+}
