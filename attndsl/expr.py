@@ -4,23 +4,7 @@ An attention is elaborated into these nodes: the mask is a Boolean expression ov
 `q` and the key position `k`, a score a real one over the current logit as well. Three evaluators read
 them (pointwise.py, tiling.py, relation.py) and the backends' torch_eval.py a fourth time.
 
-Legal nodes, by `op` (arguments -> type); anything else is a bug of the elaborator:
-
-    const                value: bool, int or float
-    var                  value: a name. int: q k n b h H D nq and bound variables; real: s; vec: Q K
-    lookup  i, j, ...    value: Table, all axes indexed -> its dtype; with the last axis `D` left -> vec
-    count_of, rank_of i, j, ...   value: Table (int): along the last axis, how many entries equal this one,
-                         and its rank among them -> int
-    intable e, i, ...    value: Table whose last axis is not indexed: some entry of that row equals e -> bool
-    inset   e            value: IntSet -> bool
-    random  q, k, n, seed, of   value: (r, row, col): k is one of r distinct keys drawn among the keys
-                         `col` in 0..n-1 for which `of` holds at row = q -> bool. row, col are bound in `of`
-    exists  lo, hi, body value: a bound variable m; some m in lo..hi-1 satisfies body -> bool
-    add mul (n-ary), div, floordiv, mod, pow, min, max, abs           numbers
-    where   cond, a, b                                                numbers
-    log2 isqrt floor exp log sqrt tanh sigmoid sin cos                functions of one number
-    inner   a, b                                                      inner product of two vectors -> real
-    and or (n-ary), not, le lt eq                                     truths
+Which nodes are legal, and what they mean, stands in legal.py; anything else is a bug of the elaborator.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "attndsl"
 ROOMS = (
     "errors",  # diagnostics
     "expr",  # the typed core
+    "legal",  # its nodes in a table
     "scores",  # what they depend on
     "axis",  # where queries and keys stand
     "attention",

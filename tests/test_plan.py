@@ -177,7 +177,7 @@ def test_a_pickled_attention_is_not_bound_anew():
 def test_tilings_are_kept_for_the_last_few_calls_and_found_again():
     attention = attention_of("inputs doc : int[n]  mask causal & documents(doc)  score s + 0.125 * k")
     plan = compiled("torch", attention)
-    assert not plan.lowered.kept
+    assert not plan.lowered.recent.masks
     docs = [torch.arange(8) // size for size in range(1, 9)] + [torch.arange(8) % size for size in (2, 3)]
     assert len(docs) > MASKS_KEPT
     for kept, doc in [*enumerate(docs, 1), *((MASKS_KEPT, doc) for doc in docs)]:
@@ -189,7 +189,7 @@ def test_tilings_are_kept_for_the_last_few_calls_and_found_again():
                 q, k, v, attn_mask=torch.where(live, 0.125 * torch.arange(8), -torch.inf)
             ),
         )
-        assert len(plan.lowered.kept) == min(kept, MASKS_KEPT)
+        assert len(plan.lowered.recent.masks) == min(kept, MASKS_KEPT)
 
 
 def saved(value):

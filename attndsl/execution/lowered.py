@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -28,6 +28,22 @@ Places = tuple[Sequence[int] | None, Tensor | None, Sequence[int] | None, Tensor
 B], which may be positions [1 or B, nq] instead; the same of keys; n. None where nothing is said."""
 
 
+class Recent:
+    """The tiles of the last few calls, by what they were made of."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.masks: dict[tuple[object, ...], BlockMask] = {}
+
+    def get(self, key: tuple[object, ...], make: Callable[[], BlockMask]) -> BlockMask:
+        if key not in self.masks:
+            made = make()
+            while len(self.masks) >= self.size:
+                self.masks.pop(next(iter(self.masks)))
+            self.masks[key] = made
+        return self.masks[key]
+
+
 @dataclass(frozen=True, eq=False)
 class Lowered:
     """What the operator runs.
@@ -42,7 +58,7 @@ class Lowered:
     kernel: Kernel | Differentiable
     identity: str
     constants: tuple[Tensor, ...]
-    kept: dict[tuple[object, ...], BlockMask] = field(default_factory=dict)
+    recent: Recent = field(default_factory=lambda: Recent(MASKS_KEPT))
 
     @property
     def tables(self) -> dict[str, Table]:
@@ -95,15 +111,10 @@ class Lowered:
         tables = lowering.checked_tables(self.attention, given, sizes, batch, self.problem.head_dim)
         used = (tables[table.name] for table in lowering.mask_tables(self.attention))
         key = (sizes, *((array.shape, array.tobytes()) for array in used))
-        found = self.kept.get(key)
-        if found is not None and self.ranged:
+        if self.ranged:
             lowering.check_scores(self.attention, sizes, tables)
-        if found is None:
-            found = lowering.block_mask(self.attention, sizes, tables, self.problem.block_size)
-            while len(self.kept) >= MASKS_KEPT:
-                self.kept.pop(next(iter(self.kept)))
-            self.kept[key] = found
-        return found
+        block_size = self.problem.block_size
+        return self.recent.get(key, lambda: lowering.block_mask(self.attention, sizes, tables, block_size))
 
 
 _alive: WeakValueDictionary[str, Lowered] = WeakValueDictionary()

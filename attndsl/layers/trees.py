@@ -56,7 +56,7 @@ class Trees:
         if self.n == 0:
             return 0
         corner = np.zeros((1, 1, 1), np.int64)
-        source = Source(mask, Frame((0, self.n), (0, self.n)), tables)
+        source = Source(mask, Frame(self.n, self.n), tables)
         top, levels, contents = descend(source, corner, corner, self.size, BOX)
         known = [0, 1, *(self.number(int.from_bytes(bits.tobytes(), "little")) for bits in contents)]
         for children in reversed(levels):

@@ -62,10 +62,10 @@ LARGEST = 2**58
 
 @dataclass(frozen=True)
 class Frame:
-    """The matrix: positions of its first row and column, and one past its last."""
+    """The matrix: how many rows and columns."""
 
-    q: tuple[int, int]
-    k: tuple[int, int]
+    q: int
+    k: int
 
 
 class Boxes(NamedTuple):
@@ -83,7 +83,7 @@ class Boxes(NamedTuple):
 
 
 def boxes_at(frame: Frame, q: Array, k: Array, size: int) -> Boxes:
-    return Boxes(q, k, size, within(frame.q[1] - 1 - q, size - 1), within(frame.k[1] - 1 - k, size - 1))
+    return Boxes(q, k, size, within(frame.q - 1 - q, size - 1), within(frame.k - 1 - k, size - 1))
 
 
 def within(x: Array, most: int) -> Array:
@@ -137,7 +137,7 @@ class Signatures:
         partial ones, in their order. A box that sticks out of the matrix is partial at most.
         """
         boxes = boxes_at(self.frame, q, k, size)
-        rows, cols = within(self.frame.q[1] - q, size), within(self.frame.k[1] - k, size)
+        rows, cols = within(self.frame.q - q, size), within(self.frame.k - k, size)
         inside = np.minimum(rows, cols)
         truth: Truth = self.root(boxes)
         status = np.minimum(status_of(inside == size, inside > 0), truth.status)
@@ -155,9 +155,8 @@ class Signatures:
 
     def bounds(self) -> tuple[int, int] | None:
         """Least and greatest value of an integer over the matrix, if known."""
-        (q, q_end), (k, k_end) = self.frame.q, self.frame.k
-        size = max(q_end - q, k_end - k)
-        boxes = boxes_at(self.frame, np.array([q]), np.array([k]), size)
+        origin = np.array([0])
+        boxes = boxes_at(self.frame, origin, origin, max(self.frame.q, self.frame.k))
         value: Ints = self.root(boxes)
         if np.any(value.wild):
             return None
@@ -174,7 +173,7 @@ class Signatures:
                 bound = abs(node.value)  # type: ignore[arg-type]
             case "var":
                 # boxes stick out of the matrix
-                bound = 32 * sum(abs(edge) for edge in (*self.frame.q, *self.frame.k)) + 2**16
+                bound = 32 * (self.frame.q + self.frame.k) + 2**16
             case "add":
                 bound = sum(args)
             case "mul":

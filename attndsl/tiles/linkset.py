@@ -47,11 +47,11 @@ class Stripe(NamedTuple):
     def at(self, x: Any) -> Any:
         return (x + self.shift) // self.width
 
-    def per_box(self, size: int, origin: int) -> int:
-        """How many values meet a box of `size` at most; boxes begin at multiples of `size` after `origin`."""
-        if self.width % size == 0 and (origin + self.shift) % size == 0:
+    def per_box(self, size: int) -> int:
+        """How many values meet a box of `size` at most."""
+        if self.width % size == 0 and self.shift % size == 0:
             return 1
-        if size % self.width == 0 and (origin + self.shift) % self.width == 0:
+        if size % self.width == 0 and self.shift % self.width == 0:
             return size // self.width
         return (size - 1) // self.width + 2
 
@@ -80,9 +80,6 @@ class Links:
     known: dict[int, Array] = field(default_factory=dict)
     """What `boxes` gave, by size."""
 
-    def origin(self, axis: Stripe) -> int:
-        return (self.frame.q if axis.axis == "q" else self.frame.k)[0]
-
     def meetings(self, size: int) -> int:
         """Boxes of `size` that meet a link at most, counted for each link."""
         count: int = self.pairs.shape[1] * (self.row.width // size + 2) * (self.col.width // size + 2)
@@ -107,9 +104,9 @@ class Links:
         """The boxes of `size` that meet a link, row * ROW + column of each, rising."""
         spans = {}
         for axis, values in ((self.row, self.pairs[0]), (self.col, self.pairs[1])):
-            start, end = self.frame.q if axis.axis == "q" else self.frame.k
-            first = values * axis.width - axis.shift - start
-            last = np.minimum(first + axis.width - 1, end - start - 1) // size
+            end = self.frame.q if axis.axis == "q" else self.frame.k
+            first = values * axis.width - axis.shift
+            last = np.minimum(first + axis.width - 1, end - 1) // size
             spans[axis.axis] = np.maximum(first, 0) // size, last
         (q_first, q_last), (k_first, k_last) = spans["q"], spans["k"]
         high, wide = np.maximum(q_last - q_first + 1, 0), np.maximum(k_last - k_first + 1, 0)
@@ -119,12 +116,11 @@ class Links:
 
     def __call__(self, boxes: Boxes) -> Truth:
         size = boxes.size
-        rows, cols = (axis.per_box(size, self.origin(axis)) for axis in (self.row, self.col))
+        rows, cols = (axis.per_box(size) for axis in (self.row, self.col))
         if rows * cols > PATTERN_BITS:
             if size not in self.known:
                 self.known[size] = self.boxes(size)
-            row, col = (boxes.q - self.frame.q[0]) // size, (boxes.k - self.frame.k[0]) // size
-            live = contains(self.known[size], row * ROW + col)
+            live = contains(self.known[size], boxes.q // size * ROW + boxes.k // size)
             return Truth(
                 np.where(live, PARTIAL, EMPTY).astype(np.int8),
                 masked(live, [odd(boxes.q), odd(boxes.k)]),
@@ -191,8 +187,8 @@ def links_of(node: Expr, frame: Frame, tables: Mapping[str, Array]) -> Links | N
     if node.op == "eq":
         data = data[..., None]
     (first, last), (least, most) = (
-        (axis.at(np.int64(start)), axis.at(np.int64(end - 1)))
-        for axis, (start, end) in ((a, frame.q if a.axis == "q" else frame.k) for a in (row, col))
+        (axis.at(np.int64(0)), axis.at(np.int64((frame.q if axis.axis == "q" else frame.k) - 1)))
+        for axis in (row, col)
     )
     if not inside or first < 0 or last >= len(data):
         return None

@@ -90,7 +90,7 @@ def tile(
         raise fail(f"block_size {block_size} is not a positive multiple of 8")
     if max(nq, n_keys) > block_size << COLUMN_BITS:
         raise fail(f"{max(nq, n_keys)} positions are more than {1 << COLUMN_BITS} tiles of {block_size}")
-    frame = Frame((0, nq), (0, n_keys))
+    frame = Frame(nq, n_keys)
     if nq == 0 or n_keys == 0:
         nothing = np.zeros((2, 0), np.int64)
         return grid_of(frame, block_size, nothing, nothing, packed(0, block_size))
@@ -132,13 +132,13 @@ def tile(
 def cell_size(mask: Expr, frame: Frame, block_size: int) -> int:
     """A divisor of the size of a tile and of the matrix: cells of that size, side by side from the first
     position on, are each all live or all not."""
-    sides = [block_size, frame.q[1] - frame.q[0], frame.k[1] - frame.k[0]]
+    sides = [block_size, frame.q, frame.k]
     open_, seen = [mask], {mask}
     while open_:
         node = open_.pop()
         found = stripe(node)
         if found is not None:
-            sides += [found.width, (frame.q if found.axis == "q" else frame.k)[0] + found.shift]
+            sides += [found.width, found.shift]
             if found.width == 1:
                 break
         else:
@@ -152,7 +152,7 @@ def tiles_of_cells(
 ) -> tuple[Array, Array, Array]:
     """As `tiles_of`, where one position of each cell is evaluated."""
     f = block_size // side
-    (q, inside_q), (k, inside_k) = (first_of_cells(*axis, side, block_size) for axis in (frame.q, frame.k))
+    (q, inside_q), (k, inside_k) = (first_of_cells(end, side, block_size) for end in (frame.q, frame.k))
     live = pointwise.evaluate(mask, q[:, None, :, None], k[None, :, None, :], tables)
     live = live & inside_q[:, None, :, None] & inside_k[None, :, None, :]
     high, wide = live.shape[2:]
@@ -167,9 +167,9 @@ def tiles_of_cells(
     return parts, runs, rows.repeat(side, axis=1)
 
 
-def first_of_cells(start: int, end: int, side: int, block_size: int) -> tuple[Array, Array]:
+def first_of_cells(end: int, side: int, block_size: int) -> tuple[Array, Array]:
     """The first position of cell i of tile t at [i, t], and whether it lies inside."""
-    at = start + np.arange(0, block_size, side)[:, None] + np.arange(0, end - start, block_size)
+    at = np.arange(0, block_size, side)[:, None] + np.arange(0, end, block_size)
     return np.minimum(at, end - 1), at < end
 
 
@@ -196,8 +196,9 @@ def tree_of(source: Source, extent: int, block_size: int) -> tuple[list[Array], 
     while width * block_size * FIRST_FANOUT < extent:
         width *= FANOUT
     size = width * block_size
-    q, k = np.array(source.frame.q[:1]), np.array(source.frame.k[:1])
-    root, levels, masks = descend(source, *divided(q, k, -(-extent // size), size), size, block_size)
+    origin = np.array([0])
+    top = divided(origin, origin, -(-extent // size), size)
+    root, levels, masks = descend(source, *top, size, block_size)
     return [root, *levels], masks, width
 
 
@@ -208,7 +209,7 @@ def live_pairs(mask: Expr, n: int, block_size: int = 128) -> int:
     """
     if n == 0 or any(node.op in ("random", "intable", "exists") for node in nodes(mask)):
         return tile(mask, n, n, block_size, n=n).nnz
-    levels, masks, _ = tree_of(Source(mask, Frame((0, n), (0, n)), {}), n, block_size)
+    levels, masks, _ = tree_of(Source(mask, Frame(n, n), {}), n, block_size)
     count, area = np.bitwise_count(masks).sum(axis=(1, 2), dtype=np.int64), block_size**2
     for children in reversed(levels):
         count = np.concatenate([[0, area], count])[children].sum(axis=(1, 2))
@@ -288,8 +289,7 @@ def widened(frame: Frame, ends: list[Expr | None]) -> Frame | None:
     where an end is not known."""
     if not all(end is not None and end.op == "const" for end in ends):
         return None
-    limits = [integer(end) for end in ends if end is not None]
-    return Frame(frame.q, (min([0, frame.k[0]]), max([*limits, frame.k[1]]))) if ends else frame
+    return Frame(frame.q, max(frame.k, *(integer(end) for end in ends if end is not None))) if ends else frame
 
 
 class Source:
@@ -319,8 +319,8 @@ class Source:
         for start in range(0, len(q), step):
             rows = (q[start : start + step, None] + offsets)[:, :, None]
             cols = (k[start : start + step, None] + offsets)[:, None, :]
-            inside = (rows < self.frame.q[1]) & (cols < self.frame.k[1])
-            rows, cols = np.minimum(rows, self.frame.q[1] - 1), np.minimum(cols, self.frame.k[1] - 1)
+            inside = (rows < self.frame.q) & (cols < self.frame.k)
+            rows, cols = np.minimum(rows, self.frame.q - 1), np.minimum(cols, self.frame.k - 1)
             live = pointwise.evaluate(self.mask, rows, cols, self.tables) & inside
             result[start : start + step] = np.packbits(live, axis=2, bitorder="little")
         return result
@@ -490,8 +490,7 @@ def grid_of(frame: Frame, block_size: int, parts: Array, runs: Array, masks: Arr
 
     The order is nearly the right one already, from which a merge sort profits ten times.
     """
-    nq, n = frame.q[1] - frame.q[0], frame.k[1] - frame.k[0]
-    rows = -(-nq // block_size)
+    rows = -(-frame.q // block_size)
     starts, ends = np.sort(runs, axis=1, kind="stable")
     apart = starts[1:] != ends[:-1]
     starts = starts[np.concatenate([np.ones(len(starts[:1]), bool), apart])]
@@ -502,7 +501,7 @@ def grid_of(frame: Frame, block_size: int, parts: Array, runs: Array, masks: Arr
     col = at & (1 << COLUMN_BITS) - 1
     bounds = np.arange(rows + 1)
     return TileGrid(
-        nq, n, block_size,
+        frame.q, frame.k, block_size,
         np.searchsorted(starts, bounds * ROW).astype(np.int32),
         (starts % ROW).astype(np.int32),
         (ends - starts // ROW * ROW).astype(np.int32),
