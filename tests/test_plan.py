@@ -234,3 +234,17 @@ def test_what_is_learned_is_no_input():
     for use in (plan.bind, lambda b: plan(*qkv(), b=b), lambda b: plan.module()(*qkv(), b=b)):
         with pytest.raises(attndsl.AttnError, match=r"(?s)`b` is learned.*plan\.module\(\) owns `b`"):
             use(b=torch.zeros(2))
+
+
+def test_values_of_parameters_are_checked():
+    text = "attention a(b = learn[H](0.5)) { mask causal score s + b * (q - k) }"
+    plan = attndsl.compile(attndsl.parse(text)["a"], length=8, heads=2, head_dim=4, training=True)
+    q, k, v = (torch.randn(1, 2, 8, 4) for _ in range(3))
+    value = torch.tensor([0.1, -0.2], requires_grad=True)
+    (grad,) = torch.autograd.grad(plan(q, k, v, learned={"b": value}).sum(), value)
+    assert grad.shape == (2,)
+    with pytest.raises(attndsl.AttnError, match=r"`b` is \[2\], and was given as \[3\]"):
+        plan(q, k, v, learned={"b": torch.zeros(3)})
+    for names in ((), ("c",), ("b", "c")):
+        with pytest.raises(attndsl.AttnError, match="`learned` has .*, and there are `b`"):
+            plan(q, k, v, learned=dict.fromkeys(names, value))

@@ -228,7 +228,7 @@ def ran(program: programs.Program, backend: str, n: int, nq: int) -> Results:
     """Output, log-sum-exp and every gradient."""
     plan = plan_of(program, backend, n, nq)
     qkv, tables, learned = drawn(program, plan, n, nq)
-    out, lse = plan.run(*qkv.values(), learned, return_lse=True, **tables)
+    out, lse = plan(*qkv.values(), learned=learned, return_lse=True, **tables)
     weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).reshape(out.shape)
     (out * weight).sum().backward()
     inputs = {**qkv, **tables, **learned}
@@ -247,7 +247,7 @@ def test_the_reference_computes_what_the_text_says(program: programs.Program) ->
     plan = plan_of(program, "reference", n, nq)
     with torch.no_grad():
         qkv, tables, learned = drawn(program, plan, n, nq)
-        out = plan.run(*qkv.values(), learned, **tables)
+        out = plan(*qkv.values(), learned=learned, **tables)
         expected = problem_of(program, plan, n, nq, learned).output(*(x.numpy() for x in qkv.values()))
     np.testing.assert_allclose(out, expected, rtol=1e-9, atol=1e-11)
 
@@ -275,7 +275,7 @@ def test_gradients_are_derivatives(program: programs.Program) -> None:
         qkv, tables, learned = ({**group} for group in groups)
         for name, value in zip(names, values, strict=True):
             next(group for group in (qkv, tables, learned) if name in group)[name] = value
-        return plan.run(*qkv.values(), learned, **tables)
+        return plan(*qkv.values(), learned=learned, **tables)
 
     values = {**groups[0], **groups[1], **groups[2]}
     assert torch.autograd.gradcheck(output, tuple(values[name] for name in names), fast_mode=True)

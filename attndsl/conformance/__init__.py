@@ -217,7 +217,7 @@ def _run(backend: str, case: Case, inputs: Named, training: bool) -> Named:
     learned = {table.name: leaves[table.name] for table in attention.learned}
     tables: dict[str, Any] = {table.name: leaves[table.name] for table in attention.inputs}
     q, k, v = leaves["q"], leaves["k"], leaves["v"]
-    out, lse = plan.run(q, k, v, learned, **case.places, return_lse=True, **tables)
+    out, lse = plan(q, k, v, learned=learned, **case.places, return_lse=True, **tables)
     if not training:
         return {"out": out.detach(), "lse": lse.detach()}
     return _results(out, lse, leaves, case.with_lse)

@@ -158,44 +158,16 @@ def _gradient(
 
 
 @attend.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tensors: list[Tensor],
-    q_offset: list[int] | None,
-    q_at: Tensor | None,
-    k_offset: list[int] | None,
-    k_at: Tensor | None,
-    n: int | None,
-    identity: str,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
+def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
     shape, wide = (*q.shape[:3], v.shape[3]), torch.promote_types(q.dtype, torch.float32)
     kept = [q.new_empty(shape, dtype=wide)] if _rounds(q) else []
     return q.new_empty(shape), q.new_empty(q.shape[:3], dtype=wide), kept
 
 
 @attend_backward.register_fake
-def _(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    kept: list[Tensor],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tensors: list[Tensor],
-    wanted: list[bool],
-    q_offset: list[int] | None,
-    q_at: Tensor | None,
-    k_offset: list[int] | None,
-    k_at: Tensor | None,
-    n: int | None,
-    identity: str,
-) -> list[Tensor]:
-    needing = [t for t, w in zip(tensors, wanted, strict=True) if w]
-    return [x.new_empty(x.shape) for x in (q, k, v, *needing)]
+def _(*given: Any) -> list[Tensor]:
+    q, k, v, tensors, wanted = given[5:10]
+    return [x.new_empty(x.shape) for x in (q, k, v, *(t for t, w in zip(tensors, wanted, strict=True) if w))]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, list[Tensor]]) -> None:

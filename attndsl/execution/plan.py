@@ -140,6 +140,7 @@ class Plan:
         q_positions: ArrayLike | Tensor | None = None,
         k_positions: ArrayLike | Tensor | None = None,
         n: int | None = None,
+        learned: Mapping[str, Tensor] | None = None,
         return_lse: bool = False,
         **inputs: Any,
     ) -> Any:
@@ -149,47 +150,26 @@ class Plan:
         order; keys likewise. Tensors of them are on q's device, and are read inside the operator, once. `n`,
         which positions end at, is the greatest of a key + 1 where it is not given.
 
-        With `return_lse` also the log-sum-exp [B, H, nq], -inf for an empty row. Raises AttnError for
-        tensors, positions and tables that do not fit the plan, and where parameters are to be trained:
-        `module` owns them, here they have their initial values.
+        With `return_lse` also the log-sum-exp [B, H, nq], -inf for an empty row. `learned` are the values of
+        parameters, by name, which `module` owns; without it they have their first ones. Raises AttnError for
+        tensors, positions and tables that do not fit the plan, and where parameters without values are to be
+        trained.
         """
-        if self.problem.training and self.attention.learned:
+        if learned is None and self.problem.training and self.attention.learned:
             names = ", ".join(f"`{table.name}`" for table in self.attention.learned)
             raise fail(
                 f"a call of the plan does not train {names}", help=f"use plan.module(), which owns {names}"
             )
-        return self.run(
-            q, k, v, self._initial(), q_offset=q_offset, k_offset=k_offset, q_positions=q_positions,
-            k_positions=k_positions, n=n, return_lse=return_lse, **inputs,
-        )  # fmt: skip
-
-    def run(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        learned: Mapping[str, Tensor],
-        /,
-        *,
-        q_offset: Offset = None,
-        k_offset: Offset = None,
-        q_positions: ArrayLike | Tensor | None = None,
-        k_positions: ArrayLike | Tensor | None = None,
-        n: int | None = None,
-        return_lse: bool = False,
-        **inputs: Any,
-    ) -> Any:
-        """As `__call__`, with values of the learned parameters; everything that is no tensor or size stays
-        behind one operator, so that torch.compile sees a single node."""
         self._check(q, k, v)
         self._refuse_learned(inputs)
-        given = self._tensors({**self.tables, **inputs}, len(q)) | dict(learned)
+        given = self._tensors({**self.tables, **inputs}, len(q)) | self._learned(learned)
         _check_tangents(q, k, v, *given.values())
         places = (
             *_placed("q", q, q_offset, q_positions),
             *_placed("k", k, k_offset, k_positions),
             None if n is None else lowering.checked_length("n", n),
         )
+        # what is no tensor or size stays behind one operator, so that torch.compile sees a single node
         out, lse, _ = attend(q, k, v, self.lowered.tensors(q, given), *places, self.lowered.identity)
         return (out, lse) if return_lse else out
 
@@ -232,15 +212,28 @@ class Plan:
                     help=f"plan.module() owns `{table.name}`",
                 )
 
-    def _initial(self) -> dict[str, Tensor]:
-        return {table.name: self.initial(table) for table in self.attention.learned}
+    def _learned(self, given: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        """The values of the parameters. Raises AttnError for one that is missing, unknown or does not fit."""
+        tables = {table.name: table for table in self.attention.learned}
+        if given is None:
+            return {name: self.initial(table) for name, table in tables.items()}
+        if set(given) != set(tables):
+            names = ", ".join(f"`{name}`" for name in tables) or "none"
+            raise fail(f"`learned` has {', '.join(f'`{x}`' for x in given) or 'none'}, and there are {names}")
+        for name, table in tables.items():
+            if [*given[name].shape] != self._shape(table):
+                raise fail(f"`{name}` is {self._shape(table)}, and was given as {[*given[name].shape]}")
+        return dict(given)
 
     def initial(self, table: Table) -> Tensor:
-        """A learned parameter's first value, [H] if it has one per head, then its axes."""
-        p = self.problem
-        shape = [{"H": p.heads, "D": p.head_dim}.get(str(size)) or int(size) for size in table.dims]
+        """A learned parameter's first value, with the axes of its table."""
         assert isinstance(table.origin, Learned)
-        return torch.full(shape, table.origin.init, dtype=self._table_dtype(), device=p.device)
+        shape, device = self._shape(table), self.problem.device
+        return torch.full(shape, table.origin.init, dtype=self._table_dtype(), device=device)
+
+    def _shape(self, table: Table) -> list[int]:
+        sizes = {"H": self.problem.heads, "D": self.problem.head_dim}
+        return [size if isinstance(size, int) else sizes[size] for size in table.dims]
 
     def _table_dtype(self) -> torch.dtype:
         """Of parameters and of tables that come without one: scores are computed in no less."""
@@ -349,7 +342,7 @@ class PlanModule(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, **call: Any) -> Any:
         # by attribute: parametrizations and functional_call put plain tensors there
         learned = {table.name: getattr(self, table.name) for table in self.plan.attention.learned}
-        return self.plan.run(q, k, v, learned, **call)
+        return self.plan(q, k, v, learned=learned, **call)
 
 
 def _again(attention: Attention, problem: Problem, backend: str, tables: dict[str, Any]) -> Plan:
