@@ -181,14 +181,15 @@ def _used(item: ast.Use, folder: Path | None, shelf: Shelf | None) -> tuple[Path
 def _library(name: str, span: Span) -> Shelf:
     from attndsl.execution import registry
 
-    installed = registry.names("libraries")
-    if name not in installed:
-        known = suggest(name, installed) or f"there are {', '.join(sorted(installed)) or 'none'}"
-        raise fail(f"no library `{name}` is installed", span, known)
     try:
-        return Shelf(name, registry.plugin("libraries", name).resolve())
+        installed = registry.names("libraries")
+        if name in installed:
+            return Shelf(name, registry.plugin("libraries", name).resolve())
     except AttnError as error:
-        raise fail(error.diagnostics[0].message, span) from None
+        (told,) = error.diagnostics
+        raise fail(told.message, span, told.help) from None
+    known = suggest(name, installed) or f"there are {', '.join(sorted(installed)) or 'none'}"
+    raise fail(f"no library `{name}` is installed", span, known)
 
 
 def _declare(item: Definition, definitions: dict[str, Definition]) -> list[Diagnostic]:

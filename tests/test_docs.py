@@ -10,6 +10,7 @@ from test_repository import ROOT
 
 import attndsl
 from attndsl import expr, program
+from attndsl.analysis.report import usable
 from attndsl.command.cli import main
 from attndsl.language import elaborate
 from attndsl.language.arguments import signature
@@ -106,6 +107,13 @@ def test_the_limits_are_those_of_the_code():
     assert dict(re.findall(r"^\| (.+?) \| ([\d,]+) \|$", section, re.M)) == {
         what: f"{limit:,}" for what, limit in LIMITS.items()
     }
+
+
+def test_every_part_and_field_of_a_report_is_described():
+    headings = " ".join(re.findall(r"^## (.*)$", DOCS["analysis.md"], re.M))
+    for name, part in usable().items():
+        assert re.search(rf"\b{name}\b", headings)
+        assert [field for field in part.names(name) if f"`{field}" not in DOCS["analysis.md"]] in ([], [name])
 
 
 @pytest.mark.parametrize("name", DOCS)

@@ -107,6 +107,17 @@ def test_a_mistake_in_a_library_is_placed_there(
     assert (found.span.source.name, found.message) == ("bands:own.attn", message)
 
 
+def test_a_name_that_two_distributions_register(library: Callable[..., Path], tmp_path: Path) -> None:
+    library("bands", near="pattern near = last(2)")
+    info = tmp_path / "other-0.1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: other\nVersion: 0.1\n")
+    (info / "entry_points.txt").write_text("[attndsl.libraries]\nbands = other_files\n")
+    where, message, help = refused('use "bands:near.attn"')
+    assert (where, help) == ("main.attn:1", "uninstall one of the two")
+    assert message.startswith("`bands` is registered twice under attndsl.libraries: by ")
+
+
 def test_a_package_that_is_gone(library: Callable[..., Path]) -> None:
     folder = library("bands")
     folder.rmdir()
