@@ -88,7 +88,7 @@ def test_a_wheel_holds_the_grammar_and_the_plugins(tmp_path):
         str(Path("attndsl", *(path.parts if path.parts[0] != "attndsl" else path.parts[1:])))
         for folder in ("attndsl", "grammar", "plugins")
         for path in (file.relative_to(ROOT) for file in (ROOT / folder).rglob("*") if file.is_file())
-        if path.suffix in (".py", ".lark", ".attn", ".typed")
+        if path.suffix in (".py", ".lark", ".attn", ".typed", ".jinja", ".css", ".js")
     }
     assert wanted <= held
 
