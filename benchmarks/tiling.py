@@ -22,6 +22,7 @@ import attndsl
 
 M, S = 2**20, 2**17
 SCATTERED = sorted(np.random.default_rng(0).choice(M, 64, replace=False).tolist())
+ORDER = np.random.default_rng(0).permutation(M // 64).tolist()
 PATTERNS: dict[str, tuple[str, int]] = {
     "window": ("radius(256)", M),
     "longformer": ("radius(256) | global([0])", M),
@@ -37,6 +38,8 @@ PATTERNS: dict[str, tuple[str, int]] = {
     "fixed(1024, 32)": ("fixed(1024, 32)", M),
     "strided(128)": ("strided(128)", S),
     "fixed(128, 32)": ("fixed(128, 32)", S),
+    "log-sparse": ("{ q, k : q == k or q > k and 2 ** log2(q - k) == q - k }", M),
+    "blocks in a listed order": (f"blocks(64, {{ q, k : {ORDER}[q] == k }})", M),
     "64 scattered globals": (f"radius(256) | global({SCATTERED})", M),
 }
 BYTES_PER_ENTRY = 64

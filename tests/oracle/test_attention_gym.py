@@ -341,10 +341,10 @@ def our_logits(text: str, logits: Tensor, **tables: Tensor) -> Tensor:
         "s": logits,
         "q": torch.arange(nq).view(-1, 1),
         "k": torch.arange(n),
+        "b": torch.arange(batch).view(-1, 1, 1, 1),
         "h": torch.arange(heads).view(-1, 1, 1),
     } | {name: torch.tensor(size) for name, size in sizes.items()}
-    rows = torch.arange(batch).view(-1, 1, 1, 1)
-    return evaluate(group.score, Env(values, tables, rows, values["h"], logits.dtype)).expand(logits.shape)
+    return evaluate(group.score, Env(values, tables, logits.dtype, logits.device)).expand(logits.shape)
 
 
 @pytest.fixture

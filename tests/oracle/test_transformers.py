@@ -257,8 +257,8 @@ def test_relative_vectors() -> None:
     _, theirs = _apply_relative_key_position_encoding(layer, q, k)
     [group] = attndsl.load(EXAMPLES / "wav2vec2_bert.attn")["wav2vec2_bert"].attention.groups
     values = {"q": torch.arange(n).view(-1, 1), "k": torch.arange(n), "D": torch.tensor(width)}
-    values |= {"s": torch.zeros(()), "Q": q, "K": k, "h": torch.arange(heads).view(-1, 1, 1)}
-    env = Env(values, {"table": vectors}, torch.arange(3).view(-1, 1, 1, 1), values["h"], torch.float32)
+    values |= {"s": torch.zeros(()), "Q": q, "K": k}
+    env = Env(values, {"table": vectors}, torch.float32, q.device)
     torch.testing.assert_close(evaluate(group.score, env), theirs)
 
 
