@@ -16,7 +16,7 @@ from torch import Tensor
 import attndsl
 from attndsl.attention import Attention
 from attndsl.bound import Bound
-from attndsl.conformance.formula import Given
+from attndsl.conformance.formula import Inputs
 from attndsl.conformance.mechanisms import MECHANISMS, WIDE, Mechanism, normal
 from attndsl.expr import Learned, Table
 
@@ -335,13 +335,13 @@ def make_odd(inputs: Named, case: Case, mask: Tensor, slopes: Named) -> Named:
     return inputs | mine
 
 
-def given_of(attention: Attention, case: Case, inputs: Named) -> Given:
+def given_of(attention: Attention, case: Case, inputs: Named) -> Inputs:
     arithmetic = torch.promote_types(getattr(torch, case.dtype), torch.float32)
     tables = {}
     for table in (*attention.inputs, *attention.learned):
         x = inputs[table.name]
         tables[table.name] = x.expand(case.batch, *x.shape[1:]) if table.batched else x
-    return Given(inputs["q"], inputs["k"], inputs["v"], tables, *case.positions, arithmetic)
+    return Inputs(inputs["q"], inputs["k"], inputs["v"], tables, *case.positions, arithmetic)
 
 
 def attention_of(mechanism: Mechanism) -> Attention:

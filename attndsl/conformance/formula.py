@@ -106,7 +106,7 @@ def at_the_end(n: int, nq: int) -> int:
 
 
 @dataclass(frozen=True, eq=False)
-class Given:
+class Inputs:
     """What an attention is given: q [B, H, nq, D], k and v [B, Hkv, n, D and Dv], tables as in `Pairs`,
     and where queries [B, nq] and keys [B, n] stand, and what n is [B]."""
 
@@ -132,7 +132,7 @@ def doubles() -> Iterator[None]:
 
 
 @doubles()
-def related(formulas: Sequence[Formula], given: Given) -> Tensor:
+def related(formulas: Sequence[Formula], given: Inputs) -> Tensor:
     """The mask [B, H, nq, n]."""
     (B, H, nq, D), n = given.q.shape, given.k.shape[2]
     found = torch.zeros(B, H, nq, n, dtype=torch.bool)
@@ -148,7 +148,7 @@ def related(formulas: Sequence[Formula], given: Given) -> Tensor:
 
 
 @doubles()
-def attend(formulas: Sequence[Formula], given: Given, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def attend(formulas: Sequence[Formula], given: Inputs, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Over the pairs of the mask: output [B, H, nq, Dv] and log-sum-exp [B, H, nq], differentiable, and how
     large logits are in the mean, by their weights [B, H, nq]."""
     B, H, nq, D = given.q.shape

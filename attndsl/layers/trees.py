@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from attndsl.errors import fail
 from attndsl.expr import Expr, eq, nodes, var
 from attndsl.tiles.abstract import Frame
-from attndsl.tiles.tiling import FANOUT, Source, descend
+from attndsl.tiles.tiling import FANOUT, Evaluator, descend
 
 Bits = NDArray[Any]
 Counts = NDArray[np.int64]
@@ -56,7 +56,7 @@ class Trees:
         if self.n == 0:
             return 0
         corner = np.zeros((1, 1, 1), np.int64)
-        source = Source(mask, Frame(self.n, self.n), tables)
+        source = Evaluator(mask, Frame(self.n, self.n), tables)
         top, levels, contents = descend(source, corner, corner, self.size, BOX)
         known = [0, 1, *(self.number(int.from_bytes(bits.tobytes(), "little")) for bits in contents)]
         for children in reversed(levels):

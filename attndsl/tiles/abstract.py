@@ -91,7 +91,7 @@ def within(x: Array, most: int) -> Array:
     return np.minimum(np.maximum(x, 0), most)
 
 
-class Truth(NamedTuple):
+class Truths(NamedTuple):
     status: Any
     key: Key
 
@@ -108,7 +108,7 @@ class Ints(NamedTuple):
     wild: Any = False
 
 
-Leaves = Mapping[Expr, Callable[[Boxes], Truth]]
+Leaves = Mapping[Expr, Callable[[Boxes], Truths]]
 
 
 class Signatures:
@@ -139,7 +139,7 @@ class Signatures:
         boxes = boxes_at(self.frame, q, k, size)
         rows, cols = within(self.frame.q - q, size), within(self.frame.k - k, size)
         inside = np.minimum(rows, cols)
-        truth: Truth = self.root(boxes)
+        truth: Truths = self.root(boxes)
         status = np.minimum(status_of(inside == size, inside > 0), truth.status)
         return status, rows_of((Column(rows), Column(cols), *truth.key), status == PARTIAL)
 
@@ -234,16 +234,16 @@ class Signatures:
             case _:
                 return self.look_up(node, boxes, args)
 
-    def truth(self, node: Expr, boxes: Boxes, args: list[Any]) -> Truth:
+    def truth(self, node: Expr, boxes: Boxes, args: list[Any]) -> Truths:
         match node.op:
             case "const":
-                return Truth(np.int8(FULL if node.value else EMPTY), ())
+                return Truths(np.int8(FULL if node.value else EMPTY), ())
             case "and":
                 return connect(args, np.minimum)
             case "or":
                 return connect(args, np.maximum)
             case "not":
-                return Truth(FULL - args[0].status, args[0].key)
+                return Truths(FULL - args[0].status, args[0].key)
             case "le" | "lt" | "eq":
                 return self.compare(node, boxes, args)
             case "inset":
@@ -254,9 +254,9 @@ class Signatures:
                 one = found.base == 1
                 return undecided(status_of(one, one | (found.lo != found.hi)), found)
             case _:
-                return Truth(np.int8(PARTIAL), _position(node, boxes))
+                return Truths(np.int8(PARTIAL), _position(node, boxes))
 
-    def compare(self, node: Expr, boxes: Boxes, args: list[Any]) -> Truth:
+    def compare(self, node: Expr, boxes: Boxes, args: list[Any]) -> Truths:
         difference = linear([(1, args[0]), (-1, args[1])])
         lo, hi = span(difference, boxes)
         if node.op == "eq":
@@ -642,7 +642,7 @@ def quotient(x: Ints, m: int, boxes: Boxes) -> Ints:
     )  # fmt: skip
 
 
-def choose(cond: Truth, x: Ints, y: Ints, boxes: Boxes, *, shift: bool) -> Ints:
+def choose(cond: Truths, x: Ints, y: Ints, boxes: Boxes, *, shift: bool) -> Ints:
     """x where cond is full, y where it is empty. `shift`: cond's key does not fix y.base - x.base."""
     first, second, both = cond.status == FULL, cond.status == EMPTY, cond.status == PARTIAL
     x_lo, x_hi = reach(x, boxes)
@@ -732,26 +732,26 @@ def status_of(full: Any, live: Any) -> Array:
     return status
 
 
-def undecided(status: Array, x: Ints) -> Truth:
+def undecided(status: Array, x: Ints) -> Truths:
     """A truth that a shift of x would change: where it is partial, x.base joins the key."""
     if x.wild is not False:
         status = np.where(x.wild, np.int8(PARTIAL), status)
     partial = status == PARTIAL
-    return Truth(status, masked(partial, _open(x)))
+    return Truths(status, masked(partial, _open(x)))
 
 
-def connect(parts: list[Truth], join: Callable[[Array, Array], Array]) -> Truth:
+def connect(parts: list[Truths], join: Callable[[Array, Array], Array]) -> Truths:
     """`and` (join = minimum) or `or` (maximum)."""
     status = parts[0].status
     for part in parts[1:]:
         status = join(status, part.status)
     partial = status == PARTIAL
-    return Truth(
+    return Truths(
         status, masked(partial, [Column(partial), *(column for part in parts for column in part.key)])
     )
 
 
-def member(x: Ints, members: IntSet, boxes: Boxes) -> Truth:
+def member(x: Ints, members: IntSet, boxes: Boxes) -> Truths:
     """x in a constant set. One or two edges of the set within reach fix the content by their distances."""
     edges = np.array([edge for lo, hi in members.intervals for edge in (lo, hi + 1)], np.int64)
     lo, hi = span(x, boxes)
@@ -767,4 +767,4 @@ def member(x: Ints, members: IntSet, boxes: Boxes) -> Truth:
         Column(np.where(few, edges[np.minimum(first, top)] - x.base, x.base)),
         Column(edges[np.clip(last - 1, 0, top)] - x.base, (few,)),
     ]
-    return Truth(status, masked(partial, [*key, *x.key]))
+    return Truths(status, masked(partial, [*key, *x.key]))

@@ -22,7 +22,7 @@ from attndsl.tiles.abstract import (
     Boxes,
     Column,
     Frame,
-    Truth,
+    Truths,
     integer,
     masked,
     odd,
@@ -114,14 +114,14 @@ class Links:
         q, k = q_first[link] + place // wide[link], k_first[link] + place % wide[link]
         return sorted_set(q * ROW + k)
 
-    def __call__(self, boxes: Boxes) -> Truth:
+    def __call__(self, boxes: Boxes) -> Truths:
         size = boxes.size
         rows, cols = (axis.per_box(size) for axis in (self.row, self.col))
         if rows * cols > PATTERN_BITS:
             if size not in self.known:
                 self.known[size] = self.boxes(size)
             live = contains(self.known[size], boxes.q // size * ROW + boxes.k // size)
-            return Truth(
+            return Truths(
                 np.where(live, PARTIAL, EMPTY).astype(np.int8),
                 masked(live, [odd(boxes.q), odd(boxes.k)]),
             )
@@ -140,7 +140,7 @@ class Links:
             every = every & (hit | ~inside)
         status = np.where(every, FULL, np.where(pattern == 0, EMPTY, PARTIAL)).astype(np.int8)
         partial = status == PARTIAL
-        return Truth(status, masked(partial, [Column(values) for values in (pattern, *phases.values())]))
+        return Truths(status, masked(partial, [Column(values) for values in (pattern, *phases.values())]))
 
 
 def spread(counts: Array) -> tuple[Array, Array]:

@@ -299,7 +299,7 @@ def _shape_text(table: Table) -> str:
 
 
 @dataclass(frozen=True, eq=False)
-class Case:
+class ClosedMask:
     """One batch row and head: its closed mask and multiplicity, `q` and `k` being the entries, not their
     positions (`query` is the one of a query); tables without the axes B and H."""
 
@@ -314,7 +314,7 @@ class Case:
 
 def cases(
     attention: Attention, sizes: Sizes, tables: Mapping[str, Array], counts: bool = False
-) -> Iterator[Case]:
+) -> Iterator[ClosedMask]:
     """Every batch row and head whose mask (with `counts`, also multiplicities) may differ: one row (head)
     stands for all where nothing depends on it."""
     groups = head_groups(attention, sizes.heads)
@@ -341,7 +341,7 @@ def cases(
             mask, count = (ir.substitute(e, {"q": q, "k": k}) for e in (mask, count))
             for e in (mask, count):
                 check_range(e, _entry_ranges(sizes), here)
-            yield Case(row, head, mask, count, n, q, here)
+            yield ClosedMask(row, head, mask, count, n, q, here)
 
 
 def alone(e: Expr) -> Expr:

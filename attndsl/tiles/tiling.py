@@ -33,7 +33,7 @@ from attndsl.tiles.abstract import (
     Frame,
     Leaves,
     Signatures,
-    Truth,
+    Truths,
     integer,
     pack,
     prepared,
@@ -113,13 +113,13 @@ def tile(
         and (node.op == "intable" or found.meetings(block_size) <= MEETINGS)
     }
     quiet = replaced(mask, dict.fromkeys(links, FALSE))
-    parts, runs, masks = tiles_of(Source(quiet, frame, tables), max(nq, n_keys), block_size)
+    parts, runs, masks = tiles_of(Evaluator(quiet, frame, tables), max(nq, n_keys), block_size)
     present = [leaf for leaf in links.values() if leaf.pairs.size]
     if present:
         at = sorted_set(np.concatenate([leaf.boxes(block_size) for leaf in present]))
         q, k = at // ROW * block_size, at % ROW * block_size
         live = {node: leaf if leaf.pairs.size else nowhere for node, leaf in links.items()}
-        source = Source(mask, frame, tables, live)
+        source = Evaluator(mask, frame, tables, live)
         numbers, _, more = descend(source, q[:, None, None], k[:, None, None], block_size, block_size)
         parts, runs = overlay(parts, runs, at, numbers.ravel(), len(masks))
         masks = np.concatenate([masks, more])
@@ -182,14 +182,14 @@ def searches(mask: Expr) -> int:
     return depth[mask]
 
 
-def tiles_of(source: Source, extent: int, block_size: int) -> tuple[Array, Array, Array]:
+def tiles_of(source: Evaluator, extent: int, block_size: int) -> tuple[Array, Array, Array]:
     """Partial tiles, runs of full tiles, and contents, by one descent from the whole matrix."""
     levels, masks, width = tree_of(source, extent, block_size)
     limit(entries(levels, len(masks)), ENTRY_LIMIT, "tiles and runs of tiles")
     return *expand(levels, width), masks
 
 
-def tree_of(source: Source, extent: int, block_size: int) -> tuple[list[Array], Array, int]:
+def tree_of(source: Evaluator, extent: int, block_size: int) -> tuple[list[Array], Array, int]:
     """The distinct contents of each size, the first level being the one of the whole matrix, those of the
     tiles, and how many tiles wide the boxes of the first level are."""
     width = 1
@@ -209,7 +209,7 @@ def live_pairs(mask: Expr, n: int, block_size: int = 128) -> int:
     """
     if n == 0 or any(node.op in ("random", "intable", "exists") for node in nodes(mask)):
         return tile(mask, n, n, block_size, n=n).nnz
-    levels, masks, _ = tree_of(Source(mask, Frame(n, n), {}), n, block_size)
+    levels, masks, _ = tree_of(Evaluator(mask, Frame(n, n), {}), n, block_size)
     count, area = np.bitwise_count(masks).sum(axis=(1, 2), dtype=np.int64), block_size**2
     for children in reversed(levels):
         count = np.concatenate([[0, area], count])[children].sum(axis=(1, 2))
@@ -225,8 +225,8 @@ def replaced(mask: Expr, done: dict[Expr, Expr]) -> Expr:
     return done[mask]
 
 
-def nowhere(boxes: Boxes) -> Truth:
-    return Truth(np.int8(EMPTY), ())
+def nowhere(boxes: Boxes) -> Truths:
+    return Truths(np.int8(EMPTY), ())
 
 
 def draw(mask: Expr, frame: Frame, query: Expr, tables: Tables) -> tuple[Expr, Tables]:
@@ -292,7 +292,7 @@ def widened(frame: Frame, ends: list[Expr | None]) -> Frame | None:
     return Frame(frame.q, max(frame.k, *(integer(end) for end in ends if end is not None))) if ends else frame
 
 
-class Source:
+class Evaluator:
     """A mask, evaluated over boxes and over points."""
 
     def __init__(self, mask: Expr, frame: Frame, tables: Tables, leaves: Leaves | None = None) -> None:
@@ -327,7 +327,7 @@ class Source:
 
 
 def descend(
-    source: Source, q: Array, k: Array, size: int, block_size: int
+    source: Evaluator, q: Array, k: Array, size: int, block_size: int
 ) -> tuple[Array, list[Array], Array]:
     """The contents of the boxes of `size` at q [U, f, 1], k [U, 1, f], by number: 0 empty, 1 full,
     v + 2 is content v.
@@ -362,7 +362,7 @@ def divided(q: Array, k: Array, f: int, size: int) -> tuple[Array, Array]:
     return (q[:, None] + offsets)[:, :, None], (k[:, None] + offsets)[:, None, :]
 
 
-def interned(source: Source, q: Array, k: Array, size: int) -> tuple[Array, Array, Array]:
+def interned(source: Evaluator, q: Array, k: Array, size: int) -> tuple[Array, Array, Array]:
     """A code for each box (0 empty, 1 full, 2 + number of its key) and one representative per key."""
     status, key = source.over(q, k, size)
     codes = (status == FULL).astype(np.int32)
@@ -372,7 +372,7 @@ def interned(source: Source, q: Array, k: Array, size: int) -> tuple[Array, Arra
     return codes, *(np.broadcast_to(x, status.shape)[tuple(p[first] for p in partial)] for x in (q, k))
 
 
-def tile_contents(source: Source, q: Array, k: Array, block_size: int) -> Array:
+def tile_contents(source: Evaluator, q: Array, k: Array, block_size: int) -> Array:
     """Packed contents of the tiles at (q, k), put together from smaller boxes of whole bytes.
 
     Few are evaluated whole, unless their number would then decide whether a look-up is in its range.
