@@ -10,10 +10,16 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
 from attndsl.attention import Attention
 from attndsl.axis import Axis
 from attndsl.errors import fail
+from attndsl.tiles import lowering
 from attndsl.tiles.blockmask import BlockMask
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+BLOCK_SIZE = 128
+DTYPES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+"""The dtypes of a problem, and their bytes."""
 
 
 @dataclass(frozen=True)
@@ -28,23 +34,51 @@ class Problem:
     head_dim: int = 64
     dtype: str = "float32"
     device: str = "cpu"
-    block_size: int = 128
+    block_size: int = BLOCK_SIZE
     training: bool = False
 
+    @staticmethod
+    def of(
+        attention: Attention,
+        *,
+        length: int,
+        q_length: int | None = None,
+        batch: int = 1,
+        heads: int = 1,
+        kv_heads: int | None = None,
+        head_dim: int = 64,
+        dtype: str = "float32",
+        device: str = "cpu",
+        block_size: int | None = None,
+        training: bool = False,
+    ) -> Problem:
+        """As users write it: `q_length` is `length`, `kv_heads` is `heads` if not given.
 
-DTYPES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
-"""The dtypes of a problem, and their bytes."""
-
-
-def check_problem(problem: Problem) -> None:
-    """Raises AttnError for a dtype that is none of DTYPES, and heads that do not fit."""
-    if problem.dtype not in DTYPES:
-        raise fail(f"`dtype` is {problem.dtype}, and must be one of {', '.join(DTYPES)}")
-    for name in ("heads", "kv_heads", "head_dim"):
-        if getattr(problem, name) == 0:
-            raise fail(f"`{name}` is 0, and must be positive")
-    if problem.heads % problem.kv_heads:
-        raise fail(f"{problem.heads} heads cannot share {problem.kv_heads} key heads evenly")
+        Raises AttnError for what is no size, heads that do not fit one another or the attention, and a dtype
+        that is none of DTYPES.
+        """
+        given = {
+            "length": length,
+            "q_length": length if q_length is None else q_length,
+            "batch": batch,
+            "heads": heads,
+            "kv_heads": heads if kv_heads is None else kv_heads,
+            "head_dim": head_dim,
+        }
+        sizes = {name: lowering.checked_length(name, value) for name, value in given.items()}
+        for name in ("heads", "kv_heads", "head_dim"):
+            if sizes[name] == 0:
+                raise fail(f"`{name}` is 0, and must be positive")
+        if sizes["heads"] % sizes["kv_heads"]:
+            raise fail(f"{sizes['heads']} heads cannot share {sizes['kv_heads']} key heads evenly")
+        if head_dim > lowering.HEAD_DIM_LIMIT:
+            raise fail(f"`head_dim` is {head_dim}, and the limit is {lowering.HEAD_DIM_LIMIT}")
+        dtype = str(dtype).removeprefix("torch.")
+        if dtype not in DTYPES:
+            raise fail(f"`dtype` is {dtype}, and must be one of {', '.join(DTYPES)}")
+        lowering.head_groups(attention, sizes["heads"])
+        block_size = lowering.checked_block_size(BLOCK_SIZE if block_size is None else block_size)
+        return Problem(**sizes, dtype=dtype, device=str(device), block_size=block_size, training=training)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from attndsl.analysis.part import Part, Subject
 from attndsl.analysis.text import line
 from attndsl.attention import Attention
-from attndsl.backend import Problem, check_problem
+from attndsl.backend import Problem
 from attndsl.bound import Bound
 from attndsl.errors import AttnError, fail
 from attndsl.execution import registry
@@ -187,18 +187,10 @@ def subject_of(
     bound = bound_of(value)
     attention = bound.attention
     heads = lowering.heads_of(attention, inputs) if heads is None else heads
-    problem = Problem(
-        length=lowering.checked_length("length", length),
-        q_length=lowering.checked_length("q_length", length if q_length is None else q_length),
-        batch=lowering.checked_length("batch", batch),
-        heads=lowering.checked_length("heads", heads),
-        kv_heads=lowering.checked_length("kv_heads", heads if kv_heads is None else kv_heads),
-        head_dim=lowering.checked_length("head_dim", head_dim),
-        dtype=dtype,
-        block_size=lowering.checked_block_size(block_size),
-    )
-    check_problem(problem)
-    lowering.head_groups(attention, problem.heads)
+    problem = Problem.of(
+        attention, length=length, q_length=q_length, batch=batch, heads=heads, kv_heads=kv_heads,
+        head_dim=head_dim, dtype=dtype, block_size=block_size,
+    )  # fmt: skip
     for name in parameters:
         if name not in bound.parameters:
             takes = ", ".join(bound.parameters) or "none"

@@ -15,10 +15,10 @@ from attndsl.analysis.part import Part, Subject
 from attndsl.analysis.text import table
 from attndsl.analysis.units import scaled
 from attndsl.attention import Attention
-from attndsl.backend import DTYPES, Problem, check_problem
+from attndsl.backend import DTYPES, Problem
 from attndsl.errors import fail
 from attndsl.tiles.blockmask import BlockMask, TileGrid
-from attndsl.tiles.lowering import NO_TABLES, checked_block_size, checked_length, mask_tables
+from attndsl.tiles.lowering import NO_TABLES, checked_length, mask_tables
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -114,15 +114,19 @@ def shards(
     Of the inputs those that the masks read are needed. There may be more ranks than tokens.
     Raises AttnError for no rank, sizes that do not fit, and as `attention.block_mask` does.
     """
-    checked_block_size(block_size)
+    problem = Problem.of(
+        attention,
+        length=length,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        dtype=dtype,
+        block_size=block_size,
+    )
     if checked_length("ranks", ranks) == 0:
         raise fail("`ranks` is 0, and must be positive")
-    if ranks * checked_length("length", length) > BITS_LIMIT:
+    if ranks * length > BITS_LIMIT:
         raise fail(f"{ranks:,} ranks times {length:,} keys; the limit is {BITS_LIMIT:,}")
-    heads = checked_length("heads", heads)
-    kv_heads = checked_length("kv_heads", heads if kv_heads is None else kv_heads)
-    head_dim = checked_length("head_dim", head_dim)
-    check_problem(Problem(length, length, heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype))
     tiles = mask_tiles(attention, length, heads, inputs)
     pairs = [grid.row_counts() for grid in tiles.grids]
     live = np.sum([pairs[i] for i in tiles.index.ravel()], axis=0)
@@ -130,10 +134,10 @@ def shards(
     found = []
     for scheme, owner_of in SCHEMES.items():
         owner = owner_of(length, ranks, block_size)
-        moved, sent = _traffic(tiles, owner, ranks, kv_heads)
+        moved, sent = _traffic(tiles, owner, ranks, problem.kv_heads)
         to, source = np.nonzero(moved)
         hops = int(((to - source) % ranks).max(initial=0))
-        everything = length * kv_heads * len(tiles.index) * number
+        everything = length * problem.kv_heads * len(tiles.index) * number
         work = np.bincount(owner, live, ranks)
         balance = float(work.max() / work.mean()) if work.any() else 1.0
         keys = tuple(moved.sum(axis=1).tolist())

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from attndsl.attention import Attention
-from attndsl.backend import DTYPES, Problem, check_problem
+from attndsl.backend import DTYPES, Problem
 from attndsl.bound import Bound
 from attndsl.errors import fail
 from attndsl.execution import choice
@@ -27,8 +27,6 @@ from attndsl.tiles.blockmask import BlockMask
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
-
-BLOCK_SIZE = 128
 
 
 def compile(
@@ -53,21 +51,14 @@ def compile(
     """
     start = time.perf_counter()
     attention = bound_of(attention).attention
-    problem = _problem(
-        attention,
-        Problem(
-            length=lowering.checked_length("length", length),
-            q_length=lowering.checked_length("q_length", length if q_length is None else q_length),
-            batch=lowering.checked_length("batch", batch),
-            heads=lowering.checked_length("heads", heads),
-            kv_heads=lowering.checked_length("kv_heads", heads if kv_heads is None else kv_heads),
-            head_dim=lowering.checked_length("head_dim", head_dim),
-            dtype=str(dtype).removeprefix("torch."),
-            device=str(device),
-            block_size=lowering.checked_block_size(BLOCK_SIZE if block_size is None else block_size),
-            training=training,
-        ),
-    )
+    problem = Problem.of(
+        attention, length=length, q_length=q_length, batch=batch, heads=heads, kv_heads=kv_heads,
+        head_dim=head_dim, dtype=dtype, device=device, block_size=block_size, training=training,
+    )  # fmt: skip
+    for table in (*attention.inputs, *attention.learned):
+        if table.name in inspect.signature(Plan.__call__).parameters:
+            raise fail(f"the table `{table.name}` has the name of an argument of the call", help="rename it")
+    _check_device(problem.device)
     blocks = None
     if not lowering.mask_tables(attention):
         sizes = lowering.sizes(attention, problem.length, problem.q_length, problem.heads)
@@ -76,18 +67,6 @@ def compile(
     considered = choice.considered(attention, problem, blocks)
     taken = choice.chosen(considered, backend)
     return Plan(lower(attention, problem, taken), considered, blocks, seconds)
-
-
-def _problem(attention: Attention, problem: Problem) -> Problem:
-    check_problem(problem)
-    if problem.head_dim > lowering.HEAD_DIM_LIMIT:
-        raise fail(f"`head_dim` is {problem.head_dim}, and the limit is {lowering.HEAD_DIM_LIMIT}")
-    lowering.head_groups(attention, problem.heads)
-    for table in (*attention.inputs, *attention.learned):
-        if table.name in inspect.signature(Plan.__call__).parameters:
-            raise fail(f"the table `{table.name}` has the name of an argument of the call", help="rename it")
-    _check_device(problem.device)
-    return problem
 
 
 def _check_device(name: str) -> None:
