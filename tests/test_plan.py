@@ -13,7 +13,7 @@ import attndsl
 from attndsl import conformance
 from attndsl.command.cli import main
 from attndsl.conformance import CASES, MECHANISMS
-from attndsl.execution.lowered import MASKS_KEPT
+from attndsl.execution.lowered import KEPT
 
 RESULT = "(call.q[..., :1] * call.v[:, :1, :1], torch.zeros(call.q.shape[:3]))"
 GOOD = f"""
@@ -177,10 +177,10 @@ def test_a_pickled_attention_is_not_bound_anew():
 def test_tilings_are_kept_for_the_last_few_calls_and_found_again():
     attention = attention_of("inputs doc : int[n]  mask causal & documents(doc)  score s + 0.125 * k")
     plan = compiled("torch", attention)
-    assert not plan.lowered.recent.masks
+    assert not plan.lowered.masks.values
     docs = [torch.arange(8) // size for size in range(1, 9)] + [torch.arange(8) % size for size in (2, 3)]
-    assert len(docs) > MASKS_KEPT
-    for kept, doc in [*enumerate(docs, 1), *((MASKS_KEPT, doc) for doc in docs)]:
+    assert len(docs) > KEPT
+    for kept, doc in [*enumerate(docs, 1), *((KEPT, doc) for doc in docs)]:
         q, k, v = qkv()
         live = torch.from_numpy(attention.mask(8, doc=doc)[0])
         torch.testing.assert_close(
@@ -189,7 +189,7 @@ def test_tilings_are_kept_for_the_last_few_calls_and_found_again():
                 q, k, v, attn_mask=torch.where(live, 0.125 * torch.arange(8), -torch.inf)
             ),
         )
-        assert len(plan.lowered.recent.masks) == min(kept, MASKS_KEPT)
+        assert len(plan.lowered.masks.values) == min(kept, KEPT)
 
 
 def saved(value):

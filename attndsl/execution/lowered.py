@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Generic, TypeVar
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -21,27 +21,31 @@ from attndsl.expr import Table
 from attndsl.tiles import lowering
 from attndsl.tiles.blockmask import BlockMask
 
-MASKS_KEPT = 8
+KEPT = 8
+"""Calls of which sizes and tiles are kept."""
 
 Places = tuple[Sequence[int] | None, Tensor | None, Sequence[int] | None, Tensor | None, int | None]
 """Where queries and keys stand, as the operator takes it: offsets of queries, as numbers or as a tensor [1 or
 B], which may be positions [1 or B, nq] instead; the same of keys; n. None where nothing is said."""
 
 
-class Recent:
-    """The tiles of the last few calls, by what they were made of."""
+T = TypeVar("T")
 
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.masks: dict[tuple[object, ...], BlockMask] = {}
 
-    def get(self, key: tuple[object, ...], make: Callable[[], BlockMask]) -> BlockMask:
-        if key not in self.masks:
-            made = make()
-            while len(self.masks) >= self.size:
-                self.masks.pop(next(iter(self.masks)))
-            self.masks[key] = made
-        return self.masks[key]
+class Recent(Generic[T]):
+    """What was made for the last few calls, by what it was made of."""
+
+    def __init__(self) -> None:
+        self.values: dict[tuple[object, ...], T] = {}
+
+    def get(self, key: tuple[object, ...], make: Callable[[], T]) -> T:
+        found = self.values.get(key)
+        if found is None:
+            found = make()
+            while len(self.values) >= KEPT:
+                self.values.pop(next(iter(self.values)))
+            self.values[key] = found
+        return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +54,7 @@ class Lowered:
 
     identity   the attention, the problem and the backend as text: all that another process needs beside
     constants  the long sets and lists of the attention, as `portable` gives them
+    tables     inputs, then what is learned, by name
     """
 
     attention: Attention
@@ -58,12 +63,13 @@ class Lowered:
     kernel: Kernel | Differentiable
     identity: str
     constants: tuple[Tensor, ...]
-    recent: Recent = field(default_factory=lambda: Recent(MASKS_KEPT))
+    tables: Mapping[str, Table]
+    masks: Recent[BlockMask] = field(default_factory=Recent)
+    known_sizes: Recent[lowering.Sizes] = field(default_factory=Recent)
 
-    @property
-    def tables(self) -> dict[str, Table]:
-        """Inputs, then what is learned, by name."""
-        return {table.name: table for table in (*self.attention.inputs, *self.attention.learned)}
+    @cached_property
+    def mask_tables(self) -> tuple[Table, ...]:
+        return lowering.mask_tables(self.attention)
 
     def tensors(self, q: Tensor, tables: Mapping[str, Tensor]) -> list[Tensor]:
         """What the operator takes beside q, k and v: constants, then inputs, then what is learned."""
@@ -86,35 +92,57 @@ class Lowered:
         backend: Backend = registry.plugin("backends", self.backend)
         return choice.declined(backend, self.attention, replace(self.problem, training=True))
 
-    def call_of(self, q: Tensor, k: Tensor, v: Tensor, tables: Mapping[str, Tensor], places: Places) -> Call:
-        """The checked call with its tiles."""
-        found, n = [], places[-1]
-        for side, x, offset, at in (("q", q, *places[:2]), ("k", k, *places[2:4])):
-            # the one place where what a tensor holds is read: a device waits for it
-            listed = offset if at is None else at.tolist()
-            if at is None or at.dim() == 1:
-                found.append(lowering.axis(side, x.shape[2], listed, None))
-            else:
-                positions = np.array(listed, np.int64).reshape(at.shape)
-                found.append(lowering.axis(side, x.shape[2], None, positions))
-        inside = places[1] is not None and places[1].dim() == 2
-        heads, (at_q, at_k) = self.problem.heads, found
-        sizes = lowering.sizes(self.attention, k.shape[2], q.shape[2], heads, at_q, at_k, n, inside)
+    def sizes(self, q: Tensor, k: Tensor, places: Places) -> lowering.Sizes:
+        """Of a call, with what tensors of positions hold: read here alone, for a device waits for it."""
+        q_offset, q_at, k_offset, k_at, n = places
+        seen = _seen(q_offset, q_at), _seen(k_offset, k_at)
+        key = (q.shape[0], q.shape[2], k.shape[2], *seen, n)
+        return self.known_sizes.get(key, lambda: self._sizes(*key))
+
+    def _sizes(
+        self, batch: int, nq: int, keys: int, q_seen: Seen, k_seen: Seen, n: int | None
+    ) -> lowering.Sizes:
+        at_q, at_k = (
+            lowering.axis(side, size, offset, None if places is None else np.array(places, np.int64))
+            for side, size, (offset, places) in (("q", nq, q_seen), ("k", keys, k_seen))
+        )
+        inside = q_seen[1] is not None
+        sizes = lowering.sizes(self.attention, keys, nq, self.problem.heads, at_q, at_k, n, inside)
         for side, axis in (("q", sizes.q), ("k", sizes.k)):
-            if len(axis.rows) not in (1, len(q)):
-                raise fail(f"`{side}_offset` has {len(axis.rows)} entries for {len(q)} batch rows")
+            if len(axis.rows) not in (1, batch):
+                raise fail(f"`{side}_offset` has {len(axis.rows)} entries for {batch} batch rows")
+        return sizes
+
+    def call_of(
+        self, q: Tensor, k: Tensor, v: Tensor, tables: Mapping[str, Tensor], sizes: lowering.Sizes
+    ) -> Call:
+        """The checked call with its tiles."""
         blocks = self.tiles(sizes, {t.name: tables[t.name] for t in self.attention.inputs}, len(q))
         return Call(q, k, v, blocks, tables, sizes.q, sizes.k, sizes.n)
 
     def tiles(self, sizes: lowering.Sizes, given: Mapping[str, Tensor], batch: int) -> BlockMask:
         """The tiles of one call, kept for the last few."""
-        tables = lowering.checked_tables(self.attention, given, sizes, batch, self.problem.head_dim)
-        used = (tables[table.name] for table in lowering.mask_tables(self.attention))
-        key = (sizes, *((array.shape, array.tobytes()) for array in used))
+        key: tuple[object, ...] = (sizes,)
+        tables: Mapping[str, Any] = given
+        if given:
+            tables = lowering.checked_tables(self.attention, given, sizes, batch, self.problem.head_dim)
+            used = (tables[table.name] for table in self.mask_tables)
+            key = (sizes, *((array.shape, array.tobytes()) for array in used))
         if self.ranged:
             lowering.check_scores(self.attention, sizes, tables)
         block_size = self.problem.block_size
-        return self.recent.get(key, lambda: lowering.block_mask(self.attention, sizes, tables, block_size))
+        return self.masks.get(key, lambda: lowering.block_mask(self.attention, sizes, tables, block_size))
+
+
+Seen = tuple[Sequence[int] | None, Sequence[Sequence[int]] | None]
+"""Offsets, or positions of each batch row or of all."""
+
+
+def _seen(offset: Sequence[int] | None, at: Tensor | None) -> Seen:
+    if at is None:
+        return None if offset is None else tuple(offset), None
+    listed = at.tolist()
+    return (tuple(listed), None) if at.dim() == 1 else (None, tuple(map(tuple, listed)))
 
 
 _alive: WeakValueDictionary[str, Lowered] = WeakValueDictionary()
@@ -132,9 +160,9 @@ def lower(attention: Attention, problem: Problem, backend: str) -> Lowered:
     if not callable(kernel):
         raise fail(f"the backend `{backend}` returned no kernel: its `lower` gave {type(kernel).__name__}")
     constants = tuple(map(torch.from_numpy, written.constants))
-    return _alive.setdefault(
-        written.text, Lowered(attention, problem, backend, kernel, written.text, constants)
-    )
+    tables = {table.name: table for table in (*attention.inputs, *attention.learned)}
+    lowered = Lowered(attention, problem, backend, kernel, written.text, constants, tables)
+    return _alive.setdefault(written.text, lowered)
 
 
 def find(identity: str, tensors: Sequence[Tensor]) -> Lowered:

@@ -1,7 +1,8 @@
-"""The one torch operator of attndsl, `attndsl::attend`: what torch.compile and torch.export see of a plan.
+"""How torch sees a plan: a plain call as an autograd.Function, any other as one operator, `attndsl::attend`.
 
-Everything that is no tensor or size travels as one text, the identity of a `Lowered`: equal ones give one
-graph, and a saved program finds its attention in any process (`lowered.find`).
+In the operator everything that is no tensor or size travels as one text, the identity of a `Lowered`: equal
+ones give one graph, and a saved program finds its attention in any process (`lowered.find`). What it costs to
+dispatch is several times what a small call takes.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from attndsl.backend import Call, Differentiable, Gradients
 from attndsl.errors import fail
 from attndsl.execution import lowered, spoiled
-from attndsl.execution.lowered import Lowered
+from attndsl.execution.lowered import Lowered, Places
+from attndsl.tiles.lowering import Sizes
 
 vjp: Callable[..., tuple[Any, Callable[..., Any]]] = torch.func.vjp  # type: ignore[assignment]
 """Autograd records nothing inside an operator; torch.func does."""
@@ -47,9 +50,15 @@ def attend(
 
     `tensors` as in `Lowered.tensors`, `q_offset` to `n` as in `lowered.Places`.
     """
-    found = lowered.find(identity, tensors)
+    found, places = lowered.find(identity, tensors), (q_offset, q_at, k_offset, k_at, n)
+    return _attend(found, q, k, v, tensors, found.sizes(q, k, places))
+
+
+def _attend(
+    found: Lowered, q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], sizes: Sizes
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     with _full_precision(q.device):
-        call = found.call_of(q, k, v, found.named(tensors), (q_offset, q_at, k_offset, k_at, n))
+        call = found.call_of(q, k, v, found.named(tensors), sizes)
         out, lse = spoiled.forward(call, lambda call: _forward(found, call))
     return out.to(q.dtype), lse, [out.to(lse.dtype)] if _rounds(q) else []
 
@@ -117,7 +126,22 @@ def attend_backward(
     identity: str,
 ) -> list[Tensor]:
     """Gradients of q, k, v and of the wanted among `tensors`, contiguous."""
-    found = lowered.find(identity, tensors)
+    found, places = lowered.find(identity, tensors), (q_offset, q_at, k_offset, k_at, n)
+    slopes, results = (grad_out, grad_lse), (kept[0] if kept else out, lse)
+    return _gradients(found, slopes, results, q, k, v, tensors, wanted, found.sizes(q, k, places))
+
+
+def _gradients(
+    found: Lowered,
+    slopes: tuple[Tensor, Tensor | None],
+    results: tuple[Tensor, Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tensors: Sequence[Tensor],
+    wanted: Sequence[bool],
+    sizes: Sizes,
+) -> list[Tensor]:
     if reason := found.untrainable():
         raise fail(
             f"the backend `{found.backend}` has no gradients for this: {reason}",
@@ -125,12 +149,12 @@ def attend_backward(
         )
     needing = [name for name, w in found.named(wanted).items() if w]
     with _full_precision(q.device):
-        call = found.call_of(q, k, v, found.named(tensors), (q_offset, q_at, k_offset, k_at, n))
+        call = found.call_of(q, k, v, found.named(tensors), sizes)
         gq, gk, gv, by_name = spoiled.gradient(
             call,
             found.tables,
-            (kept[0] if kept else out, lse),
-            (grad_out, grad_lse),
+            results,
+            slopes,
             lambda call: _forward(found, call),
             lambda call, results, slopes: _gradient(found, call, needing, results, slopes),
         )
@@ -193,3 +217,54 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, _: Any
 
 
 attend.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _Function(torch.autograd.Function):
+    """What `attend` is to autograd, without the dispatcher."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, found: Lowered, sizes: Sizes, q: Tensor, k: Tensor, v: Tensor, *others: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        out, lse, kept = _attend(found, q, k, v, others, sizes)
+        ctx.set_materialize_grads(False)
+        ctx.found, ctx.sizes = found, sizes
+        ctx.save_for_backward(kept[0] if kept else out, lse, q, k, v, *others)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+        out, lse, q, k, v, *others = ctx.saved_tensors
+        if grad_out is None:
+            grad_out = torch.zeros_like(out, dtype=q.dtype)
+        wanted = ctx.needs_input_grad[5:]
+        results, slopes = (out, lse), (grad_out, grad_lse)
+        grads = iter(_gradients(ctx.found, slopes, results, q, k, v, others, wanted, ctx.sizes))
+        dense = [next(grads) for _ in range(3)]
+        return None, None, *dense, *(next(grads) if w else None for w in wanted)
+
+
+PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def run(
+    found: Lowered, q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], places: Places
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp, by whichever way in is right for what watches the call."""
+    watched = (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._autograd._profiler_enabled()
+    )
+    if watched or any(type(x) not in PLAIN for x in (q, k, v, *tensors)):
+        out, lse, _ = attend(q, k, v, list(tensors), *places, found.identity)
+        return out, lse
+    sizes = found.sizes(q, k, places)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *tensors)):
+        out, lse = _Function.apply(found, sizes, q, k, v, *tensors)  # type: ignore[no-untyped-call]
+    else:
+        out, lse, _ = _attend(found, q, k, v, tensors, sizes)
+    return out, lse

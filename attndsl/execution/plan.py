@@ -19,7 +19,7 @@ from attndsl.bound import Bound
 from attndsl.errors import fail
 from attndsl.execution import choice
 from attndsl.execution.lowered import Lowered, lower
-from attndsl.execution.operator import attend
+from attndsl.execution.operator import run
 from attndsl.expr import Learned, Table
 from attndsl.program import bound_of
 from attndsl.tiles import lowering
@@ -148,8 +148,7 @@ class Plan:
             *_placed("k", k, k_offset, k_positions),
             None if n is None else lowering.checked_length("n", n),
         )
-        # what is no tensor or size stays behind one operator, so that torch.compile sees a single node
-        out, lse, _ = attend(q, k, v, self.lowered.tensors(q, given), *places, self.lowered.identity)
+        out, lse = run(self.lowered, q, k, v, self.lowered.tensors(q, given), places)
         return (out, lse) if return_lse else out
 
     def bind(self, **inputs: Any) -> Plan:
