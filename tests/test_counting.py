@@ -271,7 +271,8 @@ def test_lengths_that_are_none(length: int) -> None:
 def test_lists_that_are_read_inside_have_a_formula_and_others_end() -> None:
     program = attndsl.parse(
         "pattern inside = { q, k : [2, 0, 1][q mod 3] == k mod 3 }\n"
-        "pattern ends = { q, k : [2, 0, 1][q] == k }"
+        "pattern ends = { q, k : [2, 0, 1][q] == k }\n"
+        "pattern twice = ends @ ends"
     )
     counts = [attndsl.analyze(program["inside"], length=n, parts=["nnz"]).nnz for n in (6, 31)]
     assert [c and c.value for c in counts] == [6 * 2, 11 * 10 + 10 * 11 + 10 * 10]
@@ -282,3 +283,8 @@ def test_lists_that_are_read_inside_have_a_formula_and_others_end() -> None:
     assert (three.nnz.value, three.nnz.formula) == (3, None)
     assert four.nnz is None
     assert "3 entries" in str(four)
+    twice = program["twice"]
+    assert isinstance(twice, attndsl.Bound)
+    assert np.argwhere(twice.mask(3)[0]).tolist() == [[0, 1], [1, 2], [2, 0]]
+    with pytest.raises(attndsl.AttnError, match="3 entries"):
+        twice.mask(4)

@@ -292,6 +292,11 @@ PATTERNS = {
     ),
     "documents": all_of(CAUSAL, eq(lookup(DOC, minimum(Q, const(96))), lookup(DOC, minimum(K, const(96))))),
     "causal less random": all_of(CAUSAL, negate(random_keys(Q, K, const(300), const(1), TRUE, 30, "i", "j"))),
+    "powers of a negative number": le(power(const(-3), mod(sub(Q, K), const(5)), True), const(-4)),
+    "powers of both signs": eq(
+        power(sub(mod(Q, const(5)), const(2)), floordiv(K, const(60)), True), mod(K, const(9))
+    ),
+    "log-sparse": all_of(lt(K, Q), eq(power(const(2), call("log2", sub(Q, K)), True), sub(Q, K))),
     "everything": TRUE,
     "nothing": FALSE,
     "contradiction": all_of(
@@ -393,6 +398,14 @@ def test_an_int_table_out_of_its_range_is_refused_unless_guarded() -> None:
     check(all_of(lt(Q, const(40)), intable(K, CHOSEN, Q)), 64, 64, 16)
     outside = mod(lookup(ROUTES, const(99), Q), const(3))
     check(all_of(lt(K, const(0)), eq(outside, const(1))), 64, 64, 16)
+
+
+def test_a_negative_exponent_is_refused_unless_guarded() -> None:
+    exponent = sub(mod(Q, const(16)), const(3))
+    raised = eq(power(const(2), exponent, True), add(K, const(1000)))
+    with pytest.raises(AttnError, match="a power to -3 is no integer"):
+        tile(raised, 3, 64, 64, n=64)
+    check(all_of(le(const(0), exponent), raised), 14, 64, 64)
 
 
 def test_a_look_up_is_not_read_in_boxes_within_a_tile_that_are_decided() -> None:
