@@ -106,7 +106,7 @@ class Lowered:
             lowering.axis(side, size, offset, None if places is None else np.array(places, np.int64))
             for side, size, (offset, places) in (("q", nq, q_seen), ("k", keys, k_seen))
         )
-        inside = q_seen[1] is not None
+        inside = q_seen[1] is not None or n is not None
         sizes = lowering.sizes(self.attention, keys, nq, self.problem.heads, at_q, at_k, n, inside)
         for side, axis in (("q", sizes.q), ("k", sizes.k)):
             if len(axis.rows) not in (1, batch):

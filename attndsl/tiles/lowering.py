@@ -449,7 +449,7 @@ def sizes_of(
     keys = checked_length("length", length)
     nq = keys if q_length is None else checked_length("q_length", q_length)
     q, k = axis("q", nq, q_offset, q_positions), axis("k", keys, k_offset, k_positions)
-    inside = q_positions is not None
+    inside = q_positions is not None or n is not None
     return sizes(attention, keys, nq, checked_length("heads", heads), q, k, n, inside)
 
 
