@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,7 +30,7 @@ from attndsl.execution.torch_eval import (
 )
 from attndsl.expr import Expr
 from attndsl.scores import by_distance, by_head, scale_and_bias
-from attndsl.tiles.blockmask import BlockMask, TileGrid
+from attndsl.tiles.blockmask import BlockMask
 
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -47,8 +48,9 @@ SECONDS = {
 """Of two cores with AVX-512, by `python -m benchmarks.cost fit`."""
 TRAINING = 3.5
 """Forward and backward beside forward: 5 matrix products to 2."""
-ADDED, FORMED, KEPT = 2**21, 2**19, 2**24
-"""Numbers of an addend, and of weights, that are formed at once; pairs of a mask that is kept."""
+ADDED, FORMED, KEPT, SMALL = 2**21, 2**19, 2**24, 2**20
+"""Numbers of an addend, and of weights, that are formed at once; pairs of a mask that is kept; numbers of an
+addend that is kept."""
 ALONG = "along diagonals"
 """No table's name."""
 CAUSAL_SLACK = 384
@@ -56,22 +58,12 @@ CAUSAL_SLACK = 384
 keys."""
 
 
-def is_full(grid: TileGrid) -> bool:
-    return grid.nnz == grid.nq * grid.n
+class Addend(NamedTuple):
+    """What is added to the logits of all rows, and which rows have nothing else than -inf."""
 
-
-def is_causal(grid: TileGrid) -> bool:
-    """Exactly k <= q on a square."""
-    rows = len(grid.run_ptr) - 1
-    diagonal = np.arange(rows)
-    ends = np.zeros(rows, np.int64)
-    if grid.nq != grid.n or grid.nnz != grid.n * (grid.n + 1) // 2 or grid.run_start.any():
-        return False
-    ends[grid.run_row] = grid.run_end
-    if not np.array_equal(ends, diagonal) or not np.array_equal(grid.part_col, diagonal):
-        return False
-    inside = np.unpackbits(grid.masks, axis=2, bitorder="little").astype(bool)
-    return not np.triu(inside, 1).any()
+    causal: bool
+    addend: Tensor | None = None
+    dead: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,12 +74,25 @@ class Dense:
     bias: Expr | None
     masks: WeakKeyDictionary[BlockMask, Tensor] = field(default_factory=WeakKeyDictionary)
     near: WeakKeyDictionary[BlockMask, Tensor] = field(default_factory=WeakKeyDictionary)
+    small: WeakKeyDictionary[BlockMask, dict[object, Addend]] = field(default_factory=WeakKeyDictionary)
 
-    @property
+    @cached_property
     def by_distance(self) -> bool:
         return self.bias is not None and by_distance(self.bias) is not None
 
+    @cached_property
+    def constant(self) -> bool:
+        """Whether what is added to logits is the same in every call of one mask at one place."""
+        return self.bias is None or (not self.bias.tables and "b" not in self.bias.free)
+
     def __call__(self, call: Call) -> tuple[Tensor, Tensor]:
+        whole = self.whole(call)
+        if whole is not None:
+            q, k, v = padded(call)
+            out, lse = flash(q, k, v, is_causal=whole.causal, attn_mask=whole.addend, scale=self.scale)
+            if whole.dead is not None:
+                lse = lse.masked_fill(whole.dead, -torch.inf)
+            return out[..., : call.v.shape[3]], lse
         q, fused = call.q, is_fused(call)
         wide = torch.promote_types(q.dtype, torch.float32)
         out = q.new_empty((*q.shape[:3], call.v.shape[3]), dtype=q.dtype if fused else wide)
@@ -109,6 +114,28 @@ class Dense:
                 lse[:, :, rows].masked_fill_(addend.amax(-1) == -torch.inf, -torch.inf)
         return out, lse
 
+    def whole(self, call: Call) -> Addend | None:
+        """What all rows take at once, where it is kept from an earlier call or made for later ones."""
+        if not is_fused(call):
+            return None
+        causal = self.plain(call)
+        if causal is not None:
+            return Addend(causal)
+        batch, heads, nq, _ = call.q.shape
+        lead = call.block_mask.index.size if self.bias is None else batch * heads
+        if not self.constant or lead * nq * call.k.shape[2] > SMALL:
+            return None
+        place = (call.q.dtype, None if self.bias is None else (call.q_at, call.k_at, call.n))
+        known = self.small.setdefault(call.block_mask, {})
+        if place not in known:
+            known.clear()
+            _, addend = self.addend(call, slice(0, nq), self.made(call, {}))
+            assert addend is not None
+            addend = addend.contiguous()
+            dead = addend.amax(-1) == -torch.inf
+            known[place] = Addend(False, addend, dead if bool(dead.any()) else None)
+        return known[place]
+
     def gradient(
         self,
         call: Call,
@@ -124,10 +151,11 @@ class Dense:
         q, k, v = padded(call)
         out, grad_out = (fused_rows(x.to(q.dtype), q.shape[3]) for x in (out, grad_out))
         lse = lse.masked_fill(lse == -torch.inf, 0.0)
-        gq, made = torch.empty_like(q), self.made(call, {})
+        whole = self.whole(call)
+        gq, made = torch.empty_like(q), {} if whole is not None else self.made(call, {})
         totals = [torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (k, v)]
-        for rows in self.fused_blocks(call):
-            causal, addend = self.addend(call, rows, made)
+        for rows in self.fused_blocks(call) if whole is None else [slice(0, q.shape[2])]:
+            causal, addend = whole[:2] if whole is not None else self.addend(call, rows, made)
             gq[:, :, rows], *more = flash_backward(
                 grad_out[:, :, rows],
                 q[:, :, rows],
@@ -191,10 +219,10 @@ class Dense:
     def plain(self, call: Call) -> bool | None:
         """Whether the mask is exactly causal, where that or its being full is all there is to add."""
         grids = call.block_mask.grids
-        if self.bias is None and all(is_full(grid) for grid in grids):
+        if self.bias is None and all(grid.is_full for grid in grids):
             return False
         # the fused causal kernel of torch 2.13 on CPU gives NaN where the scale is not positive
-        if self.bias is None and self.scale > 0 and all(is_causal(grid) for grid in grids):
+        if self.bias is None and self.scale > 0 and all(grid.is_causal for grid in grids):
             return True
         return None
 
@@ -322,9 +350,9 @@ class Sdpa:
             "numbers": 0.0,
             "nanoseconds": 0.0,
         }
-        if bias is None and scale > 0 and grids and all(is_causal(grid) for grid in grids):
+        if bias is None and scale > 0 and grids and all(grid.is_causal for grid in grids):
             counts["pairs"] *= min(1.0, (problem.length + CAUSAL_SLACK) / max(1, 2 * problem.length))
-        elif bias is not None or not all(is_full(grid) for grid in grids) or not grids:
+        elif bias is not None or not all(grid.is_full for grid in grids) or not grids:
             heads = problem.batch * problem.heads if bias is not None and by_head(bias) else masks
             by_pair = bias is None or by_distance(bias) is None
             formed = area if by_pair else float(problem.length + problem.q_length)

@@ -83,6 +83,24 @@ class TileGrid:
         return Tiles(full, len(self.part_col), rows * cols - full - len(self.part_col), len(self.masks))
 
     @cached_property
+    def is_full(self) -> bool:
+        return self.nnz == self.nq * self.n
+
+    @cached_property
+    def is_causal(self) -> bool:
+        """Exactly k <= q on a square."""
+        rows, _ = self.shape
+        diagonal = np.arange(rows)
+        if self.nq != self.n or self.nnz != self.n * (self.n + 1) // 2 or self.run_start.any():
+            return False
+        ends = np.zeros(rows, np.int64)
+        ends[self.run_row] = self.run_end
+        if not np.array_equal(ends, diagonal) or not np.array_equal(self.part_col, diagonal):
+            return False
+        inside = np.unpackbits(self.masks, axis=2, bitorder="little").astype(bool)
+        return not np.triu(inside, 1).any()
+
+    @cached_property
     def live(self) -> NDArray[np.int64]:
         """Live pairs in each row of each content, int64 [U, B]."""
         return np.asarray(np.bitwise_count(self.masks).sum(axis=2, dtype=np.int64))
