@@ -178,31 +178,40 @@ class Dense:
     def formula_gradient(
         self, call: Call, wanted: Sequence[str], grad_out: Tensor, grad_lse: Tensor
     ) -> Gradients:
-        wide = grad_lse.dtype
-        k, v = call.k.to(wide), call.v.to(wide)
+        wide, share = grad_lse.dtype, call.q.shape[1] // call.k.shape[1]
+        k, v = (x.to(wide).repeat_interleave(share, 1) for x in (call.k, call.v))
         tables = singles(call.tables, wanted)
         made, pull_made = self.made(call, {}), None
         if wanted:
             made, pull_made = vjp(lambda tables: self.made(call, tables), tables)
         gq = torch.empty_like(call.q)
-        gk, gv = (x.new_zeros(x.shape) for x in (k, v))
+        gk, gv = torch.zeros_like(k), torch.zeros_like(v)
         slopes = {name: x.new_zeros(x.shape) for name, x in made.items()}
         for rows in self.formed_blocks(call):
-            _, pull = vjp(
-                lambda q, k, v, made, rows=rows: self.formula(call, rows, q, k, v, made),
-                call.q[:, :, rows],
-                k,
-                v,
-                made,
-            )
-            gq[:, :, rows], more_k, more_v, more = pull((grad_out[:, :, rows], grad_lse[:, :, rows]))
-            gk += more_k
-            gv += more_v
-            for name, g in more.items():
-                slopes[name] += g
+            q, slope, mask = call.q[:, :, rows].to(wide), grad_out[:, :, rows], self.mask(call, rows)
+            bias, pull = self.bias_of(call, rows, mask, made), None
+            if wanted:
+                bias, pull = vjp(
+                    lambda made, rows=rows, mask=mask: self.bias_of(call, rows, mask, made), made
+                )
+            weight, _ = softmax(torch.where(mask, q @ k.mT * self.scale + bias, -torch.inf))
+            back = slope @ v.mT
+            delta = (weight * back).sum(-1, keepdim=True) - grad_lse[:, :, rows, None]
+            logit = weight * (back - delta)
+            gq[:, :, rows] = logit @ k * self.scale
+            gk += logit.mT @ q * self.scale
+            gv += weight.mT @ slope
+            if pull is not None:
+                (more,) = pull(logit.sum_to_size(bias.shape))
+                for name, g in more.items():
+                    slopes[name] += g
         (named,) = pull_made(slopes) if pull_made else ({},)
         named = {name: g.to(call.tables[name].dtype) for name, g in named.items()}
-        return gq, gk.to(call.k.dtype), gv.to(call.v.dtype), named
+        gk, gv = (
+            x.view(*y.shape[:2], share, *y.shape[2:]).sum(2).to(y.dtype)
+            for x, y in ((gk, call.k), (gv, call.v))
+        )
+        return gq, gk, gv, named
 
     def fused_blocks(self, call: Call) -> list[slice]:
         """All at once where no addend is made; of less than 192 the fused kernel takes 32 at a time."""

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils import _pytree as pytree
 
 from attndsl.backend import Call, Differentiable, Gradients
 from attndsl.errors import fail
@@ -22,8 +23,31 @@ from attndsl.execution import lowered, spoiled
 from attndsl.execution.lowered import Lowered, Places
 from attndsl.tiles.lowering import Sizes
 
-vjp: Callable[..., tuple[Any, Callable[..., Any]]] = torch.func.vjp  # type: ignore[assignment]
-"""Autograd records nothing inside an operator; torch.func does."""
+
+def vjp(function: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[[Any], tuple[Any, ...]]]:
+    """As torch.func.vjp, without an auxiliary output; primals and results are tensors, and tuples or dicts
+    of them.
+
+    Below the dispatcher autograd records nothing and torch.func does; elsewhere it takes a fifth of the time.
+    """
+    if torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.AutogradFunctionality):
+        return torch.func.vjp(function, *primals)  # type: ignore[return-value]
+    given, shape = pytree.tree_flatten(primals)
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_() for x in given]
+        found, found_shape = pytree.tree_flatten(function(*pytree.tree_unflatten(leaves, shape)))
+
+    def pull(slopes: Any) -> tuple[Any, ...]:
+        ends = [
+            end for end in zip(found, found_shape.flatten_up_to(slopes), strict=True) if end[0].requires_grad
+        ]
+        if not ends or not leaves:
+            return pytree.tree_unflatten([torch.zeros_like(x) for x in given], shape)  # type: ignore[no-any-return]
+        outputs, towards = zip(*ends, strict=True)
+        grads = torch.autograd.grad(outputs, leaves, towards, allow_unused=True, materialize_grads=True)
+        return pytree.tree_unflatten(grads, shape)  # type: ignore[no-any-return]
+
+    return pytree.tree_unflatten([x.detach() for x in found], found_shape), pull
 
 
 def _full_precision(device: torch.device) -> AbstractContextManager[object]:
