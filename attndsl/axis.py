@@ -33,8 +33,8 @@ class Axis:
     @staticmethod
     def of(positions: NDArray[np.int64]) -> Axis:
         """positions [rows, length]"""
-        if not positions.shape[1]:
-            return Axis.starting(0, (0,) * len(positions))
+        if not positions.size:
+            return Axis.starting(positions.shape[1], (0,) * max(1, len(positions)))
         rows = []
         for row in positions:
             firsts = np.flatnonzero(np.diff(row, prepend=row[:1] - 2) != 1)

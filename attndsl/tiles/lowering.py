@@ -92,11 +92,11 @@ def sizes(
 
 def _first_row(attention: Attention, n: int, nq: int) -> int:
     if attention.offset is not None:
-        row = ir.number(ir.substitute(attention.offset, {"n": ir.const(n), "nq": ir.const(nq)}))
-        assert row is not None
+        at = ir.substitute(attention.offset, {"n": ir.const(n), "nq": ir.const(nq)})
+        row = int(evaluate(at, np.array(0), np.array(0)))
         if row < 0:
             raise fail(f"`offset` is {row} at n = {n}, nq = {nq}, and must not be negative")
-        return int(row)
+        return row
     if n < nq:
         raise fail(
             f"{nq} queries at the end of {n} keys would start before position 0",
@@ -113,6 +113,7 @@ def axis(side: str, length: int, offset: object, positions: ArrayLike | None) ->
     if offset is not None:
         raise fail(f"`{side}_offset` and `{side}_positions` are given: one says it all")
     name, found = f"{side}_positions", np.asarray(positions)
+    found = found.astype(np.int64) if not found.size else found
     check_positions(name, str(found.dtype), found.shape, length)
     if found.size:
         checked_length(name, int(found.min()))
@@ -233,7 +234,11 @@ def checked_tables(
 
 def as_array(value: Any) -> Array:
     """A tensor, or whatever numpy reads, as an array, integers as int64."""
-    found = np.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+        # numpy has no such type
+        value = value.float() if str(value.dtype) == "torch.bfloat16" else value
+    found = np.asarray(value)
     return found.astype(np.int64, copy=False) if found.dtype.kind in "iu" else found
 
 
