@@ -7,7 +7,7 @@ dispatch is several times what a small call takes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -104,6 +104,8 @@ def _checked(backend: str, call: Call, result: object) -> tuple[Tensor, Tensor]:
         raise fail(f"the backend `{backend}` returned {_described(result)}, not (output, log-sum-exp)")
     out, lse = result
     q, v = call.q, call.v
+    if any(x is y for x in result for y in (q, call.k, v)):
+        raise fail(f"the backend `{backend}` returned one of its arguments: it must return new tensors")
     wide = torch.promote_types(q.dtype, torch.float32)
     wanted = {
         "output": (out, [*q.shape[:3], v.shape[3]], out.dtype if out.dtype == wide else q.dtype),
@@ -116,6 +118,23 @@ def _checked(backend: str, call: Call, result: object) -> tuple[Tensor, Tensor]:
                 f"not {_tensor(dtype, shape, q.device)}"
             )
     return out, lse
+
+
+def _checked_gradients(backend: str, call: Call, wanted: Sequence[str], result: object) -> Gradients:
+    """The gradients, if they are what `Differentiable` promises."""
+    if not isinstance(result, tuple) or len(result) != 4 or not isinstance(result[3], Mapping):
+        raise fail(
+            f"the backend `{backend}` returned {_described(result)} as gradients of q, k, v and tables"
+        )
+    named = dict(zip("qkv", result, strict=False)) | {name: result[3].get(name) for name in wanted}
+    for name, grad in named.items():
+        x = getattr(call, name) if name in "qkv" else call.tables[name]
+        if not isinstance(grad, Tensor) or grad.shape != x.shape:
+            raise fail(
+                f"the backend `{backend}` returned {_described(grad)} as the gradient of `{name}`, "
+                f"which is {_described(x)}"
+            )
+    return result
 
 
 def _tensor(dtype: torch.dtype, shape: list[int], device: torch.device) -> str:
@@ -193,7 +212,9 @@ def _gradient(
     slopes: tuple[Tensor, Tensor | None],
 ) -> Gradients:
     if isinstance(found.kernel, Differentiable):
-        return found.kernel.gradient(call, wanted, *results, *slopes)
+        return _checked_gradients(
+            found.backend, call, wanted, found.kernel.gradient(call, wanted, *results, *slopes)
+        )
     kernel = found.kernel
 
     def again(q: Tensor, k: Tensor, v: Tensor, learned: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -334,7 +334,7 @@ def on_index(el: Elaborator, e: ast.Index, env: Env, space: Space) -> Value:
         )
     table = base.table
     for i in e.indices:
-        if isinstance(i, ast.Name) and i.id in "BH" and i.id not in env.names:
+        if table.known is None and isinstance(i, ast.Name) and i.id in "BH" and i.id not in env.names:
             raise fail(f"the axis `{i.id}` of `{table.name}` is implicit", i.span, help="leave it out")
     indices = (*base.indices, *(el.integer(i, env, space) for i in e.indices))
     rank = len(table.explicit)
