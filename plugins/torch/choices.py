@@ -6,6 +6,7 @@ nothing is tiled: each row multiplies the keys of its list, and what else the ma
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,8 +24,8 @@ from attndsl.execution.torch_eval import (
     FEATURES,
     Env,
     decay_factor,
-    environment,
     evaluate,
+    of_heads,
     positions,
     singles,
     softmax,
@@ -76,7 +77,8 @@ class Choice:
         entries = call.tables[self.table.name].shape[-2:]
         spans = [call.q_at.span(row) for row in range(len(call.q_at.rows))]
         inside = all(0 <= first and last < entries[0] for first, last in spans)
-        return inside and call.k_at.starts is not None and entries[1] * SPARSE <= call.k.shape[2]
+        short = call.k_at.starts is not None and 0 < entries[1] * SPARSE <= call.k.shape[2]
+        return inside and short and call.q.device.type == "cpu"
 
 
 def choices_of(attention: Attention) -> tuple[Choice, ...] | None:
@@ -117,13 +119,14 @@ class Chosen:
 
     def products(self, x: Tensor, y: Tensor) -> Tensor:
         """Of each row of x [B, H, nq, D] with the rows of y [B, Hkv, n, D] at its keys: [X, nq, r]."""
-        found = x.new_empty((len(self.heads), *self.keys.shape[1:]))
+        _, nq, r = self.keys.shape
+        found = x.new_zeros((len(self.heads), nq * r))
+        starts = torch.arange(0, nq * r + 1, r)
         for i, head, kv_head, place in self.each():
-            rows, keys = x[self.batch, head], self.keys[place]
-            found[i] = _row_products(rows, y[self.batch, kv_head], keys.flatten(), *self.bags, 0).view(
-                keys.shape
-            )
-        return found
+            rows, columns = x[self.batch, head], y[self.batch, kv_head].T
+            matrix = _listed(starts, self.keys[place].flatten(), found[i], (nq, columns.shape[1]))
+            torch.sparse.sampled_addmm(matrix, rows, columns, beta=0.0, out=matrix)
+        return found.view(-1, nq, r)
 
     def sums(self, weights: Tensor, y: Tensor, into: Tensor) -> None:
         """Rows of y at the keys, weighted [X, nq, r], into [B, H, nq, D]."""
@@ -143,13 +146,6 @@ class Chosen:
             )
 
     @cached_property
-    def bags(self) -> tuple[Tensor, Tensor]:
-        """Where each list begins, and whose each entry is."""
-        nq, r = self.keys.shape[1:]
-        rows = torch.arange(nq, device=self.keys.device)
-        return rows * r, rows.repeat_interleave(r)
-
-    @cached_property
     def by_key(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         """The entries of a list in the order of their keys, whose they are, and where each key begins."""
         found, n = [], self.call.k.shape[2]
@@ -161,17 +157,11 @@ class Chosen:
 
     def env(self, tables: Mapping[str, Tensor]) -> Env:
         """Axes [X, nq, r]; `tables` take the place of the call's."""
-        call, whole, b = self.call, environment(self.call), self.batch
-        values = {
-            "q": positions(call.q_at, b, torch.arange(self.keys.shape[1], device=whole.device)).view(
-                1, -1, 1
-            ),
-            "k": positions(call.k_at, b, self.keys),
-            "h": torch.tensor(self.heads, device=whole.device).view(-1, 1, 1),
-            "n": torch.tensor(call.n[b % len(call.n)], device=whole.device),
-            "b": torch.tensor(b, device=whole.device),
-        }
-        return replace(whole, values={**whole.values, **values}, tables={**call.tables, **tables})
+        call, b = self.call, self.batch
+        queries = torch.arange(self.keys.shape[1])[None, :, None]
+        at = {"q": positions(call.q_at, b, queries), "k": positions(call.k_at, b, self.keys)}
+        env = of_heads(call, b, self.heads, axes=3)
+        return replace(env, values={**env.values, **at}, tables={**call.tables, **tables})
 
     def weights(self, products: Tensor, tables: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """What each value is multiplied with [X, nq, r], of Q @ K, and the log-sum-exp [X, nq]."""
@@ -190,7 +180,15 @@ class Chosen:
         return weight, torch.where(total == 0, -torch.inf, torch.where(total == 0, 1.0, total).log())
 
 
-_row_products = torch.ops.aten._embedding_bag_per_sample_weights_backward
+def _listed(starts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
+    """The sparse matrix of these values, which it shares; columns in any order, and more than once."""
+    return torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=False)
+
+
+with warnings.catch_warnings():
+    # torch says once in a process that such matrices are new
+    warnings.simplefilter("ignore")
+    _listed(torch.tensor([0, 1]), torch.tensor([0]), torch.zeros(1), (1, 1))
 
 
 def chosen(attention: Attention, choices: Sequence[Choice], call: Call) -> Iterator[Chosen]:
