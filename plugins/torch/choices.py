@@ -74,11 +74,21 @@ class Choice:
 
     def fits(self, call: Call) -> bool:
         """Whether every query has a list, short beside the keys, which stand side by side."""
-        entries = call.tables[self.table.name].shape[-2:]
+        rows, entries = call.tables[self.table.name].shape[-2:]
         spans = [call.q_at.span(row) for row in range(len(call.q_at.rows))]
-        inside = all(0 <= first and last < entries[0] for first, last in spans)
-        short = call.k_at.starts is not None and 0 < entries[1] * SPARSE <= call.k.shape[2]
-        return inside and short and call.q.device.type == "cpu"
+        inside = all(0 <= first and last < rows for first, last in spans)
+        beside = call.k_at.starts is not None and call.q.device.type == "cpu"
+        return inside and beside and sparse(entries, call.k.shape[2])
+
+    @property
+    def entries(self) -> int | None:
+        """Of each list, where the text says it."""
+        size = self.table.dims[-1]
+        return size if isinstance(size, int) else None
+
+
+def sparse(entries: int, n: int) -> bool:
+    return 0 < entries * SPARSE <= n
 
 
 def choices_of(attention: Attention) -> tuple[Choice, ...] | None:
