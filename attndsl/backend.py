@@ -110,7 +110,8 @@ class Call:
 
     q  [B, H, nq, D], k [B, Hkv, n, D], v [B, Hkv, n, Dv], H a multiple of Hkv; query head h reads
        key head h // (H // Hkv). All of one dtype and device.
-    block_mask  the tiles of this very problem (lengths, offsets and tables of this call).
+    tiles       gives `block_mask`, the tiles of this very problem (lengths, offsets and tables of this call).
+                They are made when a kernel first asks: one that goes by a table alone spares the search.
     tables      inputs and learned parameters by name, with the axes of their Table; learned ones never have
                 B. Float ones may require gradients.
     q_at, k_at  where the queries and the keys stand: the values of `q` and `k` in expressions.
@@ -120,11 +121,15 @@ class Call:
     q: Tensor
     k: Tensor
     v: Tensor
-    block_mask: BlockMask
+    tiles: Callable[[], BlockMask]
     tables: Mapping[str, Tensor]
     q_at: Axis
     k_at: Axis
     n: tuple[int, ...]
+
+    @property
+    def block_mask(self) -> BlockMask:
+        return self.tiles()
 
     @property
     def adjacent(self) -> bool:

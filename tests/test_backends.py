@@ -27,16 +27,16 @@ s, q, k, h = map(ir.var, "sqkh")
 NOTHING = "it knows nothing of the "
 GAPS = {
     NOTHING + "clause `heads`": "head-groups odd-heads last-head",
-    NOTHING + "clause `sink`": "sink sink-number sink-H sink-BH",
+    NOTHING + "clause `sink`": "sink sink-number sink-H sink-BH listed-sink",
     NOTHING + "clause `decay`": (
         "adaptive decay-power decay-table decay-of-vectors decay-to-nothing decay-sigmoid decay-relu "
-        "multiset-of-tables random-decay"
+        "multiset-of-tables random-decay listed-by-row"
     ),
     NOTHING + "clauses `count`, `decay`": "multiset threefold multisets-met multiset-sigmoid",
     NOTHING + "clauses `decay`, `sink`": "decay-twice",
     NOTHING + "clauses `count`, `decay`, `sink`": "sink-B-multiset",
     NOTHING + "clauses `decay`, `heads`, `sink`": "groups-of-all-kinds",
-    NOTHING + "norm `sigmoid`": "sigmoid",
+    NOTHING + "norm `sigmoid`": "sigmoid listed-sigmoid",
     NOTHING + "norm `relu`": "relu",
     "the score is not s * number + bias": (
         "softcap shaw da u-D u-HD-twice transformer-xl x-D-y-BD x-BHD-y-HD x-nD x-BnD x-BHnD "

@@ -54,6 +54,10 @@ def causal(p: Pairs) -> Tensor:
     return p.k <= p.q
 
 
+def listed(keys: Tensor, p: Pairs) -> Tensor:
+    return (keys == p.k[..., None]).any(-1)
+
+
 def last(w: int) -> Function:
     return lambda p: (p.k <= p.q) & (p.k > p.q - w)
 
@@ -158,6 +162,13 @@ def likely(share: float) -> Draw:
     return lambda rng, shape, case: rng.random(shape) < share
 
 
+def around(rng: np.random.Generator, shape: tuple[int, ...], case: Case) -> Array:
+    """Positions, some twice in a row, and numbers beyond them."""
+    found = rng.integers(-3, case.longest + 3, shape)
+    found[..., -1] = found[..., 0]
+    return found
+
+
 def positions(rng: np.random.Generator, shape: tuple[int, ...], case: Case) -> Array:
     return rng.integers(0, case.longest + 1, shape)
 
@@ -255,6 +266,44 @@ PLAIN = (
         lambda p: (p.chosen[p.b, p.h, p.q // 16] == (p.k // 16)[..., None]).any(-1),
         tables={"chosen": lambda rng, shape, case: rng.integers(0, max(shape[2], 1), shape)},
         sizes=lambda n: {"tiles": -(-n // 16), "top": 2},
+    ),
+    mechanism(
+        "listed",
+        "inputs keys : int[n, 9] mask causal & { q, k : k in keys[q] } score alibi",
+        Formula(lambda p: causal(p) & listed(p.keys[p.q], p), alibi),
+        tables={"keys": around},
+    ),
+    mechanism(
+        "listed-by-head",
+        "inputs keys : int[B, H, n, 6] mask { q, k : k in keys[q] } score t5(table)",
+        Formula(lambda p: listed(p.keys[p.b, p.h, p.q], p), t5),
+        params="(table = learn[H, 32](0.1))",
+        tables={"keys": around},
+    ),
+    mechanism(
+        "listed-by-row",
+        "inputs keys : int[B, n, 7]  doc : int[n] mask documents(doc) & { q, k : k in keys[q] }"
+        " score Q @ K / 3 decay g ** |q - k|",
+        Formula(
+            lambda p: (p.doc[p.q] == p.doc[p.k]) & listed(p.keys[p.b, p.q], p),
+            lambda p: dot(p.Q, p.K) / 3,
+            lambda p: p.g[p.h] ** (p.q - p.k).abs(),
+        ),
+        params="(g = learn[H](0.9))",
+        tables={"keys": around, "doc": ordered},
+    ),
+    mechanism(
+        "listed-sigmoid",
+        "inputs keys : int[H, n, 5] mask causal & { q, k : k in keys[q] } norm sigmoid",
+        Formula(lambda p: causal(p) & listed(p.keys[p.h, p.q], p), norm="sigmoid"),
+        tables={"keys": around},
+    ),
+    mechanism(
+        "listed-sink",
+        "inputs keys : int[n, 3] mask { q, k : k in keys[q] } norm softmax(sink = z)",
+        Formula(lambda p: listed(p.keys[p.q], p), sink=lambda p: p.z[p.h]),
+        params="(z = learn[H](0.3))",
+        tables={"keys": around},
     ),
     mechanism("alibi", "mask causal score alibi", Formula(causal, alibi)),
     mechanism("softcap", "mask causal & last(50) score softcap(3.0)", Formula(last(50), capped(3.0))),

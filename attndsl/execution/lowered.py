@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, Generic, TypeVar
 from weakref import WeakValueDictionary
 
@@ -120,20 +120,18 @@ class Lowered:
     def call_of(
         self, q: Tensor, k: Tensor, v: Tensor, tables: Mapping[str, Tensor], sizes: lowering.Sizes
     ) -> Call:
-        """The checked call with its tiles."""
-        blocks = self.tiles(sizes, {t.name: tables[t.name] for t in self.attention.inputs}, len(q))
-        return Call(q, k, v, blocks, tables, sizes.q, sizes.k, sizes.n)
-
-    def tiles(self, sizes: lowering.Sizes, given: Mapping[str, Tensor], batch: int) -> BlockMask:
-        """The tiles of one call, kept for the last few."""
-        key: tuple[object, ...] = (sizes,)
-        tables: Mapping[str, Any] = given
+        """The checked call."""
+        given: Mapping[str, Any] = {t.name: tables[t.name] for t in self.attention.inputs}
         if given:
-            tables = lowering.checked_tables(self.attention, given, sizes, batch, self.problem.head_dim)
-            used = (tables[table.name] for table in self.mask_tables)
-            key = (sizes, *((array.shape, array.tobytes()) for array in used))
+            given = lowering.checked_tables(self.attention, given, sizes, len(q), self.problem.head_dim)
         if self.ranged:
-            lowering.check_scores(self.attention, sizes, tables)
+            lowering.check_scores(self.attention, sizes, given)
+        return Call(q, k, v, cache(lambda: self.tiles(sizes, given)), tables, sizes.q, sizes.k, sizes.n)
+
+    def tiles(self, sizes: lowering.Sizes, tables: Mapping[str, Any]) -> BlockMask:
+        """The tiles of one call, kept for the last few."""
+        used = (tables[table.name] for table in self.mask_tables)
+        key = (sizes, *((array.shape, array.tobytes()) for array in used))
         block_size = self.problem.block_size
         return self.masks.get(key, lambda: lowering.block_mask(self.attention, sizes, tables, block_size))
 

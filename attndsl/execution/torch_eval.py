@@ -6,7 +6,7 @@ The axes of a pair tensor are the caller's choice: positions, heads and vectors 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -60,6 +60,22 @@ def environment(call: Call) -> Env:
     }
     wide = torch.promote_types(call.q.dtype, torch.float32)
     return Env({name: x.to(device) for name, x in values.items()}, call.tables, wide, device)
+
+
+def of_heads(call: Call, batch: int, heads: Sequence[int], axes: int) -> Env:
+    """Of some heads of one batch row, without q, k, s, Q and K: `axes` axes, the first of heads."""
+    device, one = call.q.device, (1,) * (axes - 1)
+    numbers = {
+        "n": call.n[batch % len(call.n)],
+        "nq": call.q.shape[2],
+        "H": call.q.shape[1],
+        "D": call.q.shape[3],
+        "b": batch,
+    }
+    values = {name: torch.tensor(value, device=device).view(1, *one) for name, value in numbers.items()}
+    values["h"] = torch.tensor(heads, device=device).view(-1, *one)
+    wide = torch.promote_types(call.q.dtype, torch.float32)
+    return Env(values, call.tables, wide, device)
 
 
 def positions(axis: Axis, batch: int, entries: Tensor) -> Tensor:
@@ -133,7 +149,7 @@ def softmax(logit: Tensor, factor: Tensor | None = None, sink: Tensor | None = N
     top = torch.where(empty, 0.0, top)
     if sink is not None:
         top = torch.maximum(top, sink.detach())
-    weight = torch.where(empty, 0.0, weigh(logit, top, factor))
+    weight = weigh(logit, top, factor)
     total = weight.sum(-1, keepdim=True)
     if sink is not None:
         total = total + torch.exp(sink - top)

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from attndsl import expr as ir
 from attndsl.attention import Attention, HeadGroup
-from attndsl.backend import Problem
+from attndsl.backend import Problem, device_kind
 from attndsl.execution.torch_eval import elements
 from attndsl.expr import Expr
 from attndsl.scores import by_head
 from attndsl.tiles.blockmask import BlockMask, TileGrid
+from attndsl.tiles.lowering import head_groups
 from attndsl.tiles.tiling import tile
 
+from .choices import choices_of, sparse
 from .chunks import Cut, equidistant
 from .lanes import Simple, cut_of, lanes
 from .parts import Gathered, Part, Strided
@@ -34,9 +37,10 @@ SECONDS = {
         "numbers": 1.7e-09,
         "copied": 7.2e-10,
         "merged": 3.49e-09,
+        "listed": 2e-10,
     }
 }
-"""Of two cores with AVX-512, by `python -m benchmarks.cost fit`."""
+"""Of two cores with AVX-512, by `python -m benchmarks.cost fit`; of lists by benchmarks/lists.py."""
 TRAINING = 4.0
 """Forward and backward beside forward: 5 matrix products more to 2, and wider windows."""
 SAMPLED = 2**14
@@ -46,7 +50,12 @@ FUSED_K = 512
 
 
 def counts(attention: Attention, problem: Problem, block_mask: BlockMask | None) -> dict[str, float]:
-    """Of a large mask by a sample of its rows; without tiles every pair."""
+    """Of a large mask by a sample of its rows; without tiles every pair. Where lists take the place of tiles,
+    of their entries, live or not."""
+    choices = choices_of(attention)
+    entries = [choice.entries or problem.length for choice in choices or ()]
+    if entries and device_kind(problem) == "cpu" and all(sparse(r, problem.length) for r in entries):
+        return _list_counts(attention, problem, entries)
     if block_mask is None:
         grid = tile(ir.TRUE, problem.q_length, problem.length, problem.block_size, n=problem.length)
         index = np.zeros((1, 1), np.int32)
@@ -61,6 +70,17 @@ def counts(attention: Attention, problem: Problem, block_mask: BlockMask | None)
         counts = lane_counts(group, grid, heads, problem, max(256, SAMPLED // len(alike)))
         total.update({name: times * problem.batch / batch * count for name, count in counts.items()})
     return {**total, "runs": 1.0, "written": total["copied"] + total["addends"]}
+
+
+def _list_counts(attention: Attention, problem: Problem, entries: Sequence[int]) -> dict[str, float]:
+    """By groups of heads, which have lists of so many entries."""
+    total = Counter(dict.fromkeys((*SECONDS["cpu"], "pairs"), 0.0))
+    for i, heads in Counter(head_groups(attention, problem.heads)).items():
+        group, area = attention.groups[i], problem.batch * problem.q_length * entries[i]
+        numbers = sum(elements(e, area, heads)[0] for e in (group.score, group.decay))
+        more = {"lanes": problem.batch, "pairs": heads * area, "numbers": numbers}
+        total.update(more | {"listed": heads * area * problem.head_dim})
+    return {**total, "runs": 1.0, "written": total["numbers"]}
 
 
 def sampled(grid: TileGrid, entries: int) -> tuple[TileGrid, float]:

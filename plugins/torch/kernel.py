@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from attndsl.attention import Attention
 from attndsl.backend import Call
 from attndsl.execution.torch_eval import peak, singles
 
+from .choices import Choice, attend, choices_of
+from .choices import gradient as choices_gradient
 from .chunks import Kept
 from .gradient import Rows, bias_gradient, part_gradient, room_of, sink_gradient, slopes_of
 from .lanes import Lane, Simple, lanes
@@ -34,6 +37,8 @@ class BlockSparse:
     kept: Kept = field(default_factory=Kept)
 
     def __call__(self, call: Call) -> tuple[Tensor, Tensor]:
+        if (choices := self.choices_for(call)) is not None:
+            return attend(self.attention, choices, widened(call))
         call, wide = widened(call) if self.exact else call, torch.promote_types(call.q.dtype, torch.float32)
         q = call.q
         out = q.new_empty((*q.shape[:3], call.v.shape[3]), dtype=wide)
@@ -46,6 +51,15 @@ class BlockSparse:
                 o.copy_(exact)
                 torch.add(beyond, top, out=total)
         return out, lse
+
+    @cached_property
+    def choices(self) -> tuple[Choice, ...] | None:
+        return choices_of(self.attention)
+
+    def choices_for(self, call: Call) -> tuple[Choice, ...] | None:
+        """The lists of keys to go by in place of tiles, if this call has such."""
+        found = self.choices
+        return found if found is not None and all(choice.fits(call) for choice in found) else None
 
     def lanes(self, call: Call) -> Iterator[Lane]:
         batch, heads = call.q.shape[:2]
@@ -87,6 +101,23 @@ class BlockSparse:
         grad_lse: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
         given, call = (call.q, call.k, call.v), widened(call)
+        if (choices := self.choices_for(call)) is not None:
+            found = choices_gradient(self.attention, choices, call, wanted, lse, grad_out, grad_lse)
+        else:
+            found = self.over_lanes(call, wanted, out, lse, grad_out, grad_lse)
+        gq, gk, gv = (total.to(x.dtype) for total, x in zip(found[:3], given, strict=True))
+        return gq, gk, gv, {name: total.to(call.tables[name].dtype) for name, total in found[3].items()}
+
+    def over_lanes(
+        self,
+        call: Call,
+        wanted: Sequence[str],
+        out: Tensor,
+        lse: Tensor,
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        """The gradients before they are rounded."""
         wide = call.q.dtype
         totals = [call.q.new_empty(call.q.shape), *(x.new_zeros(x.shape) for x in (call.k, call.v))]
         tables = {name: x.new_zeros(x.shape) for name, x in singles(call.tables, wanted).items()}
@@ -111,8 +142,7 @@ class BlockSparse:
                     chunk.add_keys(total, g.sum(0, keepdim=True) if len(total) < len(g) else g)
             bias_gradient(work, slopes, tables)
             sink_gradient(work, rows, tables)
-        gq, gk, gv = (total.to(x.dtype) for total, x in zip(totals, given, strict=True))
-        return gq, gk, gv, {name: total.to(call.tables[name].dtype) for name, total in tables.items()}
+        return totals[0], totals[1], totals[2], tables
 
     def work(self, call: Call, lane: Lane, gradient: bool, wanted: Sequence[str] = ()) -> Work:
         """Not simple where tables ask for gradients that differ from pair to pair."""

@@ -17,6 +17,7 @@ from attndsl.execution.torch_eval import (
     from_diagonals,
     fused_rows,
     of_distances,
+    of_heads,
     peak,
     positions,
     weigh,
@@ -90,20 +91,13 @@ class Work:
 
     def env(self, chunk: Chunk | None, tables: Mapping[str, Tensor]) -> Env:
         """Axes [X, C, q_len, k_len]."""
-        call, b, device = self.call, self.lane.batch, self.q.device
-        heads = torch.arange(self.lane.heads.start, self.lane.heads.stop, device=device).view(-1, 1, 1, 1)
-        numbers = {
-            "n": call.n[b % len(call.n)],
-            "nq": call.q.shape[2],
-            "H": call.q.shape[1],
-            "D": call.q.shape[3],
-        }
-        values = {name: torch.tensor(value, device=device) for name, value in numbers.items()} | {"h": heads}
+        call, b, heads = self.call, self.lane.batch, self.lane.heads
+        env = of_heads(call, b, range(heads.start, heads.stop), axes=4)
+        at = {}
         if chunk is not None:
-            values["q"] = positions(call.q_at, b, chunk.query_tokens(device)[None, :, :, None])
-            values["k"] = positions(call.k_at, b, chunk.key_tokens(device)[None, :, None, :])
-        values["b"] = torch.full((1, 1, 1, 1), b, device=device)
-        return Env(values, {**call.tables, **tables}, self.wide, device)
+            at["q"] = positions(call.q_at, b, chunk.query_tokens(env.device)[None, :, :, None])
+            at["k"] = positions(call.k_at, b, chunk.key_tokens(env.device)[None, :, None, :])
+        return replace(env, values={**env.values, **at}, tables={**call.tables, **tables})
 
     def additive(self, chunk: Chunk) -> Addend:
         """Mask and bias as one addend [X or 1, C or 1, q_len, k_len], and which rows it kills."""
