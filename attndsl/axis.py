@@ -33,8 +33,8 @@ class Axis:
     @staticmethod
     def of(positions: NDArray[np.int64]) -> Axis:
         """positions [rows, length]"""
-        if not positions.size:
-            return Axis.starting(positions.shape[1], (0,) * max(1, len(positions)))
+        if not positions.shape[1]:
+            return Axis.starting(0, (0,) * len(positions))
         rows = []
         for row in positions:
             firsts = np.flatnonzero(np.diff(row, prepend=row[:1] - 2) != 1)
@@ -53,6 +53,9 @@ class Axis:
 
     def positions(self, batch: int) -> NDArray[np.int64]:
         """int64 [length]"""
+        if len(self.row(batch)) == 1:
+            start = self.row(batch)[0][1]
+            return np.arange(start, start + self.length)
         firsts, values = np.array(self.row(batch), np.int64).reshape(-1, 2).T
         lengths = np.diff(firsts, append=self.length)
         return np.arange(self.length) + np.repeat(values - firsts, lengths)

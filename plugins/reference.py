@@ -27,6 +27,7 @@ SECONDS = {
         "formed": 1.71e-08,
         "masks": 8.96e-10,
         "numbers": 1.86e-09,
+        "copied": 3e-09,
     }
 }
 """Of two cores with AVX-512, by `python -m benchmarks.cost fit`."""
@@ -67,6 +68,7 @@ class Reference:
             "formed": heads * area * groups,
             "masks": area * groups * (1 if block_mask is None else block_mask.index.size),
             "numbers": numbers,
+            "copied": 2.0 * heads * problem.length * problem.head_dim,
             "nanoseconds": computed,
             "written": PASSES * heads * area * groups + numbers,
         }

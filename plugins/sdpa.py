@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from attndsl.attention import Attention
-from attndsl.backend import Call, Gradients, Kernel, Problem, predicted
+from attndsl.backend import DTYPES, Call, Gradients, Kernel, Problem, predicted
 from attndsl.execution.operator import vjp
 from attndsl.execution.torch_eval import (
     FEATURES,
@@ -43,6 +43,7 @@ SECONDS = {
         "written": 3.09e-09,
         "numbers": 2.07e-09,
         "nanoseconds": 8.65e-11,
+        "read": 2.9e-10,
     }
 }
 """Of two cores with AVX-512, by `python -m benchmarks.cost fit`."""
@@ -87,6 +88,8 @@ class Dense:
 
     def __call__(self, call: Call) -> tuple[Tensor, Tensor]:
         whole = self.whole(call)
+        if whole is not None and not whole.causal and whole.addend is None:
+            return all_pairs(call, self.scale)
         if whole is not None:
             q, k, v = padded(call)
             out, lse = flash(q, k, v, is_causal=whole.causal, attn_mask=whole.addend, scale=self.scale)
@@ -227,11 +230,10 @@ class Dense:
 
     def plain(self, call: Call) -> bool | None:
         """Whether the mask is exactly causal, where that or its being full is all there is to add."""
-        grids = call.block_mask.grids
-        if self.bias is None and all(grid.is_full for grid in grids):
+        if self.bias is None and call.block_mask.is_full:
             return False
         # the fused causal kernel of torch 2.13 on CPU gives NaN where the scale is not positive
-        if self.bias is None and self.scale > 0 and all(grid.is_causal for grid in grids):
+        if self.bias is None and self.scale > 0 and all(grid.is_causal for grid in call.block_mask.grids):
             return True
         return None
 
@@ -307,6 +309,15 @@ def is_fused(call: Call) -> bool:
     return call.q.device.type == "cpu" and 0 not in (*call.q.shape, *call.k.shape)
 
 
+def all_pairs(call: Call, scale: float) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp where every pair is live: query heads that share a key head are rows of one
+    product, so that nothing of k and v is copied."""
+    (batch, _, _, d), dv = call.q.shape, call.v.shape[3]
+    q = call.q.reshape(batch, call.k.shape[1], -1, d)
+    out, lse = flash(*(fused_rows(x, max(d, dv)) for x in (q, call.k, call.v)), scale=scale)
+    return out[..., :dv].reshape(*call.q.shape[:3], dv), lse.reshape(call.q.shape[:3])
+
+
 def padded(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """As many key heads as query heads, and equal head dimensions, which the fused kernel wants."""
     width = max(call.q.shape[3], call.v.shape[3])
@@ -351,6 +362,7 @@ class Sdpa:
         every = problem.batch * problem.heads * area
         scale, bias = scale_and_bias_of(attention, problem.head_dim)
         grids, masks = ((), 1) if block_mask is None else (block_mask.grids, block_mask.index.size)
+        each = DTYPES[problem.dtype] / 4 * problem.batch * problem.length * problem.head_dim
         counts = {
             "calls": 1.0,
             "pairs": every,
@@ -358,10 +370,11 @@ class Sdpa:
             "written": 0.0,
             "numbers": 0.0,
             "nanoseconds": 0.0,
+            "read": 2 * each * problem.kv_heads,
         }
         if bias is None and scale > 0 and grids and all(grid.is_causal for grid in grids):
             counts["pairs"] *= min(1.0, (problem.length + CAUSAL_SLACK) / max(1, 2 * problem.length))
-        elif bias is not None or not all(grid.is_full for grid in grids) or not grids:
+        elif bias is not None or block_mask is None or not block_mask.is_full:
             heads = problem.batch * problem.heads if bias is not None and by_head(bias) else masks
             by_pair = bias is None or by_distance(bias) is None
             formed = area if by_pair else float(problem.length + problem.q_length)

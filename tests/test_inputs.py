@@ -236,19 +236,3 @@ def test_q_k_and_v_of_different_dtypes() -> None:
         attndsl.AttnError, match=r"(?s)`k` is float16.*`q` is float32: pass `k\.to\(q\.dtype\)`"
     ):
         plan()(Q, K.half(), V, doc=np.zeros(16, int))
-
-
-def test_offsets_that_have_no_value() -> None:
-    attention = attndsl.parse("attention a { offset [3, 0][nq] mask causal }")["a"]
-    with pytest.raises(attndsl.AttnError, match="has 2 entries on axis 0, but entry 2 is read"):
-        attention.mask(4, 2)
-    assert attention.mask(4, 1).sum() == 1
-
-
-def test_floats_of_masks_as_people_have_them() -> None:
-    attention = attndsl.parse("attention a { inputs z : float[n] mask { q, k : floor(z[k]) > 0 } }")["a"]
-    z = torch.arange(8) / 3
-    for dtype in (torch.float16, torch.bfloat16, torch.float64):
-        assert (attention.mask(8, z=z.to(dtype)) == (z >= 1).numpy()).all()
-    with pytest.raises(attndsl.AttnError, match="integer overflow"):
-        attention.mask(8, z=z * torch.nan)

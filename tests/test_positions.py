@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -247,27 +245,3 @@ def test_a_mask_at_positions() -> None:
             attndsl.parse("attention a { inputs q_offset : int[n] mask { q, k : q_offset[k] == 0 } }")["a"],
             length=8,
         )
-
-
-def test_positions_of_nothing_and_places_that_are_no_array() -> None:
-    plan, (q, k, v) = compiled("window"), tensors()
-    none = torch.zeros(0, N, dtype=torch.int64)
-    assert plan(q[:0], k[:0], v[:0], q_positions=none).shape == (0, HEADS, N, WIDTH)
-    assert not plan(q[:, :, :3], k[:, :, :0], v[:, :, :0], q_offset=0, k_positions=[]).any()
-    with pytest.raises(attndsl.AttnError, match="`q_positions` is a sparse tensor"):
-        plan(q[:, :, :4], k, v, q_positions=torch.arange(4).to_sparse())
-
-
-def test_one_plan_in_eight_threads() -> None:
-    plan, (q, k, v) = compiled("window", "torch"), tensors()
-    places = [{"q_positions": torch.arange(start, start + 5)} for start in range(0, 60, 3)]
-    expected = [plan(q[:, :, :5], k, v, **place) for place in places]
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        with ThreadPoolExecutor(8) as pool:
-            found = list(pool.map(lambda i: plan(q[:, :, :5], k, v, **places[i]), list(range(20)) * 12))
-    finally:
-        sys.setswitchinterval(before)
-    for i, out in enumerate(found):
-        torch.testing.assert_close(out, expected[i % 20])

@@ -57,11 +57,3 @@ def test_the_collector_is_left_as_it_was(text: str, collects: bool):
         left = gc.isenabled()
         gc.enable()
     assert left is collects
-
-
-def test_sets_of_heads_that_end_or_overflow() -> None:
-    text = "attention a { mask full heads { p : [0, 1, 0][p] == 1 } { } else { mask causal } }"
-    attention = attndsl.parse(text)["a"]
-    assert [attention.mask(3, heads=3)[h].all() for h in range(3)] == [False, True, False]
-    with pytest.raises(attndsl.AttnError, match="integer overflow"):
-        attndsl.parse("attention a { mask full heads { p : 3 ** p < 3 } { } else { mask causal } }")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
@@ -11,7 +10,6 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from attndsl import portable
@@ -39,16 +37,14 @@ class Recent(Generic[T]):
 
     def __init__(self) -> None:
         self.values: dict[tuple[object, ...], T] = {}
-        self.lock = threading.Lock()
 
     def get(self, key: tuple[object, ...], make: Callable[[], T]) -> T:
         found = self.values.get(key)
         if found is None:
             found = make()
-            with self.lock:
-                while len(self.values) >= KEPT:
-                    self.values.pop(next(iter(self.values)))
-                self.values[key] = found
+            while len(self.values) >= KEPT:
+                self.values.pop(next(iter(self.values)))
+            self.values[key] = found
         return found
 
 
@@ -107,7 +103,7 @@ class Lowered:
         self, batch: int, nq: int, keys: int, q_seen: Seen, k_seen: Seen, n: int | None
     ) -> lowering.Sizes:
         at_q, at_k = (
-            lowering.axis(side, size, offset, None if places is None else _rows(places, size))
+            lowering.axis(side, size, offset, None if places is None else np.array(places, np.int64))
             for side, size, (offset, places) in (("q", nq, q_seen), ("k", keys, k_seen))
         )
         inside = q_seen[1] is not None or n is not None
@@ -138,10 +134,6 @@ class Lowered:
 
 Seen = tuple[Sequence[int] | None, Sequence[Sequence[int]] | None]
 """Offsets, or positions of each batch row or of all."""
-
-
-def _rows(places: Sequence[Sequence[int]], size: int) -> NDArray[np.int64]:
-    return np.array(places, np.int64).reshape(len(places), size)
 
 
 def _seen(offset: Sequence[int] | None, at: Tensor | None) -> Seen:

@@ -360,8 +360,7 @@ def _placed(side: str, x: Tensor, offset: Any, positions: Any) -> tuple[list[int
     if isinstance(positions, Tensor):
         _check_place(name, positions, x)
     else:
-        listed = np.array(_array_like(name, positions))
-        positions = torch.from_numpy(listed if listed.size else listed.astype(np.int64))
+        positions = torch.from_numpy(np.array(_array_like(name, positions)))
     lowering.check_positions(name, str(positions.dtype), positions.shape, x.shape[2])
     positions = positions if positions.dim() == 2 else positions[None]
     if len(positions) not in (1, len(x)):
@@ -370,7 +369,6 @@ def _placed(side: str, x: Tensor, offset: Any, positions: Any) -> tuple[list[int
 
 
 def _check_place(name: str, at: Tensor, x: Tensor) -> None:
-    _check_strided(name, at)
     if at.is_floating_point() or at.is_complex() or at.dtype in (torch.bool, torch.uint64):
         raise fail(f"`{name}` holds positions, and was given as {str(at.dtype).removeprefix('torch.')}")
     if at.device != x.device:

@@ -32,7 +32,6 @@ from attndsl.language.values import (
     intersection,
 )
 from attndsl.language.vocabulary import BUILT_IN, RESERVED
-from attndsl.meaning.intervals import check_range
 from attndsl.meaning.pointwise import evaluate
 from attndsl.syntax import nodes as ast
 
@@ -265,20 +264,6 @@ def listed_heads(which: Expr) -> set[int]:
     """The heads below HEAD_LIMIT in a set; none where it depends on H."""
     if "H" in which.free:
         return set()
-    check_range(which, {"h": (0, HEAD_LIMIT)}, {})
-    held = ir.substitute(which, {"h": Q})
-    try:
-        heads = np.arange(HEAD_LIMIT)
-        return {*heads[evaluate(held, heads[:, None], np.zeros((1, 1), np.int64))[:, 0]].tolist()}
-    except AttnError:
-        # it has no value at some head, and speaks of those before
-        return {*_up_to_an_error(held)}
-
-
-def _up_to_an_error(held: Expr) -> Iterator[int]:
-    for head in range(HEAD_LIMIT):
-        try:
-            if evaluate(held, np.array([head]), np.array([0])).all():
-                yield head
-        except AttnError:
-            return
+    heads = np.arange(HEAD_LIMIT)
+    held = evaluate(ir.substitute(which, {"h": Q}), heads[:, None], np.zeros((1, 1), np.int64))
+    return {*heads[held[:, 0]].tolist()}

@@ -138,7 +138,7 @@ def _monotone(
 
 
 def _floor(a: Interval) -> Interval:
-    return (math.floor(a[0]), math.floor(a[1])) if math.isfinite(a[1] - a[0]) else ANYTHING
+    return ANYTHING if math.isinf(a[1] - a[0]) else (math.floor(a[0]), math.floor(a[1]))
 
 
 def _rising(function: Callable[[int], int]) -> Callable[[Interval], Interval]:

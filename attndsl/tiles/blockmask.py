@@ -1,4 +1,5 @@
-"""BlockMask: the mask in tiles, as runs of full tiles and partial tiles with a dictionary of contents."""
+"""BlockMask: the mask in tiles, as runs of full tiles and partial tiles with a dictionary of contents; of few
+rows as intervals of keys."""
 
 from __future__ import annotations
 
@@ -13,6 +14,8 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     import torch
     from torch.nn.attention import flex_attention
+
+Spans = tuple[tuple[int, int], ...]
 
 
 class Tiles(NamedTuple):
@@ -81,10 +84,6 @@ class TileGrid:
         full = int((self.run_end.astype(np.int64) - self.run_start).sum())
         rows, cols = self.shape
         return Tiles(full, len(self.part_col), rows * cols - full - len(self.part_col), len(self.masks))
-
-    @cached_property
-    def is_full(self) -> bool:
-        return self.nnz == self.nq * self.n
 
     @cached_property
     def is_causal(self) -> bool:
@@ -165,19 +164,126 @@ class TileGrid:
         return rows[start - first * size : stop - first * size, : self.n]
 
 
+class Run(NamedTuple):
+    """Keys from `start` to before `stop`, at each of which some row is live; `mask` [nq, keys] says which,
+    None where all are."""
+
+    start: int
+    stop: int
+    mask: NDArray[np.bool_] | None
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """A mask of few rows: `spans` are each row's live keys, rising intervals (start, stop) that do not touch.
+
+    Tiles are made of it where somebody asks for them.
+    """
+
+    n: int
+    block_size: int
+    spans: tuple[Spans, ...]
+
+    @staticmethod
+    def of_dense(live: NDArray[np.bool_], block_size: int) -> Rows:
+        """live [nq, n]"""
+        return Rows(live.shape[1], block_size, tuple([intervals(row) for row in live]))
+
+    @property
+    def nnz(self) -> int:
+        """Live (q, k) pairs."""
+        return sum([stop - start for spans in self.spans for start, stop in spans])
+
+    @cached_property
+    def runs(self) -> list[Run]:
+        """The live pairs, each in one run, by rising key."""
+        if len(self.spans) == 1:
+            return [Run(start, stop, None) for start, stop in self.spans[0]]
+        change: dict[int, int] = {}
+        for start, stop in (span for spans in self.spans for span in spans):
+            change[start] = change.get(start, 0) + 1
+            change[stop] = change.get(stop, 0) - 1
+        found: list[tuple[int, int, bool]] = []
+        rows, before = 0, 0
+        for at in sorted(change):
+            whole = rows == len(self.spans)
+            if rows and found and found[-1][1] == before and found[-1][2] == whole:
+                found[-1] = (found[-1][0], at, whole)
+            elif rows:
+                found.append((before, at, whole))
+            rows, before = rows + change[at], at
+        return [Run(a, b, None if whole else self._between(a, b)) for a, b, whole in found]
+
+    def _between(self, first: int, last: int) -> NDArray[np.bool_]:
+        """The mask at the keys from `first` to before `last`."""
+        live = np.zeros((len(self.spans), last - first), bool)
+        for row, spans in zip(live, self.spans, strict=True):
+            for start, stop in spans:
+                row[max(start - first, 0) : max(stop - first, 0)] = True
+        return live
+
+    @cached_property
+    def grid(self) -> TileGrid:
+        """The same in tiles."""
+        nq, size = len(self.spans), self.block_size
+        rows, cols = -(-nq // size), -(-self.n // size)
+        bits = np.zeros((rows * size, cols * size // 8), np.uint8)
+        for row, spans in zip(bits, self.spans, strict=False):
+            edges = np.zeros(cols * size + 1, np.int8)
+            for start, stop in spans:
+                edges[start], edges[stop] = edges[start] + 1, edges[stop] - 1
+            row[:] = np.packbits(np.cumsum(edges[:-1], dtype=np.int8), bitorder="little")
+        contents = bits.reshape(rows, size, cols, size // 8).swapaxes(1, 2).reshape(rows * cols, -1)
+        full = (contents == 255).all(1)
+        partial = np.flatnonzero(contents.any(1) & ~full)
+        words = contents[partial].view(np.dtype((np.void, size * size // 8)))[:, 0]
+        _, first, what = np.unique(words, return_index=True, return_inverse=True)
+        edges = np.zeros((rows, cols + 2), np.int8)
+        edges[:, 1:-1] = full.reshape(rows, cols)
+        steps = np.diff(edges, axis=1)
+        (run_row, run_start), run_end = np.nonzero(steps == 1), np.nonzero(steps == -1)[1]
+        bounds = np.arange(rows + 1)
+        return TileGrid(
+            nq, self.n, size,
+            np.searchsorted(run_row, bounds).astype(np.int32),
+            run_start.astype(np.int32),
+            run_end.astype(np.int32),
+            np.searchsorted(partial // cols, bounds).astype(np.int32),
+            (partial % cols).astype(np.int32),
+            what.astype(np.int32),
+            contents[partial[first]].reshape(-1, size, size // 8),
+        )  # fmt: skip
+
+
+def intervals(row: NDArray[np.bool_]) -> Spans:
+    """Where a row of truths holds."""
+    edges = np.flatnonzero(np.diff(np.r_[False, row, False].view(np.int8)))
+    return tuple((start, stop) for start, stop in edges.reshape(-1, 2).tolist())
+
+
 @dataclass(frozen=True, eq=False)
 class BlockMask:
     """The tiles of an attention for one problem.
 
-    grids   the distinct masks; heads and batch rows with equal masks share one
-    index   int32 [B or 1, H or 1]: which grid a (batch row, query head) uses
+    masks   the distinct masks; heads and batch rows with equal masks share one
+    index   int32 [B or 1, H or 1]: which mask a (batch row, query head) uses
     """
 
     nq: int
     n: int
     block_size: int
-    grids: tuple[TileGrid, ...]
+    masks: tuple[TileGrid, ...] | tuple[Rows, ...]
     index: NDArray[np.int32]
+
+    @property
+    def rows(self) -> tuple[Rows, ...] | None:
+        """The distinct masks as intervals of keys, if they are so."""
+        return tuple([mask for mask in self.masks if isinstance(mask, Rows)]) or None
+
+    @cached_property
+    def grids(self) -> tuple[TileGrid, ...]:
+        """The distinct masks in tiles."""
+        return tuple([mask.grid if isinstance(mask, Rows) else mask for mask in self.masks])
 
     def uses(self) -> Iterator[TileGrid]:
         """The grid of each (batch row, head) of `index`."""
@@ -186,7 +292,12 @@ class BlockMask:
     @property
     def nnz(self) -> int:
         """Live (q, k) pairs, summed over the batch rows and heads of `index`."""
-        return sum(grid.nnz for grid in self.uses())
+        return sum([self.masks[i].nnz for i in self.index.ravel()])
+
+    @cached_property
+    def is_full(self) -> bool:
+        """Whether every pair is live."""
+        return all(mask.nnz == self.nq * self.n for mask in self.masks)
 
     @property
     def tiles(self) -> Tiles:

@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 from attndsl import expr as ir
 from attndsl.attention import Attention
 from attndsl.axis import Axis
-from attndsl.errors import fail
+from attndsl.errors import AttnError, fail
 from attndsl.expr import Expr, Table
 from attndsl.meaning.intervals import check_range
 from attndsl.meaning.pointwise import evaluate
-from attndsl.tiles.blockmask import BlockMask, TileGrid
+from attndsl.tiles.blockmask import BlockMask, Rows, Spans, TileGrid
+from attndsl.tiles.rows import Keys, entries, keys_of
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -28,6 +29,8 @@ NO_TABLES: Mapping[str, Any] = MappingProxyType({})
 LENGTH_LIMIT = 2**31 - 1
 HEAD_DIM_LIMIT = 2**16
 DENSE_LIMIT = 2**30
+FEW_ROWS = 16
+"""Queries up to which keys are found row by row."""
 
 
 @dataclass(frozen=True)
@@ -92,11 +95,11 @@ def sizes(
 
 def _first_row(attention: Attention, n: int, nq: int) -> int:
     if attention.offset is not None:
-        at = ir.substitute(attention.offset, {"n": ir.const(n), "nq": ir.const(nq)})
-        row = int(evaluate(at, np.array(0), np.array(0)))
+        row = ir.number(ir.substitute(attention.offset, {"n": ir.const(n), "nq": ir.const(nq)}))
+        assert row is not None
         if row < 0:
             raise fail(f"`offset` is {row} at n = {n}, nq = {nq}, and must not be negative")
-        return row
+        return int(row)
     if n < nq:
         raise fail(
             f"{nq} queries at the end of {n} keys would start before position 0",
@@ -113,7 +116,6 @@ def axis(side: str, length: int, offset: object, positions: ArrayLike | None) ->
     if offset is not None:
         raise fail(f"`{side}_offset` and `{side}_positions` are given: one says it all")
     name, found = f"{side}_positions", np.asarray(positions)
-    found = found.astype(np.int64) if not found.size else found
     check_positions(name, str(found.dtype), found.shape, length)
     if found.size:
         checked_length(name, int(found.min()))
@@ -146,6 +148,7 @@ def closed(e: Expr, n: int, nq: int, b: int, h: int, heads: int) -> Expr:
     return ir.substitute(e, {name: ir.const(value) for name, value in constants.items() if name in e.free})
 
 
+@functools.lru_cache(maxsize=1024)
 def head_groups(attention: Attention, heads: int) -> tuple[int, ...]:
     """For each head the index of its group. Raises AttnError where a head has none or two, or is missing."""
     if heads < attention.least_heads:
@@ -234,11 +237,7 @@ def checked_tables(
 
 def as_array(value: Any) -> Array:
     """A tensor, or whatever numpy reads, as an array, integers as int64."""
-    if hasattr(value, "detach"):
-        value = value.detach().cpu()
-        # numpy has no such type
-        value = value.float() if str(value.dtype) == "torch.bfloat16" else value
-    found = np.asarray(value)
+    found = np.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
     return found.astype(np.int64, copy=False) if found.dtype.kind in "iu" else found
 
 
@@ -389,12 +388,32 @@ def check_scores(attention: Attention, sizes: Sizes, tables: Mapping[str, Array]
     read a table wait until it is given."""
     if not (sizes.q.length and sizes.k.length):
         return
+    ends = [sizes.q.length, *sizes.n, *(sizes.q.span(row)[1] for row in range(len(sizes.q.rows)))]
+    if _scores_fit(attention, max(ends).bit_length(), sizes.heads):
+        return
     known = {table for table in attention.inputs if table.name in tables} | set(attention.learned)
     for row in range(sizes.rows):
         for group in attention.groups:
             for e in (group.score, group.decay, group.norm.sink):
                 if e is not None and e.tables <= known:
                     check_range(e, ranges(sizes, row), tables)
+
+
+@functools.lru_cache(maxsize=256)
+def _scores_fit(attention: Attention, bits: int, heads: int) -> bool:
+    """Whether no integer leaves the 64-bit range wherever the sizes and positions have so many bits; only of
+    scores that read no tables."""
+    sides = dict.fromkeys(("q", "k", "n", "nq"), (0, 2**bits))
+    limits = {"h": (0, heads - 1), "H": (heads, heads), "D": (1, HEAD_DIM_LIMIT)}
+    parts = [e for g in attention.groups for e in (g.score, g.decay, g.norm.sink) if e is not None]
+    if any(e.tables for e in parts):
+        return False
+    try:
+        for e in parts:
+            check_range(e, sides | limits, {})
+    except AttnError:
+        return False
+    return True
 
 
 def dense(attention: Attention, sizes: Sizes, tables: Mapping[str, Array], counts: bool = False) -> Array:
@@ -464,6 +483,10 @@ def block_mask(attention: Attention, sizes: Sizes, tables: Mapping[str, Array], 
 
     check_scores(attention, sizes, tables)
     nq, n_keys = sizes.q.length, sizes.k.length
+    if 0 < nq <= FEW_ROWS and n_keys:
+        few = by_rows(attention, sizes, block_size)
+        if few is not None:
+            return few
     grids: list[TileGrid] = []
     known: dict[tuple[object, ...], int] = {}
     index: dict[tuple[int, int], int] = {}
@@ -476,8 +499,55 @@ def block_mask(attention: Attention, sizes: Sizes, tables: Mapping[str, Array], 
                 tile(case.mask, nq, n_keys, block_size, n=case.n, query=case.query, tables=case.tables)
             )
         index[case.row, case.head] = known[key]
+    return BlockMask(nq, n_keys, block_size, tuple(grids), _places(index))
+
+
+def _places(index: Mapping[tuple[int, int], int]) -> NDArray[np.int32]:
     shape = tuple(1 + max((key[axis] for key in index), default=0) for axis in (0, 1))
     places = np.zeros(shape, np.int32)
     for place, grid in index.items():
         places[place] = grid
-    return BlockMask(nq, n_keys, block_size, tuple(grids), places)
+    return places
+
+
+def by_rows(attention: Attention, sizes: Sizes, block_size: int) -> BlockMask | None:
+    """The live keys of each query where there are few, without a search for tiles; None for masks that read
+    tables, draw or search."""
+    functions = _row_functions(attention)
+    if functions is None:
+        return None
+    groups = head_groups(attention, sizes.heads)
+    known: dict[tuple[Spans, ...], int] = {}
+    index: dict[tuple[int, int], int] = {}
+    if functions:
+        by_head = len(functions) > 1 or "h" in attention.groups[0].relation.mask.free
+        for row in range(sizes.rows):
+            at = {"n": sizes.n[row % len(sizes.n)], "nq": sizes.q.length, "b": row, "H": sizes.heads}
+            queries = sizes.q.positions(row).tolist()
+            for head in range(sizes.heads if by_head else 1):
+                keys = functions[groups[head]]
+                spans = tuple([entries(keys({**at, "h": head, "q": q}), sizes.k, row) for q in queries])
+                index[row, head] = known.setdefault(spans, len(known))
+    else:
+        q, k = np.arange(sizes.q.length)[:, None], np.arange(sizes.k.length)[None, :]
+        for case in cases(attention, sizes, {}):
+            live = np.broadcast_to(evaluate(case.mask, q, k, case.tables), (len(q), sizes.k.length))
+            spans = Rows.of_dense(live, block_size).spans
+            index[case.row, case.head] = known.setdefault(spans, len(known))
+    masks = tuple([Rows(sizes.k.length, block_size, spans) for spans in known])
+    return BlockMask(sizes.q.length, sizes.k.length, block_size, masks, _places(index))
+
+
+@functools.lru_cache(maxsize=256)
+def _row_functions(attention: Attention) -> tuple[Keys, ...] | None:
+    """By group what gives the keys of a row; none where rows are evaluated key by key, None where not even
+    that."""
+    masks = [quantifier_free(group.relation.mask) for group in attention.groups]
+    found = tuple([keys for keys in map(keys_of, masks) if keys is not None])
+    if len(found) == len(masks):
+        return found
+    return None if any(_searched(node) for mask in masks for node in ir.nodes(mask)) else ()
+
+
+def _searched(node: Expr) -> bool:
+    return node.op in ("random", "exists") or isinstance(node.value, Table)

@@ -16,6 +16,7 @@ from attndsl.tiles.blockmask import BlockMask
 
 from .cost import SECONDS, TRAINING, counts
 from .kernel import BlockSparse
+from .lanes import all_simple
 
 
 class Torch:
@@ -36,7 +37,7 @@ class Torch:
         return predicted(SECONDS, self.counts(attention, problem, block_mask), problem, TRAINING)
 
     def lower(self, attention: Attention, problem: Problem) -> Kernel:
-        return BlockSparse(attention, problem.training)
+        return BlockSparse(attention, problem.training, all_simple(attention, problem.head_dim))
 
 
 backend = Torch()

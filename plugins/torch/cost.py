@@ -10,7 +10,7 @@ import numpy as np
 
 from attndsl import expr as ir
 from attndsl.attention import Attention, HeadGroup
-from attndsl.backend import Problem, device_kind
+from attndsl.backend import DTYPES, Problem, device_kind
 from attndsl.execution.torch_eval import elements
 from attndsl.expr import Expr
 from attndsl.scores import by_head
@@ -20,8 +20,9 @@ from attndsl.tiles.tiling import tile
 
 from .choices import choices_of, sparse
 from .chunks import Cut, equidistant
-from .lanes import Simple, cut_of, lanes
+from .lanes import Simple, all_simple, cut_of, lanes
 from .parts import Gathered, Part, Strided
+from .rows import pieces, reads
 from .work import KEPT
 
 SECONDS = {
@@ -38,6 +39,9 @@ SECONDS = {
         "copied": 7.2e-10,
         "merged": 3.49e-09,
         "listed": 2e-10,
+        "few": 0.0005,
+        "reads": 6e-05,
+        "read": 2.9e-10,
     }
 }
 """Of two cores with AVX-512, by `python -m benchmarks.cost fit`; of lists by benchmarks/lists.py."""
@@ -61,6 +65,9 @@ def counts(attention: Attention, problem: Problem, block_mask: BlockMask | None)
         index = np.zeros((1, 1), np.int32)
         block_mask = BlockMask(problem.q_length, problem.length, problem.block_size, (grid,), index)
     batch = len(block_mask.index)
+    simple = all_simple(attention, problem.head_dim) if problem.device.startswith("cpu") else None
+    if block_mask.rows and simple and (DTYPES[problem.dtype] >= 4 or not problem.training):
+        return few_counts(attention, simple, block_mask, problem)
     alike = Counter(
         (lane.group, lane.grid, lane.heads.stop - lane.heads.start)
         for lane in lanes(attention, block_mask, batch, problem.heads, problem.kv_heads)
@@ -81,6 +88,30 @@ def _list_counts(attention: Attention, problem: Problem, entries: Sequence[int])
         more = {"lanes": problem.batch, "pairs": heads * area, "numbers": numbers}
         total.update(more | {"listed": heads * area * problem.head_dim})
     return {**total, "runs": 1.0, "written": total["numbers"]}
+
+
+def few_counts(
+    attention: Attention, simple: Sequence[Simple], block_mask: BlockMask, problem: Problem
+) -> dict[str, float]:
+    """Of the path for few query rows."""
+    nq, width, size = problem.q_length, problem.head_dim, DTYPES[problem.dtype] / 4
+    total = dict.fromkeys((*SECONDS["cpu"], "pairs", "nanoseconds"), 0.0)
+    for piece in pieces(attention, block_mask, problem.heads, problem.kv_heads):
+        heads, kv_heads = (
+            len(range(*part.indices(count)))
+            for part, count in ((piece.heads, problem.heads), (piece.kv_heads, problem.kv_heads))
+        )
+        batch, bias = problem.batch / len(block_mask.index), simple[piece.group].bias
+        for keys, _ in reads(piece.rows):
+            count = keys.stop - keys.start if isinstance(keys, slice) else len(keys)
+            pairs, moved = batch * heads * nq * count, 2 * batch * kv_heads * count * width * size
+            numbers, computed = elements(bias, batch * nq * count, heads)
+            found = {"reads": 1.0, "read": moved, "pairs": pairs, "nodes": float(size_of(bias))}
+            found |= dict.fromkeys(("products", "narrow"), pairs * width)
+            found |= {"numbers": numbers, "nanoseconds": computed}
+            for name, more in (found | {"copied": 0.0 if isinstance(keys, slice) else moved}).items():
+                total[name] += more
+    return {**total, "few": 1.0, "written": total["copied"]}
 
 
 def sampled(grid: TileGrid, entries: int) -> tuple[TileGrid, float]:
@@ -119,7 +150,7 @@ def lane_counts(group: HeadGroup, grid: TileGrid, heads: int, problem: Problem, 
     counts["merged"] = heads * width * max(0, rows - some.nq)
     if simple is not None and simple.bias is not None and simple.by_distance:
         numbers, computed = elements(simple.bias, grid.nq + grid.n, heads)
-        more = {"numbers": numbers, "nanoseconds": computed, "nodes": size(simple.bias)}
+        more = {"numbers": numbers, "nanoseconds": computed, "nodes": size_of(simple.bias)}
         counts.update({name: count / times for name, count in more.items()})
     return Counter(
         {
@@ -130,7 +161,7 @@ def lane_counts(group: HeadGroup, grid: TileGrid, heads: int, problem: Problem, 
     )
 
 
-def size(e: Expr | None) -> int:
+def size_of(e: Expr | None) -> int:
     """Nodes."""
     return 0 if e is None else sum(1 for _ in ir.nodes(e))
 
@@ -151,7 +182,7 @@ def _part_counts(
     if simple is None:
         made = [elements(e, area, heads) for e in (group.score, group.decay)]
         numbers, computed = (sum(column) for column in zip(*made, strict=True))
-        nodes = calls * (size(group.score) + size(group.decay))
+        nodes = calls * (size_of(group.score) + size_of(group.decay))
         made_here = {"numbers": numbers, "nanoseconds": computed, "nodes": nodes}
         return counts | made_here | {"formed": heads * area, "copied": moved}
     step = 256 if part.q_len >= 768 else 64 if part.q_len >= 192 else 32
@@ -169,6 +200,6 @@ def _part_counts(
         "addends": addends,
         "numbers": numbers,
         "nanoseconds": computed,
-        "nodes": 0.0 if simple.by_distance else calls * size(simple.bias),
+        "nodes": 0.0 if simple.by_distance else calls * size_of(simple.bias),
         "copied": 0.0 if strided else moved,
     }

@@ -13,6 +13,7 @@ from attndsl.attention import Attention
 from attndsl.backend import Call
 from attndsl.execution.torch_eval import peak, singles
 
+from . import rows
 from .choices import Choice, attend, choices_of
 from .choices import gradient as choices_gradient
 from .chunks import Kept
@@ -30,16 +31,23 @@ def widened(call: Call) -> Call:
 @dataclass(frozen=True, eq=False)
 class BlockSparse:
     """The kernel of one attention; `exact` says that outputs are not rounded to 16 bits, for the sake of the
-    backward pass, where their products with what comes back are differences of large sums."""
+    backward pass, where their products with what comes back are differences of large sums; `simple` are the
+    scores of the groups, if all are so."""
 
     attention: Attention
     exact: bool
+    simple: Sequence[Simple] | None
     kept: Kept = field(default_factory=Kept)
 
     def __call__(self, call: Call) -> tuple[Tensor, Tensor]:
         if (choices := self.choices_for(call)) is not None:
             return attend(self.attention, choices, widened(call))
-        call, wide = widened(call) if self.exact else call, torch.promote_types(call.q.dtype, torch.float32)
+        wide = torch.promote_types(call.q.dtype, torch.float32)
+        if self.simple is not None and (call.q.dtype == wide or not self.exact):
+            found = rows.attend(self.attention, self.simple, call)
+            if found is not None:
+                return found
+        call = widened(call) if self.exact else call
         q = call.q
         out = q.new_empty((*q.shape[:3], call.v.shape[3]), dtype=wide)
         lse = q.new_empty(q.shape[:3], dtype=wide)

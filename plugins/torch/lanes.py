@@ -80,6 +80,12 @@ class Simple:
         return Simple(scale, bias, bias is None or by_distance(bias) is not None)
 
 
+def all_simple(attention: Attention, head_dim: int) -> tuple[Simple, ...] | None:
+    """Of the groups; None if one is not."""
+    found = [Simple.of(group, head_dim) for group in attention.groups]
+    return None if None in found else tuple([simple for simple in found if simple is not None])
+
+
 def cut_of(simple: Simple | None, heads: int, width: int, gradient: bool) -> Cut:
     """`simple` is None where torch's fused kernel does not run; `width` of a query or value."""
     formed = simple is None or gradient

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from attndsl.tiles.blockmask import TileGrid
+from attndsl.tiles.blockmask import Rows, TileGrid
+from attndsl.tiles.lowering import FEW_ROWS
 
 FULL = -1
 STRETCH = 4
@@ -25,6 +26,8 @@ GATHER = 16
 """Tiles gathered at most for one row at a time."""
 PADDING = 8
 """Tiles of padding for which two batches of gathered rows become one."""
+RUNS = 16
+"""Runs of keys of few rows up to which each is a part."""
 FINEST = 32
 """Tokens of a side below which tiles are not cut further."""
 
@@ -66,6 +69,10 @@ Part = Strided | Gathered
 
 def take_apart(grid: TileGrid, unit: int) -> tuple[Part, ...]:
     """The parts; masks of stretches are cut into pieces of `unit` query rows with trimmed keys."""
+    if grid.nq <= FEW_ROWS:
+        runs = Rows.of_dense(grid.to_dense(), grid.block_size).runs
+        if len(runs) <= RUNS:
+            return tuple([Strided(0, grid.nq, 0, a, b - a, 0, 1, mask) for a, b, mask in runs])
     masks = np.unpackbits(grid.masks, axis=-1, bitorder="little").astype(bool)
     entries, block = _entries(grid), grid.block_size
     while block >= 2 * FINEST and (finer := _halved(entries, masks)) is not None:
