@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 
 from attndsl.backend import Call, Differentiable, Gradients
-from attndsl.errors import fail
+from attndsl.errors import AttnError, fail
 from attndsl.execution import lowered, spoiled
 from attndsl.execution.lowered import Lowered, Places
 from attndsl.tiles.lowering import Sizes
@@ -290,6 +291,92 @@ class _Function(torch.autograd.Function):
         return None, None, *dense, *(next(grads) if w else None for w in wanted)
 
 
+def _looped(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """The rule of vmap: one call after the other, for tables may differ in what kernels share."""
+
+    def vmap(info: Any, in_dims: tuple[Any, ...], *given: Any) -> tuple[Any, Any]:
+        found = []
+        for i in range(info.batch_size):
+            here = (x.select(d, i) if isinstance(d, int) else x for x, d in zip(given, in_dims, strict=True))
+            found.append(function.apply(*here))  # type: ignore[no-untyped-call]
+        stacked = tuple(torch.stack(parts) for parts in zip(*found, strict=True))
+        return stacked, (0,) * len(stacked)
+
+    return vmap
+
+
+class _Transformed(torch.autograd.Function):
+    """`attend` under torch.func."""
+
+    @staticmethod
+    def forward(
+        found: Lowered, sizes: Sizes, q: Tensor, k: Tensor, v: Tensor, *others: Tensor
+    ) -> tuple[Tensor, ...]:
+        out, lse, kept = _attend(found, q, k, v, others, sizes)
+        return out, lse, kept[0] if kept else out.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.found, ctx.sizes, *given = inputs
+        _, lse, kept = output
+        ctx.mark_non_differentiable(kept)
+        ctx.save_for_backward(kept, lse, *given)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor, _: Any) -> tuple[Any, ...]:
+        wanted = ctx.needs_input_grad[5:]
+        grads = iter(_Slopes.apply(ctx.found, ctx.sizes, wanted, grad_out, grad_lse, *ctx.saved_tensors))  # type: ignore[no-untyped-call]
+        dense = [next(grads) for _ in range(3)]
+        return None, None, *dense, *(next(grads) if w else None for w in wanted)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise _no_forward_mode()
+
+
+class _Slopes(torch.autograd.Function):
+    """The gradients of `_Transformed`."""
+
+    @staticmethod
+    def forward(
+        found: Lowered, sizes: Sizes, wanted: Sequence[bool], grad_out: Tensor, grad_lse: Tensor,
+        out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *others: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        return tuple(_gradients(found, (grad_out, grad_lse), (out, lse), q, k, v, others, wanted, sizes))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> Any:
+        raise fail("attndsl has no second derivatives", help="for small n write the formula with torch")
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise _no_forward_mode()
+
+
+_Transformed.vmap = staticmethod(_looped(_Transformed))  # type: ignore[method-assign]
+_Slopes.vmap = staticmethod(_looped(_Slopes))  # type: ignore[method-assign]
+
+
+def _no_forward_mode() -> AttnError:
+    return fail(
+        "attndsl has no forward-mode derivatives",
+        help="use reverse mode: torch.autograd.grad or .backward()",
+    )
+
+
+def check_tangents(*tensors: Tensor) -> None:
+    """Raises AttnError where one carries a tangent: the operator would drop it without a word."""
+    if forward_ad._current_level >= 0 and any(
+        forward_ad.unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
+        for x in tensors
+    ):
+        raise _no_forward_mode()
+
+
 PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -300,7 +387,6 @@ def run(
     watched = (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
         or torch._C._autograd._profiler_enabled()
     )
@@ -308,7 +394,9 @@ def run(
         out, lse, _ = attend(q, k, v, list(tensors), *places, found.identity)
         return out, lse
     sizes = found.sizes(q, k, places)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *tensors)):
+    if torch._C._are_functorch_transforms_active():
+        out, lse, _ = _Transformed.apply(found, sizes, q, k, v, *tensors)  # type: ignore[no-untyped-call]
+    elif torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *tensors)):
         out, lse = _Function.apply(found, sizes, q, k, v, *tensors)  # type: ignore[no-untyped-call]
     else:
         out, lse, _ = _attend(found, q, k, v, tensors, sizes)

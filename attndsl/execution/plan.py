@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from attndsl.attention import Attention
 from attndsl.backend import DTYPES, Problem
@@ -19,7 +18,7 @@ from attndsl.bound import Bound
 from attndsl.errors import fail
 from attndsl.execution import choice
 from attndsl.execution.lowered import Lowered, lower
-from attndsl.execution.operator import run
+from attndsl.execution.operator import check_tangents, run
 from attndsl.expr import Learned, Table
 from attndsl.program import bound_of
 from attndsl.tiles import lowering
@@ -142,7 +141,7 @@ class Plan:
         self._check(q, k, v)
         self._refuse_learned(inputs)
         given = self._tensors({**self.tables, **inputs}, len(q)) | self._learned(learned)
-        _check_tangents(q, k, v, *given.values())
+        check_tangents(q, k, v, *given.values())
         places = (
             *_placed("q", q, q_offset, q_positions),
             *_placed("k", k, k_offset, k_positions),
@@ -325,17 +324,6 @@ class PlanModule(nn.Module):
 
 def _again(attention: Attention, problem: Problem, backend: str, tables: dict[str, Any]) -> Plan:
     return compile(attention, **vars(problem), backend=backend).bind(**tables)
-
-
-def _check_tangents(*tensors: Tensor) -> None:
-    """Raises AttnError where one carries a tangent: the operator would drop it without a word."""
-    if forward_ad._current_level < 0:
-        return
-    if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):  # type: ignore[no-untyped-call]
-        raise fail(
-            "attndsl has no forward-mode derivatives",
-            help="use reverse mode: torch.autograd.grad or .backward()",
-        )
 
 
 Offset: TypeAlias = "int | Sequence[int] | Tensor | None"

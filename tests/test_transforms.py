@@ -1,0 +1,121 @@
+"""What torch does to functions and modules, done to plans."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import attndsl
+
+TEXTS = {
+    "window": "attention a { mask causal & last(5) }",
+    "alibi": "attention a { mask causal score s - 0.1 * (q - k) }",
+    "learned": "attention a(b = learn[H](0.3)) { mask causal score s - b * (q - k) }",
+    "documents": "attention a { inputs doc : int[B, n] mask { q, k : doc[q] == doc[k] } }",
+}
+N, WIDTH = 12, 4
+
+
+def plan_of(name: str, backend: str | None = None, **sizes: Any) -> attndsl.Plan:
+    found = attndsl.parse(TEXTS[name])["a"]
+    problem = {"length": N, "batch": 2, "heads": 2, "head_dim": WIDTH, "dtype": "float64", "block_size": 8}
+    return attndsl.compile(found, **(problem | sizes), backend=backend, training=True)
+
+
+def tensors(*lead: int) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(*lead, 2, 2, N, WIDTH, dtype=torch.float64) for _ in range(3))
+    return q, k, v
+
+
+def arguments(name: str) -> dict[str, Any]:
+    return {
+        "documents": {"doc": torch.arange(N).div(5, rounding_mode="floor").expand(2, N)},
+        "learned": {"learned": {"b": torch.tensor([0.3, -0.2], dtype=torch.float64)}},
+    }.get(name, {})
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "sdpa"])
+@pytest.mark.parametrize("name", TEXTS)
+def test_gradients_of_torch_func_are_those_of_autograd(name: str, backend: str) -> None:
+    plan, qkv, given = plan_of(name, backend), tensors(), arguments(name)
+
+    def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return plan(q, k, v, **given).square().sum()  # type: ignore[no-any-return]
+
+    found = torch.func.grad(loss, argnums=(0, 1, 2))(*qkv)
+    leaves = [x.clone().requires_grad_() for x in qkv]
+    expected = torch.autograd.grad(loss(*leaves), leaves)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    value, pull = torch.func.vjp(lambda q: plan(q, *qkv[1:], **given), qkv[0])
+    torch.testing.assert_close(pull(2 * value)[0], expected[0])
+
+
+def test_jacobians_and_gradients_of_parameters() -> None:
+    plan, (q, k, v) = plan_of("learned"), tensors()
+
+    def row(b: Tensor) -> Tensor:
+        return plan(q, k, v, learned={"b": b})[0, :, -1, 0]  # type: ignore[no-any-return]
+
+    b = torch.tensor([0.3, -0.2], dtype=torch.float64)
+    found = torch.func.jacrev(row)(b)
+    torch.testing.assert_close(found, torch.autograd.functional.jacobian(row, b))
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_vmap_is_one_call_after_the_other(name: str) -> None:
+    plan, qkv, given = plan_of(name), tensors(3), arguments(name)
+    found = torch.func.vmap(lambda q, k, v: plan(q, k, v, **given))(*qkv)
+    expected = torch.stack([plan(*each, **given) for each in zip(*qkv, strict=True)])
+    torch.testing.assert_close(found, expected)
+    shared = torch.func.vmap(lambda q: plan(q, qkv[1][0], qkv[2][0], **given), in_dims=1, out_dims=2)(
+        qkv[0].movedim(0, 1)
+    )
+    torch.testing.assert_close(shared[:, :, 1], plan(qkv[0][1], qkv[1][0], qkv[2][0], **given))
+
+
+def test_gradients_of_each_sample() -> None:
+    plan, (q, k, v) = plan_of("learned"), tensors(3)
+    b = torch.tensor([0.3, -0.2], dtype=torch.float64)
+
+    def loss(b: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return plan(q, k, v, learned={"b": b}).sum()  # type: ignore[no-any-return]
+
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0, 0))(b, q, k, v)
+    for i in range(3):
+        torch.testing.assert_close(found[i], torch.func.grad(loss)(b, q[i], k[i], v[i]))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+def test_what_is_refused() -> None:
+    plan, (q, k, v) = plan_of("alibi"), tensors()
+
+    def loss(q: Tensor) -> Tensor:
+        return plan(q, k, v).square().sum()  # type: ignore[no-any-return]
+
+    with pytest.raises(attndsl.AttnError, match="no forward-mode derivatives"):
+        torch.func.jvp(loss, (q,), (q,))
+    with pytest.raises(attndsl.AttnError, match="no second derivatives"):
+        torch.func.grad(lambda q: torch.func.grad(loss)(q).sum())(q)
+    with pytest.raises(attndsl.AttnError, match="no forward-mode derivatives"):
+        torch.func.hessian(loss)(q)
+    q = q.requires_grad_()
+    (first,) = torch.autograd.grad(loss(q), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        first.sum().backward()
+
+
+def test_functional_call_and_parametrizations() -> None:
+    plan, (q, k, v) = plan_of("learned"), tensors()
+    module = plan.module()
+    b = torch.tensor([0.1, 0.2], dtype=torch.float64)
+    found = torch.func.functional_call(module, {"b": b}, (q, k, v))
+    torch.testing.assert_close(found, plan(q, k, v, learned={"b": b}))
+    grad = torch.func.grad(lambda b: torch.func.functional_call(module, {"b": b}, (q, k, v)).sum())(b)
+    leaf = b.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(plan(q, k, v, learned={"b": leaf}).sum(), leaf)
+    torch.testing.assert_close(grad, expected)
