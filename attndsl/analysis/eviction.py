@@ -40,12 +40,14 @@ class Eviction:
     rule        which keys are held, in words
     bounded     whether their number stays bounded as n grows; None where that was not decided
     everything  the last query reads every key, for every n, so that all n are held there
+    enough      numbers a and b such that the first a keys and the last b hold all, where there are such
     horizon     a length at which the peak is that of all longer sequences, where one was found
     """
 
     rule: str
     bounded: bool | None
     everything: bool = False
+    enough: tuple[int, int] | None = None
     horizon: int | None = None
 
 
@@ -67,11 +69,12 @@ def eviction(mask: Expr, n: int) -> Eviction:
 
 def _derived(mask: Expr, inner: isl.Set, outer: isl.Set) -> Eviction:
     pairs, least, most = _everywhere(inner), _held(inner), _held(outer)
-    bounded = True if _is_bounded(most) else None if _is_bounded(least) else False
+    enough = _enough(most)
+    bounded = True if enough is not None else False if _enough(least) is None else None
     horizon = None
     if bounded and most.is_subset(least) and not mask.tables:
         horizon = _horizon(pairs, least, _divisors(mask))
-    return Eviction(_rule(mask, least, most), bounded, horizon=horizon)
+    return Eviction(_rule(mask, least, most), bounded, enough=enough, horizon=horizon)
 
 
 def _derived_at(mask: Expr, n: int) -> Eviction:
@@ -116,10 +119,14 @@ def _split(held: isl.Set) -> tuple[isl.Set, isl.Set]:
     return forever, held.subtract(forever.apply(isl.Map(FROM_ITS_START))).coalesce()
 
 
-def _is_bounded(held: isl.Set) -> bool:
-    """A key's last reader is linear in k on each residue: what is no bounded distance off is ever farther."""
+def _enough(held: isl.Set) -> tuple[int, int] | None:
+    """How many first and last keys hold all, None where their number has no bound.
+
+    A key's last reader is linear in k on each residue: what is no bounded distance off is ever farther.
+    """
     forever, rest = _split(held)
-    return _greatest(forever) is not None and _greatest(rest.apply(isl.Map(DISTANCE))) is not None
+    first, distance = _greatest(forever), _greatest(rest.apply(isl.Map(DISTANCE)))
+    return None if first is None or distance is None else (first + 1, distance + 1)
 
 
 def _greatest(numbers: isl.Set) -> int | None:

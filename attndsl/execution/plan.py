@@ -19,6 +19,7 @@ from attndsl.errors import fail
 from attndsl.execution import choice
 from attndsl.execution.lowered import Lowered, lower
 from attndsl.execution.operator import check_tangents, run
+from attndsl.execution.session import REWIND, Session
 from attndsl.expr import Learned, Table
 from attndsl.program import bound_of
 from attndsl.tiles import lowering
@@ -172,6 +173,14 @@ class Plan:
             blocks = lowering.block_mask(self.attention, sizes, tables, self.problem.block_size)
         seconds = self.compile_seconds + time.perf_counter() - start
         return replace(self, tables=bound, block_masks=blocks, compile_seconds=seconds)
+
+    def session(
+        self, batch: int, capacity: int, *, rewind: int = REWIND, v_dim: int | None = None
+    ) -> Session:
+        """An empty cache for `batch` sequences of up to `capacity` tokens, see `Session`; for `rewind` see
+        its `truncate`. Values have `v_dim` features, by default as many as keys. Raises AttnError for an
+        attention where later tokens could change what earlier ones give."""
+        return Session(self, batch, capacity, rewind=rewind, v_dim=v_dim)
 
     def module(self) -> nn.Module:
         """An nn.Module that owns the learned parameters under the names they are bound to."""
