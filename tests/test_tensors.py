@@ -188,7 +188,7 @@ def test_a_table_of_a_plan_in_bfloat16_is_not_rounded() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
-def test_autocast_changes_nothing(backend: str, kind: torch.dtype) -> None:
+def test_autocast_converts_vectors_alone(backend: str, kind: torch.dtype) -> None:
     clauses, params = (
         "mask causal score s + b * tanh(q - k) + Q @ u",
         "(b = learn[H](0.1), u = learn[D](0.3))",
@@ -200,7 +200,7 @@ def test_autocast_changes_nothing(backend: str, kind: torch.dtype) -> None:
     leaves, found = [*given, *module.parameters()], []
     for enabled in (False, True):
         with torch.autocast("cpu", dtype=kind, enabled=enabled):
-            out = module(*given)
+            out = module(*(given if enabled else [x.to(kind) for x in given]))
             found.append([out, *torch.autograd.grad(out.sin().sum(), leaves)])
     for plain, cast in zip(*found, strict=True):
         assert torch.equal(plain, cast)

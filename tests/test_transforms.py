@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import attndsl
 
@@ -119,3 +120,72 @@ def test_functional_call_and_parametrizations() -> None:
     leaf = b.clone().requires_grad_()
     (expected,) = torch.autograd.grad(plan(q, k, v, learned={"b": leaf}).sum(), leaf)
     torch.testing.assert_close(grad, expected)
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_one_plan_serves_every_dtype(name: str) -> None:
+    plan, (q, k, v), given = plan_of(name, dtype="float32"), tensors(), arguments(name)
+    expected = plan_of(name)(q, k, v, **given)
+    torch.testing.assert_close(plan(q, k, v, **given), expected)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float16, 3e-3)):
+        found = plan(*(x.to(dtype) for x in (q, k, v)), **given)
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.double(), expected, atol=tolerance, rtol=tolerance)
+    assert set(plan.others) == {"float64", "bfloat16", "float16"}
+
+
+def test_autocast_converts_as_for_the_attention_of_torch() -> None:
+    plan, qkv = plan_of("window", dtype="float32"), [x.float() for x in tensors()]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = plan(qkv[0], qkv[1].bfloat16(), qkv[2])
+        expected = torch.nn.functional.scaled_dot_product_attention(*qkv)
+    assert found.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(found, plan(*(x.bfloat16() for x in qkv)))
+
+
+def test_a_module_built_on_meta_and_moved() -> None:
+    plan = plan_of("learned", dtype="float32")
+    with torch.device("meta"):
+        module = plan.module()
+        q, k, v = (torch.empty(2, 2, N, WIDTH) for _ in range(3))
+    module = module.to("meta")
+    out = module(q, k, v)
+    assert (out.is_meta, out.shape) == (True, (2, 2, N, WIDTH))
+    module = module.to_empty(device="cpu")
+    torch.nn.init.constant_(module.b, 0.3)  # type: ignore[arg-type]
+    qkv = [x.float() for x in tensors()]
+    value = {"b": torch.full((2,), 0.3)}
+    torch.testing.assert_close(module(*qkv), plan(*qkv, learned=value))
+    half = module.bfloat16()(*(x.bfloat16() for x in qkv))
+    torch.testing.assert_close(half.float(), plan(*qkv, learned=value), atol=3e-2, rtol=3e-2)
+
+
+def test_dtypes_that_do_not_fit_one_another() -> None:
+    plan, (q, k, v) = plan_of("window"), tensors()
+    with pytest.raises(attndsl.AttnError, match=r"(?s)`k` is float32.*`q` is float64"):
+        plan(q, k.float(), v)
+    with pytest.raises(attndsl.AttnError, match="`q` is int64, and must be one of"):
+        plan(q.long(), k, v)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="AttnError"):
+        torch.compile(plan, backend="eager", fullgraph=True)(q.float(), k.float(), v.float())
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_flops_are_those_of_live_pairs(name: str) -> None:
+    plan, qkv, given = plan_of(name), [x.requires_grad_() for x in tensors()], arguments(name)
+    tables = {key: value for key, value in given.items() if key != "learned"}
+    mask = attndsl.parse(TEXTS[name])["a"].mask(N, heads=2, **tables)
+    pairs = int(mask.sum()) * 4 // (mask.size // N**2)
+    with FlopCounterMode(display=False) as counter:
+        out = plan(*qkv, **given)
+    assert counter.get_total_flops() == 4 * pairs * WIDTH
+    with FlopCounterMode(display=False) as counter:
+        out.sum().backward()
+    assert counter.get_total_flops() == 10 * pairs * WIDTH
+
+
+def test_the_profiler_sees_the_operator() -> None:
+    plan, qkv = plan_of("window"), tensors()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        plan(*qkv)
+    assert "attndsl::attend" in {event.name for event in profiler.events()}

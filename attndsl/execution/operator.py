@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import register_flop_formula
 
 from attndsl.backend import Call, Differentiable, Gradients
 from attndsl.errors import AttnError, fail
@@ -265,6 +266,29 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, _: Any
 attend.register_autograd(_backward, setup_context=_setup_context)
 
 
+def _flops(
+    places: tuple[Any, ...], identity: str, tensors: Sequence[Tensor], *qkv: Tensor
+) -> tuple[int, int]:
+    """Of the products with a query or key and with a value, over the live pairs."""
+    found, (q, k, v) = lowered.find(identity, tensors), qkv
+    call = found.call_of(q, k, v, found.named(tensors), found.sizes(q, k, places))
+    blocks = call.block_mask
+    pairs = sum(blocks.grids[i].nnz for i in blocks.index.ravel()) * len(q) * q.shape[1] // blocks.index.size
+    return 2 * pairs * q.shape[3], 2 * pairs * v.shape[3]
+
+
+@register_flop_formula(torch.ops.attndsl.attend, get_raw=True)
+def _(q: Tensor, k: Tensor, v: Tensor, tensors: list[Tensor], *more: Any, **_: Any) -> int:
+    return sum(_flops(more[:-1], more[-1], tensors, q, k, v))
+
+
+@register_flop_formula(torch.ops.attndsl.attend_backward, get_raw=True)
+def _(*given: Any, **_: Any) -> int:
+    q, k, v, tensors, _, *places, identity = given[5:]
+    vectors, values = _flops(tuple(places), identity, tensors, q, k, v)
+    return 3 * vectors + 2 * values
+
+
 class _Function(torch.autograd.Function):
     """What `attend` is to autograd, without the dispatcher."""
 
@@ -386,6 +410,7 @@ def run(
     """Output and log-sum-exp, by whichever way in is right for what watches the call."""
     watched = (
         torch.compiler.is_compiling()
+        or q.is_meta
         or torch._C._len_torch_dispatch_stack()
         or torch._C._get_tracing_state() is not None
         or torch._C._autograd._profiler_enabled()

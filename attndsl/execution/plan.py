@@ -94,6 +94,8 @@ class Plan:
     block_masks: BlockMask | None = field(repr=False)
     compile_seconds: float
     tables: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    others: dict[str, Lowered] = field(default_factory=dict, repr=False)
+    """What was lowered for calls in other dtypes."""
 
     @property
     def attention(self) -> Attention:
@@ -123,7 +125,8 @@ class Plan:
         return_lse: bool = False,
         **inputs: Any,
     ) -> Any:
-        """Attention of q [B, H, nq, D], k [B, Hkv, n, D], v [B, Hkv, n, Dv] -> [B, H, nq, Dv].
+        """Attention of q [B, H, nq, D], k [B, Hkv, n, D], v [B, Hkv, n, Dv] -> [B, H, nq, Dv], all of one of
+        DTYPES; autocast converts them as it does for torch's own attention.
 
         Where queries stand is an offset, an int or one per batch row, or positions [nq] or [B, nq], in any
         order; keys likewise. Tensors of them are on q's device, and are read inside the operator, once. `n`,
@@ -139,16 +142,19 @@ class Plan:
             raise fail(
                 f"a call of the plan does not train {names}", help=f"use plan.module(), which owns {names}"
             )
+        if isinstance(q, Tensor) and not q.is_meta and torch.is_autocast_enabled(q.device.type):
+            q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
         self._check(q, k, v)
         self._refuse_learned(inputs)
-        given = self._tensors({**self.tables, **inputs}, len(q)) | self._learned(learned)
+        lowered = self._served(q.dtype)
+        given = self._tensors({**self.tables, **inputs}, q) | self._learned(learned)
         check_tangents(q, k, v, *given.values())
         places = (
             *_placed("q", q, q_offset, q_positions),
             *_placed("k", k, k_offset, k_positions),
             None if n is None else lowering.checked_length("n", n),
         )
-        out, lse = run(self.lowered, q, k, v, self.lowered.tensors(q, given), places)
+        out, lse = run(lowered, q, k, v, lowered.tensors(q, given), places)
         return (out, lse) if return_lse else out
 
     def bind(self, **inputs: Any) -> Plan:
@@ -189,6 +195,23 @@ class Plan:
     def __reduce__(self) -> tuple[Any, ...]:
         """A kernel may hold anything, so another process compiles anew, with the same backend."""
         return _again, (self.attention, self.problem, self.backend, dict(self.tables))
+
+    def _served(self, dtype: torch.dtype) -> Lowered:
+        """What runs in this dtype, by the same backend. Raises AttnError where that declines it."""
+        name = str(dtype).removeprefix("torch.")
+        if name == self.problem.dtype:
+            return self.lowered
+        if name not in self.others:
+            if torch.compiler.is_compiling():
+                raise fail(
+                    f"the plan is for {self.problem.dtype}, and was not called in {name} yet",
+                    help=f'call it once before torch.compile, or compile it with `dtype="{name}"`',
+                )
+            problem = replace(self.problem, dtype=name)
+            considered = choice.considered(self.attention, problem, self.block_masks)
+            choice.chosen(considered, self.backend)
+            self.others[name] = lower(self.attention, problem, self.backend)
+        return self.others[name]
 
     def _refuse_learned(self, given: Mapping[str, Any]) -> None:
         for table in self.attention.learned:
@@ -251,37 +274,38 @@ class Plan:
                 size = "q_length" if name == "q" and p.q_length != p.length else "length"
                 help = f"compile with `{size}={shape[2]}`"
                 raise fail(f"`{name}` has length {shape[2]}, and the plan serves up to {length}", help=help)
-            if tensor.dtype != getattr(torch, p.dtype):
-                dtype = str(tensor.dtype).removeprefix("torch.")
-                help = f'compile with `dtype="{dtype}"`' if dtype in DTYPES else ""
-                if name != "q":
-                    help = f"`q` is {p.dtype}: pass `{name}.to(q.dtype)`"
-                raise fail(f"`{name}` is {dtype}, and the plan is for {p.dtype}", help=help)
-            if tensor.device.type != p.device.split(":")[0]:
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            if dtype not in DTYPES:
+                raise fail(f"`{name}` is {dtype}, and must be one of {', '.join(DTYPES)}")
+            if tensor.dtype != q.dtype:
+                of_q = str(q.dtype).removeprefix("torch.")
+                raise fail(f"`{name}` is {dtype}", help=f"`q` is {of_q}: pass `{name}.to(q.dtype)`")
+            if tensor.device.type not in (p.device.split(":")[0], "meta") or tensor.is_meta != q.is_meta:
                 raise fail(f"`{name}` is on {tensor.device}, and the plan is for {p.device}")
             if shape[0] != q.shape[0]:
                 raise fail(f"`{name}` has {shape[0]} batch rows, and `q` has {q.shape[0]}")
         if k.shape[2] != v.shape[2]:
             raise fail(f"`k` has length {k.shape[2]}, and `v` has {v.shape[2]}")
 
-    def _tensors(self, given: Mapping[str, Any], batch: int) -> dict[str, Tensor]:
+    def _tensors(self, given: Mapping[str, Any], q: Tensor) -> dict[str, Tensor]:
         """The inputs on the device, in the dtype of their kind; one batch row serves all."""
+        batch = len(q)
         lowering.check_names(self.attention, given, self.attention.inputs)
-        tensors = {table.name: self._tensor(table, given[table.name]) for table in self.attention.inputs}
+        tensors = {t.name: self._tensor(t, given[t.name], q.dtype) for t in self.attention.inputs}
         for table in self.attention.inputs:
             x = tensors[table.name]
             if table.batched and x.dim() and len(x) == 1:
                 tensors[table.name] = x.expand(batch, *x.shape[1:])
         return tensors
 
-    def _tensor(self, table: Table, value: Any) -> Tensor:
+    def _tensor(self, table: Table, value: Any, beside: torch.dtype | None = None) -> Tensor:
         array = _array_like(table.name, value)
         lowering.check_kind(table, array)
         if isinstance(array, torch.Tensor):
             tensor = array.to(self.problem.device)
             return tensor.long() if table.dtype == "int" else tensor
         # a copy: the caller may fill the array anew before the backward pass
-        wide = "float64" if self._table_dtype() == torch.float64 else "float32"
+        wide = "float64" if torch.float64 in (self._table_dtype(), beside) else "float32"
         dtype = {"int": "int64", "bool": "bool", "float": wide}[table.dtype]
         return torch.from_numpy(np.array(array, dtype, order="C")).to(self.problem.device)
 
