@@ -18,6 +18,7 @@ from torch.nn.functional import embedding_bag
 
 from attndsl import expr as ir
 from attndsl.attention import Attention, HeadGroup
+from attndsl.axis import Axis
 from attndsl.backend import Call
 from attndsl.execution.operator import vjp
 from attndsl.execution.torch_eval import (
@@ -31,11 +32,13 @@ from attndsl.execution.torch_eval import (
     softmax,
 )
 from attndsl.expr import Expr, Table
+from attndsl.meaning import pointwise
 from attndsl.meaning.intervals import check_range
 from attndsl.tiles.lowering import Sizes, head_groups, quantifier_free, ranges
 from attndsl.tiles.tiling import replaced
 
 Q, K = ir.var("Q"), ir.var("K")
+PLACES = ir.var("q"), ir.var("k")
 DECIDED = FEATURES.operations - {"exists", "random", "intable"} | {"const", "var"}
 """Operations of what is decided pair by pair: the others search."""
 SPARSE = 4
@@ -66,17 +69,20 @@ class Choice:
             table = part.value
             if part.op != "intable" or not isinstance(table, Table) or table.known is not None:
                 continue
-            if (part.args[0], part.args[-1], len(table.explicit)) != (ir.var("k"), ir.var("q"), 2):
-                continue
-            rest = ir.all_of(*(other for other in parts if other is not part))
-            return Choice(table, rest, score) if {node.op for node in ir.nodes(rest)} <= DECIDED else None
+            if (part.args[-1], part.args[0], len(table.explicit)) == (*PLACES, 2):
+                rest = ir.all_of(*(other for other in parts if other is not part))
+                return Choice(table, rest, score) if _decided(rest) else None
         return None
 
     def fits(self, call: Call) -> bool:
-        """Whether every query has a list, short beside the keys, which stand side by side."""
+        """Whether every query has a list, short beside the keys, which stand side by side, and what else
+        decides looks up nothing outside of its tables."""
         rows, entries = call.tables[self.table.name].shape[-2:]
-        spans = [call.q_at.span(row) for row in range(len(call.q_at.rows))]
-        inside = all(0 <= first and last < rows for first, last in spans)
+        sizes = [(PLACES[0], rows)]
+        for _, table, indices in _by_place(self.rest):
+            sizes += zip(indices, call.tables[table.name].shape[-len(indices) :], strict=False)
+        ends = {place: _ends(axis) for place, axis in zip(PLACES, (call.q_at, call.k_at), strict=True)}
+        inside = all(0 <= ends[place][0] and ends[place][1] < size for place, size in sizes)
         beside = call.k_at.starts is not None and call.q.device.type == "cpu"
         return inside and beside and sparse(entries, call.k.shape[2])
 
@@ -85,6 +91,29 @@ class Choice:
         """Of each list, where the text says it."""
         size = self.table.dims[-1]
         return size if isinstance(size, int) else None
+
+
+def _decided(rest: Expr) -> bool:
+    """Whether each pair tells by integers alone, without a search, and has a value where tables have one."""
+    found = ir.var("found")
+    values = {e: ir.lt(found, ir.ZERO) if e.type == "bool" else found for e, _, _ in _by_place(rest)}
+    plain = all(node.op in DECIDED and node.type != "real" for node in ir.nodes(rest))
+    return plain and not pointwise.partial(replaced(rest, values))
+
+
+def _by_place(rest: Expr) -> Iterator[tuple[Expr, Table, tuple[Expr, ...]]]:
+    """What is looked up where queries and keys stand, in which tables, and at which places."""
+    for node in ir.nodes(rest):
+        if isinstance(node.value, Table) and node.value.known is None:
+            indices = node.args[len(node.value.implicit) :]
+            if all(index in PLACES for index in indices):
+                yield node, node.value, indices
+
+
+def _ends(axis: Axis) -> tuple[int, int]:
+    """The least and the greatest position of all rows."""
+    firsts, lasts = zip(*(axis.span(row) for row in range(len(axis.rows))), strict=True)
+    return min(firsts), max(lasts)
 
 
 def sparse(entries: int, n: int) -> bool:
@@ -136,7 +165,7 @@ class Chosen:
             rows, columns = x[self.batch, head], y[self.batch, kv_head].T
             matrix = _listed(starts, self.keys[place].flatten(), found[i], (nq, columns.shape[1]))
             torch.sparse.sampled_addmm(matrix, rows, columns, beta=0.0, out=matrix)
-        return found.view(-1, nq, r)
+        return found.view(len(found), nq, r)
 
     def sums(self, weights: Tensor, y: Tensor, into: Tensor) -> None:
         """Rows of y at the keys, weighted [X, nq, r], into [B, H, nq, D]."""
