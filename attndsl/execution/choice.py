@@ -122,6 +122,7 @@ def chosen(considered: Mapping[str, Verdict], backend: str | None) -> str:
     if backend is not None:
         if backend not in considered:
             raise fail(f"no backend is named `{backend}`", help=f"there are {', '.join(sorted(considered))}")
+        registry.plugin("backends", backend)  # one that cannot be used says so itself
         verdict = considered[backend]
         if isinstance(verdict, str):
             raise fail(
