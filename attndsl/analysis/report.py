@@ -12,7 +12,7 @@ from attndsl.analysis.text import line
 from attndsl.attention import Attention
 from attndsl.backend import Problem
 from attndsl.bound import Bound
-from attndsl.errors import AttnError, fail
+from attndsl.errors import AttnError, fail, suggest
 from attndsl.execution import registry
 from attndsl.program import bound_of
 from attndsl.tiles import lowering
@@ -181,7 +181,8 @@ def chosen(parts: Iterable[str] | None) -> list[str]:
     named = known if parts is None else list(parts)
     for name in named:
         if name not in known:
-            raise fail(f"there is no part `{name}`", help=f"the parts are {', '.join(known)}")
+            help = suggest(name, known) or f"the parts are {', '.join(known)}"
+            raise fail(f"there is no part `{name}`", help=help)
     return named
 
 
