@@ -3,21 +3,30 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from attndsl.attention import Attention as Attention
-from attndsl.bound import Bound as Bound
-from attndsl.errors import AttnError as AttnError
-from attndsl.language.assertions import Assertion as Assertion
-from attndsl.language.assertions import prove as prove
-from attndsl.program import Program as Program
-from attndsl.program import load as load
-from attndsl.program import parse as parse
+from attndsl.attention import Attention
+from attndsl.bound import Bound
+from attndsl.errors import AttnError
+from attndsl.language.assertions import Assertion, prove
+from attndsl.program import Program, load, parse
 
 if TYPE_CHECKING:
-    from attndsl.analysis.report import Report as Report
-    from attndsl.analysis.report import analyze as analyze
-    from attndsl.execution.plan import Plan as Plan
-    from attndsl.execution.plan import compile as compile
+    from attndsl.analysis.report import Report, analyze
+    from attndsl.execution.plan import Plan, compile
 
+__all__ = [
+    "Assertion",
+    "Attention",
+    "AttnError",
+    "Bound",
+    "Plan",
+    "Program",
+    "Report",
+    "analyze",
+    "compile",
+    "load",
+    "parse",
+    "prove",
+]
 LAZY = {
     "Plan": "attndsl.execution.plan",
     "Report": "attndsl.analysis.report",
@@ -25,6 +34,10 @@ LAZY = {
     "compile": "attndsl.execution.plan",
 }
 """What checking a file does not need is imported on first use: a check is to feel instant."""
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 def __getattr__(name: str) -> object:

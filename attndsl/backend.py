@@ -4,12 +4,14 @@ and gives."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Protocol, TypeAlias, get_args, get_type_hints, runtime_checkable
 
-from attndsl.attention import Attention
+from attndsl.attention import Attention, HeadGroup, Norm, Relation
 from attndsl.axis import Axis
 from attndsl.errors import fail
+from attndsl.expr import Table
+from attndsl.legal import LEGAL
 from attndsl.tiles import lowering
 from attndsl.tiles.blockmask import BlockMask
 
@@ -102,6 +104,20 @@ class Features:
     modes: Set[str] = frozenset()
     dtypes: Set[str] = frozenset({"float32"})
     devices: Set[str] = frozenset({"cpu"})
+
+
+def vocabulary() -> dict[str, Set[str]]:
+    """All names that each field of Features may have; devices are torch's own."""
+    parts = (Attention, HeadGroup, Relation, Norm)
+    table = get_type_hints(Table)
+    return {
+        "clauses": {field.name for part in parts for field in fields(part)},
+        "norms": {*get_args(get_type_hints(Norm)["kind"])},
+        "operations": LEGAL.keys(),
+        "tables": {*get_args(table["dtype"]), *(kind.__name__.lower() for kind in get_args(table["origin"]))},
+        "modes": {field.name for field in fields(Problem)},
+        "dtypes": DTYPES.keys(),
+    }
 
 
 @dataclass(frozen=True, eq=False)

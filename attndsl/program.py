@@ -106,6 +106,7 @@ def _program(source: Source, path: Path | None) -> Program:
         raise fail(f"more than {DEFINITION_LIMIT:,} definitions in a program")
     program = Program(source.name, definitions)
     program.elaborator.broken |= unread
+    program.elaborator.whole = not any(isinstance(item, ast.Use) for item in items)
     problems += program.check_definitions()
     for assertion in assertions:
         try:
@@ -131,8 +132,8 @@ def _items(
     problems: list[Diagnostic],
     unread: set[str],
 ) -> Iterator[ast.Item]:
-    """The definitions and assertions of a text and of the files that it uses; chain: the files that lead
-    to it, itself last."""
+    """The definitions and assertions of a text and of the files that it uses, and the `use` of those that
+    cannot be read; chain: the files that lead to it, itself last."""
     module, found = syntax.parse_partial(source)
     unread.update(module.unread)
     problems += found
@@ -152,6 +153,7 @@ def _items(
             used = _read(path, shown, item.span)
         except AttnError as error:
             problems += error.diagnostics
+            yield item
             continue
         yield from _items(used, place, (*chain, path), seen, problems, unread)
 
@@ -170,11 +172,12 @@ def _used(item: ast.Use, folder: Path | None, shelf: Shelf | None) -> tuple[Path
         raise fail(f"`use` reaches files in {where} alone", item.span)
     if not shelf.library:
         return path, inside, shelf
-    name = path.relative_to(shelf.root).as_posix()
+    name = path.relative_to(shelf.root).as_posix() if inside else ""
     if not path.is_file():
         held = sorted(file.relative_to(shelf.root).as_posix() for file in shelf.root.rglob("*.attn"))
         help = suggest(name, held) or f"it has {', '.join(held) or 'none'}"
-        raise fail(f"the library `{shelf.library}` has no file `{name}`", item.span, help)
+        has = f"has no file `{name}`" if name else "is named, and none of its files"
+        raise fail(f"the library `{shelf.library}` {has}", item.span, help)
     return path, f"{shelf.library}:{name}", shelf
 
 

@@ -16,7 +16,7 @@ NUMBER = itertools.count()
 @pytest.fixture
 def register(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     """Installs a backend with this source, as pip would leave it, under a new name: for this process and
-    those that it starts. Or an object of another group, or the module itself."""
+    those that it starts. Or an object of another group, or the module itself. `install.folder` holds it."""
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
 
     def install(source: str, group: str = "backends", target: str = ":backend", name: str = "") -> str:
@@ -29,6 +29,7 @@ def register(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., s
         monkeypatch.syspath_prepend(tmp_path)
         return name
 
+    install.folder = tmp_path  # type: ignore[attr-defined]
     return install
 
 

@@ -20,10 +20,11 @@ from click.testing import CliRunner
 import attndsl
 from attndsl.analysis import block_sizes
 from attndsl.command import check, child, run, trial
-from attndsl.command.cli import main
+from attndsl.command.cli import COMMANDS, main
 from attndsl.errors import AttnError, fail
 from attndsl.tiles import tiling
 
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 GOOD = """pattern near(w = 3) = causal & last(w)
 pattern far = causal
 attention lm(w = 4) { mask near(w) }
@@ -177,10 +178,66 @@ def test_diff_names_the_relation_and_a_pair_on_each_side(good, tmp_path, left, r
     assert found["status"] == (status or "different")
     assert len(found["pairs"]) == pairs
     program = attndsl.load(file)
+    said = attn("diff", f"{file}:{left}", f"{file}:other").stdout
+    assert said.startswith(f"the mask{'s' if found['status'] in ('equal', 'different') else ''} of {file}:")
     for pair in found["pairs"]:
         masks = [program[name].mask(pair["n"])[0] for name in (left, "other")]
         mine = found["left"] == pair["only_in"]
         assert [mask[pair["q"], pair["k"]] for mask in masks] == [mine, not mine]
+
+
+def test_diff_says_nothing_of_scores(tmp_path):
+    file = write(
+        tmp_path / "two.attn", "attention a { mask causal }\nattention b { mask causal  score alibi }\n"
+    )
+    assert attn("diff", f"{file}:a", f"{file}:b").stdout == f"the masks of {file}:a and {file}:b are equal\n"
+
+
+@pytest.mark.parametrize("command", ["show", "compile", "analyze", "compare", "report"])
+def test_an_attention_is_named_after_a_colon_or_a_space(good, tmp_path, command):
+    output = ["-o", tmp_path / "page.html"] if command == "report" else []
+    colon, space = (
+        attn(command, *target, "--length", 8, *output) for target in ([f"{good}:lm"], [good, "lm"])
+    )
+    assert colon.exit_code == 0, colon.output
+    if command in ("show", "analyze"):
+        assert colon.output == space.output
+    wrong = attn(command, f"{good}:lm2", "--length", 8, *output)
+    assert (wrong.exit_code, "did you mean `lm`?" in wrong.stderr) == (1, True)
+
+
+def test_a_file_may_have_a_colon_in_its_name(tmp_path):
+    file = write(tmp_path / "a:b.attn", "pattern p = causal")
+    assert (
+        attn("show", file, "--length", 8).exit_code == attn("show", f"{file}:p", "--length", 8).exit_code == 0
+    )
+
+
+def test_compare_sets_parameters_of_all(good):
+    rows = json.loads(
+        attn(
+            "compare", f"{good}:lm", f"{good}:near", "--length", 8, "--set", "w=2", "--format", "json"
+        ).stdout
+    )["rows"]
+    assert [row["nnz"] for row in rows] == [15, 15]
+    both = attn("compare", f"{good}:lm", "--length", 8, "--set", "w=2", "--sweep", "w=1,2")
+    assert (both.exit_code, "`w` is given by --set and by --sweep" in both.stderr) == (2, True)
+    assert attn("compare", f"{good}:far", "--length", 8, "--set", "w=2").exit_code == 1
+
+
+def test_the_readme_says_which_commands_take_what():
+    section = README.partition("## From the command line")[2].partition("\n## ")[0]
+    for said, option in (("take `--set ", "--set"), ("take `--set ", "--input"), ("take `--json`", "--json")):
+        listed = re.search(rf"(?:^|\. )([^.]*?) {re.escape(said)}", section, re.M)[1]
+        takes = {name for name in COMMANDS if option in " ".join(attn(name, "--help").output.split())}
+        assert set(re.findall(r"`(\w+)`", listed)) == takes, option
+
+
+def test_a_mistake_leaves_stdout_empty_with_json_too(good):
+    for command in ("compile", "run", "analyze"):
+        done = attn(command, good, "lm2", "--length", 8, "--json")
+        assert (done.exit_code, done.stdout) == (1, "")
+        assert "did you mean `lm`?" in done.stderr
 
 
 def test_fmt_changes_once_and_check_only_tells(tmp_path):
@@ -286,6 +343,11 @@ def test_analyze_fails_where_no_part_is_known(noise, only):
     done = attn("analyze", noise, "--length", 8192, *only, "--json")
     assert (done.exit_code, done.stderr.splitlines()) == (1, [f"{UNKNOWN}; the limit is 0"])
     assert json.loads(done.stdout)["reasons"]["cost"] in UNKNOWN + "; the limit is 0"
+
+
+def test_a_sole_reason_is_told_once(noise):
+    done = attn("analyze", noise, "--length", 8192, "--only", "nnz")
+    assert (done.stdout, done.stderr) == ("", f"{UNKNOWN}; the limit is 0\n")
 
 
 @pytest.mark.parametrize(

@@ -28,12 +28,14 @@ P = Problem(8, 8)
 
 
 def example(name: str) -> Any:
-    """The backend of the example, or the one in CONTRIBUTING."""
+    """The backend of the example, or the one of this name in CONTRIBUTING."""
     if name == "numpy-backend":
         return runpy.run_path(str(ROOT / "examples/numpy-backend/attndsl_numpy/__init__.py"))["backend"]
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     (source,) = (
-        block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "backend = Tiny()" in block
+        block
+        for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+        if f"backend = {name}()" in block
     )
     found: dict[str, Any] = {}
     exec(source, found)
@@ -42,7 +44,7 @@ def example(name: str) -> Any:
 
 BACKENDS: dict[str, Callable[[], Any]] = {
     **{name: lambda name=name: registry.plugin("backends", name) for name in ("reference", "sdpa", "torch")},
-    **{name: lambda name=name: example(name) for name in ("shown", "numpy-backend")},
+    **{name: lambda name=name: example(name) for name in ("Tiny", "Scored", "numpy-backend")},
 }
 
 

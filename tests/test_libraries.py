@@ -77,7 +77,11 @@ def test_bad_uses(library: Callable[..., Path]) -> None:
         (":near.attn", "no library `` is installed", "there are bands"),
         ("bands:neat.attn", "the library `bands` has no file `neat.attn`", "did you mean `near.attn`?"),
         ("bands:x", "the library `bands` has no file `x`", "it has far.attn, link.attn, near.attn"),
-        ("bands:", "the library `bands` has no file `.`", "it has far.attn, link.attn, near.attn"),
+        (
+            "bands:",
+            "the library `bands` is named, and none of its files",
+            "it has far.attn, link.attn, near.attn",
+        ),
         ("bands:../outside.attn", alone, ""),
         (f"bands:{folder}/near.attn", alone, ""),
         ("bands:link.attn", alone, ""),

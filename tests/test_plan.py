@@ -54,7 +54,18 @@ def qkv(**options):
         ("def cost(", "def price(", "it has no method `cost`"),
         ("def lower(", "def lowered(", "it has no method `lower`"),
         ("problem, block_mask)", "problem)", "its `cost` does not take 3 arguments: too many"),
-        ("= Mine()", "= Mine", "its `supports` does not take 2 arguments: missing"),
+        ("= Mine()", "= Mine", "it is a class: register an instance"),
+        ("(modes=", "(clauses='score', modes=", "its `clauses` are not a set of names: 'score'"),
+        ("(modes=", "(norms=['relu'], modes=", "its `norms` are not a set of names: ['relu']"),
+        ("(modes=", "(tables={1}, modes=", "its `tables` are not a set of names: {1}"),
+        ("(modes=", "(clauses={'scores'}, modes=", "attndsl has no clause `scores`: did you mean `score`?"),
+        (
+            "(modes=",
+            "(operations={'erf'}, modes=",
+            "attndsl has no operation `erf`: there are `abs`, `add`, ",
+        ),
+        ("(modes=", "(dtypes={'fp16'}, modes=", "attndsl has no dtype `fp16`: there are `bfloat16`, "),
+        ("(modes=", "(tables={'drawn'}, modes=", "attndsl has no table `drawn`: there are `bool`, `float`, "),
         ("import torch", "import torhc", "ModuleNotFoundError: No module named 'torhc'"),
         ("= Mine()", "= Yours()", "NameError: name 'Yours' is not defined"),
     ],
@@ -69,8 +80,38 @@ def test_a_plugin_without_the_interface_is_listed_and_declined_with_the_reason(
     plan = compiled()
     assert plan.backend != name
     assert plan.considered[name] == f"the plugin `{name}` of {name} cannot be used: {error}"
-    with pytest.raises(attndsl.AttnError, match="cannot be used"):
+    with pytest.raises(attndsl.AttnError) as caught:
         compiled(name)
+    assert str(caught.value) == f"error: {plan.considered[name]}"
+
+
+def test_names_and_groups_that_cannot_be_are_listed_with_the_reason(register):
+    register(GOOD, name="my-tiny")
+    register(GOOD, "backend", name="lost")
+    (register.folder / "empty_files").mkdir()
+    register("", "libraries", "_files", name="empty")
+    register("", "layouts", "", name="other")
+    rows = json.loads(CliRunner().invoke(main, ["plugins", "--json"]).stdout)["plugins"]
+    assert {row["name"]: row["error"] for row in rows if row["owner"] != "attndsl"} == {
+        "my-tiny": "its name is not one of letters, digits and `_`",
+        "lost": "attndsl reads no group `attndsl.backend`: did you mean `backends`?",
+        "empty": "`empty_files` holds no .attn file",
+        "other": "attndsl reads no group `attndsl.layouts`: there are `analyses`, `backends`, `libraries`",
+    }
+
+
+def test_a_name_that_two_register_is_listed_twice_with_the_reason(register):
+    names = [register(GOOD.replace("1.0", seconds)) for seconds in ("1.0", "2.0")]
+    for name in names:
+        points = register.folder / f"{name}-0.1.dist-info" / "entry_points.txt"
+        points.write_text(f"[attndsl.backends]\ntwin = {name}:backend\n")
+    listed = CliRunner().invoke(main, ["plugins"]).stdout
+    twins = [line.split(maxsplit=6) for line in listed.splitlines() if " twin " in line]
+    assert {(owner, target) for _, _, owner, target, *_ in twins} == {(x, f"{x}:backend") for x in names}
+    assert all(said[-1].startswith("used: `twin` is registered twice under ") for said in twins)
+    assert "attndsl.plugins.reference:backend" in listed
+    with pytest.raises(attndsl.AttnError, match="registered twice"):
+        compiled()
 
 
 @pytest.mark.parametrize("cost", ["'1'", "float('nan')", "float('inf')", "-1.0", "True"])

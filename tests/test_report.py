@@ -137,7 +137,11 @@ def test_the_analysis_in_contributing(registered: Callable[..., str]) -> None:
 
 @pytest.mark.parametrize(
     ("source", "error"),
-    [("import nowhere", "ModuleNotFoundError"), ("backend = print", "it is no `attndsl.analysis.part.Part`")],
+    [
+        ("import nowhere", "ModuleNotFoundError"),
+        ("backend = print", "it is no `attndsl.analysis.part.Part`"),
+        ("from attndsl.analysis.part import Part as backend", "it is a class: register an instance"),
+    ],
 )
 def test_a_part_that_cannot_be_used_is_told_and_takes_no_other_down(
     source: str, error: str, registered: Callable[..., str]
@@ -152,11 +156,39 @@ def test_a_part_that_cannot_be_used_is_told_and_takes_no_other_down(
     assert f"  {name}" in str(report)
 
 
-@pytest.mark.parametrize("name", ["density", "length"])
-def test_no_field_is_given_twice(name: str, registered: Callable[..., str]) -> None:
+@pytest.mark.parametrize(
+    ("name", "giver"),
+    [("density", "the part `nnz`"), ("length", "the report itself"), ("to_dict", "the report itself")],
+)
+def test_a_field_that_is_given_twice_is_told_and_takes_no_other_down(
+    name: str, giver: str, registered: Callable[..., str]
+) -> None:
     registered(MINE, name)
-    with pytest.raises(attndsl.AttnError, match=f"gives the field `{name}`, and so does"):
-        attndsl.analyze(attndsl.parse("pattern p = causal")["p"], length=8)
+    why = f"it gives the field `{name}`, and so does {giver}"
+    rows = [row for row in json.loads(run("plugins", "--json"))["plugins"] if row["error"]]
+    assert [(row["name"], row["owner"], row["error"]) for row in rows] == [(name, name, why)]
+    report = attndsl.analyze(attndsl.parse("pattern p = causal")["p"], length=8)
+    assert (report.nnz.value, report.density, report.length) == (36, 36 / 64, 8)
+    assert report.reasons == {name: f"the plugin `{name}` of {name} cannot be used: {why}"}
+    assert f"  {name}" in str(report)
+
+
+def test_a_part_of_another_party_has_a_heading_in_a_report_of_many(registered: Callable[..., str]) -> None:
+    attention = attndsl.parse("pattern p = causal")["p"]
+    name = registered(MINE)
+    registered(MINE.replace('["mine"]', '["\\nTheir own", "said"]'))
+    sections = str(attndsl.analyze(attention, length=8)).split("\n\n")
+    assert {f"{name}\nmine", "Their own\nsaid"} <= {*sections}
+    assert str(attndsl.analyze(attention, length=8, parts=[name])).splitlines()[1:] == ["mine"]
+
+
+def test_a_text_that_is_one_string_is_refused(registered: Callable[..., str]) -> None:
+    name = registered(MINE.replace('["mine"]', '"mine"'))
+    report = attndsl.analyze(attndsl.parse("pattern p = causal")["p"], length=8)
+    with pytest.raises(attndsl.AttnError) as caught:
+        str(report)
+    said = f"error: `text` of the part `{name}` gives lines, not one text\n  help: `yield` it"
+    assert str(caught.value) == said
 
 
 def test_a_report_has_no_other_fields() -> None:

@@ -105,3 +105,10 @@ def test_the_readme_shows_what_show_prints(readme_file):
     done = CliRunner().invoke(main, ["show", str(readme_file), "--length", "36"])
     assert done.exit_code == 0
     assert done.stdout == picture[1]
+
+
+def test_what_attndsl_gives_is_seen_and_nothing_else():
+    assert dir(attndsl) == sorted(attndsl.__all__)
+    assert {"analyze", "compile", "load", "parse"} <= {*dir(attndsl)}
+    assert {getattr(attndsl, name).__module__.partition(".")[0] for name in attndsl.__all__} == {"attndsl"}
+    assert set(re.findall(r"\battndsl\.(\w+)\(", README)) <= {*attndsl.__all__}

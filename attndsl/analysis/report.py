@@ -12,7 +12,7 @@ from attndsl.analysis.text import line
 from attndsl.attention import Attention
 from attndsl.backend import Problem
 from attndsl.bound import Bound
-from attndsl.errors import AttnError, fail
+from attndsl.errors import AttnError, fail, suggest
 from attndsl.execution import registry
 from attndsl.program import bound_of
 from attndsl.tiles import lowering
@@ -54,9 +54,18 @@ class Report:
         many = [f"{self.q_length:,} x {self.length:,}"]
         many += [f"{self.heads} heads"] * (self.heads > 1) + [f"batch {self.batch}"] * (self.batch > 1)
         yield f"{self.name}: queries x keys = {', '.join(many)}"
+        headed = False
         for name, part in usable().items():
             if name in self.findings:
-                yield from part.text(self.findings[name])
+                text = part.text(self.findings[name])
+                if isinstance(text, str):
+                    raise fail(f"`text` of the part `{name}` gives lines, not one text", help="`yield` it")
+                lines = list(text)
+                own = lines[:1] != [] and lines[0].startswith("\n")
+                if headed and not own:
+                    yield f"\n{part.title or name}"
+                yield from lines
+                headed = headed or own
         if self.reasons:
             yield "\nnot known"
             yield from (line(name, why) for name, why in self.reasons.items())
@@ -98,18 +107,31 @@ def plain(value: Any) -> Any:
 
 
 def usable() -> dict[str, Part]:
-    """The parts that can be used, by name, as they follow one another.
-
-    Raises AttnError where a part gives a field that is another's or the report's own.
-    """
+    """The parts that can be used, by name, as they follow one another."""
     found: dict[str, Part] = registry.usable("analyses")
-    givers = dict.fromkeys((f.name for f in fields(Report)), "the report itself")
-    for name, part in found.items():
+    clashing = clashes(found)
+    kept = {name: part for name, part in found.items() if name not in clashing}
+    return dict(sorted(kept.items(), key=lambda item: item[1].place))
+
+
+def clashes(parts: Mapping[str, Part]) -> dict[str, str]:
+    """Why some cannot be used: they give a field of the report itself, of a part of ours, or of another one
+    before them."""
+    givers = {own: [""] for own in (*dir(Report), *(f.name for f in fields(Report)))}
+    for name, part in parts.items():
         for given in part.names(name):
-            other = givers.setdefault(given, f"the part `{name}`")
-            if other != f"the part `{name}`":
-                raise fail(f"the part `{name}` gives the field `{given}`, and so does {other}")
-    return dict(sorted(found.items(), key=lambda item: item[1].place))
+            givers.setdefault(given, []).append(name)
+    found: dict[str, str] = {}
+    for given, names in givers.items():
+        if len(names) > 1:
+            first, *others = sorted(names, key=_foreign)
+            whose = f"the part `{first}`" if first else "the report itself"
+            found |= dict.fromkeys(others, f"it gives the field `{given}`, and so does {whose}")
+    return found
+
+
+def _foreign(name: str) -> bool:
+    return bool(name) and registry.owner("analyses", name) != "attndsl"
 
 
 def analyze(
@@ -159,7 +181,8 @@ def chosen(parts: Iterable[str] | None) -> list[str]:
     named = known if parts is None else list(parts)
     for name in named:
         if name not in known:
-            raise fail(f"there is no part `{name}`", help=f"the parts are {', '.join(known)}")
+            help = suggest(name, known) or f"the parts are {', '.join(known)}"
+            raise fail(f"there is no part `{name}`", help=help)
     return named
 
 
@@ -173,6 +196,8 @@ def blank(subject: Subject) -> Report:
 def extended(report: Report, name: str, subject: Subject) -> Report:
     """The report with one part more, or with the reason why it is not known."""
     try:
+        if why := clashes(registry.usable("analyses")).get(name):
+            raise registry.refusal("analyses", name, why)
         part: Part = registry.plugin("analyses", name)
         return replace(report, findings={**report.findings, name: part.find(subject)})
     except AttnError as error:

@@ -13,7 +13,7 @@ from attndsl.analysis.part import Subject
 from attndsl.analysis.report import Report, blank, chosen, extended, subject_of, usable
 from attndsl.command import child, comparison
 from attndsl.command.given import bound, echo_json, file_and_name, read, tables, titled, write
-from attndsl.command.options import ANALYSIS, INPUTS, JSON, LENGTH, TARGET, Whole
+from attndsl.command.options import ANALYSIS, INPUTS, JSON, LENGTH, SET, TARGET, Whole
 from attndsl.errors import AttnError, Diagnostic
 from attndsl.execution.registry import names
 from attndsl.html.masks import Mask, masks
@@ -61,7 +61,7 @@ def analyze(
     (report,) = analyzed([(subject, shown)], only.split(",") if only else None, time_limit)
     if as_json:
         echo_json(report.to_dict())
-    else:
+    elif report.known or len(report.reasons) != 1:  # the only reason is the error's
         click.echo(report)
     demand_known([report])
 
@@ -111,6 +111,7 @@ def analyzed(named: list[tuple[Subject, str]], parts: list[str] | None, time_lim
     multiple=True,
     help="Values of a parameter, or of n: each is a column.",
 )
+@SET
 @INPUTS
 @click.option(
     "--format",
@@ -123,6 +124,7 @@ def analyzed(named: list[tuple[Subject, str]], parts: list[str] | None, time_lim
 def compare(
     targets: tuple[str, ...],
     sweeps: tuple[str, ...],
+    params: dict[str, str],
     inputs: dict[str, str],
     form: str,
     time_limit: float,
@@ -132,12 +134,16 @@ def compare(
     columns = list(comparison.columns(sweeps))
     if (sizes["length"] is None) != ("n" in columns[0]):
         raise click.UsageError("give one of --length N and --sweep n=N,N")
+    if both := sorted(params.keys() & columns[0].keys()):
+        raise click.UsageError(f"`{both[0]}` is given by --set and by --sweep")
     given = tables(inputs)
     named, swept = [], []
     for target in targets:
         file, name = file_and_name(target)
         for column in columns:
-            attention = bound(file, name, {key: value for key, value in column.items() if key != "n"})
+            attention = bound(
+                file, name, params | {key: value for key, value in column.items() if key != "n"}
+            )
             own = {table.name: given[table.name] for table in attention.inputs if table.name in given}
             length = int(column["n"]) if "n" in column else sizes["length"]
             one = subject_of(attention, parameters=(), inputs=own, **{**sizes, "length": length})
@@ -169,7 +175,8 @@ def report(
     (found,) = analyzed([(subject, shown)], None, time_limit)
     shown_masks, drawings, undrawn = illustrated(subject, found, time_limit)
     found = replace(found, reasons={**found.reasons, **undrawn})
-    source = None if file == "-" else read(file)
+    path = file if name else file_and_name(file)[0]
+    source = None if path == "-" else read(path)
     write(output, render(found.to_dict(), masks=shown_masks, figures=drawings, source=source))
     if not (shown_masks or drawings):
         demand_known([found])

@@ -159,7 +159,7 @@ def elided(entries: Any) -> str:
 @JSON
 @LIMIT
 def diff(left: str, right: str, as_json: bool, time_limit: float) -> None:
-    """Whether two patterns are equal, one a subset of the other, or a pair that differs."""
+    """Whether two masks are equal, one a subset of the other, or a pair that differs."""
     mine, other = each_head(left), each_head(right)
 
     def work(stage: child.Stage) -> list[Verdict]:
@@ -169,15 +169,15 @@ def diff(left: str, right: str, as_json: bool, time_limit: float) -> None:
     inside, outside = child.run(work)
     refuted = [found for found in (inside, outside) if found.status == "refuted"]
     if len(refuted) == 2:
-        status, said = "different", f"{left} and {right} differ"
+        status, said = "different", f"the masks of {left} and {right} differ"
     elif "undecided" in (inside.status, outside.status):
         status, said = "undecided", "undecided"
     elif inside.status == outside.status:
-        status, said = "equal", f"{left} and {right} are equal"
+        status, said = "equal", f"the masks of {left} and {right} are equal"
     elif inside.status == "proved":
-        status, said = "subset", f"{left} is a subset of {right}"
+        status, said = "subset", f"the mask of {left} is a subset of that of {right}"
     else:
-        status, said = "superset", f"{right} is a subset of {left}"
+        status, said = "superset", f"the mask of {right} is a subset of that of {left}"
     pairs = [
         {"only_in": side, **(found.counter_example or {})}
         for side, found in ((left, inside), (right, outside))

@@ -31,7 +31,12 @@ def bound(file: str, name: str | None, params: dict[str, str]) -> Bound:
 
 
 def titled(file: str, name: str | None, params: dict[str, str]) -> tuple[Bound, str]:
-    """The attention, and its name with the parameters that differ from the defaults."""
+    """The attention, and its name with the parameters that differ from the defaults.
+
+    Without a name `file` may be FILE:NAME.
+    """
+    if name is None:
+        file, name = file_and_name(file)
     program = program_of(file)
     name = name or program.default()
     definition = program[name]
@@ -91,9 +96,9 @@ def write(file: str, text: str | bytes) -> None:
 
 
 def file_and_name(target: str) -> tuple[str, str | None]:
-    """FILE:NAME or FILE."""
-    file, _, name = target.rpartition(":") if ":" in target else (target, "", "")
-    return file, name or None
+    """FILE:NAME or FILE, whose own name may have a colon."""
+    file, _, name = target.rpartition(":")
+    return (file, name or None) if file and not Path(target).exists() else (target, None)
 
 
 def heads_of(attention: Attention, given: dict[str, Any], heads: int | None) -> int:

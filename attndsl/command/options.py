@@ -66,13 +66,16 @@ SHAPE = options(
     click.option("--dtype", type=click.Choice(["float64", "float32", "bfloat16", "float16"]),
                  default="float32", show_default=True),
 )  # fmt: skip
-TARGET = options(
-    click.argument("file"),
-    click.argument("name", required=False),
-    click.option("--set", "params", metavar="P=V", multiple=True, callback=pair,
-                 help="A parameter, as the language writes it: 4, [0, 8], 0..3."),
-    INPUTS,
+SET = click.option(
+    "--set", "params", metavar="P=V", multiple=True, callback=pair,
+    help="A parameter, as the language writes it: 4, [0, 8], 0..3.",
 )  # fmt: skip
+TARGET = options(
+    click.argument("file", metavar="FILE[:NAME]"),
+    click.argument("name", required=False),
+    SET,
+    INPUTS,
+)
 SIZES = options(
     click.option("--length", type=LENGTH, required=True, help="Number of keys, n."),
     click.option("--q-length", type=LENGTH, help="Number of queries, if not n."),

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 from attndsl.attention import Attention
 from attndsl.backend import Backend, Counting, Features, Problem, device_kind
-from attndsl.errors import AttnError, fail
+from attndsl.errors import AttnError, fail, suggest
 from attndsl.execution import registry
 from attndsl.expr import Expr, Table, nodes, var
 from attndsl.tiles.blockmask import BlockMask
@@ -121,7 +121,9 @@ def chosen(considered: Mapping[str, Verdict], backend: str | None) -> str:
     """
     if backend is not None:
         if backend not in considered:
-            raise fail(f"no backend is named `{backend}`", help=f"there are {', '.join(sorted(considered))}")
+            help = suggest(backend, considered) or f"there are {', '.join(sorted(considered))}"
+            raise fail(f"no backend is named `{backend}`", help=help)
+        registry.plugin("backends", backend)  # one that cannot be used says so itself
         verdict = considered[backend]
         if isinstance(verdict, str):
             raise fail(

@@ -5,14 +5,15 @@ from __future__ import annotations
 import functools
 import importlib.util
 import inspect
-from dataclasses import dataclass
+from collections.abc import Iterable, Set
+from dataclasses import dataclass, fields
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
 from attndsl.analysis.part import Part
-from attndsl.backend import Features
-from attndsl.errors import fail
+from attndsl.backend import Features, vocabulary
+from attndsl.errors import AttnError, fail, suggest
 
 GROUPS = {"backends": "backend", "analyses": "analysis", "libraries": "library"}
 """And what one of each is called."""
@@ -31,19 +32,30 @@ class Registered:
     error: str = ""
 
 
-def _points(group: str) -> dict[str, EntryPoint]:
-    """Entry points of a group by name. Raises AttnError where two distributions register one name."""
-    found: dict[str, EntryPoint] = {}
+def _points(group: str) -> dict[str, list[EntryPoint]]:
+    """Entry points of a group by name; several where distributions register one name."""
+    found: dict[str, list[EntryPoint]] = {}
     for point in entry_points(group=f"attndsl.{group}"):
-        other = found.setdefault(point.name, point)
-        # whose it is takes reading a file
-        if other is not point and (other.value, _owner(other)) != (point.value, _owner(point)):
-            raise fail(
-                f"`{point.name}` is registered twice under attndsl.{group}: "
-                f"by {_owner(other)} and by {_owner(point)}",
-                help="uninstall one of the two",
-            )
+        others = found.setdefault(point.name, [])
+        # one distribution may be found by two ways; whose a point is takes reading a file
+        if all((other.value, _owner(other)) != (point.value, _owner(point)) for other in others):
+            others.append(point)
     return found
+
+
+def _twice(points: list[EntryPoint]) -> str:
+    """The reason why a name cannot be used that several registered, or ""."""
+    owners = " and by ".join(map(_owner, points))
+    return f"`{points[0].name}` is registered twice under {points[0].group}: by {owners}" * (len(points) > 1)
+
+
+def _single(group: str) -> dict[str, EntryPoint]:
+    """Entry points of a group by name. Raises AttnError where two distributions register one name."""
+    found = _points(group)
+    for points in found.values():
+        if error := _twice(points):
+            raise fail(error, help="uninstall one of the two")
+    return {name: points[0] for name, points in found.items()}
 
 
 def _owner(point: EntryPoint) -> str:
@@ -54,33 +66,50 @@ def _owner(point: EntryPoint) -> str:
 def plugin(group: str, name: str) -> Any:
     """The registered object, of a library its folder. Raises AttnError for an unknown name or a plugin that
     cannot be used."""
-    points = _points(group)
+    points = _single(group)
     if name not in points:
         known = ", ".join(sorted(points)) or "none"
         raise fail(f"no {GROUPS[group]} is named `{name}`", help=f"there are {known}")
     loaded, error = _load(points[name])
     if error:
-        raise fail(f"the plugin `{name}` of {_owner(points[name])} cannot be used: {error}")
+        raise refusal(group, name, error)
     return loaded
 
 
+def refusal(group: str, name: str, error: str) -> AttnError:
+    return fail(f"the plugin `{name}` of {owner(group, name)} cannot be used: {error}")
+
+
+def owner(group: str, name: str) -> str:
+    """The distribution that registers a name."""
+    return _owner(_single(group)[name])
+
+
 def names(group: str) -> tuple[str, ...]:
-    return tuple(_points(group))
+    return tuple(_single(group))
 
 
 def usable(group: str) -> dict[str, Any]:
     """All of a group that can be used, by name."""
-    loaded = {name: _load(point) for name, point in _points(group).items()}
+    loaded = {name: _load(point) for name, point in _single(group).items()}
     return {name: found for name, (found, error) in loaded.items() if not error}
 
 
 def listing() -> list[Registered]:
-    """Everything registered, in the order of GROUPS."""
+    """Everything registered, in the order of GROUPS, and what is under a group that is none of them."""
     rows = []
     for group in GROUPS:
-        for name, point in _points(group).items():
-            _, error = _load(point)
-            rows.append(Registered(group, name, _owner(point), point.value, error))
+        for name, points in _points(group).items():
+            for point in points:
+                error = _twice(points) or _load(point)[1]
+                rows.append(Registered(group, name, _owner(point), point.value, error))
+    for group in sorted(entry_points().groups):
+        kind, _, rest = group.partition(".")
+        if kind == "attndsl" and rest not in GROUPS:
+            error = (
+                f"attndsl reads no group `{group}`: {suggest(rest, GROUPS) or f'there are {_listed(GROUPS)}'}"
+            )
+            rows += [Registered(rest, p.name, _owner(p), p.value, error) for p in entry_points(group=group)]
     return rows
 
 
@@ -91,11 +120,17 @@ def _load(point: EntryPoint) -> tuple[Any, str]:
     group = point.group.removeprefix("attndsl.")
     if group == "libraries":
         folder = _folder(point.value)
-        return folder, "" if folder else f"`{point.value}` is not the name of a package that is installed"
+        if folder is None:
+            return None, f"`{point.value}` is not the name of a package that is installed"
+        return folder, "" if any(folder.rglob("*.attn")) else f"`{point.value}` holds no .attn file"
+    if not point.name.isidentifier():
+        return None, "its name is not one of letters, digits and `_`"
     try:
         loaded = point.load()
     except Exception as error:
         return None, f"{type(error).__name__}: {error}"
+    if isinstance(loaded, type):
+        return loaded, "it is a class: register an instance"
     if group == "analyses":
         return loaded, "" if isinstance(loaded, Part) else "it is no `attndsl.analysis.part.Part`"
     return loaded, _flaw(loaded)
@@ -109,8 +144,18 @@ def _folder(package: str) -> Path | None:
 
 
 def _flaw(loaded: object) -> str:
-    if not isinstance(getattr(loaded, "features", None), Features):
+    features = getattr(loaded, "features", None)
+    if not isinstance(features, Features):
         return "it has no `features` of type Features"
+    known = vocabulary()
+    for field in fields(Features):
+        declared = getattr(features, field.name)
+        if not (isinstance(declared, Set) and all(isinstance(name, str) for name in declared)):
+            return f"its `{field.name}` are not a set of names: {declared!r}"
+        new = sorted(declared - known.get(field.name, declared))
+        if new:
+            help = suggest(new[0], known[field.name]) or f"there are {_listed(known[field.name])}"
+            return f"attndsl has no {field.name.removesuffix('s')} `{new[0]}`: {help}"
     for name, count in METHODS.items():
         method = getattr(loaded, name, None)
         if not callable(method):
@@ -120,3 +165,7 @@ def _flaw(loaded: object) -> str:
         except TypeError as error:
             return f"its `{name}` does not take {count} arguments: {error}"
     return ""
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in sorted(names))

@@ -150,6 +150,9 @@ def softmax(logit: Tensor, factor: Tensor | None = None, sink: Tensor | None = N
     if sink is not None:
         top = torch.maximum(top, sink.detach())
     weight = weigh(logit, top, factor)
+    if factor is not None:
+        # of keys that all have the factor 0 nothing goes back
+        weight = torch.where(empty, 0.0, weight)
     total = weight.sum(-1, keepdim=True)
     if sink is not None:
         total = total + torch.exp(sink - top)

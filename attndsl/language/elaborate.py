@@ -28,12 +28,14 @@ class Elaborator:
     """The definitions of one program, and what has been learned of them so far.
 
     `definitions` maps a name to its syntax, a file's own before the prelude's; `broken` holds those whose
-    error was reported already: their users stay silent.
+    error was reported already: their users stay silent. `whole` is False where a file that is used was not
+    found, which was reported: any unknown name may be there.
     """
 
     def __init__(self, definitions: Mapping[str, ast.Definition | ast.AttentionDef]) -> None:
         self.definitions = definitions
         self.broken: set[str] = set()
+        self.whole = True
         self.known: dict[tuple[object, ...], Value] = {}
         self.steps = 0
         self.serials: dict[tuple[object, ...], int] = {}
@@ -56,7 +58,7 @@ class Elaborator:
         raise self.unknown(name, env)
 
     def unknown(self, name: ast.Name, env: Env, help: str = "") -> AttnError:
-        if name.id in self.broken:
+        if name.id in self.broken or not self.whole:
             return AttnError()
         candidates = {*env.names, *self.definitions, *BUILT_IN, "n", "nq", "h", "H", "D"}
         near = RETIRED.get(name.id) or RETIRED.get(name.id.lower()) or suggest(name.id, candidates)

@@ -265,7 +265,8 @@ def on_setlist(el: Elaborator, e: ast.SetList, env: Env, space: Space) -> Value:
             if isinstance(item, ast.Range):
                 found.append((el.integer(item.lo, env, sp), el.integer(item.hi, env, sp)))
             else:
-                found.append((el.num(item, env, sp, "sets are joined with `|`"),) * 2)
+                axes = "lists have one axis, and " if isinstance(item, ast.SetList) else ""
+                found.append((el.num(item, env, sp, f"{axes}sets are joined with `|`"),) * 2)
         return found
 
     def contains(p: Expr, sp: Space) -> Expr:
@@ -273,7 +274,7 @@ def on_setlist(el: Elaborator, e: ast.SetList, env: Env, space: Space) -> Value:
         rest: list[Expr] = []
         for item, (lo, hi) in zip(e.items, items(sp), strict=True):
             if lo.type == "real":
-                raise not_integer(lo, item)
+                raise not_integer(lo, item, "a list with a real entry is for scores alone")
             if lo.op == hi.op == "const":
                 constant.append((int(lo.value), int(hi.value)))  # type: ignore[call-overload]
             else:
@@ -328,7 +329,8 @@ def on_index(el: Elaborator, e: ast.Index, env: Env, space: Space) -> Value:
         inside = (ir.all_of(ir.le(ir.ZERO, p), ir.lt(p, space.n)) for p in (q, k) if p not in (Q, K))
         return Truth(ir.all_of(*inside, base.at(q, k, space).mask))
     if not isinstance(base, TableOf):
-        help = f"write `[{quoted(e.base)}]`" if isinstance(e.base, ast.Range) else ""
+        help = "a set has no order: give a list" if isinstance(base, SetOf) else ""
+        help = f"write `[{quoted(e.base)}]`" if isinstance(e.base, ast.Range) else help
         raise fail(
             f"only tables, lists and patterns are looked up, and this is {base.noun}", e.base.span, help
         )

@@ -10,7 +10,7 @@ from attndsl.errors import AttnError, Diagnostic, Span
 from attndsl.expr import Expr
 from attndsl.language.arguments import score_call
 from attndsl.language.elaborate import Elaborator
-from attndsl.language.values import TOKENS, AttentionOf, Env, K, Q
+from attndsl.language.values import TOKENS, AttentionOf, Env, K, Pattern, Q
 from attndsl.language.vocabulary import BUILT_IN
 from attndsl.syntax import nodes as ast
 
@@ -20,11 +20,18 @@ Definition = ast.Definition | ast.AttentionDef
 def warnings(definitions: list[Definition], elaborator: Elaborator) -> list[Diagnostic]:
     """Of definitions that are right: by their text first, then by what their masks relate."""
     found: list[Diagnostic] = []
+    used = {name.id for item in definitions for name in ast.walk(item) if isinstance(name, ast.Name)}
     for item in definitions:
         found += _of_text(item)
-        bound = all(param.default is not None for param in item.params)
-        if isinstance(item, ast.AttentionDef) and bound:
+        if not all(param.default is not None for param in item.params):
+            continue
+        if isinstance(item, ast.AttentionDef):
             found += _of_attention(item, elaborator)
+        elif item.word == "pattern" and item.name not in used:
+            value = elaborator.instance(item, {}, Env({}), item.name_span)
+            if isinstance(value, Pattern):
+                alone = Attention.of_pattern(item.name, value.at(Q, K, TOKENS))
+                found += _undefined(alone, [item.body], item.name_span)
     return found
 
 
@@ -74,12 +81,52 @@ def _of_attention(item: ast.AttentionDef, elaborator: Elaborator) -> Iterator[Di
         yield from _holes(value.attention.any_head(), span)
     for clause in masks:
         yield from _block_causality(clause.value, elaborator)
-    yield from _scattered(value.attention, span)
+    undefined = list(_undefined(value.attention, [clause.value for clause in masks], item.name_span))
+    yield from undefined or _scattered(value.attention, span)
 
 
 TRIED = 4096
 """The length at which tiles are looked at."""
+SHORT = (1, 16)
+"""And those at which it is cheap to look whether a mask has a value."""
 MOST, FEW = 0.9, 0.3
+
+
+def _undefined(attention: Attention, parts: list[ast.Expression], name: Span) -> Iterator[Diagnostic]:
+    """A mask of these parts is refused at a length: a list is read beyond its end, a number has no log2."""
+    from attndsl.meaning.pointwise import partial
+    from attndsl.tiles.lowering import sizes_of, tiles_of, written_out
+
+    masks = [group.relation.mask for group in attention.groups]
+    told_later = any(mask.tables for mask in masks) or attention.offset is not None
+    if told_later or not any(map(partial, masks)):
+        return
+    heads = attention.enough_heads()
+    for n in (*SHORT, TRIED):
+        try:
+            if n in SHORT:
+                written_out(attention, sizes_of(attention, n, None, heads), {}, counts=False)
+            else:
+                tiles_of(attention, n, heads=heads)
+        except AttnError as error:
+            (told,) = error.diagnostics
+            message = f"refused at n = {n}: {told.message}"
+            spans = [node.span for part in parts for node in ast.walk(part) if _reads(node, told.message)]
+            span = spans[0] if len(spans) == 1 else parts[0].span if len(parts) == 1 else name
+            yield _warning(message, span, told.help)
+            return
+
+
+def _reads(node: ast.Node, message: str) -> bool:
+    """Whether a message about a number without a value may be about this."""
+    match node:
+        case ast.Call(func=ast.Name(id=("log2" | "isqrt") as function)):
+            return message.startswith(function)
+        case ast.Binary("**"):
+            return message.startswith("a power")
+        case ast.Index():
+            return " entries on axis " in message
+    return False
 
 
 def _scattered(attention: Attention, span: Span) -> Iterator[Diagnostic]:

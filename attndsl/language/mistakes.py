@@ -73,7 +73,8 @@ def expected(noun: str, value: Value, e: ast.Expression, help: str = "") -> Attn
     return fail(f"expected {noun}, and this is {value.noun}", e.span, help)
 
 
-def not_integer(number: Expr, e: ast.Expression) -> AttnError:
+def not_integer(number: Expr, e: ast.Expression, help: str = "") -> AttnError:
+    """`help` is for what there is no other help for."""
     for table in sorted(number.tables, key=lambda table: table.name):
         if table.learned:
             return fail(f"`{table.name}` is learned, and a mask may not depend on it", e.span, IN_SCORES)
@@ -86,9 +87,8 @@ def not_integer(number: Expr, e: ast.Expression) -> AttnError:
         return fail("a power is real where its exponent may be negative", powers[0].span, bounded)
     if isinstance(e, ast.Binary) and e.op == "/":
         return fail("`/` is real where an integer is needed", e.span, "write `//` to round down")
-    if isinstance(e, ast.Number):
-        return fail("expected an integer, and this is a real number", e.span, f"write `{int(e.value)}`")
-    help = f"round it down: `floor({quoted(e)})`"
+    help = help or (f"write `{int(e.value)}`" if isinstance(e, ast.Number) else "")
+    help = help or f"round it down: `floor({quoted(e)})`"
     return fail("expected an integer, and this is a real number", e.span, help)
 
 

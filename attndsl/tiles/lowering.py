@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from attndsl import expr as ir
 from attndsl.attention import Attention
 from attndsl.axis import Axis
-from attndsl.errors import AttnError, fail
+from attndsl.errors import AttnError, fail, suggest
 from attndsl.expr import Expr, Table
 from attndsl.meaning.intervals import check_range
 from attndsl.meaning.pointwise import evaluate
@@ -248,13 +248,18 @@ def mask_tables(attention: Attention, counts: bool = False) -> tuple[Table, ...]
     return tuple(table for table in attention.inputs if table in read)
 
 
+ARGUMENTS = "length q_length heads q_offset k_offset q_positions k_positions n learned return_lse".split()
+"""Beside which calls take tables."""
+
+
 def check_names(attention: Attention, given: Mapping[str, object], needed: Sequence[Table] = ()) -> None:
     """Raises AttnError for a table that the attention does not have, or a needed one that is missing."""
     known = [table.name for table in attention.inputs]
     for name in given:
         if name not in known:
-            listed = ", ".join(known) or "none"
-            raise fail(f"`{attention.name}` has no input `{name}`", help=f"its inputs: {listed}")
+            near = suggest(name, {*known, *ARGUMENTS} - {name})
+            help = near or f"its inputs: {', '.join(known) or 'none'}"
+            raise fail(f"`{attention.name}` has no input `{name}`", help=help)
     for table in needed:
         if table.name not in given:
             raise fail(

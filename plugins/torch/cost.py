@@ -18,9 +18,9 @@ from attndsl.tiles.blockmask import BlockMask, TileGrid
 from attndsl.tiles.lowering import head_groups
 from attndsl.tiles.tiling import tile
 
-from .choices import choices_of, sparse
 from .chunks import Cut, equidistant
 from .lanes import Simple, all_simple, cut_of, lanes
+from .lists import listed_of, sparse
 from .parts import Gathered, Part, Strided
 from .rows import pieces, reads
 from .work import KEPT
@@ -56,8 +56,8 @@ FUSED_K = 512
 def counts(attention: Attention, problem: Problem, block_mask: BlockMask | None) -> dict[str, float]:
     """Of a large mask by a sample of its rows; without tiles every pair. Where lists take the place of tiles,
     of their entries, live or not."""
-    choices = choices_of(attention)
-    entries = [choice.entries or problem.length for choice in choices or ()]
+    listed = listed_of(attention)
+    entries = [some.entries or problem.length for some in listed or ()]
     if entries and device_kind(problem) == "cpu" and all(sparse(r, problem.length) for r in entries):
         return _list_counts(attention, problem, entries)
     if block_mask is None:

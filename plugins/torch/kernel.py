@@ -13,9 +13,7 @@ from attndsl.attention import Attention
 from attndsl.backend import Call
 from attndsl.execution.torch_eval import peak, singles
 
-from . import rows
-from .choices import Choice, attend, choices_of
-from .choices import gradient as choices_gradient
+from . import lists, rows
 from .chunks import Kept
 from .gradient import Rows, bias_gradient, part_gradient, room_of, sink_gradient, slopes_of
 from .lanes import Lane, Simple, lanes
@@ -40,8 +38,8 @@ class BlockSparse:
     kept: Kept = field(default_factory=Kept)
 
     def __call__(self, call: Call) -> tuple[Tensor, Tensor]:
-        if (choices := self.choices_for(call)) is not None:
-            return attend(self.attention, choices, widened(call))
+        if (listed := self.lists_for(call)) is not None:
+            return lists.attend(self.attention, listed, widened(call))
         wide = torch.promote_types(call.q.dtype, torch.float32)
         if self.simple is not None and (call.q.dtype == wide or not self.exact):
             found = rows.attend(self.attention, self.simple, call)
@@ -61,13 +59,13 @@ class BlockSparse:
         return out, lse
 
     @cached_property
-    def choices(self) -> tuple[Choice, ...] | None:
-        return choices_of(self.attention)
+    def listed(self) -> tuple[lists.Listed, ...] | None:
+        return lists.listed_of(self.attention)
 
-    def choices_for(self, call: Call) -> tuple[Choice, ...] | None:
+    def lists_for(self, call: Call) -> tuple[lists.Listed, ...] | None:
         """The lists of keys to go by in place of tiles, if this call has such."""
-        found = self.choices
-        return found if found is not None and all(choice.fits(call) for choice in found) else None
+        found = self.listed
+        return found if found is not None and all(some.fits(call) for some in found) else None
 
     def lanes(self, call: Call) -> Iterator[Lane]:
         batch, heads = call.q.shape[:2]
@@ -109,8 +107,8 @@ class BlockSparse:
         grad_lse: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
         given, call = (call.q, call.k, call.v), widened(call)
-        if (choices := self.choices_for(call)) is not None:
-            found = choices_gradient(self.attention, choices, call, wanted, lse, grad_out, grad_lse)
+        if (listed := self.lists_for(call)) is not None:
+            found = lists.gradient(self.attention, listed, call, wanted, lse, grad_out, grad_lse)
         else:
             found = self.over_lanes(call, wanted, out, lse, grad_out, grad_lse)
         gq, gk, gv = (total.to(x.dtype) for total, x in zip(found[:3], given, strict=True))

@@ -62,16 +62,18 @@ def pieces(attention: Attention, blocks: BlockMask, heads: int, kv_heads: int) -
 def attend(attention: Attention, simple: Sequence[Simple], call: Call) -> tuple[Tensor, Tensor] | None:
     """Output and log-sum-exp, `simple` being the groups' scores; None for a call that is not for this, or
     whose runs do not merge well."""
-    q, k, v = call.q, call.k, call.v
-    here = pieces(attention, call.block_mask, q.shape[1], k.shape[1])
-    if not here or q.device.type != "cpu" or v.shape[3] != q.shape[3] or not len(q):
+    q, v = call.q, call.v
+    batch, heads, _, width = q.shape
+    if not batch or v.shape[3] != width or not q.is_cpu:
         return None
+    here = pieces(attention, call.block_mask, heads, v.shape[1])
     found = [_attended(p, attention.groups[p.group].norm.sink, simple[p.group], call) for p in here]
-    if any(_large(lse) and strained(lse) for _, lse, merged in found if merged):
+    if not found or any(merged and _large(lse) and strained(lse) for _, lse, merged in found):
         return None
     out, lse, _ = found[0]
     if len(found) > 1:
-        out, lse = out.new_empty(q.shape), lse.new_empty(q.shape[:3])
+        wide = torch.promote_types(q.dtype, torch.float32)
+        out, lse = out.new_empty(q.shape, dtype=wide), lse.new_empty(q.shape[:3])
         for piece, (o, total, _) in zip(here, found, strict=True):
             out[piece.batch, piece.heads], lse[piece.batch, piece.heads] = o, total
     return out, lse
@@ -100,18 +102,18 @@ def _attended(piece: Piece, sink: Expr | None, simple: Simple, call: Call) -> tu
         if dead is not None:
             more, masked = more.masked_fill(dead, -torch.inf), True
         if out is None or lse is None:
-            out, lse = o.to(wide), more
+            out, lse = o, more
         else:
             both = torch.logaddexp(lse, more)
             part = torch.sigmoid(more - lse)
             if masked:
                 part = part.masked_fill(both == -torch.inf, 0.0)
-            out, lse, merged = out.lerp(o.to(wide), part[..., None]), both, True
+            out, lse, merged = out.to(wide).lerp(o.to(wide), part[..., None]), both, True
     if out is None or lse is None:
         out, lse = q.new_zeros(q.shape, dtype=wide), q.new_full(q.shape[:3], -torch.inf, dtype=wide)
     if sink is None or env is None:
         return out, lse, merged
-    more = evaluate(sink, env).to(wide).expand(*lse.shape[:2], 1, 1)[..., 0]
+    out, more = out.to(wide), evaluate(sink, env).to(wide).expand(*lse.shape[:2], 1, 1)[..., 0]
     total = torch.logaddexp(lse, more).masked_fill(lse == -torch.inf, -torch.inf)
     return out * torch.exp(lse - total.masked_fill(total == -torch.inf, 0.0))[..., None], total, True
 

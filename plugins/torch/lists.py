@@ -18,6 +18,7 @@ from torch.nn.functional import embedding_bag
 
 from attndsl import expr as ir
 from attndsl.attention import Attention, HeadGroup
+from attndsl.axis import Axis
 from attndsl.backend import Call
 from attndsl.execution.operator import vjp
 from attndsl.execution.torch_eval import (
@@ -31,11 +32,13 @@ from attndsl.execution.torch_eval import (
     softmax,
 )
 from attndsl.expr import Expr, Table
+from attndsl.meaning import pointwise
 from attndsl.meaning.intervals import check_range
-from attndsl.tiles.lowering import Sizes, head_groups, quantifier_free, ranges
+from attndsl.tiles.lowering import Sizes, head_groups, ranges
 from attndsl.tiles.tiling import replaced
 
 Q, K = ir.var("Q"), ir.var("K")
+PLACES = ir.var("q"), ir.var("k")
 DECIDED = FEATURES.operations - {"exists", "random", "intable"} | {"const", "var"}
 """Operations of what is decided pair by pair: the others search."""
 SPARSE = 4
@@ -45,7 +48,7 @@ FORMED, SEEN = 2**18, 2**19
 
 
 @dataclass(frozen=True)
-class Choice:
+class Listed:
     """A mask `k in table[q]` and `rest`, with the score over `s` alone."""
 
     table: Table
@@ -53,30 +56,33 @@ class Choice:
     score: Expr
 
     @staticmethod
-    def of(group: HeadGroup) -> Choice | None:
+    def of(group: HeadGroup) -> Listed | None:
         """None where the mask is no such, or scores read vectors beyond Q @ K."""
         product = ir.mul(ir.call("sqrt", ir.var("D")), ir.var("s"))
         score = replaced(group.score, {ir.inner(Q, K): product, ir.inner(K, Q): product})
         scored = [e for e in (score, group.decay, group.norm.sink) if e is not None]
         if any(e.free & {"Q", "K"} for e in scored):
             return None
-        mask = quantifier_free(group.relation.mask)
+        mask = group.relation.mask
         parts = mask.args if mask.op == "and" else (mask,)
         for part in parts:
             table = part.value
             if part.op != "intable" or not isinstance(table, Table) or table.known is not None:
                 continue
-            if (part.args[0], part.args[-1], len(table.explicit)) != (ir.var("k"), ir.var("q"), 2):
-                continue
-            rest = ir.all_of(*(other for other in parts if other is not part))
-            return Choice(table, rest, score) if {node.op for node in ir.nodes(rest)} <= DECIDED else None
+            if (part.args[-1], part.args[0], len(table.explicit)) == (*PLACES, 2):
+                rest = ir.all_of(*(other for other in parts if other is not part))
+                return Listed(table, rest, score) if _decided(rest) else None
         return None
 
     def fits(self, call: Call) -> bool:
-        """Whether every query has a list, short beside the keys, which stand side by side."""
+        """Whether every query has a list, short beside the keys, which stand side by side, and what else
+        decides looks up nothing outside of its tables."""
         rows, entries = call.tables[self.table.name].shape[-2:]
-        spans = [call.q_at.span(row) for row in range(len(call.q_at.rows))]
-        inside = all(0 <= first and last < rows for first, last in spans)
+        sizes = [(PLACES[0], rows)]
+        for _, table, indices in _by_place(self.rest):
+            sizes += zip(indices, call.tables[table.name].shape[-len(indices) :], strict=False)
+        ends = {place: _ends(axis) for place, axis in zip(PLACES, (call.q_at, call.k_at), strict=True)}
+        inside = all(0 <= ends[place][0] and ends[place][1] < size for place, size in sizes)
         beside = call.k_at.starts is not None and call.q.device.type == "cpu"
         return inside and beside and sparse(entries, call.k.shape[2])
 
@@ -87,32 +93,55 @@ class Choice:
         return size if isinstance(size, int) else None
 
 
+def _decided(rest: Expr) -> bool:
+    """Whether each pair tells by integers alone, without a search, and has a value where tables have one."""
+    found = ir.var("found")
+    values = {e: ir.lt(found, ir.ZERO) if e.type == "bool" else found for e, _, _ in _by_place(rest)}
+    plain = all(node.op in DECIDED and node.type != "real" for node in ir.nodes(rest))
+    return plain and not pointwise.partial(replaced(rest, values))
+
+
+def _by_place(rest: Expr) -> Iterator[tuple[Expr, Table, tuple[Expr, ...]]]:
+    """What is looked up where queries and keys stand, in which tables, and at which places."""
+    for node in ir.nodes(rest):
+        if isinstance(node.value, Table) and node.value.known is None:
+            indices = node.args[len(node.value.implicit) :]
+            if all(index in PLACES for index in indices):
+                yield node, node.value, indices
+
+
+def _ends(axis: Axis) -> tuple[int, int]:
+    """The least and the greatest position of all rows."""
+    firsts, lasts = zip(*(axis.span(row) for row in range(len(axis.rows))), strict=True)
+    return min(firsts), max(lasts)
+
+
 def sparse(entries: int, n: int) -> bool:
     return 0 < entries * SPARSE <= n
 
 
-def choices_of(attention: Attention) -> tuple[Choice, ...] | None:
-    """That of each group of heads; None where one is no choice."""
-    found = [Choice.of(group) for group in attention.groups]
-    return None if None in found else tuple(choice for choice in found if choice is not None)
+def listed_of(attention: Attention) -> tuple[Listed, ...] | None:
+    """That of each group of heads; None where one has none."""
+    found = [Listed.of(group) for group in attention.groups]
+    return None if None in found else tuple(some for some in found if some is not None)
 
 
 @dataclass(frozen=True, eq=False)
-class Chosen:
-    """Some query heads of one batch row, with the keys chosen for their queries.
+class Lists:
+    """Some query heads of one batch row, with the lists of their queries.
 
     keys, live  int64 and bool [X or 1, nq, r]: entries of k, each of a row once; 0 where not live
     """
 
     call: Call
     group: HeadGroup
-    choice: Choice
+    listed: Listed
     batch: int
     heads: range
     keys: Tensor
     live: Tensor
 
-    def few(self, count: int) -> Iterator[Chosen]:
+    def few(self, count: int) -> Iterator[Lists]:
         """The same, so many heads at a time."""
         for start in range(0, len(self.heads), count):
             some = slice(start, start + count)
@@ -134,9 +163,9 @@ class Chosen:
         starts = torch.arange(0, nq * r + 1, r)
         for i, head, kv_head, place in self.each():
             rows, columns = x[self.batch, head], y[self.batch, kv_head].T
-            matrix = _listed(starts, self.keys[place].flatten(), found[i], (nq, columns.shape[1]))
+            matrix = _matrix(starts, self.keys[place].flatten(), found[i], (nq, columns.shape[1]))
             torch.sparse.sampled_addmm(matrix, rows, columns, beta=0.0, out=matrix)
-        return found.view(-1, nq, r)
+        return found.view(len(found), nq, r)
 
     def sums(self, weights: Tensor, y: Tensor, into: Tensor) -> None:
         """Rows of y at the keys, weighted [X, nq, r], into [B, H, nq, D]."""
@@ -177,7 +206,7 @@ class Chosen:
         """What each value is multiplied with [X, nq, r], of Q @ K, and the log-sum-exp [X, nq]."""
         env, norm, live = self.env(tables), self.group.norm, self.live
         env = replace(env, values={**env.values, "s": products / self.call.q.shape[3] ** 0.5})
-        logit = evaluate(self.choice.score, env, live).to(env.dtype)
+        logit = evaluate(self.listed.score, env, live).to(env.dtype)
         logit = torch.where(live, logit, -torch.inf).expand(products.shape)
         factor = None if self.group.decay is None else decay_factor(self.group.decay, env, live)
         if norm.kind == "softmax":
@@ -190,7 +219,7 @@ class Chosen:
         return weight, torch.where(total == 0, -torch.inf, torch.where(total == 0, 1.0, total).log())
 
 
-def _listed(starts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
+def _matrix(starts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
     """The sparse matrix of these values, which it shares; columns in any order, and more than once."""
     return torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=False)
 
@@ -198,21 +227,21 @@ def _listed(starts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, i
 with warnings.catch_warnings():
     # torch says once in a process that such matrices are new
     warnings.simplefilter("ignore")
-    _listed(torch.tensor([0, 1]), torch.tensor([0]), torch.zeros(1), (1, 1))
+    _matrix(torch.tensor([0, 1]), torch.tensor([0]), torch.zeros(1), (1, 1))
 
 
-def chosen(attention: Attention, choices: Sequence[Choice], call: Call) -> Iterator[Chosen]:
+def lists_of(attention: Attention, listed: Sequence[Listed], call: Call) -> Iterator[Lists]:
     """Every (batch row, query head) once, as many heads at a time as is fast."""
     (batch, heads, nq, _), groups = call.q.shape, head_groups(attention, call.q.shape[1])
     for b in range(batch):
         for group, members in groupby(range(heads), groups.__getitem__):
             here = list(members)
-            found = _chosen(call, attention.groups[group], choices[group], b, range(here[0], here[-1] + 1))
+            found = _lists(call, attention.groups[group], listed[group], b, range(here[0], here[-1] + 1))
             yield from found.few(max(1, FORMED // max(1, nq * found.keys.shape[2])))
 
 
-def _chosen(call: Call, group: HeadGroup, choice: Choice, batch: int, heads: range) -> Chosen:
-    table, device, n = choice.table, call.q.device, call.k.shape[2]
+def _lists(call: Call, group: HeadGroup, listed: Listed, batch: int, heads: range) -> Lists:
+    table, device, n = listed.table, call.q.device, call.k.shape[2]
     lists = call.tables[table.name]
     lists = lists[min(batch, len(lists) - 1)] if table.batched else lists
     lists = lists[heads.start : heads.stop] if "H" in table.dims else lists[None]
@@ -220,12 +249,12 @@ def _chosen(call: Call, group: HeadGroup, choice: Choice, batch: int, heads: ran
     entries = lists[:, positions(call.q_at, batch, torch.arange(call.q.shape[2], device=device))] - first
     keys = torch.where((entries >= 0) & (entries < n), entries, n)
     live = (keys < n) & _alone(keys, n)
-    found = Chosen(call, group, choice, batch, heads, torch.where(live, keys, 0), live)
-    if choice.rest is not ir.TRUE:
+    found = Lists(call, group, listed, batch, heads, torch.where(live, keys, 0), live)
+    if listed.rest is not ir.TRUE:
         check_range(
-            choice.rest, ranges(Sizes(call.q.shape[1], call.q_at, call.k_at, call.n), batch), call.tables
+            listed.rest, ranges(Sizes(call.q.shape[1], call.q_at, call.k_at, call.n), batch), call.tables
         )
-        live = live & evaluate(choice.rest, found.env({}), live)
+        live = live & evaluate(listed.rest, found.env({}), live)
         found = replace(found, keys=torch.where(live, found.keys, 0), live=live)
     return found
 
@@ -245,10 +274,10 @@ def _alone(keys: Tensor, n: int) -> Tensor:
     return found.view(keys.shape)
 
 
-def attend(attention: Attention, choices: Sequence[Choice], call: Call) -> tuple[Tensor, Tensor]:
+def attend(attention: Attention, listed: Sequence[Listed], call: Call) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp as in `Kernel`, of a call with vectors of at least float32."""
     out, lse = call.q.new_empty((*call.q.shape[:3], call.v.shape[3])), call.q.new_empty(call.q.shape[:3])
-    for some in chosen(attention, choices, call):
+    for some in lists_of(attention, listed, call):
         weight, lse[some.batch, some.heads.start : some.heads.stop] = some.weights(
             some.products(call.q, call.k), {}
         )
@@ -258,7 +287,7 @@ def attend(attention: Attention, choices: Sequence[Choice], call: Call) -> tuple
 
 def gradient(
     attention: Attention,
-    choices: Sequence[Choice],
+    listed: Sequence[Listed],
     call: Call,
     wanted: Sequence[str],
     lse: Tensor,
@@ -270,7 +299,7 @@ def gradient(
     tables = {name: torch.zeros_like(x) for name, x in singles(call.tables, wanted).items()}
     grad_out = grad_out.to(gq.dtype)
     slopes = torch.zeros_like(lse) if grad_lse is None else grad_lse.masked_fill(lse == -torch.inf, 0.0)
-    for some in chosen(attention, choices, call):
+    for some in lists_of(attention, listed, call):
         (weight, _), pull = vjp(some.weights, some.products(call.q, call.k), singles(call.tables, wanted))
         here = slopes[some.batch, some.heads.start : some.heads.stop]
         slope, more = pull((some.products(grad_out, call.v), here))
