@@ -22,7 +22,7 @@ from attndsl.tiles.blockmask import BlockMask
 
 SECONDS = {
     "cpu": {
-        "calls": 0.00118,
+        "calls": 0.0005,
         "products": 1.74e-11,
         "formed": 1.71e-08,
         "masks": 8.96e-10,

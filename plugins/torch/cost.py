@@ -27,7 +27,7 @@ from .work import KEPT
 
 SECONDS = {
     "cpu": {
-        "runs": 0.000726,
+        "runs": 0.0002,
         "lanes": 0.000254,
         "nodes": 4.46e-05,
         "tokens": 2.03e-09,
@@ -39,7 +39,7 @@ SECONDS = {
         "copied": 7.2e-10,
         "merged": 3.49e-09,
         "listed": 2e-10,
-        "few": 0.0005,
+        "few": 0.00025,
         "reads": 6e-05,
         "read": 2.9e-10,
     }
