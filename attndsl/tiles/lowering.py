@@ -483,15 +483,14 @@ def sizes_of(
 
 
 def block_mask(attention: Attention, sizes: Sizes, tables: Mapping[str, Array], block_size: int) -> BlockMask:
-    """The tiles; equal masks are tiled once."""
+    """The tiles, or the keys of few rows; equal masks are tiled once."""
     from attndsl.tiles.tiling import tile
 
     check_scores(attention, sizes, tables)
     nq, n_keys = sizes.q.length, sizes.k.length
-    if 0 < nq <= FEW_ROWS and n_keys:
-        few = by_rows(attention, sizes, block_size)
-        if few is not None:
-            return few
+    few = 0 < nq <= FEW_ROWS and n_keys > 0
+    if few and (found := by_rows(attention, sizes, block_size)) is not None:
+        return found
     grids: list[TileGrid] = []
     known: dict[tuple[object, ...], int] = {}
     index: dict[tuple[int, int], int] = {}
@@ -504,7 +503,8 @@ def block_mask(attention: Attention, sizes: Sizes, tables: Mapping[str, Array], 
                 tile(case.mask, nq, n_keys, block_size, n=case.n, query=case.query, tables=case.tables)
             )
         index[case.row, case.head] = known[key]
-    return BlockMask(nq, n_keys, block_size, tuple(grids), _places(index))
+    rows = tuple([Rows.of_dense(grid.to_dense(), block_size) for grid in grids]) if few else ()
+    return BlockMask(nq, n_keys, block_size, rows or tuple(grids), _places(index))
 
 
 def _places(index: Mapping[tuple[int, int], int]) -> NDArray[np.int32]:
