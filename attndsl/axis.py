@@ -63,6 +63,8 @@ class Axis:
     def span(self, batch: int) -> tuple[int, int]:
         """The least and the greatest position; the greatest below the least where there is none."""
         row = self.row(batch)
+        if len(row) == 1:
+            return row[0][1], row[0][1] + self.length - 1
         ends = (*(first for first, _ in row[1:]), self.length)
         last = (value + end - first - 1 for (first, value), end in zip(row, ends, strict=True))
         return min(value for _, value in row), max(last)

@@ -150,12 +150,16 @@ def test_rows_their_runs_and_their_tiles_are_the_mask(mask: str, block_size: int
 
 
 @pytest.mark.parametrize("mask", ["causal & documents(doc)", "causal & random(4)"])
-def test_what_reads_tables_or_draws_is_tiled(mask: str) -> None:
+@pytest.mark.parametrize("block_size", [8, 128])
+def test_what_reads_tables_or_draws_is_tiled_first(mask: str, block_size: int) -> None:
     inputs = "inputs doc : int[n] " if "doc" in mask else ""
     attention = attention_of(f"{inputs}mask {mask}")
-    tables = {"doc": np.arange(40) // 7} if inputs else {}
-    blocks = lowering.tiles_of(attention, 40, q_length=1, inputs=tables)
-    assert blocks.rows is None
+    tables = {"doc": np.arange(300) // 7} if inputs else {}
+    sizes = lowering.sizes_of(attention, 300, 10, 1, q_offset=250)
+    assert lowering.by_rows(attention, sizes, block_size) is None
+    blocks = lowering.block_mask(attention, sizes, tables, block_size)
+    assert blocks.rows is not None
+    np.testing.assert_array_equal(blocks.to_dense(), lowering.dense(attention, sizes, tables))
 
 
 def test_a_score_out_of_range_is_refused_at_the_first_length_that_reaches_it() -> None:

@@ -152,16 +152,17 @@ class TileGrid:
     def to_dense(self, start: int = 0, stop: int | None = None) -> NDArray[np.bool_]:
         """The mask itself, or its rows from `start` to before `stop`: bool [rows, n]."""
         size, cols, stop = self.block_size, self.shape[1], self.nq if stop is None else stop
-        first, last = start // size, -(-stop // size)
-        dense = np.zeros((last - first, cols, size, size), bool)
-        for row in range(first, last):
+        dense = np.zeros((stop - start, cols, size), bool)
+        for row in range(start // size, -(-stop // size)):
+            top, low = max(start, row * size), min(stop, row * size + size)
+            here = dense[top - start : low - start]
             for run in range(self.run_ptr[row], self.run_ptr[row + 1]):
-                dense[row - first, self.run_start[run] : self.run_end[run]] = True
+                here[:, self.run_start[run] : self.run_end[run]] = True
             part = slice(self.part_ptr[row], self.part_ptr[row + 1])
-            contents = self.masks[self.part_mask[part]]
-            dense[row - first, self.part_col[part]] = np.unpackbits(contents, axis=2, bitorder="little")
-        rows = dense.transpose(0, 2, 1, 3).reshape((last - first) * size, cols * size)
-        return rows[start - first * size : stop - first * size, : self.n]
+            contents = self.masks[self.part_mask[part], top - row * size : low - row * size]
+            bits = np.unpackbits(contents, axis=2, bitorder="little")
+            here[:, self.part_col[part]] = bits.swapaxes(0, 1)
+        return dense.reshape(stop - start, cols * size)[:, : self.n]
 
 
 class Run(NamedTuple):

@@ -18,7 +18,7 @@ from attndsl.errors import AttnError, fail, suggest
 from attndsl.expr import Expr, Table
 from attndsl.meaning.intervals import check_range
 from attndsl.meaning.pointwise import evaluate
-from attndsl.tiles.blockmask import BlockMask, Rows, Spans, TileGrid
+from attndsl.tiles.blockmask import BlockMask, Rows, Spans, TileGrid, intervals
 from attndsl.tiles.rows import Keys, entries, keys_of
 
 if TYPE_CHECKING:
@@ -483,15 +483,14 @@ def sizes_of(
 
 
 def block_mask(attention: Attention, sizes: Sizes, tables: Mapping[str, Array], block_size: int) -> BlockMask:
-    """The tiles; equal masks are tiled once."""
+    """The tiles, or the keys of few rows; equal masks are tiled once."""
     from attndsl.tiles.tiling import tile
 
     check_scores(attention, sizes, tables)
     nq, n_keys = sizes.q.length, sizes.k.length
-    if 0 < nq <= FEW_ROWS and n_keys:
-        few = by_rows(attention, sizes, block_size)
-        if few is not None:
-            return few
+    few = 0 < nq <= FEW_ROWS and n_keys > 0
+    if few and (found := by_rows(attention, sizes, block_size)) is not None:
+        return found
     grids: list[TileGrid] = []
     known: dict[tuple[object, ...], int] = {}
     index: dict[tuple[int, int], int] = {}
@@ -504,53 +503,50 @@ def block_mask(attention: Attention, sizes: Sizes, tables: Mapping[str, Array], 
                 tile(case.mask, nq, n_keys, block_size, n=case.n, query=case.query, tables=case.tables)
             )
         index[case.row, case.head] = known[key]
-    return BlockMask(nq, n_keys, block_size, tuple(grids), _places(index))
+    rows = tuple([Rows.of_dense(grid.to_dense(), block_size) for grid in grids]) if few else ()
+    return BlockMask(nq, n_keys, block_size, rows or tuple(grids), _places(index))
 
 
 def _places(index: Mapping[tuple[int, int], int]) -> NDArray[np.int32]:
-    shape = tuple(1 + max((key[axis] for key in index), default=0) for axis in (0, 1))
-    places = np.zeros(shape, np.int32)
-    for place, grid in index.items():
-        places[place] = grid
-    return places
+    """[rows, heads] of what is given for each."""
+    row, head = max(index, default=(0, 0))
+    return np.array([[index.get((b, h), 0) for h in range(head + 1)] for b in range(row + 1)], np.int32)
 
 
 def by_rows(attention: Attention, sizes: Sizes, block_size: int) -> BlockMask | None:
     """The live keys of each query where there are few, without a search for tiles; None for masks that read
     tables, draw or search."""
-    functions = _row_functions(attention)
+    functions = _row_functions(attention, sizes.heads)
     if functions is None:
         return None
-    groups = head_groups(attention, sizes.heads)
+    nq, n_keys = sizes.q.length, sizes.k.length
     known: dict[tuple[Spans, ...], int] = {}
     index: dict[tuple[int, int], int] = {}
-    if functions:
-        by_head = len(functions) > 1 or "h" in attention.groups[0].relation.mask.free
-        for row in range(sizes.rows):
-            at = {"n": sizes.n[row % len(sizes.n)], "nq": sizes.q.length, "b": row, "H": sizes.heads}
-            queries = sizes.q.positions(row).tolist()
-            for head in range(sizes.heads if by_head else 1):
-                keys = functions[groups[head]]
-                spans = tuple([entries(keys({**at, "h": head, "q": q}), sizes.k, row) for q in queries])
-                index[row, head] = known.setdefault(spans, len(known))
-    else:
-        q, k = np.arange(sizes.q.length)[:, None], np.arange(sizes.k.length)[None, :]
+    for row in range(sizes.rows if functions else 0):
+        at = {"n": sizes.n[row % len(sizes.n)], "nq": nq, "b": row, "H": sizes.heads}
+        queries = sizes.q.positions(row).tolist()
+        for head, keys in enumerate(functions):
+            spans = tuple([entries(keys({**at, "h": head, "q": q}), sizes.k, row) for q in queries])
+            index[row, head] = known.setdefault(spans, len(known))
+    if not functions:
+        q, k = np.arange(nq)[:, None], np.arange(n_keys)[None, :]
         for case in cases(attention, sizes, {}):
-            live = np.broadcast_to(evaluate(case.mask, q, k, case.tables), (len(q), sizes.k.length))
-            spans = Rows.of_dense(live, block_size).spans
+            live = np.broadcast_to(evaluate(case.mask, q, k, case.tables), (nq, n_keys))
+            spans = tuple([intervals(row) for row in live])
             index[case.row, case.head] = known.setdefault(spans, len(known))
-    masks = tuple([Rows(sizes.k.length, block_size, spans) for spans in known])
-    return BlockMask(sizes.q.length, sizes.k.length, block_size, masks, _places(index))
+    masks = tuple([Rows(n_keys, block_size, spans) for spans in known])
+    return BlockMask(nq, n_keys, block_size, masks, _places(index))
 
 
 @functools.lru_cache(maxsize=256)
-def _row_functions(attention: Attention) -> tuple[Keys, ...] | None:
-    """By group what gives the keys of a row; none where rows are evaluated key by key, None where not even
-    that."""
+def _row_functions(attention: Attention, heads: int) -> tuple[Keys, ...] | None:
+    """What gives the keys of a row, for each head or one for all; none where rows are evaluated key by key,
+    None where not even that."""
     masks = [quantifier_free(group.relation.mask) for group in attention.groups]
-    found = tuple([keys for keys in map(keys_of, masks) if keys is not None])
+    found = [keys for keys in map(keys_of, masks) if keys is not None]
     if len(found) == len(masks):
-        return found
+        by_head = len(found) > 1 or "h" in masks[0].free
+        return tuple([found[group] for group in head_groups(attention, heads)[: None if by_head else 1]])
     return None if any(_searched(node) for mask in masks for node in ir.nodes(mask)) else ()
 
 

@@ -6,17 +6,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
-
 from attndsl import expr as ir
-from attndsl.attention import Attention, HeadGroup
+from attndsl.attention import Attention, HeadGroup, Relation
 from attndsl.backend import DTYPES, Problem, device_kind
 from attndsl.execution.torch_eval import elements
 from attndsl.expr import Expr
 from attndsl.scores import by_head
 from attndsl.tiles.blockmask import BlockMask, TileGrid
-from attndsl.tiles.lowering import head_groups
-from attndsl.tiles.tiling import tile
+from attndsl.tiles.lowering import head_groups, tiles_of
 
 from .chunks import Cut, equidistant
 from .lanes import Simple, all_simple, cut_of, lanes
@@ -49,6 +46,7 @@ TRAINING = 4.0
 """Forward and backward beside forward: 5 matrix products more to 2, and wider windows."""
 SAMPLED = 2**14
 """Entries of a BlockMask that are taken apart to predict what all take."""
+EVERYTHING = Attention("everything", (HeadGroup(Relation(ir.TRUE), ir.var("s")),), offset=ir.ZERO)
 FUSED_K = 512
 """Keys at a time in torch's fused kernel."""
 
@@ -61,9 +59,7 @@ def counts(attention: Attention, problem: Problem, block_mask: BlockMask | None)
     if entries and device_kind(problem) == "cpu" and all(sparse(r, problem.length) for r in entries):
         return _list_counts(attention, problem, entries)
     if block_mask is None:
-        grid = tile(ir.TRUE, problem.q_length, problem.length, problem.block_size, n=problem.length)
-        index = np.zeros((1, 1), np.int32)
-        block_mask = BlockMask(problem.q_length, problem.length, problem.block_size, (grid,), index)
+        block_mask = tiles_of(EVERYTHING, problem.length, problem.block_size, problem.q_length)
     batch = len(block_mask.index)
     simple = all_simple(attention, problem.head_dim) if problem.device.startswith("cpu") else None
     if block_mask.rows and simple and (DTYPES[problem.dtype] >= 4 or not problem.training):
