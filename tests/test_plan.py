@@ -1,6 +1,7 @@
 """What a plan refuses of backends, of kernels and of callers, and that it can be copied."""
 
 import copy
+import inspect
 import io
 import json
 import pickle
@@ -14,6 +15,7 @@ from attndsl import conformance
 from attndsl.command.cli import main
 from attndsl.conformance import CASES, MECHANISMS
 from attndsl.execution.lowered import KEPT
+from attndsl.tiles import lowering
 
 RESULT = "(call.q[..., :1] * call.v[:, :1, :1], torch.zeros(call.q.shape[:3]))"
 GOOD = f"""
@@ -289,3 +291,9 @@ def test_values_of_parameters_are_checked():
     for names in ((), ("c",), ("b", "c")):
         with pytest.raises(attndsl.AttnError, match=r"`learned` has .*, and there are `b`"):
             plan(q, k, v, learned=dict.fromkeys(names, value))
+
+
+def test_a_wrong_name_may_be_near_any_argument_of_a_call():
+    calls = {attndsl.Plan.__call__: "self q k v inputs", lowering.sizes_of: "attention"}
+    for call, others in calls.items():
+        assert inspect.signature(call).parameters.keys() - {*others.split()} <= {*lowering.ARGUMENTS}
