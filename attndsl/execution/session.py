@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from attndsl.analysis.lasting import kept
+from attndsl.backend import DTYPES
 from attndsl.errors import fail
 from attndsl.tiles.lowering import checked_length
 
@@ -35,7 +36,9 @@ class Session:
     reached  and how many it ever had: those behind may have taken the slots of earlier ones
     """
 
-    def __init__(self, plan: Plan, batch: int, capacity: int, *, rewind: int, v_dim: int | None) -> None:
+    def __init__(
+        self, plan: Plan, batch: int, capacity: int, *, rewind: int, v_dim: int | None, dtype: str | None
+    ) -> None:
         p, tables = plan.problem, (*plan.attention.inputs, *plan.attention.learned)
         for table in tables:
             if table.name in ("tokens", "chunk"):
@@ -58,9 +61,11 @@ class Session:
                 help=f"compile with `length={self.slots}`",
             )
         self.at_once = min(p.q_length, max(rewind, p.length - self.slots) if self.ring else p.length)
-        dtype = getattr(torch, p.dtype)
+        name = str(dtype or p.dtype).removeprefix("torch.")
+        if name not in DTYPES:
+            raise fail(f"`dtype` is {name}, and must be one of {', '.join(DTYPES)}")
         self.k, self.v = (
-            torch.zeros(batch, p.kv_heads, self.slots, width, dtype=dtype, device=p.device)
+            torch.zeros(batch, p.kv_heads, self.slots, width, dtype=getattr(torch, name), device=p.device)
             for width in (p.head_dim, p.head_dim if v_dim is None else checked_length("v_dim", v_dim))
         )
         self.lengths = self.reached = (0,) * batch
@@ -85,14 +90,7 @@ class Session:
         `learned` and tables are as in a call of the plan, `n` being the length of the longest row then.
         Raises AttnError for what does not fit, also beyond the capacity; then no token has been added.
         """
-        counts = self._counts(q, k, v, tokens)
-        if k.shape[2] > self.at_once:
-            raise fail(
-                f"{k.shape[2]} tokens come at once, and the plan serves {self.at_once} beside the cache",
-                help="`prefill` takes them in chunks",
-            )
-        n = max((length + count for length, count in zip(self.lengths, counts, strict=True)), default=0)
-        return self._append(q, k, v, np.array(counts, np.int64), n, learned=learned, **inputs)
+        return self.prefill(q, k, v, tokens=tokens, learned=learned, **inputs)
 
     def prefill(
         self,
@@ -105,10 +103,12 @@ class Session:
         learned: Mapping[str, Tensor] | None = None,
         **inputs: Any,
     ) -> Tensor:
-        """As `step`, `chunk` tokens at a time; without it as many as the plan serves."""
+        """As `step`, in chunks of so many tokens, by default of as many as the plan serves."""
         size = self.at_once if chunk is None else min(checked_length("chunk", chunk), self.at_once)
         if size == 0:
             raise fail("`chunk` is 0, and must be positive")
+        if torch.is_autocast_enabled(self.k.device.type):
+            q, k, v = self._cast(q, k, v)
         counts = np.array(self._counts(q, k, v, tokens), np.int64)
         n = int((np.array(self.lengths) + counts).max(initial=0))
         found = []
@@ -116,7 +116,7 @@ class Session:
             new = [x[:, :, i : i + size] for x in (q, k, v)]
             here = (counts - i).clip(0, new[0].shape[2])
             found.append(self._append(new[0], new[1], new[2], here, n, learned=learned, **inputs))
-        return torch.cat(found, 2)
+        return found[0] if len(found) == 1 else torch.cat(found, 2)
 
     def copy(self) -> Session:
         """Another one that has its own memory."""
@@ -155,9 +155,21 @@ class Session:
             [new if new <= self.first else most for new, most in zip(wanted, self.reached, strict=True)]
         )
 
+    def _cast(self, *new: Tensor) -> tuple[Tensor, ...]:
+        """As autocast does for torch's own attention, which would convert the cache anew at every step."""
+        dtype = torch.get_autocast_dtype(self.k.device.type)
+        if dtype != self.k.dtype:
+            raise fail(
+                f"autocast asks for {dtype}, and the session holds {self.k.dtype}",
+                help=f'make the session with `dtype="{str(dtype).removeprefix("torch.")}"`',
+            )
+        return tuple([x.to(dtype) for x in new])
+
     def _counts(self, q: Tensor, k: Tensor, v: Tensor, tokens: Any) -> tuple[int, ...]:
         """How many tokens of each row are new. Raises AttnError for what does not fit the cache."""
         for name, x, cache in (("k", k, self.k), ("v", v, self.v)):
+            if not isinstance(x, Tensor):
+                raise fail(f"`{name}` must be a torch tensor, and is of type {type(x).__name__}")
             here, there = [*x.shape], [*cache.shape]
             if [*here[:2], *here[3:]] != [*there[:2], *there[3:]]:
                 there[2] = here[2] if len(here) == 4 else 1
