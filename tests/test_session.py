@@ -461,7 +461,7 @@ def test_the_page_about_decoding_runs() -> None:
     names: dict[str, Any] = {}
     exec(code, names)
     assert names["session"].lengths == (52, 53, 56, 36)
-    assert names["session"].slots == 2 + 16 - 1 + 16
+    assert names["session"].slots == 2 + 16 - 1 + 5
 
 
 SMALL = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from attndsl.execution.plan import Plan
 
 Array = NDArray[np.int64]
-REWIND = 16
+REWIND = 1
 
 
 class Session:
@@ -109,12 +109,12 @@ class Session:
             raise fail("`chunk` is 0, and must be positive")
         if torch.is_autocast_enabled(self.k.device.type):
             q, k, v = self._cast(q, k, v)
-        counts = np.array(self._counts(q, k, v, tokens), np.int64)
-        n = int((np.array(self.lengths) + counts).max(initial=0))
+        counts = self._counts(q, k, v, tokens)
+        n = max((length + count for length, count in zip(self.lengths, counts, strict=True)), default=0)
         found = []
         for i in range(0, max(k.shape[2], 1), size):
             new = [x[:, :, i : i + size] for x in (q, k, v)]
-            here = (counts - i).clip(0, new[0].shape[2])
+            here = tuple([min(max(count - i, 0), size) for count in counts])
             found.append(self._append(new[0], new[1], new[2], here, n, learned=learned, **inputs))
         return found[0] if len(found) == 1 else torch.cat(found, 2)
 
@@ -199,28 +199,34 @@ class Session:
             raise fail(f"`{name}` has {len(found)} entries for {len(self.lengths)} rows")
         return found * len(self.lengths) if len(found) == 1 else found
 
-    def _append(self, q: Tensor, k: Tensor, v: Tensor, counts: Array, n: int, **call: Any) -> Tensor:
-        if not counts.any():
+    def _append(
+        self, q: Tensor, k: Tensor, v: Tensor, counts: tuple[int, ...], n: int, **call: Any
+    ) -> Tensor:
+        if not any(counts):
             return q.new_zeros(*q.shape[:3], v.shape[3])
-        size, starts = k.shape[2], np.array(self.lengths, np.int64)
-        ends = starts + counts
-        whole = bool((counts == size).all())
-        if whole and (starts == starts[0]).all():
+        size, starts = k.shape[2], self.lengths
+        grown = tuple([start + count for start, count in zip(starts, counts, strict=True)])
+        padded, ends = min(counts) < size, grown
+        if not padded and len(set(starts)) == 1:
+            # one row stands for all
             starts, ends = starts[:1], ends[:1]
-        place: dict[str, Any] = {"q_offset": starts.tolist()}
-        if not whole:
+        place: dict[str, Any] = {"q_offset": list(starts)}
+        if padded:
             # what stands behind the tokens of a row reads what the last of them reads
-            last = np.maximum(ends - 1, 0)[:, None]
-            place = {"q_positions": np.minimum(starts[:, None] + np.arange(size), last)}
+            last = np.maximum(np.array(ends) - 1, 0)[:, None]
+            place = {"q_positions": np.minimum(_following(starts, size), last)}
         if not self.ring:
             place["n"] = n
-        most, apart = int(ends.max()), self.ring and size > self.rewind and ends.max() > self.slots
+        # also where the call fails, slots have been taken
+        self.reached = tuple(map(max, self.reached, grown))
+        most = max(ends)
+        apart = self.ring and size > self.rewind and most > self.slots
         if apart:
             # the new keys would take the slots of what the first of them read
-            held = min(int(starts.max()), self.slots)
-            before, new = self._positions(starts)[:, :held], starts[:, None] + np.arange(size)
-            before = np.where(before < starts[:, None], before, ends[:, None])
-            place["k_positions"] = np.concatenate([before, new], 1)
+            held = min(max(starts), self.slots)
+            before = self._positions(starts)[:, :held]
+            before = np.where(before < np.array(starts)[:, None], before, np.array(ends)[:, None])
+            place["k_positions"] = np.concatenate([before, _following(starts, size)], 1)
             keys, values = (
                 torch.cat([cache[:, :, :held], x], 2) if held else x
                 for cache, x in ((self.k, k), (self.v, v))
@@ -233,43 +239,58 @@ class Session:
         out: Tensor = self.plan(q, keys, values, **place, **call)
         if apart:
             self._write(k, v, starts, ends)
-        self.lengths = tuple(np.broadcast_to(ends, counts.shape).tolist())
-        if not whole:
-            behind = torch.from_numpy(np.arange(size) >= counts[:, None]).to(out.device)
-            out = out.masked_fill(behind[:, None, :, None], 0.0)
+        self.lengths = grown
+        if padded:
+            behind = torch.tensor(counts)[:, None] <= torch.arange(size)
+            out = out.masked_fill(behind.to(out.device)[:, None, :, None], 0.0)
         return out
 
-    def _positions(self, lengths: Array) -> Array:
+    def _positions(self, lengths: Sequence[int]) -> Array:
         """What each slot holds in rows of these lengths, int64 [rows, slots].
 
         The last that was written; in a slot without any the first that will be, which no query reads yet.
         """
-        ring, last = np.arange(self.ring), lengths[:, None] - 1 - self.first
-        held = last - (last - ring) % self.ring
-        held = self.first + np.where(held < 0, held + self.ring, held)
-        return np.concatenate([np.broadcast_to(np.arange(self.first), (len(lengths), self.first)), held], 1)
+        slots = np.arange(self.slots)
+        last = np.maximum(np.array(lengths)[:, None] - 1 - self.first, 0)
+        turn = last - last % self.ring
+        moved = np.where(slots <= self.first + last % self.ring, turn, np.maximum(turn - self.ring, 0))
+        return slots + np.where(slots < self.first, 0, moved)
 
-    def _write(self, k: Tensor, v: Tensor, starts: Array, ends: Array) -> None:
+    def _write(self, k: Tensor, v: Tensor, starts: Sequence[int], ends: Sequence[int]) -> None:
         """The new tokens, one row of starts and ends for all or one each, but those whose slots later ones
         of them take."""
-        at = starts[:, None] + np.arange(k.shape[2])
-        left = (at < ends[:, None]) & ((at < self.first) | (at >= ends[:, None] - self.ring))
-        slots = np.where(at < self.first, at, self.first + (at - self.first) % max(self.ring, 1))[left]
-        row, entry = left.nonzero()
-        for cache, new in ((self.k, k), (self.v, v)):
-            if len(starts) == 1:
-                cache[:, :, _view(slots)] = new[:, :, _view(entry)]
-            else:
-                each = torch.from_numpy(row)
-                cache[each, :, torch.from_numpy(slots)] = new[each, :, torch.from_numpy(entry)]
-        self.reached = tuple(np.maximum(self.reached, ends).tolist())
+        pairs = (self.k, k), (self.v, v)
+        if len(starts) == 1:
+            for slot, entry, size in self._runs(starts[0], ends[0]):
+                for cache, new in pairs:
+                    cache[:, :, slot : slot + size] = new[:, :, entry : entry + size]
+            return
+        taken = [
+            (row, slot + i, entry + i)
+            for row, (start, end) in enumerate(zip(starts, ends, strict=True))
+            for slot, entry, size in self._runs(start, end)
+            for i in range(size)
+        ]
+        rows, slots, entries = torch.tensor(taken).unbind(1)
+        for cache, new in pairs:
+            cache[rows, :, slots] = new[rows, :, entries]
+
+    def _runs(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+        """Of the tokens at positions start..end - 1 those that stay: slot and number of the first, and how
+        many stand side by side."""
+        if start < self.first:
+            yield start, 0, min(end, self.first) - start
+        at = max(start, self.first, end - self.ring)
+        while at < end:
+            slot = (at - self.first) % self.ring
+            size = min(end - at, self.ring - slot)
+            yield self.first + slot, at - start, size
+            at += size
 
 
-def _view(entries: Array) -> slice | Tensor:
-    """The index of a view, where they stand side by side."""
-    if len(entries) and (np.diff(entries) == 1).all():
-        return slice(int(entries[0]), int(entries[-1]) + 1)
-    return torch.from_numpy(entries)
+def _following(starts: Sequence[int], size: int) -> Array:
+    """int64 [rows, size]"""
+    return np.array(starts)[:, None] + np.arange(size)
 
 
 def _integers(name: str, given: Any) -> tuple[int, ...]:
