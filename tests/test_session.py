@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from random import Random
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from test_docs import DOCS
+from thin import thin
 from torch import Tensor
 
 import attndsl
@@ -150,15 +153,18 @@ def furthest_back(s: Session, b: int) -> int:
     return 0 if not s.ring or s.reached[b] <= s.slots else min(s.lengths[b], s.reached[b] - s.rewind)
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("name", TEXTS)
-def test_rows_give_what_their_sequences_give_alone(name: str, seed: int) -> None:
+CASES = [(name, (i + j) % 3) for i, name in enumerate(TEXTS) for j in range(3)]
+
+
+@pytest.mark.parametrize("case", thin(CASES, 3), ids=lambda case: f"{case[0]}-{case[1]}")
+def test_rows_give_what_their_sequences_give_alone(case: tuple[str, int]) -> None:
+    name, seed = case
     random, generator = Random(f"{name} {seed}"), torch.Generator().manual_seed(seed)
     plan = compiled(TEXTS[name], ("reference", "torch", None)[seed])
     s, alone = session_of(plan, 3, dirty=seed > 0), Alone(plan, 3)
     assert (s.ring > 0) == (name in ROLLING)
     while max(alone.lengths) < LENGTH - 20:
-        grow(s, alone, random, generator, random.choice([1, 1, 2, 4, 4, 15]), ragged=random.random() < 0.4)
+        grow(s, alone, random, generator, random.choice([1, 1, 2, 4, 5, 15]), ragged=random.random() < 0.4)
         deed = random.choice(["truncate", "reorder", "copy", "", ""])
         if deed == "truncate":
             lengths = [random.randint(max(n - 4, furthest_back(s, b)), n) for b, n in enumerate(s.lengths)]
@@ -198,6 +204,18 @@ def test_bfloat16(name: str) -> None:
     random, generator = Random(0), torch.Generator().manual_seed(0)
     for size in (15, 1, 1, 4, 1):
         grow(s, alone, random, generator, size, ragged=size == 4)
+
+
+def test_autocast_is_that_of_the_cache() -> None:
+    plan, new = compiled(TEXTS["sinks"], dtype="float32"), drawn(torch.Generator(), 1, 20, torch.float32)
+    s = plan.session(1, LENGTH, v_dim=V_WIDTH, dtype="bfloat16")
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = s.prefill(*new, chunk=3), plan(*new)
+        with pytest.raises(attndsl.AttnError) as caught:
+            session_of(plan, 1).prefill(*new)
+    one_diagnostic(caught, "autocast asks for torch.bfloat16, and the session holds torch.float32")
+    assert found.dtype == expected.dtype == torch.bfloat16
+    close(found, expected)
 
 
 VOCABULARY, DIM = 11, 24
@@ -249,9 +267,7 @@ def test_beam_search(text: str) -> None:
         expected = sorted(scored, reverse=True)[:beams]
 
     s = session_of(model.plan, 1)
-    logits = model.cached(s, torch.tensor([prompt]))[:, -1] if len(prompt) <= REWIND else None
-    if logits is None:
-        logits = model.logits(s.prefill(*model.qkv(torch.tensor([prompt]), [0])))[:, -1]
+    logits = model.cached(s, torch.tensor([prompt]))[:, -1]
     found = torch.tensor([prompt])
     total, most = torch.zeros(1, dtype=torch.float64), []
     for _ in range(steps):
@@ -338,6 +354,9 @@ def test_rows_may_become_more() -> None:
     grow(s, alone, random, generator, 3, ragged=True)
     s.truncate(0)
     alone.truncate([0, 0, 0])
+    grow(s, alone, random, generator, 10, ragged=False)
+    s.truncate(4)
+    alone.truncate([4, 4, 4])
     grow(s, alone, random, generator, 15, ragged=True)
 
 
@@ -367,6 +386,7 @@ REFUSED = {
     "blocks": ("mask blocks(4, causal)", "reads a key after it"),
     "roots": ("mask causal & last(isqrt(n))", "its mask stays as it is while `n` grows"),
     "end": ("mask causal & { q, k : k < n // 2 or k == q }", "its mask stays as it is while `n` grows"),
+    "recent": ("mask causal & { q, k : k >= n - 9 }", "its mask stays as it is while `n` grows"),
     "table and end": ("inputs d : int[n] mask causal & { q, k : d[k] < 3 or k < n // 2 }", "while `n` grows"),
     "draws": ("mask causal & random(3)", "its mask stays as it is while `n` grows"),
     "counts": ("inputs d : int[n] mask causal & within(d, { q, k : q < n - 1 })", "how many entries"),
@@ -410,6 +430,7 @@ def test_bad_calls() -> None:
         "`k` is [2, 4, 5, 8], and what the session holds is like [2, 2, 5, 8]": lambda: s.step(q, q, v),
         "`v` is [2, 2, 5, 8]": lambda: s.step(q, k, k),
         "`k` is [1, 2, 5, 8]": lambda: s.step(q, k[:1], v),
+        "`k` must be a torch tensor": lambda: s.step(q, [1], v),  # type: ignore[arg-type]
         "`k` is [2, 2, 8]": lambda: s.step(q, k[:, :, 0], v),
         "differ in length": lambda: s.step(q[:, :, :4], k, v),
         "no gradients": lambda: s.step(q.requires_grad_(), k, v),
@@ -423,9 +444,7 @@ def test_bad_calls() -> None:
         "there is no row 2 of 2": lambda: s.reorder([0, 2]),
         "`rows` is -1": lambda: s.reorder([-1]),
         "row 1 had 60 tokens, and goes back to 56, not to 55": lambda: rolling.truncate([60, 55]),
-        "87 tokens come at once, and the plan serves": lambda: rolling.step(
-            *drawn(torch.Generator(), 2, 87, torch.float64)
-        ),
+        "`dtype` is int8": lambda: s.plan.session(2, 9, dtype="int8"),
         "`rewind` is 0": lambda: s.plan.session(2, 9, rewind=0),
         "the cache has 97 slots, and the plan serves up to 96": lambda: s.plan.session(2, 97),
     }
@@ -435,6 +454,14 @@ def test_bad_calls() -> None:
             case()
         one_diagnostic(caught, message)
     assert s.lengths == (5, 5)
+
+
+def test_the_page_about_decoding_runs() -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", DOCS["decoding.md"], re.S)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert names["session"].lengths == (52, 53, 56, 36)
+    assert names["session"].slots == 2 + 16 - 1 + 5
 
 
 SMALL = {

@@ -181,12 +181,18 @@ class Plan:
         return replace(self, tables=bound, block_masks=blocks, compile_seconds=seconds)
 
     def session(
-        self, batch: int, capacity: int, *, rewind: int = REWIND, v_dim: int | None = None
+        self,
+        batch: int,
+        capacity: int,
+        *,
+        rewind: int = REWIND,
+        v_dim: int | None = None,
+        dtype: str | None = None,
     ) -> Session:
         """An empty cache for `batch` sequences of up to `capacity` tokens, see `Session`; for `rewind` see
-        its `truncate`. Values have `v_dim` features, by default as many as keys. Raises AttnError for an
-        attention where later tokens could change what earlier ones give."""
-        return Session(self, batch, capacity, rewind=rewind, v_dim=v_dim)
+        its `truncate`. Values have `v_dim` features, by default as many as keys; `dtype` is by default the
+        plan's. Raises AttnError for an attention where later tokens could change what earlier ones give."""
+        return Session(self, batch, capacity, rewind=rewind, v_dim=v_dim, dtype=dtype)
 
     def module(self) -> nn.Module:
         """An nn.Module that owns the learned parameters under the names they are bound to."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from attndsl.analysis.lasting import kept
+from attndsl.backend import DTYPES
 from attndsl.errors import fail
 from attndsl.tiles.lowering import checked_length
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from attndsl.execution.plan import Plan
 
 Array = NDArray[np.int64]
-REWIND = 16
+REWIND = 1
 
 
 class Session:
@@ -35,7 +36,9 @@ class Session:
     reached  and how many it ever had: those behind may have taken the slots of earlier ones
     """
 
-    def __init__(self, plan: Plan, batch: int, capacity: int, *, rewind: int, v_dim: int | None) -> None:
+    def __init__(
+        self, plan: Plan, batch: int, capacity: int, *, rewind: int, v_dim: int | None, dtype: str | None
+    ) -> None:
         p, tables = plan.problem, (*plan.attention.inputs, *plan.attention.learned)
         for table in tables:
             if table.name in ("tokens", "chunk"):
@@ -58,9 +61,11 @@ class Session:
                 help=f"compile with `length={self.slots}`",
             )
         self.at_once = min(p.q_length, max(rewind, p.length - self.slots) if self.ring else p.length)
-        dtype = getattr(torch, p.dtype)
+        name = str(dtype or p.dtype).removeprefix("torch.")
+        if name not in DTYPES:
+            raise fail(f"`dtype` is {name}, and must be one of {', '.join(DTYPES)}")
         self.k, self.v = (
-            torch.zeros(batch, p.kv_heads, self.slots, width, dtype=dtype, device=p.device)
+            torch.zeros(batch, p.kv_heads, self.slots, width, dtype=getattr(torch, name), device=p.device)
             for width in (p.head_dim, p.head_dim if v_dim is None else checked_length("v_dim", v_dim))
         )
         self.lengths = self.reached = (0,) * batch
@@ -85,14 +90,7 @@ class Session:
         `learned` and tables are as in a call of the plan, `n` being the length of the longest row then.
         Raises AttnError for what does not fit, also beyond the capacity; then no token has been added.
         """
-        counts = self._counts(q, k, v, tokens)
-        if k.shape[2] > self.at_once:
-            raise fail(
-                f"{k.shape[2]} tokens come at once, and the plan serves {self.at_once} beside the cache",
-                help="`prefill` takes them in chunks",
-            )
-        n = max((length + count for length, count in zip(self.lengths, counts, strict=True)), default=0)
-        return self._append(q, k, v, np.array(counts, np.int64), n, learned=learned, **inputs)
+        return self.prefill(q, k, v, tokens=tokens, learned=learned, **inputs)
 
     def prefill(
         self,
@@ -105,18 +103,20 @@ class Session:
         learned: Mapping[str, Tensor] | None = None,
         **inputs: Any,
     ) -> Tensor:
-        """As `step`, `chunk` tokens at a time; without it as many as the plan serves."""
+        """As `step`, in chunks of so many tokens, by default of as many as the plan serves."""
         size = self.at_once if chunk is None else min(checked_length("chunk", chunk), self.at_once)
         if size == 0:
             raise fail("`chunk` is 0, and must be positive")
-        counts = np.array(self._counts(q, k, v, tokens), np.int64)
-        n = int((np.array(self.lengths) + counts).max(initial=0))
+        if torch.is_autocast_enabled(self.k.device.type):
+            q, k, v = self._cast(q, k, v)
+        counts = self._counts(q, k, v, tokens)
+        n = max((length + count for length, count in zip(self.lengths, counts, strict=True)), default=0)
         found = []
         for i in range(0, max(k.shape[2], 1), size):
             new = [x[:, :, i : i + size] for x in (q, k, v)]
-            here = (counts - i).clip(0, new[0].shape[2])
+            here = tuple([min(max(count - i, 0), size) for count in counts])
             found.append(self._append(new[0], new[1], new[2], here, n, learned=learned, **inputs))
-        return torch.cat(found, 2)
+        return found[0] if len(found) == 1 else torch.cat(found, 2)
 
     def copy(self) -> Session:
         """Another one that has its own memory."""
@@ -155,9 +155,21 @@ class Session:
             [new if new <= self.first else most for new, most in zip(wanted, self.reached, strict=True)]
         )
 
+    def _cast(self, *new: Tensor) -> tuple[Tensor, ...]:
+        """As autocast does for torch's own attention, which would convert the cache anew at every step."""
+        dtype = torch.get_autocast_dtype(self.k.device.type)
+        if dtype != self.k.dtype:
+            raise fail(
+                f"autocast asks for {dtype}, and the session holds {self.k.dtype}",
+                help=f'make the session with `dtype="{str(dtype).removeprefix("torch.")}"`',
+            )
+        return tuple([x.to(dtype) for x in new])
+
     def _counts(self, q: Tensor, k: Tensor, v: Tensor, tokens: Any) -> tuple[int, ...]:
         """How many tokens of each row are new. Raises AttnError for what does not fit the cache."""
         for name, x, cache in (("k", k, self.k), ("v", v, self.v)):
+            if not isinstance(x, Tensor):
+                raise fail(f"`{name}` must be a torch tensor, and is of type {type(x).__name__}")
             here, there = [*x.shape], [*cache.shape]
             if [*here[:2], *here[3:]] != [*there[:2], *there[3:]]:
                 there[2] = here[2] if len(here) == 4 else 1
@@ -187,28 +199,34 @@ class Session:
             raise fail(f"`{name}` has {len(found)} entries for {len(self.lengths)} rows")
         return found * len(self.lengths) if len(found) == 1 else found
 
-    def _append(self, q: Tensor, k: Tensor, v: Tensor, counts: Array, n: int, **call: Any) -> Tensor:
-        if not counts.any():
+    def _append(
+        self, q: Tensor, k: Tensor, v: Tensor, counts: tuple[int, ...], n: int, **call: Any
+    ) -> Tensor:
+        if not any(counts):
             return q.new_zeros(*q.shape[:3], v.shape[3])
-        size, starts = k.shape[2], np.array(self.lengths, np.int64)
-        ends = starts + counts
-        whole = bool((counts == size).all())
-        if whole and (starts == starts[0]).all():
+        size, starts = k.shape[2], self.lengths
+        grown = tuple([start + count for start, count in zip(starts, counts, strict=True)])
+        padded, ends = min(counts) < size, grown
+        if not padded and len(set(starts)) == 1:
+            # one row stands for all
             starts, ends = starts[:1], ends[:1]
-        place: dict[str, Any] = {"q_offset": starts.tolist()}
-        if not whole:
+        place: dict[str, Any] = {"q_offset": list(starts)}
+        if padded:
             # what stands behind the tokens of a row reads what the last of them reads
-            last = np.maximum(ends - 1, 0)[:, None]
-            place = {"q_positions": np.minimum(starts[:, None] + np.arange(size), last)}
+            last = np.maximum(np.array(ends) - 1, 0)[:, None]
+            place = {"q_positions": np.minimum(_following(starts, size), last)}
         if not self.ring:
             place["n"] = n
-        most, apart = int(ends.max()), self.ring and size > self.rewind and ends.max() > self.slots
+        # also where the call fails, slots have been taken
+        self.reached = tuple(map(max, self.reached, grown))
+        most = max(ends)
+        apart = self.ring and size > self.rewind and most > self.slots
         if apart:
             # the new keys would take the slots of what the first of them read
-            held = min(int(starts.max()), self.slots)
-            before, new = self._positions(starts)[:, :held], starts[:, None] + np.arange(size)
-            before = np.where(before < starts[:, None], before, ends[:, None])
-            place["k_positions"] = np.concatenate([before, new], 1)
+            held = min(max(starts), self.slots)
+            before = self._positions(starts)[:, :held]
+            before = np.where(before < np.array(starts)[:, None], before, np.array(ends)[:, None])
+            place["k_positions"] = np.concatenate([before, _following(starts, size)], 1)
             keys, values = (
                 torch.cat([cache[:, :, :held], x], 2) if held else x
                 for cache, x in ((self.k, k), (self.v, v))
@@ -221,43 +239,58 @@ class Session:
         out: Tensor = self.plan(q, keys, values, **place, **call)
         if apart:
             self._write(k, v, starts, ends)
-        self.lengths = tuple(np.broadcast_to(ends, counts.shape).tolist())
-        if not whole:
-            behind = torch.from_numpy(np.arange(size) >= counts[:, None]).to(out.device)
-            out = out.masked_fill(behind[:, None, :, None], 0.0)
+        self.lengths = grown
+        if padded:
+            behind = torch.tensor(counts)[:, None] <= torch.arange(size)
+            out = out.masked_fill(behind.to(out.device)[:, None, :, None], 0.0)
         return out
 
-    def _positions(self, lengths: Array) -> Array:
+    def _positions(self, lengths: Sequence[int]) -> Array:
         """What each slot holds in rows of these lengths, int64 [rows, slots].
 
         The last that was written; in a slot without any the first that will be, which no query reads yet.
         """
-        ring, last = np.arange(self.ring), lengths[:, None] - 1 - self.first
-        held = last - (last - ring) % self.ring
-        held = self.first + np.where(held < 0, held + self.ring, held)
-        return np.concatenate([np.broadcast_to(np.arange(self.first), (len(lengths), self.first)), held], 1)
+        slots = np.arange(self.slots)
+        last = np.maximum(np.array(lengths)[:, None] - 1 - self.first, 0)
+        turn = last - last % self.ring
+        moved = np.where(slots <= self.first + last % self.ring, turn, np.maximum(turn - self.ring, 0))
+        return slots + np.where(slots < self.first, 0, moved)
 
-    def _write(self, k: Tensor, v: Tensor, starts: Array, ends: Array) -> None:
+    def _write(self, k: Tensor, v: Tensor, starts: Sequence[int], ends: Sequence[int]) -> None:
         """The new tokens, one row of starts and ends for all or one each, but those whose slots later ones
         of them take."""
-        at = starts[:, None] + np.arange(k.shape[2])
-        left = (at < ends[:, None]) & ((at < self.first) | (at >= ends[:, None] - self.ring))
-        slots = np.where(at < self.first, at, self.first + (at - self.first) % max(self.ring, 1))[left]
-        row, entry = left.nonzero()
-        for cache, new in ((self.k, k), (self.v, v)):
-            if len(starts) == 1:
-                cache[:, :, _view(slots)] = new[:, :, _view(entry)]
-            else:
-                each = torch.from_numpy(row)
-                cache[each, :, torch.from_numpy(slots)] = new[each, :, torch.from_numpy(entry)]
-        self.reached = tuple(np.maximum(self.reached, ends).tolist())
+        pairs = (self.k, k), (self.v, v)
+        if len(starts) == 1:
+            for slot, entry, size in self._runs(starts[0], ends[0]):
+                for cache, new in pairs:
+                    cache[:, :, slot : slot + size] = new[:, :, entry : entry + size]
+            return
+        taken = [
+            (row, slot + i, entry + i)
+            for row, (start, end) in enumerate(zip(starts, ends, strict=True))
+            for slot, entry, size in self._runs(start, end)
+            for i in range(size)
+        ]
+        rows, slots, entries = torch.tensor(taken).unbind(1)
+        for cache, new in pairs:
+            cache[rows, :, slots] = new[rows, :, entries]
+
+    def _runs(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+        """Of the tokens at positions start..end - 1 those that stay: slot and number of the first, and how
+        many stand side by side."""
+        if start < self.first:
+            yield start, 0, min(end, self.first) - start
+        at = max(start, self.first, end - self.ring)
+        while at < end:
+            slot = (at - self.first) % self.ring
+            size = min(end - at, self.ring - slot)
+            yield self.first + slot, at - start, size
+            at += size
 
 
-def _view(entries: Array) -> slice | Tensor:
-    """The index of a view, where they stand side by side."""
-    if len(entries) and (np.diff(entries) == 1).all():
-        return slice(int(entries[0]), int(entries[-1]) + 1)
-    return torch.from_numpy(entries)
+def _following(starts: Sequence[int], size: int) -> Array:
+    """int64 [rows, size]"""
+    return np.array(starts)[:, None] + np.arange(size)
 
 
 def _integers(name: str, given: Any) -> tuple[int, ...]:
