@@ -12,6 +12,7 @@ from torch import Tensor
 
 import attndsl
 from attndsl import AttnError
+from attndsl.execution.lowered import Lowered
 from attndsl.tiles import lowering
 
 LISTED = "{ q, k : k in keys[q] }"
@@ -69,7 +70,7 @@ def untiled(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*given: object) -> object:
         raise AssertionError("a search for tiles")
 
-    monkeypatch.setattr(lowering, "block_mask", refuse)
+    monkeypatch.setattr(Lowered, "tiles", refuse)
 
 
 @pytest.mark.usefixtures("untiled")
