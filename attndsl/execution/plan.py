@@ -286,8 +286,10 @@ class Plan:
             if tensor.dtype != q.dtype:
                 of_q = str(q.dtype).removeprefix("torch.")
                 raise fail(f"`{name}` is {dtype}", help=f"`q` is {of_q}: pass `{name}.to(q.dtype)`")
-            if tensor.device.type not in (p.device.split(":")[0], "meta") or tensor.is_meta != q.is_meta:
+            if tensor.device.type not in (p.device.split(":")[0], "meta"):
                 raise fail(f"`{name}` is on {tensor.device}, and the plan is for {p.device}")
+            if tensor.is_meta != q.is_meta:
+                raise fail(f"`{name}` is on {tensor.device}, and `q` is on {q.device}")
             if shape[0] != q.shape[0]:
                 raise fail(f"`{name}` has {shape[0]} batch rows, and `q` has {q.shape[0]}")
         if k.shape[2] != v.shape[2]:
