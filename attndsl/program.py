@@ -21,7 +21,7 @@ from attndsl.language.arguments import bind_arguments, name_span, signature
 from attndsl.language.assertions import Assertion, prove, typed
 from attndsl.language.elaborate import STEP_LIMIT, Elaborator
 from attndsl.language.mistakes import out_of_place
-from attndsl.language.values import TOKENS, AttentionOf, Env, K, Num, Pattern, Q, SetOf, Space, Value, Vec
+from attndsl.language.values import TOKENS, AttentionOf, K, Num, Pattern, Q, Scope, SetOf, Space, Value, Vec
 from attndsl.language.vocabulary import BUILT_IN, RESERVED
 from attndsl.syntax import nodes as ast
 
@@ -293,7 +293,7 @@ class Program:
         given |= params
         self.elaborator.steps = 0
         values = {name: self.argument(name, value) for name, value in given.items()}
-        value = self.elaborator.instance(item, values, Env({}), item.name_span)
+        value = self.elaborator.instance(item, values, Scope({}), item.name_span)
         attention = _as_attention(item.name, value)
         return Bound(attention, tuple(names), lambda *a, **kw: self.bind(item, a, {**given, **kw}))
 
@@ -303,7 +303,7 @@ class Program:
             return Num(value)
         if isinstance(value, str):
             expression = syntax.parse_expression(Source(f"<{name}>", value))
-            return self.elaborator.value(expression, Env({}, integral=False, binding=name), TOKENS)
+            return self.elaborator.value(expression, Scope({}, integral=False, binding=name), TOKENS)
         if hasattr(value, "tolist"):
             value = value.tolist()
         if isinstance(value, range | list | tuple | set):
@@ -354,7 +354,7 @@ class Program:
         if isinstance(item, ast.Definition) and item.word == "score":
             extra |= {"s": Num(ir.var("s")), "q": Num(Q), "k": Num(K)}
             extra |= {name: Vec(ir.var(name)) for name in ("Q", "K")}
-        value = self.elaborator.instance(item, {}, Env({}, integral), item.name_span, extra)
+        value = self.elaborator.instance(item, {}, Scope({}, integral), item.name_span, extra)
         if isinstance(value, Pattern):
             value.at(Q, K, TOKENS)
 
@@ -428,7 +428,7 @@ def _name_problems(item: Definition, elaborator: Elaborator) -> list[Diagnostic]
             known = BUILT_IN | elaborator.definitions.keys() | elaborator.broken
             if node.id not in names and node.id not in known:
                 hidden = node.id in RESERVED
-                env = Env(dict.fromkeys(names, Num(ir.ZERO)))
+                env = Scope(dict.fromkeys(names, Num(ir.ZERO)))
                 problems.extend((out_of_place(node) if hidden else elaborator.unknown(node, env)).diagnostics)
             return
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id not in names:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from attndsl.errors import Span, fail, suggest
 from attndsl.expr import Table
-from attndsl.language.values import Env
+from attndsl.language.values import Scope
 from attndsl.language.vocabulary import RESERVED, SIGNATURES
 from attndsl.syntax import nodes as ast
 from attndsl.syntax.format import render
@@ -68,7 +68,7 @@ def signature(definition: ast.Definition | ast.AttentionDef) -> str:
 
 
 def score_call(
-    e: ast.Expression, definitions: Mapping[str, ast.Definition | ast.AttentionDef], env: Env
+    e: ast.Expression, definitions: Mapping[str, ast.Definition | ast.AttentionDef], env: Scope
 ) -> tuple[ast.Definition, ast.Name, tuple[ast.Argument, ...]] | None:
     """The named score that a whole clause is, if it is one."""
     func, args = (e.func, e.args) if isinstance(e, ast.Call) else (e, ())

@@ -13,7 +13,7 @@ from attndsl.expr import Expr
 from attndsl.language.arguments import bind_arguments_of
 from attndsl.language.elaborate import Elaborator
 from attndsl.language.mistakes import quoted
-from attndsl.language.values import TOKENS, AttentionOf, Env, K, Pattern, Q
+from attndsl.language.values import TOKENS, AttentionOf, K, Pattern, Q, Scope
 from attndsl.syntax import nodes as ast
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Heads:
+class PerHead:
     """A relation per group of heads: mask and the truth over h and H that says which heads."""
 
     groups: tuple[tuple[Expr, Expr], ...]
@@ -43,8 +43,8 @@ class Reach:
 class Included:
     """`left <= right`, or `==`."""
 
-    left: Heads | Reach
-    right: Heads | Reach
+    left: PerHead | Reach
+    right: PerHead | Reach
     equal: bool
     names: tuple[str, str]
 
@@ -53,7 +53,7 @@ class Included:
 class EveryRow:
     """No query is without a key."""
 
-    of: Heads
+    of: PerHead
 
 
 @dataclass(frozen=True)
@@ -139,14 +139,14 @@ def _compared(
     op: str, left: ast.Expression, right: ast.Expression, e: ast.Compare, elaborator: Elaborator
 ) -> Claim:
     sides = [_side(side, elaborator) for side in (left, right)]
-    relations = [side for side in sides if isinstance(side, Heads | Reach)]
+    relations = [side for side in sides if isinstance(side, PerHead | Reach)]
     if len(relations) == 2:
         if op not in ("<=", "=="):
             help = "write `<=`: every pair of the left is in the right" if op == "<" else ""
             raise fail(f"patterns are compared with `<=` and `==`, not `{op}`", e.span, help)
         return Included(relations[0], relations[1], op == "==", (left.span.text, right.span.text))
     if relations:
-        at = left if isinstance(sides[0], Heads | Reach) else right
+        at = left if isinstance(sides[0], PerHead | Reach) else right
         raise fail(
             "a pattern is compared with a number",
             at.span,
@@ -160,25 +160,25 @@ def _compared(
     return Compared(op, a, b)
 
 
-def _side(e: ast.Expression, elaborator: Elaborator) -> Heads | Reach | Quantity | float:
+def _side(e: ast.Expression, elaborator: Elaborator) -> PerHead | Reach | Quantity | float:
     name = _called(e)
     if name == "reach":
         args = _arguments(e)
-        layers = elaborator.constant(args["layers"], Env({}), TOKENS, "the number of layers")
+        layers = elaborator.constant(args["layers"], Scope({}), TOKENS, "the number of layers")
         if layers < 0:
             raise fail(f"the number of layers is {layers}, and must not be negative", args["layers"].span)
-        of = elaborator.pattern(args["of"], Env({}, claims=True), TOKENS)
+        of = elaborator.pattern(args["of"], Scope({}, claims=True), TOKENS)
         return Reach(of.at(Q, K, TOKENS).mask, layers, _enough(args["of"], elaborator))
     if name in ("density", "nnz", "diameter"):
         return _quantity(name, e, elaborator)  # type: ignore[arg-type]
     try:
-        value = elaborator.value(e, Env({}, integral=False, claims=True), TOKENS)
+        value = elaborator.value(e, Scope({}, integral=False, claims=True), TOKENS)
     except AttnError:
         if _attention(e, elaborator) is None:
             raise
     else:
         if not isinstance(value, Pattern | AttentionOf):
-            number = ir.number(elaborator.num(e, Env({}, integral=False), TOKENS))
+            number = ir.number(elaborator.num(e, Scope({}, integral=False), TOKENS))
             if number is None:
                 raise fail("an assertion compares with a constant", e.span)
             return float(number)
@@ -191,14 +191,14 @@ def _quantity(
     args = _arguments(e)
     attention = _attention(args["of"], elaborator)
     if attention is None:
-        pattern = elaborator.pattern(args["of"], Env({}, claims=True), TOKENS)
+        pattern = elaborator.pattern(args["of"], Scope({}, claims=True), TOKENS)
         attention = Attention.of_pattern(args["of"].span.text, pattern.at(Q, K, TOKENS))
-    n = elaborator.constant(args["n"], Env({}), TOKENS, "n")
+    n = elaborator.constant(args["n"], Scope({}), TOKENS, "n")
     if n < 0:
         raise fail(f"n is {n}, and must not be negative", args["n"].span)
     heads = 1
     if "heads" in args:
-        heads = elaborator.constant(args["heads"], Env({}), TOKENS, "the number of heads")
+        heads = elaborator.constant(args["heads"], Scope({}), TOKENS, "the number of heads")
         least = _least_heads(args["of"], elaborator)
         if heads < least:
             raise fail(f"{quoted(args['of'])} has {least} heads or more", args["heads"].span)
@@ -211,7 +211,7 @@ def _attention(e: ast.Expression, elaborator: Elaborator) -> Attention | None:
     name = e.id if isinstance(e, ast.Name) else _called(e)
     if not isinstance(elaborator.definitions.get(name), ast.AttentionDef):
         return None
-    value = elaborator.value(e, Env({}, integral=False), TOKENS)
+    value = elaborator.value(e, Scope({}, integral=False), TOKENS)
     assert isinstance(value, AttentionOf)
     return value.attention
 
@@ -236,13 +236,13 @@ def _enough(e: ast.Expression, elaborator: Elaborator) -> Expr:
     return ir.le(ir.const(least), ir.var("H")) if least > 1 else ir.TRUE
 
 
-def _heads(e: ast.Expression, elaborator: Elaborator) -> Heads:
+def _heads(e: ast.Expression, elaborator: Elaborator) -> PerHead:
     attention, enough = _attention(e, elaborator), _enough(e, elaborator)
     if attention is not None:
-        return Heads(
+        return PerHead(
             tuple((group.relation.mask, ir.all_of(enough, group.heads)) for group in attention.groups)
         )
-    return Heads(((elaborator.pattern(e, Env({}, claims=True), TOKENS).at(Q, K, TOKENS).mask, enough),))
+    return PerHead(((elaborator.pattern(e, Scope({}, claims=True), TOKENS).at(Q, K, TOKENS).mask, enough),))
 
 
 def prove(assertion: Assertion) -> Verdict:
@@ -302,8 +302,8 @@ def _worst(verdicts: list[Verdict]) -> Verdict:
     return min(verdicts, key=key)
 
 
-def _per_head(side: Heads | Reach) -> tuple[tuple[Expr, Expr], ...]:
-    if isinstance(side, Heads):
+def _per_head(side: PerHead | Reach) -> tuple[tuple[Expr, Expr], ...]:
+    if isinstance(side, PerHead):
         return side.groups
     from attndsl.layers.reach import reach
 

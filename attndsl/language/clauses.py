@@ -17,11 +17,11 @@ from attndsl.language.arguments import bind_arguments, input_table, name_span, s
 from attndsl.language.mistakes import expected, number_of, quoted
 from attndsl.language.values import (
     TOKENS,
-    Env,
     K,
     Num,
     Pattern,
     Q,
+    Scope,
     SetOf,
     TableOf,
     Truth,
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 HEAD_LIMIT = 4096
 
 
-def attention_of(elaborator: Elaborator, definition: ast.AttentionDef, env: Env) -> Attention:
+def attention_of(elaborator: Elaborator, definition: ast.AttentionDef, env: Scope) -> Attention:
     """Its tables declared, then its clauses; `env` holds the parameters."""
     inputs: dict[str, Table] = {}
     for clause in definition.clauses:
@@ -62,7 +62,7 @@ def attention_of(elaborator: Elaborator, definition: ast.AttentionDef, env: Env)
 class AttentionBuilder:
     """The clauses of one attention, put together group by group."""
 
-    def __init__(self, elaborator: Elaborator, definition: ast.AttentionDef, env: Env) -> None:
+    def __init__(self, elaborator: Elaborator, definition: ast.AttentionDef, env: Scope) -> None:
         self.elaborator, self.definition = elaborator, definition
         self.mask_env = replace(env, integral=True, binding="")
         self.env = replace(env, integral=False, binding="")
@@ -190,7 +190,7 @@ class AttentionBuilder:
                 raise fail(f"expected a pattern, and `{e.id}` is a score", e.span, f"write `score {e.id}`")
         return self.elaborator.pattern(e, replace(self.mask_env, clause=clause), TOKENS)
 
-    def score(self, e: ast.Expression, current: Expr, env: Env) -> Expr:
+    def score(self, e: ast.Expression, current: Expr, env: Scope) -> Expr:
         named: dict[str, Value] = {
             "s": Num(current),
             "q": Num(Q),
@@ -213,10 +213,10 @@ class AttentionBuilder:
         result = self.elaborator.instance(definition, values, env, name.span, named, given)
         return self.number(result, definition.body)
 
-    def real(self, e: ast.Expression, env: Env) -> Expr:
+    def real(self, e: ast.Expression, env: Scope) -> Expr:
         return self.number(self.elaborator.value(e, env, TOKENS), e)
 
-    def decay(self, e: ast.Expression, env: Env) -> Expr:
+    def decay(self, e: ast.Expression, env: Scope) -> Expr:
         factor = self.real(e, env)
         value = ir.number(factor)
         if value is not None and value < 0:
@@ -244,7 +244,7 @@ class AttentionBuilder:
                 help="bind them to different names, or share one through a `let`",
             )
 
-    def norm(self, e: ast.Expression, env: Env) -> Norm:
+    def norm(self, e: ast.Expression, env: Scope) -> Norm:
         func, args = (e.func, e.args) if isinstance(e, ast.Call) else (e, ())
         if not isinstance(func, ast.Name) or func.id not in ("softmax", "sigmoid", "relu"):
             raise fail("a norm is `softmax`, `softmax(sink = ...)`, `sigmoid` or `relu`", e.span)

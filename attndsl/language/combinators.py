@@ -11,7 +11,7 @@ from attndsl.errors import fail
 from attndsl.expr import Expr
 from attndsl.language.arguments import bind_built_in
 from attndsl.language.mistakes import expected, quoted
-from attndsl.language.values import Env, GridPattern, K, Num, Q, Space, TableOf, Value, as_table, restrict
+from attndsl.language.values import GridPattern, K, Num, Q, Scope, Space, TableOf, Value, as_table, restrict
 from attndsl.syntax import nodes as ast
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 COORDINATES = "{ (y, x), (v, u) : ... }"
 
 
-def blocks(el: Elaborator, e: ast.Call, env: Env, space: Space) -> Value:
+def blocks(el: Elaborator, e: ast.Call, env: Scope, space: Space) -> Value:
     args = bind_built_in("blocks", ("b", "R"), (), e)
     b = el.positive(args["b"], env, space, "the block length")
 
@@ -36,7 +36,7 @@ def blocks(el: Elaborator, e: ast.Call, env: Env, space: Space) -> Value:
     return el.memoised(at)
 
 
-def within(el: Elaborator, e: ast.Call, env: Env, space: Space) -> Value:
+def within(el: Elaborator, e: ast.Call, env: Scope, space: Space) -> Value:
     args = bind_built_in("within", ("x", "R"), (), e)
     x = as_table(el.value(args["x"], env, space))
     if isinstance(x, TableOf):
@@ -70,7 +70,7 @@ def within(el: Elaborator, e: ast.Call, env: Env, space: Space) -> Value:
     return el.memoised(at)
 
 
-def grid(el: Elaborator, e: ast.Call, env: Env, space: Space) -> Value:
+def grid(el: Elaborator, e: ast.Call, env: Scope, space: Space) -> Value:
     if len(e.args) < 2:
         help = f"write `grid(height, width, {COORDINATES})`"
         raise fail("`grid` takes the sizes of a canvas and a pattern of coordinates", e.span, help)
@@ -110,7 +110,7 @@ def grid(el: Elaborator, e: ast.Call, env: Env, space: Space) -> Value:
     return el.memoised(at)
 
 
-def random(el: Elaborator, e: ast.Call, env: Env, space: Space) -> Value:
+def random(el: Elaborator, e: ast.Call, env: Scope, space: Space) -> Value:
     args = bind_built_in("random", ("r",), ("seed", "of"), e)
     r = el.constant(args["r"], env, space, "the number of random keys")
     if r < 0:

@@ -16,7 +16,7 @@ from attndsl.language import expressions
 from attndsl.language.arguments import bind_arguments, signature
 from attndsl.language.clauses import attention_of
 from attndsl.language.mistakes import blame, chosen, expected, not_integer, number_of, out_of_place, truth_of
-from attndsl.language.values import TOKENS, AttentionOf, Env, GridPattern, Num, Pattern, SetOf, Space, Value
+from attndsl.language.values import TOKENS, AttentionOf, GridPattern, Num, Pattern, Scope, SetOf, Space, Value
 from attndsl.language.vocabulary import BUILT_IN, POSITIONS, RESERVED, RETIRED, SIGNATURES
 from attndsl.syntax import nodes as ast
 
@@ -42,7 +42,7 @@ class Elaborator:
 
     # names
 
-    def lookup(self, name: ast.Name, env: Env, space: Space) -> Value:
+    def lookup(self, name: ast.Name, env: Scope, space: Space) -> Value:
         if name.id in env.names:
             return env.names[name.id]
         if name.id == "n":
@@ -57,7 +57,7 @@ class Elaborator:
             raise fail(f"`{name.id}` needs its arguments", name.span, help=f"write `{SIGNATURES[name.id]}`")
         raise self.unknown(name, env)
 
-    def unknown(self, name: ast.Name, env: Env, help: str = "") -> AttnError:
+    def unknown(self, name: ast.Name, env: Scope, help: str = "") -> AttnError:
         if name.id in self.broken or not self.whole:
             return AttnError()
         candidates = {*env.names, *self.definitions, *BUILT_IN, "n", "nq", "h", "H", "D"}
@@ -71,7 +71,7 @@ class Elaborator:
             help = "a claim is about every table: it cannot name one"
         return fail(f"unknown name `{name.id}`", name.span, near or help)
 
-    def undeclared(self, name: ast.Name, env: Env) -> AttnError:
+    def undeclared(self, name: ast.Name, env: Scope) -> AttnError:
         """For an unknown name that is looked up as a table is."""
         inside = self.definitions.get(env.calls[-1]) if env.calls else None
         if isinstance(inside, ast.Definition):
@@ -79,12 +79,12 @@ class Elaborator:
             return self.unknown(name, env, f"make it a parameter: `{written}`")
         return self.unknown(name, env, f"declare the table: `inputs {name.id} : int[n]`")
 
-    def means(self, name: str, env: Env) -> bool:
+    def means(self, name: str, env: Scope) -> bool:
         return name in env.names or name in self.definitions or name in RESERVED or name in BUILT_IN
 
     # definitions
 
-    def apply(self, name: ast.Name, args: tuple[ast.Argument, ...], env: Env, space: Space) -> Value:
+    def apply(self, name: ast.Name, args: tuple[ast.Argument, ...], env: Scope, space: Space) -> Value:
         definition = self.definitions[name.id]
         if isinstance(definition, ast.Definition) and definition.word == "score":
             raise fail(
@@ -104,7 +104,7 @@ class Elaborator:
         self,
         definition: ast.Definition | ast.AttentionDef,
         args: tuple[ast.Argument, ...],
-        env: Env,
+        env: Scope,
         space: Space,
     ) -> dict[str, Value]:
         """Parameters bound by position or name, evaluated where they are written."""
@@ -115,7 +115,7 @@ class Elaborator:
         self,
         definition: ast.Definition | ast.AttentionDef,
         values: Mapping[str, Value],
-        env: Env,
+        env: Scope,
         span: Span,
         extra: Mapping[str, Value] | None = None,
         given: Mapping[str, ast.Expression] | None = None,
@@ -134,7 +134,7 @@ class Elaborator:
             self.broken.update(env.calls)
             raise fail(f"definitions use each other more than {CALL_DEPTH} deep", span)
         integral = env.integral and not isinstance(definition, ast.AttentionDef)
-        inner = Env({}, integral, calls=(*env.calls, definition.name), clause=env.clause)
+        inner = Scope({}, integral, calls=(*env.calls, definition.name), clause=env.clause)
         for param in definition.params:
             if param.name in values:
                 value = values[param.name]
@@ -209,7 +209,7 @@ class Elaborator:
 
     # expressions
 
-    def value(self, e: ast.Expression, env: Env, space: Space) -> Value:
+    def value(self, e: ast.Expression, env: Scope, space: Space) -> Value:
         self.step(e.span)
         try:
             denoted = getattr(expressions, f"on_{type(e).__name__.lower()}")
@@ -218,18 +218,18 @@ class Elaborator:
             # the constructors of expr.py know what is wrong, but not where
             raise AttnError(*(d if d.span else replace(d, span=e.span) for d in error.diagnostics)) from None
 
-    def num(self, e: ast.Expression, env: Env, space: Space, help: str = "") -> Expr:
+    def num(self, e: ast.Expression, env: Scope, space: Space, help: str = "") -> Expr:
         """A number; `help` is for where a set stands."""
         value = self.value(e, env, space)
         return number_of(value, e, chosen(value, e, env) or (help if isinstance(value, SetOf) else ""))
 
-    def integer(self, e: ast.Expression, env: Env, space: Space, help: str = "") -> Expr:
+    def integer(self, e: ast.Expression, env: Scope, space: Space, help: str = "") -> Expr:
         number = self.num(e, env, space, help)
         if number.type != "int":
             raise not_integer(number, e)
         return number
 
-    def positive(self, e: ast.Expression, env: Env, space: Space, what: str) -> Expr:
+    def positive(self, e: ast.Expression, env: Scope, space: Space, what: str) -> Expr:
         number = self.integer(e, env, space)
         value = ir.number(number)
         if value is not None and value <= 0:
@@ -238,16 +238,16 @@ class Elaborator:
             raise fail(f"{what} must be the same for all positions", e.span)
         return number
 
-    def constant(self, e: ast.Expression, env: Env, space: Space, what: str) -> int:
+    def constant(self, e: ast.Expression, env: Scope, space: Space, what: str) -> int:
         value = ir.number(self.integer(e, env, space))
         if value is None:
             raise fail(f"{what} must be a constant", e.span)
         return int(value)
 
-    def truth(self, e: ast.Expression, env: Env, space: Space) -> Expr:
+    def truth(self, e: ast.Expression, env: Scope, space: Space) -> Expr:
         return truth_of(self.value(e, env, space), e, env)
 
-    def pattern(self, e: ast.Expression, env: Env, space: Space) -> Pattern:
+    def pattern(self, e: ast.Expression, env: Scope, space: Space) -> Pattern:
         value = self.value(e, env, space)
         if isinstance(value, Pattern):
             return value

@@ -18,12 +18,12 @@ from attndsl.language import combinators
 from attndsl.language.arguments import check_builder
 from attndsl.language.mistakes import IN_SCORES, chosen, expected, not_integer, number_of, quoted, truth_of
 from attndsl.language.values import (
-    Env,
     GridPattern,
     K,
     Num,
     Pattern,
     Q,
+    Scope,
     SetOf,
     Space,
     TableOf,
@@ -48,26 +48,26 @@ if TYPE_CHECKING:
     from attndsl.language.elaborate import Elaborator
 
 
-def on_name(el: Elaborator, e: ast.Name, env: Env, space: Space) -> Value:
+def on_name(el: Elaborator, e: ast.Name, env: Scope, space: Space) -> Value:
     value = el.lookup(e, env, space)
     if env.integral and any(table.learned for table in tables_of(value)):
         raise fail(f"`{e.id}` is learned, and a mask may not depend on it", e.span, IN_SCORES)
     return value
 
 
-def on_number(el: Elaborator, e: ast.Number, env: Env, space: Space) -> Value:
+def on_number(el: Elaborator, e: ast.Number, env: Scope, space: Space) -> Value:
     return Num(ir.const(e.value))
 
 
-def on_text(el: Elaborator, e: ast.Text, env: Env, space: Space) -> Value:
+def on_text(el: Elaborator, e: ast.Text, env: Scope, space: Space) -> Value:
     raise fail("a string has no meaning here", e.span)
 
 
-def on_abs(el: Elaborator, e: ast.Abs, env: Env, space: Space) -> Value:
+def on_abs(el: Elaborator, e: ast.Abs, env: Scope, space: Space) -> Value:
     return Num(ir.absolute(el.num(e.arg, env, space)))
 
 
-def on_unary(el: Elaborator, e: ast.Unary, env: Env, space: Space) -> Value:
+def on_unary(el: Elaborator, e: ast.Unary, env: Scope, space: Space) -> Value:
     if e.op == "not":
         value = el.value(e.arg, env, space)
         if isinstance(value, Pattern | SetOf):
@@ -86,7 +86,7 @@ def on_unary(el: Elaborator, e: ast.Unary, env: Env, space: Space) -> Value:
     raise fail(f"`~` is for patterns and sets, and this is {value.noun}", e.arg.span, help)
 
 
-def on_nary(el: Elaborator, e: ast.Nary, env: Env, space: Space) -> Value:
+def on_nary(el: Elaborator, e: ast.Nary, env: Scope, space: Space) -> Value:
     if e.op in ("and", "or"):
         return connective(el, e, env, space)
     written = [el.value(arg, env, space) for arg in e.args]
@@ -125,7 +125,7 @@ def mixed(e: ast.Nary, values: list[Value]) -> AttnError:
     raise AssertionError
 
 
-def summed(e: ast.Nary, values: list[Value], env: Env) -> Value:
+def summed(e: ast.Nary, values: list[Value], env: Scope) -> Value:
     if isinstance(values[0], Pattern):
         raise mixed(e, values)
     help = "for the union write `|`" if any(isinstance(value, SetOf) for value in values) else ""
@@ -133,7 +133,7 @@ def summed(e: ast.Nary, values: list[Value], env: Env) -> Value:
     return Num(ir.add(*(number_of(v, arg, help or chosen(v, arg, env)) for arg, v in pairs)))
 
 
-def connective(el: Elaborator, e: ast.Nary, env: Env, space: Space) -> Value:
+def connective(el: Elaborator, e: ast.Nary, env: Scope, space: Space) -> Value:
     truths = []
     for arg in e.args:
         value = el.value(arg, env, space)
@@ -148,7 +148,7 @@ def connective(el: Elaborator, e: ast.Nary, env: Env, space: Space) -> Value:
     return Truth(ir.all_of(*truths) if e.op == "and" else ir.any_of(*truths))
 
 
-def on_binary(el: Elaborator, e: ast.Binary, env: Env, space: Space) -> Value:
+def on_binary(el: Elaborator, e: ast.Binary, env: Scope, space: Space) -> Value:
     left, right = el.value(e.left, env, space), el.value(e.right, env, space)
     if e.op in ("-", "@"):
         combined = difference(el, left, right) if e.op == "-" else product(el, left, right)
@@ -214,7 +214,7 @@ def product(el: Elaborator, left: Value, right: Value) -> Value | None:
     return None
 
 
-def on_compare(el: Elaborator, e: ast.Compare, env: Env, space: Space) -> Value:
+def on_compare(el: Elaborator, e: ast.Compare, env: Scope, space: Space) -> Value:
     parts = []
     for op, left, right in zip(e.ops, e.args, e.args[1:], strict=False):
         if op == "in":
@@ -225,7 +225,7 @@ def on_compare(el: Elaborator, e: ast.Compare, env: Env, space: Space) -> Value:
     return Truth(ir.all_of(*parts))
 
 
-def operand(el: Elaborator, op: str, e: ast.Expression, env: Env, space: Space) -> Expr:
+def operand(el: Elaborator, op: str, e: ast.Expression, env: Scope, space: Space) -> Expr:
     value = el.value(e, env, space)
     help = ""
     if isinstance(as_set(value), SetOf) and op == "==" and not is_whole(value):
@@ -238,7 +238,7 @@ def operand(el: Elaborator, op: str, e: ast.Expression, env: Env, space: Space) 
     return number
 
 
-def member(el: Elaborator, e: ast.Expression, of: ast.Expression, env: Env, space: Space) -> Expr:
+def member(el: Elaborator, e: ast.Expression, of: ast.Expression, env: Scope, space: Space) -> Expr:
     position = operand(el, "in", e, env, space)
     members = as_set(el.value(of, env, space))
     if not isinstance(members, SetOf):
@@ -247,7 +247,7 @@ def member(el: Elaborator, e: ast.Expression, of: ast.Expression, env: Env, spac
     return members.contains(position, space)
 
 
-def on_range(el: Elaborator, e: ast.Range, env: Env, space: Space) -> Value:
+def on_range(el: Elaborator, e: ast.Range, env: Scope, space: Space) -> Value:
     def contains(p: Expr, sp: Space) -> Expr:
         lo, hi = el.integer(e.lo, env, sp), el.integer(e.hi, env, sp)
         return ir.all_of(ir.le(lo, p), ir.le(p, hi))
@@ -256,7 +256,7 @@ def on_range(el: Elaborator, e: ast.Range, env: Env, space: Space) -> Value:
     return el.members(contains)
 
 
-def on_setlist(el: Elaborator, e: ast.SetList, env: Env, space: Space) -> Value:
+def on_setlist(el: Elaborator, e: ast.SetList, env: Scope, space: Space) -> Value:
     @functools.cache
     def items(sp: Space) -> list[tuple[Expr, Expr]]:
         """First and last of what each item lists; real numbers are for a list that is looked up."""
@@ -298,7 +298,7 @@ def on_setlist(el: Elaborator, e: ast.SetList, env: Env, space: Space) -> Value:
     return replace(el.members(contains), listed=listed)
 
 
-def on_builder(el: Elaborator, e: ast.Builder, env: Env, space: Space) -> Value:
+def on_builder(el: Elaborator, e: ast.Builder, env: Scope, space: Space) -> Value:
     check_builder(e)
     inside = replace(env, integral=True)
 
@@ -315,7 +315,7 @@ def on_builder(el: Elaborator, e: ast.Builder, env: Env, space: Space) -> Value:
     return GridPattern(len(e.vars[0]), lambda qs, ks, sp: holds(names, (*qs, *ks), sp))
 
 
-def on_index(el: Elaborator, e: ast.Index, env: Env, space: Space) -> Value:
+def on_index(el: Elaborator, e: ast.Index, env: Scope, space: Space) -> Value:
     if isinstance(e.base, ast.Name) and e.base.id == "learn":
         return learn(el, e, None, env, space)
     if isinstance(e.base, ast.Name) and not el.means(e.base.id, env):
@@ -347,7 +347,7 @@ def on_index(el: Elaborator, e: ast.Index, env: Env, space: Space) -> Value:
     return as_number(TableOf(table, indices))
 
 
-def learn(el: Elaborator, e: ast.Index, call: ast.Call | None, env: Env, space: Space) -> Value:
+def learn(el: Elaborator, e: ast.Index, call: ast.Call | None, env: Scope, space: Space) -> Value:
     span = (call or e).span
     if env.integral:
         raise fail("a mask may not depend on a learned parameter", span, IN_SCORES)
@@ -377,7 +377,7 @@ def learn(el: Elaborator, e: ast.Index, call: ast.Call | None, env: Env, space: 
     return TableOf(Table(env.binding, "float", tuple(dims), ir.Learned(float(start), serial)))
 
 
-def on_call(el: Elaborator, e: ast.Call, env: Env, space: Space) -> Value:
+def on_call(el: Elaborator, e: ast.Call, env: Scope, space: Space) -> Value:
     if isinstance(e.func, ast.Index):
         base = e.func.base
         if isinstance(base, ast.Name) and base.id == "learn":
@@ -399,7 +399,7 @@ def on_call(el: Elaborator, e: ast.Call, env: Env, space: Space) -> Value:
     raise el.unknown(e.func, env)
 
 
-def function(el: Elaborator, name: str, e: ast.Call, env: Env, space: Space) -> Value:
+def function(el: Elaborator, name: str, e: ast.Call, env: Scope, space: Space) -> Value:
     for arg in e.args:
         if arg.name:
             raise fail(f"`{name}` takes no named arguments", arg.span)

@@ -10,7 +10,7 @@ from attndsl.errors import AttnError, Diagnostic, Span
 from attndsl.expr import Expr
 from attndsl.language.arguments import score_call
 from attndsl.language.elaborate import Elaborator
-from attndsl.language.values import TOKENS, AttentionOf, Env, K, Pattern, Q
+from attndsl.language.values import TOKENS, AttentionOf, K, Pattern, Q, Scope
 from attndsl.language.vocabulary import BUILT_IN
 from attndsl.syntax import nodes as ast
 
@@ -28,7 +28,7 @@ def warnings(definitions: list[Definition], elaborator: Elaborator) -> list[Diag
         if isinstance(item, ast.AttentionDef):
             found += _of_attention(item, elaborator)
         elif item.word == "pattern" and item.name not in used:
-            value = elaborator.instance(item, {}, Env({}), item.name_span)
+            value = elaborator.instance(item, {}, Scope({}), item.name_span)
             if isinstance(value, Pattern):
                 alone = Attention.of_pattern(item.name, value.at(Q, K, TOKENS))
                 found += _undefined(alone, [item.body], item.name_span)
@@ -64,7 +64,7 @@ def _of_text(item: Definition) -> Iterator[Diagnostic]:
 
 
 def _of_attention(item: ast.AttentionDef, elaborator: Elaborator) -> Iterator[Diagnostic]:
-    value = elaborator.instance(item, {}, Env({}), item.name_span)
+    value = elaborator.instance(item, {}, Scope({}), item.name_span)
     assert isinstance(value, AttentionOf)
     masks = [c for c in item.clauses if isinstance(c, ast.Clause) and c.word == "mask"]
     empty = [warning for clause in masks for warning in _empty_parts(clause.value, elaborator)]
@@ -202,7 +202,7 @@ def _standing_alone(e: ast.Expression, elaborator: Elaborator) -> Expr | None:
     names = {name.id for name in ast.walk(e) if isinstance(name, ast.Name)}
     if not names <= {*elaborator.definitions, *BUILT_IN, "q", "k", "n", "h", "H"}:
         return None
-    return elaborator.pattern(e, Env({}), TOKENS).at(Q, K, TOKENS).mask
+    return elaborator.pattern(e, Scope({}), TOKENS).at(Q, K, TOKENS).mask
 
 
 def _empty_rows(group: HeadGroup, span: Span) -> Iterator[Diagnostic]:
@@ -239,7 +239,7 @@ def _block_causality(e: ast.Expression, elaborator: Elaborator) -> Iterator[Diag
     over_tokens = _standing_alone(e, elaborator)
     if over_tokens is None:
         return
-    over_blocks = elaborator.pattern(e.args[-1].value, Env({}), TOKENS).at(Q, K, TOKENS).mask
+    over_blocks = elaborator.pattern(e.args[-1].value, Scope({}), TOKENS).at(Q, K, TOKENS).mask
     if subset(over_blocks, causal).status != "proved":
         return
     verdict = subset(over_tokens, causal)
@@ -291,7 +291,7 @@ def _blindness(group: HeadGroup, scores: list[ast.Clause], elaborator: Elaborato
 
 def _names(score: ast.Clause, elaborator: Elaborator) -> set[str]:
     """The names in a clause, and in the body of the score that it calls."""
-    called = score_call(score.value, elaborator.definitions, Env({}))
+    called = score_call(score.value, elaborator.definitions, Scope({}))
     read = (score.value,) if called is None else (score.value, called[0].body)
     return {name.id for name in ast.walk(read) if isinstance(name, ast.Name)}
 

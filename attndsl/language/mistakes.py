@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from attndsl.errors import AttnError, Diagnostic, Span, fail
 from attndsl.expr import Expr, nodes
-from attndsl.language.values import Env, Num, Pattern, SetOf, TableOf, Truth, Value, as_number, as_set
+from attndsl.language.values import Num, Pattern, Scope, SetOf, TableOf, Truth, Value, as_number, as_set
 from attndsl.syntax import nodes as ast
 
 REMEDIES = {
@@ -34,7 +34,7 @@ def number_of(value: Value, e: ast.Expression, help: str = "") -> Expr:
     raise expected("a number", number, e, help)
 
 
-def truth_of(value: Value, e: ast.Expression, env: Env) -> Expr:
+def truth_of(value: Value, e: ast.Expression, env: Scope) -> Expr:
     truth = as_number(value)
     if isinstance(truth, Truth):
         return truth.expr
@@ -43,7 +43,7 @@ def truth_of(value: Value, e: ast.Expression, env: Env) -> Expr:
     raise expected("a truth", truth, e, help)
 
 
-def chosen(value: Value, e: ast.Expression, env: Env) -> str:
+def chosen(value: Value, e: ast.Expression, env: Scope) -> str:
     """The help where a score or a `let` takes a pattern for a number."""
     if env.integral or not isinstance(value, Pattern):
         return ""

@@ -143,7 +143,7 @@ Q, K = ir.var("q"), ir.var("k")
 
 
 @dataclass(frozen=True)
-class Env:
+class Scope:
     """The names in sight besides definitions.
 
     integral: real numbers are refused: the text of a mask.
@@ -160,7 +160,7 @@ class Env:
     claims: bool = False
     clause: ast.Clause | None = None
 
-    def bind(self, **names: Value) -> Env:
+    def bind(self, **names: Value) -> Scope:
         return replace(self, names={**self.names, **names})
 
 

@@ -21,7 +21,7 @@ from attndsl.syntax.nodes import (
     Compare,
     Definition,
     Expression,
-    HeadGroup,
+    HeadClauses,
     Heads,
     Index,
     InputDecl,
@@ -135,9 +135,11 @@ class Build(Transformer[Token, Any]):
             raise fail(f"unknown type `{dtype}`", span_of(dtype), "an input is `int`, `bool` or `float`")
         return InputDecl(str(name), str(dtype), tuple(sizes), span=around(name, end))
 
-    def group(self, children: list[Any]) -> HeadGroup:
+    def group(self, children: list[Any]) -> HeadClauses:
         which, *clauses, end = children
-        return HeadGroup(None if isinstance(which, Token) else which, tuple(clauses), span=around(which, end))
+        return HeadClauses(
+            None if isinstance(which, Token) else which, tuple(clauses), span=around(which, end)
+        )
 
     def or_(self, args: list[Any]) -> Nary:
         return nary("or", args)

@@ -158,7 +158,7 @@ class Clause(Node):
 
 
 @dataclass(frozen=True)
-class HeadGroup(Node):
+class HeadClauses(Node):
     """`0..5 { ... }`; `which` is None for `else`."""
 
     which: Expression | None
@@ -167,7 +167,7 @@ class HeadGroup(Node):
 
 @dataclass(frozen=True)
 class Heads(Node):
-    groups: tuple[HeadGroup, ...]
+    groups: tuple[HeadClauses, ...]
 
 
 @dataclass(frozen=True)
