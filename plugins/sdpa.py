@@ -37,11 +37,11 @@ flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_back
 
 SECONDS = {
     "cpu": {
-        "calls": 9e-05,
+        "calls": 0.0002,
         "products": 3.13e-11,
         "masked": 3.11e-10,
-        "written": 3.09e-09,
-        "numbers": 2.07e-09,
+        "written": 2.0e-09,
+        "numbers": 1.4e-09,
         "nanoseconds": 8.65e-11,
         "read": 2.9e-10,
     }

@@ -24,9 +24,9 @@ from .work import KEPT
 
 SECONDS = {
     "cpu": {
-        "runs": 0.0002,
-        "lanes": 0.000254,
-        "nodes": 4.46e-05,
+        "runs": 0.000145,
+        "lanes": 0.000177,
+        "nodes": 3.2e-05,
         "tokens": 2.03e-09,
         "products": 3.2e-11,
         "narrow": 1.08e-11,
