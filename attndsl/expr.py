@@ -13,7 +13,7 @@ import functools
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeAlias, cast
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -53,6 +53,26 @@ class Known:
         return np.array(self.entries, np.float64 if float in map(type, self.entries) else np.int64)
 
 
+Argument: TypeAlias = "int | float | bool | str | Expr | Table | None"
+
+
+@dataclass(frozen=True)
+class Selected:
+    """The origin of a choice: made of q and k in every call, before any backend runs.
+
+    selection  the plugin that chooses, and its `arguments`
+    of         of a list: which keys may be chosen, a truth over the row `q` and the unit `k`
+    rows       of a list: how many queries share a row
+    unit       of a list: how many keys one entry stands for
+    """
+
+    selection: str
+    arguments: tuple[tuple[str, Argument], ...]
+    of: Expr | None = None
+    rows: int = 1
+    unit: int = 1
+
+
 @dataclass(frozen=True)
 class Table:
     """What expressions look up.
@@ -65,7 +85,7 @@ class Table:
     name: str
     dtype: Literal["int", "bool", "float"]
     dims: tuple[str | int, ...]
-    origin: Given | Learned | Known = Given()
+    origin: Given | Learned | Known | Selected = Given()
 
     @staticmethod
     def listed(*parts: Sequence[int | float]) -> Table:
@@ -85,6 +105,11 @@ class Table:
     @property
     def batched(self) -> bool:
         return "B" in self.dims
+
+    @property
+    def by_entry(self) -> bool:
+        """Whether its row for a query is that query's place among the queries, not its position."""
+        return isinstance(self.origin, Selected) and "nq" in self.dims
 
     @property
     def implicit(self) -> tuple[Expr, ...]:
@@ -212,8 +237,12 @@ def const(value: bool | int | float) -> Expr:
 TRUE, FALSE, ZERO, ONE = const(True), const(False), const(0), const(1)
 
 
+VECTORS = ("Q", "K", *(f"{mean}({vector})" for mean in ("mean", "min", "max") for vector in "QK"))
+"""Variables that are vectors: of a query and a key, and what stands for those of a block."""
+
+
 def var(name: str) -> Expr:
-    types: dict[str, Type] = {"s": "real", "Q": "vec", "K": "vec"}
+    types: dict[str, Type] = {"s": "real", **dict.fromkeys(VECTORS, "vec")}
     return make("var", (), name, types.get(name, "int"))
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from types import NoneType
 from typing import Any
 
-from attndsl.expr import Expr, IntSet, Table, nodes
+from attndsl.expr import VECTORS, Expr, IntSet, Table, nodes
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def _own(e: Expr) -> str:
     if e.op == "const":
         return {bool: "bool", int: "int"}.get(type(value), "real")
     if e.op == "var":
-        return {"s": "real", "Q": "vec", "K": "vec"}.get(value, "int")
+        return "vec" if value in VECTORS else "real" if value == "s" else "int"
     if e.op == "pow":
         return "real" if "real" in (arg.type for arg in e.args) else "int real"
     if isinstance(value, Table):

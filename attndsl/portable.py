@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from attndsl import expr as ir
 from attndsl.attention import Attention, HeadGroup, Norm, Relation
 from attndsl.errors import fail
-from attndsl.expr import Expr, Given, IntSet, Known, Learned, Table
+from attndsl.expr import Argument, Expr, Given, IntSet, Known, Learned, Selected, Table
 
-FORMAT = 2
+FORMAT = 3
 LONG = 64
 """Intervals or entries of a constant from which it stands outside of the text, which keeps its digest."""
 
@@ -56,7 +56,7 @@ def write(attention: Attention, **beside: Any) -> Portable:
         "offset": writer.place(attention.offset),
         "least_heads": attention.least_heads,
         "groups": groups,
-        "tables": [writer.fields(table) for table in writer.tables],
+        "tables": writer.written,
         "nodes": writer.nodes,
     }
     return Portable(json.dumps(body, separators=(",", ":")), tuple(writer.constants))
@@ -73,11 +73,18 @@ def read(text: str, constants: Sequence[Any]) -> tuple[Attention, dict[str, Any]
             f"this program was saved in format {body['attndsl']} of attndsl, and this version reads {FORMAT}",
             help="save it again with this version",
         )
-    tables = [_table(fields, constants) for fields in body["tables"]]
     nodes: list[Expr] = []
+    made: dict[int, Table] = {}
+
+    def table(place: int) -> Table:
+        # a choice is made of expressions, which stand before those that read it
+        if place not in made:
+            made[place] = _table(body["tables"][place], constants, nodes, table)
+        return made[place]
+
     for op, kind, value, *args in body["nodes"]:
         arguments = tuple(nodes[i] for i in args)
-        nodes.append(ir.make(op, arguments, _value(value, tables, constants), kind))
+        nodes.append(ir.make(op, arguments, _value(value, table, constants), kind))
 
     def node(place: int | None) -> Expr | None:
         return None if place is None else nodes[place]
@@ -95,8 +102,8 @@ def read(text: str, constants: Sequence[Any]) -> tuple[Attention, dict[str, Any]
     attention = Attention(
         body["name"],
         groups,
-        tuple(tables[i] for i in body["inputs"]),
-        tuple(tables[i] for i in body["learned"]),
+        tuple(map(table, body["inputs"])),
+        tuple(map(table, body["learned"])),
         node(body["offset"]),
         body["least_heads"],
     )
@@ -110,6 +117,7 @@ class _Writer:
         self.nodes: list[list[Any]] = []
         self.places: dict[Expr, int] = {}
         self.tables: list[Table] = []
+        self.written: list[dict[str, Any]] = []
         self.constants: list[Constant] = []
 
     def place(self, root: Expr | None) -> int | None:
@@ -117,9 +125,14 @@ class _Writer:
             return None
         for node in ir.nodes(root):
             if node not in self.places:
+                written = [
+                    node.op,
+                    node.type,
+                    self.value(node.value),
+                    *(self.places[arg] for arg in node.args),
+                ]
                 self.places[node] = len(self.nodes)
-                args = [self.places[arg] for arg in node.args]
-                self.nodes.append([node.op, node.type, self.value(node.value), *args])
+                self.nodes.append(written)
         return self.places[root]
 
     def table(self, table: Table) -> int:
@@ -127,7 +140,9 @@ class _Writer:
         if isinstance(table.origin, Learned):
             table = replace(table, origin=replace(table.origin, serial=0))
         if table not in self.tables:
+            written = self.fields(table)
             self.tables.append(table)
+            self.written.append(written)
         return self.tables.index(table)
 
     def value(self, value: object) -> Any:
@@ -140,6 +155,14 @@ class _Writer:
                 return self.long(np.array(intervals, np.int64))
             case tuple():
                 return {"draw": value}
+        return value
+
+    def argument(self, value: Argument) -> Any:
+        match value:
+            case Expr():
+                return {"node": self.place(value)}
+            case Table():
+                return {"table": self.table(value)}
         return value
 
     def long(self, constant: Constant) -> dict[str, Any]:
@@ -158,12 +181,17 @@ class _Writer:
                 return written | {"origin": self.long(table.origin.array)}
             case Known(entries):
                 return written | {"origin": {"known": entries}}
+            case Selected(selection, arguments, of, rows, unit):
+                said = [[name, self.argument(value)] for name, value in arguments]
+                return written | {"origin": {"selection": [selection, said, self.place(of), rows, unit]}}
         assert isinstance(table.origin, Given)
         return written | {"origin": "given"}
 
 
-def _table(fields: dict[str, Any], constants: Sequence[Any]) -> Table:
-    origin: Given | Learned | Known = Given()
+def _table(
+    fields: dict[str, Any], constants: Sequence[Any], nodes: Sequence[Expr], table: Callable[[int], Table]
+) -> Table:
+    origin: Given | Learned | Known | Selected = Given()
     match fields["origin"]:
         case {"learned": init}:
             origin = Learned(init)
@@ -171,13 +199,26 @@ def _table(fields: dict[str, Any], constants: Sequence[Any]) -> Table:
             origin = Known(tuple(constants[place].tolist()))
         case {"known": entries}:
             origin = Known(tuple(entries))
+        case {"selection": [selection, said, of, rows, unit]}:
+            arguments = tuple((name, _argument(value, nodes, table)) for name, value in said)
+            origin = Selected(selection, arguments, None if of is None else nodes[of], rows, unit)
     return Table(**{**fields, "dims": tuple(fields["dims"]), "origin": origin})
 
 
-def _value(value: Any, tables: Sequence[Table], constants: Sequence[Any]) -> Any:
+def _argument(value: Any, nodes: Sequence[Expr], table: Callable[[int], Table]) -> Argument:
+    match value:
+        case {"node": place}:
+            return nodes[place]
+        case {"table": place}:
+            return table(place)
+        case _:
+            return value  # type: ignore[no-any-return]
+
+
+def _value(value: Any, table: Callable[[int], Table], constants: Sequence[Any]) -> Any:
     match value:
         case {"table": place}:
-            return tables[place]
+            return table(place)
         case {"set": intervals}:
             return IntSet(tuple(map(tuple, intervals)))
         case {"long": place}:

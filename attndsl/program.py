@@ -23,6 +23,7 @@ from attndsl.language.elaborate import STEP_LIMIT, Elaborator
 from attndsl.language.mistakes import out_of_place
 from attndsl.language.values import TOKENS, AttentionOf, K, Num, Pattern, Q, Scope, SetOf, Space, Value, Vec
 from attndsl.language.vocabulary import BUILT_IN, RESERVED
+from attndsl.selection import Selection
 from attndsl.syntax import nodes as ast
 
 if TYPE_CHECKING:
@@ -222,6 +223,12 @@ def _declare(item: Definition, definitions: dict[str, Definition]) -> list[Diagn
     return problems
 
 
+def _selection(name: str) -> Selection | None:
+    from attndsl.execution import registry
+
+    return registry.plugin("selections", name) if name in registry.names("selections") else None
+
+
 class Program:
     """Definitions by name. `program["longformer"]` is a Bound with the defaults bound.
 
@@ -232,7 +239,7 @@ class Program:
     def __init__(self, name: str, definitions: Mapping[str, Definition]) -> None:
         self.name, self.own = name, definitions
         self.assertions: list[Assertion] = []
-        self.elaborator = Elaborator(ChainMap(definitions, prelude()))  # type: ignore[arg-type]  # read only
+        self.elaborator = Elaborator(ChainMap(definitions, prelude()), _selection)  # type: ignore[arg-type]  # read only
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
@@ -426,7 +433,7 @@ def _name_problems(item: Definition, elaborator: Elaborator) -> list[Diagnostic]
             return
         if isinstance(node, ast.Name):
             known = BUILT_IN | elaborator.definitions.keys() | elaborator.broken
-            if node.id not in names and node.id not in known:
+            if node.id not in names and node.id not in known and not elaborator.selection(node.id):
                 hidden = node.id in RESERVED
                 env = Scope(dict.fromkeys(names, Num(ir.ZERO)))
                 problems.extend((out_of_place(node) if hidden else elaborator.unknown(node, env)).diagnostics)
@@ -438,6 +445,11 @@ def _name_problems(item: Definition, elaborator: Elaborator) -> list[Diagnostic]
                     bind_arguments(called, node.args)
                 except AttnError as error:
                     problems.extend(error.diagnostics)
+            elif elaborator.selection(node.func.id):
+                # what is no expression but a word is told where it is read
+                written = tuple(arg.value for arg in node.args if not isinstance(arg.value, ast.Name))
+                visit(written, names | {"Q", "K", "q", "k"})
+                return
         for child in fields(node):
             visit(getattr(node, child.name), names)
 

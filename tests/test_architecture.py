@@ -17,6 +17,7 @@ ROOMS = (
     "scores",  # what they depend on
     "axis",  # where queries and keys stand
     "attention",
+    "selection",  # the contract of a selection
     "portable",
     "syntax",  # text to tree
     "meaning",  # pointwise evaluation, bounds, draws

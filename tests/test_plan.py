@@ -98,7 +98,8 @@ def test_names_and_groups_that_cannot_be_are_listed_with_the_reason(register):
         "my-tiny": "its name is not one of letters, digits and `_`",
         "lost": "attndsl reads no group `attndsl.backend`: did you mean `backends`?",
         "empty": "`empty_files` holds no .attn file",
-        "other": "attndsl reads no group `attndsl.layouts`: there are `analyses`, `backends`, `libraries`",
+        "other": "attndsl reads no group `attndsl.layouts`: there are `analyses`, `backends`, "
+        "`libraries`, `selections`",
     }
 
 

@@ -54,7 +54,8 @@ class Lowered:
 
     identity   the attention, the problem and the backend as text: all that another process needs beside
     constants  the long sets and lists of the attention, as `portable` gives them
-    tables     inputs, then what is learned, by name
+    tables     inputs, then what is learned, then choices, by name
+    selected   the choices
     """
 
     attention: Attention
@@ -64,6 +65,7 @@ class Lowered:
     identity: str
     constants: tuple[Tensor, ...]
     tables: Mapping[str, Table]
+    selected: tuple[Table, ...]
     masks: Recent[BlockMask] = field(default_factory=Recent)
     known_sizes: Recent[lowering.Sizes] = field(default_factory=Recent)
 
@@ -72,14 +74,20 @@ class Lowered:
         return lowering.mask_tables(self.attention)
 
     def tensors(self, q: Tensor, tables: Mapping[str, Tensor]) -> list[Tensor]:
-        """What the operator takes beside q, k and v: constants, then inputs, then what is learned."""
+        """What the operator takes beside q, k and v: constants, then inputs, then what is learned; choices
+        come last."""
+        there = (name for name in self.tables if name in tables)
         # AOTInductor passes no empty list on
-        return [*self.constants, *(tables[name] for name in self.tables)] or [q.new_empty(0)]
+        return [*self.constants, *(tables[name] for name in there)] or [q.new_empty(0)]
+
+    def beside(self, tensors: Sequence[Tensor], choices: Sequence[Tensor]) -> list[Tensor]:
+        """What the operator takes of an attention that chooses."""
+        return [*tensors[: len(self.constants) + len(self.tables) - len(choices)], *choices]
 
     def named(self, tensors: Sequence[Any]) -> dict[str, Any]:
         """Of `tensors`, or of something for each of them, what belongs to tables, by name."""
         start = len(self.constants)
-        return dict(zip(self.tables, tensors[start : start + len(self.tables)], strict=True))
+        return dict(zip(self.tables, tensors[start:], strict=False))
 
     @cached_property
     def ranged(self) -> bool:
@@ -122,7 +130,12 @@ class Lowered:
             given = lowering.checked_tables(self.attention, given, sizes, len(q), self.problem.head_dim)
         if self.ranged:
             lowering.check_scores(self.attention, sizes, given)
-        return Call(q, k, v, cache(lambda: self.tiles(sizes, given)), tables, sizes.q, sizes.k, sizes.n)
+
+        def tiles() -> BlockMask:
+            chosen = {t.name: lowering.as_array(tables[t.name]) for t in self.selected}
+            return self.tiles(sizes, {**given, **chosen})
+
+        return Call(q, k, v, cache(tiles), tables, sizes.q, sizes.k, sizes.n)
 
     def tiles(self, sizes: lowering.Sizes, tables: Mapping[str, Any]) -> BlockMask:
         """The tiles of one call, kept for the last few."""
@@ -158,8 +171,10 @@ def lower(attention: Attention, problem: Problem, backend: str) -> Lowered:
     if not callable(kernel):
         raise fail(f"the backend `{backend}` returned no kernel: its `lower` gave {type(kernel).__name__}")
     constants = tuple(map(torch.from_numpy, written.constants))
-    tables = {table.name: table for table in (*attention.inputs, *attention.learned)}
-    lowered = Lowered(attention, problem, backend, kernel, written.text, constants, tables)
+    selected = attention.selected
+    read = (*attention.inputs, *attention.learned, *selected)
+    tables = {table.name: table for table in read}
+    lowered = Lowered(attention, problem, backend, kernel, written.text, constants, tables, selected)
     return _alive.setdefault(written.text, lowered)
 
 

@@ -22,6 +22,7 @@ from torch.utils.flop_counter import register_flop_formula
 from attndsl.backend import Call, Differentiable, Gradients
 from attndsl.errors import AttnError, fail
 from attndsl.execution import lowered, spoiled
+from attndsl.execution.choosing import chosen
 from attndsl.execution.lowered import Lowered, Places
 from attndsl.tiles.lowering import Sizes
 
@@ -408,14 +409,17 @@ def run(
     found: Lowered, q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], places: Places
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp, by whichever way in is right for what watches the call."""
-    watched = (
+    watched = bool(
         torch.compiler.is_compiling()
         or q.is_meta
         or torch._C._len_torch_dispatch_stack()
         or torch._C._get_tracing_state() is not None
         or torch._C._autograd._profiler_enabled()
     )
-    if watched or any(type(x) not in PLAIN for x in (q, k, v, *tensors)):
+    watched = watched or any(type(x) not in PLAIN for x in (q, k, v, *tensors))
+    if found.selected:
+        tensors = found.beside(tensors, chosen(found, q, k, tensors, places, watched))
+    if watched:
         out, lse, _ = attend(q, k, v, list(tensors), *places, found.identity)
         return out, lse
     sizes = found.sizes(q, k, places)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import inspect
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, fields
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -15,10 +15,17 @@ from attndsl.analysis.part import Part
 from attndsl.backend import Features, vocabulary
 from attndsl.errors import AttnError, fail, suggest
 
-GROUPS = {"backends": "backend", "analyses": "analysis", "libraries": "library"}
+GROUPS = {
+    "backends": "backend",
+    "analyses": "analysis",
+    "selections": "selection",
+    "libraries": "library",
+}
 """And what one of each is called."""
 METHODS = {"supports": 2, "cost": 3, "lower": 2}
 """What a backend is asked, and with how many arguments."""
+SELECTION = {"check": 1, "rounds": 1, "reads": 1, "choose": 3, "reference": 3}
+"""What a selection is asked."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +140,8 @@ def _load(point: EntryPoint) -> tuple[Any, str]:
         return loaded, "it is a class: register an instance"
     if group == "analyses":
         return loaded, "" if isinstance(loaded, Part) else "it is no `attndsl.analysis.part.Part`"
+    if group == "selections":
+        return loaded, _misses(loaded, SELECTION)
     return loaded, _flaw(loaded)
 
 
@@ -156,7 +165,12 @@ def _flaw(loaded: object) -> str:
         if new:
             help = suggest(new[0], known[field.name]) or f"there are {_listed(known[field.name])}"
             return f"attndsl has no {field.name.removesuffix('s')} `{new[0]}`: {help}"
-    for name, count in METHODS.items():
+    return _misses(loaded, METHODS)
+
+
+def _misses(loaded: object, methods: Mapping[str, int]) -> str:
+    """Which method it does not have, or not with so many arguments, or ""."""
+    for name, count in methods.items():
         method = getattr(loaded, name, None)
         if not callable(method):
             return f"it has no method `{name}`"

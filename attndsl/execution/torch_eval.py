@@ -22,6 +22,7 @@ from attndsl.errors import fail
 from attndsl.expr import Expr, IntSet, Table
 from attndsl.meaning import pointwise
 from attndsl.scores import by_head, by_pair
+from attndsl.selection import Offered
 
 PAIR = frozenset({"q", "k", "s", "Q", "K"})
 
@@ -44,7 +45,7 @@ class Env:
     device: torch.device
 
 
-def environment(call: Call) -> Env:
+def environment(call: Call | Offered) -> Env:
     """Every pair of a call, but without s, Q and K: axes [B, H, nq, n], reals in at least float32."""
     (batch, heads, nq, width), device = call.q.shape, call.q.device
     q, k = (np.stack([axis.positions(b) for b in range(len(axis.rows))]) for axis in (call.q_at, call.k_at))
@@ -434,7 +435,7 @@ class _Evaluation:
     def vectors(self, node: Expr, live: Tensor | None) -> Tensor:
         """The vector of each pair, [.., nq, n, D] with axes of size 1 where it is the same."""
         found = self.of(node, live)
-        return found if node.op != "var" else found.unsqueeze(-2 if node.value == "Q" else -3)
+        return found if node.op != "var" else found.unsqueeze(-2 if "Q" in str(node.value) else -3)
 
     def rows_of_table(self, side: str, row: Expr, live: Tensor | None) -> Tensor:
         """Products of Q (or K) with a row for each pair: one matrix product with the table, then a gather."""

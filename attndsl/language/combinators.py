@@ -24,16 +24,19 @@ def blocks(el: Elaborator, e: ast.Call, env: Scope, space: Space) -> Value:
     args = bind_built_in("blocks", ("b", "R"), (), e)
     b = el.positive(args["b"], env, space, "the block length")
 
-    def opened(sp: Space) -> Space:
-        return replace(sp, n=ir.floordiv(ir.add(sp.n, b, ir.const(-1)), b))
+    size = ir.number(b)
 
-    el.pattern(args["R"], env, opened(space))
+    def opened(sp: Space) -> Space:
+        unit = None if size is None or sp.unit is None else sp.unit * int(size)
+        return replace(sp, n=ir.floordiv(ir.add(sp.n, b, ir.const(-1)), b), unit=unit)
+
+    inner = el.pattern(args["R"], env, opened(space))
 
     def at(q: Expr, k: Expr, sp: Space) -> Relation:
         inside = opened(sp)
         return el.pattern(args["R"], env, inside).at(ir.floordiv(q, b), ir.floordiv(k, b), inside)
 
-    return el.memoised(at)
+    return replace(el.memoised(at), blocks=(b, inner))
 
 
 def within(el: Elaborator, e: ast.Call, env: Scope, space: Space) -> Value:
@@ -62,7 +65,7 @@ def within(el: Elaborator, e: ast.Call, env: Scope, space: Space) -> Value:
     def at(q: Expr, k: Expr, sp: Space) -> Relation:
         piece, rank, size = segment(q, sp)
         other, other_rank, _ = segment(k, sp)
-        inside = replace(sp, n=size)
+        inside = replace(sp, n=size, unit=None)
         inner = el.pattern(args["R"], env, inside).at(rank, other_rank, inside)
         return restrict(inner, ir.eq(piece, other))
 
@@ -91,7 +94,7 @@ def grid(el: Elaborator, e: ast.Call, env: Scope, space: Space) -> Value:
         return (rest, *reversed(found))
 
     def at(q: Expr, k: Expr, sp: Space) -> Relation:
-        inside = replace(sp, n=area)
+        inside = replace(sp, n=area, unit=None)
         body = el.value(last, env, inside)
         if not isinstance(body, GridPattern):
             if isinstance(body, Num):
@@ -123,7 +126,7 @@ def random(el: Elaborator, e: ast.Call, env: Scope, space: Space) -> Value:
         row, col = ir.var(f"row{sp.depth}"), ir.var(f"col{sp.depth}")
         body = ir.TRUE
         if "of" in args:
-            inside = replace(sp, depth=sp.depth + 1)
+            inside = replace(sp, depth=sp.depth + 1, unit=None)
             body = el.pattern(args["of"], env, inside).at(row, col, inside).mask
         if body.free & {"q", "k"}:
             raise fail("`of` may not depend on positions outside it", args["of"].span)

@@ -11,13 +11,14 @@ from dataclasses import replace
 from attndsl import expr as ir
 from attndsl.attention import Relation
 from attndsl.errors import AttnError, Span, fail, suggest
-from attndsl.expr import Expr
+from attndsl.expr import Expr, Selected
 from attndsl.language import expressions
 from attndsl.language.arguments import bind_arguments, signature
 from attndsl.language.clauses import attention_of
 from attndsl.language.mistakes import blame, chosen, expected, not_integer, number_of, out_of_place, truth_of
 from attndsl.language.values import TOKENS, AttentionOf, GridPattern, Num, Pattern, Scope, SetOf, Space, Value
 from attndsl.language.vocabulary import BUILT_IN, POSITIONS, RESERVED, RETIRED, SIGNATURES
+from attndsl.selection import Selection
 from attndsl.syntax import nodes as ast
 
 CALL_DEPTH = 64
@@ -25,20 +26,26 @@ STEP_LIMIT = 200_000
 
 
 class Elaborator:
-    """The definitions of one program, and what has been learned of them so far.
+    """The definitions of one program, and what has been learned of them so far; `selection` gives the
+    registered one of a name.
 
     `definitions` maps a name to its syntax, a file's own before the prelude's; `broken` holds those whose
     error was reported already: their users stay silent. `whole` is False where a file that is used was not
     found, which was reported: any unknown name may be there.
     """
 
-    def __init__(self, definitions: Mapping[str, ast.Definition | ast.AttentionDef]) -> None:
-        self.definitions = definitions
+    def __init__(
+        self,
+        definitions: Mapping[str, ast.Definition | ast.AttentionDef],
+        selection: Callable[[str], Selection | None],
+    ) -> None:
+        self.definitions, self.selection = definitions, selection
         self.broken: set[str] = set()
         self.whole = True
         self.known: dict[tuple[object, ...], Value] = {}
         self.steps = 0
         self.serials: dict[tuple[object, ...], int] = {}
+        self.leaves: dict[Selected, int] = {}
 
     # names
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from attndsl import expr as ir
 from attndsl.errors import AttnError, fail
 from attndsl.expr import Expr, IntSet, Table
-from attndsl.language import combinators
+from attndsl.language import combinators, leaves
 from attndsl.language.arguments import check_builder
 from attndsl.language.mistakes import IN_SCORES, chosen, expected, not_integer, number_of, quoted, truth_of
 from attndsl.language.values import (
@@ -79,7 +79,8 @@ def on_unary(el: Elaborator, e: ast.Unary, env: Scope, space: Space) -> Value:
         return Num(ir.neg(number_of(value, e.arg, help)))
     value = as_set(el.value(e.arg, env, space))
     if isinstance(value, Pattern):
-        return el.relation(lambda q, k, sp: ir.negate(value.at(q, k, sp).mask))
+        # what is not chosen has no bound from below
+        return el.relation(lambda q, k, sp: ir.negate(value.at(q, k, replace(sp, unit=None)).mask))
     if isinstance(value, SetOf):
         return el.members(lambda p, sp: ir.negate(value.contains(p, sp)))
     help = "write `not`" if isinstance(value, Truth) else ""
@@ -192,7 +193,9 @@ def on_binary(el: Elaborator, e: ast.Binary, env: Scope, space: Space) -> Value:
 def difference(el: Elaborator, left: Value, right: Value) -> Value | None:
     a, b = as_set(left), as_set(right)
     if isinstance(a, Pattern) and isinstance(b, Pattern):
-        return el.memoised(lambda q, k, sp: restrict(a.at(q, k, sp), ir.negate(b.at(q, k, sp).mask)))
+        return el.memoised(
+            lambda q, k, sp: restrict(a.at(q, k, sp), ir.negate(b.at(q, k, replace(sp, unit=None)).mask))
+        )
     if isinstance(a, SetOf) and isinstance(b, SetOf):
         return el.members(lambda p, sp: ir.all_of(a.contains(p, sp), ir.negate(b.contains(p, sp))))
     return None
@@ -203,7 +206,7 @@ def product(el: Elaborator, left: Value, right: Value) -> Value | None:
     if isinstance(left, Pattern) and isinstance(right, Pattern):
 
         def holds(q: Expr, k: Expr, space: Space) -> Expr:
-            m, within = ir.var(f"m{space.depth}"), replace(space, depth=space.depth + 1)
+            m, within = ir.var(f"m{space.depth}"), replace(space, depth=space.depth + 1, unit=None)
             both = ir.all_of(left.at(q, m, within).mask, right.at(m, k, within).mask)
             return ir.exists(str(m.value), ir.ZERO, space.n, both)
 
@@ -327,7 +330,9 @@ def on_index(el: Elaborator, e: ast.Index, env: Scope, space: Space) -> Value:
             raise fail(f"a pattern is looked up at 2 positions, not {len(e.indices)}", e.span, help)
         q, k = (el.integer(i, env, space) for i in e.indices)
         inside = (ir.all_of(ir.le(ir.ZERO, p), ir.lt(p, space.n)) for p in (q, k) if p not in (Q, K))
-        return Truth(ir.all_of(*inside, base.at(q, k, space).mask))
+        return Truth(
+            ir.all_of(*inside, base.at(q, k, space if env.integral else replace(space, unit=None)).mask)
+        )
     if not isinstance(base, TableOf):
         help = "a set has no order: give a list" if isinstance(base, SetOf) else ""
         help = f"write `[{quoted(e.base)}]`" if isinstance(e.base, ast.Range) else help
@@ -396,6 +401,9 @@ def on_call(el: Elaborator, e: ast.Call, env: Scope, space: Space) -> Value:
         raise fail(f"`{name}` stands in an `assert` alone", e.func.span)
     if name in COMBINATORS:
         return getattr(combinators, name)(el, e, env, space)  # type: ignore[no-any-return]
+    selection = el.selection(name)
+    if selection is not None:
+        return leaves.leaf(el, name, selection, e, env, space)
     raise el.unknown(e.func, env)
 
 
@@ -403,6 +411,13 @@ def function(el: Elaborator, name: str, e: ast.Call, env: Scope, space: Space) -
     for arg in e.args:
         if arg.name:
             raise fail(f"`{name}` takes no named arguments", arg.span)
+    of_block = (
+        f"{name}({e.args[0].value.id})" if len(e.args) == 1 and isinstance(e.args[0].value, ast.Name) else ""
+    )
+    if of_block in env.names:
+        return env.names[of_block]
+    if name == "mean":
+        raise fail("`mean` is of the keys of a block, in the `by` of a choice among blocks", e.span)
     counts = {"where": (3, 3), "min": (2, 99), "max": (2, 99)}
     least, most = counts.get(name, (1, 1))
     if not least <= len(e.args) <= most:

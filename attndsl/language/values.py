@@ -14,10 +14,14 @@ from attndsl.syntax import nodes as ast
 
 @dataclass(frozen=True)
 class Space:
-    """Where positions live: `n` is their number, `depth` counts the bound variables in use around it."""
+    """Where positions live: `n` is their number, `depth` counts the bound variables in use around it.
+
+    unit: how many tokens a position stands for, None where that is not the same for all.
+    """
 
     n: Expr
     depth: int = 0
+    unit: int | None = 1
 
 
 @dataclass(frozen=True)
@@ -54,9 +58,13 @@ class SetOf:
 
 @dataclass(frozen=True, eq=False)
 class Pattern:
-    """A relation: what holds between `q` and `k`, in a space? Evaluated where it is used."""
+    """A relation: what holds between `q` and `k`, in a space? Evaluated where it is used.
+
+    blocks: the length of blocks and the pattern between them, where that is all it says.
+    """
 
     at: Callable[[Expr, Expr, Space], Relation]
+    blocks: tuple[Expr, Pattern] | None = None
     noun = "a pattern"
 
 

@@ -29,6 +29,9 @@ NO_TABLES: Mapping[str, Any] = MappingProxyType({})
 LENGTH_LIMIT = 2**31 - 1
 HEAD_DIM_LIMIT = 2**16
 DENSE_LIMIT = 2**30
+ENTRY = "?entry"
+"""The place of a query among the queries; a name that no text has."""
+QUERY = ir.var("q")
 FEW_ROWS = 16
 """Queries up to which keys are found row by row."""
 
@@ -242,10 +245,10 @@ def as_array(value: Any) -> Array:
 
 
 def mask_tables(attention: Attention, counts: bool = False) -> tuple[Table, ...]:
-    """The inputs that masks read, with `counts` those of multiplicities too."""
+    """The inputs and choices that masks read, with `counts` those of multiplicities too."""
     relations = [group.relation for group in attention.groups]
     read = {t for r in relations for e in (r.mask, r.count if counts else None) if e for t in e.tables}
-    return tuple(table for table in attention.inputs if table in read)
+    return tuple(table for table in (*attention.inputs, *attention.selected) if table in read)
 
 
 ARGUMENTS = "length q_length heads q_offset k_offset q_positions k_positions n learned return_lse".split()
@@ -347,7 +350,9 @@ def cases(
             names = {table.name for table in mask.tables | count.tables}
             here = {t.name: _entries(t, tables[t.name], row, head) for t in used if t.name in names}
             here |= at_q | at_k
-            mask, count = (ir.substitute(e, {"q": q, "k": k}) for e in (mask, count))
+            mask, count = (
+                ir.substitute(_by_entry(e), {"q": q, "k": k, ENTRY: ir.var("q")}) for e in (mask, count)
+            )
             for e in (mask, count):
                 check_range(e, _entry_ranges(sizes), here)
             yield ClosedMask(row, head, mask, count, n, q, here)
@@ -364,6 +369,19 @@ def alone(e: Expr) -> Expr:
             done[node] = ir.make(node.op, args, replace(table, dims=table.explicit), node.type)
         else:
             done[node] = ir.rebuild(node, args)
+    return done[e]
+
+
+def _by_entry(e: Expr) -> Expr:
+    """With the rows of choices, which are those of the queries, looked up by entry."""
+    if not any(table.by_entry for table in e.tables):
+        return e
+    done: dict[Expr, Expr] = {}
+    for node in ir.nodes(e):
+        args, table = tuple([done[arg] for arg in node.args]), node.value
+        if isinstance(table, Table) and table.by_entry:
+            args = tuple([ir.var(ENTRY) if arg is QUERY else arg for arg in args])
+        done[node] = ir.rebuild(node, args)
     return done[e]
 
 

@@ -1,0 +1,138 @@
+"""The contract of a selection: what it says of itself, what it chooses from, and what comes of its choice.
+
+A choice is data. It is made once per call, of q and k, and every backend sees it as a table that masks read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
+
+from attndsl import expr as ir
+from attndsl.attention import Relation
+from attndsl.axis import Axis
+from attndsl.expr import Argument, Expr, Selected, Table
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Arguments = Mapping[str, Argument]
+LABELS = 2**15
+"""Labels are below this: they are sorted as 16-bit numbers."""
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """How an order relates positions: in some round the key's piece of `size` ranks is the query's or the one
+    before it. With `wrap` the last piece of the round before stands before a round's first; with `count` a
+    pair counts once for each round that holds it."""
+
+    size: int
+    wrap: bool = False
+    count: bool = False
+
+
+@dataclass(frozen=True)
+class First:
+    """How an order relates positions: in some round query and key are both among the first `width`. The
+    rounds of queries come first in the table, then as many of keys."""
+
+    width: int
+
+
+@dataclass(frozen=True, eq=False)
+class Offered:
+    """What a choice is made of.
+
+    q [B, H, nq, D], k [B, Hkv, n, D]  as the call has them, detached, in at least float32
+    tables       inputs by name, with the axes of their Table, real ones in the dtype of q
+    q_at, k_at   where queries and keys stand; n as in `Call`
+    """
+
+    q: Tensor
+    k: Tensor
+    tables: Mapping[str, Tensor]
+    q_at: Axis
+    k_at: Axis
+    n: tuple[int, ...]
+
+
+class Selection(Protocol):
+    """Registered under the entry-point group `attndsl.selections`; its name there is its word in texts.
+
+    Parameters and defaults are those of `signature`, by annotation: `int`, `bool`, `str` (a word), `Table`
+    (a float input), `Score` (an expression over Q and K of tokens, or over their `mean`, `min` and `max` of
+    blocks; by default the inner product). A list has `of` beside, which is in its origin.
+    """
+
+    kind: Literal["labels", "order", "list"]
+
+    def signature(self, *arguments: Any, **named: Any) -> None:
+        """Never called. Raises nothing: `check` says what does not fit."""
+
+    def check(self, arguments: Arguments) -> None:
+        """Raises AttnError for arguments that make no sense together."""
+
+    def rounds(self, arguments: Arguments) -> int:
+        """Of an order: rows of ranks. Of a list: entries of a row. Of labels: how many there are."""
+
+    def relates(self, arguments: Arguments) -> Chunks | First | None:
+        """Of an order: how ranks relate."""
+
+    def reads(self, arguments: Arguments) -> Literal["past", "of", "future"]:
+        """On which keys the choice of a query depends: those up to it, those that `of` holds, or any."""
+
+    def choose(self, arguments: Arguments, origin: Selected, offered: Offered) -> Tensor:
+        """Integers [B, H, ...], H the query heads: labels [.., n], ranks [.., rounds, n] of positions, or
+        units chosen for each row [.., rows, r], -1 where there are fewer. Equal on equal input; of equal
+        scores the lower position comes first; NaN is the largest score."""
+
+    def reference(self, arguments: Arguments, origin: Selected, offered: Offered) -> Tensor:
+        """The same by the plainest code, in float64: what conformance checks `choose` against."""
+
+
+def table(name: str, origin: Selected, kind: str, rounds: int) -> Table:
+    """What holds the choices of one leaf."""
+    dims: tuple[str | int, ...] = {
+        "labels": ("B", "H", "n"),
+        "order": ("B", "H", rounds, "n"),
+        "list": ("B", "H", "nq" if origin.rows == 1 else "rows", rounds),
+    }[kind]
+    return Table(name, "int", dims, origin)
+
+
+def listed(choices: Table, q: Expr, k: Expr, of: Expr) -> Relation:
+    """Keys whose unit is chosen for the row of q."""
+    return Relation(ir.all_of(of, ir.intable(k, choices, *choices.implicit, q)))
+
+
+def ordered(choices: Table, how: Chunks | First, q: Expr, k: Expr, n: Expr) -> Relation:
+    """Positions that are related in some round."""
+    rounds = cast(int, choices.explicit[0])
+
+    def rank(row: int, p: Expr) -> Expr:
+        return ir.lookup(choices, *choices.implicit, ir.const(row), p)
+
+    if isinstance(how, First):
+        width, half = ir.const(how.width), rounds // 2
+        return Relation(
+            ir.any_of(
+                *(
+                    ir.all_of(ir.lt(rank(row, q), width), ir.lt(rank(half + row, k), width))
+                    for row in range(half)
+                )
+            )
+        )
+    size, last = ir.const(how.size), ir.floordiv(ir.add(n, ir.const(-1)), ir.const(how.size))
+    slots = []
+    for row in range(rounds):
+        mine, other = (ir.floordiv(rank(row, p), size) for p in (q, k))
+        before = ir.sub(mine, other)
+        slots.append(ir.any_of(ir.eq(before, ir.ZERO), ir.eq(before, ir.ONE)))
+        if how.wrap:
+            wrapped = ir.floordiv(rank((row - 1) % rounds, k), size)
+            slots.append(ir.all_of(ir.eq(mine, ir.ZERO), ir.eq(wrapped, last)))
+    if not how.count:
+        return Relation(ir.any_of(*slots))
+    return Relation(ir.any_of(*slots), ir.add(*(ir.where(slot, ir.ONE, ir.ZERO) for slot in slots)))

@@ -1,0 +1,1 @@
+"""Selections: what chooses keys by content, one file each."""
