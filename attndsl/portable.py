@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -211,8 +211,7 @@ def _argument(value: Any, nodes: Sequence[Expr], table: Callable[[int], Table]) 
             return nodes[place]
         case {"table": place}:
             return table(place)
-        case _:
-            return value  # type: ignore[no-any-return]
+    return cast("Argument", value)
 
 
 def _value(value: Any, table: Callable[[int], Table], constants: Sequence[Any]) -> Any:
