@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -211,7 +211,8 @@ def _argument(value: Any, nodes: Sequence[Expr], table: Callable[[int], Table]) 
             return nodes[place]
         case {"table": place}:
             return table(place)
-    return cast("Argument", value)
+    found: Argument = value
+    return found
 
 
 def _value(value: Any, table: Callable[[int], Table], constants: Sequence[Any]) -> Any:

@@ -6,16 +6,18 @@ A choice is data. It is made once per call, of q and k, and every backend sees i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 from attndsl import expr as ir
-from attndsl.attention import Relation
+from attndsl.attention import Attention, Relation
 from attndsl.axis import Axis
 from attndsl.expr import Argument, Expr, Selected, Table
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from attndsl.backend import Problem
 
 Arguments = Mapping[str, Argument]
 LABELS = 2**15
@@ -83,6 +85,10 @@ class Selection(Protocol):
     def reads(self, arguments: Arguments) -> Literal["past", "of", "future"]:
         """On which keys the choice of a query depends: those up to it, those that `of` holds, or any."""
 
+    def counts(self, arguments: Arguments, origin: Selected, problem: Problem) -> Mapping[str, float]:
+        """What choosing takes, over all heads and batch rows: `products`, of two numbers each, and `sorted`,
+        numbers that are compared with one another."""
+
     def choose(self, arguments: Arguments, origin: Selected, offered: Offered) -> Tensor:
         """Integers [B, H, ...], H the query heads: labels [.., n], ranks [.., rounds, n] of positions, or
         units chosen for each row [.., rows, r], -1 where there are fewer. Equal on equal input; of equal
@@ -136,3 +142,31 @@ def ordered(choices: Table, how: Chunks | First, q: Expr, k: Expr, n: Expr) -> R
     if not how.count:
         return Relation(ir.any_of(*slots))
     return Relation(ir.any_of(*slots), ir.add(*(ir.where(slot, ir.ONE, ir.ZERO) for slot in slots)))
+
+
+def widest(e: Expr) -> Expr:
+    """A truth that holds wherever a mask does for some choice; it reads no choice."""
+    return _without(e, ir.TRUE)
+
+
+def narrowest(e: Expr) -> Expr:
+    """A truth that holds only where a mask does for every choice."""
+    return _without(e, ir.FALSE)
+
+
+def _without(e: Expr, instead: Expr) -> Expr:
+    if not any(isinstance(table.origin, Selected) for table in e.tables):
+        return e
+    if e.op in ("and", "or"):
+        return ir.rebuild(e, tuple(_without(arg, instead) for arg in e.args))
+    if e.op == "not":
+        return ir.negate(_without(e.args[0], ir.negate(instead)))
+    return instead
+
+
+def without_choices(attention: Attention) -> Attention:
+    """With all that might be chosen in the place of what is: no more is ever related."""
+    if not attention.selected:
+        return attention
+    groups = (replace(g, relation=Relation(widest(g.relation.mask))) for g in attention.groups)
+    return replace(attention, groups=tuple(groups))

@@ -30,6 +30,7 @@ ROOMS = (
     "analysis.part",  # the contract of an analysis
     "execution.registry",
     "execution.choice",  # what backends say of a problem
+    "execution.selecting",  # what selections choose
     "analysis",  # one question a file
     "bound",  # what users hold
     "program",

@@ -14,7 +14,9 @@ from attndsl.attention import Attention
 from attndsl.backend import DTYPES, Counting, Problem
 from attndsl.errors import fail
 from attndsl.execution import choice, registry
+from attndsl.expr import Selected
 from attndsl.pictures import Drawing, drawn
+from attndsl.selection import Selection
 from attndsl.tiles import lowering
 from attndsl.tiles.blockmask import BlockMask
 
@@ -70,17 +72,31 @@ def _work(counts: Mapping[str, float], problem: Problem) -> tuple[Passes, Passes
 
 @dataclass(frozen=True)
 class Costs:
-    """The work on the live pairs alone, and on what each backend computes."""
+    """The work on the live pairs alone, and on what each backend computes; `choosing` are FLOPs of a forward
+    pass that come before, by selection, where keys are chosen by content."""
 
     flops: Steps
     bytes: Steps
     lowerings: Mapping[str, Lowering]
+    choosing: Mapping[str, float]
 
 
 def _find(subject: Subject) -> Costs:
     least = ideal(subject.block_mask, subject.problem)
     found = lowerings(subject.attention, subject.problem, subject.block_mask)
-    return Costs(least.flops, least.bytes, found)
+    return Costs(least.flops, least.bytes, found, choosing(subject.attention, subject.problem))
+
+
+def choosing(attention: Attention, problem: Problem) -> dict[str, float]:
+    """FLOPs of the products that choices take, by selection."""
+    found: dict[str, float] = {}
+    for chosen in attention.selected:
+        origin = chosen.origin
+        assert isinstance(origin, Selected)
+        selection: Selection = registry.plugin("selections", origin.selection)
+        counts = selection.counts(dict(origin.arguments), origin, problem)
+        found[origin.selection] = found.get(origin.selection, 0.0) + 2 * counts["products"]
+    return found
 
 
 def _text(found: Costs) -> Iterator[str]:
@@ -91,6 +107,7 @@ def _text(found: Costs) -> Iterator[str]:
         traffic = scaled(work.bytes.forward) if work.bytes else "-"
         predicted = "-" if work.seconds_estimate is None else seconds(work.seconds_estimate)
         rows.append([name, *done, traffic, predicted])
+    rows += [[f"choosing, {name}", scaled(done), "0", "", ""] for name, done in found.choosing.items()]
     yield "\ncost"
     yield table(["", "FLOP forward", "backward", "bytes forward", "predicted"], rows)
     for name, work in found.lowerings.items():
@@ -159,5 +176,11 @@ SECTION = """
 """
 
 part = Part(
-    _find, _text, ("flops", "bytes", "lowerings"), place=40, title="Cost", section=SECTION, draw=_draw
+    _find,
+    _text,
+    ("flops", "bytes", "lowerings", "choosing"),
+    place=40,
+    title="Cost",
+    section=SECTION,
+    draw=_draw,
 )

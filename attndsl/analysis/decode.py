@@ -288,4 +288,4 @@ SECTION = """
 <p class="rule" data-field="/kv_cache/rule">{{ it.rule }}</p>
 """
 
-part = Part(_find, _text, place=80, title="Decoding", section=SECTION, cards=CARDS)
+part = Part(_find, _text, settled=False, place=80, title="Decoding", section=SECTION, cards=CARDS)

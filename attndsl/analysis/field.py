@@ -510,6 +510,6 @@ Nothing more is seen after {{ fact("reach", "settled_after") }}
 """
 
 part = Part(
-    _find, _text, ("reach", "diameter"), known=lambda found: found.reach.known, place=70,
+    _find, _text, ("reach", "diameter"), known=lambda found: found.reach.known, settled=False, place=70,
     title="What it sees", section=SECTION, cards=CARDS, draw=_draw,
 )  # fmt: skip

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from attndsl.analysis import counting
+from attndsl.analysis.chosen import live_bounds
 from attndsl.analysis.part import Part, Subject
 from attndsl.analysis.text import line
 from attndsl.analysis.units import percent
@@ -50,6 +51,11 @@ class Live:
 
 def live(subject: Subject) -> Live:
     pairs = subject.problem.batch * subject.problem.heads * subject.problem.length * subject.problem.q_length
+    if subject.attention.selected and subject.square and (found := live_bounds(subject)) is not None:
+        low, high = found
+        if low == high:
+            return Live(Count(low), low / pairs if pairs else 0.0)
+        return Live(Count(None, bounds=found))
     if subject.open and subject.square:
         ends = [
             (times, counting.bracket(mask, subject.problem.length)) for mask, times in subject.masks.items()

@@ -14,7 +14,9 @@ from attndsl.backend import Problem
 from attndsl.bound import Bound
 from attndsl.errors import AttnError, fail, suggest
 from attndsl.execution import registry
+from attndsl.execution.selecting import drawn
 from attndsl.program import bound_of
+from attndsl.selection import without_choices
 from attndsl.tiles import lowering
 
 if TYPE_CHECKING:
@@ -199,6 +201,10 @@ def extended(report: Report, name: str, subject: Subject) -> Report:
         if why := clashes(registry.usable("analyses")).get(name):
             raise registry.refusal("analyses", name, why)
         part: Part = registry.plugin("analyses", name)
+        if not part.settled:
+            wide = without_choices(subject.attention)
+            given = {t.name: subject.inputs[t.name] for t in wide.inputs if t.name in subject.inputs}
+            subject = replace(subject, bound=replace(subject.bound, attention=wide), inputs=given)
         return replace(report, findings={**report.findings, name: part.find(subject)})
     except AttnError as error:
         return replace(report, reasons={**report.reasons, name: error.diagnostics[0].message})
@@ -225,4 +231,7 @@ def subject_of(
             raise fail(f"`{name}` is 0, and must be positive")
     subject = Subject(bound, problem, layers, ranks, parameters, dict(inputs))
     lowering.checked_tables(attention, inputs, subject.sizes, problem.batch, needed=())
-    return subject
+    if not attention.selected:
+        return subject
+    chosen = drawn(attention, subject.sizes, problem.kv_heads, head_dim, inputs)
+    return replace(subject, inputs={**chosen, **inputs})

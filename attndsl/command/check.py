@@ -5,16 +5,17 @@ A child has what was imported before it started: so proofs are, which both proce
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import click
 
+from attndsl.bound import Bound
 from attndsl.command import child
 from attndsl.command.given import bound, echo_json, file_and_name, program_of
 from attndsl.command.options import JSON, LIMIT
 from attndsl.errors import AttnError, Diagnostic
-from attndsl.expr import Expr, all_of, any_of
+from attndsl.expr import Expr, Selected, all_of, any_of
 from attndsl.language.assertions import Assertion, prove
 from attndsl.program import Program
 from attndsl.relations import proofs
@@ -106,7 +107,7 @@ def judged(program: Program, time_limit: float) -> tuple[list[Diagnostic], list[
 
     def warnings(stage: child.Stage) -> list[Diagnostic]:
         stage(f"looking for warnings in {program.name}", time_limit)
-        return program.warnings
+        return [*program.warnings, *looking_ahead(program)]
 
     def everything(stage: child.Stage) -> tuple[list[Diagnostic], list[Verdict]]:
         warned, verdicts = warnings(stage), []
@@ -119,6 +120,41 @@ def judged(program: Program, time_limit: float) -> tuple[list[Diagnostic], list[
         return child.run(everything)
     except child.TimeLimitError:
         return child.run(warnings), [decided(assertion, time_limit) for assertion in program.assertions]
+
+
+def looking_ahead(program: Program) -> Iterator[Diagnostic]:
+    """Warnings of choices by content that later tokens change."""
+    for definition in map(program.__getitem__, program.names if program.elaborator.leaves else ()):
+        if not isinstance(definition, Bound) or not definition.attention.selected:
+            continue
+        from attndsl.execution import leaks
+
+        tables = leaks.unstable(definition.attention)
+        found = leaks.witness(definition.attention) if tables else None
+        for table in tables:
+            origin = table.origin
+            assert isinstance(origin, Selected)
+            _, span = program.elaborator.leaves[origin]
+            shown = "later tokens may change what an earlier query sees"
+            if found is not None:
+                shown = (
+                    f"with n = {found.n} an edit of token {found.edited} changes what query {found.row} sees"
+                )
+            message = f"`{origin.selection}` looks ahead: {shown}"
+            yield Diagnostic(message, span, _safe(origin), "warning")
+
+
+def _safe(origin: Selected) -> str:
+    """How what looks ahead is written so that it does not."""
+    if origin.of is None:
+        return "`within(hash(...), last(w))` does not: no token changes the bucket of another"
+    b = max(origin.rows, origin.unit)
+    over = f"`{origin.selection}(..., of = blocks({b}, causal - radius(0)))`"
+    if origin.rows > 1:
+        return f"the mean of a block is of its last queries too: choose for each query, {over}"
+    if origin.unit > 1:
+        return f"choose among blocks that are over, and add the query's own: {over} and `block({b})`"
+    return "choose among what is causal: `of = causal`"
 
 
 def decided(assertion: Assertion, time_limit: float) -> Verdict:

@@ -14,12 +14,15 @@ from attndsl.command import child, terminal
 from attndsl.command.given import first_query, heads_of, tables, titled, write
 from attndsl.command.options import SIZES, TARGET, Whole
 from attndsl.errors import fail
+from attndsl.execution.selecting import drawn
 from attndsl.expr import nodes
 from attndsl.tiles import lowering
 from attndsl.tiles.blockmask import BlockMask
 
 TILES = 1024
 """Tiles on a side of a mask to draw, about."""
+DRAWN_WIDTH = 64
+"""Features of the q and k that a choice is drawn of."""
 SUFFIXES: dict[str, Literal["term", "svg", "png"]] = {
     "": "term",
     ".txt": "term",
@@ -62,10 +65,15 @@ def show(
 
     def work(stage: child.Stage) -> str | bytes:
         stage("tiling", time_limit)
-        block_mask = drawable(attention, given, **sizes)
+        here = {**chosen(attention, given, sizes), **given}
+        block_mask = drawable(attention, here, **sizes)
         if head is not None:
             block_mask = of_head(block_mask, head)
-        title = shown + ("" if head is None else f", head {head:,}")
+        title = (
+            shown
+            + (", one drawn choice" if attention.selected else "")
+            + ("" if head is None else f", head {head:,}")
+        )
         first = first_query(attention, block_mask, heads)
         if form == "term":
             return f"{heading(title, block_mask)}\n{terminal.picture(block_mask, terminal.width(), first)}\n"
@@ -84,6 +92,15 @@ def drawable(attention: Attention, given: dict[str, Any], **sizes: Any) -> Block
     n, nq, heads = sizes["length"], sizes["q_length"], sizes["heads"]
     block_size = sizes["block_size"] or coarse(attention, min(n, nq or n))
     return lowering.tiles_of(attention, n, block_size, nq, heads=heads, inputs=given)
+
+
+def chosen(attention: Attention, given: dict[str, Any], sizes: dict[str, Any]) -> dict[str, Any]:
+    """A choice to draw, where keys are chosen by content."""
+    if not attention.selected:
+        return {}
+    found = lowering.sizes_of(attention, sizes["length"], sizes["q_length"], sizes["heads"])
+    lowering.check_names(attention, given, attention.inputs)
+    return drawn(attention, found, sizes["heads"], DRAWN_WIDTH, given)
 
 
 def coarse(attention: Attention, length: int) -> int:

@@ -1,4 +1,4 @@
-"""Choices: what selections choose of q and k, made before any backend runs.
+"""How torch sees the choices of a call, which are made before any backend runs.
 
 To torch a plain call is a function, any other an operator, `attndsl::choose`: what it gives are integers, so
 that a backward pass keeps them as it keeps any other tensor, and nothing is chosen twice.
@@ -6,74 +6,15 @@ that a backward pass keeps them as it keeps any other tensor, and nothing is cho
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from attndsl.attention import Attention
-from attndsl.errors import fail
-from attndsl.execution import lowered, registry
+from attndsl.execution import lowered
 from attndsl.execution.lowered import Lowered, Places
-from attndsl.expr import Selected, Table
-from attndsl.selection import Offered, Selection
-from attndsl.tiles.lowering import Sizes
-
-
-def choices(
-    attention: Attention, q: Tensor, k: Tensor, tables: Mapping[str, Tensor], sizes: Sizes
-) -> dict[str, Tensor]:
-    """What is chosen for q [B, H, nq, D] of k [B, Hkv, n, D], by name of the table.
-
-    Raises AttnError where positions are not such as the kind of a choice needs.
-    """
-    wide = torch.promote_types(q.dtype, torch.float32)
-    offered = Offered(q.detach().to(wide), k.detach().to(wide), tables, sizes.q, sizes.k, sizes.n)
-    with torch.no_grad():
-        return {table.name: _choice(table, offered) for table in attention.selected}
-
-
-def _choice(table: Table, offered: Offered) -> Tensor:
-    origin = table.origin
-    assert isinstance(origin, Selected)
-    selection: Selection = registry.plugin("selections", origin.selection)
-    if selection.kind != "list":
-        _check_keys(origin.selection, offered)
-    elif origin.rows > 1 and not (offered.q_at.starts == offered.k_at.starts == (0,)):
-        raise fail(f"`{origin.selection}` chooses for whole blocks of queries, which begin at position 0")
-    found = selection.choose(dict(origin.arguments), origin, offered)
-    wanted = _shape(table, offered.q, offered.k)
-    if found.dtype.is_floating_point or [*found.shape] != wanted:
-        given = f"{found.dtype}{[*found.shape]}"
-        raise fail(f"the selection `{origin.selection}` returned {given}, not integers {wanted}")
-    return found.long()
-
-
-def _check_keys(name: str, offered: Offered) -> None:
-    """Raises AttnError where keys are not all there from position 0 on, or a query has none at its place."""
-    batch = range(max(len(offered.q_at.rows), len(offered.k_at.rows)))
-    if offered.k_at.length and offered.k_at.starts != (0,):
-        raise fail(f"`{name}` sorts all keys, and these are not those from position 0 on")
-    if offered.q_at.length and any(offered.q_at.span(row)[1] >= offered.k_at.length for row in batch):
-        raise fail(
-            f"`{name}` needs a key at the place of each query",
-            help="for cross attention choose by `topk`",
-        )
-
-
-def _shape(table: Table, q: Tensor, k: Tensor) -> list[int]:
-    """Of a choice; sizes may be symbols."""
-    origin = table.origin
-    assert isinstance(origin, Selected)
-    sizes: dict[str | int, Any] = {
-        "B": q.shape[0],
-        "H": q.shape[1],
-        "nq": q.shape[2],
-        "n": k.shape[2],
-        "rows": (q.shape[2] + origin.rows - 1) // origin.rows,
-    }
-    return [sizes.get(axis, axis) for axis in table.dims]
+from attndsl.execution.selecting import choices, shape
 
 
 @torch.library.custom_op("attndsl::choose", mutates_args=())
@@ -101,7 +42,7 @@ def _chosen(found: Lowered, q: Tensor, k: Tensor, tensors: Sequence[Tensor], pla
 @choose.register_fake
 def _(q: Tensor, k: Tensor, tensors: list[Tensor], *places: Any) -> list[Tensor]:
     found = lowered.find(places[-1], tensors)
-    return [q.new_empty(_shape(table, q, k), dtype=torch.int64) for table in found.selected]
+    return [q.new_empty(shape(table, q, k), dtype=torch.int64) for table in found.selected]
 
 
 @choose.register_vmap

@@ -17,6 +17,7 @@ from attndsl.backend import DTYPES, Problem
 from attndsl.bound import Bound
 from attndsl.errors import fail
 from attndsl.execution import choice
+from attndsl.execution.choosing import chosen
 from attndsl.execution.lowered import Lowered, lower
 from attndsl.execution.operator import check_tangents, run
 from attndsl.execution.session import REWIND, Session
@@ -156,6 +157,31 @@ class Plan:
         )
         out, lse = run(lowered, q, k, v, lowered.tensors(q, given), places)
         return (out, lse) if return_lse else out
+
+    def choices(
+        self,
+        q: Tensor,
+        k: Tensor,
+        *,
+        q_offset: Offset = None,
+        k_offset: Offset = None,
+        q_positions: ArrayLike | Tensor | None = None,
+        k_positions: ArrayLike | Tensor | None = None,
+        n: int | None = None,
+        **inputs: Any,
+    ) -> dict[str, Tensor]:
+        """What a call with these arguments chooses by content: int64 tensors by the names of their tables,
+        which `mask`, `block_mask` and `analyze` take as they take inputs."""
+        self._check(q, k, k)
+        lowered = self._served(q.dtype)
+        given = self._tensors({**self.tables, **inputs}, q) | self._learned(None)
+        places = (
+            *_placed("q", q, q_offset, q_positions),
+            *_placed("k", k, k_offset, k_positions),
+            None if n is None else lowering.checked_length("n", n),
+        )
+        found = chosen(lowered, q, k, lowered.tensors(q, given), places, watched=False)
+        return {table.name: x for table, x in zip(lowered.selected, found, strict=True)}
 
     def bind(self, **inputs: Any) -> Plan:
         """The plan with these tables in place, tiled once if the mask needs them: `n` is then its length."""

@@ -45,7 +45,7 @@ class Elaborator:
         self.known: dict[tuple[object, ...], Value] = {}
         self.steps = 0
         self.serials: dict[tuple[object, ...], int] = {}
-        self.leaves: dict[Selected, int] = {}
+        self.leaves: dict[Selected, tuple[int, Span]] = {}
 
     # names
 

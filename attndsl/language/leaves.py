@@ -118,7 +118,7 @@ def _table(el: Elaborator, origin: Selected, selection: Selection, e: ast.Call) 
     except AttnError as error:
         raise AttnError(*(replace(d, span=d.span or e.span) for d in error.diagnostics)) from None
     earlier = (other for other in el.leaves if other.selection == origin.selection)
-    number = el.leaves.setdefault(origin, sum(1 for _ in earlier))
+    number, _ = el.leaves.setdefault(origin, (sum(1 for _ in earlier), e.span))
     # no text can say this name
     return table(f"{origin.selection}#{number}", origin, selection.kind, rounds)
 

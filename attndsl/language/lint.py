@@ -170,7 +170,7 @@ def _inexact(attention: Attention, masks: list[ast.Clause], elaborator: Elaborat
     """What is no integer relation is bounded from both sides: right, but verdicts may stay open."""
     from attndsl.relations.relation import is_affine
 
-    if all(is_affine(group.relation.mask) for group in attention.groups):
+    if attention.selected or all(is_affine(group.relation.mask) for group in attention.groups):
         return
     tables = {table.name for table in attention.inputs}
     for clause in masks:

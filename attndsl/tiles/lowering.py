@@ -15,7 +15,7 @@ from attndsl import expr as ir
 from attndsl.attention import Attention
 from attndsl.axis import Axis
 from attndsl.errors import AttnError, fail, suggest
-from attndsl.expr import Expr, Table
+from attndsl.expr import Expr, Selected, Table
 from attndsl.meaning.intervals import check_range
 from attndsl.meaning.pointwise import evaluate
 from attndsl.tiles.blockmask import BlockMask, Rows, Spans, TileGrid, intervals
@@ -229,7 +229,7 @@ def checked_tables(
     if batch is not None:
         bound["B"] = batch
     found = {}
-    for table in attention.inputs:
+    for table in (*attention.inputs, *attention.selected):
         if table.name in given:
             value = given[table.name]
             value = value if hasattr(value, "detach") else np.asarray(value)
@@ -257,13 +257,18 @@ ARGUMENTS = "length q_length heads q_offset k_offset q_positions k_positions n l
 
 def check_names(attention: Attention, given: Mapping[str, object], needed: Sequence[Table] = ()) -> None:
     """Raises AttnError for a table that the attention does not have, or a needed one that is missing."""
-    known = [table.name for table in attention.inputs]
+    known = [table.name for table in (*attention.inputs, *attention.selected)]
     for name in given:
         if name not in known:
             near = suggest(name, {*known, *ARGUMENTS} - {name})
             help = near or f"its inputs: {', '.join(known) or 'none'}"
             raise fail(f"`{attention.name}` has no input `{name}`", help=help)
     for table in needed:
+        if table.name not in given and isinstance(table.origin, Selected):
+            raise fail(
+                f"`{attention.name}` chooses keys by what is in q and k",
+                help="give a choice: `plan.choices(q, k)` are such tables",
+            )
         if table.name not in given:
             raise fail(
                 f"`{attention.name}` needs its input `{table.name}`, {_shape_text(table)}",

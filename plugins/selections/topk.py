@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from attndsl.backend import Problem
 from attndsl.errors import fail
 from attndsl.execution.torch_eval import Env, environment, evaluate
 from attndsl.expr import Expr, Selected
@@ -45,6 +46,12 @@ class TopK:
 
     def reads(self, arguments: Arguments) -> Literal["of"]:
         return "of"
+
+    def counts(self, arguments: Arguments, origin: Selected, problem: Problem) -> dict[str, float]:
+        scores = (
+            problem.batch * problem.heads * (problem.q_length / origin.rows) * problem.length / origin.unit
+        )
+        return {"products": scores * problem.head_dim, "sorted": scores}
 
     def choose(self, arguments: Arguments, origin: Selected, offered: Offered) -> Tensor:
         return self.reference(arguments, origin, offered)

@@ -1,0 +1,97 @@
+"""Selecting: every choice of an attention, of given or of drawn q and k."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attndsl.attention import Attention
+from attndsl.errors import fail
+from attndsl.execution import registry
+from attndsl.expr import Selected, Table
+from attndsl.selection import Offered, Selection
+from attndsl.tiles.lowering import Sizes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DRAWN_PAIRS = 2**26
+"""Queries times keys times heads up to which a choice is drawn to show what one looks like."""
+
+
+def drawn(
+    attention: Attention, sizes: Sizes, kv_heads: int, head_dim: int, tables: Mapping[str, Any], seed: int = 0
+) -> dict[str, NDArray[np.int64]]:
+    """What is chosen of normal q and k, equal for equal seeds, by name of the table, one batch row; nothing
+    where that takes long or an input is missing."""
+    import torch
+
+    if sizes.q.length * sizes.k.length * sizes.heads > DRAWN_PAIRS:
+        return {}
+    if any(table.name not in tables for table in attention.inputs):
+        return {}
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn((1, sizes.heads, sizes.q.length, head_dim), generator=generator)
+    k = torch.randn((1, kv_heads, sizes.k.length, head_dim), generator=generator)
+    given = {name: torch.as_tensor(np.asarray(array)) for name, array in tables.items()}
+    return {name: found.numpy() for name, found in choices(attention, q, k, given, sizes).items()}
+
+
+def choices(
+    attention: Attention, q: Tensor, k: Tensor, tables: Mapping[str, Tensor], sizes: Sizes
+) -> dict[str, Tensor]:
+    """What is chosen for q [B, H, nq, D] of k [B, Hkv, n, D], by name of the table.
+
+    Raises AttnError where positions are not such as the kind of a choice needs.
+    """
+    import torch
+
+    wide = torch.promote_types(q.dtype, torch.float32)
+    offered = Offered(q.detach().to(wide), k.detach().to(wide), tables, sizes.q, sizes.k, sizes.n)
+    with torch.no_grad():
+        return {table.name: _choice(table, offered) for table in attention.selected}
+
+
+def _choice(table: Table, offered: Offered) -> Tensor:
+    origin = table.origin
+    assert isinstance(origin, Selected)
+    selection: Selection = registry.plugin("selections", origin.selection)
+    if selection.kind != "list":
+        _check_keys(origin.selection, offered)
+    elif origin.rows > 1 and not (offered.q_at.starts == offered.k_at.starts == (0,)):
+        raise fail(f"`{origin.selection}` chooses for whole blocks of queries, which begin at position 0")
+    found = selection.choose(dict(origin.arguments), origin, offered)
+    wanted = shape(table, offered.q, offered.k)
+    if found.dtype.is_floating_point or [*found.shape] != wanted:
+        given = f"{found.dtype}{[*found.shape]}"
+        raise fail(f"the selection `{origin.selection}` returned {given}, not integers {wanted}")
+    return found.long()
+
+
+def _check_keys(name: str, offered: Offered) -> None:
+    """Raises AttnError where keys are not all there from position 0 on, or a query has none at its place."""
+    batch = range(max(len(offered.q_at.rows), len(offered.k_at.rows)))
+    if offered.k_at.length and offered.k_at.starts != (0,):
+        raise fail(f"`{name}` sorts all keys, and these are not those from position 0 on")
+    if offered.q_at.length and any(offered.q_at.span(row)[1] >= offered.k_at.length for row in batch):
+        raise fail(
+            f"`{name}` needs a key at the place of each query",
+            help="for cross attention choose by `topk`",
+        )
+
+
+def shape(table: Table, q: Tensor, k: Tensor) -> list[int]:
+    """Of a choice; sizes may be symbols."""
+    origin = table.origin
+    assert isinstance(origin, Selected)
+    sizes: dict[str | int, Any] = {
+        "B": q.shape[0],
+        "H": q.shape[1],
+        "nq": q.shape[2],
+        "n": k.shape[2],
+        "rows": (q.shape[2] + origin.rows - 1) // origin.rows,
+    }
+    return [sizes.get(axis, axis) for axis in table.dims]
