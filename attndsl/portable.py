@@ -208,11 +208,11 @@ def _table(
 def _argument(value: Any, nodes: Sequence[Expr], table: Callable[[int], Table]) -> Argument:
     match value:
         case {"node": place}:
-            return nodes[place]
+            return nodes[int(place)]
         case {"table": place}:
             return table(place)
-    found: Argument = value
-    return found
+    said: Argument = value
+    return said
 
 
 def _value(value: Any, table: Callable[[int], Table], constants: Sequence[Any]) -> Any:
