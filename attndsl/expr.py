@@ -72,6 +72,10 @@ class Selected:
     rows: int = 1
     unit: int = 1
 
+    def __getitem__(self, name: str) -> Any:
+        """An argument."""
+        return dict(self.arguments)[name]
+
 
 @dataclass(frozen=True)
 class Table:

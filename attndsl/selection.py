@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 from attndsl import expr as ir
 from attndsl.attention import Attention, Relation
 from attndsl.axis import Axis
-from attndsl.expr import Argument, Expr, Selected, Table
+from attndsl.expr import Expr, Selected, Table
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from attndsl.backend import Problem
 
-Arguments = Mapping[str, Argument]
 LABELS = 2**15
 """Labels are below this: they are sorted as 16-bit numbers."""
 
@@ -64,7 +63,7 @@ class Selection(Protocol):
     """Registered under the entry-point group `attndsl.selections`; its name there is its word in texts.
 
     Parameters and defaults are those of `signature`, by annotation: `int`, `bool`, `str` (a word), `Table`
-    (a float input), `Score` (an expression over Q and K of tokens, or over their `mean`, `min` and `max` of
+    (an input), `Score` (an expression over Q and K of tokens, or over their `mean`, `min` and `max` of
     blocks; by default the inner product). A list has `of` beside, which is in its origin.
     """
 
@@ -73,28 +72,28 @@ class Selection(Protocol):
     def signature(self, *arguments: Any, **named: Any) -> None:
         """Never called. Raises nothing: `check` says what does not fit."""
 
-    def check(self, arguments: Arguments) -> None:
-        """Raises AttnError for arguments that make no sense together."""
+    def check(self, origin: Selected) -> None:
+        """Raises AttnError for arguments, rows or units that make no sense."""
 
-    def rounds(self, arguments: Arguments) -> int:
+    def rounds(self, origin: Selected) -> int:
         """Of an order: rows of ranks. Of a list: entries of a row. Of labels: how many there are."""
 
-    def relates(self, arguments: Arguments) -> Chunks | First | None:
+    def relates(self, origin: Selected) -> Chunks | First | None:
         """Of an order: how ranks relate."""
 
-    def reads(self, arguments: Arguments) -> Literal["past", "of", "future"]:
+    def reads(self, origin: Selected) -> Literal["past", "of", "future"]:
         """On which keys the choice of a query depends: those up to it, those that `of` holds, or any."""
 
-    def counts(self, arguments: Arguments, origin: Selected, problem: Problem) -> Mapping[str, float]:
+    def counts(self, origin: Selected, problem: Problem) -> Mapping[str, float]:
         """What choosing takes, over all heads and batch rows: `products`, of two numbers each, and `sorted`,
         numbers that are compared with one another."""
 
-    def choose(self, arguments: Arguments, origin: Selected, offered: Offered) -> Tensor:
+    def choose(self, origin: Selected, offered: Offered) -> Tensor:
         """Integers [B, H, ...], H the query heads: labels [.., n], ranks [.., rounds, n] of positions, or
         units chosen for each row [.., rows, r], -1 where there are fewer. Equal on equal input; of equal
         scores the lower position comes first; NaN is the largest score."""
 
-    def reference(self, arguments: Arguments, origin: Selected, offered: Offered) -> Tensor:
+    def reference(self, origin: Selected, offered: Offered) -> Tensor:
         """The same by the plainest code, in float64: what conformance checks `choose` against."""
 
 

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 import attndsl
+from attndsl.conformance.selections import LENGTHS as SIZES
+from attndsl.conformance.selections import check
 
 TEXT = """
 attention moba { mask causal & (block(16) | topk(2, of = blocks(16, causal - radius(0)), by = Q @ mean(K))) }
@@ -113,3 +115,44 @@ def test_of_equal_scores_the_first_key_is_chosen() -> None:
     v = torch.arange(12.0, dtype=torch.float64).view(1, 1, 12, 1).expand(1, 1, 12, 8)
     wanted = [sum(range(min(4, row + 1))) / min(4, row + 1) for row in range(12)]
     torch.testing.assert_close(plan(q, k, v)[0, 0, :, 0], torch.tensor(wanted, dtype=torch.float64))
+
+
+LEAVES = [
+    "mask topk(4, of = causal)",
+    "mask topk(4, of = causal, share = kv)",
+    "mask causal & topk(2, of = blocks(4, causal - radius(0)), by = Q @ mean(K))",
+    "mask causal & blocks(4, radius(0) | topk(2, of = causal - radius(0)))",
+    "inputs ids : int[B, n]  mask topk(4, of = documents(ids))",
+]
+
+
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("clauses", LEAVES)
+def test_a_selection_conforms(clauses: str, n: int) -> None:
+    check(clauses, n)
+
+
+MISTAKES = {
+    "mask topk(0, of = causal)": "`topk` chooses 0, and at least 1 must be chosen",
+    "mask within(8, topk(2))": "stands here for others",
+    "mask topk(2) @ causal": "stands here for others",
+    "mask ~topk(2)": "stands here for others",
+    "mask causal - topk(2)": "stands here for others",
+    "mask T(topk(2))": "stands here for others",
+    "mask grid(4, 4, { (y, x), (v, u) : topk(2)[y, v] })": "stands here for others",
+    "score s + where(topk(2)[q, k], 1.0, 0.0)": "stands in a mask alone",
+    "mask topk(2, by = learn[D] @ K)": "needs a name",
+    "mask topk(2, of = topk(3))": "stands here for others",
+    "mask topk(2, share = heads)": "`share` is heads",
+    "mask topk(2, by = Q @ mean(K))": "`mean` is of the keys of a block",
+    "mask topk(2, off = causal)": "`topk` has no parameter `off`",
+    "mask topk(of = causal)": "`topk` needs its argument `r`",
+}
+
+
+@pytest.mark.parametrize(("clauses", "said"), MISTAKES.items())
+def test_a_choice_where_none_may_be_is_refused(clauses: str, said: str) -> None:
+    with pytest.raises(attndsl.AttnError) as found:
+        attndsl.parse(f"attention a {{ {clauses} }}")["a"]
+    assert said in str(found.value)
+    assert "<text>:1:" in str(found.value)

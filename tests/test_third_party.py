@@ -38,8 +38,8 @@ def environment_with(folder):
 
 
 def suite_of(name, text, folder, environment):
-    """How many cases pass of the suite that a README shows for a backend."""
-    (suite,) = (block for block in python_of(text) if f'check("{name}", case)' in block)
+    """How many cases pass of the suite that a README shows for a backend or a selection."""
+    (suite,) = (block for block in python_of(text) if re.search(rf"check\(.*\b{name}\b", block))
     file = folder / f"test_{name}.py"
     file.write_text(suite)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "error", file]
@@ -68,12 +68,18 @@ def test_they_are_listed_with_their_owners(environment):
         ("backends", "numpy", "attndsl-numpy", ""),
         ("analyses", "spread", "attndsl-spread", ""),
         ("libraries", "dilated", "attndsl-dilated", ""),
+        ("selections", "heavy", "attndsl-double-sparsity", ""),
     }
 
 
 def test_the_backend_conforms(environment, tmp_path):
     text = (ROOT / "examples" / "numpy-backend" / "README.md").read_text()
     assert suite_of("numpy", text, tmp_path, environment) > 350
+
+
+def test_the_selection_conforms(environment, tmp_path):
+    text = (ROOT / "examples" / "double-sparsity" / "README.md").read_text()
+    assert suite_of("heavy", text, tmp_path, environment) == 8
 
 
 def test_the_analysis_is_in_the_report_its_help_and_the_page(environment, tmp_path):

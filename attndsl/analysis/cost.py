@@ -94,7 +94,7 @@ def choosing(attention: Attention, problem: Problem) -> dict[str, float]:
         origin = chosen.origin
         assert isinstance(origin, Selected)
         selection: Selection = registry.plugin("selections", origin.selection)
-        counts = selection.counts(dict(origin.arguments), origin, problem)
+        counts = selection.counts(origin, problem)
         found[origin.selection] = found.get(origin.selection, 0.0) + 2 * counts["products"]
     return found
 

@@ -53,7 +53,7 @@ def stable(table: Table) -> bool:
     origin = table.origin
     assert isinstance(origin, Selected)
     selection: Selection = registry.plugin("selections", origin.selection)
-    read = selection.reads(dict(origin.arguments))
+    read = selection.reads(origin)
     if read != "of" or origin.of is None:
         return read == "past"
     # the mean of a block of queries reads those to its end

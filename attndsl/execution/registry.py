@@ -24,7 +24,7 @@ GROUPS = {
 """And what one of each is called."""
 METHODS = {"supports": 2, "cost": 3, "lower": 2}
 """What a backend is asked, and with how many arguments."""
-SELECTION = {"check": 1, "rounds": 1, "relates": 1, "reads": 1, "counts": 3, "choose": 3, "reference": 3}
+SELECTION = {"check": 1, "rounds": 1, "relates": 1, "reads": 1, "counts": 2, "choose": 2, "reference": 2}
 """What a selection is asked."""
 
 

@@ -63,7 +63,7 @@ def _choice(table: Table, offered: Offered) -> Tensor:
         _check_keys(origin.selection, offered)
     elif origin.rows > 1 and not (offered.q_at.starts == offered.k_at.starts == (0,)):
         raise fail(f"`{origin.selection}` chooses for whole blocks of queries, which begin at position 0")
-    found = selection.choose(dict(origin.arguments), origin, offered)
+    found = selection.choose(origin, offered)
     wanted = shape(table, offered.q, offered.k)
     if found.dtype.is_floating_point or [*found.shape] != wanted:
         given = f"{found.dtype}{[*found.shape]}"

@@ -51,7 +51,7 @@ def leaf(el: Elaborator, name: str, selection: Selection, e: ast.Call, env: Scop
     choices = _table(el, origin, selection, e)
     if selection.kind == "labels":
         return TableOf(choices)
-    how = selection.relates(dict(arguments))
+    how = selection.relates(origin)
     assert how is not None
 
     def at(q: Expr, k: Expr, sp: Space) -> Relation:
@@ -113,8 +113,8 @@ def _elsewhere(name: str, e: ast.Call) -> AttnError:
 
 def _table(el: Elaborator, origin: Selected, selection: Selection, e: ast.Call) -> ir.Table:
     try:
-        selection.check(dict(origin.arguments))
-        rounds = selection.rounds(dict(origin.arguments))
+        selection.check(origin)
+        rounds = selection.rounds(origin)
     except AttnError as error:
         raise AttnError(*(replace(d, span=d.span or e.span) for d in error.diagnostics)) from None
     earlier = (other for other in el.leaves if other.selection == origin.selection)
@@ -156,8 +156,8 @@ def _argument(
         raise fail("this is a word", e.span)
     if kind == "Table":
         value = el.value(e, env, space)
-        if not isinstance(value, TableOf) or not is_whole(value) or value.table.dtype != "float":
-            raise expected("a float table", value, e)
+        if not isinstance(value, TableOf) or not is_whole(value) or value.table.learned:
+            raise expected("an input", value, e)
         return value.table
     if kind == "Score":
         return _score(el, e, env, inside, unit)

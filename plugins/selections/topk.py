@@ -12,7 +12,7 @@ from attndsl.backend import Problem
 from attndsl.errors import fail
 from attndsl.execution.torch_eval import Env, environment, evaluate
 from attndsl.expr import Expr, Selected
-from attndsl.selection import Arguments, Offered
+from attndsl.selection import Offered
 
 Score = Expr | None
 
@@ -29,43 +29,40 @@ class TopK:
 
     def signature(self, r: int, by: Score = None, share: str = "none") -> None: ...
 
-    def check(self, arguments: Arguments) -> None:
-        r, share = arguments["r"], arguments["share"]
-        if not isinstance(r, int) or r <= 0:
+    def check(self, origin: Selected) -> None:
+        r, share = origin["r"], origin["share"]
+        if r <= 0:
             raise fail(f"`topk` chooses {r}, and at least 1 must be chosen")
         if share not in ("none", "kv"):
             raise fail(f"`share` is {share}", help="write `share = kv`, or leave it out")
 
-    def rounds(self, arguments: Arguments) -> int:
-        r = arguments["r"]
-        assert isinstance(r, int)
-        return r
+    def rounds(self, origin: Selected) -> int:
+        return int(origin["r"])
 
-    def relates(self, arguments: Arguments) -> None:
+    def relates(self, origin: Selected) -> None:
         return None
 
-    def reads(self, arguments: Arguments) -> Literal["of"]:
+    def reads(self, origin: Selected) -> Literal["of"]:
         return "of"
 
-    def counts(self, arguments: Arguments, origin: Selected, problem: Problem) -> dict[str, float]:
+    def counts(self, origin: Selected, problem: Problem) -> dict[str, float]:
         scores = (
             problem.batch * problem.heads * (problem.q_length / origin.rows) * problem.length / origin.unit
         )
         return {"products": scores * problem.head_dim, "sorted": scores}
 
-    def choose(self, arguments: Arguments, origin: Selected, offered: Offered) -> Tensor:
-        return self.reference(arguments, origin, offered)
+    def choose(self, origin: Selected, offered: Offered) -> Tensor:
+        return self.reference(origin, offered)
 
-    def reference(self, arguments: Arguments, origin: Selected, offered: Offered) -> Tensor:
-        by, r = arguments["by"], self.rounds(arguments)
-        assert isinstance(by, Expr)
+    def reference(self, origin: Selected, offered: Offered) -> Tensor:
+        by, r = origin["by"], self.rounds(origin)
         env = units(origin, replace(offered, q=offered.q.double(), k=offered.k.double()))
         rows, count = env.values["q"].shape[2], env.values["k"].shape[3]
         shape = (*offered.q.shape[:2], rows, count)
         assert origin.of is not None
         live = evaluate(origin.of, env).expand(shape)
         scores = evaluate(by, env, live).to(env.dtype).expand(shape)
-        if arguments["share"] == "kv":
+        if origin["share"] == "kv":
             groups = scores.view(shape[0], offered.k.shape[1], -1, rows, count)
             scores = groups.sum(2, keepdim=True).expand(groups.shape).flatten(1, 2)
         return best(scores, live, r)
