@@ -78,7 +78,7 @@ class Listed:
         """Whether every query has a list, short beside the keys, which stand side by side, and what else
         decides looks up nothing outside of its tables."""
         rows, entries = call.tables[self.table.name].shape[-2:]
-        sizes = [(PLACES[0], rows)]
+        sizes = [] if self.table.by_entry else [(PLACES[0], rows)]
         for _, table, indices in _by_place(self.rest):
             sizes += zip(indices, call.tables[table.name].shape[-len(indices) :], strict=False)
         ends = {place: _ends(axis) for place, axis in zip(PLACES, (call.q_at, call.k_at), strict=True)}
@@ -246,7 +246,8 @@ def _lists(call: Call, group: HeadGroup, listed: Listed, batch: int, heads: rang
     lists = lists[min(batch, len(lists) - 1)] if table.batched else lists
     lists = lists[heads.start : heads.stop] if "H" in table.dims else lists[None]
     (_, first), *_ = call.k_at.row(batch)
-    entries = lists[:, positions(call.q_at, batch, torch.arange(call.q.shape[2], device=device))] - first
+    rows = torch.arange(call.q.shape[2], device=device)
+    entries = (lists if table.by_entry else lists[:, positions(call.q_at, batch, rows)]) - first
     keys = torch.where((entries >= 0) & (entries < n), entries, n)
     live = (keys < n) & _alone(keys, n)
     found = Lists(call, group, listed, batch, heads, torch.where(live, keys, 0), live)
