@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from attndsl.errors import fail
 
-Type = Literal["bool", "int", "real", "vec"]
+Type = Literal["bool", "int", "real", "vec", "truths", "mat"]
+"""`vec` is a vector of reals, `truths` what comparing one entry by entry gives, `mat` a matrix."""
 INT64 = (-(2**63), 2**63 - 1)
 DEPTH_LIMIT = 300
 ENTRY_LIMIT = 2**20
@@ -158,7 +159,7 @@ class IntSet:
 class Expr:
     """An interned node; compare with `is` (`==` is identity too). Build with the functions below."""
 
-    __slots__ = ("__weakref__", "args", "depth", "free", "op", "tables", "type", "value")
+    __slots__ = ("__weakref__", "args", "depth", "free", "op", "tables", "type", "value", "width")
 
     op: str
     args: tuple[Expr, ...]
@@ -169,6 +170,8 @@ class Expr:
     """Names of the variables that occur free."""
     tables: frozenset[Table]
     """Tables that occur anywhere below and whose content is not known."""
+    width: Expr | None
+    """Of vectors how many numbers, over D and the names of axes; of a matrix those of a row."""
 
     def __repr__(self) -> str:
         return render(self)
@@ -208,8 +211,24 @@ def make(op: str, args: tuple[Expr, ...], value: Hashable, type: Type) -> Expr:
     node.free = free
     tables = frozenset().union(*(arg.tables for arg in args))
     node.tables = tables | {value} if isinstance(value, Table) and value.known is None else tables
+    node.width = _width(node) if type in ("vec", "truths", "mat") else None
     _interned[key] = node
     return node
+
+
+def _width(e: Expr) -> Expr | None:
+    if e.op == "var":
+        return var("D")
+    if isinstance(e.value, Table):
+        return _axis(e.value.dims[-1])
+    if e.op == "matvec":
+        return _axis(cast(Table, e.args[0].value).dims[-2])
+    widths = [arg.width for arg in e.args if arg.width]
+    return add(*widths) if e.op == "concat" else widths[0]
+
+
+def _axis(size: str | int) -> Expr:
+    return const(size) if isinstance(size, int) else var(size)
 
 
 def nodes(root: Expr) -> Iterator[Expr]:
@@ -241,13 +260,17 @@ def const(value: bool | int | float) -> Expr:
 TRUE, FALSE, ZERO, ONE = const(True), const(False), const(0), const(1)
 
 
-VECTORS = ("Q", "K", *(f"{mean}({vector})" for mean in ("mean", "min", "max") for vector in "QK"))
-"""Variables that are vectors: of a query and a key, and what stands for those of a block."""
-
-
 def var(name: str) -> Expr:
-    types: dict[str, Type] = {"s": "real", **dict.fromkeys(VECTORS, "vec")}
-    return make("var", (), name, types.get(name, "int"))
+    return make("var", (), name, variable_type(name))
+
+
+AGGREGATES = ("min", "max", "mean")
+"""What a block of vectors is summed up to, entry by entry."""
+QUERY_VECTORS, KEY_VECTORS = (frozenset({x, *(f"{of}({x})" for of in AGGREGATES)}) for x in "QK")
+
+
+def variable_type(name: str) -> Type:
+    return "vec" if name in QUERY_VECTORS | KEY_VECTORS else "real" if name == "s" else "int"
 
 
 def number(e: Expr) -> int | float | None:
@@ -255,8 +278,14 @@ def number(e: Expr) -> int | float | None:
     return e.value if e.op == "const" else None  # type: ignore[return-value]
 
 
-def _joint(args: Iterable[Expr]) -> Type:
-    return "real" if any(a.type == "real" for a in args) else "int"
+def _joint(args: Iterable[Expr], least: Type = "int") -> Type:
+    """Entry by entry: of a vector and a number a vector."""
+    args = tuple(args)
+    widths = {a.width: None for a in args if a.width}
+    if len(widths) > 1:
+        first, second, *_ = widths
+        raise fail(f"vectors of {first} and of {second} numbers do not go together")
+    return "vec" if widths else "real" if any(a.type == "real" for a in args) else least
 
 
 def add(*args: Expr) -> Expr:
@@ -277,7 +306,7 @@ def add(*args: Expr) -> Expr:
             coefficients[base] = coefficients.get(base, 0) + scale
         flat = [mul(const(c), base) for base, c in coefficients.items() if c != 0]
     if total != 0 or not flat:
-        flat.append(const(float(total) if type_ == "real" else total))
+        flat.append(const(total if type_ == "int" else float(total)))
     return flat[0] if len(flat) == 1 and flat[0].type == type_ else make("add", tuple(flat), None, type_)
 
 
@@ -354,6 +383,8 @@ FUNCTIONS: dict[str, Callable[[float], float]] = {
 
 def call(op: str, a: Expr) -> Expr:
     """One of FUNCTIONS, `isqrt` or `floor`."""
+    if a.type == "vec":
+        return make(op, (a,), None, "vec")
     integral = op in ("isqrt", "floor") or (op == "log2" and a.type == "int")
     if op == "floor" and a.type == "int":
         return a
@@ -386,7 +417,7 @@ def power(a: Expr, b: Expr, integral: bool = False) -> Expr:
     x, y = number(a), number(b)
     integral = integral or (a.type == b.type == "int" and y is not None and y >= 0)
     if x is None or y is None or (integral and y < 0):
-        return make("pow", (a, b), None, "int" if integral else "real")
+        return make("pow", (a, b), None, "int" if integral else _joint((a, b), "real"))
     if integral:
         if abs(x) > 1 and y * math.log2(abs(x)) > 64:
             raise fail("integer overflow: a power leaves the 64-bit range")
@@ -406,7 +437,7 @@ def div(a: Expr, b: Expr) -> Expr:
         raise fail("division by zero")
     if x is not None and y is not None:
         return const(x / y)
-    return make("div", (a, b), None, "real")
+    return make("div", (a, b), None, _joint((a, b), "real"))
 
 
 def _extreme(op: str, a: Expr, b: Expr) -> Expr:
@@ -435,7 +466,9 @@ def absolute(a: Expr) -> Expr:
 def where(cond: Expr, a: Expr, b: Expr) -> Expr:
     if cond.op == "const":
         return a if cond.value else b
-    return a if a is b else make("where", (cond, a, b), None, _joint((a, b)))
+    if a is b and (a.width or not cond.width):
+        return a
+    return make("where", (cond, a, b), None, _joint((cond, a, b) if cond.width else (a, b)))
 
 
 def _connective(op: str, args: Iterable[Expr], unit: Expr, zero: Expr) -> Expr:
@@ -465,13 +498,15 @@ def negate(a: Expr) -> Expr:
     if a.op == "not":
         return a.args[0]
     if a.op == "lt":
-        return make("le", (a.args[1], a.args[0]), None, "bool")
+        return make("le", (a.args[1], a.args[0]), None, a.type)
     if a.op == "le":
-        return make("lt", (a.args[1], a.args[0]), None, "bool")
-    return make("not", (a,), None, "bool")
+        return make("lt", (a.args[1], a.args[0]), None, a.type)
+    return make("not", (a,), None, a.type)
 
 
 def _comparison(op: str, a: Expr, b: Expr, holds: Callable[[float, float], bool]) -> Expr:
+    if _joint((a, b)) == "vec":
+        return make(op, (a, b), None, "truths")
     if a is b:
         return const(op != "lt")
     x, y = number(a), number(b)
@@ -511,12 +546,12 @@ def _between(e: Expr, lo: int, hi: int) -> Expr:
 
 def lookup(table: Table, *indices: Expr) -> Expr:
     types: dict[str, Type] = {"int": "int", "bool": "bool", "float": "real"}
-    left_over = len(indices) < len(table.dims)
+    left_over = len(table.dims) - len(indices)
     if isinstance(table.origin, Known):
         place, entries = number(indices[0]), table.origin.entries
         if place is not None and 0 <= place < len(entries):
             return const(entries[int(place)])
-    return make("lookup", indices, table, "vec" if left_over else types[table.dtype])
+    return make("lookup", indices, table, ("vec", "mat")[left_over - 1] if left_over else types[table.dtype])
 
 
 def intable(e: Expr, table: Table, *indices: Expr) -> Expr:
@@ -532,7 +567,24 @@ def count_of(table: Table, *indices: Expr) -> Expr:
 
 
 def inner(a: Expr, b: Expr) -> Expr:
+    _joint((a, b))
     return make("inner", (a, b), None, "real")
+
+
+def matvec(matrix: Expr, x: Expr) -> Expr:
+    _joint((matrix, x))
+    return make("matvec", (matrix, x), None, "vec")
+
+
+def total(x: Expr) -> Expr:
+    """The sum of the entries of a vector."""
+    if x.op == "mul" and all(arg.type == "vec" for arg in x.args):
+        return inner(*x.args)
+    return make("sum", (x,), None, "real")
+
+
+def concat(*vectors: Expr) -> Expr:
+    return make("concat", vectors, None, "vec")
 
 
 def random_keys(q: Expr, k: Expr, n: Expr, seed: Expr, of: Expr, r: int, row: str, col: str) -> Expr:
@@ -554,6 +606,9 @@ REBUILD: dict[str, Callable[..., Expr]] = {
     "abs": absolute,
     "where": where,
     "inner": inner,
+    "matvec": matvec,
+    "sum": total,
+    "concat": concat,
     "and": all_of,
     "or": any_of,
     "not": negate,
@@ -601,7 +656,7 @@ def substitute(root: Expr, values: dict[str, Expr]) -> Expr:
 
 
 SYMBOLS = {"add": " + ", "and": " and ", "or": " or ", "mul": " * ", "floordiv": " // ", "mod": " mod "} | {
-    "div": " / ", "pow": " ** ", "le": " <= ", "lt": " < ", "eq": " == ", "inner": " @ "
+    "div": " / ", "pow": " ** ", "le": " <= ", "lt": " < ", "eq": " == ", "inner": " @ ", "matvec": " @ "
 }  # fmt: skip
 
 

@@ -6,13 +6,15 @@ from dataclasses import dataclass
 from types import NoneType
 from typing import Any
 
-from attndsl.expr import VECTORS, Expr, IntSet, Table, nodes
+from attndsl.expr import Expr, IntSet, Table, nodes, variable_type
 
 
 @dataclass(frozen=True)
 class Rule:
-    """args    types of the arguments; `number` is int or real
-    result  a type; `joint` is real if a number among the arguments is, else int; `own` is what `value` says
+    """args    types of the arguments; `number` is int or real, `entries` a number or vec, `truth` bool or
+            truths
+    result  a type; `joint` is vec if an argument is, else real if one is, else int; `each` is joint, but real
+            for int; `compared` is truths if an argument has entries, else bool; `own` is what `value` says
     value   of which class
     more    the type of any further arguments
     """
@@ -23,12 +25,13 @@ class Rule:
     more: str = ""
 
 
-NUMBER, NUMBERS = ("number",), ("number", "number")
+NUMBERS = ("number", "number")
+ENTRY, ENTRIES = ("entries",), ("entries", "entries")
 LEGAL = {
     "const": Rule((), "own", (bool, int, float)),
-    # int: q k n b h H D nq and bound variables; real: s; vec: Q K
+    # int: q k n b h H D nq and bound variables; real: s; vec: Q K, mean(K) and the like
     "var": Rule((), "own", str),
-    # all axes indexed: an entry; with the last axis `D` left: a vector
+    # all axes indexed: an entry; of a float table with the last left a vector, with the last two a matrix
     "lookup": Rule((), "own", Table, more="int"),
     # along the last axis, how many entries equal this one, and its rank among them
     "count_of": Rule(("int",), "int", Table, more="int"),
@@ -41,29 +44,32 @@ LEGAL = {
     "random": Rule(("int", "int", "int", "int", "bool"), "bool", tuple),
     # lo, hi, body; the value is a variable m: some m in lo..hi-1 satisfies the body
     "exists": Rule(("int", "int", "bool"), "bool", str),
-    "add": Rule(NUMBERS, "joint", more="number"),
-    "mul": Rule(NUMBERS, "joint"),
+    "add": Rule(ENTRIES, "joint", more="entries"),
+    "mul": Rule(ENTRIES, "joint"),
     "floordiv": Rule(NUMBERS, "joint"),
     "mod": Rule(NUMBERS, "joint"),
-    "min": Rule(NUMBERS, "joint"),
-    "max": Rule(NUMBERS, "joint"),
-    "abs": Rule(NUMBER, "joint"),
-    "div": Rule(NUMBERS, "real"),
+    "min": Rule(ENTRIES, "joint"),
+    "max": Rule(ENTRIES, "joint"),
+    "abs": Rule(ENTRY, "joint"),
+    "div": Rule(ENTRIES, "each"),
     # of integers an integer, where the exponent is proved not to be negative
-    "pow": Rule(NUMBERS, "own"),
-    "where": Rule(("bool", *NUMBERS), "joint"),
+    "pow": Rule(ENTRIES, "own"),
+    "where": Rule(("truth", *ENTRIES), "joint"),
     # of an integer rounded down
-    "log2": Rule(NUMBER, "joint"),
+    "log2": Rule(ENTRY, "joint"),
     "isqrt": Rule(("int",), "int"),
     "floor": Rule(("real",), "int"),
-    **dict.fromkeys(("exp", "log", "sqrt", "tanh", "sigmoid", "sin", "cos"), Rule(NUMBER, "real")),
+    **dict.fromkeys(("exp", "log", "sqrt", "tanh", "sigmoid", "sin", "cos"), Rule(ENTRY, "each")),
     "inner": Rule(("vec", "vec"), "real"),
+    "matvec": Rule(("mat", "vec"), "vec"),
+    "sum": Rule(("vec",), "real"),
+    "concat": Rule(("vec",), "vec", more="vec"),
     "and": Rule(("bool", "bool"), "bool", more="bool"),
     "or": Rule(("bool", "bool"), "bool", more="bool"),
-    "not": Rule(("bool",), "bool"),
-    "le": Rule(NUMBERS, "bool"),
-    "lt": Rule(NUMBERS, "bool"),
-    "eq": Rule(NUMBERS, "bool"),
+    "not": Rule(("truth",), "compared"),
+    "le": Rule(ENTRIES, "compared"),
+    "lt": Rule(ENTRIES, "compared"),
+    "eq": Rule(ENTRIES, "compared"),
 }
 """By op."""
 
@@ -85,15 +91,23 @@ def _flaw(e: Expr) -> str:
         return f"its arguments are {types}"
     if isinstance(e.value, Table):
         indices = len(e.args) - (e.op == "intable")
-        left = len(e.value.dims) - indices
-        if left != (e.op == "intable" or e.type == "vec") or (e.type == "vec" and e.value.dims[-1] != "D"):
+        if len(e.value.dims) - indices != {"vec": 1, "mat": 2}.get(e.type, e.op == "intable"):
             return f"{indices} indices of {e.value.dims}"
-    result = {"own": _own(e), "joint": "real" if "real" in types else "int"}.get(rule.result, rule.result)
+    widths = {arg.width for arg in e.args if arg.width}
+    if len(widths) > 1 and e.op != "concat":
+        return f"its arguments have {' and '.join(sorted(map(str, widths)))} entries"
+    joint = "vec" if "vec" in types or "truths" in types else "real" if "real" in types else "int"
+    results = {"own": _own(e), "joint": joint, "each": joint.replace("int", "real")}
+    results["compared"] = "truths" if joint == "vec" else "bool"
+    result = results.get(rule.result, rule.result)
     return "" if e.type in result.split() else f"its type is {e.type}"
 
 
+FITTING = {"number": ("int", "real"), "entries": ("int", "real", "vec"), "truth": ("bool", "truths")}
+
+
 def _fits(given: str, wanted: str) -> bool:
-    return given == wanted or (wanted == "number" and given in ("int", "real"))
+    return given in FITTING.get(wanted, (wanted,))
 
 
 def _own(e: Expr) -> str:
@@ -101,9 +115,11 @@ def _own(e: Expr) -> str:
     if e.op == "const":
         return {bool: "bool", int: "int"}.get(type(value), "real")
     if e.op == "var":
-        return "vec" if value in VECTORS else "real" if value == "s" else "int"
+        return variable_type(value)
     if e.op == "pow":
-        return "real" if "real" in (arg.type for arg in e.args) else "int real"
+        types = [arg.type for arg in e.args]
+        return "vec" if "vec" in types else "real" if "real" in types else "int real"
     if isinstance(value, Table):
-        return "vec" if len(e.args) < len(value.dims) else {"float": "real"}.get(value.dtype, value.dtype)
+        left = len(value.dims) - len(e.args) if value.dtype == "float" else 0
+        return ("vec", "mat")[left - 1] if left else {"float": "real"}.get(value.dtype, value.dtype)
     return e.type

@@ -7,15 +7,17 @@ import math
 from attndsl import expr as ir
 from attndsl.expr import Expr
 
+BY_QUERY, BY_KEY = {"q", "s", *ir.QUERY_VECTORS}, {"k", "s", *ir.KEY_VECTORS}
+
 
 def by_pair(e: Expr) -> bool:
     """Whether the value differs along the queries and along the keys."""
-    return bool(e.free & {"q", "Q", "s"} and e.free & {"k", "K", "s"})
+    return bool(e.free & BY_QUERY and e.free & BY_KEY)
 
 
 def by_head(e: Expr) -> bool:
     """Whether the value differs from head to head."""
-    return bool(e.free & {"h", "s", "Q", "K"})
+    return bool(e.free & {"h", "s", *ir.QUERY_VECTORS, *ir.KEY_VECTORS})
 
 
 def scale_and_bias(score: Expr, head_dim: int) -> tuple[float, Expr | None] | str:

@@ -37,9 +37,14 @@ class Table:
     vectors: bool = False
 
 
-@dataclass(frozen=True)
-class Vector:
+@dataclass(frozen=True, eq=False)
+class Vector(np.lib.mixins.NDArrayOperatorsMixin):
+    """What numpy does to numbers it does entry by entry, along the last axis."""
+
     data: Array
+
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *args: Any) -> Vector:
+        return Vector(ufunc(*(x.data if isinstance(x, Vector) else np.asarray(x)[..., None] for x in args)))
 
 
 @dataclass(frozen=True)
@@ -130,12 +135,15 @@ class Meaning:
         return result
 
     def binary(self, e: ast.Binary) -> Any:
-        a, b = self.as_set(self(e.left)), self.as_set(self(e.right))
+        a, b = self(e.left), self.as_set(self(e.right))
+        if isinstance(a, Table) and isinstance(b, Vector):
+            return Vector((a.data * b.data[..., None, :]).sum(-1))
+        a = self.as_set(a)
         if isinstance(a, Kind) and e.op == "-":
             if a.noun == "pattern":
                 return Kind("pattern", lambda n: a.at(n) * (b.at(n) == 0))
             return Kind("set", lambda n, p: a.at(n, p) & ~b.at(n, p))
-        if isinstance(a, Vector):
+        if e.op == "@" and isinstance(a, Vector):
             return (a.data * b.data).sum(-1)
         if e.op == "@":
             return Kind("pattern", lambda n: ((a.at(n) > 0).astype(int) @ (b.at(n) > 0) > 0).astype(int))
@@ -161,7 +169,7 @@ class Meaning:
         }
         values = [self.as_set(self(arg)) for arg in e.args]
         parts = [operations[op](a, b) for op, a, b in zip(e.ops, values, values[1:], strict=False)]
-        return np.logical_and.reduce(np.broadcast_arrays(*parts))
+        return parts[0] if len(parts) == 1 else np.logical_and.reduce(np.broadcast_arrays(*parts))
 
     def range(self, e: ast.Range) -> Any:
         def members(n: int, p: Array) -> Array:
@@ -302,7 +310,11 @@ class Meaning:
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "min": lambda *args: _reduce(np.minimum, args),
     "max": lambda *args: _reduce(np.maximum, args),
-    "where": lambda cond, a, b: np.where(cond, a, b),
+    "where": lambda cond, a, b: _chosen(cond, a, b),
+    "sum": lambda x: x.data.sum(-1),
+    "concat": lambda *args: Vector(
+        np.concatenate([np.broadcast_to(x.data, (*_leading(args), x.data.shape[-1])) for x in args], -1)
+    ),
     "isqrt": np.vectorize(math.isqrt, otypes=[int]),
     "log2": np.vectorize(lambda x: int(x).bit_length() - 1, otypes=[int]),
     "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
@@ -317,6 +329,18 @@ def _reduce(join: Callable[[Any, Any], Any], args: tuple[Any, ...]) -> Any:
     for arg in args[1:]:
         result = join(result, arg)
     return result
+
+
+def _chosen(cond: Any, a: Any, b: Any) -> Any:
+    if not any(isinstance(x, Vector) for x in (cond, a, b)):
+        return np.where(cond, a, b)
+    return Vector(
+        np.where(*(x.data if isinstance(x, Vector) else np.asarray(x)[..., None] for x in (cond, a, b)))
+    )
+
+
+def _leading(vectors: tuple[Vector, ...]) -> tuple[int, ...]:
+    return np.broadcast_shapes(*(x.data.shape[:-1] for x in vectors))
 
 
 def look_up(data: Array, indices: list[Array]) -> Array:

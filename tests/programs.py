@@ -515,6 +515,9 @@ class Writer:
             lambda: f"where({self.truth(Scope(POSITIONS, POSITIONS), 1)}, {sub()}, {sub()})",
             lambda: f"where(causal[q, k], {sub()}, {sub()})",
             lambda: f"(tanh({sub()}) * tanh({sub()}))",
+            lambda: f"(sum(max(0.5 * Q, {sub()} - K)) / D)",
+            lambda: f"(concat(Q, sin(K)) @ where(concat(K, Q) > {sub()}, 0.1, -concat(Q, K)) / D)",
+            lambda: f"tanh(({self.table(FLOATS[3]).name} @ Q) @ ({self.table(FLOATS[3]).name} @ cos(K)) / D)",
         )
 
     def score(self) -> str:

@@ -40,7 +40,8 @@ GAPS = {
     NOTHING + "norm `relu`": "relu",
     "the score is not s * number + bias": (
         "softcap shaw da u-D u-HD-twice transformer-xl x-D-y-BD x-BHD-y-HD x-nD x-BnD x-BHnD "
-        "x-B35D norms-of-vectors functions powers extremes several-clauses condition-on-content"
+        "x-B35D norms-of-vectors functions powers extremes several-clauses condition-on-content "
+        "elu-of-vectors waves-of-a-matrix learned-matrix larger-products"
     ),
     "the score scales s by something that varies": (
         "in-a-part t-B t-BH t-H-learned z-Bnn int-BHn-top-in-a-score bool-B-bool-H conditions "
@@ -66,7 +67,7 @@ def test_conforms(backend: str, case: Case) -> None:
 
 OPERATIONS = (
     "lookup count_of rank_of intable inset random exists add mul div floordiv mod pow min max abs where "
-    "log2 isqrt floor exp log sqrt tanh sigmoid sin cos inner and or not le lt eq"
+    "log2 isqrt floor exp log sqrt tanh sigmoid sin cos inner matvec sum concat and or not le lt eq"
 )
 
 

@@ -73,7 +73,7 @@ def raised(x: Tensor, count: Tensor) -> Tensor:
 
 LISTED = torch.tensor([0, 2, 5, 6, 7, 9, 11, 14])
 OPERATORS: dict[str, tuple[Operator, ...]] = {
-    # r: a real, i: an integer, t: a truth, p: a pattern, as its multiplicities
+    # r: a real, i: an integer, t: a truth, v: a vector, p: a pattern, as its multiplicities
     "r": (
         Operator("({} + {})", lambda a, b: a + b, "rr"),
         Operator("({} - {})", lambda a, b: a - b, "rr"),
@@ -99,6 +99,28 @@ OPERATORS: dict[str, tuple[Operator, ...]] = {
         Operator("(0.25 * ({} mod 7))", lambda i: 0.25 * (i % 7), "i"),
         Operator("[0.5, -1.25, 3][{} mod 3]", lambda i: torch.tensor([0.5, -1.25, 3]).double()[i % 3], "i"),
         Operator("(({} mod 5) / 4)", lambda i: i % 5 / 4, "i"),
+        Operator("(sum({}) / 4)", lambda v: v.sum(-1) / 4, "v"),
+        Operator("({} @ {} / 4)", lambda v, w: dot(v, w) / 4, "vv"),
+        Operator(
+            "(concat({}, 2 * {}) @ concat({}, {}) / 8)",
+            lambda a, b, c, d: (dot(a, c) + 2 * dot(b, d)) / 8,
+            "vvvv",
+        ),
+    ),
+    "v": (
+        Operator("({} + {})", lambda v, w: v + w, "vv"),
+        Operator("({} - {})", lambda r, v: r[..., None] - v, "rv"),
+        Operator("({} * {})", lambda v, w: v * w, "vv"),
+        Operator("({} * {})", lambda r, v: r[..., None] * v, "rv"),
+        Operator("(-{})", lambda v: -v, "v"),
+        Operator("({} / (1.5 + |({})|))", lambda v, w: v / (1.5 + abs(w)), "vv"),
+        Operator("min({}, {})", torch.minimum, "vv"),
+        Operator("max({}, 0)", torch.relu, "v"),
+        Operator("where({}, {}, {})", lambda t, v, w: torch.where(t[..., None], v, w), "tvv"),
+        Operator("where(not {} > 0, {}, exp({}))", lambda v, w, x: torch.where(v > 0, x.exp(), w), "vvv"),
+        Operator("sqrt(({}) ** 2 + 1)", lambda v: (v * v + 1).sqrt(), "v"),
+        Operator("sin({})", torch.sin, "v"),
+        Operator("tanh({})", torch.tanh, "v"),
     ),
     "i": (
         Operator("({} + {})", lambda a, b: a + b, "ii"),
@@ -274,7 +296,10 @@ MEMBERS = tuple(
     for v in (shape.pair() for shape in SHAPES["set"])
 )
 D = leaf("D", lambda p: torch.tensor(p.D))
+SIDES = (leaf("Q", lambda p: p.Q), leaf("K", lambda p: p.K))
 LEAVES = {
+    ("v", "score"): (*SIDES * 9, *VECTORS),
+    ("v", "bias"): VECTORS,
     ("r", "score"): (*CONTENT * 5, *WITH_CONTENT, *AMONG_TABLES, *PLAIN["r"]),
     ("r", "bias"): (*AMONG_TABLES, *PLAIN["r"]),
     ("i", "score"): (*NUMBERS, D, *PLAIN["i"]),

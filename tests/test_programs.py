@@ -72,7 +72,7 @@ def test_the_programs_use_the_whole_language() -> None:
     words = set(re.findall(r"[A-Za-z_]\w*|//|\*\*|\.\.|[<>=!]=|[-+*/@~&|<>\[\]{}(),:=]", text))
     operators = "or and not in mod | & + - * / // @ ~ ** .. == != < <= > >= [ ] { } ( ) , : =".split()
     clauses = "inputs mask score decay norm offset heads else int bool float B H D".split()
-    functions = "min max where log2 isqrt floor exp log sqrt tanh sigmoid sin cos".split()
+    functions = "min max sum concat where log2 isqrt floor exp log sqrt tanh sigmoid sin cos".split()
     names = (
         "pattern let attention blocks within grid random seed of learn sink softmax relu s Q K n nq h".split()
     )

@@ -464,6 +464,58 @@ VECTORS = (
     ),
 )
 
+
+def elu1(x: Tensor) -> Tensor:
+    return torch.where(x > 0, x + 1, x.clamp_max(0).exp())
+
+
+def through(w: Tensor, x: Tensor) -> Tensor:
+    """The product of a matrix with each vector."""
+    return (w * x[..., None, :]).sum(-1)
+
+
+FEATURES = (
+    scored(
+        "elu-of-vectors",
+        "where(Q > 0, Q + 1, exp(Q)) @ where(K > 0, K + 1, exp(K)) / D",
+        lambda p: dot(elu1(p.Q), elu1(p.K)) / p.D,
+    ),
+    with_inputs(
+        "w : float[m, D]",
+        scored(
+            "waves-of-a-matrix",
+            "s + concat(sin(w @ Q), cos(w @ Q)) @ concat(sin(w @ K), cos(w @ K)) / sqrt(Q @ Q + 1)",
+            lambda p: (
+                p.s + (through(p.w, p.Q) - through(p.w, p.K)).cos().sum(-1) / (dot(p.Q, p.Q) + 1) ** 0.5
+            ),
+            "last(20)",
+            sizes=lambda n: {"m": 5},
+        ),
+    ),
+    scored(
+        "learned-matrix",
+        "max(w @ Q, 0.1) @ (u * (w @ K)) / D",
+        lambda p: dot(through(p.w[p.h], p.Q).clamp_min(0.1), p.u * through(p.w[p.h], p.K)) / p.D,
+        "radius(9)",
+        params="(w = learn[H, 6, D](0.1), u = learn[6](0.4))",
+    ),
+    with_inputs(
+        "x : float[B, n, 4, e]  y : float[n, e]  z : float[B, H, n, 4]",
+        scored(
+            "indexer",
+            "s / 4 + z[q] @ max(x[q] @ y[k], 0) / 4",
+            lambda p: p.s / 4 + dot(p.z[p.b, p.h, p.q], torch.relu(through(p.x[p.b, p.q], p.y[p.k]))) / 4,
+            sizes=lambda n: {"e": 3},
+        ),
+    ),
+    scored(
+        "larger-products",
+        "sum(max(Q * K, |Q| - K)) / D",
+        lambda p: torch.maximum(p.Q * p.K, p.Q.abs() - p.K).sum(-1) / p.D,
+        "last(20)",
+    ),
+)
+
 TABLES = (
     with_inputs("t : float[B]", scored("t-B", "s * exp(t / 3)", lambda p: p.s * (p.t[p.b] / 3).exp())),
     with_inputs(
@@ -997,6 +1049,18 @@ FLOORS = (
     ),
 )
 
-WIDE = (*VECTORS, *TABLES, *OPERATORS, *DECAYS, *SINKS, *MULTISETS, *SPACES, *HEADS, *OFFSETS, *FLOORS)
+WIDE = (
+    *VECTORS,
+    *FEATURES,
+    *TABLES,
+    *OPERATORS,
+    *DECAYS,
+    *SINKS,
+    *MULTISETS,
+    *SPACES,
+    *HEADS,
+    *OFFSETS,
+    *FLOORS,
+)
 """Further mechanisms, for all shapes of tables, operations and clauses."""
 MECHANISMS = (*PLAIN, *WIDE)

@@ -24,7 +24,10 @@ from attndsl.meaning import pointwise
 from attndsl.scores import by_head, by_pair
 from attndsl.selection import Offered
 
-PAIR = frozenset({"q", "k", "s", "Q", "K"})
+SAME = frozenset({"n", "nq", "b", "H", "D"})
+"""Variables that no mask tells apart."""
+WIDTH = 64
+"""Numbers of a vector whose width is not in the text, in estimates."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +36,7 @@ class Env:
 
     values  variables: int64 tensors of positions, batch rows, heads and sizes that broadcast to the pairs;
             `s` as well, a real. Vectors: `Q` [..., nq, D] and `K` [..., n, D] with the leading axes of the
-            pairs.
+            pairs, and what blocks of them are summed up to, as `mean(K)`, likewise.
     tables  by name, with the axes of the Table
     dtype   of real results
     device  of all tensors
@@ -100,6 +103,7 @@ def evaluate(expr: Expr, env: Env, live: Tensor | None = None) -> Tensor:
 
 
 broadcast_tensors: Callable[..., tuple[Tensor, ...]] = torch.broadcast_tensors
+broadcast_shapes: Callable[..., torch.Size] = torch.broadcast_shapes
 
 
 def decay_factor(decay: Expr, env: Env, live: Tensor) -> Tensor:
@@ -193,14 +197,22 @@ def in_numpy(tensor: Tensor, dtype: type[np.generic]) -> NDArray[Any]:
 COMPARE = {"le": torch.le, "lt": torch.lt, "eq": torch.eq}
 
 
+def by_side(name: str, vectors: Tensor) -> Tensor:
+    """Those of queries or of keys, with both axes of the pairs."""
+    return vectors.unsqueeze(-2 if "Q" in name else -3)
+
+
 class _Evaluation:
-    """One evaluation: the memo, by node and by the pairs that are live there."""
+    """One evaluation: the memo, by node and by the pairs that are live there.
+
+    A vector has one axis more than a number, the last one, and so has what is live of it.
+    """
 
     def __init__(self, env: Env) -> None:
         self.env = env
         self.memo: dict[tuple[Expr, int], Tensor] = {}
         self.lives: list[Tensor] = []
-        self.problems: dict[int, Tensor] = {}
+        self.derived: dict[tuple[int, object], Tensor] = {}
         self.device = env.device
 
     def of(self, node: Expr, live: Tensor | None) -> Tensor:
@@ -215,22 +227,46 @@ class _Evaluation:
         self.lives.append(refined)
         return refined
 
+    def derive(self, live: Tensor, what: object, make: Callable[[], Tensor]) -> Tensor:
+        if (id(live), what) not in self.derived:
+            self.derived[id(live), what] = make()
+        return self.derived[id(live), what]
+
     def real(self, node: Expr, live: Tensor | None, safe: float | None = None) -> Tensor:
         value = self.of(node, live).to(self.env.dtype)
-        if safe is None or live is None or (node.free.isdisjoint(PAIR | {"h"}) and not node.tables):
+        if safe is None or live is None or (node.free <= SAME and not node.tables):
             return value
         return torch.where(self.around(node, live), value, safe)
 
-    def around(self, node: Expr, live: Tensor) -> Tensor:
-        """`live`, or whether any pair of a problem is where the node is the same for all its pairs."""
-        return self.somewhere(live) if node.free.isdisjoint(PAIR) else live
+    def entries(self, node: Expr, live: Tensor | None, safe: float | None = None) -> Tensor:
+        """Of a vector; a number gets its axis."""
+        if node.type == "vec":
+            return self.real(node, live, safe)
+        return self.real(node, self.of_pairs(live), safe).unsqueeze(-1)
 
-    def somewhere(self, live: Tensor) -> Tensor:
-        """Whether any pair of a problem is live, with axes of size 1 for the pairs."""
-        if id(live) not in self.problems:
-            axes = tuple(range(-min(2, live.dim()), 0))
-            self.problems[id(live)] = live.any(axes, keepdim=True)
-        return self.problems[id(live)]
+    def around(self, node: Expr, live: Tensor) -> Tensor:
+        """`live`, or whether any is of the pairs at which the node is the same."""
+        entries = node.type in ("vec", "truths")
+        shape = (*broadcast_shapes(*map(self.extent, node.free)), *live.shape[live.dim() - entries :])
+        missing = live.dim() - len(shape)
+        axes = tuple(i for i in range(live.dim()) if i < missing or shape[i - missing] == 1 < live.shape[i])
+        return self.derive(live, axes, lambda: live.any(axes, keepdim=True)) if axes else live
+
+    def extent(self, name: str) -> Sequence[int]:
+        """The axes of the pairs along which a variable differs."""
+        value = self.env.values[name]
+        return by_side(name, value).shape[:-1] if ir.variable_type(name) == "vec" else value.shape
+
+    def of_pairs(self, live: Tensor | None) -> Tensor | None:
+        """Where any entry is live, of what is live of a vector."""
+        return None if live is None else self.derive(live, "pairs", lambda: live.any(-1))
+
+    def vector(self, node: Expr, live: Tensor | None) -> Tensor:
+        """What a number at each pair is made of, [.., nq, n, D] with axes of size 1 where it is the same."""
+        if live is None:
+            return self.of(node, None)
+        wide = self.derive(live, "entries", lambda: live.unsqueeze(-1))
+        return self.of(node, self.around(node, wide))
 
     def compute(self, node: Expr, live: Tensor | None) -> Tensor:
         op, args = node.op, node.args
@@ -238,26 +274,32 @@ class _Evaluation:
             dtype = {"bool": torch.bool, "int": torch.int64}.get(node.type, self.env.dtype)
             return torch.tensor(node.value, dtype=dtype, device=self.device)
         if op == "var":
-            return self.env.values[str(node.value)]
+            value = self.env.values[str(node.value)]
+            return by_side(str(node.value), value) if node.type == "vec" else value
         if op in ("and", "or"):
             return self.connective(node, live)
         if op == "not":
             return ~self.of(args[0], live)
         if op == "where":
-            cond = self.of(args[0], live)
+            if node.type == "vec" and args[0].type == "bool":
+                cond = self.of(args[0], self.of_pairs(live)).unsqueeze(-1)
+            else:
+                cond = self.of(args[0], live)
             a = self.typed(args[1], node, self.refine(live, cond))
             b = self.typed(args[2], node, self.refine(live, ~cond))
             return torch.where(cond, a, b)
-        if op in UNARY and node.type == "real":
+        if op in UNARY and node.type != "int":
             function, safe = UNARY[op]
             return function(self.real(args[0], live, safe))
         if op in COMPARE:
-            joint = next((a for a in args if a.type == "real"), args[0])
+            joint = next((a for kind in ("vec", "real") for a in args if a.type == kind), args[0])
             return COMPARE[op](self.typed(args[0], joint, live), self.typed(args[1], joint, live))
         return getattr(self, f"on_{op}")(node, live)  # type: ignore[no-any-return]
 
-    def typed(self, node: Expr, like: Expr, live: Tensor | None) -> Tensor:
-        return self.real(node, live) if like.type == "real" else self.of(node, live)
+    def typed(self, node: Expr, like: Expr, live: Tensor | None, safe: float | None = None) -> Tensor:
+        if like.type == "vec":
+            return self.entries(node, live, safe)
+        return self.real(node, live, safe) if like.type == "real" else self.of(node, live)
 
     def connective(self, node: Expr, live: Tensor | None) -> Tensor:
         """Left to right: what stands right is looked at only where the left leaves it open."""
@@ -279,7 +321,7 @@ class _Evaluation:
         return self.typed(node.args[0], node, live) * self.typed(node.args[1], node, live)
 
     def on_div(self, node: Expr, live: Tensor | None) -> Tensor:
-        return self.real(node.args[0], live) / self.real(node.args[1], live, 1.0)
+        return self.typed(node.args[0], node, live) / self.typed(node.args[1], node, live, 1.0)
 
     def on_floordiv(self, node: Expr, live: Tensor | None) -> Tensor:
         a, b = (self.typed(arg, node, live) for arg in node.args)
@@ -291,7 +333,7 @@ class _Evaluation:
     def on_pow(self, node: Expr, live: Tensor | None) -> Tensor:
         if node.type == "int":
             return torch.pow(self.of(node.args[0], live), self.of(node.args[1], live).clamp_min(0))
-        return torch.pow(self.real(node.args[0], live, 1.0), self.real(node.args[1], live, 1.0))
+        return torch.pow(*(self.typed(arg, node, live, 1.0) for arg in node.args))
 
     def on_min(self, node: Expr, live: Tensor | None) -> Tensor:
         return torch.minimum(self.typed(node.args[0], node, live), self.typed(node.args[1], node, live))
@@ -363,9 +405,9 @@ class _Evaluation:
         table = node.value
         assert isinstance(table, Table)
         values = self.content(table)
-        if node.type == "vec":
-            index, _ = self.index(table, values, node.args, live)
-            return values.to(self.env.dtype)[index]
+        if node.type in ("vec", "mat"):
+            at = self.of_pairs(live) if node.type == "vec" else live
+            return values.to(self.env.dtype)[self.index(table, values, node.args, at)[0]]
         index, inside = self.index(table, values, node.args, live)
         # converted before the look-up, so that its gradient is summed in the wider dtype
         found = (values.to(self.env.dtype) if table.dtype == "float" else values)[index]
@@ -430,12 +472,20 @@ class _Evaluation:
             if vector.op == "var" and row.op == "lookup" and by_pair(row):
                 return self.rows_of_table(str(vector.value), row, live)
         # axes of size 1 for pairs that see the same vector, of which einsum makes matrix products
-        return torch.einsum("...d,...d->...", self.vectors(a, live), self.vectors(b, live))
+        return torch.einsum("...d,...d->...", self.vector(a, live), self.vector(b, live))
 
-    def vectors(self, node: Expr, live: Tensor | None) -> Tensor:
-        """The vector of each pair, [.., nq, n, D] with axes of size 1 where it is the same."""
-        found = self.of(node, live)
-        return found if node.op != "var" else found.unsqueeze(-2 if "Q" in str(node.value) else -3)
+    def on_matvec(self, node: Expr, live: Tensor | None) -> Tensor:
+        matrix, x = node.args
+        live = self.of_pairs(live)
+        return torch.einsum("...md,...d->...m", self.of(matrix, live), self.vector(x, live))
+
+    def on_sum(self, node: Expr, live: Tensor | None) -> Tensor:
+        return self.vector(node.args[0], live).sum(-1)
+
+    def on_concat(self, node: Expr, live: Tensor | None) -> Tensor:
+        parts = [self.vector(arg, self.of_pairs(live)) for arg in node.args]
+        shape = broadcast_shapes(*(part.shape[:-1] for part in parts))
+        return torch.cat([part.expand(*shape, part.shape[-1]) for part in parts], -1)
 
     def rows_of_table(self, side: str, row: Expr, live: Tensor | None) -> Tensor:
         """Products of Q (or K) with a row for each pair: one matrix product with the table, then a gather."""
@@ -450,7 +500,7 @@ class _Evaluation:
         for i, size in zip(index[lead:], values.shape[lead:-1], strict=True):
             place = place * size + i
         # [.., nq, rows] of the table for Q, [.., rows, n] for K
-        products, axis = (products, -1) if side == "Q" else (products.transpose(-1, -2), -2)
+        products, axis = (products, -1) if "Q" in side else (products.transpose(-1, -2), -2)
         shape = [*products.shape]
         shape[axis] = place.shape[axis]
         found = products.gather(axis, place.expand(shape))
@@ -471,7 +521,8 @@ PASSES: dict[str, tuple[float, float]] = {
     "where": (2, 3), "div": (2, 1.5), "pow": (3, 3), "floordiv": (1, 2), "mod": (1, 2), "floor": (2, 1),
     "exp": (2, 1.5), "log": (2, 1.5), "sqrt": (2, 1), "log2": (6, 6), "isqrt": (10, 8),
     "tanh": (1, 2.5), "sigmoid": (1, 0.5), "sin": (1, 1.5), "cos": (1, 1.5),
-    "lookup": (3, 6), "inner": (3, 6), "intable": (3, 10), "rank_of": (3, 6), "count_of": (3, 6),
+    "lookup": (3, 6), "inner": (3, 6), "sum": (0, 0.1), "matvec": (2, 20), "concat": (1, 1),
+    "intable": (3, 10), "rank_of": (3, 6), "count_of": (3, 6),
     "inset": (3, 10), "random": (4, 50), "exists": (8, 8),
 }  # fmt: skip
 """Arrays that an operation writes, what guards its arguments included, and nanoseconds for each number beside
@@ -484,17 +535,25 @@ def elements(e: Expr | None, pairs: float, heads: float) -> tuple[float, float]:
     """
     numbers = nanoseconds = 0.0
     for node in ir.nodes(e) if e is not None else ():
-        if node.op in ("const", "var") or node.type == "vec" or not by_pair(node):
+        if node.op in ("const", "var") or not by_pair(node):
             continue
         passes, more = PASSES.get(node.op, (1, 0))
-        if (node.op == "div" and not by_pair(node.args[1])) or (
-            node.op == "inner" and not any(map(by_pair, node.args))
-        ):
+        if node.op == "div" and not by_pair(node.args[1]):
             passes, more = 1, 1
-        size = pairs * (heads if by_head(node) else 1)
+        if node.op == "inner" and not any(map(by_pair, node.args)):
+            passes, more = 1, width(node.args[0]) / WIDTH
+        size = pairs * (heads if by_head(node) else 1) * (width(node) if node.type == "vec" else 1)
         numbers += size * passes * {"bool": 0.25, "int": 2}.get(node.type, 1)
         nanoseconds += size * more
     return numbers, nanoseconds
+
+
+def width(vector: Expr) -> int:
+    """How many numbers a vector has, or some such number."""
+    assert vector.width is not None
+    found = ir.number(ir.substitute(vector.width, dict.fromkeys(vector.width.free, ir.const(WIDTH))))
+    assert found is not None
+    return int(found)
 
 
 def of_distances(e: Expr, env: Env, distances: Tensor, live: Tensor) -> Tensor:

@@ -214,7 +214,7 @@ class AttentionBuilder:
         return self.number(result, definition.body)
 
     def real(self, e: ast.Expression, env: Scope) -> Expr:
-        return self.number(self.elaborator.value(e, env, TOKENS), e)
+        return self.number(self.elaborator.no_vector(e, env, TOKENS), e)
 
     def decay(self, e: ast.Expression, env: Scope) -> Expr:
         factor = self.real(e, env)

@@ -15,8 +15,29 @@ from attndsl.expr import Expr, Selected
 from attndsl.language import expressions
 from attndsl.language.arguments import bind_arguments, signature
 from attndsl.language.clauses import attention_of
-from attndsl.language.mistakes import blame, chosen, expected, not_integer, number_of, out_of_place, truth_of
-from attndsl.language.values import TOKENS, AttentionOf, GridPattern, Num, Pattern, Scope, SetOf, Space, Value
+from attndsl.language.mistakes import (
+    blame,
+    chosen,
+    expected,
+    not_integer,
+    number_of,
+    out_of_place,
+    quantity_of,
+    truth_of,
+)
+from attndsl.language.values import (
+    TOKENS,
+    AttentionOf,
+    GridPattern,
+    Num,
+    Pattern,
+    Scope,
+    SetOf,
+    Space,
+    Value,
+    Vec,
+    as_number,
+)
 from attndsl.language.vocabulary import BUILT_IN, POSITIONS, RESERVED, RETIRED, SIGNATURES
 from attndsl.selection import Selection
 from attndsl.syntax import nodes as ast
@@ -163,7 +184,8 @@ class Elaborator:
                 if isinstance(definition, ast.AttentionDef):
                     self.known[key] = AttentionOf(attention_of(self, definition, inner))
                 else:
-                    result = self.value(definition.body, replace(inner, binding=definition.name), TOKENS)
+                    read = self.no_vector if definition.word == "score" else self.value
+                    result = read(definition.body, replace(inner, binding=definition.name), TOKENS)
                     self.known[key] = self.typed(definition, result)
             except AttnError as error:
                 blamed = (blame(d, definition, given or {}, span) for d in error.diagnostics)
@@ -230,6 +252,24 @@ class Elaborator:
         value = self.value(e, env, space)
         return number_of(value, e, chosen(value, e, env) or (help if isinstance(value, SetOf) else ""))
 
+    def quantity(self, e: ast.Expression, env: Scope, space: Space) -> Expr:
+        """A number or a vector."""
+        value = self.value(e, env, space)
+        return quantity_of(value, e, env, chosen(value, e, env))
+
+    def no_vector(self, e: ast.Expression, env: Scope, space: Space) -> Value:
+        """The value of what is to be a number: a vector is told where it comes in."""
+        value = self.value(e, env, space)
+        inside: ast.Expression | None = e
+        while inside is not None and isinstance(as_number(value), Vec):
+            e, inside = inside, None
+            for part in operands(e):
+                if inside is None and isinstance(as_number(found := self.value(part, env, space)), Vec):
+                    inside, value = part, found
+            if inside is None:
+                raise expected("a number", value, e)
+        return value
+
     def integer(self, e: ast.Expression, env: Scope, space: Space, help: str = "") -> Expr:
         number = self.num(e, env, space, help)
         if number.type != "int":
@@ -259,6 +299,18 @@ class Elaborator:
         if isinstance(value, Pattern):
             return value
         raise expected("a pattern", value, e)
+
+
+def operands(e: ast.Expression) -> tuple[ast.Expression, ...]:
+    """What the entries of a vector are made of."""
+    match e:
+        case ast.Nary("+", args):
+            return args
+        case ast.Binary("-" | "*" | "/", left, right):
+            return left, right
+        case ast.Call(ast.Name(name), args) if name in ir.FUNCTIONS:
+            return tuple(arg.value for arg in args)
+    return ()
 
 
 def _inputs(definition: ast.Definition | ast.AttentionDef) -> set[str]:

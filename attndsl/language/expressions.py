@@ -16,7 +16,17 @@ from attndsl.errors import AttnError, fail
 from attndsl.expr import Expr, IntSet, Table
 from attndsl.language import combinators, leaves
 from attndsl.language.arguments import check_builder
-from attndsl.language.mistakes import IN_SCORES, chosen, expected, not_integer, number_of, quoted, truth_of
+from attndsl.language.mistakes import (
+    IN_SCORES,
+    chosen,
+    expected,
+    not_integer,
+    number_of,
+    quantity_of,
+    quoted,
+    truth_of,
+    vector_of,
+)
 from attndsl.language.values import (
     GridPattern,
     K,
@@ -28,13 +38,16 @@ from attndsl.language.values import (
     Space,
     TableOf,
     Truth,
+    Truths,
     Value,
     Vec,
+    as_matrix,
     as_number,
     as_set,
     as_table,
     intersection,
     is_whole,
+    of_expr,
     restrict,
     tables_of,
     total,
@@ -64,7 +77,7 @@ def on_text(el: Elaborator, e: ast.Text, env: Scope, space: Space) -> Value:
 
 
 def on_abs(el: Elaborator, e: ast.Abs, env: Scope, space: Space) -> Value:
-    return Num(ir.absolute(el.num(e.arg, env, space)))
+    return of_expr(ir.absolute(el.quantity(e.arg, env, space)))
 
 
 def on_unary(el: Elaborator, e: ast.Unary, env: Scope, space: Space) -> Value:
@@ -72,11 +85,13 @@ def on_unary(el: Elaborator, e: ast.Unary, env: Scope, space: Space) -> Value:
         value = el.value(e.arg, env, space)
         if isinstance(value, Pattern | SetOf):
             raise fail(f"`not` is for truths, and this is {value.noun}", e.arg.span, help="write `~`")
+        if isinstance(value, Truths):
+            return Truths(ir.negate(value.expr))
         return Truth(ir.negate(truth_of(value, e.arg, env)))
     if e.op == "-":
         value = el.value(e.arg, env, space)
         help = "`~` is the complement" if isinstance(value, Pattern | SetOf) else ""
-        return Num(ir.neg(number_of(value, e.arg, help)))
+        return of_expr(ir.neg(quantity_of(value, e.arg, env, help)))
     value = as_set(el.value(e.arg, env, space))
     if isinstance(value, Pattern):
         # what is not chosen has no bound from below
@@ -131,7 +146,7 @@ def summed(e: ast.Nary, values: list[Value], env: Scope) -> Value:
         raise mixed(e, values)
     help = "for the union write `|`" if any(isinstance(value, SetOf) for value in values) else ""
     pairs = zip(e.args, values, strict=True)
-    return Num(ir.add(*(number_of(v, arg, help or chosen(v, arg, env)) for arg, v in pairs)))
+    return of_expr(ir.add(*(quantity_of(v, arg, env, help or chosen(v, arg, env)) for arg, v in pairs)))
 
 
 def connective(el: Elaborator, e: ast.Nary, env: Scope, space: Space) -> Value:
@@ -152,32 +167,36 @@ def connective(el: Elaborator, e: ast.Nary, env: Scope, space: Space) -> Value:
 def on_binary(el: Elaborator, e: ast.Binary, env: Scope, space: Space) -> Value:
     left, right = el.value(e.left, env, space), el.value(e.right, env, space)
     if e.op in ("-", "@"):
-        combined = difference(el, left, right) if e.op == "-" else product(el, left, right)
+        combined = difference(el, left, right) if e.op == "-" else product(el, e, left, right, env)
         if combined is not None:
             return combined
     if e.op == "@":
         left, right = as_number(left), as_number(right)
         help = "between numbers write `*`" if isinstance(left, Num) and isinstance(right, Num) else ""
-        if isinstance(left, TableOf) or isinstance(right, TableOf):
-            help = "the last axis of a table of vectors is `D`"
+        if isinstance(left, Vec) and as_matrix(right):
+            help = f"a matrix stands left: `{quoted(e.right, tight=True)} @ {quoted(e.left, tight=True)}`"
         found = f"{left.noun} and {right.noun}"
         raise fail(f"`@` multiplies two patterns or two vectors, not {found}", e.span, help)
     if e.op == "-" and isinstance(left, Pattern | SetOf):
         raise expected(left.noun, right, e.right)
     both = isinstance(left, Pattern) and isinstance(right, Pattern)
     help = "between patterns write `&`" if both else ""
-    a = number_of(left, e.left, help or chosen(left, e.left, env))
-    b = number_of(right, e.right, help or chosen(right, e.right, env))
+    a, b = (
+        number_of(value, side, help or chosen(value, side, env))
+        if e.op in ("//", "mod")
+        else quantity_of(value, side, env, help or chosen(value, side, env))
+        for value, side in ((left, e.left), (right, e.right))
+    )
     if e.op == "-":
-        return Num(ir.sub(a, b))
+        return of_expr(ir.sub(a, b))
     if e.op == "*":
-        return Num(ir.mul(a, b))
+        return of_expr(ir.mul(a, b))
     if e.op == "**":
-        return Num(ir.power(a, b, a.type == b.type == "int" and never_negative(b)))
+        return of_expr(ir.power(a, b, a.type == b.type == "int" and never_negative(b)))
     if e.op == "/":
         if env.integral:
             raise fail("`/` is real where an integer is needed", e.span, help="write `//` to round down")
-        return Num(ir.div(a, b))
+        return of_expr(ir.div(a, b))
     if b.free & {"q", "k"} or b.tables:
         raise fail(
             f"the divisor of `{e.op}` must be the same for all positions",
@@ -201,8 +220,8 @@ def difference(el: Elaborator, left: Value, right: Value) -> Value | None:
     return None
 
 
-def product(el: Elaborator, left: Value, right: Value) -> Value | None:
-    """The Boolean matrix product of patterns, or the inner product of vectors."""
+def product(el: Elaborator, e: ast.Binary, left: Value, right: Value, env: Scope) -> Value | None:
+    """Of patterns the Boolean matrix product, of vectors the inner product, of matrix and vector a vector."""
     if isinstance(left, Pattern) and isinstance(right, Pattern):
 
         def holds(q: Expr, k: Expr, space: Space) -> Expr:
@@ -212,9 +231,11 @@ def product(el: Elaborator, left: Value, right: Value) -> Value | None:
 
         return el.relation(holds)
     a, b = as_number(left), as_number(right)
-    if isinstance(a, Vec) and isinstance(b, Vec):
-        return Num(ir.inner(a.expr, b.expr))
-    return None
+    matrix = as_matrix(a)
+    if not isinstance(b, Vec) or not (matrix or isinstance(a, Vec)):
+        return None
+    vector = vector_of(b, e.right, env)
+    return Vec(ir.matvec(matrix, vector)) if matrix else Num(ir.inner(vector_of(a, e.left, env), vector))
 
 
 def on_compare(el: Elaborator, e: ast.Compare, env: Scope, space: Space) -> Value:
@@ -225,7 +246,9 @@ def on_compare(el: Elaborator, e: ast.Compare, env: Scope, space: Space) -> Valu
             continue
         a, b = (operand(el, op, side, env, space) for side in (left, right))
         parts.append(COMPARISONS[op](a, b))
-    return Truth(ir.all_of(*parts))
+        if parts[-1].type == "truths" and len(e.ops) > 1:
+            raise fail("a vector is compared once", e.span, "for two bounds put one `where` into another")
+    return of_expr(parts[0]) if len(parts) == 1 else Truth(ir.all_of(*parts))
 
 
 def operand(el: Elaborator, op: str, e: ast.Expression, env: Scope, space: Space) -> Expr:
@@ -235,7 +258,7 @@ def operand(el: Elaborator, op: str, e: ast.Expression, env: Scope, space: Space
         help = "for a member write `in`"
     if isinstance(value, Pattern):
         help = f"patterns are compared in an `assert` alone; look one up: `{quoted(e, tight=True)}[q, k]`"
-    number = number_of(value, e, help)
+    number = quantity_of(value, e, env, help)
     if env.integral and number.type == "real":
         raise not_integer(number, e)
     return number
@@ -349,7 +372,8 @@ def on_index(el: Elaborator, e: ast.Index, env: Scope, space: Space) -> Value:
         help = "the axes `B` and `H` are implicit: leave them out" if table.implicit else ""
         takes = f"{rank} ind{'ex' if rank == 1 else 'ices'}, not {len(indices)}" if rank else "no index"
         raise fail(f"`{table.name}` takes {takes}", e.span, help)
-    return as_number(TableOf(table, indices))
+    found = TableOf(table, indices)
+    return found if found.left else as_number(found)
 
 
 def learn(el: Elaborator, e: ast.Index, call: ast.Call | None, env: Scope, space: Space) -> Value:
@@ -411,33 +435,36 @@ def function(el: Elaborator, name: str, e: ast.Call, env: Scope, space: Space) -
     for arg in e.args:
         if arg.name:
             raise fail(f"`{name}` takes no named arguments", arg.span)
-    of_block = (
-        f"{name}({e.args[0].value.id})" if len(e.args) == 1 and isinstance(e.args[0].value, ast.Name) else ""
-    )
-    if of_block in env.names:
-        return env.names[of_block]
-    if name == "mean":
-        raise fail("`mean` is of the keys of a block, in the `by` of a choice among blocks", e.span)
-    counts = {"where": (3, 3), "min": (2, 99), "max": (2, 99)}
+    args = [arg.value for arg in e.args]
+    aggregate = f"{name}({args[0].id})" if len(args) == 1 and isinstance(args[0], ast.Name) else ""
+    if aggregate in ir.QUERY_VECTORS | ir.KEY_VECTORS:
+        if aggregate not in env.names:
+            raise fail(f"`{aggregate}` stands in the `by` of a choice among blocks alone", e.span)
+        return env.names[aggregate]
+    counts = {"where": (3, 3), "min": (2, 99), "max": (2, 99), "concat": (2, 99)}
     least, most = counts.get(name, (1, 1))
     if not least <= len(e.args) <= most:
         wanted = f"{least} argument{'s' * (least > 1)}" + (" or more" if most > least else "")
         extra = e.args[most].span if len(e.args) > most else e.span
         raise fail(f"`{name}` takes {wanted}, not {len(e.args)}", extra, f"write `{SIGNATURES[name]}`")
-    args = [arg.value for arg in e.args]
     if name == "where":
-        cond = el.truth(args[0], env, space)
-        return Num(ir.where(cond, el.num(args[1], env, space), el.num(args[2], env, space)))
-    numbers = [el.num(arg, env, space) for arg in args]
+        cond = el.value(args[0], env, space)
+        holds = cond.expr if isinstance(cond, Truths) else truth_of(cond, args[0], env)
+        return of_expr(ir.where(holds, *(el.quantity(arg, env, space) for arg in args[1:])))
+    if name in ("sum", "concat"):
+        vectors = [vector_of(el.value(arg, env, space), arg, env) for arg in args]
+        return of_expr(ir.total(*vectors) if name == "sum" else ir.concat(*vectors))
+    if name == "mean":
+        raise fail("`mean` is of the vectors of a block", args[0].span, "write `mean(K)` or `mean(Q)`")
+    if name in ("isqrt", "floor"):
+        number = el.num(args[0], env, space)
+        if name == "isqrt" and number.type != "int":
+            raise not_integer(number, args[0])
+        return Num(ir.call(name, number))
+    numbers = [el.quantity(arg, env, space) for arg in args]
     if name in ("min", "max"):
-        join = ir.minimum if name == "min" else ir.maximum
-        result = numbers[0]
-        for other in numbers[1:]:
-            result = join(result, other)
-        return Num(result)
-    if name == "isqrt" and numbers[0].type != "int":
-        raise not_integer(numbers[0], args[0])
-    return Num(ir.call(name, numbers[0]))
+        return of_expr(functools.reduce(ir.minimum if name == "min" else ir.maximum, numbers))
+    return of_expr(ir.call(name, numbers[0]))
 
 
 COMPARISONS: dict[str, Callable[[Expr, Expr], Expr]] = {

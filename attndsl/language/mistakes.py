@@ -8,12 +8,16 @@ from dataclasses import replace
 
 from attndsl.errors import AttnError, Diagnostic, Span, fail
 from attndsl.expr import Expr, nodes
-from attndsl.language.values import Num, Pattern, Scope, SetOf, TableOf, Truth, Value, as_number, as_set
+from attndsl.language.values import Num, Pattern, Scope, SetOf, TableOf, Truth, Value, Vec, as_number, as_set
 from attndsl.syntax import nodes as ast
 
 REMEDIES = {
     ("a number", "a truth"): "join conditions with `and`; as a number it is `where({x}, 1, 0)`",
-    ("a number", "a vector"): "an inner product is a number: `Q @ {v}`",
+    (
+        "a number",
+        "a vector",
+    ): "an inner product is a number, `Q @ {v}`, and so is `sum({x})`",
+    ("a truth", "a vector of truths"): "it may be the condition of a `where` alone",
     ("a truth", "a number"): "compare it, as in `{x} == 0`",
     ("a truth", "a pattern"): "look it up: `{r}[q, k]`",
     ("a set", "a number"): "write `[{x}]`",
@@ -34,6 +38,20 @@ def number_of(value: Value, e: ast.Expression, help: str = "") -> Expr:
     raise expected("a number", number, e, help)
 
 
+def quantity_of(value: Value, e: ast.Expression, env: Scope, help: str = "") -> Expr:
+    """A number or a vector."""
+    return vector_of(value, e, env) if isinstance(as_number(value), Vec) else number_of(value, e, help)
+
+
+def vector_of(value: Value, e: ast.Expression, env: Scope) -> Expr:
+    vector = as_number(value)
+    if not isinstance(vector, Vec):
+        raise expected("a vector", vector, e)
+    if env.integral:
+        raise fail("a mask may not depend on vectors", e.span, "`score` and `decay` may")
+    return vector.expr
+
+
 def truth_of(value: Value, e: ast.Expression, env: Scope) -> Expr:
     truth = as_number(value)
     if isinstance(truth, Truth):
@@ -51,7 +69,8 @@ def chosen(value: Value, e: ast.Expression, env: Scope) -> str:
 
 
 def expected(noun: str, value: Value, e: ast.Expression, help: str = "") -> AttnError:
-    value = as_number(value)
+    if not (isinstance(value, TableOf) and value.left == 1 and value.table.dims[-1] != "D"):
+        value = as_number(value)
     if isinstance(value, TableOf):
         listed = isinstance(as_set(value), SetOf)
         if listed and (value.indices or noun == "a truth" or value.table.dtype == "bool"):

@@ -38,10 +38,16 @@ class Truth:
 
 @dataclass(frozen=True)
 class Vec:
-    """A vector of head_dim numbers."""
-
     expr: Expr
     noun = "a vector"
+
+
+@dataclass(frozen=True)
+class Truths:
+    """What comparing a vector gives, entry by entry."""
+
+    expr: Expr
+    noun = "a vector of truths"
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +112,7 @@ class AttentionOf:
     noun = "an attention"
 
 
-Value = Num | Truth | Vec | SetOf | Pattern | GridPattern | TableOf | AttentionOf
+Value = Num | Truth | Vec | Truths | SetOf | Pattern | GridPattern | TableOf | AttentionOf
 
 
 def multiplicity(r: Relation) -> Expr:
@@ -174,19 +180,37 @@ class Scope:
 
 def tables_of(value: Value) -> frozenset[Table]:
     """The tables that a number, a truth, a vector or a look-up reads."""
-    if isinstance(value, Num | Truth | Vec):
+    if isinstance(value, Num | Truth | Vec | Truths):
         return value.expr.tables
     return frozenset({value.table}) if isinstance(value, TableOf) else frozenset()
 
 
+def of_expr(e: Expr) -> Num | Vec | Truth | Truths:
+    match e.type:
+        case "vec":
+            return Vec(e)
+        case "truths":
+            return Truths(e)
+        case "bool":
+            return Truth(e)
+    return Num(e)
+
+
+def as_matrix(value: Value) -> Expr | None:
+    """A table of reals that two axes are left of."""
+    if isinstance(value, TableOf) and value.left == 2 and value.table.dtype == "float":
+        return ir.lookup(value.table, *value.full)
+    return None
+
+
 def as_number(value: Value) -> Value:
-    """A table with all axes indexed is a number or a truth, one with the axis D left over a vector."""
+    """A table with all axes indexed is a number or a truth; one of reals with one left a vector, unless that
+    is `n`: an index was forgotten there."""
     if not isinstance(value, TableOf):
         return value
     if value.left == 0:
-        found = ir.lookup(value.table, *value.full)
-        return Truth(found) if found.type == "bool" else Num(found)
-    if value.left == 1 and value.table.dims[-1] == "D" and value.table.dtype == "float":
+        return of_expr(ir.lookup(value.table, *value.full))
+    if value.left == 1 and value.table.dims[-1] != "n" and value.table.dtype == "float":
         return Vec(ir.lookup(value.table, *value.full))
     return value
 

@@ -7,7 +7,7 @@ from attndsl import expr as ir
 RESERVED = frozenset("q k n nq h H D s Q K layer".split())
 POSITIONS = frozenset("q k s Q K".split())
 COMBINATORS = frozenset("blocks within grid random".split())
-FUNCTIONS = frozenset(("min", "max", "mean", "where", "isqrt", "floor", *ir.FUNCTIONS))
+FUNCTIONS = frozenset((*ir.AGGREGATES, "sum", "concat", "where", "isqrt", "floor", *ir.FUNCTIONS))
 CLAIMS = frozenset("every_row density nnz diameter reach".split())
 BUILT_IN = COMBINATORS | FUNCTIONS | CLAIMS | {"learn"}
 SIGNATURES = (
@@ -21,6 +21,8 @@ SIGNATURES = (
         "min": "min(a, b)",
         "max": "max(a, b)",
         "mean": "mean(K)",
+        "sum": "sum(x)",
+        "concat": "concat(x, y)",
     }
     | {name: f"{name}(x)" for name in ("isqrt", "floor", *ir.FUNCTIONS)}
     | {name: f"assert {name}(...)" for name in CLAIMS}
