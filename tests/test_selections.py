@@ -9,6 +9,9 @@ from torch import Tensor
 import attndsl
 from attndsl.conformance.selections import LENGTHS as SIZES
 from attndsl.conformance.selections import check
+from attndsl.execution import leaks
+from attndsl.meaning.normals import normals
+from attndsl.tiles import lowering
 
 TEXT = """
 attention moba { mask causal & (block(16) | topk(2, of = blocks(16, causal - radius(0)), by = Q @ mean(K))) }
@@ -117,12 +120,74 @@ def test_of_equal_scores_the_first_key_is_chosen() -> None:
     torch.testing.assert_close(plan(q, k, v)[0, 0, :, 0], torch.tensor(wanted, dtype=torch.float64))
 
 
+def counts_of_chunks(labels: Tensor, chunk: int, wrap: bool) -> Tensor:
+    """Multiplicities [n, n] of labels [rounds, n], slot by slot as in the published code: rounds end to end
+    on one axis, each piece beside the one before it."""
+    n = labels.shape[1]
+    pieces = []
+    for row in labels.tolist():
+        order = sorted(range(n), key=lambda i: (row[i], i))
+        pieces.append([order[start : start + chunk] for start in range(0, n, chunk)])
+    found = torch.zeros(n, n, dtype=torch.int64)
+    for j, of_round in enumerate(pieces):
+        for i, piece in enumerate(of_round):
+            before = of_round[i - 1] if i else pieces[j - 1][-1] if wrap else []
+            for q in piece:
+                for k in [*piece, *before]:
+                    found[q, k] += 1
+    return found
+
+
+@pytest.mark.parametrize(("count", "wrap"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize("n", [5, 16, 33, 64])
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_an_order_relates_pieces(count: bool, wrap: bool, n: int, rounds: int) -> None:
+    flags = f"count = {str(count).lower()}, wrap = {str(wrap).lower()}"
+    text = f"attention a {{ mask lsh(rounds = {rounds}, chunk = 8, buckets = 4, {flags}) }}"
+    bound = attndsl.parse(text)["a"]
+    plan = attndsl.compile(bound, length=64, heads=4, kv_heads=2, head_dim=8, dtype="float64", batch=2)
+    q, k, v = vectors(n, seed=n)
+    chosen = {name: found.numpy() for name, found in plan.choices(q, k).items()}
+    got = torch.from_numpy(bound.counts(n, heads=4, **chosen))
+    rotation = torch.tensor(normals(0, rounds, 2, 8, 2))
+    along = torch.einsum("bhnd,rhdm->bhrnm", k, rotation)
+    labels = torch.cat([along, -along], -1).argmax(-1).repeat_interleave(2, 1)
+    wanted = torch.stack([torch.stack([counts_of_chunks(x, 8, wrap) for x in row]) for row in labels])
+    assert torch.equal(got, wanted if count else wanted.clamp_max(1))
+    logits = q @ k.repeat_interleave(2, 1).transpose(-1, -2) / 8**0.5 + got.double().log()
+    exact = torch.softmax(logits, -1) @ v.repeat_interleave(2, 1)
+    torch.testing.assert_close(plan(q, k, v), exact, rtol=0, atol=1e-12)
+
+
+def test_queries_and_keys_of_one_cluster_see_one_another() -> None:
+    bound = attndsl.parse("attention a { inputs mu : float[H, 4, D]  mask cluster(mu, 6) }")["a"]
+    plan = attndsl.compile(bound, length=40, heads=2, head_dim=8, dtype="float64")
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, 2, 40, 8, generator=generator, dtype=torch.float64) for _ in range(2))
+    mu = torch.randn(2, 4, 8, generator=generator, dtype=torch.float64)
+    chosen = {name: found.numpy() for name, found in plan.choices(q, k, mu=mu).items()}
+    wanted = torch.zeros(2, 40, 40, dtype=torch.bool)
+    for h in range(2):
+        for center in mu[h]:
+            of_q, of_k = ((x[0, h] / x[0, h].norm(dim=-1, keepdim=True)) @ center for x in (q, k))
+            for i in of_q.topk(6).indices:
+                wanted[h, i, of_k.topk(6).indices] = True
+    got = torch.from_numpy(bound.mask(40, heads=2, mu=mu.numpy(), **chosen))
+    assert torch.equal(got.view(2, 40, 40), wanted)
+
+
 LEAVES = [
     "mask topk(4, of = causal)",
     "mask topk(4, of = causal, share = kv)",
     "mask causal & topk(2, of = blocks(4, causal - radius(0)), by = Q @ mean(K))",
     "mask causal & blocks(4, radius(0) | topk(2, of = causal - radius(0)))",
     "inputs ids : int[B, n]  mask topk(4, of = documents(ids))",
+    "mask causal & within(hash(8, seed = 3), last(4))",
+    "mask causal & within(hash(128), full)",
+    "inputs mu : float[H, 4, D]  mask causal & within(nearest(mu), last(8))",
+    "mask causal & lsh(rounds = 2, chunk = 8)",
+    "mask lsh(rounds = 3, chunk = 8, buckets = 6, seed = 5, count = true, wrap = true)",
+    "inputs mu : float[H, 4, D]  mask causal & cluster(mu, 8)",
 ]
 
 
@@ -144,7 +209,7 @@ MISTAKES = {
     "mask topk(2, by = learn[D] @ K)": "needs a name",
     "mask topk(2, of = topk(3))": "stands here for others",
     "mask topk(2, share = heads)": "`share` is heads",
-    "mask topk(2, by = Q @ mean(K))": "`mean` is of the keys of a block",
+    "mask topk(2, by = Q @ mean(K))": "`mean(K)` stands in the `by` of a choice among blocks alone",
     "mask topk(2, off = causal)": "`topk` has no parameter `off`",
     "mask topk(of = causal)": "`topk` needs its argument `r`",
 }
@@ -156,3 +221,38 @@ def test_a_choice_where_none_may_be_is_refused(clauses: str, said: str) -> None:
         attndsl.parse(f"attention a {{ {clauses} }}")["a"]
     assert said in str(found.value)
     assert "<text>:1:" in str(found.value)
+
+
+LEAKS = {
+    "mask causal & topk(8)": True,
+    "mask topk(8, of = causal)": False,
+    "mask causal & topk(2, of = blocks(8, causal))": True,
+    "mask causal & topk(2, of = blocks(8, causal - radius(0)))": False,
+    "mask causal & blocks(8, radius(0) | topk(2, of = causal - radius(0)))": True,
+    "mask causal & lsh(rounds = 2, chunk = 8)": True,
+    "mask causal & within(hash(8), last(4))": False,
+    "inputs mu : float[H, 4, D]  mask causal & cluster(mu, 8)": True,
+    "inputs mu : float[H, 4, D]  mask causal & within(nearest(mu), last(4))": False,
+    "mask topk(8)": False,
+}
+"""Whether later tokens change what a query of a causal attention sees."""
+
+
+@pytest.mark.parametrize(("clauses", "leaks_"), LEAKS.items())
+def test_what_looks_ahead_is_told_with_an_edit_that_shows_it(clauses: str, leaks_: bool) -> None:
+    attention = attndsl.parse(f"attention a {{ {clauses} }}")["a"].attention
+    assert bool(leaks.unstable(attention)) == leaks_
+    if leaks_:
+        found = leaks.witness(attention)
+        assert found is not None
+        assert found.row < found.edited == found.n - 1
+
+
+@pytest.mark.parametrize(
+    "clauses", [clauses for clauses, leaks_ in LEAKS.items() if not leaks_ and "causal" in clauses]
+)
+def test_what_is_proved_stable_is_not_changed_by_20_edits(clauses: str) -> None:
+    attention = attndsl.parse(f"attention a {{ {clauses} }}")["a"].attention
+    for n in (24, 65):
+        sizes = lowering.sizes(attention, n, n, attention.enough_heads())
+        assert not any([*leaks.changed(attention, sizes, seed)] for seed in range(20))

@@ -106,11 +106,18 @@ def test_the_library_is_read_where_it_is_used(environment, tmp_path):
     assert ": proved: " in mine
 
 
-@pytest.mark.parametrize(("shown", "passing"), [("Tiny", 120), ("Scored", 200)])
-def test_a_backend_that_is_shown_conforms(shown, passing, tmp_path):
-    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    (source,) = (block for block in python_of(text) if block.endswith(f"backend = {shown}()\n"))
-    (points,) = (block for block in re.findall(r"```toml\n(.*?)```", text, re.DOTALL) if "tiny" in block)
+@pytest.mark.parametrize(
+    ("file", "name", "shown", "passing"),
+    [
+        ("CONTRIBUTING.md", "tiny", "backend = Tiny", 120),
+        ("CONTRIBUTING.md", "tiny", "backend = Scored", 200),
+        ("docs/selections.md", "longest", "selection = Longest", 7),
+    ],
+)
+def test_a_plugin_that_is_shown_conforms(file, name, shown, passing, tmp_path):
+    text = (ROOT / file).read_text(encoding="utf-8")
+    (source,) = (block for block in python_of(text) if block.endswith(f"{shown}()\n"))
+    (points,) = (block for block in re.findall(r"```toml\n(.*?)```", text, re.DOTALL) if name in block)
     (tmp_path / "my_package.py").write_text(source)
     info = tmp_path / "tiny-0.1.dist-info"
     info.mkdir()
@@ -118,4 +125,4 @@ def test_a_backend_that_is_shown_conforms(shown, passing, tmp_path):
     ((group, rows),) = tomllib.loads(points)["project"]["entry-points"].items()
     lines = [f"{name} = {target}" for name, target in rows.items()]
     (info / "entry_points.txt").write_text("\n".join([f"[{group}]", *lines]))
-    assert suite_of("tiny", text, tmp_path, environment_with(tmp_path)) > passing
+    assert suite_of(name, text, tmp_path, environment_with(tmp_path)) > passing

