@@ -40,9 +40,10 @@ class Relation:
 
 @dataclass(frozen=True)
 class Norm:
-    """`softmax` (with an optional sink logit per head), `sigmoid` or `relu`."""
+    """`softmax` (with an optional sink logit per head), `sigmoid`, `relu`, or the score itself as a weight:
+    `linear` divides by the sum of the row, `none` does not."""
 
-    kind: Literal["softmax", "sigmoid", "relu"] = "softmax"
+    kind: Literal["softmax", "sigmoid", "relu", "linear", "none"] = "softmax"
     sink: Expr | None = None
 
 

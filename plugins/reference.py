@@ -16,6 +16,8 @@ from attndsl.execution.torch_eval import (
     elements,
     environment,
     evaluate,
+    gain,
+    gained,
     softmax,
 )
 from attndsl.tiles.blockmask import BlockMask
@@ -43,7 +45,7 @@ class Reference:
     features = replace(
         FEATURES,
         clauses={"score", "decay", "count", "sink", "heads"},
-        norms={"softmax", "sigmoid", "relu"},
+        norms={"softmax", "sigmoid", "relu", "linear", "none"},
     )
     seconds = SECONDS
 
@@ -107,10 +109,8 @@ def attend_group(group: HeadGroup, call: Call, env: Env) -> tuple[Tensor, Tensor
         sink = group.norm.sink
         weight, lse = softmax(logit, decay, None if sink is None else evaluate(sink, env, here).to(env.dtype))
         return weight @ v, lse.squeeze(-1)
-    weight = decay * (torch.sigmoid(logit) if group.norm.kind == "sigmoid" else torch.relu(logit))
-    total = weight.sum(-1)
-    empty = (weight == 0).all(-1)
-    return weight @ v, torch.where(empty, -torch.inf, torch.log(torch.where(empty, 1.0, total)))
+    weight, lse = gained(group.norm.kind, decay * gain(group.norm.kind, logit))
+    return weight @ v, lse.squeeze(-1)
 
 
 backend = Reference()

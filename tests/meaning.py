@@ -464,6 +464,14 @@ class Problem:
                 for arg in args:
                     sink = meaning(arg.value)
         logit = np.broadcast_to(logit, factor.shape)
+        if norm in ("linear", "none"):
+            weights = np.where(factor != 0, factor * logit, 0)
+            total = weights.sum(1, keepdims=True)
+            return (
+                weights
+                if norm == "none"
+                else np.where(total == 0, 0, weights) / np.where(total == 0, 1, total)
+            )
         if norm != "softmax":
             gain = 1 / (1 + np.exp(-logit)) if norm == "sigmoid" else np.maximum(logit, 0)
             return np.where(factor != 0, factor * gain, 0)

@@ -553,6 +553,7 @@ class Writer:
             lambda: f"softmax(sink = {self.rng.choice((self.learn('H', '0.5'), '1.0', 'h / H'))})",
             lambda: "sigmoid",
             lambda: "relu",
+            lambda: "none",
         )
 
 

@@ -30,7 +30,7 @@ GAPS = {
     NOTHING + "clause `sink`": "sink sink-number sink-H sink-BH listed-sink",
     NOTHING + "clause `decay`": (
         "adaptive decay-power decay-table decay-of-vectors decay-to-nothing decay-sigmoid decay-relu "
-        "multiset-of-tables random-decay listed-by-row"
+        "multiset-of-tables random-decay listed-by-row linear-windowed retention"
     ),
     NOTHING + "clauses `count`, `decay`": "multiset threefold multisets-met multiset-sigmoid",
     NOTHING + "clauses `decay`, `sink`": "decay-twice",
@@ -38,6 +38,8 @@ GAPS = {
     NOTHING + "clauses `decay`, `heads`, `sink`": "groups-of-all-kinds",
     NOTHING + "norm `sigmoid`": "sigmoid listed-sigmoid",
     NOTHING + "norm `relu`": "relu",
+    NOTHING + "norm `linear`": "linear linear-listed",
+    NOTHING + "norm `none`": "retention-of-some",
     "the score is not s * number + bias": (
         "softcap shaw da u-D u-HD-twice transformer-xl x-D-y-BD x-BHD-y-HD x-nD x-BnD x-BHnD "
         "x-B35D norms-of-vectors functions powers extremes several-clauses condition-on-content "

@@ -358,7 +358,7 @@ SINKS = tuple(
     Pair(f"{t.text} + 0.25 * h", lambda p, t=t: t.of(p) + 0.25 * p.h, t.uses | {"sink"})
     for t in (BY_NAME[name].pair() for name in ("float_B_", "float_H_", "float_BH_", "learn_H_"))
 )
-NORMS = ("softmax", "sink", "sigmoid", "softmax", "relu")
+NORMS = ("softmax", "sink", "sigmoid", "softmax", "relu", "linear", "softmax", "none")
 
 
 @dataclass(frozen=True)
@@ -371,9 +371,9 @@ class Program:
 
 
 def program(i: int, grower: Grower) -> Program:
-    rng, where, norm = grower.rng, ("bias", "score", "score")[i % 3], NORMS[i % 5]
+    rng, where, norm = grower.rng, ("bias", "score", "score")[i % 3], NORMS[i % len(NORMS)]
     score = grower.turn(SCORES[where])(grower.tree("r", 3, where))
-    if norm == "relu":
+    if norm in ("relu", "linear", "none"):
         # the logarithm of a sum near 0 is off by more than its terms
         bare = score
         score = replace(bare, text=f"0.5 + |({bare.text})|", of=lambda p: 0.5 + abs(bare.of(p)))

@@ -97,7 +97,7 @@ class Formula:
     decay: Function | None = None
     count: Function | None = None
     sink: Function | None = None
-    norm: Literal["softmax", "sigmoid", "relu"] = "softmax"
+    norm: Literal["softmax", "sigmoid", "relu", "linear", "none"] = "softmax"
     heads: Callable[[int, int], bool] = lambda h, H: True
 
 
@@ -194,11 +194,13 @@ def _rows(formula: Formula, p: Pairs, v: Tensor, i: Tensor) -> tuple[Tensor, Ten
         top = torch.where(top.isinf(), 0.0, top)
         weight, rest = factor * torch.exp(logit - top[i]), torch.exp(sink - top)
     else:
-        weight = factor * (torch.sigmoid(logit) if formula.norm == "sigmoid" else torch.relu(logit))
+        of = {"sigmoid": torch.sigmoid, "relu": torch.relu}.get(formula.norm, lambda x: x)
+        weight = factor * of(logit)
     empty = total(weight) == 0
-    weight = torch.where(empty[i], 0.0, weight)
+    divided = formula.norm in ("softmax", "linear")
+    weight = torch.where(empty[i], 0.0, weight) if divided else weight
     z = torch.where(empty, 1.0, total(weight) + rest)
     lse = torch.where(empty, -torch.inf, torch.log(z) + top)
-    size = total(weight * logit.abs()).detach() / torch.where(empty, 1.0, total(weight)).detach()
+    size = total(weight.abs() * logit.abs()).detach() / torch.where(empty, 1.0, total(weight.abs())).detach()
     out = total(weight[:, None] * v)
-    return out / z[:, None] if formula.norm == "softmax" else out, lse, size
+    return out / z[:, None] if divided else out, lse, size

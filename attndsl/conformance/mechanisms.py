@@ -516,6 +516,44 @@ FEATURES = (
     ),
 )
 
+
+def elus(p: Pairs) -> Tensor:
+    return dot(elu1(p.Q), elu1(p.K))
+
+
+ELUS = "score where(Q > 0, Q + 1, exp(Q)) @ where(K > 0, K + 1, exp(K))"
+LINEAR = (
+    mechanism("linear", f"mask causal {ELUS} norm linear", Formula(causal, elus, norm="linear")),
+    mechanism(
+        "linear-windowed",
+        "mask causal & (last(20) | sinks(3)) & { q, k : k < q - 2 } "
+        f"{ELUS} / D decay g ** (q - k) norm linear",
+        Formula(
+            lambda p: (last(20)(p) | (p.k < 3)) & (p.k < p.q - 2),
+            lambda p: elus(p) / p.D,
+            lambda p: p.g[p.h] ** (p.q - p.k),
+            norm="linear",
+        ),
+        params="(g = learn[H](0.9))",
+    ),
+    mechanism(
+        "linear-listed",
+        "inputs keys : int[H, n, 5] mask causal & { q, k : k in keys[q] } score s * s + 0.1 norm linear",
+        Formula(lambda p: causal(p) & listed(p.keys[p.h, p.q], p), lambda p: p.s * p.s + 0.1, norm="linear"),
+        tables={"keys": around},
+    ),
+    mechanism(
+        "retention",
+        f"mask causal {ELUS} / D decay 0.97 ** (q - k) norm none",
+        Formula(causal, lambda p: elus(p) / p.D, lambda p: 0.97 ** (p.q - p.k), norm="none"),
+    ),
+    mechanism(
+        "retention-of-some",
+        "mask radius(9) & { q, k : k mod 3 < 2 and q mod 5 < 4 } score s * s norm none",
+        Formula(lambda p: radius(9)(p) & (p.k % 3 < 2) & (p.q % 5 < 4), lambda p: p.s * p.s, norm="none"),
+    ),
+)
+
 TABLES = (
     with_inputs("t : float[B]", scored("t-B", "s * exp(t / 3)", lambda p: p.s * (p.t[p.b] / 3).exp())),
     with_inputs(
@@ -1052,6 +1090,7 @@ FLOORS = (
 WIDE = (
     *VECTORS,
     *FEATURES,
+    *LINEAR,
     *TABLES,
     *OPERATORS,
     *DECAYS,

@@ -165,6 +165,24 @@ def softmax(logit: Tensor, factor: Tensor | None = None, sink: Tensor | None = N
     return weight / total, torch.where(empty, -torch.inf, torch.log(total) + top)
 
 
+def gain(kind: str, logit: Tensor) -> Tensor:
+    """What a norm other than softmax makes of a logit; 0 of -inf."""
+    if kind == "sigmoid":
+        return torch.sigmoid(logit)
+    return torch.relu(logit) if kind == "relu" else logit.masked_fill(logit == -torch.inf, 0.0)
+
+
+def gained(kind: str, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """From what `gain` and the decay make of whole rows: the final weights, under `linear` none of a row with
+    the sum 0, and the logarithm of the sum [.., 1]."""
+    total = weight.sum(-1, keepdim=True)
+    empty = total == 0
+    total = torch.where(empty, 1.0, total)
+    if kind == "linear":
+        weight = torch.where(empty, 0.0, weight) / total
+    return weight, torch.where(empty, -torch.inf, torch.log(total))
+
+
 STRAIN = 2.0**10
 """A log-sum-exp beyond this says less and less of how many keys it is of: nothing where -1e9 is a mask."""
 

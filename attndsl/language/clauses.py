@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args, get_type_hints
 
 import numpy as np
 
@@ -246,8 +246,10 @@ class AttentionBuilder:
 
     def norm(self, e: ast.Expression, env: Scope) -> Norm:
         func, args = (e.func, e.args) if isinstance(e, ast.Call) else (e, ())
-        if not isinstance(func, ast.Name) or func.id not in ("softmax", "sigmoid", "relu"):
-            raise fail("a norm is `softmax`, `softmax(sink = ...)`, `sigmoid` or `relu`", e.span)
+        if not isinstance(func, ast.Name) or func.id not in get_args(get_type_hints(Norm)["kind"]):
+            raise fail(
+                "a norm is `softmax`, `softmax(sink = ...)`, `sigmoid`, `relu`, `linear` or `none`", e.span
+            )
         for arg in args:
             if func.id != "softmax":
                 raise fail(f"`{func.id}` takes no arguments", arg.span, help="only `softmax` has a sink")

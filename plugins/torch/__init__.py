@@ -3,7 +3,8 @@
 A mask is taken apart (`take_apart`) into batches of equal problems. Stretches of rows that look the
 same run on strided views of k and v, which overlap and are never copied; the rest on gathered tiles. Each
 part gives an output and a log-sum-exp; two parts of a row merge exactly:
-L = logaddexp(L1, L2), o = exp(L1 - L) o1 + exp(L2 - L) o2 (Dao et al., FlashAttention, 2022).
+L = logaddexp(L1, L2), o = exp(L1 - L) o1 + exp(L2 - L) o2 (Dao et al., FlashAttention, 2022). Without
+a softmax weights may be negative: sums of weights and of weighed values add up, and `linear` divides last.
 Memory grows with the entries of the BlockMask and the tokens, never with their square.
 """
 
@@ -25,7 +26,7 @@ class Torch:
     features = replace(
         FEATURES,
         clauses={"score", "decay", "count", "sink", "heads"},
-        norms={"softmax", "sigmoid", "relu"},
+        norms={"softmax", "sigmoid", "relu", "linear", "none"},
     )
     seconds = SECONDS
     counts = staticmethod(counts)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from attndsl.execution.operator import vjp
-from attndsl.execution.torch_eval import along_diagonals, singles, weigh
+from attndsl.execution.torch_eval import along_diagonals, gain, singles, weigh
 
 from .chunks import Addend, Chunk, by_run
 from .work import Work
@@ -25,12 +25,12 @@ LOG2_E = 1 / math.log(2.0)
 @dataclass(frozen=True, eq=False)
 class Rows:
     """Of every query row of a lane, in at least float32: [X, nq, Dv] gradient and output, [X, nq]
-    log-sum-exp (beyond the work's `top` if it has one), inf for an empty row, and the gradient of the
-    log-sum-exp if there is one."""
+    log-sum-exp (beyond the work's `top` if it has one) or, without a softmax, sum of the weights, inf for an
+    empty row, and the gradient of the log-sum-exp if there is one."""
 
     grad_out: Tensor
     out: Tensor
-    lse: Tensor
+    total: Tensor
     grad_lse: Tensor | None
 
     @cached_property
@@ -78,21 +78,21 @@ def part_gradient(
     kind = work.lane.group.norm.kind
     q, k, v = work.sources(chunk)
     grad_out, delta = chunk.queries(rows.grad_out), chunk.queries(rows.delta)
-    over = chunk.queries(rows.lse)[..., None]
+    over = chunk.queries(rows.total)[..., None]
 
     def weights(q: Tensor, k: Tensor, tables: Mapping[str, Tensor]) -> Tensor:
         logit, factor = work.weights(chunk, q, k, tables)
         if kind == "softmax":
             return weigh(logit, over, factor)
-        weight = torch.sigmoid(logit) if kind == "sigmoid" else torch.relu(logit)
-        return weight if factor is None else factor * weight
+        weight = gain(kind, logit) if factor is None else factor * gain(kind, logit)
+        return weight / over if kind == "linear" else weight
 
     weight, pull = vjp(weights, q, k, singles(work.call.tables, tables))
-    if kind != "softmax":
+    if kind not in ("softmax", "linear"):
         # no sum is divided by: of what delta is for, only the gradient of its logarithm is left
         delta = torch.zeros_like(delta)
         if rows.grad_lse is not None:
-            delta = -chunk.queries(rows.grad_lse) * torch.exp(-over).squeeze(-1)
+            delta = -chunk.queries(rows.grad_lse) / over.squeeze(-1)
     gq, gk, grads = pull(grad_out @ v.transpose(-1, -2) - delta[..., None])
     for name, g in grads.items():
         tables[name] += g
@@ -110,7 +110,7 @@ def simple_gradient(
     q, grad_out = (folded(x, groups) for x in (q * scale, chunk.queries(rows.grad_out)))
     k, v = k.flatten(0, 1), v.flatten(0, 1)
     weight, slope = (x[: math.prod(shape)].view(-1, q.shape[1], shape[3]) for x in room)
-    start, base = unfolded(weight, shape), chunk.queries(rows.lse)[..., None] * -LOG2_E
+    start, base = unfolded(weight, shape), chunk.queries(rows.total)[..., None] * -LOG2_E
     if addend[0] is None:
         start.copy_(base)
     else:
@@ -143,7 +143,7 @@ def sink_gradient(work: Work, rows: Rows, tables: dict[str, Tensor]) -> None:
         return
     value, pull = vjp(work.sink, singles(work.call.tables, tables))
     assert value is not None
-    weight = torch.exp(value - rows.lse)
+    weight = torch.exp(value - rows.total)
     (grads,) = pull(-weight * rows.delta)
     for name, g in grads.items():
         tables[name] += g

@@ -17,7 +17,7 @@ from . import lists, rows
 from .chunks import Kept
 from .gradient import Rows, bias_gradient, part_gradient, room_of, sink_gradient, slopes_of
 from .lanes import Lane, Simple, lanes
-from .work import Work
+from .work import Work, normalise
 
 
 def widened(call: Call) -> Call:
@@ -74,10 +74,23 @@ class BlockSparse:
     def run(self, work: Work, out: Tensor, lse: Tensor) -> None:
         """Writes output and log-sum-exp of a lane."""
         out[:, work.schedule.empty] = 0.0
-        lse[:, work.schedule.empty] = -torch.inf
+        lse[:, work.schedule.empty] = -torch.inf if work.lane.group.norm.kind == "softmax" else 0.0
         for chunk, addend in work.schedule.chunks:
             work.merge(chunk, out, lse, *work.part(chunk, addend))
-        work.add_sink(out, lse)
+        work.finish(out, lse)
+
+    def totals(self, work: Work, lse: Tensor) -> Tensor:
+        """Of every row what `Rows.total` is; summed again where a sum has no logarithm."""
+        if work.lane.group.norm.kind == "softmax":
+            return lse.masked_fill(lse == -torch.inf, torch.inf)
+        total = lse.exp()
+        if bool(total.isnan().any()):
+            total = torch.zeros_like(lse)
+            for chunk, _ in work.schedule.chunks:
+                q, k, v = work.sources(chunk)
+                more = normalise(*work.weights(chunk, q, k, {}), v[..., :0], work.lane.group.norm.kind)[1]
+                chunk.add_queries(total, more)
+        return total.masked_fill(total == 0, torch.inf)
 
     def careful(self, call: Call, lane: Lane) -> tuple[Work, Tensor, Tensor, Tensor]:
         """Work whose logits are differences from the greatest of their row, which are exact; that greatest;
@@ -135,7 +148,7 @@ class BlockSparse:
             rows = Rows(
                 lane.queries(grad_out.to(wide)),
                 lane.queries(out.to(wide)),
-                over.masked_fill(over == -torch.inf, torch.inf),
+                self.totals(work, over),
                 None if shift is None else lane.queries(shift),
             )
             dq, dk, dv = lane.queries(totals[0]), lane.keys(totals[1]), lane.keys(totals[2])

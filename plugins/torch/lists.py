@@ -26,6 +26,8 @@ from attndsl.execution.torch_eval import (
     Env,
     decay_factor,
     evaluate,
+    gain,
+    gained,
     of_heads,
     positions,
     singles,
@@ -213,10 +215,9 @@ class Lists:
             sink = None if norm.sink is None else evaluate(norm.sink, env).to(env.dtype)
             weight, lse = softmax(logit, factor, sink)
             return weight, lse.squeeze(-1)
-        weight = torch.sigmoid(logit) if norm.kind == "sigmoid" else torch.relu(logit)
-        weight = weight if factor is None else weight * factor
-        total = weight.sum(-1)
-        return weight, torch.where(total == 0, -torch.inf, torch.where(total == 0, 1.0, total).log())
+        weight = gain(norm.kind, logit)
+        weight, lse = gained(norm.kind, weight if factor is None else weight * factor)
+        return weight, lse.squeeze(-1)
 
 
 def _matrix(starts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:

@@ -16,6 +16,7 @@ from attndsl.execution.torch_eval import (
     evaluate,
     from_diagonals,
     fused_rows,
+    gain,
     of_distances,
     of_heads,
     peak,
@@ -150,7 +151,8 @@ class Work:
         return [fused_rows(x, width).expand(len(q), -1, -1, -1) for x in (q, k, v)]
 
     def part(self, chunk: Chunk, addend: Addend | None) -> tuple[Tensor, Tensor]:
-        """Output [X, C, q_len, Dv] and log-sum-exp [X, C, q_len] of these pairs alone."""
+        """Output [X, C, q_len, Dv] and log-sum-exp [X, C, q_len] of these pairs alone; without a softmax the
+        sums of the weighed values and of the weights."""
         if not self.fused:
             q, k, v = self.sources(chunk)
             return normalise(*self.weights(chunk, q, k, {}), v, self.lane.group.norm.kind)
@@ -190,13 +192,23 @@ class Work:
             chunk.put_queries(out, o)
             chunk.put_queries(lse, more)
             return
-        both = torch.logaddexp(chunk.queries(lse), more)
-        if self.lane.group.norm.kind == "softmax":
-            share = torch.exp(more - both.masked_fill(both == -torch.inf, 0.0))
-            chunk.blend_queries(out, o.to(out.dtype), share[..., None])
-        else:
+        if self.lane.group.norm.kind != "softmax":
             chunk.add_queries(out, o)
+            chunk.add_queries(lse, more)
+            return
+        both = torch.logaddexp(chunk.queries(lse), more)
+        share = torch.exp(more - both.masked_fill(both == -torch.inf, 0.0))
+        chunk.blend_queries(out, o.to(out.dtype), share[..., None])
         chunk.put_queries(lse, both)
+
+    def finish(self, out: Tensor, lse: Tensor) -> None:
+        """The results, of all parts of every row."""
+        if self.lane.group.norm.kind == "softmax":
+            self.add_sink(out, lse)
+            return
+        if self.lane.group.norm.kind == "linear":
+            out.div_(lse.masked_fill(lse == 0, torch.inf)[..., None])
+        lse.log_()
 
     def sink(self, tables: Mapping[str, Tensor]) -> Tensor | None:
         """The sink's logit of every row [X, nq]; `tables` take the place of the call's."""
@@ -224,16 +236,13 @@ def closing(mask: Tensor | None, bias: Tensor) -> Addend:
 
 
 def normalise(logit: Tensor, factor: Tensor | None, v: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp of one part."""
-    if kind == "softmax":
-        top = peak(logit, factor)
-        top = top.masked_fill(top == -torch.inf, 0.0)
-        weight = weigh(logit, top, factor)
-    else:
-        top = torch.zeros_like(logit[..., :1])
-        weight = torch.sigmoid(logit) if kind == "sigmoid" else torch.relu(logit)
+    """What one part gives, as in `Work.part`."""
+    if kind != "softmax":
+        weight = gain(kind, logit)
         weight = weight if factor is None else weight * factor
+        return weight @ v, weight.sum(-1)
+    top = peak(logit, factor)
+    top = top.masked_fill(top == -torch.inf, 0.0)
+    weight = weigh(logit, top, factor)
     total = weight.sum(-1)
-    lse = torch.log(total) + top.squeeze(-1)
-    out = weight @ v
-    return (out / total.masked_fill(total == 0, 1.0)[..., None] if kind == "softmax" else out), lse
+    return weight @ v / total.masked_fill(total == 0, 1.0)[..., None], torch.log(total) + top.squeeze(-1)
