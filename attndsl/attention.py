@@ -86,10 +86,14 @@ class Attention:
         decay = None if relation.count is None else mul(const(1.0), relation.count)
         return Attention(name, (HeadGroup(relation, var("s"), decay),))
 
-    @property
+    @functools.cached_property
     def selected(self) -> tuple[Table, ...]:
         """The tables of its choices, by name."""
-        return _selected(self)
+        read: set[Table] = set()
+        for group in self.groups:
+            parts = (group.relation.mask, group.relation.count, group.score, group.decay, group.norm.sink)
+            read |= {table for part in parts if part is not None for table in part.tables}
+        return tuple(sorted((t for t in read if isinstance(t.origin, Selected)), key=lambda t: t.name))
 
     def enough_heads(self) -> int:
         """The least number of heads at which every group holds one; claims are about that many or more."""
@@ -115,12 +119,3 @@ class Attention:
             which = substitute(all_of(group.heads, mask), {"h": var("?h")})
             found.append(exists("?h", ZERO, heads, which) if "h" in mask.free else mask)
         return any_of(*found)
-
-
-@functools.lru_cache(maxsize=1024)
-def _selected(attention: Attention) -> tuple[Table, ...]:
-    read: set[Table] = set()
-    for group in attention.groups:
-        parts = (group.relation.mask, group.relation.count, group.score, group.decay, group.norm.sink)
-        read |= {table for part in parts if part is not None for table in part.tables}
-    return tuple(sorted((t for t in read if isinstance(t.origin, Selected)), key=lambda t: t.name))
