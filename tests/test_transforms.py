@@ -131,7 +131,7 @@ def test_one_plan_serves_every_dtype(name: str) -> None:
         found = plan(*(x.to(dtype) for x in (q, k, v)), **given)
         assert found.dtype == dtype
         torch.testing.assert_close(found.double(), expected, atol=tolerance, rtol=tolerance)
-    assert set(plan.others) == {"float64", "bfloat16", "float16"}
+    assert set(plan.others) == {(name, plan.backend) for name in ("float64", "bfloat16", "float16")}
 
 
 def test_autocast_converts_as_for_the_attention_of_torch() -> None:

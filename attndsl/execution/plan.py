@@ -95,8 +95,8 @@ class Plan:
     block_masks: BlockMask | None = field(repr=False)
     compile_seconds: float
     tables: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    others: dict[str, Lowered] = field(default_factory=dict, repr=False)
-    """What was lowered for calls in other dtypes."""
+    others: dict[tuple[str, str], Lowered] = field(default_factory=dict, repr=False)
+    """What was lowered for calls in other dtypes, and by `reference` for weights."""
 
     @property
     def attention(self) -> Attention:
@@ -124,6 +124,7 @@ class Plan:
         n: int | None = None,
         learned: Mapping[str, Tensor] | None = None,
         return_lse: bool = False,
+        return_weights: bool = False,
         **inputs: Any,
     ) -> Any:
         """Attention of q [B, H, nq, D], k [B, Hkv, n, D], v [B, Hkv, n, Dv] -> [B, H, nq, Dv], all of one of
@@ -133,10 +134,12 @@ class Plan:
         order; keys likewise. Tensors of them are on q's device, and are read inside the operator, once. `n`,
         which positions end at, is the greatest of a key + 1 where it is not given.
 
-        With `return_lse` also the log-sum-exp [B, H, nq], -inf for an empty row. `learned` are the values of
-        parameters, by name, which `module` owns; without it they have their first ones. Raises AttnError for
-        tensors, positions and tables that do not fit the plan, and where parameters without values are to be
-        trained.
+        With `return_lse` also the log-sum-exp [B, H, nq], -inf for an empty row. With `return_weights` then
+        also what each value is multiplied by, [B, H, nq, n], 0 for pairs that are not related: the output,
+        them, and gradients of both are those of `reference`, which forms all pairs, and B H n max(nq, n) is
+        at most WEIGHTS. `learned` are the values of parameters, by name, which `module` owns; without it they
+        have their first ones. Raises AttnError for tensors, positions and tables that do not fit the plan,
+        and where parameters without values are to be trained.
         """
         if learned is None and self.problem.training and self.attention.learned:
             names = ", ".join(f"`{table.name}`" for table in self.attention.learned)
@@ -147,7 +150,7 @@ class Plan:
             q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
         self._check(q, k, v)
         self._refuse_learned(inputs)
-        lowered = self._served(q.dtype)
+        lowered = self._served(q.dtype, "reference" if return_weights else self.backend)
         given = self._tensors({**self.tables, **inputs}, q) | self._learned(learned)
         check_tangents(q, k, v, *given.values())
         places = (
@@ -155,8 +158,12 @@ class Plan:
             *_placed("k", k, k_offset, k_positions),
             None if n is None else lowering.checked_length("n", n),
         )
-        out, lse = run(lowered, q, k, v, lowered.tensors(q, given), places)
-        return (out, lse) if return_lse else out
+        values = _beside_identity(q, v) if return_weights else v
+        out, lse = run(lowered, q, k, values, lowered.tensors(q, given), places)
+        if not return_weights:
+            return (out, lse) if return_lse else out
+        out, weights = out[..., : v.shape[3]], out[..., v.shape[3] :]
+        return (out, lse, weights) if return_lse else (out, weights)
 
     def choices(
         self,
@@ -173,7 +180,7 @@ class Plan:
         """What a call with these arguments chooses by content: int64 tensors by the names of their tables,
         which `mask`, `block_mask` and `analyze` take as they take inputs."""
         self._check(q, k, k)
-        lowered = self._served(q.dtype)
+        lowered = self._served(q.dtype, self.backend)
         given = self._tensors({**self.tables, **inputs}, q) | self._learned(None)
         places = (
             *_placed("q", q, q_offset, q_positions),
@@ -228,22 +235,23 @@ class Plan:
         """A kernel may hold anything, so another process compiles anew, with the same backend."""
         return _again, (self.attention, self.problem, self.backend, dict(self.tables))
 
-    def _served(self, dtype: torch.dtype) -> Lowered:
-        """What runs in this dtype, by the same backend. Raises AttnError where that declines it."""
+    def _served(self, dtype: torch.dtype, backend: str) -> Lowered:
+        """What runs in this dtype, by this backend. Raises AttnError where that declines it."""
         name = str(dtype).removeprefix("torch.")
-        if name == self.problem.dtype:
+        if name == self.problem.dtype and backend == self.backend:
             return self.lowered
-        if name not in self.others:
+        if (name, backend) not in self.others:
             if torch.compiler.is_compiling():
                 raise fail(
-                    f"the plan is for {self.problem.dtype}, and was not called in {name} yet",
-                    help=f'call it once before torch.compile, or compile it with `dtype="{name}"`',
+                    f"the plan is for {self.problem.dtype} by `{self.backend}`, and was not called in {name} "
+                    f"by `{backend}` yet",
+                    help="call it so once before torch.compile",
                 )
             problem = replace(self.problem, dtype=name)
             considered = choice.considered(self.attention, problem, self.block_masks)
-            choice.chosen(considered, self.backend)
-            self.others[name] = lower(self.attention, problem, self.backend)
-        return self.others[name]
+            choice.chosen(considered, backend)
+            self.others[name, backend] = lower(self.attention, problem, backend)
+        return self.others[name, backend]
 
     def _refuse_learned(self, given: Mapping[str, Any]) -> None:
         for table in self.attention.learned:
@@ -391,6 +399,23 @@ class PlanModule(nn.Module):
 
 def _again(attention: Attention, problem: Problem, backend: str, tables: dict[str, Any]) -> Plan:
     return compile(attention, **vars(problem), backend=backend).bind(**tables)
+
+
+WEIGHTS = 2**24
+"""Numbers that the weights of a call may have, if there were a query for every key."""
+
+
+def _beside_identity(q: Tensor, v: Tensor) -> Tensor:
+    """v and behind it ones on the diagonal, of which attention gives the weights themselves."""
+    (batch, heads, nq), n = q.shape[:3], v.shape[2]
+    if batch * heads * n * max(nq, n) > WEIGHTS:
+        raise fail(
+            f"weights of {batch} batch rows, {heads} heads, {nq:,} queries and {n:,} keys are too many: "
+            f"batch x heads x keys x the greater length may be {WEIGHTS:,}",
+            help="ask for one batch row at a time, or for fewer keys",
+        )
+    one = torch.eye(n, dtype=v.dtype, device=v.device)
+    return torch.cat([v, one.expand(*v.shape[:2], n, n)], 3)
 
 
 Offset: TypeAlias = "int | Sequence[int] | Tensor | None"

@@ -251,7 +251,9 @@ def mask_tables(attention: Attention, counts: bool = False) -> tuple[Table, ...]
     return tuple(table for table in (*attention.inputs, *attention.selected) if table in read)
 
 
-ARGUMENTS = "length q_length heads q_offset k_offset q_positions k_positions n learned return_lse".split()
+ARGUMENTS = (
+    "length q_length heads q_offset k_offset q_positions k_positions n learned return_lse return_weights"
+).split()
 """Beside which calls take tables."""
 
 
