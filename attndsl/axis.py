@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,7 +45,7 @@ class Axis:
     def row(self, batch: int) -> tuple[tuple[int, int], ...]:
         return self.rows[batch % len(self.rows)]
 
-    @property
+    @cached_property
     def starts(self) -> tuple[int, ...] | None:
         """The position of entry 0 in each row, where all positions are adjacent; else None."""
         if any(len(row) != 1 for row in self.rows):

@@ -64,6 +64,32 @@ def affine_in_s(score: Expr) -> tuple[Expr, Expr] | None:
     return split(score)
 
 
+def linear_in_tables(e: Expr) -> tuple[Expr, tuple[tuple[Expr, Expr], ...]] | None:
+    """What reads no table of a call, and pairs of such a factor and a look-up: e is the first plus all
+    products. None where it is no such."""
+    if not any(table.known is None for table in e.tables):
+        return e, ()
+    if e.op == "lookup":
+        plain = e.type == "real" and not any(arg.tables for arg in e.args)
+        return (ir.const(0.0), ((ir.const(1.0), e),)) if plain else None
+    parts = [linear_in_tables(arg) for arg in e.args]
+    if None in parts:
+        return None
+    rests, terms = zip(*(part for part in parts if part is not None), strict=True)
+    if e.op == "add":
+        return _sum(rests), tuple([term for some in terms for term in some])
+    if e.op == "mul" and not all(terms):
+        i = 0 if terms[0] else 1
+        if any(factor.type == rests[1 - i].type == "int" for factor, _ in terms[i]):
+            return None  # as a real number the product has no range to leave
+        scaled = [(_times(factor, rests[1 - i]), read) for factor, read in terms[i]]
+        return _times(rests[i], rests[1 - i]), tuple(scaled)
+    if e.op == "div" and not terms[1]:
+        divided = [(ir.div(factor, rests[1]), read) for factor, read in terms[0]]
+        return ir.div(rests[0], rests[1]), tuple(divided)
+    return None
+
+
 def _sum(parts: tuple[Expr, ...]) -> Expr:
     kept = [part for part in parts if ir.number(part) != 0]
     return ir.add(*kept) if kept else ir.const(0.0)

@@ -17,6 +17,8 @@ from attndsl.backend import DTYPES, Call, Gradients, Kernel, Problem, predicted
 from attndsl.execution.operator import vjp
 from attndsl.execution.torch_eval import (
     FEATURES,
+    Env,
+    Linear,
     along_diagonals,
     elements,
     environment,
@@ -52,8 +54,8 @@ TRAINING = 3.5
 ADDED, FORMED, KEPT, SMALL = 2**21, 2**19, 2**24, 2**20
 """Numbers of an addend, and of weights, that are formed at once; pairs of a mask that is kept; numbers of an
 addend that is kept."""
-ALONG = "along diagonals"
-"""No table's name."""
+ALONG, PAIRS = "along diagonals", "at pairs"
+"""No tables' names."""
 CAUSAL_SLACK = 384
 """Keys of a row beyond the diagonal that the fused kernel computes: half a block of 256 queries and of 512
 keys."""
@@ -76,10 +78,18 @@ class Dense:
     masks: WeakKeyDictionary[BlockMask, Tensor] = field(default_factory=WeakKeyDictionary)
     near: WeakKeyDictionary[BlockMask, Tensor] = field(default_factory=WeakKeyDictionary)
     small: WeakKeyDictionary[BlockMask, dict[object, Addend]] = field(default_factory=WeakKeyDictionary)
+    lines: WeakKeyDictionary[BlockMask, dict[object, Linear | None]] = field(
+        default_factory=WeakKeyDictionary
+    )
 
     @cached_property
     def by_distance(self) -> bool:
         return self.bias is not None and by_distance(self.bias) is not None
+
+    @cached_property
+    def read(self) -> tuple[str, ...]:
+        """The tables of calls that the bias reads."""
+        return tuple(sorted(table.name for table in self.bias.tables)) if self.bias is not None else ()
 
     @cached_property
     def constant(self) -> bool:
@@ -126,8 +136,14 @@ class Dense:
             return Addend(causal)
         batch, heads, nq, _ = call.q.shape
         lead = call.block_mask.index.size if self.bias is None else batch * heads
-        if not self.constant or lead * nq * call.k.shape[2] > SMALL:
+        if lead * nq * call.k.shape[2] > SMALL:
             return None
+        if not self.constant:
+            if self.line(call) is None:
+                return None
+            _, addend = self.addend(call, slice(0, nq), self.made(call, {}))
+            assert addend is not None
+            return Addend(False, addend, addend.amax(-1) == -torch.inf)
         place = (call.q.dtype, None if self.bias is None else (call.q_at, call.k_at, call.n))
         known = self.small.setdefault(call.block_mask, {})
         if place not in known:
@@ -150,70 +166,83 @@ class Dense:
     ) -> Gradients:
         if not is_fused(call) or wanted or grad_lse is not None or strained(lse):
             slopes = grad_out.to(lse.dtype), torch.zeros_like(lse) if grad_lse is None else grad_lse
-            return self.formula_gradient(call, wanted, *slopes)
+            return self.formula_gradient(call, wanted, lse, *slopes)
         q, k, v = padded(call)
         out, grad_out = (fused_rows(x.to(q.dtype), q.shape[3]) for x in (out, grad_out))
         lse = lse.masked_fill(lse == -torch.inf, 0.0)
-        whole = self.whole(call)
-        gq, made = torch.empty_like(q), {} if whole is not None else self.made(call, {})
-        totals = [torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (k, v)]
-        for rows in self.fused_blocks(call) if whole is None else [slice(0, q.shape[2])]:
-            causal, addend = whole[:2] if whole is not None else self.addend(call, rows, made)
-            gq[:, :, rows], *more = flash_backward(
-                grad_out[:, :, rows],
-                q[:, :, rows],
-                k,
-                v,
-                out[:, :, rows],
-                lse[:, :, rows],
-                0.0,
-                causal,
-                attn_mask=addend,
-                scale=self.scale,
+
+        def pulled(rows: slice, causal: bool, addend: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+            here = grad_out[:, :, rows], q[:, :, rows], k, v, out[:, :, rows], lse[:, :, rows]
+            grads: tuple[Tensor, Tensor, Tensor] = flash_backward(
+                *here, 0.0, causal, attn_mask=addend, scale=self.scale
             )
-            for total, g in zip(totals, more, strict=True):
-                total += g
+            return grads
+
+        whole = self.whole(call)
+        if whole is not None:
+            gq, gk, gv = pulled(slice(0, q.shape[2]), whole.causal, whole.addend)
+        else:
+            gq, made = torch.empty_like(q), self.made(call, {})
+            gk, gv = (torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (k, v))
+            for rows in self.fused_blocks(call):
+                gq[:, :, rows], *more = pulled(rows, *self.addend(call, rows, made))
+                for total, g in zip((gk, gv), more, strict=True):
+                    total += g
         d, dv = call.q.shape[3], call.v.shape[3]
-        shared = (*call.k.shape[:2], -1, *k.shape[2:])
-        gk, gv = (total.view(shared).sum(2).to(q.dtype) for total in totals)
+        gk, gv = (summed(total, call.k.shape[1]).to(q.dtype) for total in (gk, gv))
         return gq[..., :d], gk[..., :d], gv[..., :dv], {}
 
     def formula_gradient(
-        self, call: Call, wanted: Sequence[str], grad_out: Tensor, grad_lse: Tensor
+        self, call: Call, wanted: Sequence[str], lse: Tensor, grad_out: Tensor, grad_lse: Tensor
     ) -> Gradients:
+        empty = lse == -torch.inf
+        some_empty = bool(empty.any())
         wide, share = grad_lse.dtype, call.q.shape[1] // call.k.shape[1]
-        k, v = (x.to(wide).repeat_interleave(share, 1) for x in (call.k, call.v))
+        k, v = (shared(x.to(wide), share) for x in (call.k, call.v))
         tables = singles(call.tables, wanted)
-        made, pull_made = self.made(call, {}), None
-        if wanted:
+        line, pull_made, pull = self.line(call), None, None
+        if wanted and line is None:
             made, pull_made = vjp(lambda tables: self.made(call, tables), tables)
+        else:
+            made = self.made(call, {})
         gq = torch.empty_like(call.q)
-        gk, gv = torch.zeros_like(k), torch.zeros_like(v)
-        slopes = {name: x.new_zeros(x.shape) for name, x in made.items()}
+        gk, gv = k.new_zeros(k.shape), v.new_zeros(v.shape)
+        slopes = {name: x.new_zeros(x.shape) for name, x in made.items()} if wanted else {}
         for rows in self.formed_blocks(call):
             q, slope, mask = call.q[:, :, rows].to(wide), grad_out[:, :, rows], self.mask(call, rows)
-            bias, pull = self.bias_of(call, rows, mask, made), None
-            if wanted:
+            if wanted and made.keys().isdisjoint((ALONG, PAIRS)):
                 bias, pull = vjp(
                     lambda made, rows=rows, mask=mask: self.bias_of(call, rows, mask, made), made
                 )
-            weight, _ = softmax(torch.where(mask, q @ k.mT * self.scale + bias, -torch.inf))
+            else:
+                bias = self.bias_of(call, rows, mask, made)
+            addend = torch.where(mask, bias, -torch.inf)
+            weight = (q @ k.mT).mul_(self.scale).add_(addend).softmax(-1)
+            if some_empty:
+                weight.masked_fill_(empty[:, :, rows, None], 0.0)
             back = slope @ v.mT
             delta = (weight * back).sum(-1, keepdim=True) - grad_lse[:, :, rows, None]
-            logit = weight * (back - delta)
+            logit = back.sub_(delta).mul_(weight)
             gq[:, :, rows] = logit @ k * self.scale
-            gk += logit.mT @ q * self.scale
-            gv += weight.mT @ slope
+            gk.flatten(0, 1).baddbmm_(logit.mT.flatten(0, 1), q.flatten(0, 1), alpha=self.scale)
+            gv.flatten(0, 1).baddbmm_(weight.mT.flatten(0, 1), slope.flatten(0, 1))
+            if wanted:
+                logit = logit.sum_to_size(bias.shape)
             if pull is not None:
-                (more,) = pull(logit.sum_to_size(bias.shape))
+                (more,) = pull(logit)
                 for name, g in more.items():
                     slopes[name] += g
-        (named,) = pull_made(slopes) if pull_made else ({},)
+            elif PAIRS in slopes:
+                slopes[PAIRS][:, :, rows] += logit
+            elif ALONG in slopes:
+                self.along(call, rows, slopes[ALONG]).add_(along_diagonals(logit).sum(-2))
+        if line is not None and wanted:
+            named = {name: x.new_zeros(x.shape) for name, x in tables.items()}
+            line.add_gradients(slopes[PAIRS] if PAIRS in slopes else slopes[ALONG][..., None], named)
+        else:
+            (named,) = pull_made(slopes) if pull_made else ({},)
         named = {name: g.to(call.tables[name].dtype) for name, g in named.items()}
-        gk, gv = (
-            x.view(*y.shape[:2], share, *y.shape[2:]).sum(2).to(y.dtype)
-            for x, y in ((gk, call.k), (gv, call.v))
-        )
+        gk, gv = (summed(x, y.shape[1]).to(y.dtype) for x, y in ((gk, call.k), (gv, call.v)))
         return gq, gk, gv, named
 
     def fused_blocks(self, call: Call) -> list[slice]:
@@ -268,22 +297,56 @@ class Dense:
         return known
 
     def made(self, call: Call, tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What the bias of any rows is made of: tables that take the place of the call's, or its values ALONG
-        all diagonals [B or 1, H or 1, nq + n - 1]."""
+        """What the bias of any rows is made of: tables that take the place of the call's, or its values at
+        all PAIRS [B or 1, H or 1, nq, n] or ALONG all diagonals [B or 1, H or 1, nq + n - 1]."""
         nq, n = call.q.shape[2], call.k.shape[2]
-        if not self.by_distance or 0 in (nq, n) or not call.adjacent:
+        if (line := self.line(call)) is not None:
+            found = line.values({**call.tables, **tables}, torch.promote_types(call.q.dtype, torch.float32))
+            lead = found.shape[:2] if found.dim() == 4 else (1, 1)
+            if self.diagonal(call):
+                return {ALONG: found.expand(*lead, nq + n - 1, 1)[..., 0]}
+            return {PAIRS: found.expand(*lead, nq, n)}
+        if not self.diagonal(call):
             return dict(tables)
         assert self.bias is not None
         env = replace(environment(call), tables={**call.tables, **tables})
-        first_q, first_k = env.values["q"][..., :1, 0], env.values["k"][..., 0, :1]
-        distances = first_q - first_k - torch.arange(1 - nq, n, device=env.device)
-        return {ALONG: of_distances(self.bias, env, distances, self.diagonals(call))}
+        return {ALONG: of_distances(self.bias, env, distances(env, nq, n), self.diagonals(call))}
+
+    def diagonal(self, call: Call) -> bool:
+        """Whether the bias is the same along the diagonals."""
+        return self.by_distance and call.adjacent and 0 not in (call.q.shape[2], call.k.shape[2])
+
+    def line(self, call: Call) -> Linear | None:
+        """The bias at all diagonals [.., nq + n - 1, 1], or at all pairs [.., nq, n], where it is linear in
+        tables and not much; kept for the places of the last call of a mask."""
+        (batch, heads, nq, _), n = call.q.shape, call.k.shape[2]
+        diagonal = self.diagonal(call)
+        if self.bias is None or self.constant or (not diagonal and batch * heads * nq * n > SMALL):
+            return None
+        shapes = tuple([call.tables[name].shape for name in self.read])
+        place = (call.q.dtype, batch, call.q_at, call.k_at, call.n, shapes)
+        known = self.lines.setdefault(call.block_mask, {})
+        if place not in known:
+            known.clear()
+            env = environment(call)
+            live = self.mask(call, slice(0, nq))
+            if diagonal:
+                at = {"q": distances(env, nq, n)[..., None], "k": env.values["q"].new_zeros(())}
+                env, live = replace(env, values={**env.values, **at}), self.diagonals(call)[..., None]
+            known[place] = Linear.of(self.bias, env, live) if live.numel() else None
+        return known[place]
+
+    def along(self, call: Call, rows: slice, x: Tensor) -> Tensor:
+        """What some rows have of something along all diagonals."""
+        nq, n = call.q.shape[2], call.k.shape[2]
+        return x[..., nq - rows.stop : nq - rows.start + n - 1]
 
     def bias_of(self, call: Call, rows: slice, mask: Tensor, made: Mapping[str, Tensor]) -> Tensor:
         """Of these query rows: [B or 1, H or 1, rows or 1, n or 1]."""
-        nq, n = call.q.shape[2], call.k.shape[2]
         if ALONG in made:
-            return from_diagonals(made[ALONG][..., nq - rows.stop : nq - rows.start + n - 1], n)
+            return from_diagonals(self.along(call, rows, made[ALONG]), call.k.shape[2])
+        if PAIRS in made:
+            return made[PAIRS][:, :, rows]
         env = replace(environment(call), tables={**call.tables, **made})
         if self.bias is None or not mask.numel():
             return torch.zeros((1, 1, 1, 1), dtype=env.dtype, device=env.device)
@@ -296,8 +359,7 @@ class Dense:
     ) -> tuple[Tensor, Tensor]:
         """The same from matrix products: differentiable in everything, the log-sum-exp included."""
         wide = torch.promote_types(q.dtype, torch.float32)
-        share = q.shape[1] // k.shape[1]
-        k, v = (x.to(wide).repeat_interleave(share, 1) for x in (k, v))
+        k, v = (shared(x.to(wide), q.shape[1] // k.shape[1]) for x in (k, v))
         mask = self.mask(call, rows)
         logit = q.to(wide) @ k.transpose(-1, -2) * self.scale + self.bias_of(call, rows, mask, made)
         weight, lse = softmax(torch.where(mask, logit, -torch.inf))
@@ -322,9 +384,25 @@ def padded(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """As many key heads as query heads, and equal head dimensions, which the fused kernel wants."""
     width = max(call.q.shape[3], call.v.shape[3])
     share = call.q.shape[1] // call.k.shape[1]
-    k, v = (x.repeat_interleave(share, 1) if share > 1 else x for x in (call.k, call.v))
+    k, v = (shared(x, share) for x in (call.k, call.v))
     q, k, v = (fused_rows(x, width) for x in (call.q, k, v))
     return q, k, v
+
+
+def shared(x: Tensor, share: int) -> Tensor:
+    """Key heads, each for so many query heads."""
+    return x if share == 1 else x.repeat_interleave(share, 1)
+
+
+def summed(x: Tensor, heads: int) -> Tensor:
+    """The other way round, of gradients."""
+    return x if x.shape[1] == heads else x.view(len(x), heads, x.shape[1] // heads, *x.shape[2:]).sum(2)
+
+
+def distances(env: Env, nq: int, n: int) -> Tensor:
+    """q - k on each diagonal [B or 1, 1, nq + n - 1]."""
+    first_q, first_k = env.values["q"][..., :1, 0], env.values["k"][..., 0, :1]
+    return first_q - first_k - torch.arange(1 - nq, n, device=env.device)
 
 
 def blocks(rows: int, numbers: int, most: int, least: int) -> list[slice]:

@@ -95,6 +95,12 @@ class Lowered:
         parts = (e for g in self.attention.groups for e in (g.score, g.decay, g.norm.sink) if e is not None)
         return any(table.dtype == "int" for e in parts for table in e.tables)
 
+    @cached_property
+    def differentiable(self) -> bool:
+        """Whether the kernel gives its own gradients."""
+        return isinstance(self.kernel, Differentiable)
+
+    @cached_property
     def untrainable(self) -> str | None:
         """Why the backend has no gradients, or None."""
         backend: Backend = registry.plugin("backends", self.backend)

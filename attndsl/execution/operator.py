@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import register_flop_formula
 
-from attndsl.backend import Call, Differentiable, Gradients
+from attndsl.backend import Call, Gradients
 from attndsl.errors import AttnError, fail
 from attndsl.execution import lowered, spoiled
 from attndsl.execution.choosing import chosen
@@ -97,8 +97,7 @@ def _rounds(q: Tensor) -> bool:
 
 
 def _forward(found: Lowered, call: Call) -> tuple[Tensor, Tensor]:
-    with torch.no_grad():
-        return _checked(found.backend, call, found.kernel(call))
+    return _checked(found.backend, call, found.kernel(call))
 
 
 def _checked(backend: str, call: Call, result: object) -> tuple[Tensor, Tensor]:
@@ -188,7 +187,7 @@ def _gradients(
     wanted: Sequence[bool],
     sizes: Sizes,
 ) -> list[Tensor]:
-    if reason := found.untrainable():
+    if reason := found.untrainable:
         raise fail(
             f"the backend `{found.backend}` has no gradients for this: {reason}",
             help="compile with `training=True` to choose among those that have",
@@ -214,14 +213,15 @@ def _gradient(
     results: tuple[Tensor, Tensor],
     slopes: tuple[Tensor, Tensor | None],
 ) -> Gradients:
-    if isinstance(found.kernel, Differentiable):
+    kernel: Any = found.kernel
+    if found.differentiable:
         return _checked_gradients(
-            found.backend, call, wanted, found.kernel.gradient(call, wanted, *results, *slopes)
+            found.backend, call, wanted, kernel.gradient(call, wanted, *results, *slopes)
         )
-    kernel = found.kernel
 
     def again(q: Tensor, k: Tensor, v: Tensor, learned: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        return kernel(replace(call, q=q, k=k, v=v, tables={**call.tables, **learned}))
+        found: tuple[Tensor, Tensor] = kernel(replace(call, q=q, k=k, v=v, tables={**call.tables, **learned}))
+        return found
 
     grad_out, grad_lse = slopes
     _, pull = vjp(again, call.q, call.k, call.v, {name: call.tables[name] for name in wanted})

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from attndsl.attention import Attention
-from attndsl.backend import DTYPES, Problem
+from attndsl.backend import DTYPES, Problem, device_kind
 from attndsl.bound import Bound
 from attndsl.errors import fail
 from attndsl.execution import choice
@@ -299,7 +299,7 @@ class Plan:
             if not isinstance(tensor, torch.Tensor):
                 raise fail(f"`{name}` must be a torch tensor, and is of type {type(tensor).__name__}")
             _check_strided(name, tensor)
-            shape = tuple(tensor.shape)
+            shape = tensor.shape
             if len(shape) != 4:
                 raise fail(f"`{name}` has {len(shape)} axes, and needs 4: [batch, heads, length, head_dim]")
             if shape[1] != heads:
@@ -314,13 +314,13 @@ class Plan:
                 size = "q_length" if name == "q" and p.q_length != p.length else "length"
                 help = f"compile with `{size}={shape[2]}`"
                 raise fail(f"`{name}` has length {shape[2]}, and the plan serves up to {length}", help=help)
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            if dtype not in DTYPES:
+            if tensor.dtype not in FLOATS:
+                dtype = str(tensor.dtype).removeprefix("torch.")
                 raise fail(f"`{name}` is {dtype}, and must be one of {', '.join(DTYPES)}")
             if tensor.dtype != q.dtype:
-                of_q = str(q.dtype).removeprefix("torch.")
-                raise fail(f"`{name}` is {dtype}", help=f"`q` is {of_q}: pass `{name}.to(q.dtype)`")
-            if tensor.device.type not in (p.device.split(":")[0], "meta"):
+                here, of_q = (str(x.dtype).removeprefix("torch.") for x in (tensor, q))
+                raise fail(f"`{name}` is {here}", help=f"`q` is {of_q}: pass `{name}.to(q.dtype)`")
+            if tensor.device.type not in (device_kind(p), "meta"):
                 raise fail(f"`{name}` is on {tensor.device}, and the plan is for {p.device}")
             if tensor.is_meta != q.is_meta:
                 raise fail(f"`{name}` is on {tensor.device}, and `q` is on {q.device}")
@@ -399,6 +399,9 @@ class PlanModule(nn.Module):
 
 def _again(attention: Attention, problem: Problem, backend: str, tables: dict[str, Any]) -> Plan:
     return compile(attention, **vars(problem), backend=backend).bind(**tables)
+
+
+FLOATS = {getattr(torch, name) for name in DTYPES}
 
 
 WEIGHTS = 2**24

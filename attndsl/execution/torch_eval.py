@@ -21,7 +21,7 @@ from attndsl.backend import Call, Features
 from attndsl.errors import fail
 from attndsl.expr import Expr, IntSet, Table
 from attndsl.meaning import pointwise
-from attndsl.scores import by_head, by_pair
+from attndsl.scores import by_head, by_pair, linear_in_tables
 from attndsl.selection import Offered
 
 SAME = frozenset({"n", "nq", "b", "H", "D"})
@@ -100,6 +100,60 @@ def evaluate(expr: Expr, env: Env, live: Tensor | None = None) -> Tensor:
         q = 1, k = 0   gives log(1) + z[1], an error if z has one entry
     """
     return _Evaluation(env).of(expr, live)
+
+
+@dataclass(frozen=True, eq=False)
+class Linear:
+    """An expression that `linear_in_tables` finds, for calls with tables of one shape each: all but what the
+    tables hold is computed.
+
+    rest   what reads none, None for 0
+    terms  name of a table, entries of the flat table, and factors, None for 1
+    """
+
+    rest: Tensor | None
+    terms: tuple[tuple[str, Tensor, Tensor | None], ...]
+
+    @staticmethod
+    def of(e: Expr, env: Env, live: Tensor) -> Linear | None:
+        """None for another expression. Raises AttnError as `evaluate` does."""
+        found = linear_in_tables(e)
+        if found is None:
+            return None
+        evaluation, terms = _Evaluation(env), []
+        for factor, read in found[1]:
+            table = read.value
+            assert isinstance(table, Table)
+            values = evaluation.content(table)
+            index, _ = evaluation.index(table, values, read.args, live)
+            entries = torch.zeros((), dtype=torch.int64, device=env.device)
+            for i, size in zip(index, values.shape, strict=True):
+                entries = entries * size + i
+            scale = None
+            if ir.number(factor) != 1:
+                scale = torch.where(live, evaluation.real(factor, live), 0.0)
+            terms.append((table.name, entries, scale))
+        rest = None if ir.number(found[0]) == 0 else evaluation.real(found[0], live)
+        return Linear(rest, tuple(terms))
+
+    def values(self, tables: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        total = self.rest
+        for name, entries, scale in self.terms:
+            read = tables[name].to(dtype).take(entries)
+            if total is None:
+                total = read if scale is None else read * scale
+            else:
+                total = total + read if scale is None else torch.addcmul(total, read, scale)
+        assert total is not None
+        return total
+
+    def add_gradients(self, slopes: Tensor, grads: Mapping[str, Tensor]) -> None:
+        """Adds what the slopes of the values give to those of the named tables, which are contiguous."""
+        for name, entries, scale in self.terms:
+            if name in grads:
+                moved = (slopes if scale is None else slopes * scale).sum_to_size(entries.shape)
+                flat = grads[name].view(-1)
+                flat.index_add_(0, entries.flatten(), moved.flatten().to(flat.dtype))
 
 
 broadcast_tensors: Callable[..., tuple[Tensor, ...]] = torch.broadcast_tensors
@@ -189,6 +243,9 @@ STRAIN = 2.0**10
 
 def strained(lse: Tensor) -> bool:
     """Whether in some row exp(logit - lse) is not the weight to all digits."""
+    # in two steps what else takes six, a row without keys aside
+    if not lse.numel() or float(torch.linalg.vector_norm(lse, torch.inf)) <= STRAIN:
+        return False
     return bool(((lse.abs() > STRAIN) & (lse != -torch.inf)).any())
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from attndsl.attention import Attention
 from attndsl.backend import Call
-from attndsl.execution.torch_eval import STRAIN, Env, environment, evaluate, fused_rows, strained
+from attndsl.execution.torch_eval import Env, environment, evaluate, fused_rows, strained
 from attndsl.expr import Expr
 from attndsl.tiles.blockmask import BlockMask, Rows, Run
 from attndsl.tiles.lowering import head_groups
@@ -68,7 +68,7 @@ def attend(attention: Attention, simple: Sequence[Simple], call: Call) -> tuple[
         return None
     here = pieces(attention, call.block_mask, heads, v.shape[1])
     found = [_attended(p, attention.groups[p.group].norm.sink, simple[p.group], call) for p in here]
-    if not found or any(merged and _large(lse) and strained(lse) for _, lse, merged in found):
+    if not found or any(merged and strained(lse) for _, lse, merged in found):
         return None
     out, lse, _ = found[0]
     if len(found) > 1:
@@ -116,11 +116,6 @@ def _attended(piece: Piece, sink: Expr | None, simple: Simple, call: Call) -> tu
     out, more = out.to(wide), evaluate(sink, env).to(wide).expand(*lse.shape[:2], 1, 1)[..., 0]
     total = torch.logaddexp(lse, more).masked_fill(lse == -torch.inf, -torch.inf)
     return out * torch.exp(lse - total.masked_fill(total == -torch.inf, 0.0))[..., None], total, True
-
-
-def _large(lse: Tensor) -> bool:
-    """In two steps what `strained` tells in six, a row without keys aside."""
-    return float(torch.linalg.vector_norm(lse, torch.inf)) > STRAIN
 
 
 def _taken(x: Tensor, keys: slice | Tensor) -> Tensor:
