@@ -71,10 +71,9 @@ class Lowered:
     def mask_tables(self) -> tuple[Table, ...]:
         return lowering.mask_tables(self.attention)
 
-    def tensors(self, q: Tensor, tables: Mapping[str, Tensor]) -> list[Tensor]:
+    def tensors(self, tables: Mapping[str, Tensor]) -> list[Tensor]:
         """What the operator takes beside q, k and v: constants, then inputs, then what is learned."""
-        # AOTInductor passes no empty list on
-        return [*self.constants, *(tables[name] for name in self.tables)] or [q.new_empty(0)]
+        return [*self.constants, *(tables[name] for name in self.tables)]
 
     def named(self, tensors: Sequence[Any]) -> dict[str, Any]:
         """Of `tensors`, or of something for each of them, what belongs to tables, by name."""

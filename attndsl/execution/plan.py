@@ -145,16 +145,18 @@ class Plan:
         if isinstance(q, Tensor) and not q.is_meta and torch.is_autocast_enabled(q.device.type):
             q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
         self._check(q, k, v)
-        self._refuse_learned(inputs)
         lowered = self._served(q.dtype)
-        given = self._tensors({**self.tables, **inputs}, q) | self._learned(learned)
+        given: dict[str, Tensor] = {}
+        if inputs or learned or lowered.tables:
+            self._refuse_learned(inputs)
+            given = self._tensors({**self.tables, **inputs}, q) | self._learned(learned)
         check_tangents(q, k, v, *given.values())
         places = (
             *_placed("q", q, q_offset, q_positions),
             *_placed("k", k, k_offset, k_positions),
             None if n is None else lowering.checked_length("n", n),
         )
-        out, lse = run(lowered, q, k, v, lowered.tensors(q, given), places)
+        out, lse = run(lowered, q, k, v, lowered.tensors(given), places)
         return (out, lse) if return_lse else out
 
     def bind(self, **inputs: Any) -> Plan:
