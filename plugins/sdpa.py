@@ -169,7 +169,9 @@ class Dense:
             return self.formula_gradient(call, wanted, lse, *slopes)
         q, k, v = padded(call)
         out, grad_out = (fused_rows(x.to(q.dtype), q.shape[3]) for x in (out, grad_out))
-        lse = lse.masked_fill(lse == -torch.inf, 0.0)
+        whole = self.whole(call)
+        if whole is None or whole.dead is not None:
+            lse = lse.masked_fill(lse == -torch.inf, 0.0)
 
         def pulled(rows: slice, causal: bool, addend: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
             here = grad_out[:, :, rows], q[:, :, rows], k, v, out[:, :, rows], lse[:, :, rows]
@@ -178,7 +180,6 @@ class Dense:
             )
             return grads
 
-        whole = self.whole(call)
         if whole is not None:
             gq, gk, gv = pulled(slice(0, q.shape[2]), whole.causal, whole.addend)
         else:
@@ -374,10 +375,12 @@ def is_fused(call: Call) -> bool:
 def all_pairs(call: Call, scale: float) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp where every pair is live: query heads that share a key head are rows of one
     product, so that nothing of k and v is copied."""
-    (batch, _, _, d), dv = call.q.shape, call.v.shape[3]
-    q = call.q.reshape(batch, call.k.shape[1], -1, d)
+    (batch, heads, _, d), dv, q = call.q.shape, call.v.shape[3], call.q
+    if heads != call.k.shape[1]:
+        q = q.reshape(batch, call.k.shape[1], -1, d)
     out, lse = flash(*(fused_rows(x, max(d, dv)) for x in (q, call.k, call.v)), scale=scale)
-    return out[..., :dv].reshape(*call.q.shape[:3], dv), lse.reshape(call.q.shape[:3])
+    out = out if d <= dv else out[..., :dv]
+    return (out, lse) if q is call.q else (out.reshape(*call.q.shape[:3], dv), lse.reshape(call.q.shape[:3]))
 
 
 def padded(call: Call) -> tuple[Tensor, Tensor, Tensor]:

@@ -221,7 +221,7 @@ def test_the_operator_keeps_the_rules_of_torch() -> None:
     module = module_of("learned", training=True)
     q, k, v = (x.requires_grad_() for x in inputs())
     plan = module.plan.lowered
-    tensors = plan.tensors(q, dict(module.named_parameters()))
+    tensors = plan.tensors(dict(module.named_parameters()))
     torch.library.opcheck(attend, (q, k, v, tensors, None, None, [0], None, None, plan.identity))
 
 

@@ -70,7 +70,7 @@ def chosen(
     """The choices of a call, by whichever way in is right for what watches it."""
     if watched or torch._C._are_functorch_transforms_active():
         made: list[Tensor] = choose(
-            q.detach(), k.detach(), [x.detach() for x in tensors], *places, found.identity
+            q.detach(), k.detach(), [x.detach() for x in tensors] or [q.new_empty(0)], *places, found.identity
         )
         return made
     return _chosen(found, q, k, tensors, places)

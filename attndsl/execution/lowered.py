@@ -73,16 +73,10 @@ class Lowered:
     def mask_tables(self) -> tuple[Table, ...]:
         return lowering.mask_tables(self.attention)
 
-    def tensors(self, q: Tensor, tables: Mapping[str, Tensor]) -> list[Tensor]:
+    def tensors(self, tables: Mapping[str, Tensor]) -> list[Tensor]:
         """What the operator takes beside q, k and v: constants, then inputs, then what is learned; choices
         come last."""
-        there = (name for name in self.tables if name in tables)
-        # AOTInductor passes no empty list on
-        return [*self.constants, *(tables[name] for name in there)] or [q.new_empty(0)]
-
-    def beside(self, tensors: Sequence[Tensor], choices: Sequence[Tensor]) -> list[Tensor]:
-        """What the operator takes of an attention that chooses."""
-        return [*tensors[: len(self.constants) + len(self.tables) - len(choices)], *choices]
+        return [*self.constants, *(tables[name] for name in self.tables if name in tables)]
 
     def named(self, tensors: Sequence[Any]) -> dict[str, Any]:
         """Of `tensors`, or of something for each of them, what belongs to tables, by name."""

@@ -109,12 +109,12 @@ def _checked(backend: str, call: Call, result: object) -> tuple[Tensor, Tensor]:
     if any(x is y for x in result for y in (q, call.k, v)):
         raise fail(f"the backend `{backend}` returned one of its arguments: it must return new tensors")
     wide = torch.promote_types(q.dtype, torch.float32)
-    wanted = {
-        "output": (out, [*q.shape[:3], v.shape[3]], out.dtype if out.dtype == wide else q.dtype),
-        "log-sum-exp": (lse, [*q.shape[:3]], wide),
-    }
-    for name, (part, shape, dtype) in wanted.items():
-        if (list(part.shape), part.dtype, part.device) != (shape, dtype, q.device):
+    wanted = (
+        ("output", out, [*q.shape[:3], v.shape[3]], out.dtype if out.dtype == wide else q.dtype),
+        ("log-sum-exp", lse, [*q.shape[:3]], wide),
+    )
+    for name, part, shape, dtype in wanted:
+        if part.dtype != dtype or [*part.shape] != shape or part.device != q.device:
             raise fail(
                 f"the backend `{backend}` returned the {name} as {_described(part)}, "
                 f"not {_tensor(dtype, shape, q.device)}"
@@ -173,7 +173,8 @@ def attend_backward(
     """Gradients of q, k, v and of the wanted among `tensors`, contiguous."""
     found, places = lowered.find(identity, tensors), (q_offset, q_at, k_offset, k_at, n)
     slopes, results = (grad_out, grad_lse), (kept[0] if kept else out, lse)
-    return _gradients(found, slopes, results, q, k, v, tensors, wanted, found.sizes(q, k, places))
+    grads = _gradients(found, slopes, results, q, k, v, tensors, wanted, found.sizes(q, k, places))
+    return [grad.contiguous() for grad in grads]
 
 
 def _gradients(
@@ -203,7 +204,7 @@ def _gradients(
             lambda call: _forward(found, call),
             lambda call, results, slopes: _gradient(found, call, needing, results, slopes),
         )
-    return [grad.contiguous() for grad in (gq, gk, gv, *(by_name[name] for name in needing))]
+    return [gq, gk, gv, *(by_name[name] for name in needing)]
 
 
 def _gradient(
@@ -418,9 +419,10 @@ def run(
     )
     watched = watched or any(type(x) not in PLAIN for x in (q, k, v, *tensors))
     if found.selected:
-        tensors = found.beside(tensors, chosen(found, q, k, tensors, places, watched))
+        tensors = [*tensors, *chosen(found, q, k, tensors, places, watched)]
     if watched:
-        out, lse, _ = attend(q, k, v, list(tensors), *places, found.identity)
+        # AOTInductor passes no empty list on
+        out, lse, _ = attend(q, k, v, list(tensors) or [q.new_empty(0)], *places, found.identity)
         return out, lse
     sizes = found.sizes(q, k, places)
     if torch._C._are_functorch_transforms_active():

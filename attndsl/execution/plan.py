@@ -149,9 +149,11 @@ class Plan:
         if isinstance(q, Tensor) and not q.is_meta and torch.is_autocast_enabled(q.device.type):
             q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
         self._check(q, k, v)
-        self._refuse_learned(inputs)
         lowered = self._served(q.dtype, "reference" if return_weights else self.backend)
-        given = self._tensors({**self.tables, **inputs}, q) | self._learned(learned)
+        given: dict[str, Tensor] = {}
+        if inputs or learned or lowered.tables:
+            self._refuse_learned(inputs)
+            given = self._tensors({**self.tables, **inputs}, q) | self._learned(learned)
         check_tangents(q, k, v, *given.values())
         places = (
             *_placed("q", q, q_offset, q_positions),
@@ -159,7 +161,7 @@ class Plan:
             None if n is None else lowering.checked_length("n", n),
         )
         values = _beside_identity(q, v) if return_weights else v
-        out, lse = run(lowered, q, k, values, lowered.tensors(q, given), places)
+        out, lse = run(lowered, q, k, values, lowered.tensors(given), places)
         if not return_weights:
             return (out, lse) if return_lse else out
         out, weights = out[..., : v.shape[3]], out[..., v.shape[3] :]
@@ -187,7 +189,7 @@ class Plan:
             *_placed("k", k, k_offset, k_positions),
             None if n is None else lowering.checked_length("n", n),
         )
-        found = chosen(lowered, q, k, lowered.tensors(q, given), places, watched=False)
+        found = chosen(lowered, q, k, lowered.tensors(given), places, watched=False)
         return {table.name: x for table, x in zip(lowered.selected, found, strict=True)}
 
     def bind(self, **inputs: Any) -> Plan:

@@ -509,13 +509,13 @@ def sizes_of(
 
 def block_mask(attention: Attention, sizes: Sizes, tables: Mapping[str, Array], block_size: int) -> BlockMask:
     """The tiles, or the keys of few rows; equal masks are tiled once."""
-    from attndsl.tiles.tiling import tile
-
     check_scores(attention, sizes, tables)
     nq, n_keys = sizes.q.length, sizes.k.length
     few = 0 < nq <= FEW_ROWS and n_keys > 0
     if few and (found := by_rows(attention, sizes, block_size)) is not None:
         return found
+    from attndsl.tiles.tiling import tile
+
     grids: list[TileGrid] = []
     known: dict[tuple[object, ...], int] = {}
     index: dict[tuple[int, int], int] = {}

@@ -104,11 +104,10 @@ def _attended(piece: Piece, sink: Expr | None, simple: Simple, call: Call) -> tu
         if out is None or lse is None:
             out, lse = o, more
         else:
-            both = torch.logaddexp(lse, more)
-            part = torch.sigmoid(more - lse)
+            both, part = torch.logaddexp(lse, more), (more - lse).sigmoid_()
             if masked:
                 part = part.masked_fill(both == -torch.inf, 0.0)
-            out, lse, merged = out.to(wide).lerp(o.to(wide), part[..., None]), both, True
+            out, lse, merged = out.to(wide).lerp(o.to(wide), part.unsqueeze(-1)), both, True
     if out is None or lse is None:
         out, lse = q.new_zeros(q.shape, dtype=wide), q.new_full(q.shape[:3], -torch.inf, dtype=wide)
     if sink is None or env is None:
@@ -119,7 +118,9 @@ def _attended(piece: Piece, sink: Expr | None, simple: Simple, call: Call) -> tu
 
 
 def _taken(x: Tensor, keys: slice | Tensor) -> Tensor:
-    return x[:, :, keys] if isinstance(keys, slice) else x.index_select(2, keys)
+    if isinstance(keys, slice):
+        return x.narrow(2, keys.start, keys.stop - keys.start)
+    return x.index_select(2, keys)
 
 
 def reads(rows: Rows) -> Iterator[tuple[slice | Tensor, Tensor | None]]:
