@@ -101,8 +101,8 @@ class Dense:
         if whole is not None and not whole.causal and whole.addend is None:
             return all_pairs(call, self.scale)
         if whole is not None:
-            q, k, v = padded(call)
-            out, lse = flash(q, k, v, is_causal=whole.causal, attn_mask=whole.addend, scale=self.scale)
+            q, k, v = padded(call, not whole.causal)
+            out, lse = by_key_head(q, k, v, whole.causal, whole.addend, self.scale)
             if whole.dead is not None:
                 lse = lse.masked_fill(whole.dead, -torch.inf)
             return out[..., : call.v.shape[3]], lse
@@ -117,10 +117,10 @@ class Dense:
                 piece = self.formula(call, rows, q[:, :, rows], call.k, call.v, made)
                 out[:, :, rows], lse[:, :, rows] = piece
             return out, lse
-        q, k, v = padded(call)
+        q, k, v = padded(call, True)
         for rows in self.fused_blocks(call):
             causal, addend = self.addend(call, rows, made)
-            o, total = flash(q[:, :, rows], k, v, is_causal=causal, attn_mask=addend, scale=self.scale)
+            o, total = by_key_head(q[:, :, rows], k, v, causal, addend, self.scale)
             out[:, :, rows] = o[..., : call.v.shape[3]]
             lse[:, :, rows] = total
             if addend is not None:
@@ -383,13 +383,28 @@ def all_pairs(call: Call, scale: float) -> tuple[Tensor, Tensor]:
     return (out, lse) if q is call.q else (out.reshape(*call.q.shape[:3], dv), lse.reshape(call.q.shape[:3]))
 
 
-def padded(call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    """As many key heads as query heads, and equal head dimensions, which the fused kernel wants."""
-    width = max(call.q.shape[3], call.v.shape[3])
-    share = call.q.shape[1] // call.k.shape[1]
+def padded(call: Call, together: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Equal head dimensions, which the fused kernel wants, and as many key heads as query heads, unless these
+    may go `together` and what is then added has fewer numbers than the keys would be repeated by."""
+    nq, d, width = *call.q.shape[2:], max(call.q.shape[3], call.v.shape[3])
+    share = 1 if together and nq < d else call.q.shape[1] // call.k.shape[1]
     k, v = (shared(x, share) for x in (call.k, call.v))
     q, k, v = (fused_rows(x, width) for x in (call.q, k, v))
     return q, k, v
+
+
+def by_key_head(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, addend: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """torch's kernel, for query heads that share a key head as rows of one product."""
+    (batch, heads, nq, _), kv_heads = q.shape, k.shape[1]
+    if heads == kv_heads:
+        return flash(q, k, v, is_causal=causal, attn_mask=addend, scale=scale)  # type: ignore[no-any-return]
+    assert addend is not None
+    mask = addend.expand(-1, heads, -1, -1).reshape(len(addend), kv_heads, -1, k.shape[2])
+    q = q.reshape(batch, kv_heads, -1, q.shape[3])
+    out, lse = flash(q, k, v, attn_mask=mask, scale=scale)
+    return out.reshape(batch, heads, nq, -1), lse.reshape(batch, heads, nq)
 
 
 def shared(x: Tensor, share: int) -> Tensor:

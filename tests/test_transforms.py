@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+from test_docs import DOCS
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -189,3 +192,30 @@ def test_the_profiler_sees_the_operator() -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         plan(*qkv)
     assert "attndsl::attend" in {event.name for event in profiler.events()}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+def test_jagged_tensors_are_refused_and_go_the_way_of_the_page() -> None:
+    (code,) = (x for x in re.findall(r"```python\n(.*?)```", DOCS["torch.md"], re.S) if "jagged" in x)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    torch.manual_seed(0)
+    offsets, of = torch.tensor([0, 5, 6, 15]), torch.nested.nested_tensor_from_jagged
+    values = [torch.randn(15, 2, 8, requires_grad=True) for _ in range(3)]
+    qkv = [of(x, offsets).transpose(1, 2) for x in values]
+    for q in (qkv[0], torch.nested.nested_tensor([torch.zeros(2, 5, 8)])):
+        with pytest.raises(
+            attndsl.AttnError, match=r"(?s)`q` is a nested tensor.*`q\.values\(\)` as one row"
+        ):
+            names["plan"](q, *qkv[1:], doc=torch.zeros(15, dtype=torch.int64))
+    out = names["attend"](*qkv)
+    assert out.shape == qkv[0].shape
+    window = attndsl.parse("attention a { mask causal & last(4) }")["a"]
+    one = attndsl.compile(window, length=9, heads=2, head_dim=8, training=True)
+    alone = [one(*(x[i:j].transpose(0, 1)[None] for x in values))[0] for i, j in pairwise(offsets.tolist())]
+    for found, right in zip(out.unbind(), alone, strict=True):
+        torch.testing.assert_close(found, right)
+    ours, theirs = (
+        torch.autograd.grad(sum(x.square().sum() for x in found), values) for found in (out.unbind(), alone)
+    )
+    torch.testing.assert_close(ours, theirs)

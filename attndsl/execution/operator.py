@@ -417,7 +417,14 @@ def run(
         or torch._C._get_tracing_state() is not None
         or torch._C._autograd._profiler_enabled()
     )
-    watched = watched or any(type(x) not in PLAIN for x in (q, k, v, *tensors))
+    others = [type(x) for x in (q, k, v, *tensors) if type(x) not in PLAIN]
+    # by name: to import the class takes as long as to import torch
+    if any((x.__module__, x.__name__) == ("torch.distributed.tensor", "DTensor") for x in others):
+        raise fail(
+            "a plan takes no DTensor: how it may be sharded depends on the attention",
+            help="call it inside `local_map`, on the parts of each rank: docs/torch.md shows how",
+        )
+    watched = watched or bool(others)
     if found.selected:
         tensors = [*tensors, *chosen(found, q, k, tensors, places, watched)]
     if watched:

@@ -462,7 +462,10 @@ def _check_place(name: str, at: Tensor, x: Tensor) -> None:
 
 def _check_strided(name: str, tensor: Tensor) -> None:
     if tensor.is_nested:
-        raise fail(f"`{name}` is a nested tensor", help="pad it, or give its parts as documents of one row")
+        raise fail(
+            f"`{name}` is a nested tensor",
+            help=f"give `{name}.values()` as one row of documents: docs/torch.md shows how",
+        )
     if tensor.layout is not torch.strided:
         raise fail(f"`{name}` is a sparse tensor", help=f"give `{name}.to_dense()`")
 

@@ -137,7 +137,8 @@ def check_positions(name: str, dtype: str, shape: Sequence[int], length: int) ->
 
 def offsets(name: str, value: object) -> tuple[int, ...]:
     """One for all batch rows, or one each. Raises AttnError for what is no position."""
-    listed = value.tolist() if hasattr(value, "tolist") else value
+    # an integer first: torch.compile cannot tell whether one of its own has a `tolist`
+    listed = value.tolist() if not isinstance(value, int) and hasattr(value, "tolist") else value
     listed = listed if isinstance(listed, list | tuple) else [listed]
     if not listed:
         raise fail(f"`{name}` is empty", help="leave it out, or give one position per batch row")
