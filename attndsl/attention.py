@@ -69,7 +69,7 @@ class Attention:
     """The meaning of one attention, or of a pattern standing alone, with its parameters bound.
 
     inputs:   run-time tables, in the order of their declaration.
-    learned:  trainable parameters, in the order of their first use.
+    learned:  parameters, trainable ones and constants that are drawn, in the order of their first use.
     offset:   position of query row 0 over n and nq; None means n - nq, which must not be negative.
     least_heads: how many heads there are at least: one more than the last that a range or list names.
     """

@@ -43,7 +43,7 @@ class Bound:
     @property
     def learned(self) -> tuple[Table, ...]:
         """Trainable parameters, in the order of their first use."""
-        return self.attention.learned
+        return tuple(table for table in self.attention.learned if table.learned)
 
     def __call__(self, *args: Any, **params: Any) -> Bound:
         if self.rebind is None:

@@ -43,6 +43,14 @@ class Learned:
 
 
 @dataclass(frozen=True)
+class Drawn:
+    """The origin of constants [m, D] that a hash draws once D is known (meaning/draws.py)."""
+
+    kind: Literal["orthogonal", "gaussian_rows"]
+    seed: int
+
+
+@dataclass(frozen=True)
 class Known:
     """The origin of a list of the text, which has one axis."""
 
@@ -90,7 +98,7 @@ class Table:
     name: str
     dtype: Literal["int", "bool", "float"]
     dims: tuple[str | int, ...]
-    origin: Given | Learned | Known | Selected = Given()
+    origin: Given | Learned | Drawn | Known | Selected = Given()
 
     @staticmethod
     def listed(*parts: Sequence[int | float]) -> Table:
@@ -106,6 +114,11 @@ class Table:
     @property
     def learned(self) -> bool:
         return isinstance(self.origin, Learned)
+
+    @property
+    def parameter(self) -> bool:
+        """Whether it belongs to a module: learned, or a constant that is drawn."""
+        return isinstance(self.origin, Learned | Drawn)
 
     @property
     def batched(self) -> bool:

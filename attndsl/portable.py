@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from attndsl import expr as ir
 from attndsl.attention import Attention, HeadGroup, Norm, Relation
 from attndsl.errors import fail
-from attndsl.expr import Argument, Expr, Given, IntSet, Known, Learned, Selected, Table
+from attndsl.expr import Argument, Drawn, Expr, Given, IntSet, Known, Learned, Selected, Table
 
 FORMAT = 3
 LONG = 64
@@ -177,6 +177,8 @@ class _Writer:
         match table.origin:
             case Learned(init):
                 return written | {"origin": {"learned": init}}
+            case Drawn(kind, seed):
+                return written | {"origin": {"drawn": [kind, seed]}}
             case Known(entries) if table.dtype == "int" and len(entries) >= LONG:
                 return written | {"origin": self.long(table.origin.array)}
             case Known(entries):
@@ -191,10 +193,12 @@ class _Writer:
 def _table(
     fields: dict[str, Any], constants: Sequence[Any], nodes: Sequence[Expr], table: Callable[[int], Table]
 ) -> Table:
-    origin: Given | Learned | Known | Selected = Given()
+    origin: Given | Learned | Drawn | Known | Selected = Given()
     match fields["origin"]:
         case {"learned": init}:
             origin = Learned(init)
+        case {"drawn": [kind, seed]}:
+            origin = Drawn(kind, seed)
         case {"long": place}:
             origin = Known(tuple(constants[place].tolist()))
         case {"known": entries}:

@@ -86,7 +86,7 @@ UNKNOWN = {
     "field of an attention": (extended(attention(PLAIN), memory=16), P, "clause `memory`"),
     "field of a problem": (attention(PLAIN), extended(P, dropout=0.1), "mode `dropout`"),
     "field of a table": (
-        scored(ir.add(s, ir.lookup(extended(STRANGE, drawn=True), ir.var("k")))), P, "table `drawn`"
+        scored(ir.add(s, ir.lookup(extended(STRANGE, painted=True), ir.var("k")))), P, "table `painted`"
     ),
     "dtype of a table": (
         scored(ir.add(s, ir.make("lookup", (ir.var("k"),), Table("t", "complex", ("n",)), "real"))),  # type: ignore[arg-type]

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 import attndsl
+from attndsl.expr import Drawn
+from attndsl.meaning.draws import drawn as constants
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
 
 SIGNED = (
     "mask causal & (last(9) | sinks(2)) & {{ q, k : q != 5 }} "
@@ -63,7 +73,7 @@ def test_weights_of_both_signs(norm: str, backend: str) -> None:
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
     if norm == "none":
-        assert torch.autograd.gradcheck(run, given)
+        assert torch.autograd.gradcheck(run, given, fast_mode=True)
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
@@ -83,3 +93,80 @@ def test_the_logarithm_of_a_sum(backend: str) -> None:
     ):
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)
     assert out.isfinite().all()
+
+
+def test_constants_are_the_same_everywhere() -> None:
+    plain, turned = (constants(Drawn(kind, 7), 5, 3) for kind in ("gaussian_rows", "orthogonal"))
+    np.testing.assert_allclose(
+        plain[[0, 4], 0], [-0.2939012603531111, 0.07771920920539453], rtol=0, atol=1e-12
+    )
+    np.testing.assert_allclose(
+        turned[[0, 4], 0], [-0.34557982281212424, 0.5394707290296149], rtol=0, atol=1e-12
+    )
+    for block in (turned[:3], turned[3:]):
+        products = block @ block.T
+        np.testing.assert_allclose(products, np.diag(np.diag(products)), atol=1e-14)
+    # more rows are further rows
+    np.testing.assert_allclose(constants(Drawn("orthogonal", 7), 9, 3)[:5], turned, atol=1e-14)
+    assert not np.isclose(constants(Drawn("orthogonal", 8), 5, 3), turned).any()
+
+
+def test_constants_are_standard_normals() -> None:
+    x = constants(Drawn("gaussian_rows", 0), 1024, 64)
+    assert abs(x.mean()) < 4 / math.sqrt(x.size)
+    assert abs((x**2).mean() - 1) < 4 * math.sqrt(2 / x.size)
+    assert abs((x**4).mean() - 3) < 4 * math.sqrt(96 / x.size)
+    lengths = (constants(Drawn("orthogonal", 0), 1024, 64) ** 2).sum(1)
+    assert abs(lengths.mean() - 64) < 4 * math.sqrt(128 / 1024)
+    assert abs(lengths.var() - 128) < 0.25 * 128
+
+
+DRAWS, WIDTH, ROWS = 4000, 16, 32
+KINDS: tuple[Any, ...] = ("gaussian_rows", "orthogonal")
+
+
+@pytest.mark.parametrize("features", ["favor", "trig"])
+def test_features_have_the_published_variances(features: str) -> None:
+    """Choromanski et al. 2021, lemma 2 and theorem 2: of exp(x @ y), and orthogonal rows are better."""
+    rng = np.random.default_rng(3)
+    x, y = 0.45 * rng.standard_normal((2, WIDTH)) / math.sqrt(WIDTH) * 2
+    kernel, both, apart = math.exp(x @ y), ((x + y) ** 2).sum(), ((x - y) ** 2).sum()
+    size = math.exp((x @ x + y @ y) / 2)
+
+    def positive(w: NDArray[Any]) -> Any:
+        return np.exp(w @ (x + y)).mean(-1) / size
+
+    def waves(w: NDArray[Any]) -> Any:
+        return size * np.cos(w @ (x - y)).mean(-1)
+
+    of, variance = (
+        (positive, math.exp(both) * kernel**2 * (1 - math.exp(-both)) / ROWS)
+        if features == "favor"
+        else (waves, math.exp(both) / kernel**2 * (1 - math.exp(-apart)) ** 2 / (2 * ROWS))
+    )
+    squares = {}
+    for kind in KINDS:
+        # blocks of rows are independent
+        found = of(constants(Drawn(kind, 0), DRAWS * ROWS, WIDTH).reshape(DRAWS, ROWS, WIDTH))
+        assert abs(found.mean() - kernel) < 4 * found.std() / math.sqrt(DRAWS)
+        squares[kind] = (found - kernel) ** 2
+    plain, turned = squares["gaussian_rows"], squares["orthogonal"]
+    assert abs(plain.mean() - variance) < 4 * plain.std() / math.sqrt(DRAWS)
+    assert turned.mean() + 2 * turned.std() / math.sqrt(DRAWS) < plain.mean()
+
+
+def test_a_module_owns_its_constants() -> None:
+    text = (
+        "attention a(W = orthogonal(5, seed = 3)) { mask causal score favor(Q, W) @ favor(K, W) norm linear }"
+    )
+    plan = attndsl.compile(attndsl.parse(text)["a"], length=9, heads=2, head_dim=4, training=True)
+    module = plan.module()
+    assert [*module.state_dict()] == ["orthogonal_5_3"]
+    assert not [*module.parameters()]
+    expected = constants(Drawn("orthogonal", 3), 5, 4)
+    np.testing.assert_allclose(module.state_dict()["orthogonal_5_3"], expected, rtol=1e-6)
+    q, k, v = (torch.randn(1, 2, 9, 4) for _ in range(3))
+    torch.testing.assert_close(module(q, k, v), plan(q, k, v))
+    module.orthogonal_5_3.mul_(0.5)
+    assert not torch.allclose(module(q, k, v), plan(q, k, v))
+    np.testing.assert_allclose(plan.module().orthogonal_5_3, expected, rtol=1e-6)

@@ -67,7 +67,11 @@ def qkv(**options):
             "attndsl has no operation `erf`: there are `abs`, `add`, ",
         ),
         ("(modes=", "(dtypes={'fp16'}, modes=", "attndsl has no dtype `fp16`: there are `bfloat16`, "),
-        ("(modes=", "(tables={'drawn'}, modes=", "attndsl has no table `drawn`: there are `bool`, `float`, "),
+        (
+            "(modes=",
+            "(tables={'painted'}, modes=",
+            "attndsl has no table `painted`: there are `bool`, `float`, ",
+        ),
         ("import torch", "import torhc", "ModuleNotFoundError: No module named 'torhc'"),
         ("= Mine()", "= Yours()", "NameError: name 'Yours' is not defined"),
     ],

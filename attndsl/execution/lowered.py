@@ -17,7 +17,8 @@ from attndsl.attention import Attention
 from attndsl.backend import Backend, Call, Differentiable, Kernel, Problem
 from attndsl.errors import fail
 from attndsl.execution import choice, registry
-from attndsl.expr import Table
+from attndsl.expr import Drawn, Table
+from attndsl.meaning.draws import drawn
 from attndsl.tiles import lowering
 from attndsl.tiles.blockmask import BlockMask
 
@@ -56,6 +57,7 @@ class Lowered:
     constants  the long sets and lists of the attention, as `portable` gives them
     tables     inputs, then what is learned, then choices, by name
     selected   the choices
+    drawn      constants, by name
     """
 
     attention: Attention
@@ -66,6 +68,7 @@ class Lowered:
     constants: tuple[Tensor, ...]
     tables: Mapping[str, Table]
     selected: tuple[Table, ...]
+    drawn: Mapping[str, Tensor]
     masks: Recent[BlockMask] = field(default_factory=Recent)
     known_sizes: Recent[lowering.Sizes] = field(default_factory=Recent)
 
@@ -174,7 +177,16 @@ def lower(attention: Attention, problem: Problem, backend: str) -> Lowered:
     selected = attention.selected
     read = (*attention.inputs, *attention.learned, *selected)
     tables = {table.name: table for table in read}
-    lowered = Lowered(attention, problem, backend, kernel, written.text, constants, tables, selected)
+    constant = {
+        table.name: torch.tensor(
+            drawn(table.origin, int(table.dims[0]), problem.head_dim), device=problem.device
+        )
+        for table in attention.learned
+        if isinstance(table.origin, Drawn)
+    }
+    lowered = Lowered(
+        attention, problem, backend, kernel, written.text, constants, tables, selected, constant
+    )
     return _alive.setdefault(written.text, lowered)
 
 

@@ -141,8 +141,8 @@ class Plan:
         have their first ones. Raises AttnError for tensors, positions and tables that do not fit the plan,
         and where parameters without values are to be trained.
         """
-        if learned is None and self.problem.training and self.attention.learned:
-            names = ", ".join(f"`{table.name}`" for table in self.attention.learned)
+        if learned is None and self.problem.training and any(t.learned for t in self.attention.learned):
+            names = ", ".join(f"`{table.name}`" for table in self.attention.learned if table.learned)
             raise fail(
                 f"a call of the plan does not train {names}", help=f"use plan.module(), which owns {names}"
             )
@@ -264,20 +264,23 @@ class Plan:
                 )
 
     def _learned(self, given: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-        """The values of the parameters. Raises AttnError for one that is missing, unknown or does not fit."""
+        """The values of the parameters; constants are as drawn unless they are given. Raises AttnError for
+        one that is missing, unknown or does not fit."""
         tables = {table.name: table for table in self.attention.learned}
-        if given is None:
-            return {name: self.initial(table) for name, table in tables.items()}
+        first = {t.name: self.initial(t) for t in tables.values() if given is None or not t.learned}
+        given = {**first, **(given or {})}
         if set(given) != set(tables):
             names = ", ".join(f"`{name}`" for name in tables) or "none"
             raise fail(f"`learned` has {', '.join(f'`{x}`' for x in given) or 'none'}, and there are {names}")
         for name, table in tables.items():
             if [*given[name].shape] != self._shape(table):
                 raise fail(f"`{name}` is {self._shape(table)}, and was given as {[*given[name].shape]}")
-        return dict(given)
+        return given
 
     def initial(self, table: Table) -> Tensor:
-        """A learned parameter's first value, with the axes of its table."""
+        """A parameter's first value, with the axes of its table."""
+        if table.name in self.lowered.drawn:
+            return self.lowered.drawn[table.name].to(self._table_dtype())
         assert isinstance(table.origin, Learned)
         shape, device = self._shape(table), self.problem.device
         return torch.full(shape, table.origin.init, dtype=self._table_dtype(), device=device)
@@ -377,7 +380,8 @@ class Plan:
 
 
 class PlanModule(nn.Module):
-    """Attention with trainable parameters, under the names they are bound to.
+    """Attention with trainable parameters, under the names they are bound to, and constants that are drawn as
+    buffers.
 
     `forward` takes what `Plan.__call__` takes.
     """
@@ -391,7 +395,10 @@ class PlanModule(nn.Module):
                     f"the learned parameter `{table.name}` has the name of an attribute of nn.Module",
                     help="bind it to another name",
                 )
-            self.register_parameter(table.name, nn.Parameter(plan.initial(table)))
+            if table.learned:
+                self.register_parameter(table.name, nn.Parameter(plan.initial(table)))
+            else:
+                self.register_buffer(table.name, plan.initial(table).clone())
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, **call: Any) -> Any:
         # by attribute: parametrizations and functional_call put plain tensors there

@@ -585,7 +585,7 @@ class _Evaluation:
 FEATURES = Features(
     operations={"and", "or", "not", "where", *UNARY, *COMPARE}
     | {name.removeprefix("on_") for name in vars(_Evaluation) if name.startswith("on_")},
-    tables={"given", "learned", "known", "selected", "int", "bool", "float"},
+    tables={"given", "learned", "drawn", "known", "selected", "int", "bool", "float"},
     modes={"training"},
     dtypes={"float16", "bfloat16", "float32", "float64"},
     devices={"cpu", "cuda"},

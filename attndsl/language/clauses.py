@@ -231,7 +231,7 @@ class AttentionBuilder:
             help = f"a condition goes into `mask`: `{{ q, k : {quoted(e)} }}`"
         result = number_of(value, e, help)
         for table in sorted(result.tables, key=lambda table: table.name):
-            if table.learned:
+            if table.parameter:
                 self.declare(table, e)
         return result
 

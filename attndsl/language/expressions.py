@@ -9,13 +9,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from attndsl import expr as ir
 from attndsl.errors import AttnError, fail
 from attndsl.expr import Expr, IntSet, Table
 from attndsl.language import combinators, leaves
-from attndsl.language.arguments import check_builder
+from attndsl.language.arguments import bind_built_in, check_builder
 from attndsl.language.mistakes import (
     IN_SCORES,
     chosen,
@@ -53,7 +53,7 @@ from attndsl.language.values import (
     total,
     union,
 )
-from attndsl.language.vocabulary import CLAIMS, COMBINATORS, FUNCTIONS, SIGNATURES
+from attndsl.language.vocabulary import CLAIMS, COMBINATORS, CONSTANTS, FUNCTIONS, SIGNATURES
 from attndsl.meaning.intervals import never_negative
 from attndsl.syntax import nodes as ast
 
@@ -61,10 +61,16 @@ if TYPE_CHECKING:
     from attndsl.language.elaborate import Elaborator
 
 
+ROWS_LIMIT = 2**14
+"""Of constants that are drawn."""
+
+
 def on_name(el: Elaborator, e: ast.Name, env: Scope, space: Space) -> Value:
     value = el.lookup(e, env, space)
-    if env.integral and any(table.learned for table in tables_of(value)):
-        raise fail(f"`{e.id}` is learned, and a mask may not depend on it", e.span, IN_SCORES)
+    for table in tables_of(value):
+        if env.integral and table.parameter:
+            what = "learned" if table.learned else "drawn"
+            raise fail(f"`{e.id}` is {what}, and a mask may not depend on it", e.span, IN_SCORES)
     return value
 
 
@@ -406,6 +412,20 @@ def learn(el: Elaborator, e: ast.Index, call: ast.Call | None, env: Scope, space
     return TableOf(Table(env.binding, "float", tuple(dims), ir.Learned(float(start), serial)))
 
 
+def constants(el: Elaborator, name: Any, e: ast.Call, env: Scope, space: Space) -> Value:
+    if env.integral:
+        raise fail("a mask may not depend on constants that are drawn", e.span, IN_SCORES)
+    given = bind_built_in(name, ("m",), ("seed",), e)
+    rows = el.constant(given["m"], env, space, "a number of rows")
+    if not 0 < rows <= ROWS_LIMIT:
+        raise fail(f"there are {rows} rows, and must be 1 to {ROWS_LIMIT:,}", given["m"].span)
+    seed = el.constant(given["seed"], env, space, "a seed") if "seed" in given else 0
+    # equal constants are one, whatever they are bound to
+    return TableOf(
+        Table(f"{name}_{rows}_{seed}".replace("-", "m"), "float", (rows, "D"), ir.Drawn(name, seed))
+    )
+
+
 def on_call(el: Elaborator, e: ast.Call, env: Scope, space: Space) -> Value:
     if isinstance(e.func, ast.Index):
         base = e.func.base
@@ -421,6 +441,8 @@ def on_call(el: Elaborator, e: ast.Call, env: Scope, space: Space) -> Value:
         return el.apply(e.func, e.args, env, space)
     if name in FUNCTIONS:
         return function(el, name, e, env, space)
+    if name in CONSTANTS:
+        return constants(el, name, e, env, space)
     if name in CLAIMS:
         raise fail(f"`{name}` stands in an `assert` alone", e.func.span)
     if name in COMBINATORS:

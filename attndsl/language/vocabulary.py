@@ -9,7 +9,8 @@ POSITIONS = frozenset("q k s Q K".split())
 COMBINATORS = frozenset("blocks within grid random".split())
 FUNCTIONS = frozenset((*ir.AGGREGATES, "sum", "concat", "where", "isqrt", "floor", *ir.FUNCTIONS))
 CLAIMS = frozenset("every_row density nnz diameter reach".split())
-BUILT_IN = COMBINATORS | FUNCTIONS | CLAIMS | {"learn"}
+CONSTANTS = frozenset("orthogonal gaussian_rows".split())
+BUILT_IN = COMBINATORS | FUNCTIONS | CONSTANTS | CLAIMS | {"learn"}
 SIGNATURES = (
     {
         "blocks": "blocks(b, R)",
@@ -17,6 +18,8 @@ SIGNATURES = (
         "grid": "grid(height, width, { (y, x), (v, u) : ... })",
         "random": "random(r, seed = 0, of = full)",
         "learn": "learn[SHAPE](init)",
+        "orthogonal": "orthogonal(m, seed = 0)",
+        "gaussian_rows": "gaussian_rows(m, seed = 0)",
         "where": "where(cond, a, b)",
         "min": "min(a, b)",
         "max": "max(a, b)",
