@@ -180,7 +180,8 @@ LEAVES = [
     "mask topk(4, of = causal)",
     "mask topk(4, of = causal, share = kv)",
     "mask causal & topk(2, of = blocks(4, causal - radius(0)), by = Q @ mean(K))",
-    "mask causal & blocks(4, radius(0) | topk(2, of = causal - radius(0)))",
+    # the mean of 3 is rounded, and equal scores are equal no more
+    "mask causal & blocks(2, radius(0) | topk(2, of = causal - radius(0)))",
     "inputs ids : int[B, n]  mask topk(4, of = documents(ids))",
     "mask causal & within(hash(8, seed = 3), last(4))",
     "mask causal & within(hash(128), full)",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from itertools import product
 from typing import Literal
 
 import torch
@@ -15,6 +18,10 @@ from attndsl.expr import Expr, Selected
 from attndsl.selection import Offered
 
 Score = Expr | None
+ALL = slice(None)
+SLAB, SCORES = 64, 2**20
+"""Rows whose scores are made at once, or as many as have so many scores: those are still in cache when they
+are compared."""
 
 
 class TopK:
@@ -52,7 +59,32 @@ class TopK:
         return {"products": scores * problem.head_dim, "sorted": scores}
 
     def choose(self, origin: Selected, offered: Offered) -> Tensor:
-        return self.reference(origin, offered)
+        env, r, of, by = units(origin, offered), self.rounds(origin), origin.of, origin["by"]
+        (batch, heads), kv_heads = offered.q.shape[:2], offered.k.shape[1]
+        rows, count = env.values["q"].shape[2], env.values["k"].shape[3]
+        together = heads // kv_heads if origin["share"] == "kv" else 1
+        found = torch.full((batch, heads, rows, r), -1, device=offered.q.device)
+        assert of is not None
+        for some in slabs(rows, max(SLAB, SCORES // max(1, count))):
+            here = part(env, rows=some)
+            live = evaluate(of, here)
+            live = live.expand(torch.broadcast_shapes(live.shape, (1, 1, some.stop - some.start, count)))
+            columns = span(live)
+            here, live = part(here, columns=columns), live[..., columns]
+            hidden = span(~live)
+            if not live.numel():
+                continue
+            at_once = max(1, SCORES // (live[0, 0].numel() * together)) * together
+            for b, few in product(range(batch), slabs(heads, at_once)):
+                there = cut(live, {0: slice(b, b + 1), 1: few})
+                scores = evaluate(by, part(here, b, few), there).to(env.dtype)
+                scores = scores.expand(1, few.stop - few.start, *live.shape[2:]).squeeze(0)
+                if together > 1:
+                    scores = scores.view(-1, together, *scores.shape[1:]).sum(1)
+                    there = cut(there, {1: slice(None, None, together)})
+                places = greatest(scores, there.squeeze(0), hidden, r).repeat_interleave(together, 0)
+                found[b, few, some] = torch.where(places < 0, -1, places + columns.start)
+        return found
 
     def reference(self, origin: Selected, offered: Offered) -> Tensor:
         by, r = origin["by"], self.rounds(origin)
@@ -66,6 +98,37 @@ class TopK:
             groups = scores.view(shape[0], offered.k.shape[1], -1, rows, count)
             scores = groups.sum(2, keepdim=True).expand(groups.shape).flatten(1, 2)
         return best(scores, live, r)
+
+
+def greatest(scores: Tensor, live: Tensor, hidden: slice, r: int) -> Tensor:
+    """As `best` in any order, of scores [X, rows, units], which may be overwritten, and live [X or 1, rows,
+    units]; what is not is among the units `hidden`.
+
+    Each of the greatest is in one of as many groups that have the greatest maxima.
+    """
+    width = scores.shape[-1]
+    if width <= r:
+        return best(scores, live.expand_as(scores), r)
+    scores = scores.contiguous()
+    scores[..., hidden].masked_fill_(~live[..., hidden], -torch.inf)
+    # one more than are chosen tells whether the last is equal to it: then the first of all equal ones count
+    size = math.isqrt(width // (r + 1))
+    groups = width // max(1, size)
+    if size < 2:
+        values, places = scores.topk(r + 1)
+    else:
+        maxima = scores[..., : size * groups].reshape(*scores.shape[:-1], size, groups).amax(-2)
+        members = torch.arange(0, size * groups, groups, device=scores.device)[:, None]
+        places = (maxima.topk(r + 1, sorted=False).indices[..., None, :] + members).flatten(-2)
+        left = torch.arange(size * groups, width, device=scores.device).expand(*places.shape[:-1], -1)
+        places = torch.cat([places, left], -1)
+        values, which = scores.gather(-1, places).topk(r + 1)
+        places = places.gather(-1, which)
+    tied = ~(values[..., r] < values[..., r - 1])
+    places = places[..., :r].masked_fill(values[..., :r] == -torch.inf, -1)
+    if tied.any():
+        places[tied] = best(scores[tied], live.expand_as(scores)[tied], r)
+    return places
 
 
 def best(scores: Tensor, live: Tensor, r: int) -> Tensor:
@@ -93,8 +156,9 @@ def units(origin: Selected, offered: Offered) -> Env:
             continue
         if axis.starts != (0,):
             raise fail("blocks are chosen among keys from position 0 on")
-        for mean, reduced in pooled(x, size).items():
-            values[f"{mean}({name})"] = reduced
+        for how in ("mean", "min", "max"):
+            if f"{how}({name})" in origin["by"].free:
+                values[f"{how}({name})"] = pooled(x, size, how)
         count = (x.shape[2] + size - 1) // size
         values[place] = torch.arange(count, device=x.device).view(
             (1, 1, -1, 1) if place == "q" else (1, 1, 1, -1)
@@ -102,23 +166,47 @@ def units(origin: Selected, offered: Offered) -> Env:
     return replace(env, values=values)
 
 
-def pooled(x: Tensor, size: int) -> dict[str, Tensor]:
-    """Mean, min and max [.., n / size, D] of pieces of x [.., n, D]; the last has what is there."""
+def part(env: Env, b: int | None = None, heads: slice = ALL, rows: slice = ALL, columns: slice = ALL) -> Env:
+    """Of some batch rows, heads, rows and units; what is the same for all stays."""
+    batch = ALL if b is None else slice(b, b + 1)
+    vectors = {"Q": rows, "K": columns}
+    values = {}
+    for name, x in env.values.items():
+        own = next((some for vector, some in vectors.items() if vector in name), None)
+        axes = {2: rows, 3: columns} if own is None else {2: own}
+        values[name] = cut(x, {0: batch, 1: heads} | axes) if x.dim() == 4 else x
+    return replace(env, values=values)
+
+
+def cut(x: Tensor, axes: Mapping[int, slice]) -> Tensor:
+    """Some of x along axes on which it is not one for all."""
+    return x[tuple(axes.get(i, ALL) if size > 1 else ALL for i, size in enumerate(x.shape))]
+
+
+def span(truths: Tensor) -> slice:
+    """From the first to the last unit for which some is true."""
+    found = truths.flatten(0, -2).any(0).nonzero().flatten().tolist()
+    return slice(found[0], found[-1] + 1) if found else slice(0, 0)
+
+
+def slabs(count: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))
+
+
+def pooled(x: Tensor, size: int, how: str) -> Tensor:
+    """The mean, min or max [.., n / size, D] of pieces of x [.., n, D]; the last has what is there."""
     n = x.shape[-2]
     missing = -n % size
-    counts = x.new_full((n // size + (missing > 0), 1), size)
-    if missing:
-        counts[-1] = size - missing
-
-    def pieces(fill: float) -> Tensor:
-        padded = torch.nn.functional.pad(x, (0, 0, 0, missing), value=fill)
-        return padded.view(*x.shape[:-2], -1, size, x.shape[-1])
-
-    return {
-        "mean": pieces(0.0).sum(-2) / counts,
-        "min": pieces(torch.inf).amin(-2),
-        "max": pieces(-torch.inf).amax(-2),
-    }
+    fill = {"mean": 0.0, "min": torch.inf, "max": -torch.inf}[how]
+    padded = torch.nn.functional.pad(x, (0, 0, 0, missing), value=fill) if missing else x
+    pieces = padded.reshape(*x.shape[:-2], -1, size, x.shape[-1])
+    if how == "min":
+        return pieces.amin(-2)
+    if how == "max":
+        return pieces.amax(-2)
+    counts = x.new_full((pieces.shape[-3], 1), size)
+    counts[-1:] -= missing
+    return pieces.sum(-2) / counts
 
 
 selection = TopK()
