@@ -15,16 +15,47 @@ import attndsl
 from attndsl import expr as ir
 from attndsl import syntax
 from attndsl.errors import Source
+from attndsl.execution.selecting import drawn
 from attndsl.meaning import pointwise
 from attndsl.program import Program
 from attndsl.syntax import nodes as ast
+from attndsl.tiles import lowering
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 NAMES = sorted(path.stem for path in EXAMPLES.glob("*.attn"))
 
+
+def live(bound: attndsl.Bound, n: int) -> int | None:
+    """Pairs, whatever is chosen."""
+    found = attndsl.analyze(bound, length=n, heads=1, parts=["nnz"]).nnz
+    assert found is not None
+    return found.value
+
+
+def pairs(bound: attndsl.Bound, n: int, rows: int | None = None, heads: int = 1, **inputs: Any) -> int:
+    """Of the last rows, as random q and k of 16 features choose."""
+    sizes = lowering.sizes(bound.attention, n, rows or n, heads)
+    chosen = drawn(bound.attention, sizes, heads, 16, inputs)
+    return int(bound.counts(n, rows, heads=heads, **inputs, **chosen).sum())
+
+
+CENTERS = np.random.default_rng(0).standard_normal((5, 48, 16))
+
 FACTS: dict[str, Callable[[Program], bool]] = {
     "flamingo": lambda p: p["flamingo"].mask(128, 3, lo=[0, 2, 9], hi=[2, 3, 9]).sum() == 3 * 64,
     "paligemma": lambda p: p["paligemma"].mask(300, prompt=[10])[0, 0, 0].sum() == 256 + 10,
+    "reformer": lambda p: (
+        (pairs(p["reformer"], 512), pairs(p["reformer_hf"], 512), pairs(p["reformer_safe"], 8000, 16))
+        == (85_108, 87_706, 979)
+    ),
+    "routing": lambda p: (
+        pairs(p["routing"], 600, heads=5, mu=CENTERS) == 841_753
+        and pairs(p["routing_safe"], 20_000, 16, mu=CENTERS[:1]) == 3_735
+    ),
+    "moba": lambda p: live(p["moba"], 4096) == 5_769_216,
+    "quest": lambda p: live(p["quest"], 4096) == 6_309_888,
+    "dsa": lambda p: live(p["dsa"], 3000) == 2048 * 2049 // 2 + 952 * 2048,
+    "knn": lambda p: (live(p["knn"], 1024), live(p["sparse_topk"], 1024)) == (63_520, 134_280),
     "vsa": lambda p: (
         p["vsa"].mask(256, chosen=[[[[2, 0], [1, 1], [3, 0], [0, 2], [0, 0]]]])[0, 0, 0].sum() == 2 * 64
     ),

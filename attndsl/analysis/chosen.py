@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from attndsl import expr as ir
@@ -9,6 +11,7 @@ from attndsl.analysis.part import Subject
 from attndsl.expr import Expr, Selected, Table
 from attndsl.meaning.pointwise import evaluate
 from attndsl.selection import narrowest, widest
+from attndsl.tiles import lowering
 from attndsl.tiles.tiling import tile
 
 POINTS = 2**26
@@ -20,8 +23,8 @@ def live_bounds(subject: Subject) -> tuple[int, int] | None:
     """The least and the greatest number over all heads and batch rows, equal where it is known exactly; None
     where that takes long or a table is missing."""
     n, low, high = subject.problem.length, 0, 0
-    given = {table.name for table in subject.attention.inputs} <= subject.inputs.keys()
-    if not given or n * n > POINTS:
+    read = {*lowering.mask_tables(subject.attention)} - {*subject.attention.selected}
+    if n * n > POINTS or any(table.name not in subject.inputs for table in read):
         return None
     for mask, times in subject.masks.items():
         least, most = _bounds(ir.substitute(mask, {"n": ir.const(n)}), n, subject)
@@ -59,7 +62,13 @@ def _beside(mask: Expr, leaf: Expr) -> Expr:
 
 
 def _count(e: Expr, n: int, subject: Subject) -> int:
-    return tile(e, n, n, 128, n=n, tables=subject.tables).nnz
+    return tile(e, n, n, 128, n=n, tables=_tables(subject)).nnz
+
+
+def _tables(subject: Subject) -> dict[str, Any]:
+    """Without choices, which nothing here reads."""
+    read = {*lowering.mask_tables(subject.attention)} - {*subject.attention.selected}
+    return lowering.checked_tables(subject.attention, subject.inputs, subject.sizes, needed=[*read])
 
 
 def _candidates(leaf: Expr, n: int, subject: Subject) -> np.ndarray:
@@ -69,7 +78,7 @@ def _candidates(leaf: Expr, n: int, subject: Subject) -> np.ndarray:
     assert origin.of is not None
     of = ir.substitute(origin.of, {"n": ir.const(n), "b": ir.ZERO})
     rows, units = -(-n // origin.rows), -(-n // origin.unit)
-    live = evaluate(of, np.arange(rows)[:, None], np.arange(units)[None, :], subject.tables)
+    live = evaluate(of, np.arange(rows)[:, None], np.arange(units)[None, :], _tables(subject))
     return np.broadcast_to(live, (rows, units))
 
 

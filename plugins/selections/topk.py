@@ -68,7 +68,7 @@ class TopK:
         for some in slabs(rows, max(SLAB, SCORES // max(1, count))):
             here = part(env, rows=some)
             live = evaluate(of, here)
-            live = live.expand(torch.broadcast_shapes(live.shape, (1, 1, some.stop - some.start, count)))
+            live = live.expand(*live.shape[:2], some.stop - some.start, count)
             columns = span(live)
             here, live = part(here, columns=columns), live[..., columns]
             hidden = span(~live)
