@@ -18,7 +18,7 @@ from attndsl.conformance import CASES, MECHANISMS, Case, check, declined
 from attndsl.meaning.pointwise import evaluate
 from attndsl.plugins.torch import chunks, work
 from attndsl.plugins.torch.parts import Strided, take_apart
-from attndsl.scores import affine_in_s, by_distance
+from attndsl.scores import affine_in_s, by_distance, linear_in_tables
 from attndsl.tiles.blockmask import TileGrid
 
 s, q, k, h = map(ir.var, "sqkh")
@@ -258,3 +258,24 @@ def test_other_scores_are_not_affine() -> None:
 def test_what_depends_on_the_distance_alone() -> None:
     assert by_distance(ir.where(ir.lt(k, q), ir.absolute(ir.sub(q, k)), ir.ZERO)) is not None
     assert by_distance(ir.add(q, k)) is None
+
+
+def test_linear_in_tables() -> None:
+    q, k, h = ir.var("q"), ir.var("k"), ir.var("h")
+    b, path = ir.Table("b", "float", ("H", 8)), ir.Table("path", "int", ("n",))
+    read = ir.lookup(b, h, ir.sub(q, k))
+    score = ir.add(ir.mul(ir.const(0.5), ir.mul(read, ir.sub(k, q))), ir.div(read, ir.const(2.0)), k)
+    found = linear_in_tables(score)
+    assert found is not None
+    rest, terms = found
+    assert rest is k
+    assert [of for _, of in terms] == [read, read]
+    values = {"q": ir.const(9), "k": ir.const(3), "h": ir.ZERO}
+    assert [ir.number(ir.substitute(factor, values)) for factor, _ in terms] == [-3.0, 0.5]
+    for other in (
+        ir.mul(read, read),
+        ir.call("tanh", read),
+        ir.lookup(b, h, ir.lookup(path, k)),
+        ir.mul(q, ir.mul(k, read)),
+    ):
+        assert linear_in_tables(other) is None

@@ -317,6 +317,29 @@ def test_look_ups_by_distance_ask_for_what_live_pairs_read(backend: str) -> None
         plan(x, x, x, z=torch.zeros(9))
 
 
+@pytest.mark.parametrize("score", ["s + z[q - k]", "s + k / 9 + z[q - k] * (q - k) / 3", "s + z[k] * q"])
+@pytest.mark.parametrize("size", [17, 16, 12])
+def test_look_ups_of_one_call_do_not_speak_for_the_next(score: str, size: int) -> None:
+    text = f"inputs z : float[m]  mask causal  score {score}"
+    attention = attndsl.parse(f"attention a {{ {text} }}")["a"]
+    plan = attndsl.compile(attention, length=16, heads=1, head_dim=4, backend="sdpa", training=True)
+    exact = attndsl.compile(attention, length=16, heads=1, head_dim=4, backend="reference", training=True)
+    x = torch.randn(1, 1, 16, 4)
+    tables = [torch.randn(16), torch.randn(17), torch.randn(size), torch.randn(size)]
+    tables[2][1], tables[3][1:3] = torch.nan, -torch.inf
+    for z in tables:
+        if len(z) < 16:
+            with pytest.raises(attndsl.AttnError, match="but entry"):
+                plan(x, x, x, z=z)
+            continue
+        found = []
+        for each in (plan, exact):
+            leaf = z.clone().requires_grad_()
+            out = each(x, x, x, z=leaf)
+            found.append((out, *torch.autograd.grad(out[..., 1].sum(), leaf)))
+        torch.testing.assert_close(*found, equal_nan=True)
+
+
 MEMORY = """
 import subprocess
 import sys
