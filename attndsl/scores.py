@@ -21,6 +21,26 @@ def by_head(e: Expr) -> bool:
     return bool(e.free & {"h", "s", *ir.QUERY_VECTORS, *ir.KEY_VECTORS})
 
 
+def never_negative(e: Expr, known: frozenset[Expr] = frozenset()) -> bool:
+    """Whether that is so by its form, of every entry of a vector; `known` are not negative."""
+    if e in known or e.op in ("exp", "sigmoid", "abs", "sqrt"):
+        return True
+    if e.op in ("const", "var"):
+        return e.value in ("n", "nq", "h", "H", "D") if e.op == "var" else e.value >= 0  # type: ignore[operator]
+    if e.op == "where":
+        cond, a, b = e.args
+        above = cond.op in ("lt", "le") and never_negative(cond.args[0], known)
+        return never_negative(a, known | {cond.args[1]} if above else known) and never_negative(b, known)
+    if e.op == "max":
+        return any(never_negative(arg, known) for arg in e.args)
+    if e.op in ("mul", "inner") and e.args[0] is e.args[1]:
+        return True
+    if e.op == "pow" and ir.number(e.args[1]) in (2, 4):
+        return True
+    sums = ("add", "mul", "div", "min", "inner", "sum", "concat", "pow")
+    return e.op in sums and all(never_negative(arg, known) for arg in e.args[: 1 if e.op == "pow" else None])
+
+
 def scale_and_bias(score: Expr, head_dim: int) -> tuple[float, Expr | None] | str:
     """a and b with score = a * (Q @ K) + b, b free of s, Q and K and None where it is 0; or why there are
     none."""

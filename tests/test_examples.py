@@ -25,6 +25,19 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 NAMES = sorted(path.stem for path in EXAMPLES.glob("*.attn"))
 
 
+def slowest(program: Program, head: int) -> float:
+    """What RetNet keeps of a weight from one token to the next."""
+    decay = program["retnet"].attention.groups[0].decay
+    assert decay is not None
+    at_head = ir.substitute(decay, {"h": ir.const(head)})
+    return float(pointwise.evaluate(at_head, np.asarray(1), np.asarray(0), {}))
+
+
+def rows(program: Program, *names: str) -> set[tuple[object, ...]]:
+    """The axes of constants that are drawn."""
+    return {table.dims for name in names for table in program[name].attention.learned}
+
+
 def live(bound: attndsl.Bound, n: int) -> int | None:
     """Pairs, whatever is chosen."""
     found = attndsl.analyze(bound, length=n, heads=1, parts=["nnz"]).nnz
@@ -56,11 +69,14 @@ FACTS: dict[str, Callable[[Program], bool]] = {
     "quest": lambda p: live(p["quest"], 4096) == 6_309_888,
     "dsa": lambda p: live(p["dsa"], 3000) == 2048 * 2049 // 2 + 952 * 2048,
     "knn": lambda p: (live(p["knn"], 1024), live(p["sparse_topk"], 1024)) == (63_520, 134_280),
+    "performer": lambda p: rows(p, "performer") == {(256, "D")},
+    "rfa": lambda p: rows(p, "rfa") == rows(p, "gated_rfa") == {(64, "D")},
+    "retnet": lambda p: [slowest(p, h) for h in range(8)] == [1 - 2.0 ** -(5 + h) for h in range(8)],
     "vsa": lambda p: (
         p["vsa"].mask(256, chosen=[[[[2, 0], [1, 1], [3, 0], [0, 2], [0, 0]]]])[0, 0, 0].sum() == 2 * 64
     ),
 }
-"""What assertions cannot say, for it depends on tables: tokens per image and per cube."""
+"""What assertions cannot say: tokens per image and per cube, which depend on tables, and what scores are."""
 
 UNNOTICED = {
     ("longformer", "w", 1): "w // 2 keys on each side: published windows are even",

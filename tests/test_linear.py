@@ -15,6 +15,7 @@ from torch import Tensor
 import attndsl
 from attndsl.expr import Drawn
 from attndsl.meaning.draws import drawn as constants
+from attndsl.scores import FeatureForm, feature_form
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -170,3 +171,123 @@ def test_a_module_owns_its_constants() -> None:
     module.orthogonal_5_3.mul_(0.5)
     assert not torch.allclose(module(q, k, v), plan(q, k, v))
     np.testing.assert_allclose(plan.module().orthogonal_5_3, expected, rtol=1e-6)
+
+
+N, WIDE = 40, 8
+ROW, COLUMN = torch.arange(N)[:, None], torch.arange(N)
+
+
+def elu1(x: Tensor) -> Tensor:
+    return torch.nn.functional.elu(x) + 1
+
+
+def favor(x: Tensor) -> Tensor:
+    """With the factor that the text leaves out."""
+    w = torch.tensor(constants(Drawn("orthogonal", 0), 256, WIDE))
+    x = x / WIDE**0.25
+    return torch.exp(x @ w.T - (x * x).sum(-1, keepdim=True) / 2) / 16
+
+
+def trig(x: Tensor) -> Tensor:
+    w = torch.tensor(constants(Drawn("gaussian_rows", 0), 64, WIDE))
+    x = torch.nn.functional.normalize(x, dim=-1) @ w.T
+    return torch.cat([x.sin(), x.cos()], -1) / 8
+
+
+def products(of: Any) -> Any:
+    return lambda q, k, g: of(q) @ of(k).mT
+
+
+def cosines(q: Tensor, k: Tensor, g: Tensor) -> Tensor:
+    """Qin et al. 2022, equation 9; their positions begin with 1."""
+    return torch.relu(q) @ torch.relu(k).mT * torch.cos(math.pi / 2 * (ROW - COLUMN).double() / N)
+
+
+def gated(q: Tensor, k: Tensor, g: Tensor) -> Tensor:
+    """The sum that Peng et al. 2021, equation 7, write as a recurrence."""
+    sums = g.log().cumsum(-1)
+    kept = torch.exp(sums[..., :, None] - sums[..., None, :])
+    return products(trig)(q, k, g) * (1 - g)[..., None, :] * kept
+
+
+def retained(q: Tensor, k: Tensor, g: Tensor) -> Tensor:
+    kept = 1 - 2.0 ** (-5 - torch.arange(2.0, dtype=torch.float64))
+    return q @ k.mT * kept[:, None, None] ** (ROW - COLUMN).clamp_min(0)
+
+
+PUBLISHED = {
+    ("linear_attention", "linear_attention"): products(elu1),
+    ("performer", "performer"): products(favor),
+    ("performer", "performer_relu"): products(lambda x: torch.relu(x) + 0.001),
+    ("rfa", "rfa"): products(trig),
+    ("rfa", "gated_rfa"): gated,
+    ("retnet", "retnet"): retained,
+    ("cosformer", "cosformer"): cosines,
+}
+
+
+@pytest.mark.parametrize(("file", "name"), PUBLISHED)
+def test_examples_are_what_their_papers_say(file: str, name: str) -> None:
+    attention = attndsl.load(EXAMPLES / f"{file}.attn")[name]
+    sizes = {"length": N, "heads": 2, "head_dim": WIDE, "dtype": "float64"}
+    generator = torch.Generator().manual_seed(4)
+    q, k, v = (torch.randn(1, 2, N, WIDE, generator=generator, dtype=torch.float64) for _ in range(3))
+    g = torch.rand(1, 2, N, generator=generator, dtype=torch.float64) * 0.5 + 0.4
+    weight = PUBLISHED[file, name](q, k, g).masked_fill(COLUMN > ROW, 0.0)
+    total = weight.sum(-1, keepdim=True)
+    expected = weight @ v if name == "retnet" else weight @ v / torch.where(total == 0, 1.0, total)
+    inputs = {"g": g, "c": g.log().cumsum(-1)} if name == "gated_rfa" else {}
+    for backend in ("reference", "torch"):
+        found = attndsl.compile(attention, **sizes, backend=backend)(q, k, v, **inputs)
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    (group,) = attention.attention.groups
+    form = feature_form(group.score, group.decay)
+    assert isinstance(form, FeatureForm)
+    assert not form.phi_q.free & {"k", "K"}
+    assert not form.phi_k.free & {"q", "Q"}
+
+
+def test_a_gate_is_a_recurrence() -> None:
+    """Peng et al. 2021, equation 7."""
+    attention = attndsl.load(EXAMPLES / "rfa.attn")["gated_rfa"]
+    plan = attndsl.compile(attention, length=N, heads=1, head_dim=WIDE, dtype="float64")
+    generator = torch.Generator().manual_seed(5)
+    q, k, v = (torch.randn(1, 1, N, WIDE, generator=generator, dtype=torch.float64) for _ in range(3))
+    g = torch.rand(1, 1, N, generator=generator, dtype=torch.float64) * 0.5 + 0.4
+    state, total, rows = 0.0, 0.0, []
+    for i in range(N):
+        gate, one = g[0, 0, i], trig(k[0, 0, i])
+        state = gate * state + (1 - gate) * one[:, None] * v[0, 0, i]
+        total = gate * total + (1 - gate) * one
+        rows.append(trig(q[0, 0, i]) @ state / (trig(q[0, 0, i]) @ total))
+    found = plan(q, k, v, g=g, c=g.log().cumsum(-1))
+    torch.testing.assert_close(found[0, 0], torch.stack(rows), rtol=1e-9, atol=1e-11)
+
+
+NO_FORM = {
+    "a sum": ("score s + 1", None),
+    "an exponential": ("score exp(s)", None),
+    "a feature of both": ("score (Q * sin(K)) @ K", None),
+    "a wave of the distance": ("score (Q @ K) * cos((q - k) / 8)", None),
+    "a ramp": ("score Q @ K decay ramp(q - k, 4, 4)", None),
+    "multiplicities": ("mask causal + last(3) score Q @ K", None),
+    "a power of nothing": ("score Q @ K decay 0.0 ** (q - k)", None),
+    "factors of both sides": (
+        "score K @ (k * Q) / (q + 2) decay exp((k - q) / 8) decay 0.5",
+        ("(0.5 * ((1.0 / (q + 2)) * Q))", "(k * K)", "((-1 * q) / 8)", "(k / 8)"),
+    ),
+    "the logit": ("decay 0.5 ** (q - k)", ("((1.0 / sqrt(D)) * Q)", "K", "", "")),
+}
+
+
+@pytest.mark.parametrize("name", NO_FORM)
+def test_what_is_an_inner_product_of_features(name: str) -> None:
+    clauses, expected = NO_FORM[name]
+    group = attndsl.parse(f"attention a {{ {clauses} norm none }}")["a"].attention.groups[0]
+    form = feature_form(group.score, group.decay)
+    if expected is None:
+        assert isinstance(form, str)
+        return
+    assert isinstance(form, FeatureForm)
+    found = form.phi_q, form.phi_k, form.log_q, form.log_k
+    assert all(repr(mine) == hand for mine, hand in zip(found, expected, strict=True) if hand)

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from attndsl.attention import Attention
 from attndsl.errors import fail
 from attndsl.execution import registry
-from attndsl.expr import Selected, Table
+from attndsl.expr import Drawn, Expr, Selected, Table
+from attndsl.meaning import draws
 from attndsl.selection import Offered, Selection
 from attndsl.tiles.lowering import Sizes
 
@@ -50,9 +51,22 @@ def choices(
     import torch
 
     wide = torch.promote_types(q.dtype, torch.float32)
-    offered = Offered(q.detach().to(wide), k.detach().to(wide), tables, sizes.q, sizes.k, sizes.n)
+    read = {t for table in attention.selected for e in parts(table) for t in e.tables}
+    constants = {
+        t.name: torch.tensor(draws.drawn(t.origin, int(t.dims[0]), q.shape[3]), dtype=wide, device=q.device)
+        for t in read
+        if isinstance(t.origin, Drawn)
+    }
+    given = {**tables, **constants}
+    offered = Offered(q.detach().to(wide), k.detach().to(wide), given, sizes.q, sizes.k, sizes.n)
     with torch.no_grad():
         return {table.name: _choice(table, offered) for table in attention.selected}
+
+
+def parts(table: Table) -> list[Expr]:
+    """The scores that a choice goes by."""
+    assert isinstance(table.origin, Selected)
+    return [value for _, value in table.origin.arguments if isinstance(value, Expr)]
 
 
 def _choice(table: Table, offered: Offered) -> Tensor:

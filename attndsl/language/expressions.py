@@ -414,7 +414,7 @@ def learn(el: Elaborator, e: ast.Index, call: ast.Call | None, env: Scope, space
 
 def constants(el: Elaborator, name: Any, e: ast.Call, env: Scope, space: Space) -> Value:
     if env.integral:
-        raise fail("a mask may not depend on constants that are drawn", e.span, IN_SCORES)
+        raise fail("a mask may not depend on constants that are drawn", e.span, "`score` and `decay` may")
     given = bind_built_in(name, ("m",), ("seed",), e)
     rows = el.constant(given["m"], env, space, "a number of rows")
     if not 0 < rows <= ROWS_LIMIT:

@@ -12,6 +12,7 @@ from attndsl.language.arguments import score_call
 from attndsl.language.elaborate import Elaborator
 from attndsl.language.values import TOKENS, AttentionOf, K, Pattern, Q, Scope
 from attndsl.language.vocabulary import BUILT_IN
+from attndsl.scores import never_negative
 from attndsl.syntax import nodes as ast
 
 Definition = ast.Definition | ast.AttentionDef
@@ -74,6 +75,7 @@ def _of_attention(item: ast.AttentionDef, elaborator: Elaborator) -> Iterator[Di
         if not group.relation.mask.tables and not empty and value.attention.offset is None:
             yield from _empty_rows(group, span)
         yield from _shift_variance(group, item)
+        yield from _vanishing(group, [c for c in _clauses_of(item, i) if c.word == "norm"])
         yield from _blindness(group, [c for c in _clauses_of(item, i) if c.word == "score"], elaborator)
     yield from _missing_heads(value.attention, item)
     yield from _inexact(value.attention, masks, elaborator)
@@ -264,6 +266,15 @@ def _shift_variance(group: HeadGroup, item: ast.AttentionDef) -> Iterator[Diagno
         item.name_span if score is None else score.value.span,
         "write the distance: q - k",
     )
+
+
+def _vanishing(group: HeadGroup, norms: list[ast.Clause]) -> Iterator[Diagnostic]:
+    if group.norm.kind == "linear" and not never_negative(group.score):
+        yield _warning(
+            "the denominator may vanish: weights of both signs are divided by their sum",
+            norms[0].value.span,
+            "use features that are never negative, such as `elu1` and `favor`, or `norm none`",
+        )
 
 
 def _key_only_bias(score: Expr) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from attndsl.backend import Problem
 from attndsl.errors import fail
-from attndsl.execution.torch_eval import Env, environment, evaluate
+from attndsl.execution.torch_eval import Env, broadcast_tensors, environment, evaluate
 from attndsl.expr import Expr, Selected
 from attndsl.selection import Offered
 
@@ -67,8 +67,8 @@ class TopK:
         assert of is not None
         for some in slabs(rows, max(SLAB, SCORES // max(1, count))):
             here = part(env, rows=some)
-            live = evaluate(of, here)
-            live = live.expand(*live.shape[:2], some.stop - some.start, count)
+            every = torch.ones((), dtype=torch.bool).expand(1, 1, some.stop - some.start, count)
+            live, _ = broadcast_tensors(evaluate(of, here), every)
             columns = span(live)
             here, live = part(here, columns=columns), live[..., columns]
             hidden = span(~live)
