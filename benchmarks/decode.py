@@ -10,6 +10,11 @@ What was tried for one query at 16,384 keys of 8 heads, microseconds: torch's fu
 softmax and a product 4,588, that for each head 4,702, SDPA 4,771; for 32 query heads on 4 key heads, eight as
 rows of one product, 6,013, 7,099, 6,851, and SDPA with `enable_gqa` 10,874. Reading the keys and values
 evicts what Python needs next, so a step that takes 150 us of its own between short ones takes 500 there.
+
+A step of a rolling session, on a busy machine: of a window of 16 keys 205 us, of which the call of the plan
+would take 75 were its keys always at the same places, a third of the rest finding which they are; of one of
+1,024 keys 345 us (540 while its places were listed one by one), where SDPA takes 120: 2.9 times, and 1.5 were
+asked.
 """
 
 from __future__ import annotations
