@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -81,3 +81,12 @@ class Axis:
         for piece, (first, _) in zip(pieces[-2::-1], row[:0:-1], strict=True):
             found = where(lt(entry, const(first)), piece, found)
         return found, {}
+
+
+def joined(pieces: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """A row of these stretches, of which one that goes on from the one before is no other."""
+    apart = [pieces[0]]
+    for first, value in pieces[1:]:
+        if value - first != apart[-1][1] - apart[-1][0]:
+            apart.append((first, value))
+    return tuple(apart)

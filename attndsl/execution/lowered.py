@@ -14,6 +14,7 @@ from torch import Tensor
 
 from attndsl import portable
 from attndsl.attention import Attention
+from attndsl.axis import Axis
 from attndsl.backend import Backend, Call, Differentiable, Kernel, Problem
 from attndsl.errors import fail
 from attndsl.execution import choice, registry
@@ -25,9 +26,11 @@ from attndsl.tiles.blockmask import BlockMask
 KEPT = 8
 """Calls of which sizes and tiles are kept."""
 
-Places = tuple[Sequence[int] | None, Tensor | None, Sequence[int] | None, Tensor | None, int | None]
+At = Tensor | Axis | None
+Places = tuple[Sequence[int] | None, At, Sequence[int] | None, At, int | None]
 """Where queries and keys stand, as the operator takes it: offsets of queries, as numbers or as a tensor [1 or
-B], which may be positions [1 or B, nq] instead; the same of keys; n. None where nothing is said."""
+B], which may be positions [1 or B, nq] instead; the same of keys; n. None where nothing is said. A caller of
+ours may give positions as an Axis, which the operator does not take."""
 
 
 T = TypeVar("T")
@@ -114,7 +117,9 @@ class Lowered:
         self, batch: int, nq: int, keys: int, q_seen: Seen, k_seen: Seen, n: int | None
     ) -> lowering.Sizes:
         at_q, at_k = (
-            lowering.axis(side, size, offset, None if places is None else np.array(places, np.int64))
+            places
+            if isinstance(places, Axis)
+            else lowering.axis(side, size, offset, None if places is None else np.array(places, np.int64))
             for side, size, (offset, places) in (("q", nq, q_seen), ("k", keys, k_seen))
         )
         inside = q_seen[1] is not None or n is not None
@@ -148,13 +153,13 @@ class Lowered:
         return self.masks.get(key, lambda: lowering.block_mask(self.attention, sizes, tables, block_size))
 
 
-Seen = tuple[Sequence[int] | None, Sequence[Sequence[int]] | None]
+Seen = tuple[Sequence[int] | None, Sequence[Sequence[int]] | Axis | None]
 """Offsets, or positions of each batch row or of all."""
 
 
-def _seen(offset: Sequence[int] | None, at: Tensor | None) -> Seen:
-    if at is None:
-        return None if offset is None else tuple(offset), None
+def _seen(offset: Sequence[int] | None, at: At) -> Seen:
+    if at is None or isinstance(at, Axis):
+        return None if offset is None else tuple(offset), at
     listed = at.tolist()
     return (tuple(listed), None) if at.dim() == 1 else (None, tuple(map(tuple, listed)))
 

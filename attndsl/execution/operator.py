@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -19,11 +20,12 @@ from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import register_flop_formula
 
+from attndsl.axis import Axis
 from attndsl.backend import Call, Gradients
 from attndsl.errors import AttnError, fail
 from attndsl.execution import lowered, spoiled
 from attndsl.execution.choosing import chosen
-from attndsl.execution.lowered import Lowered, Places
+from attndsl.execution.lowered import At, Lowered, Places
 from attndsl.tiles.lowering import Sizes
 
 
@@ -403,6 +405,13 @@ def check_tangents(*tensors: Tensor) -> None:
         raise _no_forward_mode()
 
 
+def _tensor_of(at: At) -> Tensor | None:
+    """The positions as the operator takes them."""
+    if not isinstance(at, Axis):
+        return at
+    return torch.from_numpy(np.stack([at.positions(row) for row in range(len(at.rows))]))
+
+
 PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -425,6 +434,9 @@ def run(
             help="call it inside `local_map`, on the parts of each rank: docs/torch.md shows how",
         )
     watched = watched or bool(others)
+    if watched:
+        q_offset, q_at, k_offset, k_at, n = places
+        places = q_offset, _tensor_of(q_at), k_offset, _tensor_of(k_at), n
     if found.selected:
         tensors = [*tensors, *chosen(found, q, k, tensors, places, watched)]
     if watched:

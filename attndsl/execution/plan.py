@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from attndsl.attention import Attention
+from attndsl.axis import Axis
 from attndsl.backend import DTYPES, Problem, device_kind
 from attndsl.bound import Bound
 from attndsl.errors import fail
 from attndsl.execution import choice
 from attndsl.execution.choosing import chosen
-from attndsl.execution.lowered import Lowered, lower
+from attndsl.execution.lowered import At, Lowered, lower
 from attndsl.execution.operator import check_tangents, run
 from attndsl.execution.session import REWIND, Session
 from attndsl.expr import Learned, Table
@@ -433,8 +434,9 @@ def _beside_identity(q: Tensor, v: Tensor) -> Tensor:
 Offset: TypeAlias = "int | Sequence[int] | Tensor | None"
 
 
-def _placed(side: str, x: Tensor, offset: Any, positions: Any) -> tuple[list[int] | None, Tensor | None]:
-    """Where the entries of x [B, H, n, D] stand, as in `Places`; what a tensor holds is not read.
+def _placed(side: str, x: Tensor, offset: Any, positions: Any) -> tuple[list[int] | None, At]:
+    """Where the entries of x [B, H, n, D] stand, as in `Places`; what a tensor holds is not read, and an Axis
+    is of a session, which knows what it holds.
 
     Raises AttnError for what is no position, or does not fit x.
     """
@@ -449,6 +451,8 @@ def _placed(side: str, x: Tensor, offset: Any, positions: Any) -> tuple[list[int
     name = f"{side}_positions"
     if offset is not None:
         raise fail(f"`{side}_offset` and `{name}` are given: one says it all")
+    if isinstance(positions, Axis):
+        return None, positions
     if isinstance(positions, Tensor):
         _check_place(name, positions, x)
     else:

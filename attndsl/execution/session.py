@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from attndsl.analysis.lasting import kept
+from attndsl.axis import Axis, joined
 from attndsl.backend import DTYPES
 from attndsl.errors import fail
 from attndsl.tiles.lowering import checked_length
@@ -224,7 +225,8 @@ class Session:
         if apart:
             # the new keys would take the slots of what the first of them read
             held = min(max(starts), self.slots)
-            before = self._positions(starts)[:, :held]
+            there = self._held(starts)
+            before = np.stack([there.positions(row) for row in range(len(starts))])[:, :held]
             before = np.where(before < np.array(starts)[:, None], before, np.array(ends)[:, None])
             place["k_positions"] = np.concatenate([before, _following(starts, size)], 1)
             keys, values = (
@@ -235,7 +237,7 @@ class Session:
             self._write(k, v, starts, ends)
             keys, values = (cache[:, :, : min(most, self.slots)] for cache in (self.k, self.v))
             if most > self.slots:
-                place["k_positions"] = self._positions(ends)
+                place["k_positions"] = self._held(ends)
         out: Tensor = self.plan(q, keys, values, **place, **call)
         if apart:
             self._write(k, v, starts, ends)
@@ -245,16 +247,16 @@ class Session:
             out = out.masked_fill(behind.to(out.device)[:, None, :, None], 0.0)
         return out
 
-    def _positions(self, lengths: Sequence[int]) -> Array:
-        """What each slot holds in rows of these lengths, int64 [rows, slots].
-
-        The last that was written; in a slot without any the first that will be, which no query reads yet.
-        """
-        slots = np.arange(self.slots)
-        last = np.maximum(np.array(lengths)[:, None] - 1 - self.first, 0)
-        turn = last - last % self.ring
-        moved = np.where(slots <= self.first + last % self.ring, turn, np.maximum(turn - self.ring, 0))
-        return slots + np.where(slots < self.first, 0, moved)
+    def _held(self, lengths: Sequence[int]) -> Axis:
+        """What each slot holds in rows of these lengths: the last that was written; in a slot without any the
+        first that will be, which no query reads yet."""
+        rows = []
+        for length in lengths:
+            turns, end = divmod(max(length - 1 - self.first, 0), self.ring)
+            starts = {0: 0, self.first: turns, self.first + end + 1: max(turns - 1, 0)}
+            pieces = [(slot, slot + turn * self.ring) for slot, turn in starts.items() if slot < self.slots]
+            rows.append(joined(pieces))
+        return Axis(self.slots, tuple(rows))
 
     def _write(self, k: Tensor, v: Tensor, starts: Sequence[int], ends: Sequence[int]) -> None:
         """The new tokens, one row of starts and ends for all or one each, but those whose slots later ones
