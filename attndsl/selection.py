@@ -163,9 +163,15 @@ def _without(e: Expr, instead: Expr) -> Expr:
     return instead
 
 
-def without_choices(attention: Attention) -> Attention:
-    """With all that might be chosen in the place of what is: no more is ever related."""
-    if not attention.selected:
-        return attention
-    groups = (replace(g, relation=Relation(widest(g.relation.mask))) for g in attention.groups)
-    return replace(attention, groups=tuple(groups))
+def bounds(attention: Attention) -> tuple[Attention, Attention]:
+    """Without choices: what is related whatever is chosen, and all that may be."""
+    narrow, wide = (
+        replace(
+            attention,
+            groups=tuple(
+                replace(group, relation=Relation(bound(group.relation.mask))) for group in attention.groups
+            ),
+        )
+        for bound in (narrowest, widest)
+    )
+    return narrow, wide

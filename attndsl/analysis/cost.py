@@ -124,7 +124,7 @@ def _draw(subject: Subject, found: Costs) -> Drawing:
     from attndsl import pictures
 
     whole = subject.one_sequence
-    if subject.attention.inputs:
+    if subject.attention.inputs or subject.attention.selected:
         raise fail("its tables have one length")
     last = max(whole.length, SHORTEST << LENGTHS - 1)
     lengths = [last >> i for i in reversed(range(LENGTHS))]

@@ -362,10 +362,12 @@ def paths(
 
 @dataclass(frozen=True)
 class Reached:
-    """The receptive field; `diameter`: layers after which nothing more is seen."""
+    """The receptive field; `diameter`: layers after which nothing more is seen. Where keys are chosen by
+    content it is of all that may be chosen, and `reach_fixed` of what is related whatever is chosen."""
 
     reach: Field
     diameter: int | None
+    reach_fixed: Field | None = None
 
 
 def _find(subject: Subject) -> Reached:
@@ -373,13 +375,23 @@ def _find(subject: Subject) -> Reached:
     found = receptive_field(
         subject.attention, p.length, heads=p.heads, layers=subject.layers, inputs=subject.inputs
     )
-    return Reached(found, found.settled_after)
+    fixed = None
+    if subject.fixed is not None:
+        fixed = receptive_field(
+            subject.fixed, p.length, heads=p.heads, layers=subject.layers, inputs=subject.inputs
+        )
+    return Reached(found, found.settled_after, fixed)
 
 
 def _text(reached: Reached) -> Iterator[str]:
     found = reached.reach
     target = {"causal": "every key up to itself", "full": "every key"}[found.target]
-    yield "\nreceptive field"
+    yield "\nreceptive field" + (", at most: of all that may be chosen" if reached.reach_fixed else "")
+    if reached.reach_fixed is not None and reached.reach_fixed.per_layer:
+        (least, *_) = reached.reach_fixed.per_layer
+        yield line(
+            "at least", f"{_number(least.last_row)} keys for the last query after 1 layer: what is fixed"
+        )
     if found.full_after is not None:
         yield line("full after", f"{layers_said(found.full_after)}: every query then sees {target}")
     if found.hole is not None:
@@ -510,6 +522,6 @@ Nothing more is seen after {{ fact("reach", "settled_after") }}
 """
 
 part = Part(
-    _find, _text, ("reach", "diameter"), known=lambda found: found.reach.known, settled=False, place=70,
-    title="What it sees", section=SECTION, cards=CARDS, draw=_draw,
+    _find, _text, ("reach", "diameter", "reach_fixed"), known=lambda found: found.reach.known, settled=False,
+    place=70, title="What it sees", section=SECTION, cards=CARDS, draw=_draw,
 )  # fmt: skip

@@ -31,6 +31,9 @@ class Subject:
     ranks: int
     parameters: tuple[str, ...]
     inputs: Mapping[str, ArrayLike]
+    fixed: Attention | None = None
+    """Where keys are chosen by content, and this is about all that may be chosen: what is related whatever is
+    chosen."""
 
     @property
     def attention(self) -> Attention:

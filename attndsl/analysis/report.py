@@ -16,7 +16,7 @@ from attndsl.errors import AttnError, fail, suggest
 from attndsl.execution import registry
 from attndsl.execution.selecting import drawn
 from attndsl.program import bound_of
-from attndsl.selection import without_choices
+from attndsl.selection import bounds
 from attndsl.tiles import lowering
 
 if TYPE_CHECKING:
@@ -201,10 +201,11 @@ def extended(report: Report, name: str, subject: Subject) -> Report:
         if why := clashes(registry.usable("analyses")).get(name):
             raise registry.refusal("analyses", name, why)
         part: Part = registry.plugin("analyses", name)
-        if not part.settled:
-            wide = without_choices(subject.attention)
+        if not part.settled and subject.attention.selected:
+            fixed, wide = bounds(subject.attention)
             given = {t.name: subject.inputs[t.name] for t in wide.inputs if t.name in subject.inputs}
-            subject = replace(subject, bound=replace(subject.bound, attention=wide), inputs=given)
+            whole = replace(subject.bound, attention=wide)
+            subject = replace(subject, bound=whole, inputs=given, fixed=fixed)
         return replace(report, findings={**report.findings, name: part.find(subject)})
     except AttnError as error:
         return replace(report, reasons={**report.reasons, name: error.diagnostics[0].message})
