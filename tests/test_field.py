@@ -25,6 +25,7 @@ from attndsl.layers import powers, trees
 from attndsl.layers.powers import Dense, Form, Hubs, Shifts, Trees
 from attndsl.layers.reach import SAME, sums
 from attndsl.meaning.pointwise import evaluate
+from attndsl.selection import bounds
 from attndsl.tiles.queries import keys_read_by
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -38,11 +39,12 @@ def pattern(text: str, name: str = "main") -> Attention:
 
 
 def attentions() -> dict[str, Attention]:
+    """With all that may be chosen in the place of what is."""
     found = {}
     for path in sorted(EXAMPLES.glob("*.attn")):
         program = attndsl.load(path)
         bound = {name: program[name] for name in program.names}
-        found |= {name: b.attention for name, b in bound.items() if isinstance(b, Bound)}
+        found |= {name: bounds(b.attention)[1] for name, b in bound.items() if isinstance(b, Bound)}
     return found
 
 
@@ -67,7 +69,13 @@ def tables(name: str, n: int) -> dict[str, Any]:
 
 def union(attention: Attention, n: int, heads: int, given: dict[str, Any]) -> Matrix:
     rest = {
-        t.name: np.zeros([{"n": n, "H": heads, "B": 1}.get(axis, 2) for axis in axes(t)], t.dtype)
+        t.name: np.zeros(
+            [
+                {"n": n, "H": heads, "B": 1}.get(axis, axis if isinstance(axis, int) else 2)
+                for axis in axes(t)
+            ],
+            t.dtype,
+        )
         for t in attention.inputs
         if t.name not in given
     }

@@ -18,7 +18,9 @@ from click.testing import CliRunner
 import attndsl
 from attndsl.command.cli import main
 from attndsl.execution import registry
+from attndsl.execution.selecting import drawn
 from attndsl.html.page import render
+from attndsl.tiles import lowering
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 ATTENTIONS = [
@@ -49,7 +51,9 @@ def random_tables(attention: attndsl.Bound, n: int) -> dict[str, Any]:
             "float": lambda shape: rng.normal(size=shape),
         }
         found[table.name] = draw[table.dtype](sizes)
-    return found
+    heads = attention.attention.enough_heads()
+    at = lowering.sizes(attention.attention, n, n, heads)
+    return found | drawn(attention.attention, at, heads, 8, found)
 
 
 @pytest.mark.parametrize(("file", "name"), ATTENTIONS)

@@ -51,7 +51,7 @@ class Live:
 
 def live(subject: Subject) -> Live:
     pairs = subject.problem.batch * subject.problem.heads * subject.problem.length * subject.problem.q_length
-    if subject.attention.selected and subject.square and (found := live_bounds(subject)) is not None:
+    if subject.drawn and subject.square and (found := live_bounds(subject)) is not None:
         low, high = found
         if low == high:
             return Live(Count(low), low / pairs if pairs else 0.0)

@@ -31,6 +31,8 @@ class Subject:
     ranks: int
     parameters: tuple[str, ...]
     inputs: Mapping[str, ArrayLike]
+    drawn: bool = False
+    """Whether a choice of keys among the inputs was drawn."""
     fixed: Attention | None = None
     """Where keys are chosen by content, and this is about all that may be chosen: what is related whatever is
     chosen."""

@@ -232,7 +232,7 @@ def subject_of(
             raise fail(f"`{name}` is 0, and must be positive")
     subject = Subject(bound, problem, layers, ranks, parameters, dict(inputs))
     lowering.checked_tables(attention, inputs, subject.sizes, problem.batch, needed=())
-    if not attention.selected:
+    if all(table.name in inputs for table in attention.selected):
         return subject
     chosen = drawn(attention, subject.sizes, problem.kv_heads, head_dim, inputs)
-    return replace(subject, inputs={**chosen, **inputs})
+    return replace(subject, inputs={**chosen, **inputs}, drawn=True)
