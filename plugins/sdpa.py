@@ -31,7 +31,7 @@ from attndsl.execution.torch_eval import (
     strained,
 )
 from attndsl.expr import Expr
-from attndsl.scores import by_distance, by_head, scale_and_bias
+from attndsl.scores import by_distance, by_head, linear_in_tables, scale_and_bias
 from attndsl.tiles.blockmask import BlockMask
 
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -80,13 +80,16 @@ class Dense:
     masks: WeakKeyDictionary[BlockMask, Tensor] = field(default_factory=WeakKeyDictionary)
     near: WeakKeyDictionary[BlockMask, Tensor] = field(default_factory=WeakKeyDictionary)
     small: WeakKeyDictionary[BlockMask, dict[object, Addend]] = field(default_factory=WeakKeyDictionary)
-    lines: WeakKeyDictionary[BlockMask, dict[object, Linear | None]] = field(
-        default_factory=WeakKeyDictionary
-    )
+    lines: WeakKeyDictionary[BlockMask, dict[object, Linear]] = field(default_factory=WeakKeyDictionary)
 
     @cached_property
     def by_distance(self) -> bool:
         return self.bias is not None and by_distance(self.bias) is not None
+
+    @cached_property
+    def linear(self) -> bool:
+        """Whether it is more, and linear in tables."""
+        return self.bias is not None and not self.constant and linear_in_tables(self.bias) is not None
 
     @cached_property
     def read(self) -> tuple[str, ...]:
@@ -148,14 +151,16 @@ class Dense:
             return Addend(False, addend, addend.amax(-1) == -torch.inf)
         place = (call.q.dtype, None if self.bias is None else (call.q_at, call.k_at, call.n))
         known = self.small.setdefault(call.block_mask, {})
-        if place not in known:
-            known.clear()
+        found = known.get(place)
+        if found is None:
             _, addend = self.addend(call, slice(0, nq), self.made(call, {}))
             assert addend is not None
             addend = addend.contiguous()
             dead = addend.amax(-1) == -torch.inf
-            known[place] = Addend(False, addend, dead if bool(dead.any()) else None)
-        return known[place]
+            found = Addend(False, addend, dead if bool(dead.any()) else None)
+            known.clear()
+            known[place] = found
+        return found
 
     def gradient(
         self,
@@ -322,20 +327,24 @@ class Dense:
         tables and not much; kept for the places of the last call of a mask."""
         (batch, heads, nq, _), n = call.q.shape, call.k.shape[2]
         diagonal = self.diagonal(call)
-        if self.bias is None or self.constant or (not diagonal and batch * heads * nq * n > SMALL):
+        if not self.linear or 0 in (nq, n) or (not diagonal and batch * heads * nq * n > SMALL):
             return None
         shapes = tuple([call.tables[name].shape for name in self.read])
         place = (call.q.dtype, batch, call.q_at, call.k_at, call.n, shapes)
         known = self.lines.setdefault(call.block_mask, {})
-        if place not in known:
-            known.clear()
+        found = known.get(place)
+        if found is None:
             env = environment(call)
-            live = self.mask(call, slice(0, nq))
             if diagonal:
                 at = {"q": distances(env, nq, n)[..., None], "k": env.values["q"].new_zeros(())}
                 env, live = replace(env, values={**env.values, **at}), self.diagonals(call)[..., None]
-            known[place] = Linear.of(self.bias, env, live) if live.numel() else None
-        return known[place]
+            else:
+                live = self.mask(call, slice(0, nq))
+            assert self.bias is not None
+            found = Linear.of(self.bias, env, live)
+            known.clear()
+            known[place] = found
+        return found
 
     def along(self, call: Call, rows: slice, x: Tensor) -> Tensor:
         """What some rows have of something along all diagonals."""
