@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -31,7 +31,7 @@ from attndsl.execution.torch_eval import (
     strained,
 )
 from attndsl.expr import Expr
-from attndsl.scores import by_distance, by_head, scale_and_bias
+from attndsl.scores import by_distance, by_head, linear_in_tables, scale_and_bias
 from attndsl.tiles.blockmask import BlockMask
 
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -80,13 +80,16 @@ class Dense:
     masks: WeakKeyDictionary[BlockMask, Tensor] = field(default_factory=WeakKeyDictionary)
     near: WeakKeyDictionary[BlockMask, Tensor] = field(default_factory=WeakKeyDictionary)
     small: WeakKeyDictionary[BlockMask, dict[object, Addend]] = field(default_factory=WeakKeyDictionary)
-    lines: WeakKeyDictionary[BlockMask, dict[object, Linear | None]] = field(
-        default_factory=WeakKeyDictionary
-    )
+    lines: WeakKeyDictionary[BlockMask, dict[object, Linear]] = field(default_factory=WeakKeyDictionary)
 
     @cached_property
     def by_distance(self) -> bool:
         return self.bias is not None and by_distance(self.bias) is not None
+
+    @cached_property
+    def linear(self) -> bool:
+        """Whether it is more, and linear in tables."""
+        return self.bias is not None and not self.constant and linear_in_tables(self.bias) is not None
 
     @cached_property
     def read(self) -> tuple[str, ...]:
@@ -148,14 +151,16 @@ class Dense:
             return Addend(False, addend, addend.amax(-1) == -torch.inf)
         place = (call.q.dtype, None if self.bias is None else (call.q_at, call.k_at, call.n))
         known = self.small.setdefault(call.block_mask, {})
-        if place not in known:
-            known.clear()
+        found = known.get(place)
+        if found is None:
             _, addend = self.addend(call, slice(0, nq), self.made(call, {}))
             assert addend is not None
             addend = addend.contiguous()
             dead = addend.amax(-1) == -torch.inf
-            known[place] = Addend(False, addend, dead if bool(dead.any()) else None)
-        return known[place]
+            found = Addend(False, addend, dead if bool(dead.any()) else None)
+            known.clear()
+            known[place] = found
+        return found
 
     def gradient(
         self,
@@ -175,20 +180,17 @@ class Dense:
         if whole is None or whole.dead is not None:
             lse = lse.masked_fill(lse == -torch.inf, 0.0)
 
-        def pulled(rows: slice, causal: bool, addend: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-            here = grad_out[:, :, rows], q[:, :, rows], k, v, out[:, :, rows], lse[:, :, rows]
-            grads: tuple[Tensor, Tensor, Tensor] = flash_backward(
-                *here, 0.0, causal, attn_mask=addend, scale=self.scale
-            )
-            return grads
-
+        pulled = partial(flash_backward, dropout_p=0.0, scale=self.scale)
         if whole is not None:
-            gq, gk, gv = pulled(slice(0, q.shape[2]), whole.causal, whole.addend)
+            some = {"is_causal": whole.causal, "attn_mask": whole.addend}
+            gq, gk, gv = pulled(grad_out, q, k, v, out, lse, **some)
         else:
             gq, made = torch.empty_like(q), self.made(call, {})
             gk, gv = (torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (k, v))
             for rows in self.fused_blocks(call):
-                gq[:, :, rows], *more = pulled(rows, *self.addend(call, rows, made))
+                causal, addend = self.addend(call, rows, made)
+                here = grad_out[:, :, rows], q[:, :, rows], k, v, out[:, :, rows], lse[:, :, rows]
+                gq[:, :, rows], *more = pulled(*here, is_causal=causal, attn_mask=addend)
                 for total, g in zip((gk, gv), more, strict=True):
                     total += g
         d, dv = call.q.shape[3], call.v.shape[3]
@@ -208,11 +210,11 @@ class Dense:
             made, pull_made = vjp(lambda tables: self.made(call, tables), tables)
         else:
             made = self.made(call, {})
-        gq = torch.empty_like(call.q)
-        gk, gv = k.new_zeros(k.shape), v.new_zeros(v.shape)
+        gq, totals = torch.empty_like(call.q), None
         slopes = {name: x.new_zeros(x.shape) for name, x in made.items()} if wanted else {}
         for rows in self.formed_blocks(call):
             q, slope, mask = call.q[:, :, rows].to(wide), grad_out[:, :, rows], self.mask(call, rows)
+            q = q * self.scale
             if wanted and made.keys().isdisjoint((ALONG, PAIRS)):
                 bias, pull = vjp(
                     lambda made, rows=rows, mask=mask: self.bias_of(call, rows, mask, made), made
@@ -220,15 +222,15 @@ class Dense:
             else:
                 bias = self.bias_of(call, rows, mask, made)
             addend = torch.where(mask, bias, -torch.inf)
-            weight = (q @ k.mT).mul_(self.scale).add_(addend).softmax(-1)
+            weight = (q @ k.mT).add_(addend).softmax(-1)
             if some_empty:
                 weight.masked_fill_(empty[:, :, rows, None], 0.0)
             back = slope @ v.mT
             delta = (weight * back).sum(-1, keepdim=True) - grad_lse[:, :, rows, None]
             logit = back.sub_(delta).mul_(weight)
-            gq[:, :, rows] = logit @ k * self.scale
-            gk.flatten(0, 1).baddbmm_(logit.mT.flatten(0, 1), q.flatten(0, 1), alpha=self.scale)
-            gv.flatten(0, 1).baddbmm_(weight.mT.flatten(0, 1), slope.flatten(0, 1))
+            gq[:, :, rows] = (logit @ k).mul_(self.scale)
+            here = logit.mT @ q, weight.mT @ slope
+            totals = here if totals is None else (totals[0].add_(here[0]), totals[1].add_(here[1]))
             if wanted:
                 logit = logit.sum_to_size(bias.shape)
             if pull is not None:
@@ -245,7 +247,8 @@ class Dense:
         else:
             (named,) = pull_made(slopes) if pull_made else ({},)
         named = {name: g.to(call.tables[name].dtype) for name, g in named.items()}
-        gk, gv = (summed(x, y.shape[1]).to(y.dtype) for x, y in ((gk, call.k), (gv, call.v)))
+        assert totals is not None
+        gk, gv = (summed(x, y.shape[1]).to(y.dtype) for x, y in zip(totals, (call.k, call.v), strict=True))
         return gq, gk, gv, named
 
     def fused_blocks(self, call: Call) -> list[slice]:
@@ -324,20 +327,24 @@ class Dense:
         tables and not much; kept for the places of the last call of a mask."""
         (batch, heads, nq, _), n = call.q.shape, call.k.shape[2]
         diagonal = self.diagonal(call)
-        if self.bias is None or self.constant or (not diagonal and batch * heads * nq * n > SMALL):
+        if not self.linear or 0 in (nq, n) or (not diagonal and batch * heads * nq * n > SMALL):
             return None
         shapes = tuple([call.tables[name].shape for name in self.read])
         place = (call.q.dtype, batch, call.q_at, call.k_at, call.n, shapes)
         known = self.lines.setdefault(call.block_mask, {})
-        if place not in known:
-            known.clear()
+        found = known.get(place)
+        if found is None:
             env = environment(call)
-            live = self.mask(call, slice(0, nq))
             if diagonal:
                 at = {"q": distances(env, nq, n)[..., None], "k": env.values["q"].new_zeros(())}
                 env, live = replace(env, values={**env.values, **at}), self.diagonals(call)[..., None]
-            known[place] = Linear.of(self.bias, env, live) if live.numel() else None
-        return known[place]
+            else:
+                live = self.mask(call, slice(0, nq))
+            assert self.bias is not None
+            found = Linear.of(self.bias, env, live)
+            known.clear()
+            known[place] = found
+        return found
 
     def along(self, call: Call, rows: slice, x: Tensor) -> Tensor:
         """What some rows have of something along all diagonals."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any, Generic, TypeVar
 from weakref import WeakValueDictionary
 
@@ -50,6 +50,18 @@ class Recent(Generic[T]):
                 self.values.pop(next(iter(self.values)))
             self.values[key] = found
         return found
+
+
+def once(make: Callable[[], T]) -> Callable[[], T]:
+    """As functools.cache, which takes as long to set up as all else of a call."""
+    made: list[T] = []
+
+    def get() -> T:
+        if not made:
+            made.append(make())
+        return made[0]
+
+    return get
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,7 +155,7 @@ class Lowered:
             chosen = {t.name: lowering.as_array(tables[t.name]) for t in self.selected}
             return self.tiles(sizes, {**given, **chosen})
 
-        return Call(q, k, v, cache(tiles), tables, sizes.q, sizes.k, sizes.n)
+        return Call(q, k, v, once(tiles), tables, sizes.q, sizes.k, sizes.n)
 
     def tiles(self, sizes: lowering.Sizes, tables: Mapping[str, Any]) -> BlockMask:
         """The tiles of one call, kept for the last few."""

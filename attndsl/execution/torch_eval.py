@@ -115,11 +115,10 @@ class Linear:
     terms: tuple[tuple[str, Tensor, Tensor | None], ...]
 
     @staticmethod
-    def of(e: Expr, env: Env, live: Tensor) -> Linear | None:
-        """None for another expression. Raises AttnError as `evaluate` does."""
+    def of(e: Expr, env: Env, live: Tensor) -> Linear:
+        """Raises AttnError as `evaluate` does."""
         found = linear_in_tables(e)
-        if found is None:
-            return None
+        assert found is not None
         evaluation, terms = _Evaluation(env), []
         for factor, read in found[1]:
             table = read.value
