@@ -38,7 +38,7 @@ GAPS = {
     NOTHING + "clauses `decay`, `heads`, `sink`": "groups-of-all-kinds",
     NOTHING + "norm `sigmoid`": "sigmoid listed-sigmoid",
     NOTHING + "norm `relu`": "relu",
-    NOTHING + "norm `linear`": "linear linear-listed",
+    NOTHING + "norm `linear`": "linear linear-listed linear-drawn",
     NOTHING + "norm `none`": "retention-of-some",
     "the score is not s * number + bias": (
         "softcap shaw da u-D u-HD-twice transformer-xl x-D-y-BD x-BHD-y-HD x-nD x-BnD x-BHnD "

@@ -543,6 +543,15 @@ LINEAR = (
         tables={"keys": around},
     ),
     mechanism(
+        "linear-drawn",
+        "mask causal & last(30) score trig(Q, orthogonal(5)) @ trig(K, orthogonal(5)) + 6 norm linear",
+        Formula(
+            last(30),
+            lambda p: (through(p.orthogonal_5_0, p.Q) - through(p.orthogonal_5_0, p.K)).cos().sum(-1) + 6,
+            norm="linear",
+        ),
+    ),
+    mechanism(
         "retention",
         f"mask causal {ELUS} / D decay 0.97 ** (q - k) norm none",
         Formula(causal, lambda p: elus(p) / p.D, lambda p: 0.97 ** (p.q - p.k), norm="none"),

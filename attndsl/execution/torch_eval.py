@@ -615,7 +615,8 @@ def elements(e: Expr | None, pairs: float, heads: float) -> tuple[float, float]:
         if node.op == "div" and not by_pair(node.args[1]):
             passes, more = 1, 1
         if node.op == "inner" and not any(map(by_pair, node.args)):
-            passes, more = 1, width(node.args[0]) / WIDTH
+            # beyond what the logit itself would take
+            passes, more = 1 + 0.6 * max(0.0, width(node.args[0]) / WIDTH - 1), width(node.args[0]) / WIDTH
         size = pairs * (heads if by_head(node) else 1) * (width(node) if node.type == "vec" else 1)
         numbers += size * passes * {"bool": 0.25, "int": 2}.get(node.type, 1)
         nanoseconds += size * more

@@ -175,11 +175,14 @@ class Work:
         """Logits with -inf outside the relation, and the factor of the weights; [X, C, q_len, k_len]."""
         group = self.lane.group
         env = self.env(chunk, tables)
-        s = q @ k.transpose(-1, -2) / self.call.q.shape[3] ** 0.5
-        env = replace(env, values={**env.values, "s": s, "Q": q, "K": k})
+        shape = (*q.shape[:3], k.shape[2])
+        values = {**env.values, "Q": q, "K": k}
+        if any("s" in e.free for e in (group.score, group.decay) if e is not None):
+            values["s"] = q @ k.transpose(-1, -2) / self.call.q.shape[3] ** 0.5
+        env = replace(env, values=values)
         mask = torch.ones((), dtype=torch.bool, device=q.device) if chunk.mask is None else chunk.mask
-        live = mask.expand(1, *s.shape[1:])
-        logit = torch.where(live, evaluate(group.score, env, live).to(self.wide), -torch.inf).expand(s.shape)
+        live = mask.expand(1, *shape[1:])
+        logit = torch.where(live, evaluate(group.score, env, live).to(self.wide), -torch.inf).expand(shape)
         if self.top is not None:
             logit = logit - chunk.queries(self.top)[..., None]
         if group.decay is None:
