@@ -86,13 +86,14 @@ class Views:
 @dataclass(frozen=True, eq=False)
 class Gathers:
     """Some problems of a Gathered part: tokens [C, q_len] of the queries, [C, k_len] of the keys, `run` side
-    by side; mask [C, q_len, k_len]."""
+    by side; mask [C, q_len, k_len]. All keys of a single problem may stand side by side, from `first` on."""
 
     rows: Tensor
     cols: Tensor
     run: int
     mask: Tensor | None
     fresh: bool
+    first: int | None = None
 
     @property
     def count(self) -> int:
@@ -116,6 +117,8 @@ class Gathers:
         return x.index_select(1, self.rows.flatten()).view(len(x), *self.rows.shape, *x.shape[2:])
 
     def keys(self, x: Tensor) -> Tensor:
+        if self.first is not None:
+            return x[:, None, self.first : self.first + self.k_len]
         return x.index_select(1, self.cols.flatten()).view(len(x), *self.cols.shape, *x.shape[2:])
 
     def put_queries(self, x: Tensor, value: Tensor) -> None:
@@ -128,6 +131,9 @@ class Gathers:
         self.put_queries(x, self.queries(x) + value)
 
     def add_keys(self, x: Tensor, value: Tensor) -> None:
+        if self.first is not None:
+            x[:, self.first : self.first + self.k_len] += value[:, 0]
+            return
         x.index_add_(1, self.cols.flatten(), value.flatten(1, 2).to(x.dtype))
 
 

@@ -43,7 +43,7 @@ class Rows:
 def room_of(work: Work) -> Tensor:
     """Where `simple_gradient` forms the weights of one chunk and their slopes: fresh memory for each
     would cost a third more time."""
-    sizes = [c.count * c.q_len * c.k_len for c, _ in work.schedule.chunks] if work.simple else []
+    sizes = [c.count * c.q_len * c.k_len for c in work.chunks] if work.simple else []
     most = max(sizes, default=0)
     return work.q.new_empty((2, len(work.q) * most), dtype=work.wide)
 
@@ -58,23 +58,38 @@ def slopes_of(work: Work, wanted: Sequence[str]) -> Tensor | None:
     return torch.zeros(shape, dtype=work.wide, device=work.q.device) if asked else None
 
 
-def part_gradient(
-    work: Work,
-    chunk: Chunk,
-    addend: Addend | None,
-    rows: Rows,
-    tables: dict[str, Tensor],
-    room: Tensor,
-    slopes: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of these queries, keys and values; those of `tables` or, of a bias by distance, `slopes`
-    are added in place.
+@dataclass(frozen=True, eq=False)
+class Back:
+    """What comes back to rows, and what the gradients of a lane's keys, values and tables are added to, or of
+    a bias by distance the `slopes`; `room` as `room_of` gives it."""
+
+    rows: Rows
+    keys: Tensor
+    values: Tensor
+    tables: dict[str, Tensor]
+    room: Tensor
+    slopes: Tensor | None
+
+
+def part_gradient(work: Work, chunk: Chunk, addend: Addend | None, back: Back) -> Tensor:
+    """The gradient of these queries; the others are added in place.
 
     With the L of the whole row, exp(l - L) is the final weight, so the parts need no merging.
     """
     if work.simple is not None:
         addend = work.additive(chunk) if addend is None else addend
-        return simple_gradient(work, chunk, addend, rows, room, slopes)
+        gq, gk, gv = simple_gradient(work, chunk, addend, back.rows, back.room, back.slopes)
+    else:
+        gq, gk, gv = general_gradient(work, chunk, back.rows, back.tables)
+    for total, g in ((back.keys, gk), (back.values, gv)):
+        chunk.add_keys(total, g.sum(0, keepdim=True) if len(total) < len(g) else g)
+    return gq
+
+
+def general_gradient(
+    work: Work, chunk: Chunk, rows: Rows, tables: dict[str, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of queries, keys and values; those of tables are added in place."""
     kind = work.lane.group.norm.kind
     q, k, v = work.sources(chunk)
     grad_out, delta = chunk.queries(rows.grad_out), chunk.queries(rows.delta)

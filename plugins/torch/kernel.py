@@ -14,8 +14,9 @@ from attndsl.backend import Call
 from attndsl.execution.torch_eval import peak, singles
 
 from . import lists, rows
+from .blocklists import BlockLists
 from .chunks import Kept
-from .gradient import Rows, bias_gradient, part_gradient, room_of, sink_gradient, slopes_of
+from .gradient import Back, Rows, bias_gradient, part_gradient, room_of, sink_gradient, slopes_of
 from .lanes import Lane, Simple, lanes
 from .work import Work, normalise
 
@@ -40,8 +41,8 @@ class BlockSparse:
     def __call__(self, call: Call) -> tuple[Tensor, Tensor]:
         if (listed := self.lists_for(call)) is not None:
             return lists.attend(self.attention, listed, widened(call))
-        wide = torch.promote_types(call.q.dtype, torch.float32)
-        if self.simple is not None and (call.q.dtype == wide or not self.exact):
+        wide, blocks = torch.promote_types(call.q.dtype, torch.float32), self.blocks_for(call)
+        if blocks is None and self.simple is not None and (call.q.dtype == wide or not self.exact):
             found = rows.attend(self.attention, self.simple, call)
             if found is not None:
                 return found
@@ -67,7 +68,17 @@ class BlockSparse:
         found = self.listed
         return found if found is not None and all(some.fits(call) for some in found) else None
 
+    @cached_property
+    def blocks(self) -> BlockLists | None:
+        return BlockLists.of(self.attention)
+
+    def blocks_for(self, call: Call) -> BlockLists | None:
+        """The lists of blocks of keys to go by in place of tiles, if this call has such."""
+        return self.blocks if self.blocks is not None and self.blocks.fits(call) else None
+
     def lanes(self, call: Call) -> Iterator[Lane]:
+        if (blocks := self.blocks_for(call)) is not None:
+            return blocks.lanes(call)
         batch, heads = call.q.shape[:2]
         return lanes(self.attention, call.block_mask, batch, heads, call.k.shape[1])
 
@@ -77,6 +88,8 @@ class BlockSparse:
         lse[:, work.schedule.empty] = -torch.inf if work.lane.group.norm.kind == "softmax" else 0.0
         for chunk, addend in work.schedule.chunks:
             work.merge(chunk, out, lse, *work.part(chunk, addend))
+        for slab in work.slabs:
+            work.merge_slab(slab, out, lse)
         work.finish(out, lse)
 
     def totals(self, work: Work, lse: Tensor) -> Tensor:
@@ -86,7 +99,7 @@ class BlockSparse:
         total = lse.exp()
         if bool(total.isnan().any()):
             total = torch.zeros_like(lse)
-            for chunk, _ in work.schedule.chunks:
+            for chunk in work.chunks:
                 q, k, v = work.sources(chunk)
                 more = normalise(*work.weights(chunk, q, k, {}), v[..., :0], work.lane.group.norm.kind)[1]
                 chunk.add_queries(total, more)
@@ -98,7 +111,7 @@ class BlockSparse:
         # the chunks of the backward pass, which must round its logits as they are rounded here
         work = Work(call, lane, None, self.kept, gradient=True)
         top = torch.full(work.q.shape[:2], -torch.inf, dtype=work.wide, device=call.q.device)
-        for chunk, _ in work.schedule.chunks:
+        for chunk in work.chunks:
             q, k, _ = work.sources(chunk)
             found = peak(*work.weights(chunk, q, k, {})).squeeze(-1)
             chunk.put_queries(top, torch.maximum(chunk.queries(top), found))
@@ -153,12 +166,15 @@ class BlockSparse:
             )
             dq, dk, dv = lane.queries(totals[0]), lane.keys(totals[1]), lane.keys(totals[2])
             dq[:, work.schedule.empty] = 0.0
-            room, slopes = room_of(work), slopes_of(work, wanted)
+            back = Back(rows, dk, dv, tables, room_of(work), slopes := slopes_of(work, wanted))
             for chunk, addend in work.schedule.chunks:
-                gq, gk, gv = part_gradient(work, chunk, addend, rows, tables, room, slopes)
+                gq = part_gradient(work, chunk, addend, back)
                 (chunk.put_queries if chunk.fresh else chunk.add_queries)(dq, gq)
-                for total, g in ((dk, gk), (dv, gv)):
-                    chunk.add_keys(total, g.sum(0, keepdim=True) if len(total) < len(g) else g)
+            for slab in work.slabs:
+                found = slab.room(dq)
+                for piece, some in slab.pieces():
+                    found[some] = part_gradient(work, piece, None, back)[0, 0]
+                dq[0, slab.rows] += slab.sums(found)
             bias_gradient(work, slopes, tables)
             sink_gradient(work, rows, tables)
         return totals[0], totals[1], totals[2], tables
@@ -166,7 +182,7 @@ class BlockSparse:
     def work(self, call: Call, lane: Lane, gradient: bool, wanted: Sequence[str] = ()) -> Work:
         """Not simple where tables ask for gradients that differ from pair to pair."""
         simple = Simple.of(lane.group, call.q.shape[3])
-        if simple is not None and not call.adjacent:
+        if simple is not None and (lane.chosen is not None or not call.adjacent):
             simple = replace(simple, by_distance=simple.bias is None)
         if simple is not None and simple.bias is not None and not simple.by_distance:
             asked = not {table.name for table in simple.bias.tables}.isdisjoint(wanted)

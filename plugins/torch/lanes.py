@@ -15,6 +15,7 @@ from attndsl.tiles.blockmask import BlockMask, TileGrid
 from attndsl.tiles.lowering import head_groups
 
 from .chunks import Cut
+from .slabs import Chosen
 
 LANES = 16
 """Heads that run together."""
@@ -24,13 +25,15 @@ FORWARD_UNIT, BACKWARD_UNIT, FORMED_UNIT = 32, 128, 64
 
 @dataclass(frozen=True, eq=False)
 class Lane:
-    """Query heads of one batch row that share a grid and read the same key heads, or one each."""
+    """Query heads of one batch row that share a grid and read the same key heads, or one each; of a single
+    one, which blocks of keys it chose beside what is in the grid."""
 
     group: HeadGroup
     grid: TileGrid
     batch: int
     heads: slice
     kv_heads: slice
+    chosen: Chosen | None = None
 
     def queries(self, x: Tensor) -> Tensor:
         return x[self.batch, self.heads]

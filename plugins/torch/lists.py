@@ -236,9 +236,13 @@ def lists_of(attention: Attention, listed: Sequence[Listed], call: Call) -> Iter
     (batch, heads, nq, _), groups = call.q.shape, head_groups(attention, call.q.shape[1])
     for b in range(batch):
         for group, members in groupby(range(heads), groups.__getitem__):
-            here = list(members)
-            found = _lists(call, attention.groups[group], listed[group], b, range(here[0], here[-1] + 1))
-            yield from found.few(max(1, FORMED // max(1, nq * found.keys.shape[2])))
+            here, table = list(members), listed[group].table
+            entries = nq * call.tables[table.name].shape[-1]
+            count, stop = max(1, FORMED // max(1, entries)), here[-1] + 1
+            lists_at_once = count if "H" in table.dims else len(here)
+            for first in range(here[0], stop, lists_at_once):
+                some = range(first, min(first + lists_at_once, stop))
+                yield from _lists(call, attention.groups[group], listed[group], b, some).few(count)
 
 
 def _lists(call: Call, group: HeadGroup, listed: Listed, batch: int, heads: range) -> Lists:
@@ -249,15 +253,16 @@ def _lists(call: Call, group: HeadGroup, listed: Listed, batch: int, heads: rang
     (_, first), *_ = call.k_at.row(batch)
     rows = torch.arange(call.q.shape[2], device=device)
     entries = (lists if table.by_entry else lists[:, positions(call.q_at, batch, rows)]) - first
-    keys = torch.where((entries >= 0) & (entries < n), entries, n)
-    live = (keys < n) & _alone(keys, n)
-    found = Lists(call, group, listed, batch, heads, torch.where(live, keys, 0), live)
+    live = (entries >= 0) & (entries < n)
+    live &= _alone(torch.where(live, entries, n), n)
+    keys = torch.where(live, entries, 0)
+    found = Lists(call, group, listed, batch, heads, keys, live)
     if listed.rest is not ir.TRUE:
         check_range(
             listed.rest, ranges(Sizes(call.q.shape[1], call.q_at, call.k_at, call.n), batch), call.tables
         )
         live = live & evaluate(listed.rest, found.env({}), live)
-        found = replace(found, keys=torch.where(live, found.keys, 0), live=live)
+        found = replace(found, keys=torch.where(live, keys, 0), live=live)
     return found
 
 

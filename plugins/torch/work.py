@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -26,6 +26,7 @@ from attndsl.execution.torch_eval import (
 
 from .chunks import Addend, Chunk, Diagonals, Kept, Schedule, Views, chunks_of, equidistant
 from .lanes import Lane, Simple, cut_of
+from .slabs import Slab
 
 flash: Callable[..., tuple[Tensor, Tensor]] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
@@ -85,6 +86,17 @@ class Work:
     @cached_property
     def zero(self) -> Tensor:
         return torch.zeros((), dtype=self.wide, device=self.q.device)
+
+    @cached_property
+    def slabs(self) -> Sequence[Slab]:
+        return () if self.lane.chosen is None else tuple(self.lane.chosen.slabs())
+
+    @property
+    def chunks(self) -> Iterator[Chunk]:
+        """All: every live pair is in one."""
+        yield from (chunk for chunk, _ in self.schedule.chunks)
+        for slab in self.slabs:
+            yield from slab.chunks
 
     @property
     def fused(self) -> bool:
@@ -203,6 +215,25 @@ class Work:
         share = torch.exp(more - both.masked_fill(both == -torch.inf, 0.0))
         chunk.blend_queries(out, o.to(out.dtype), share[..., None])
         chunk.put_queries(lse, both)
+
+    def merge_slab(self, slab: Slab, out: Tensor, lse: Tensor) -> None:
+        """The parts of a slab."""
+        found, totals = slab.room(out), slab.room(lse[..., None])[:, 0]
+        softmax = self.lane.group.norm.kind == "softmax"
+        totals[-1] = -torch.inf if softmax else 0.0
+        for chunk, some in slab.pieces():
+            o, more = self.part(chunk, None)
+            found[some], totals[some] = o[0, 0], more[0, 0]
+        parts, out, lse = totals[slab.places], out[0, slab.rows], lse[0, slab.rows]
+        if not softmax:
+            out += slab.sums(found)
+            lse += parts.sum(-1)
+            return
+        both = torch.logaddexp(lse, parts.logsumexp(-1))
+        base = both.masked_fill(both == -torch.inf, 0.0)
+        out *= torch.exp(lse - base)[:, None]
+        out += slab.sums(found, torch.exp(parts - base[:, None]))
+        lse.copy_(both)
 
     def finish(self, out: Tensor, lse: Tensor) -> None:
         """The results, of all parts of every row."""

@@ -1,0 +1,144 @@
+"""Blocks of keys chosen for each query, `k // b in chosen[q]`, beside a mask that is known by positions.
+
+Choices are new at every call, and nothing is searched for: the tiles of what is known by positions, and of
+what may be chosen at all, are found once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
+from weakref import WeakKeyDictionary
+
+from attndsl import expr as ir
+from attndsl.attention import Attention, Relation
+from attndsl.backend import BLOCK_SIZE, Call
+from attndsl.execution.lowered import Recent
+from attndsl.expr import Expr, Selected, Table
+from attndsl.tiles import lowering
+from attndsl.tiles.blockmask import BlockMask, TileGrid
+from attndsl.tiles.lowering import FEW_ROWS, Sizes, head_groups
+
+from .lanes import Lane
+from .slabs import Chosen, Openings
+
+Q, K = ir.var("q"), ir.var("k")
+
+
+@dataclass(frozen=True)
+class Split:
+    """A mask that holds where `static` does, or where `chosen` does and the block of k is in the table; never
+    both. No table: `static` is all."""
+
+    static: Expr
+    chosen: Expr
+    table: Table | None
+    unit: int = 1
+    rows: int = 1
+
+    @staticmethod
+    def of(mask: Expr) -> Split | None:
+        """None where a mask reads choices in another way."""
+        if not _selected(mask):
+            return Split(mask, ir.FALSE, None)
+        beside, part = _apart(mask, "and")
+        static, leaf = _apart(part, "or")
+        of, member = _apart(leaf, "and")
+        if member.op != "intable":
+            return None
+        table = member.value
+        assert isinstance(table, Table)
+        assert isinstance(table.origin, Selected)
+        unit, rows = table.origin.unit, table.origin.rows
+        at = ir.floordiv(K, ir.const(unit)), ir.floordiv(Q, ir.const(rows))
+        if unit == 1 or (member.args[0], member.args[-1]) != at:
+            return None
+        always, instead = ir.all_of(*beside), ir.any_of(*static)
+        if any(map(_selected, (*beside, *static, *of))):
+            return None
+        return Split(
+            ir.all_of(always, instead), ir.all_of(always, *of, ir.negate(instead)), table, unit, rows
+        )
+
+
+def _selected(e: Expr) -> bool:
+    return any(isinstance(table.origin, Selected) for table in e.tables)
+
+
+def _apart(e: Expr, op: str) -> tuple[list[Expr], Expr]:
+    """What e joins by `op`: all but the first part that reads a choice, and that part."""
+    parts = list(e.args) if e.op == op else [e]
+    place = next(i for i, part in enumerate(parts) if _selected(part))
+    return parts[:place] + parts[place + 1 :], parts[place]
+
+
+@dataclass(frozen=True, eq=False)
+class BlockLists:
+    """The splits of the groups of an attention."""
+
+    attention: Attention
+    splits: Sequence[Split]
+    known: Recent[tuple[BlockMask, BlockMask]] = field(default_factory=Recent)
+    openings: WeakKeyDictionary[TileGrid, Openings] = field(default_factory=WeakKeyDictionary)
+
+    @staticmethod
+    def of(attention: Attention) -> BlockLists | None:
+        """None where no group has a table, or one is not to be split."""
+        splits = [Split.of(group.relation.mask) for group in attention.groups]
+        found = [split for split in splits if split is not None]
+        if len(found) < len(splits) or all(split.table is None for split in found):
+            return None
+        return BlockLists(attention, found)
+
+    def fits(self, call: Call) -> bool:
+        """Whether rows are many, and keys stand from position 0 on."""
+        return (
+            call.q.is_cpu and call.q.shape[2] > FEW_ROWS and call.k.shape[2] > 0 and call.k_at.starts == (0,)
+        )
+
+    def lanes(self, call: Call) -> Iterator[Lane]:
+        """Every (batch row, query head) once, each with what it chose."""
+        (batch, heads, nq, _), n = call.q.shape, call.k.shape[2]
+        static, chosen = self.tiles(call)
+        groups, share = head_groups(self.attention, heads), heads // call.k.shape[1]
+        for b, head in product(range(batch), range(heads)):
+            group, kv_head = groups[head], head // share
+            grid, opened = (
+                x.grids[x.index[b % len(x.index), head % x.index.shape[1]]] for x in (static, chosen)
+            )
+            lane = Lane(
+                self.attention.groups[group], grid, b, slice(head, head + 1), slice(kv_head, kv_head + 1)
+            )
+            split = self.splits[group]
+            if split.table is not None:
+                blocks = call.tables[split.table.name][b, head].repeat_interleave(split.rows, 0)[:nq]
+                if opened not in self.openings:
+                    self.openings[opened] = Openings.of(opened, split.unit)
+                lane = replace(lane, chosen=Chosen(blocks, self.openings[opened], n))
+            yield lane
+
+    def tiles(self, call: Call) -> tuple[BlockMask, BlockMask]:
+        """Those of what is static, and of what may be chosen."""
+        sizes = Sizes(call.q.shape[1], call.q_at, call.k_at, call.n)
+        parts = [self.related([split.static for split in self.splits])]
+        parts += [self.related([split.chosen for split in self.splits])]
+        read = {table for part in parts for table in lowering.mask_tables(part)}
+        tables = {table.name: lowering.as_array(call.tables[table.name]) for table in read}
+        key = (sizes, *((name, x.shape, x.tobytes()) for name, x in sorted(tables.items())))
+        step = math.lcm(8, *(split.unit for split in self.splits))
+        size = step * -(-BLOCK_SIZE // step)
+
+        def make() -> tuple[BlockMask, BlockMask]:
+            static, chosen = (lowering.block_mask(part, sizes, tables, size) for part in parts)
+            return static, chosen
+
+        return self.known.get(key, make)
+
+    def related(self, masks: Sequence[Expr]) -> Attention:
+        """The attention with these masks."""
+        groups = zip(self.attention.groups, masks, strict=True)
+        return replace(
+            self.attention, groups=tuple(replace(group, relation=Relation(mask)) for group, mask in groups)
+        )
