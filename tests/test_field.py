@@ -71,7 +71,7 @@ def union(attention: Attention, n: int, heads: int, given: dict[str, Any]) -> Ma
     rest = {
         t.name: np.zeros(
             [
-                {"n": n, "H": heads, "B": 1}.get(axis, axis if isinstance(axis, int) else 2)
+                {"n": n, "H": heads, "B": 1}.get(axis, int(axis) if axis.isdecimal() else 2)
                 for axis in axes(t)
             ],
             t.dtype,

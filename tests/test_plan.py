@@ -70,7 +70,7 @@ def qkv(**options):
         (
             "(modes=",
             "(tables={'painted'}, modes=",
-            "attndsl has no table `painted`: there are `bool`, `float`, ",
+            "attndsl has no table `painted`: there are `bool`, `drawn`, `float`, ",
         ),
         ("import torch", "import torhc", "ModuleNotFoundError: No module named 'torhc'"),
         ("= Mine()", "= Yours()", "NameError: name 'Yours' is not defined"),

@@ -257,3 +257,124 @@ def test_what_is_proved_stable_is_not_changed_by_20_edits(clauses: str) -> None:
     for n in (24, 65):
         sizes = lowering.sizes(attention, n, n, attention.enough_heads())
         assert not any([*leaks.changed(attention, sizes, seed)] for seed in range(20))
+
+
+EVERY = {
+    "topk": "mask causal & (last(3) | topk(4, of = causal))",
+    "topk_kv": "mask causal & topk(4, of = causal, share = kv)  score alibi",
+    "blocks": TEXT[TEXT.index("mask causal & (block(16)") : TEXT.index(" }\nattention knn")],
+    "quest": "mask causal & (sinks(2) | last(5) | topk(2, of = blocks(8, causal - radius(0)),"
+    " by = sum(max(Q * min(K), Q * max(K)))))",
+    "both": "mask topk(2, of = blocks(8, full), by = Q @ mean(K)) | topk(3)",
+    "tiles": "mask causal & blocks(8, radius(0) | topk(2, of = causal - radius(0)))",
+    "documents": "inputs ids : int[B, n]  mask causal & topk(4, of = causal & documents(ids))",
+    "buckets": "mask causal & within(hash(4), last(6))",
+    "nearest": "inputs mu : float[H, 3, D]  mask within(nearest(mu), radius(2))",
+    "lsh": "mask causal & lsh(rounds = 2, chunk = 8)  score shared_qk",
+    "lsh_count": "mask causal & lsh(rounds = 3, chunk = 8, count = true, wrap = true)",
+    "lsh_full": "mask lsh(rounds = 2, chunk = 8)  norm softmax(sink = 0.5)",
+    "cluster": "inputs mu : float[H, 3, D]  mask causal & cluster(mu, 6)",
+    "linear": "mask causal & topk(4, of = causal)  score (Q @ K) ** 2  norm linear",
+}
+
+
+def given_to(bound: attndsl.Bound, n: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(n)
+    sizes = {"B": 2, "H": 4, "n": n, "D": 8}
+    return {
+        t.name: torch.arange(n).expand(2, n) * 3 // max(n, 1)
+        if t.dtype == "int"
+        else torch.randn([sizes.get(axis, axis) for axis in t.dims], generator=generator, dtype=torch.float64)
+        for t in bound.inputs
+    }
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("n", [1, 8, 23, 50])
+def test_backends_agree_on_what_is_chosen(name: str, n: int) -> None:
+    """Output, log-sum-exp and gradients, each backend that takes it against `reference`."""
+    bound = attndsl.parse(f"attention a {{ {EVERY[name]} }}")["a"]
+    sizes = {"length": 64, "heads": 4, "kv_heads": 2, "head_dim": 8, "dtype": "float64", "batch": 2}
+    plans = {
+        backend: attndsl.compile(bound, **sizes, backend=backend, training=True)
+        for backend, verdict in attndsl.compile(bound, **sizes, training=True).considered.items()
+        if not isinstance(verdict, str)
+    }
+    assert {"reference", "torch"} <= plans.keys()
+    tables, found = given_to(bound, n), {}
+    for backend, plan in plans.items():
+        q, k, v = (x.requires_grad_() for x in vectors(n, seed=n))
+        out, lse = plan(q, k, v, return_lse=True, **tables)
+        slopes = [
+            torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).double() for x in (out, lse)
+        ]
+        ends = torch.where(lse.isfinite(), lse, 0.0)
+        found[backend] = out, lse, *torch.autograd.grad((out, ends), (q, k, v), slopes)
+    for backend, results in found.items():
+        for mine, exact in zip(results, found["reference"], strict=True):
+            torch.testing.assert_close(mine, exact, rtol=0, atol=1e-10, msg=lambda m, b=backend: f"{b}: {m}")
+
+
+@pytest.mark.parametrize("name", ["topk", "blocks", "tiles", "buckets", "lsh_count", "cluster"])
+def test_transforms_choose_as_plain_calls_do(name: str) -> None:
+    bound = attndsl.parse(f"attention a {{ {EVERY[name]} }}")["a"]
+    plan = attndsl.compile(bound, length=64, heads=4, kv_heads=2, head_dim=8, batch=2, training=True)
+    tables = {key: x.float() if x.is_floating_point() else x for key, x in given_to(bound, 40).items()}
+    q, k, v = (x.float().requires_grad_() for x in vectors(40, seed=3))
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return plan(q, k, v, **tables)
+
+    plain = call(q, k, v)
+    exact = torch.autograd.grad(plain.square().sum(), (q, k, v))
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")(q, k, v)
+    kept = torch.utils.checkpoint.checkpoint(call, q, k, v, use_reentrant=False)
+    for out in (compiled, kept):
+        torch.testing.assert_close(out, plain)
+        for mine, wanted in zip(torch.autograd.grad(out.square().sum(), (q, k, v)), exact, strict=True):
+            torch.testing.assert_close(mine, wanted)
+    grads = torch.func.grad(lambda *x: call(*x).square().sum(), argnums=(0, 1, 2))(q, k, v)
+    for mine, wanted in zip(grads, exact, strict=True):
+        torch.testing.assert_close(mine, wanted)
+    stacked = torch.func.vmap(call)(*(torch.stack([x, x.flip(0)]) for x in (q, k, v)))
+    torch.testing.assert_close(stacked[0], plain)
+    with torch.no_grad():
+        exported = torch.export.export(Called(plan, tables), (q, k, v))
+        torch.testing.assert_close(exported.module()(q, k, v), plain)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = call(q, k, v)
+    again = call(*(x.bfloat16() for x in (q, k, v)))
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half, again)
+
+
+class Called(torch.nn.Module):
+    def __init__(self, plan: attndsl.Plan, tables: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.plan, self.tables = plan, tables
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.plan(q, k, v, **self.tables)
+
+
+def test_a_nan_is_seen() -> None:
+    """It is the greatest score, so its key is chosen wherever it may be."""
+    plan = attndsl.compile(
+        attndsl.parse(TEXT)["knn"], length=32, heads=4, kv_heads=2, head_dim=8, dtype="float64"
+    )
+    q, k, v = vectors(32, seed=0)
+    k[:, :, 5] = torch.nan
+    out = plan(q, k, v)
+    assert out[:, :, 5:].isnan().all()
+    assert not out[:, :, :5].isnan().any()
+
+
+def test_a_session_chooses_as_the_whole() -> None:
+    for text in ("mask topk(4, of = causal)", "mask causal & within(hash(4), last(6))", f"{EVERY['blocks']}"):
+        bound = attndsl.parse(f"attention a {{ {text} }}")["a"]
+        plan = attndsl.compile(bound, length=64, heads=4, kv_heads=2, head_dim=8, dtype="float64")
+        q, k, v = vectors(40, seed=2)
+        session = plan.session(2, 64)
+        parts = [session.prefill(q[:, :, :20], k[:, :, :20], v[:, :, :20])]
+        parts += [session.step(*(x[:, :, i : i + 1] for x in (q, k, v))) for i in range(20, 40)]
+        torch.testing.assert_close(torch.cat(parts, 2), plan(q, k, v), rtol=0, atol=1e-12)

@@ -59,7 +59,8 @@ def choices(
     }
     given = {**tables, **constants}
     offered = Offered(q.detach().to(wide), k.detach().to(wide), given, sizes.q, sizes.k, sizes.n)
-    with torch.no_grad():
+    # autocast would round the scores, which are in float32 on purpose
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         return {table.name: _choice(table, offered) for table in attention.selected}
 
 
