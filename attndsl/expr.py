@@ -591,8 +591,13 @@ def matvec(matrix: Expr, x: Expr) -> Expr:
 
 def total(x: Expr) -> Expr:
     """The sum of the entries of a vector."""
-    if x.op == "mul" and all(arg.type == "vec" for arg in x.args):
-        return inner(*x.args)
+    if x.op == "mul":
+        a, b = x.args
+        if a.type == b.type == "vec":
+            return inner(a, b)
+        return mul(b, total(a)) if a.type == "vec" else mul(a, total(b))
+    if x.op == "div" and x.args[1].type != "vec":
+        return div(total(x.args[0]), x.args[1])
     return make("sum", (x,), None, "real")
 
 

@@ -276,6 +276,10 @@ NO_FORM = {
         "score K @ (k * Q) / (q + 2) decay exp((k - q) / 8) decay 0.5",
         ("(0.5 * ((1.0 / (q + 2)) * Q))", "(k * K)", "((-1 * q) / 8)", "(k / 8)"),
     ),
+    "a sum of products": (
+        "score sum((q + 1) * Q * K / D)",
+        ("((1.0 / D) * ((q + 1) * Q))", "K", "", ""),
+    ),
     "the logit": ("decay 0.5 ** (q - k)", ("((1.0 / sqrt(D)) * Q)", "K", "", "")),
 }
 
@@ -291,3 +295,44 @@ def test_what_is_an_inner_product_of_features(name: str) -> None:
     assert isinstance(form, FeatureForm)
     found = form.phi_q, form.phi_k, form.log_q, form.log_k
     assert all(repr(mine) == hand for mine, hand in zip(found, expected, strict=True) if hand)
+
+
+def test_shared_vectors_see_themselves_only_where_there_is_nothing_else() -> None:
+    """Kitaev et al. 2020, section 2, with the number of their code."""
+    attention = attndsl.parse("attention a { mask causal & last(7) score shared_qk }")["a"]
+    generator = torch.Generator().manual_seed(6)
+    x, v = (torch.randn(1, 2, N, WIDE, generator=generator, dtype=torch.float64) for _ in range(2))
+    logit = x @ torch.nn.functional.normalize(x, dim=-1).mT
+    logit = logit.masked_fill(ROW == COLUMN, -1e5).masked_fill(
+        (COLUMN > ROW) | (ROW - COLUMN >= 7), -torch.inf
+    )
+    for backend in ("reference", "torch"):
+        plan = attndsl.compile(attention, length=N, heads=2, head_dim=WIDE, dtype="float64", backend=backend)
+        found = plan(x, x, v)
+        torch.testing.assert_close(found, logit.softmax(-1) @ v, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(found[:, :, 0], v[:, :, 0])
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_a_row_whose_weights_cancel_is_empty(backend: str) -> None:
+    attention = attndsl.parse("attention a { mask causal score Q @ K norm linear }")["a"]
+    plan = attndsl.compile(attention, length=2, heads=1, head_dim=1, backend=backend, training=True)
+    q, k, v = (
+        torch.tensor(x).view(1, 1, 2, 1).requires_grad_() for x in ([2.0, 1.0], [1.0, -1.0], [3.0, 5.0])
+    )
+    out, lse = plan(q, k, v, return_lse=True)
+    assert out.flatten().tolist() == [3.0, 0.0]
+    assert lse.flatten().tolist() == [pytest.approx(math.log(2)), -math.inf]
+    grads = torch.autograd.grad(out.sum(), (q, k, v))
+    assert [grad.flatten().tolist() for grad in grads] == [[0.0, 0.0], [0.0, 0.0], [1.0, 0.0]]
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_what_a_where_leaves_out_spoils_no_gradient(backend: str) -> None:
+    """exp(300) is infinite in float32, and stands in no entry that is positive."""
+    attention = attndsl.parse("attention a { mask causal score elu1(Q) @ elu1(K) norm linear }")["a"]
+    plan = attndsl.compile(attention, length=5, heads=1, head_dim=4, backend=backend, training=True)
+    q, k, v = (torch.randn(1, 1, 5, 4, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    given = [(300 * q).requires_grad_(), (300 * k).requires_grad_(), v.requires_grad_()]
+    out = plan(*given)
+    assert all(x.isfinite().all() for x in (out, *torch.autograd.grad(out.sum(), given)))
