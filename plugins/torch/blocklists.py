@@ -38,6 +38,13 @@ class Split:
     unit: int = 1
     rows: int = 1
 
+    @property
+    def entries(self) -> int:
+        """Of each list."""
+        entries = self.table.dims[-1] if self.table is not None else 0
+        assert isinstance(entries, int)
+        return entries
+
     @staticmethod
     def of(mask: Expr) -> Split | None:
         """None where a mask reads choices in another way."""
@@ -127,14 +134,18 @@ class BlockLists:
         read = {table for part in parts for table in lowering.mask_tables(part)}
         tables = {table.name: lowering.as_array(call.tables[table.name]) for table in read}
         key = (sizes, *((name, x.shape, x.tobytes()) for name, x in sorted(tables.items())))
-        step = math.lcm(8, *(split.unit for split in self.splits))
-        size = step * -(-BLOCK_SIZE // step)
 
         def make() -> tuple[BlockMask, BlockMask]:
-            static, chosen = (lowering.block_mask(part, sizes, tables, size) for part in parts)
+            static, chosen = (lowering.block_mask(part, sizes, tables, self.block_size) for part in parts)
             return static, chosen
 
         return self.known.get(key, make)
+
+    @property
+    def block_size(self) -> int:
+        """Of tiles that hold whole blocks of all groups."""
+        step = math.lcm(8, *(split.unit for split in self.splits))
+        return step * -(-BLOCK_SIZE // step)
 
     def related(self, masks: Sequence[Expr]) -> Attention:
         """The attention with these masks."""

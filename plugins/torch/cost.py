@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from attndsl import expr as ir
 from attndsl.attention import Attention, HeadGroup, Relation
 from attndsl.backend import DTYPES, Problem, device_kind
@@ -13,13 +15,15 @@ from attndsl.execution.torch_eval import elements
 from attndsl.expr import Expr
 from attndsl.scores import by_head
 from attndsl.tiles.blockmask import BlockMask, TileGrid
-from attndsl.tiles.lowering import head_groups, tiles_of
+from attndsl.tiles.lowering import FEW_ROWS, head_groups, tiles_of
 
+from .blocklists import BlockLists
 from .chunks import Cut, equidistant
 from .lanes import Simple, all_simple, cut_of, lanes
 from .lists import listed_of, sparse
 from .parts import Gathered, Part, Strided
 from .rows import pieces, reads
+from .slabs import PAIRS
 from .work import KEPT
 
 SECONDS = {
@@ -36,17 +40,20 @@ SECONDS = {
         "copied": 7.2e-10,
         "merged": 3.49e-09,
         "listed": 2e-10,
+        "blocks": 5e-05,
         "few": 0.00025,
         "reads": 6e-05,
         "read": 2.9e-10,
     }
 }
-"""Of two cores with AVX-512, by `python -m benchmarks.cost fit`; of lists by benchmarks/lists.py."""
+"""Of two cores with AVX-512, by `python -m benchmarks.cost fit`; of lists by benchmarks/lists.py, of blocks
+that are chosen by benchmarks/selections.py."""
 TRAINING = 4.0
 """Forward and backward beside forward: 5 matrix products more to 2, and wider windows."""
 SAMPLED = 2**14
 """Entries of a BlockMask that are taken apart to predict what all take."""
 EVERYTHING = Attention("everything", (HeadGroup(Relation(ir.TRUE), ir.var("s")),), offset=ir.ZERO)
+ALL = np.ones((1, 1, 1), bool)
 FUSED_K = 512
 """Keys at a time in torch's fused kernel."""
 
@@ -58,12 +65,20 @@ def counts(attention: Attention, problem: Problem, block_mask: BlockMask | None)
     entries = [some.entries or problem.length for some in listed or ()]
     if entries and device_kind(problem) == "cpu" and all(sparse(r, problem.length) for r in entries):
         return _list_counts(attention, problem, entries)
+    blocks = BlockLists.of(attention)
+    if blocks is not None and device_kind(problem) == "cpu" and problem.q_length > FEW_ROWS:
+        return _block_counts(blocks, problem)
     if block_mask is None:
         block_mask = tiles_of(EVERYTHING, problem.length, problem.block_size, problem.q_length)
-    batch = len(block_mask.index)
     simple = all_simple(attention, problem.head_dim) if problem.device.startswith("cpu") else None
     if block_mask.rows and simple and (DTYPES[problem.dtype] >= 4 or not problem.training):
         return few_counts(attention, simple, block_mask, problem)
+    total = _tile_counts(attention, block_mask, problem)
+    return {**total, "runs": 1.0, "written": total["copied"] + total["addends"]}
+
+
+def _tile_counts(attention: Attention, block_mask: BlockMask, problem: Problem) -> Counter[str]:
+    batch = len(block_mask.index)
     alike = Counter(
         (lane.group, lane.grid, lane.heads.stop - lane.heads.start)
         for lane in lanes(attention, block_mask, batch, problem.heads, problem.kv_heads)
@@ -72,7 +87,40 @@ def counts(attention: Attention, problem: Problem, block_mask: BlockMask | None)
     for (group, grid, heads), times in alike.items():
         counts = lane_counts(group, grid, heads, problem, max(256, SAMPLED // len(alike)))
         total.update({name: times * problem.batch / batch * count for name, count in counts.items()})
+    return total
+
+
+def _block_counts(blocks: BlockLists, problem: Problem) -> dict[str, float]:
+    """As if every list were full; of what tables say beside, that it holds."""
+    n, nq, width = problem.length, problem.q_length, problem.head_dim
+    static = blocks.related([_without_tables(split.static) for split in blocks.splits])
+    total = _tile_counts(static, tiles_of(static, n, blocks.block_size, nq, problem.heads), problem)
+    total["lanes"] = problem.batch * problem.heads
+    for i, heads in Counter(head_groups(static, problem.heads)).items():
+        split, group = blocks.splits[i], static.groups[i]
+        if split.table is None:
+            continue
+        simple = Simple.of(group, width)
+        count = -(-n // split.unit)
+        pairs = nq * min(split.entries, count)
+        calls = min(pairs, count * -(-pairs // PAIRS))
+        part = Gathered(
+            np.zeros(calls, np.int64),
+            -(-pairs // calls),
+            split.unit,
+            np.zeros((calls, 1), np.int64),
+            None,
+            ALL,
+        )
+        found = _part_counts(part, cut_of(simple, 1, width, gradient=False), simple, group, 1, width)
+        found |= {"blocks": calls, "merged": pairs * width}
+        total.update({name: problem.batch * heads * more for name, more in found.items()})
     return {**total, "runs": 1.0, "written": total["copied"] + total["addends"]}
+
+
+def _without_tables(mask: Expr) -> Expr:
+    parts = mask.args if mask.op == "and" else (mask,)
+    return ir.all_of(*(part for part in parts if not part.tables))
 
 
 def _list_counts(attention: Attention, problem: Problem, entries: Sequence[int]) -> dict[str, float]:
