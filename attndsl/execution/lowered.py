@@ -130,7 +130,9 @@ class Lowered:
         """The checked call."""
         given: Mapping[str, Any] = {t.name: tables[t.name] for t in self.attention.inputs}
         if given:
-            given = lowering.checked_tables(self.attention, given, sizes, len(q), self.problem.head_dim)
+            given = lowering.checked_tables(
+                self.attention, given, sizes, len(q), self.problem.head_dim, needed=()
+            )
         if self.ranged:
             lowering.check_scores(self.attention, sizes, given)
 
