@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import pytest
@@ -12,6 +11,7 @@ from torch import Tensor
 import attndsl
 from attndsl.execution import registry
 from attndsl.execution.lowered import Lowered
+from attndsl.plugins.torch import slabs
 
 CHOSEN = "topk(2, of = blocks(16, causal - radius(0)), by = Q @ mean(K))"
 OWN = f"mask causal & (block(16) | {CHOSEN})"
@@ -86,7 +86,6 @@ def test_the_last_rows_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_slabs_of_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    slabs = sys.modules["attndsl.plugins.torch.slabs"]
     monkeypatch.setattr(slabs, "PAIRS", 40)
     monkeypatch.setattr(slabs, "FORMED", 64)
     check(monkeypatch, MASKS["quest"], tensors(141, 2))
