@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import pytest
@@ -12,6 +11,7 @@ from torch import Tensor
 import attndsl
 from attndsl.execution import registry
 from attndsl.execution.lowered import Lowered
+from attndsl.plugins.torch import slabs
 
 CHOSEN = "topk(2, of = blocks(16, causal - radius(0)), by = Q @ mean(K))"
 OWN = f"mask causal & (block(16) | {CHOSEN})"
@@ -25,6 +25,9 @@ MASKS = {
         | topk(4, of = blocks(8, causal - radius(0)), by = Q @ max(K)))""",
     "tiles": "mask causal & blocks(16, radius(0) | topk(2, of = causal - radius(0)))",
     "documents": f"inputs ids : int[B, n] {OWN} & documents(ids)",
+    "tokens": "mask causal & (last(9) | topk(6, of = { q, k : k <= q and k mod 10 >= 4 }))",
+    "tokens of some heads": f"""heads [0] {{ mask causal & (sinks(2) | topk(6, of = causal)) }}
+        else {{ {OWN} }} score s + slope * (k - q)""",
     "some heads": f"heads [0] {{ mask causal & last(9) }} else {{ {OWN} }}",
     "alibi": f"{OWN} score alibi",
     "learned": f"{OWN} score s + slope * (k - q)",
@@ -86,16 +89,18 @@ def test_the_last_rows_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_slabs_of_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    slabs = sys.modules["attndsl.plugins.torch.slabs"]
     monkeypatch.setattr(slabs, "PAIRS", 40)
     monkeypatch.setattr(slabs, "FORMED", 64)
     check(monkeypatch, MASKS["quest"], tensors(141, 2))
 
 
-def test_large_logits() -> None:
+@pytest.mark.parametrize("name", ["own", "tokens"])
+def test_large_logits(name: str) -> None:
     """Where a log-sum-exp does not tell how many keys it is of, parts are not merged by it."""
     given = tensors(141, 2)
-    far, near = (results(f"{OWN} score {logit}", "torch", given)[0] for logit in ("0.0 - 1e16", "0.0"))
+    far, near = (
+        results(f"{MASKS[name]} score {logit}", "torch", given)[0] for logit in ("0.0 - 1e16", "0.0")
+    )
     torch.testing.assert_close(far, near)
 
 

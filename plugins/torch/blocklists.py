@@ -22,6 +22,7 @@ from attndsl.tiles.blockmask import BlockMask, TileGrid
 from attndsl.tiles.lowering import FEW_ROWS, Sizes, head_groups
 
 from .lanes import Lane
+from .lists import Listed, sparse
 from .slabs import Chosen, Openings
 
 Q, K = ir.var("q"), ir.var("k")
@@ -60,7 +61,7 @@ class Split:
         assert isinstance(table.origin, Selected)
         unit, rows = table.origin.unit, table.origin.rows
         at = ir.floordiv(K, ir.const(unit)), ir.floordiv(Q, ir.const(rows))
-        if unit == 1 or (member.args[0], member.args[-1]) != at:
+        if (member.args[0], member.args[-1]) != at:
             return None
         always, instead = ir.all_of(*beside), ir.any_of(*static)
         if any(map(_selected, (*beside, *static, *of))):
@@ -83,10 +84,11 @@ def _apart(e: Expr, op: str) -> tuple[list[Expr], Expr]:
 
 @dataclass(frozen=True, eq=False)
 class BlockLists:
-    """The splits of the groups of an attention."""
+    """The splits of the groups of an attention; `beside` those whose choices are lists of single keys."""
 
     attention: Attention
     splits: Sequence[Split]
+    beside: Sequence[Listed | None]
     known: Recent[tuple[BlockMask, BlockMask]] = field(default_factory=Recent)
     openings: WeakKeyDictionary[TileGrid, Openings] = field(default_factory=WeakKeyDictionary)
 
@@ -97,13 +99,29 @@ class BlockLists:
         found = [split for split in splits if split is not None]
         if len(found) < len(splits) or all(split.table is None for split in found):
             return None
-        return BlockLists(attention, found)
+        beside = []
+        for split, group in zip(found, attention.groups, strict=True):
+            single = split.table is not None and split.unit == 1
+            listed = Listed.by(split.table, split.chosen, group) if split.table and single else None
+            if single and (listed is None or group.norm.kind != "softmax" or group.norm.sink is not None):
+                return None
+            beside.append(listed)
+        return BlockLists(attention, found, beside)
+
+    @property
+    def merged(self) -> bool:
+        """Whether there are lists of single keys."""
+        return any(listed is not None for listed in self.beside)
+
+    def sparse(self, n: int) -> bool:
+        """Whether those lists are short beside the keys."""
+        return all(listed is None or sparse(listed.entries or n, n) for listed in self.beside)
 
     def fits(self, call: Call) -> bool:
         """Whether rows are many, and keys stand from position 0 on."""
-        return (
-            call.q.is_cpu and call.q.shape[2] > FEW_ROWS and call.k.shape[2] > 0 and call.k_at.starts == (0,)
-        )
+        some = call.q.is_cpu and call.q.shape[2] > FEW_ROWS and call.k.shape[2] > 0
+        fitting = all(listed is None or listed.fits(call) for listed in self.beside)
+        return some and call.k_at.starts == (0,) and fitting
 
     def lanes(self, call: Call) -> Iterator[Lane]:
         """Every (batch row, query head) once, each with what it chose."""
@@ -119,7 +137,7 @@ class BlockLists:
                 self.attention.groups[group], grid, b, slice(head, head + 1), slice(kv_head, kv_head + 1)
             )
             split = self.splits[group]
-            if split.table is not None:
+            if split.table is not None and split.unit > 1:
                 blocks = call.tables[split.table.name][b, head].repeat_interleave(split.rows, 0)[:nq]
                 if opened not in self.openings:
                     self.openings[opened] = Openings.of(opened, split.unit)

@@ -66,7 +66,8 @@ def counts(attention: Attention, problem: Problem, block_mask: BlockMask | None)
     if entries and device_kind(problem) == "cpu" and all(sparse(r, problem.length) for r in entries):
         return _list_counts(attention, problem, entries)
     blocks = BlockLists.of(attention)
-    if blocks is not None and device_kind(problem) == "cpu" and problem.q_length > FEW_ROWS:
+    few = problem.q_length <= FEW_ROWS
+    if blocks is not None and device_kind(problem) == "cpu" and not few and blocks.sparse(problem.length):
         return _block_counts(blocks, problem)
     if block_mask is None:
         block_mask = tiles_of(EVERYTHING, problem.length, problem.block_size, problem.q_length)
@@ -100,6 +101,9 @@ def _block_counts(blocks: BlockLists, problem: Problem) -> dict[str, float]:
         split, group = blocks.splits[i], static.groups[i]
         if split.table is None:
             continue
+        if split.unit == 1:
+            total.update(_entry_counts(group, heads, split.entries, problem))
+            continue
         simple = Simple.of(group, width)
         count = -(-n // split.unit)
         pairs = nq * min(split.entries, count)
@@ -127,11 +131,15 @@ def _list_counts(attention: Attention, problem: Problem, entries: Sequence[int])
     """By groups of heads, which have lists of so many entries."""
     total = Counter(dict.fromkeys((*SECONDS["cpu"], "pairs"), 0.0))
     for i, heads in Counter(head_groups(attention, problem.heads)).items():
-        group, area = attention.groups[i], problem.batch * problem.q_length * entries[i]
-        numbers = sum(elements(e, area, heads)[0] for e in (group.score, group.decay))
-        more = {"lanes": problem.batch, "pairs": heads * area, "numbers": numbers}
-        total.update(more | {"listed": heads * area * problem.head_dim})
+        total.update(_entry_counts(attention.groups[i], heads, entries[i], problem))
     return {**total, "runs": 1.0, "written": total["numbers"]}
+
+
+def _entry_counts(group: HeadGroup, heads: int, entries: int, problem: Problem) -> dict[str, float]:
+    area = problem.batch * problem.q_length * entries
+    numbers = sum(elements(e, area, heads)[0] for e in (group.score, group.decay))
+    more = {"lanes": problem.batch, "pairs": heads * area, "numbers": numbers}
+    return more | {"listed": heads * area * problem.head_dim}
 
 
 def few_counts(

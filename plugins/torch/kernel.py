@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attndsl.attention import Attention
 from attndsl.backend import Call
-from attndsl.execution.torch_eval import peak, singles
+from attndsl.execution.torch_eval import peak, singles, strained
 
 from . import lists, orders, rows
 from .blocklists import BlockLists
@@ -52,14 +52,22 @@ class BlockSparse:
         q = call.q
         out = q.new_empty((*q.shape[:3], call.v.shape[3]), dtype=wide)
         lse = q.new_empty(q.shape[:3], dtype=wide)
-        for lane in self.lanes(call):
+        self.forward(call, blocks, out, lse)
+        if blocks is not None and blocks.merged:
+            lists.add(self.attention, blocks.beside, widened(call), out, lse)
+            if strained(lse):
+                self.forward(call, None, out, lse)
+        return out, lse
+
+    def forward(self, call: Call, blocks: BlockLists | None, out: Tensor, lse: Tensor) -> None:
+        """Writes output and log-sum-exp, but for what is merged."""
+        for lane in self.lanes(call, blocks):
             o, total = lane.queries(out), lane.queries(lse)
             self.run(self.work(call, lane, gradient=False), o, total)
             if lane.strained(total):
                 _, top, exact, beyond = self.careful(call, lane)
                 o.copy_(exact)
                 torch.add(beyond, top, out=total)
-        return out, lse
 
     @cached_property
     def listed(self) -> tuple[lists.Listed, ...] | None:
@@ -87,8 +95,8 @@ class BlockSparse:
         found = self.ordered
         return found if found is not None and all(some.fits(call) for some in found) else None
 
-    def lanes(self, call: Call) -> Iterator[Lane]:
-        if (blocks := self.blocks_for(call)) is not None:
+    def lanes(self, call: Call, blocks: BlockLists | None) -> Iterator[Lane]:
+        if blocks is not None:
             return blocks.lanes(call)
         batch, heads = call.q.shape[:2]
         return lanes(self.attention, call.block_mask, batch, heads, call.k.shape[1])
@@ -151,13 +159,24 @@ class BlockSparse:
                 self.attention, ordered, call, wanted, out.to(call.q.dtype), lse, grad_out, grad_lse
             )
         else:
-            found = self.over_lanes(call, wanted, out, lse, grad_out, grad_lse)
+            blocks = self.blocks_for(call)
+            blocks = None if blocks is not None and blocks.merged and strained(lse) else blocks
+            found = self.over_lanes(call, blocks, wanted, out, lse, grad_out, grad_lse)
+            if blocks is not None and blocks.merged:
+                more = lists.gradient(
+                    self.attention, blocks.beside, call, wanted, lse, grad_out, grad_lse, out.to(call.q.dtype)
+                )
+                for total, g in zip(found[:3], more[:3], strict=True):
+                    total += g
+                for name, g in more[3].items():
+                    found[3][name] += g
         gq, gk, gv = (total.to(x.dtype) for total, x in zip(found[:3], given, strict=True))
         return gq, gk, gv, {name: total.to(call.tables[name].dtype) for name, total in found[3].items()}
 
     def over_lanes(
         self,
         call: Call,
+        blocks: BlockLists | None,
         wanted: Sequence[str],
         out: Tensor,
         lse: Tensor,
@@ -169,7 +188,7 @@ class BlockSparse:
         totals = [call.q.new_empty(call.q.shape), *(x.new_zeros(x.shape) for x in (call.k, call.v))]
         tables = {name: x.new_zeros(x.shape) for name, x in singles(call.tables, wanted).items()}
         shift = None if grad_lse is None else grad_lse.masked_fill(lse == -torch.inf, 0.0)
-        for lane in self.lanes(call):
+        for lane in self.lanes(call, blocks):
             work, over = self.work(call, lane, True, wanted), lane.queries(lse)
             if lane.strained(over):
                 work, _, _, over = self.careful(call, lane)

@@ -60,11 +60,6 @@ class Listed:
     @staticmethod
     def of(group: HeadGroup) -> Listed | None:
         """None where the mask is no such, or scores read vectors beyond Q @ K."""
-        product = ir.mul(ir.call("sqrt", ir.var("D")), ir.var("s"))
-        score = replaced(group.score, {ir.inner(Q, K): product, ir.inner(K, Q): product})
-        scored = [e for e in (score, group.decay, group.norm.sink) if e is not None]
-        if any(e.free & {"Q", "K"} for e in scored):
-            return None
         mask = group.relation.mask
         parts = mask.args if mask.op == "and" else (mask,)
         for part in parts:
@@ -73,8 +68,18 @@ class Listed:
                 continue
             if (part.args[-1], part.args[0], len(table.explicit)) == (*PLACES, 2):
                 rest = ir.all_of(*(other for other in parts if other is not part))
-                return Listed(table, rest, score) if decided(rest) else None
+                return Listed.by(table, rest, group)
         return None
+
+    @staticmethod
+    def by(table: Table, rest: Expr, group: HeadGroup) -> Listed | None:
+        """With the scores of a group."""
+        product = ir.mul(ir.call("sqrt", ir.var("D")), ir.var("s"))
+        score = replaced(group.score, {ir.inner(Q, K): product, ir.inner(K, Q): product})
+        scored = [e for e in (score, group.decay, group.norm.sink) if e is not None]
+        if any(e.free & {"Q", "K"} for e in scored) or not decided(rest):
+            return None
+        return Listed(table, rest, score)
 
     def fits(self, call: Call) -> bool:
         """Whether every query has a list, short beside the keys, which stand side by side, and what else
@@ -231,18 +236,20 @@ with warnings.catch_warnings():
     _matrix(torch.tensor([0, 1]), torch.tensor([0]), torch.zeros(1), (1, 1))
 
 
-def lists_of(attention: Attention, listed: Sequence[Listed], call: Call) -> Iterator[Lists]:
-    """Every (batch row, query head) once, as many heads at a time as is fast."""
+def lists_of(attention: Attention, listed: Sequence[Listed | None], call: Call) -> Iterator[Lists]:
+    """Every (batch row, query head) that has lists once, as many heads at a time as is fast."""
     (batch, heads, nq, _), groups = call.q.shape, head_groups(attention, call.q.shape[1])
     for b in range(batch):
         for group, members in groupby(range(heads), groups.__getitem__):
-            here, table = list(members), listed[group].table
-            entries = nq * call.tables[table.name].shape[-1]
+            here, found = list(members), listed[group]
+            if found is None:
+                continue
+            entries = nq * call.tables[found.table.name].shape[-1]
             count, stop = max(1, FORMED // max(1, entries)), here[-1] + 1
-            lists_at_once = count if "H" in table.dims else len(here)
+            lists_at_once = count if "H" in found.table.dims else len(here)
             for first in range(here[0], stop, lists_at_once):
                 some = range(first, min(first + lists_at_once, stop))
-                yield from _lists(call, attention.groups[group], listed[group], b, some).few(count)
+                yield from _lists(call, attention.groups[group], found, b, some).few(count)
 
 
 def _lists(call: Call, group: HeadGroup, listed: Listed, batch: int, heads: range) -> Lists:
@@ -292,24 +299,47 @@ def attend(attention: Attention, listed: Sequence[Listed], call: Call) -> tuple[
     return out, lse
 
 
+def add(attention: Attention, listed: Sequence[Listed | None], call: Call, out: Tensor, lse: Tensor) -> None:
+    """Merges what the lists give with what other keys gave, by a softmax."""
+    found = torch.empty_like(out)
+    for some in lists_of(attention, listed, call):
+        weight, more = some.weights(some.products(call.q, call.k), {})
+        some.sums(weight, call.v, found)
+        here = some.batch, slice(some.heads.start, some.heads.stop)
+        both = torch.logaddexp(lse[here], more)
+        share = torch.exp(more - both.masked_fill(both == -torch.inf, 0.0))
+        out[here] = out[here].lerp(found[here], share[..., None])
+        lse[here] = both
+
+
 def gradient(
     attention: Attention,
-    listed: Sequence[Listed],
+    listed: Sequence[Listed | None],
     call: Call,
     wanted: Sequence[str],
     lse: Tensor,
     grad_out: Tensor,
     grad_lse: Tensor | None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-    """Gradients as in `Differentiable`, of a call with vectors of at least float32."""
-    gq, gk, gv = torch.empty_like(call.q), torch.zeros_like(call.k), torch.zeros_like(call.v)
+    """Gradients as in `Differentiable`, of a call with vectors of at least float32. With `out` rows have
+    other keys beside, and these are the gradients of what the lists add by a softmax."""
+    gq, gk, gv = torch.zeros_like(call.q), torch.zeros_like(call.k), torch.zeros_like(call.v)
     tables = {name: torch.zeros_like(x) for name, x in singles(call.tables, wanted).items()}
     grad_out = grad_out.to(gq.dtype)
     slopes = torch.zeros_like(lse) if grad_lse is None else grad_lse.masked_fill(lse == -torch.inf, 0.0)
+    if out is not None:
+        slopes = slopes - (grad_out * out).sum(-1)
     for some in lists_of(attention, listed, call):
-        (weight, _), pull = vjp(some.weights, some.products(call.q, call.k), singles(call.tables, wanted))
+        (weight, own), pull = vjp(some.weights, some.products(call.q, call.k), singles(call.tables, wanted))
         here = slopes[some.batch, some.heads.start : some.heads.stop]
-        slope, more = pull((some.products(grad_out, call.v), here))
+        products = some.products(grad_out, call.v)
+        if out is not None:
+            total = lse[some.batch, some.heads.start : some.heads.stop]
+            share = torch.exp(own - total.masked_fill(total == -torch.inf, 0.0))
+            here = share * (here + (weight * products).sum(-1))
+            weight, products = weight * share[..., None], products * share[..., None]
+        slope, more = pull((products, here))
         some.sums(slope, call.k, gq)
         some.spread(slope, call.q, gk)
         some.spread(weight, grad_out, gv)
