@@ -36,8 +36,8 @@ class Chunks:
 
 @dataclass(frozen=True)
 class First:
-    """How an order relates positions: in some round query and key are both among the first `width`. The
-    rounds of queries come first in the table, then as many of keys."""
+    """How an order relates positions: in some round query and key both have a rank below `width`. The rounds
+    of queries come first in the table, then as many of keys."""
 
     width: int
 

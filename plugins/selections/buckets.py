@@ -36,15 +36,28 @@ def rotations(seed: int, rounds: int, kv_heads: int, width: int, buckets: int) -
 
 
 def labels(k: Tensor, seed: int, rounds: int, buckets: int) -> Tensor:
-    """[B, rounds, Hkv, n] of k [B, Hkv, n, D]: which of the vectors r, -r is nearest in angle (Kitaev et al.,
+    """[B, Hkv, rounds, n] of k [B, Hkv, n, D]: which of the vectors r, -r is nearest in angle (Kitaev et al.,
     Reformer, 2020, section 2; factors as in its code)."""
-    found, scale = None, 1
-    for rotation in rotations(seed, rounds, k.shape[1], k.shape[3], buckets):
-        along = k[:, None] @ rotation.to(k)
-        part = torch.cat([along, -along], -1).argmax(-1)
-        found = part if found is None else found + part * scale
-        scale *= 2 * rotation.shape[-1]
-    assert found is not None
+    drawn = rotations(seed, rounds, k.shape[1], k.shape[3], buckets)
+    # one product for all rounds, tokens last: then the greatest is told for many at a time
+    rows = torch.cat([x.permute(1, 0, 3, 2) for x in drawn], 2).flatten(1, 2)
+    along = (rows.to(k) @ k.transpose(-1, -2)).unflatten(2, (rounds, -1))  # type: ignore[no-untyped-call]
+    found, scale = torch.zeros((), dtype=torch.int32, device=k.device), 1
+    for part in torch.split(along, [x.shape[-1] for x in drawn], 3):
+        found = found + nearest_of(part) * scale
+        scale *= 2 * part.shape[3]
+    return found
+
+
+def nearest_of(along: Tensor) -> Tensor:
+    """Of products [.., m, n] with m vectors, which of those and of their opposites is the greatest, int32
+    [.., n]: of equal ones the first, 0 where there is NaN."""
+    count = along.shape[-2]
+    top = torch.maximum(along.amax(-2), along.amin(-2).neg_())
+    found = torch.zeros_like(top, dtype=torch.int32)
+    for place in reversed(range(2 * count)):
+        equal = along[..., place % count, :] == (top if place < count else -top)
+        found.masked_fill_(equal, place)
     return found
 
 
@@ -92,7 +105,7 @@ class Hash:
         return {"products": keys * problem.head_dim * sum(factors(origin["buckets"])) / 2, "sorted": keys}
 
     def choose(self, origin: Selected, offered: Offered) -> Tensor:
-        found = labels(offered.k, origin["seed"], 1, origin["buckets"])[:, 0]
+        found = labels(offered.k, origin["seed"], 1, origin["buckets"])[:, :, 0]
         return found.repeat_interleave(offered.q.shape[1] // offered.k.shape[1], 1)
 
     def reference(self, origin: Selected, offered: Offered) -> Tensor:
@@ -132,10 +145,10 @@ class Nearest:
         return {"products": keys * problem.head_dim * count, "sorted": keys}
 
     def choose(self, origin: Selected, offered: Offered) -> Tensor:
-        return products(offered.k, origin["mu"], offered).argmax(-1)
+        return products(offered.k, origin["mu"], offered).argmax(-2)
 
     def reference(self, origin: Selected, offered: Offered) -> Tensor:
-        along = products(offered.k, origin["mu"], offered)
+        along = products(offered.k, origin["mu"], offered).transpose(-1, -2)
         rows = [max(range(len(row)), key=lambda i: (row[i].item(), -i)) for row in along.flatten(0, 2)]
         return torch.tensor(rows, dtype=torch.int64).view(along.shape[:3])
 
@@ -145,12 +158,16 @@ def check_centers(mu: Table) -> None:
         raise fail("centers are vectors", help=f"declare them: `inputs {mu.name} : float[H, c, D]`")
 
 
+def centers(mu: Table, offered: Offered) -> Tensor:
+    """[B or nothing, H or 1, c, D]"""
+    found = offered.tables[mu.name].to(offered.k)
+    return found if "H" in mu.dims else found.unsqueeze(-3)
+
+
 def products(x: Tensor, mu: Table, offered: Offered) -> Tensor:
-    """[B, H, n, c] of x [B, H or Hkv, n, D] with the centers."""
-    centers = offered.tables[mu.name].to(x)
-    if "H" not in mu.dims:
-        centers = centers.unsqueeze(-3)
-    return x.repeat_interleave(offered.q.shape[1] // x.shape[1], 1) @ centers.transpose(-1, -2)
+    """[B, H, c, n] of the centers with x [B, H or Hkv, n, D]."""
+    x = x.repeat_interleave(offered.q.shape[1] // x.shape[1], 1)
+    return centers(mu, offered) @ x.transpose(-1, -2)
 
 
 hashed = Hash()

@@ -18,7 +18,7 @@ from attndsl.expr import Selected, Table
 from attndsl.selection import First, Offered
 
 from .buckets import check_centers, products
-from .lsh import rank
+from .topk import greatest
 
 
 class Cluster:
@@ -55,22 +55,24 @@ class Cluster:
     def choose(self, origin: Selected, offered: Offered) -> Tensor:
         if offered.q_at != offered.k_at:
             raise fail("`cluster` ranks all queries, and these are not those of all keys")
-        scores = affinities(origin["mu"], offered)
-        return rank(torch.sort(scores, dim=-1, descending=True, stable=True).indices)
+        scores, width = affinities(origin["mu"], offered), min(origin["width"], offered.k.shape[2])
+        every = torch.ones((1, 1, 1), dtype=torch.bool, device=scores.device)
+        members = greatest(scores.flatten(0, 1), every, slice(0, 0), width).view(*scores.shape[:-1], -1)
+        return torch.full(scores.shape, origin["width"], device=scores.device).scatter_(-1, members, 0)
 
     def reference(self, origin: Selected, offered: Offered) -> Tensor:
         scores = affinities(origin["mu"], offered)
-        found = torch.zeros(scores.shape, dtype=torch.int64)
+        found = torch.full(scores.shape, origin["width"])
         for row, out in zip(scores.flatten(0, -2), found.view(-1, scores.shape[-1]), strict=True):
             placed = sorted(range(len(row)), key=lambda i: (-row[i].item(), i))
-            out[torch.tensor(placed, dtype=torch.int64)] = torch.arange(len(row))
+            out[torch.tensor(placed[: origin["width"]], dtype=torch.int64)] = 0
         return found
 
 
 def affinities(mu: Table, offered: Offered) -> Tensor:
     """[B, H, 2 c, n]: of queries, then of keys, brought to length 1, with the centers."""
     units = (torch.nn.functional.normalize(x, dim=-1) for x in (offered.q, offered.k))
-    return torch.cat([products(x, mu, offered) for x in units], -1).transpose(-1, -2)
+    return torch.cat([products(x, mu, offered) for x in units], -2)
 
 
 selection = Cluster()

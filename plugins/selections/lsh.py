@@ -63,7 +63,7 @@ class Lsh:
     def choose(self, origin: Selected, offered: Offered) -> Tensor:
         k = offered.k
         buckets = buckets_at(origin, k.shape[2])
-        found = labels(k, origin["seed"], origin["rounds"], buckets).transpose(1, 2).to(torch.int16)
+        found = labels(k, origin["seed"], origin["rounds"], buckets).to(torch.int16)
         ranks = rank(found.argsort(dim=-1, stable=True))
         return ranks.repeat_interleave(offered.q.shape[1] // k.shape[1], 1)
 

@@ -13,7 +13,7 @@ from attndsl.attention import Attention
 from attndsl.backend import Call
 from attndsl.execution.torch_eval import peak, singles
 
-from . import lists, rows
+from . import lists, orders, rows
 from .blocklists import BlockLists
 from .chunks import Kept
 from .gradient import Back, Rows, bias_gradient, part_gradient, room_of, sink_gradient, slopes_of
@@ -41,6 +41,8 @@ class BlockSparse:
     def __call__(self, call: Call) -> tuple[Tensor, Tensor]:
         if (listed := self.lists_for(call)) is not None:
             return lists.attend(self.attention, listed, widened(call))
+        if (ordered := self.orders_for(call)) is not None:
+            return orders.attend(self.attention, ordered, widened(call))
         wide, blocks = torch.promote_types(call.q.dtype, torch.float32), self.blocks_for(call)
         if blocks is None and self.simple is not None and (call.q.dtype == wide or not self.exact):
             found = rows.attend(self.attention, self.simple, call)
@@ -75,6 +77,15 @@ class BlockSparse:
     def blocks_for(self, call: Call) -> BlockLists | None:
         """The lists of blocks of keys to go by in place of tiles, if this call has such."""
         return self.blocks if self.blocks is not None and self.blocks.fits(call) else None
+
+    @cached_property
+    def ordered(self) -> tuple[orders.Ordered, ...] | None:
+        return orders.ordered_of(self.attention)
+
+    def orders_for(self, call: Call) -> tuple[orders.Ordered, ...] | None:
+        """The orders to go by in place of tiles, if this call has such."""
+        found = self.ordered
+        return found if found is not None and all(some.fits(call) for some in found) else None
 
     def lanes(self, call: Call) -> Iterator[Lane]:
         if (blocks := self.blocks_for(call)) is not None:
@@ -135,6 +146,10 @@ class BlockSparse:
         given, call = (call.q, call.k, call.v), widened(call)
         if (listed := self.lists_for(call)) is not None:
             found = lists.gradient(self.attention, listed, call, wanted, lse, grad_out, grad_lse)
+        elif (ordered := self.orders_for(call)) is not None:
+            found = orders.gradient(
+                self.attention, ordered, call, wanted, out.to(call.q.dtype), lse, grad_out, grad_lse
+            )
         else:
             found = self.over_lanes(call, wanted, out, lse, grad_out, grad_lse)
         gq, gk, gv = (total.to(x.dtype) for total, x in zip(found[:3], given, strict=True))

@@ -73,7 +73,7 @@ class Listed:
                 continue
             if (part.args[-1], part.args[0], len(table.explicit)) == (*PLACES, 2):
                 rest = ir.all_of(*(other for other in parts if other is not part))
-                return Listed(table, rest, score) if _decided(rest) else None
+                return Listed(table, rest, score) if decided(rest) else None
         return None
 
     def fits(self, call: Call) -> bool:
@@ -95,7 +95,7 @@ class Listed:
         return size if isinstance(size, int) else None
 
 
-def _decided(rest: Expr) -> bool:
+def decided(rest: Expr) -> bool:
     """Whether each pair tells by integers alone, without a search, and has a value where tables have one."""
     found = ir.var("found")
     values = {e: ir.lt(found, ir.ZERO) if e.type == "bool" else found for e, _, _ in _by_place(rest)}
