@@ -9,8 +9,8 @@ import attndsl
 from attndsl.meaning.normals import normals
 
 pytest.importorskip("transformers")
-from transformers.models.reformer.configuration_reformer import ReformerConfig  # noqa: E402
-from transformers.models.reformer.modeling_reformer import LSHSelfAttention  # noqa: E402
+from transformers.models.reformer.configuration_reformer import ReformerConfig
+from transformers.models.reformer.modeling_reformer import LSHSelfAttention
 
 pytestmark = pytest.mark.oracle
 
