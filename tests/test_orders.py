@@ -128,18 +128,10 @@ def test_nan_is_shown_where_it_is_seen_and_nowhere_else() -> None:
     assert torch.equal(plan(q, k, v).isnan().any(-1), wanted)
 
 
-def test_pieces_of_any_length_are_those_of_a_long_sequence() -> None:
-    """More pieces than are formed at once."""
-    text = "mask causal & lsh(rounds = 2, chunk = 16, wrap = true)"
-    n = 2 * orders.AT_ONCE // 16 // 32 * 16 + 5
-    plans = [
-        attndsl.compile(
-            attndsl.parse(f"attention a {{ {text} }}")["a"], length=n, head_dim=4, dtype="float64",
-            backend=backend, training=True,
-        )
-        for backend in ("torch", "reference")
-    ]  # fmt: skip
-    vectors = [torch.randn(1, 1, n, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
-    got, wanted = (results(plan, vectors, {}) for plan in plans)
-    for mine, exact in zip(got, wanted, strict=True):
-        torch.testing.assert_close(mine, exact, rtol=1e-11, atol=1e-11)
+def test_more_pieces_than_are_formed_at_once(monkeypatch) -> None:
+    monkeypatch.setattr(orders, "AT_ONCE", 3 * 8 * 16)
+    for mask in ("set, wrapped", "clusters"):
+        given = inputs(MASKS[mask], 61)
+        got = results(plan_of(MASKS[mask], "torch"), *given)
+        for mine, exact in zip(got, results(plan_of(MASKS[mask], "reference"), *given), strict=True):
+            torch.testing.assert_close(mine, exact, rtol=1e-11, atol=1e-11)
