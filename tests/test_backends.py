@@ -56,7 +56,9 @@ DECLINED: dict[str, dict[str, str]] = {
     "torch": {},
     "sdpa": {name: reason for reason, names in GAPS.items() for name in names.split()},
 }
-"""What each backend of ours declines, trained or not, and why. It does all else."""
+"""What each backend of ours declines, trained or not, and why. It does all else but for `linear`, which is of
+few mechanisms."""
+FEATURES = {"elu", "retnet"}
 
 
 @pytest.mark.parametrize("backend", DECLINED)

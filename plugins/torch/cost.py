@@ -21,6 +21,7 @@ from .blocklists import BlockLists
 from .chunks import Cut, equidistant
 from .lanes import Simple, all_simple, cut_of, lanes
 from .lists import listed_of, sparse
+from .orders import Ordered, ordered_of
 from .parts import Gathered, Part, Strided
 from .rows import pieces, reads
 from .slabs import PAIRS
@@ -41,13 +42,15 @@ SECONDS = {
         "merged": 3.49e-09,
         "listed": 2e-10,
         "blocks": 5e-05,
+        "ordered": 1.3e-10,
+        "scored": 6e-10,
         "few": 0.00025,
         "reads": 6e-05,
         "read": 2.9e-10,
     }
 }
-"""Of two cores with AVX-512, by `python -m benchmarks.cost fit`; of lists by benchmarks/lists.py, of blocks
-that are chosen by benchmarks/selections.py."""
+"""Of two cores with AVX-512, by `python -m benchmarks.cost fit`; of lists by benchmarks/lists.py, of what is
+chosen by benchmarks/selections.py."""
 TRAINING = 4.0
 """Forward and backward beside forward: 5 matrix products more to 2, and wider windows."""
 SAMPLED = 2**14
@@ -65,6 +68,9 @@ def counts(attention: Attention, problem: Problem, block_mask: BlockMask | None)
     entries = [some.entries or problem.length for some in listed or ()]
     if entries and device_kind(problem) == "cpu" and all(sparse(r, problem.length) for r in entries):
         return _list_counts(attention, problem, entries)
+    ordered = ordered_of(attention)
+    if ordered and device_kind(problem) == "cpu" and problem.q_length == problem.length:
+        return _order_counts(attention, problem, ordered)
     blocks = BlockLists.of(attention)
     few = problem.q_length <= FEW_ROWS
     if blocks is not None and device_kind(problem) == "cpu" and not few and blocks.sparse(problem.length):
@@ -140,6 +146,18 @@ def _entry_counts(group: HeadGroup, heads: int, entries: int, problem: Problem) 
     numbers = sum(elements(e, area, heads)[0] for e in (group.score, group.decay))
     more = {"lanes": problem.batch, "pairs": heads * area, "numbers": numbers}
     return more | {"listed": heads * area * problem.head_dim}
+
+
+def _order_counts(attention: Attention, problem: Problem, ordered: Sequence[Ordered]) -> dict[str, float]:
+    """Of whole pieces, whatever else the mask says."""
+    total = Counter(dict.fromkeys((*SECONDS["cpu"], "pairs"), 0.0))
+    for i, heads in Counter(head_groups(attention, problem.heads)).items():
+        count, queries, keys = ordered[i].pieces(problem.length)
+        area, heads = count * queries * keys, heads * problem.batch
+        numbers, _ = elements(ordered[i].score, area, heads)
+        more = {"pairs": heads * area, "ordered": heads * area * problem.head_dim, "scored": numbers}
+        total.update(more | {"lanes": heads, "merged": heads * count * queries * problem.head_dim})
+    return {**total, "runs": 1.0, "written": total["merged"]}
 
 
 def few_counts(

@@ -24,7 +24,7 @@ from attndsl.execution.operator import vjp
 from attndsl.execution.torch_eval import STRAIN, Env, evaluate, of_heads, singles, strained
 from attndsl.expr import Expr, Selected, Table
 from attndsl.meaning.intervals import check_range
-from attndsl.scores import affine_in_s
+from attndsl.scores import affine_in_s, scale_and_bias
 from attndsl.selection import Chunks, First, ordered
 from attndsl.tiles.lowering import Sizes, head_groups, ranges
 from attndsl.tiles.tiling import replaced
@@ -38,6 +38,7 @@ LONGEST = 2**22
 """Tokens whose positions, and halves of them, are real numbers of 32 bits."""
 BITS = 62
 """Clusters that one integer tells."""
+SAME = ir.eq(ir.var("q"), ir.var("k"))
 S, CAUSAL = ir.var("s"), ir.le(ir.var("k"), ir.var("q"))
 OF_KEYS = {"K", "k", "n", "D", "h", "H"}
 
@@ -45,13 +46,14 @@ OF_KEYS = {"K", "k", "n", "D", "h", "H"}
 @dataclass(frozen=True)
 class Ordered:
     """A mask that is one leaf of an order and `rest`, with the score over `s` and, if `length` is given, keys
-    divided by it, a number over K."""
+    divided by it, a number over K; `own` is the logit of a token and itself, where it is another."""
 
     table: Table
     how: Chunks | First
     rest: Expr
     score: Expr
     length: Expr | None
+    own: float | None
 
     @staticmethod
     def of(group: HeadGroup) -> Ordered | None:
@@ -73,7 +75,11 @@ class Ordered:
             elif leaf.count is None or group.decay not in _counted(rest, leaf.count):
                 return None
             score, length = _over_s(group.score)
-            return None if score.free & {"Q", "K"} else Ordered(table, how, rest, score, length)
+            own = None
+            if score.op == "where" and score.args[0] is SAME:
+                own = ir.number(score.args[1])
+                score = score if own is None else score.args[2]
+            return None if score.free & {"Q", "K"} else Ordered(table, how, rest, score, length, own)
         return None
 
     def fits(self, call: Call) -> bool:
@@ -86,6 +92,13 @@ class Ordered:
         """What the score multiplies s with, if its derivative is such."""
         found = affine_in_s(self.score)
         return None if found is None else found[0]
+
+    def scaled(self, head_dim: int) -> tuple[Ordered, float]:
+        """The same with a score over products of K with scaled Q, and that scale."""
+        found = scale_and_bias(self.score, head_dim)
+        if isinstance(found, str) or found[1] is not None:
+            return self, head_dim**-0.5
+        return replace(self, score=S), found[0]
 
     def pieces(self, n: int) -> tuple[int, int, int]:
         """How many pieces there are of so many tokens, with how many queries and keys each."""
@@ -133,6 +146,7 @@ class Pieces:
     """The pieces of one head: which queries [P, a] see which keys [P, b], -1 where there is none, and the
     round of each.
 
+    same      puts a number wherever a token meets itself
     free      of some pieces of one round the margin of pairs that count nowhere before, None where all are
     by_query  of each query its places in `queries`, one after the other, and where each query's begin;
     by_key    likewise of keys; the place after the last is that of nothing
@@ -141,6 +155,7 @@ class Pieces:
     queries: Tensor
     keys: Tensor
     rounds: int
+    same: Callable[[Tensor, Tensor, Tensor, Tensor, float], None]
     free: Callable[[Tensor, Tensor, Tensor], Tensor | None]
     by_query: tuple[Tensor, Tensor]
     by_key: tuple[Tensor, Tensor]
@@ -180,10 +195,24 @@ def of_chunks(ranks: Tensor, how: Chunks) -> Pieces:
         order.view(-1, size),
         keys,
         rounds,
+        partial(_put_in_chunks, how, size, count),
         free,
         _rectangle(ranks + of_round * count * size),
         _rectangle(torch.cat([ahead, behind])),
     )
+
+
+def _put_in_chunks(
+    how: Chunks, size: int, count: int, which: Tensor, queries: Tensor, keys: Tensor, x: Tensor, value: float
+) -> None:
+    torch.diagonal(x, size, 1, 2).fill_(value)
+    if how.wrap:
+        for i in (which % count == 0).nonzero().flatten().tolist():
+            x[i, :, :size].masked_fill_(queries[i, :, None] == keys[i, :size], value)
+
+
+def _put(which: Tensor, queries: Tensor, keys: Tensor, x: Tensor, value: float) -> None:
+    x.masked_fill_(queries[:, :, None] == keys[:, None, :], value)
 
 
 def _all(which: Tensor, queries: Tensor, keys: Tensor) -> None:
@@ -236,7 +265,7 @@ def of_clusters(ranks: Tensor, width: int) -> Pieces:
     tokens = (ranks < width).nonzero()[:, 1].view(2, count, -1)
     members = [_members(x, n) for x in tokens]
     bags = [_bags(x.flatten(), n) for x in tokens]
-    return Pieces(tokens[0], tokens[1], 1, partial(_free_of_clusters, members), *bags)
+    return Pieces(tokens[0], tokens[1], 1, _put, partial(_free_of_clusters, members), *bags)
 
 
 def _members(tokens: Tensor, n: int) -> Tensor:
@@ -269,7 +298,7 @@ def _bags(tokens: Tensor, n: int) -> tuple[Tensor, Tensor]:
 @dataclass(frozen=True, eq=False)
 class Formed:
     """Some pieces whose pairs are formed: places [P, a] of queries, and which are none; gathered q [P, a, D],
-    over sqrt(D), k [P, b, D] and v; the margin of the pairs [P, a, b], None where all are live."""
+    scaled, k [P, b, D] and v; the margin of the pairs [P, a, b], None where all are live."""
 
     ordered: Ordered
     env: Env
@@ -279,6 +308,7 @@ class Formed:
     k: Tensor
     v: Tensor
     margin: Tensor | None
+    same: Callable[[Tensor, float], None]
 
     @cached_property
     def live(self) -> Tensor | None:
@@ -306,7 +336,9 @@ class Formed:
         return evaluate(e, env, self.live).to(env.dtype)
 
     def closed(self, logit: Tensor) -> Tensor:
-        """-inf where a pair is not live."""
+        """With the logit of a token and itself, put in place, and -inf where a pair is not live."""
+        if self.ordered.own is not None:
+            self.same(logit, self.ordered.own)
         if self.margin is None:
             return logit
         # masks that no one foresees take four times as long where each number is asked for its own
@@ -326,7 +358,7 @@ class Formed:
 
 @dataclass(frozen=True, eq=False)
 class Head:
-    """One query head of one batch row: q [n, D] over sqrt(D), k [n, D] divided by its length if the score
+    """One query head of one batch row: q [n, D] times `scale`, k [n, D] divided by its length if the score
     says so, v [n, Dv]."""
 
     ordered: Ordered
@@ -335,6 +367,7 @@ class Head:
     q: Tensor
     k: Tensor
     v: Tensor
+    scale: float
 
     def formed(self, which: Tensor) -> Formed:
         queries, keys = self.pieces.queries[which], self.pieces.keys[which]
@@ -351,7 +384,9 @@ class Head:
             found = both(found, margin(there)[:, None, :])
         found = None if found is None else found.expand(*queries.shape, keys.shape[1])
         q, k, v = gathered(self.q, queries), gathered(self.k, keys), gathered(self.v, keys)
-        return Formed(self.ordered, env, queries, none, q, k, v, found)
+        return Formed(
+            self.ordered, env, queries, none, q, k, v, found, partial(self.pieces.same, which, queries, keys)
+        )
 
     def sums(self, which: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """Some pieces at a time: which; of each query the sums of the weighed values and of the weights, and
@@ -410,6 +445,8 @@ class Head:
             weight = here.weights(here.closed(logit), *above)
             grad = gathered(grad_out, here.queries)
             slope = torch.baddbmm(-delta[here.queries][..., None], grad, here.v.transpose(1, 2)).mul_(weight)
+            if self.ordered.own is not None:
+                here.same(slope, 0.0)
             if slope_of_s is None or tables:
                 slope, more = pull(slope)
                 for name, g in more.items():
@@ -451,16 +488,17 @@ def heads_of(attention: Attention, found: Sequence[Ordered], call: Call) -> Iter
     """Every query head of every batch row; call.k may be divided by lengths already."""
     (batch, heads, n, width), groups = call.q.shape, head_groups(attention, call.q.shape[1])
     share = heads // call.k.shape[1]
+    scaled = [one.scaled(width) for one in found]
     sizes = Sizes(n, call.q_at, call.k_at, call.n)
     for b in range(batch):
         for h, group in enumerate(groups):
-            one = found[group]
+            one, scale = scaled[group]
             check_range(one.rest, ranges(sizes, b), call.tables)
             pieces = pieces_of(one.how, call.tables[one.table.name][b, h])
             k = call.k[b, h // share]
             k = k if one.length is None else divided(k, one.length, of_heads(call, b, [h], axes=3))
             env = of_heads(call, b, [h], axes=4)
-            yield b, h, Head(one, env, pieces, call.q[b, h] * width**-0.5, k, call.v[b, h // share])
+            yield b, h, Head(one, env, pieces, call.q[b, h] * scale, k, call.v[b, h // share], scale)
 
 
 def divided(k: Tensor, length: Expr, env: Env) -> Tensor:
@@ -501,7 +539,7 @@ def gradient(
         if length is not None:
             whole = partial(divided, length=length, env=of_heads(call, b, [h], axes=3))
             (of_k,) = vjp(whole, call.k[b, kv_head])[1](of_k)
-        gq[b, h] = of_q * call.q.shape[3] ** -0.5
+        gq[b, h] = of_q * head.scale
         gk[b, kv_head] += of_k
         gv[b, kv_head] += of_v
     return gq, gk, gv, tables
