@@ -1,11 +1,12 @@
 """The `linear` backend: weights that are inner products of features, without forming a weight.
 
-With w_ij = exp(a_i + b_j) phi(q_i) . psi(k_j) a row is phi(q_i) . S_i, where S_i is the sum of
-exp(a_i + b_j) psi(k_j) v_j (Katharopoulos et al., 2020, section 3.2). Keys are taken a chunk at a time: inside
-a chunk weights are formed, and what came before is a state [m, Dv + 1] of values and, in the last column, of
-weights. A state is kept relative to the last key of its chunk, so that no factor of a decay leaves the range
-of a float, and of features that are exponentials relative to the greatest exponent so far, which cancels
-exactly. Nothing of a backward pass is kept: it walks forward for the queries and backward for the keys.
+With w_ij = exp(a_i + b_j) phi(q_i) . psi(k_j) a row is phi(q_i) . S_i, where S_i is the sum of exp(a_i +
+b_j) psi(k_j) v_j (Katharopoulos et al., 2020, section 3.2). Keys are taken a chunk at a time: inside a
+chunk weights are formed, and what came before is a state [m, Dv + 1] of values and, in the last column, of
+weights. A state is kept relative to the last key of its chunk, so that no factor of a decay leaves the
+range of a float, and of features that are exponentials relative to the greatest exponent so far, which
+cancels exactly. Nothing of a backward pass is kept: it walks forward for the queries and backward for the
+keys.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 import attndsl
 from attndsl import conformance
 from attndsl import expr as ir
-from attndsl.conformance import CASES, MECHANISMS, Case, check, declined
+from attndsl.conformance import CASES, MECHANISMS, Case, check, declined, supported
 from attndsl.meaning.pointwise import evaluate
 from attndsl.plugins.torch import chunks, work
 from attndsl.plugins.torch.parts import Strided, take_apart
@@ -58,7 +58,6 @@ DECLINED: dict[str, dict[str, str]] = {
 }
 """What each backend of ours declines, trained or not, and why. It does all else but for `linear`, which is of
 few mechanisms."""
-FEATURES = {"elu", "retnet"}
 
 
 @pytest.mark.parametrize("backend", DECLINED)
@@ -67,6 +66,15 @@ def test_conforms(backend: str, case: Case) -> None:
     known = DECLINED[backend].get(case.mechanism.name)
     assert {declined(backend, case, training) for training in (False, True)} == {known}
     assert check(backend, case) == known
+
+
+@pytest.mark.parametrize("case", supported("linear"), ids=str)
+def test_linear_conforms(case: Case) -> None:
+    assert check("linear", case) is None
+
+
+def test_linear_takes_what_is_in_features() -> None:
+    assert {case.mechanism.name for case in supported("linear")} == {"linear", "retention"}
 
 
 OPERATIONS = (

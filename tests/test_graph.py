@@ -18,6 +18,8 @@ from attndsl import AttnError
 from attndsl.analysis import graph as measuring
 from attndsl.analysis.graph import GraphMeasures, tiles_of
 from attndsl.bound import Bound
+from attndsl.execution.selecting import drawn
+from attndsl.tiles import lowering
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 PROGRAMS = [programs.program(Random(seed)) for seed in range(100, 140)]
@@ -200,14 +202,28 @@ def test_random_programs(program: programs.Program) -> None:
         check(attention, n, program.heads, **program.tables(n, batch=1))
 
 
+def given_to(bound: Bound, n: int) -> dict[str, Any]:
+    """Tables of the masks, and a choice where keys are chosen."""
+    found, attention = tables(bound.name, n), bound.attention
+    if not attention.selected:
+        return found
+    sizes = {"B": 1, "H": attention.enough_heads(), "n": n, "D": 8}
+    rest = {
+        t.name: np.random.default_rng(0).normal(size=[sizes.get(axis, axis) for axis in t.dims])
+        for t in attention.inputs
+    }
+    at = lowering.sizes(attention, n, n, attention.enough_heads())
+    return found | rest | drawn(attention, at, attention.enough_heads(), 8, rest)
+
+
 @pytest.mark.parametrize("attention", examples())
 def test_examples(attention: Bound) -> None:
-    check(attention, 64, attention.attention.enough_heads(), **tables(attention.name, 64))
+    check(attention, 64, attention.attention.enough_heads(), **given_to(attention, 64))
 
 
 @pytest.mark.parametrize("attention", examples()[::4])
 def test_examples_over_several_tiles(attention: Bound) -> None:
-    check(attention, 200, attention.attention.enough_heads(), **tables(attention.name, 200))
+    check(attention, 200, attention.attention.enough_heads(), **given_to(attention, 200))
 
 
 def test_one_head_and_any() -> None:

@@ -21,9 +21,10 @@ from attndsl import pictures
 from attndsl.command.cli import main
 from attndsl.command.show import coarse
 from attndsl.errors import AttnError
+from attndsl.execution.selecting import drawn
 from attndsl.pictures.masks import FULL, PARTIAL, ticks, tokens
 from attndsl.pictures.style import DARK, LIGHT
-from attndsl.tiles import cells
+from attndsl.tiles import cells, lowering
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 NAMES = sorted(path.stem for path in EXAMPLES.glob("*.attn"))
@@ -274,12 +275,21 @@ def test_pyplot_stays_out():
 def test_every_example_is_drawn(name):
     program = attndsl.load(EXAMPLES / f"{name}.attn")
     attention = program[program.default()]
-    for length in (512, 4096, 2**20)[: 1 if attention.inputs else 3]:
-        given = TABLES[name](length) if attention.inputs else {}
+    chosen = bool(attention.attention.selected)
+    for length in (512, 4096, 2**20)[: 1 if attention.inputs or chosen else 3]:
         heads = attention.attention.enough_heads()
+        given = TABLES[name](length) if attention.inputs and not chosen else {}
+        if chosen:
+            sizes = {"B": 1, "H": heads, "n": length, "D": 16}
+            given = {
+                t.name: np.random.default_rng(0).normal(size=[sizes.get(axis, axis) for axis in t.dims])
+                for t in attention.inputs
+            }
+            at = lowering.sizes(attention.attention, length, length, heads)
+            given |= drawn(attention.attention, at, heads, 16, given)
         mask = attention.block_mask(length, coarse(attention.attention, length), heads=heads, **given)
         svg = pictures.render(pictures.mask(mask, name, dark=length == 512), "svg")
-        assert len(svg) < 100_000
+        assert len(svg) < (1_000_000 if chosen else 100_000)
         assert svg.count(b"<image") == min(len(cells.distinct(mask)), 4)
 
 
