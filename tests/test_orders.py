@@ -90,6 +90,23 @@ def test_what_is_more_than_pieces_is_left_to_tiles(text: str) -> None:
         torch.testing.assert_close(mine, exact, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "heads 0..1 { mask causal & lsh(rounds = 2, chunk = 8) } else { mask causal & last(5) }",
+        "inputs mu : float[H, 5, D]  heads 0 { mask cluster(mu, 9) } else { mask causal  norm sigmoid }",
+        "heads 0 { mask causal & lsh(rounds = 2, chunk = 8)  score shared_qk } "
+        "1 { mask topk(4, of = causal) } else { mask lsh(rounds = 2, chunk = 8, count = true) - ~causal }",
+    ],
+)
+def test_heads_that_differ(text: str) -> None:
+    assert None in orders.ordered_of(attndsl.parse(f"attention a {{ {text} }}")["a"].attention)
+    given = inputs(text, 40)
+    got, wanted = (results(plan_of(text, backend), *given) for backend in ("torch", "reference"))
+    for mine, exact in zip(got, wanted, strict=True):
+        torch.testing.assert_close(mine, exact, rtol=1e-12, atol=1e-12)
+
+
 def test_a_bias_is_trained() -> None:
     text = "mask causal & lsh(rounds = 2, chunk = 8)  score relative(learn[H, 5], 2)"
     vectors, _ = inputs(text, 40)

@@ -21,7 +21,7 @@ from .blocklists import BlockLists
 from .chunks import Cut, equidistant
 from .lanes import Simple, all_simple, cut_of, lanes
 from .lists import listed_of, sparse
-from .orders import Ordered, ordered_of
+from .orders import Ordered, ordered_of, without_orders
 from .parts import Gathered, Part, Strided
 from .rows import pieces, reads
 from .slabs import PAIRS
@@ -148,16 +148,27 @@ def _entry_counts(group: HeadGroup, heads: int, entries: int, problem: Problem) 
     return more | {"listed": heads * area * problem.head_dim}
 
 
-def _order_counts(attention: Attention, problem: Problem, ordered: Sequence[Ordered]) -> dict[str, float]:
-    """Of whole pieces, whatever else the mask says."""
+def _order_counts(
+    attention: Attention, problem: Problem, ordered: Sequence[Ordered | None]
+) -> dict[str, float]:
+    """Of whole pieces, whatever else the mask says; groups of heads that go by no order have tiles."""
     total = Counter(dict.fromkeys((*SECONDS["cpu"], "pairs"), 0.0))
+    if None in ordered:
+        others = without_orders(attention, ordered)
+        groups = (replace(g, relation=Relation(_without_tables(g.relation.mask))) for g in others.groups)
+        others = replace(others, groups=tuple(groups))
+        n, size = problem.length, problem.block_size
+        total.update(_tile_counts(others, tiles_of(others, n, size, n, problem.heads), problem))
     for i, heads in Counter(head_groups(attention, problem.heads)).items():
-        count, queries, keys = ordered[i].pieces(problem.length)
+        one = ordered[i]
+        if one is None:
+            continue
+        count, queries, keys = one.pieces(problem.length)
         area, heads = count * queries * keys, heads * problem.batch
-        numbers, _ = elements(ordered[i].score, area, heads)
+        numbers, _ = elements(one.score, area, heads)
         more = {"pairs": heads * area, "ordered": heads * area * problem.head_dim, "scored": numbers}
         total.update(more | {"lanes": heads, "merged": heads * count * queries * problem.head_dim})
-    return {**total, "runs": 1.0, "written": total["merged"]}
+    return {**total, "runs": 1.0, "written": total["merged"] + total["copied"] + total["addends"]}
 
 
 def few_counts(

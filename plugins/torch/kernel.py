@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from attndsl.attention import Attention
-from attndsl.backend import Call
+from attndsl.backend import BLOCK_SIZE, Call
 from attndsl.execution.torch_eval import peak, singles, strained
+from attndsl.tiles.lowering import Sizes, as_array, block_mask, mask_tables
 
 from . import lists, orders, rows
 from .blocklists import BlockLists
@@ -42,7 +43,10 @@ class BlockSparse:
         if (listed := self.lists_for(call)) is not None:
             return lists.attend(self.attention, listed, widened(call))
         if (ordered := self.orders_for(call)) is not None:
-            return orders.attend(self.attention, ordered, widened(call))
+            call = widened(call)
+            out, lse = self.others(call)
+            orders.attend(self.attention, ordered, call, out, lse)
+            return out, lse
         wide, blocks = torch.promote_types(call.q.dtype, torch.float32), self.blocks_for(call)
         if blocks is None and self.simple is not None and (call.q.dtype == wide or not self.exact):
             found = rows.attend(self.attention, self.simple, call)
@@ -87,13 +91,34 @@ class BlockSparse:
         return self.blocks if self.blocks is not None and self.blocks.fits(call) else None
 
     @cached_property
-    def ordered(self) -> tuple[orders.Ordered, ...] | None:
+    def ordered(self) -> tuple[orders.Ordered | None, ...] | None:
         return orders.ordered_of(self.attention)
 
-    def orders_for(self, call: Call) -> tuple[orders.Ordered, ...] | None:
-        """The orders to go by in place of tiles, if this call has such."""
+    def orders_for(self, call: Call) -> tuple[orders.Ordered | None, ...] | None:
+        """The orders that groups of heads go by in place of tiles, if this call has such."""
         found = self.ordered
-        return found if found is not None and all(some.fits(call) for some in found) else None
+        return found if found is not None and orders.fits(call) else None
+
+    @cached_property
+    def beside_orders(self) -> BlockSparse:
+        """Of the groups of heads that go by none; nothing of the others."""
+        assert self.ordered is not None
+        return BlockSparse(orders.without_orders(self.attention, self.ordered), self.exact, None)
+
+    def without_orders(self, call: Call) -> Call:
+        """With the tiles of those groups."""
+        attention = self.beside_orders.attention
+        sizes = Sizes(call.q.shape[1], call.q_at, call.k_at, call.n)
+        tables = {t.name: as_array(call.tables[t.name]) for t in mask_tables(attention)}
+        return replace(call, tiles=lambda: block_mask(attention, sizes, tables, BLOCK_SIZE))
+
+    def others(self, call: Call) -> tuple[Tensor, Tensor]:
+        """Output and log-sum-exp of a call with vectors of at least float32, but of heads that go by an
+        order."""
+        assert self.ordered is not None
+        if None in self.ordered:
+            return self.beside_orders(self.without_orders(call))
+        return call.q.new_empty((*call.q.shape[:3], call.v.shape[3])), call.q.new_empty(call.q.shape[:3])
 
     def lanes(self, call: Call, blocks: BlockLists | None) -> Iterator[Lane]:
         if blocks is not None:
@@ -152,12 +177,31 @@ class BlockSparse:
         grad_lse: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
         given, call = (call.q, call.k, call.v), widened(call)
+        found = self.unrounded(call, wanted, out, lse, grad_out, grad_lse)
+        gq, gk, gv = (total.to(x.dtype) for total, x in zip(found[:3], given, strict=True))
+        return gq, gk, gv, {name: total.to(call.tables[name].dtype) for name, total in found[3].items()}
+
+    def unrounded(
+        self,
+        call: Call,
+        wanted: Sequence[str],
+        out: Tensor,
+        lse: Tensor,
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        """The gradients of a call with vectors of at least float32."""
         if (listed := self.lists_for(call)) is not None:
             found = lists.gradient(self.attention, listed, call, wanted, lse, grad_out, grad_lse)
         elif (ordered := self.orders_for(call)) is not None:
-            found = orders.gradient(
-                self.attention, ordered, call, wanted, out.to(call.q.dtype), lse, grad_out, grad_lse
-            )
+            if None in ordered:
+                others = self.without_orders(call)
+                found = self.beside_orders.unrounded(others, wanted, out, lse, grad_out, grad_lse)
+            else:
+                tables = {name: torch.zeros_like(x) for name, x in singles(call.tables, wanted).items()}
+                gq, gk, gv = (torch.zeros_like(x) for x in (call.q, call.k, call.v))
+                found = gq, gk, gv, tables
+            orders.add_gradients(self.attention, ordered, call, out, lse, grad_out, grad_lse, found)
         else:
             blocks = self.blocks_for(call)
             blocks = None if blocks is not None and blocks.merged and strained(lse) else blocks
@@ -170,8 +214,7 @@ class BlockSparse:
                     total += g
                 for name, g in more[3].items():
                     found[3][name] += g
-        gq, gk, gv = (total.to(x.dtype) for total, x in zip(found[:3], given, strict=True))
-        return gq, gk, gv, {name: total.to(call.tables[name].dtype) for name, total in found[3].items()}
+        return found
 
     def over_lanes(
         self,

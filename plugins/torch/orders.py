@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from attndsl import expr as ir
-from attndsl.attention import Attention, HeadGroup
+from attndsl.attention import Attention, HeadGroup, Relation
 from attndsl.backend import Call
 from attndsl.execution import registry
 from attndsl.execution.operator import vjp
@@ -82,11 +82,6 @@ class Ordered:
             return None if score.free & {"Q", "K"} else Ordered(table, how, rest, score, length, own)
         return None
 
-    def fits(self, call: Call) -> bool:
-        """Whether every key is a query too, as it is in all orders."""
-        here = call.q.device.type == "cpu" and call.q_at == call.k_at
-        return here and 0 < call.q.shape[2] <= LONGEST
-
     @cached_property
     def slope(self) -> Expr | None:
         """What the score multiplies s with, if its derivative is such."""
@@ -135,10 +130,25 @@ def _over_s(score: Expr) -> tuple[Expr, Expr | None]:
     return replaced(score, dict.fromkeys(inner, product)), None
 
 
-def ordered_of(attention: Attention) -> tuple[Ordered, ...] | None:
-    """That of each group of heads; None where one has none."""
-    found = [Ordered.of(group) for group in attention.groups]
-    return None if None in found else tuple(some for some in found if some is not None)
+def ordered_of(attention: Attention) -> tuple[Ordered | None, ...] | None:
+    """That of each group of heads, None of a group that has none; None where no group has one."""
+    found = tuple(Ordered.of(group) for group in attention.groups)
+    return found if any(found) else None
+
+
+def fits(call: Call) -> bool:
+    """Whether every key is a query too, as it is in all orders."""
+    here = call.q.device.type == "cpu" and call.q_at == call.k_at
+    return here and 0 < call.q.shape[2] <= LONGEST
+
+
+def without_orders(attention: Attention, found: Sequence[Ordered | None]) -> Attention:
+    """The others of its groups; those that go by an order relate nothing."""
+    groups = [
+        group if order is None else replace(group, relation=Relation(ir.FALSE), decay=None)
+        for group, order in zip(attention.groups, found, strict=True)
+    ]
+    return replace(attention, groups=tuple(groups))
 
 
 @dataclass(frozen=True, eq=False)
@@ -484,15 +494,20 @@ def merged(queries: Tensor, n: int, totals: Tensor, tops: Tensor) -> tuple[Tenso
     return top[:n], total[:n].log(), share
 
 
-def heads_of(attention: Attention, found: Sequence[Ordered], call: Call) -> Iterator[tuple[int, int, Head]]:
-    """Every query head of every batch row; call.k may be divided by lengths already."""
+def heads_of(
+    attention: Attention, found: Sequence[Ordered | None], call: Call
+) -> Iterator[tuple[int, int, Head]]:
+    """Every batch row and query head that goes by an order."""
     (batch, heads, n, width), groups = call.q.shape, head_groups(attention, call.q.shape[1])
     share = heads // call.k.shape[1]
-    scaled = [one.scaled(width) for one in found]
+    scaled = [None if one is None else one.scaled(width) for one in found]
     sizes = Sizes(n, call.q_at, call.k_at, call.n)
     for b in range(batch):
         for h, group in enumerate(groups):
-            one, scale = scaled[group]
+            here = scaled[group]
+            if here is None:
+                continue
+            one, scale = here
             check_range(one.rest, ranges(sizes, b), call.tables)
             pieces = pieces_of(one.how, call.tables[one.table.name][b, h])
             k = call.k[b, h // share]
@@ -508,28 +523,28 @@ def divided(k: Tensor, length: Expr, env: Env) -> Tensor:
     return k / found.to(k.dtype).expand(1, 1, len(k))[0, 0, :, None]
 
 
-def attend(attention: Attention, found: Sequence[Ordered], call: Call) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp as in `Kernel`, of a call with vectors of at least float32."""
-    out, lse = call.q.new_empty((*call.q.shape[:3], call.v.shape[3])), call.q.new_empty(call.q.shape[:3])
+def attend(
+    attention: Attention, found: Sequence[Ordered | None], call: Call, out: Tensor, lse: Tensor
+) -> None:
+    """Writes output and log-sum-exp of heads that go by an order, of a call with vectors of at least
+    float32."""
     for b, h, head in heads_of(attention, found, call):
         out[b, h], lse[b, h] = head.forward()
-    return out, lse
 
 
-def gradient(
+def add_gradients(
     attention: Attention,
-    found: Sequence[Ordered],
+    found: Sequence[Ordered | None],
     call: Call,
-    wanted: Sequence[str],
     out: Tensor,
     lse: Tensor,
     grad_out: Tensor,
     grad_lse: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-    """Gradients as in `Differentiable`, of a call with vectors of at least float32."""
-    gq, gk, gv = torch.empty_like(call.q), torch.zeros_like(call.k), torch.zeros_like(call.v)
-    tables = {name: torch.zeros_like(x) for name, x in singles(call.tables, wanted).items()}
-    grad_out, share = grad_out.to(gq.dtype), call.q.shape[1] // call.k.shape[1]
+    totals: tuple[Tensor, Tensor, Tensor, dict[str, Tensor]],
+) -> None:
+    """Adds the gradients of these heads to those of q, k, v and tables, in at least float32."""
+    gq, gk, gv, tables = totals
+    out, grad_out, share = out.to(gq.dtype), grad_out.to(gq.dtype), call.q.shape[1] // call.k.shape[1]
     for b, h, head in heads_of(attention, found, call):
         delta = (grad_out[b, h] * out[b, h]).sum(-1)
         if grad_lse is not None:
@@ -539,7 +554,6 @@ def gradient(
         if length is not None:
             whole = partial(divided, length=length, env=of_heads(call, b, [h], axes=3))
             (of_k,) = vjp(whole, call.k[b, kv_head])[1](of_k)
-        gq[b, h] = of_q * head.scale
+        gq[b, h] += of_q * head.scale
         gk[b, kv_head] += of_k
         gv[b, kv_head] += of_v
-    return gq, gk, gv, tables
