@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from attndsl.attention import Attention, HeadGroup
 from attndsl.backend import Call, Kernel, Problem, predicted
 from attndsl.execution.torch_eval import FEATURES, Env, environment, evaluate
 from attndsl.expr import Expr
-from attndsl.scores import feature_form
+from attndsl.scores import by_distance, feature_form
 from attndsl.tiles.blockmask import BlockMask
 
 CHUNK = 64
@@ -166,6 +166,11 @@ class Rows:
     k: Tensor | None
     counts: NDArray[np.int64]
 
+    @property
+    def in_step(self) -> bool:
+        """Whether each query sees one key more than the one before."""
+        return self.q is None and self.k is None and bool((np.diff(self.counts) == 1).all())
+
 
 def rows_of(form: Form, call: Call, env: Env) -> Iterator[Rows]:
     """Problems that are full or causal in themselves; queries that none has see nothing."""
@@ -300,6 +305,14 @@ class Walk:
     logs: tuple[Tensor, Tensor, Tensor] | None
     tables: dict[str, Tensor]
     rows: Rows
+    factors: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor, Tensor]]
+
+    @cached_property
+    def even(self) -> bool:
+        """Whether the decay is of the distance alone and chunks are like one another."""
+        decay = self.kernel.group.decay
+        even = decay is not None and by_distance(decay) is not None
+        return even and self.rows.in_step and self.call.adjacent
 
     @staticmethod
     def of(kernel: LinearKernel, call: Call, env: Env, rows: Rows, tables: dict[str, Tensor]) -> Walk:
@@ -311,8 +324,9 @@ class Walk:
         share = heads // call.k.shape[1]
         values = torch.cat([v, v.new_ones((*v.shape[:3], 1))], -1).repeat_interleave(share, 1).flatten(0, 1)
         at = {name: _cut(name, x, rows) for name, x in env.values.items()}
-        walk = Walk(kernel, call, env, q, k.repeat_interleave(share, 1), values, at,
-                    _slabs(form, rows.counts, k.shape[2]), (len(q), heads), None, tables, rows)  # fmt: skip
+        slabs = _slabs(form, rows.counts, k.shape[2])
+        k = k.repeat_interleave(share, 1)
+        walk = Walk(kernel, call, env, q, k, values, at, slabs, (len(q), heads), None, tables, rows, {})
         walk.logs = walk._logs({})
         return walk
 
@@ -385,6 +399,11 @@ class Walk:
             a, b = query[:, chunk.queries], key[:, chunk.keys]
             here = there[:, chunk.keys.stop - 1]
             before = there[:, chunk.keys.start - 1] if chunk.keys.start else here
+            like = (len(a[0]), len(b[0])) if self.even else None
+            if like is not None and like in self.factors:
+                inside, enter, leave, decay = self.factors[like]
+                onward = decay if scale is None else decay * scale
+                return Step(chunk, psi, top, scale, inside, enter, leave, onward)
             between = a[..., None] + b[:, None]
             if chunk.live is not None:
                 between = between.where(chunk.live, -torch.inf)
@@ -394,6 +413,9 @@ class Walk:
             leave = (b + here[:, None]).exp().to(dtype)
             decay = (here - before).exp().to(dtype)
             onward = decay if scale is None else decay * scale
+            # before the first chunk there is nothing, whatever its factor
+            if like is not None and chunk.index:
+                self.factors[like] = (inside, enter, leave, decay)
         elif chunk.live is not None:
             inside = chunk.live.to(psi.dtype)
         return Step(chunk, psi, top, scale, inside, enter, leave, onward)
@@ -444,8 +466,10 @@ class Walk:
         self, out: Tensor, lse: Tensor, grad: Tensor, grad_lse: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of q, k [B, H, .., D] and v; those of tables are added to `tables`."""
-        slopes, tops = self._slopes(out, grad, grad_lse)
+        slopes, tops = self._slopes(out, lse, grad, grad_lse)
         leaves = {name: self.call.tables[name].detach().to(self.env.dtype) for name in self.tables}
+        logs = (self.kernel.form.log_q, self.kernel.form.log_k)
+        decaying = {t.name for e in logs if e is not None for t in e.tables} & leaves.keys()
         gq, gk = torch.zeros_like(self.q), torch.zeros_like(self.k)
         gv = torch.zeros_like(self.values)
         slope_q, slope_k = (
@@ -470,7 +494,8 @@ class Walk:
                 towards[:, here.start - some.start : here.stop - some.start] = slope
                 step.add(state, step.leaving().mT, values)
                 before = step.top
-            slope_q[:, some] = (queries.detach() * towards).sum(-1)
+            if decaying:
+                slope_q[:, some] = (queries.detach() * towards).sum(-1)
             pulled.back(queries, towards, gq[:, :, some], self.tables)
         later = None
         for i, slab in reversed([*enumerate(self.slabs)]):
@@ -496,28 +521,35 @@ class Walk:
                     slope += step.left(values @ later.mT)
                 gv[:, step.chunk.keys] = slope_v
                 back[place] = slope
-                slope_k[:, step.chunk.keys] = (psi * slope).sum(-1)
+                if decaying:
+                    slope_k[:, step.chunk.keys] = (psi * slope).sum(-1)
                 more = step.entering(phi).mT @ g
                 later = more if later is None else step.carried(later, more)
                 if step.scale is not None and later is more:
                     later = later * step.scale[:, None, None]
             pulled.back(features, torch.cat(back, 1), gk[:, :, some], self.tables)
-        self._pull_logs(slope_q, slope_k, leaves)
+        if decaying:
+            self._pull_logs(slope_q, slope_k, decaying, leaves)
         return gq, gk, gv[..., :-1].view(*self.shape, *gv.shape[1:-1], -1)
 
     def _slopes(
-        self, out: Tensor, grad: Tensor, grad_lse: Tensor | None
+        self, out: Tensor, lse: Tensor, grad: Tensor, grad_lse: Tensor | None
     ) -> tuple[Tensor, list[Tensor | None]]:
         """Gradients of weighed sums and, in the last column, of sums of weights [X, nq, Dv + 1]; the greatest
         logarithm before each slab."""
-        _, totals, base = self.forward()
+        # of a sum below 0 there is no logarithm, and of powers none in the units of a chunk
+        linear, powers = self.kernel.group.norm.kind == "linear", any(self.kernel.form.powers)
+        if powers or (lse.isnan().any() and (linear or grad_lse is not None)):
+            _, totals, base = self.forward()
+        else:
+            totals, base = lse.exp(), None
         safe = totals.masked_fill(totals == 0, torch.inf)[..., None]
         of_log = 0.0 if grad_lse is None else grad_lse.masked_fill(totals == 0, 0.0)[..., None]
-        if self.kernel.group.norm.kind == "linear":
+        if linear:
             slopes = torch.cat([grad, of_log - (grad * out).sum(-1, keepdim=True)], -1) / safe
         else:
             grown = grad if base is None else grad * base.exp()[..., None]
-            slopes = torch.cat([grown, of_log / safe + torch.zeros_like(safe)], -1)
+            slopes = torch.cat([grown, torch.zeros_like(safe) if grad_lse is None else of_log / safe], -1)
         tops: list[Tensor | None] = []
         top: Tensor | None = None
         for slab in self.slabs if self.kernel.form.powers[1] else ():
@@ -526,12 +558,10 @@ class Walk:
             top = found if top is None else torch.maximum(top, found)
         return slopes.flatten(0, 1), tops or [None] * len(self.slabs)
 
-    def _pull_logs(self, slope_q: Tensor, slope_k: Tensor, leaves: Mapping[str, Tensor]) -> None:
+    def _pull_logs(
+        self, slope_q: Tensor, slope_k: Tensor, read: set[str], leaves: Mapping[str, Tensor]
+    ) -> None:
         """Gradients of tables that the decay reads."""
-        form = self.kernel.form
-        read = {t.name for e in (form.log_q, form.log_k) if e is not None for t in e.tables} & leaves.keys()
-        if not read:
-            return
         with torch.enable_grad():
             tables = {name: leaves[name].detach().requires_grad_() for name in read}
             logs = self._logs(tables)

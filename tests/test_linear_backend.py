@@ -1,0 +1,104 @@
+"""The backend `linear` beside `reference`: the same weights without forming them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import attndsl
+
+PLANS = {
+    "causal": "mask causal  score elu1(Q) @ elu1(K)  norm linear",
+    "full": "score elu1(Q) @ elu1(K)  norm linear",
+    "retnet": "mask causal  score Q @ K  decay 0.97 ** (q - k)  norm none",
+    "favor": "mask causal  score favor(Q, W) @ favor(K, W)  norm linear",
+    "favor_full": "score favor(Q, W) @ favor(K, W)  norm linear",
+    "gated": "inputs g : float[B, H, n]  c : float[B, H, n]  mask causal"
+    "  score trig(unit(Q), W) @ trig(unit(K), W)  decay (1 - g[k]) * exp(c[q] - c[k])  norm linear",
+    "documents": "inputs ids : int[B, n]  mask causal & documents(ids)  score elu1(Q) @ elu1(K)  norm linear",
+    "documents_full": "inputs ids : int[B, n]  mask documents(ids)  score elu1(Q) @ elu1(K)  norm linear",
+    "padded": "inputs pad : int[B]  mask causal & { q, k : k >= pad }  score elu1(Q) @ elu1(K)"
+    "  decay 0.9 ** (q - k)  norm linear",
+    "learned": "mask causal  score elu1(w * Q) @ elu1(K)  decay sigmoid(slope) ** (q - k)  norm linear",
+}
+SIZES = {"heads": 4, "kv_heads": 2, "head_dim": 16, "dtype": "float64", "batch": 2, "training": True}
+
+
+def bound(name: str) -> attndsl.Bound:
+    text = f"attention a(W = orthogonal(24)) {{ {PLANS[name]} }}"
+    return attndsl.parse(f"let slope = learn[H](0.5)\nlet w = learn[D](1.0)\n{text}")["a"]
+
+
+def results(backend: str, name: str, nq: int, n: int) -> list[Tensor]:
+    """Output, log-sum-exp, and gradients of all that has some."""
+    attention = bound(name)
+    module = attndsl.compile(attention, length=n, q_length=nq, **SIZES, backend=backend).module()
+    generator = torch.Generator().manual_seed(n)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    q, k, v = drawn(2, 4, nq, 16), drawn(2, 2, n, 16), drawn(2, 2, n, 16)
+    tables = {
+        "g": torch.rand(2, 4, n, generator=generator, dtype=torch.float64).requires_grad_(),
+        "c": (-torch.rand(2, 4, n, generator=generator, dtype=torch.float64)).cumsum(-1).requires_grad_(),
+        "ids": torch.randint(0, 4, (2, n), generator=generator),
+        "pad": torch.tensor([0, min(5, n - 1)]),
+    }
+    given = {table.name: tables[table.name] for table in attention.inputs}
+    out, lse = module(q, k, v, return_lse=True, **given)
+    slopes = torch.randn(out.shape, generator=generator, dtype=torch.float64)
+    ends = (out * slopes).sum() + 0.3 * torch.where(lse.isfinite(), lse, 0.0).sum()
+    leaves = [q, k, v, *(x for x in given.values() if x.requires_grad), *module.parameters()]
+    return [out, lse, *torch.autograd.grad(ends, leaves)]
+
+
+@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize(("nq", "n"), [(1, 1), (64, 64), (150, 150), (40, 150), (600, 600)])
+def test_it_is_what_forming_the_weights_gives(name: str, nq: int, n: int) -> None:
+    found, exact = results("linear", name, nq, n), results("reference", name, nq, n)
+    for mine, wanted in zip(found, exact, strict=True):
+        assert torch.equal(mine.isnan(), wanted.isnan())
+        scale = wanted.nan_to_num(0.0, 0.0, 0.0).abs().max().item()
+        torch.testing.assert_close(mine, wanted, rtol=0, atol=1e-12 * max(1.0, scale), equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "scale", "bound_"),
+    [("causal", 1, 1e-6), ("retnet", 1, 1e-6), ("favor", 1, 3e-6), ("favor", 6, 1e-5)],
+)
+def test_float32_is_near_float64_at_16_384(name: str, scale: float, bound_: float) -> None:
+    """The largest error over the largest output."""
+    attention, n = bound(name), 16_384
+    q, k, v = (torch.randn(1, 1, n, 16, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    q, k = q * scale, k * scale
+    plans = {
+        kind: attndsl.compile(attention, length=n, head_dim=16, dtype=kind, backend="linear")
+        for kind in ("float32", "float64")
+    }
+    found, exact = plans["float32"](q, k, v).double(), plans["float64"](q.double(), k.double(), v.double())
+    assert ((found - exact).abs().max() / exact.abs().max()).item() < bound_
+
+
+def test_a_later_key_changes_nothing_before_it() -> None:
+    """The greatest exponent is that of what came before."""
+    plan = attndsl.compile(bound("favor"), length=200, head_dim=16, dtype="float64", backend="linear")
+    q, k, v = (torch.randn(1, 1, 200, 16, dtype=torch.float64) for _ in range(3))
+    before = plan(q, k, v)
+    k[:, :, -1] *= 20
+    assert (plan(q, k, v)[:, :, :-1] - before[:, :, :-1]).abs().max() < 1e-12
+
+
+def test_what_it_declines_goes_by_tiles() -> None:
+    for clauses, said in {
+        "mask last(9)  score elu1(Q) @ elu1(K)  norm linear": "its mask is neither full nor causal",
+        "mask causal  score max(Q @ K, 0.0)  norm linear": "the score is no inner product",
+        "mask causal  score elu1(Q) @ elu1(K)  decay ramp(q - k, 4, 8)  norm linear": "the decay is",
+        "mask causal": "norm",
+    }.items():
+        plan = attndsl.compile(attndsl.parse(f"attention a {{ {clauses} }}")["a"], length=64, head_dim=16)
+        reason = plan.considered["linear"]
+        assert isinstance(reason, str)
+        assert said in reason
+        assert plan.backend != "linear"
