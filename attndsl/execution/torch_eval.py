@@ -410,15 +410,9 @@ class _Evaluation:
         return torch.pow(*(self.typed(arg, node, live, 1.0) for arg in node.args))
 
     def on_min(self, node: Expr, live: Tensor | None) -> Tensor:
-        bound = ir.number(node.args[1])
-        if bound is not None and node.type != "int":
-            return self.typed(node.args[0], node, live).clamp_max(bound)
         return torch.minimum(self.typed(node.args[0], node, live), self.typed(node.args[1], node, live))
 
     def on_max(self, node: Expr, live: Tensor | None) -> Tensor:
-        if ir.number(node.args[1]) == 0 and node.type != "int":
-            # where both are equal all of a gradient goes to the bound here, and to the other in `min`
-            return self.typed(node.args[0], node, live).relu()
         return torch.maximum(self.typed(node.args[0], node, live), self.typed(node.args[1], node, live))
 
     def on_abs(self, node: Expr, live: Tensor | None) -> Tensor:
