@@ -223,6 +223,7 @@ def _declare(item: Definition, definitions: dict[str, Definition]) -> list[Diagn
     return problems
 
 
+@functools.cache
 def _selection(name: str) -> Selection | None:
     from attndsl.execution import registry
 
@@ -445,7 +446,7 @@ def _name_problems(item: Definition, elaborator: Elaborator) -> list[Diagnostic]
                     bind_arguments(called, node.args)
                 except AttnError as error:
                     problems.extend(error.diagnostics)
-            elif elaborator.selection(node.func.id):
+            elif node.func.id not in BUILT_IN and elaborator.selection(node.func.id):
                 # what is no expression but a word is told where it is read
                 written = tuple(arg.value for arg in node.args if not isinstance(arg.value, ast.Name))
                 visit(written, names | {"Q", "K", "q", "k"})

@@ -48,7 +48,7 @@ class Offered:
 
     q [B, H, nq, D], k [B, Hkv, n, D]  as the call has them, detached, in at least float32
     tables       inputs by name, with the axes of their Table, real ones in the dtype of q
-    q_at, k_at   where queries and keys stand; n as in `Call`
+    q_at, k_at   where queries and keys stand, keys by rising position; n as in `Call`
     """
 
     q: Tensor
@@ -76,7 +76,7 @@ class Selection(Protocol):
         """Raises AttnError for arguments, rows or units that make no sense."""
 
     def rounds(self, origin: Selected) -> int:
-        """Of an order: rows of ranks. Of a list: entries of a row. Of labels: how many there are."""
+        """Of an order: rows of ranks. Of a list: entries of a row. Of labels: 1."""
 
     def relates(self, origin: Selected) -> Chunks | First | None:
         """Of an order: how ranks relate."""
@@ -89,12 +89,14 @@ class Selection(Protocol):
         numbers that are compared with one another."""
 
     def choose(self, origin: Selected, offered: Offered) -> Tensor:
-        """Integers [B, H, ...], H the query heads: labels [.., n], ranks [.., rounds, n] of positions, or
-        units chosen for each row [.., rows, r], -1 where there are fewer. Equal on equal input; of equal
-        scores the lower position comes first; NaN is the largest score."""
+        """Integers [B, H, ...], H the query heads, of which a group that shares a key head has equal labels
+        and ranks: labels [.., n], ranks [.., rounds, n] of the keys, or what is chosen for each row
+        [.., rows, r]: places among the keys, or numbers of blocks, each once, -1 where there are fewer. Equal
+        on equal input; of equal scores the first comes first; NaN is the largest score."""
 
     def reference(self, origin: Selected, offered: Offered) -> Tensor:
-        """The same by the plainest code, in float64: what conformance checks `choose` against."""
+        """The same by the plainest code: what conformance checks `choose` against. It is offered float64
+        where `choose` is offered float32, so that what is not exact must be computed in float64 by both."""
 
 
 def table(name: str, origin: Selected, kind: str, rounds: int) -> Table:
@@ -102,7 +104,7 @@ def table(name: str, origin: Selected, kind: str, rounds: int) -> Table:
     dims: tuple[str | int, ...] = {
         "labels": ("B", "H", "n"),
         "order": ("B", "H", rounds, "n"),
-        "list": ("B", "H", "nq" if origin.rows == 1 else "rows", rounds),
+        "list": ("B", "H", "nq" if origin.rows == 1 else f"blocks of {origin.rows}", rounds),
     }[kind]
     return Table(name, "int", dims, origin)
 
@@ -160,6 +162,8 @@ def _without(e: Expr, instead: Expr) -> Expr:
         return ir.rebuild(e, tuple(_without(arg, instead) for arg in e.args))
     if e.op == "not":
         return ir.negate(_without(e.args[0], ir.negate(instead)))
+    if e.op == "exists":
+        return ir.rebuild(e, (*e.args[:2], _without(e.args[2], instead)))
     return instead
 
 

@@ -31,6 +31,7 @@ ROOMS = (
     "execution.registry",
     "execution.choice",  # what backends say of a problem
     "execution.selecting",  # what selections choose
+    "execution.leaks",  # and whether later tokens change it
     "analysis",  # one question a file
     "bound",  # what users hold
     "program",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from thin import thin
@@ -11,6 +12,7 @@ import attndsl
 from attndsl.conformance.selections import LENGTHS as SIZES
 from attndsl.conformance.selections import check
 from attndsl.execution import leaks
+from attndsl.execution.selecting import drawn
 from attndsl.meaning.normals import normals
 from attndsl.tiles import lowering
 
@@ -233,6 +235,8 @@ LEAKS = {
     "mask causal & blocks(8, radius(0) | topk(2, of = causal - radius(0)))": True,
     "mask causal & lsh(rounds = 2, chunk = 8)": True,
     "mask causal & within(hash(8), last(4))": False,
+    "mask causal & within(hash(4), { q, k : k == n - 1 })": True,
+    "mask causal & within(hash(4), random(2))": True,
     "inputs mu : float[H, 4, D]  mask causal & cluster(mu, 8)": True,
     "inputs mu : float[H, 4, D]  mask causal & within(nearest(mu), last(4))": False,
     "mask topk(8)": False,
@@ -379,3 +383,127 @@ def test_a_session_chooses_as_the_whole() -> None:
         parts = [session.prefill(q[:, :, :20], k[:, :, :20], v[:, :, :20])]
         parts += [session.step(*(x[:, :, i : i + 1] for x in (q, k, v))) for i in range(20, 40)]
         torch.testing.assert_close(torch.cat(parts, 2), plan(q, k, v), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("clauses", ["mask topk(4, of = causal)", "mask last(3) | topk(3, of = last(9))"])
+def test_a_choice_is_of_positions_wherever_keys_stand(clauses: str, backend: str) -> None:
+    """Moved along, in any order, with gaps, each batch row for itself; ties too."""
+    bound = attndsl.parse(f"attention a {{ {clauses} }}")["a"]
+    sizes = {"length": 40, "heads": 4, "kv_heads": 2, "head_dim": 8, "dtype": "float64", "backend": backend}
+    plan = attndsl.compile(bound, **sizes)
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
+    tied = (torch.ones(2, 4, 20, 8).double(), torch.ones(2, 2, 20, 8).double(), vectors(20, seed=1)[2])
+    for q, k, v in (vectors(20, seed=0), tied):
+        whole = plan(q, k, v)
+        moved = plan(q, k, v, q_offset=[3, 7], k_offset=[3, 7])
+        torch.testing.assert_close(moved, whole, rtol=0, atol=1e-12)
+        mixed = plan(q, k[:, :, order], v[:, :, order], k_positions=order, q_offset=0)
+        torch.testing.assert_close(mixed, whole, rtol=0, atol=1e-12)
+    q, k, v = vectors(20, seed=2)
+    places = torch.tensor([0, 1, 2, 4, 5, 6, 7, 9, 11, 12, 13, 15, 16, 17, 18, 19])
+    here = {"k_positions": places, "q_offset": 0, "n": 20}
+    chosen = plan.choices(q, k[:, :, places], **here)
+    assert all(torch.isin(x, torch.cat([places, torch.tensor([-1])])).all() for x in chosen.values())
+    mask = torch.from_numpy(bound.mask(20, heads=4, **{name: x.numpy() for name, x in chosen.items()}))
+    gone = plan(q, k[:, :, places], v[:, :, places], **here)
+    wanted = dense(q, k[:, :, places], v[:, :, places], mask[..., places])
+    torch.testing.assert_close(gone, wanted, rtol=0, atol=1e-12)
+
+
+ROLLING = {
+    "mask last(9) & topk(4, of = last(8))": 8,
+    "mask topk(4, of = last(9))": 9,
+    "mask last(8) & topk(4, of = causal)": 64,
+    "mask last(9) & within(hash(4), last(3))": 64,
+    "mask last(20) & topk(2, of = blocks(4, causal - radius(0)), by = Q @ mean(K))": 64,
+}
+"""Keys that a session keeps: those that take part in a choice, chosen or not."""
+
+
+@pytest.mark.parametrize(("clauses", "slots"), ROLLING.items())
+def test_a_session_keeps_what_takes_part_in_a_choice(clauses: str, slots: int) -> None:
+    bound = attndsl.parse(f"attention a {{ {clauses} }}")["a"]
+    plan = attndsl.compile(bound, length=64, heads=4, kv_heads=2, head_dim=8, dtype="float64")
+    session, (q, k, v) = plan.session(2, 64), vectors(40, seed=4)
+    steps = [session.step(*(x[:, :, i : i + 1] for x in (q, k, v))) for i in range(40)]
+    assert session.k.shape[2] == slots
+    torch.testing.assert_close(torch.cat(steps, 2), plan(q, k, v), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("clauses", "said"),
+    [
+        ("mask causal & topk(4)", "what `topk` chooses may change with later tokens"),
+        ("mask causal & lsh(2, 4)", "what `lsh` chooses may change with later tokens"),
+        (
+            "mask topk(4, of = causal, by = Q @ K * where(n mod 2 == 0, 1.0, -1.0))",
+            "its scores depend on `n`",
+        ),
+    ],
+)
+def test_no_session_where_later_tokens_change_a_choice(clauses: str, said: str) -> None:
+    plan = attndsl.compile(attndsl.parse(f"attention a {{ {clauses} }}")["a"], length=64)
+    with pytest.raises(attndsl.AttnError, match=said):
+        plan.session(1, 64)
+
+
+def test_heads_that_choose_together_choose_among_the_same() -> None:
+    for of in ("{ q, k : k mod 2 == h mod 2 }", "{ q, k : k >= lo }"):
+        with pytest.raises(attndsl.AttnError, match="`of` differs from head to head"):
+            attndsl.parse(f"attention a {{ inputs lo : int[H]  mask topk(2, of = {of}, share = kv) }}")["a"]
+
+
+@pytest.mark.parametrize(
+    ("mask", "exact"),
+    [
+        ("topk(4, of = causal)", True),
+        ("causal & (block(4) | topk(2, of = blocks(4, causal - radius(0)), by = Q @ mean(K)))", True),
+        ("last(3) | topk(4, of = causal - last(3))", True),
+        ("blocks(4, radius(0) | topk(2, of = causal - radius(0)))", False),
+        ("causal & topk(4)", False),
+        ("last(3) & topk(2, of = causal)", False),
+        ("topk(4, of = causal) - radius(0)", False),
+        ("sinks(5) & topk(2, of = blocks(4, last(7)), by = Q @ min(K))", False),
+        ("blocks(3, topk(1, of = causal)) | blocks(8, topk(1, of = causal))", False),
+        ("topk(3, of = documents(ids))", False),
+    ],
+)
+@pytest.mark.parametrize("n", [17, 48])
+def test_pairs_are_counted_whatever_is_chosen(mask: str, exact: bool, n: int) -> None:
+    bound = attndsl.parse(f"attention a {{ inputs ids : int[B, n]  mask {mask} }}")["a"]
+    given = {"ids": (np.arange(n) * 3 // n)[None]}
+    found = attndsl.analyze(bound, length=n, **given)
+    assert found.reasons == {}
+    at = lowering.sizes(bound.attention, n, n, 1)
+    for seed in range(5):
+        pairs = int(bound.mask(n, **given, **drawn(bound.attention, at, 1, 8, given, seed)).sum())
+        low, high = found.nnz.bounds or (found.nnz.value, found.nnz.value)
+        assert low <= pairs <= high
+    assert not exact or low == high
+
+
+def test_a_claim_is_refuted_by_what_holds_whatever_is_chosen() -> None:
+    program = attndsl.parse("""
+        attention t { mask topk(4, of = causal) }
+        attention w { mask last(5) | topk(2, of = causal) }
+        pattern near = last(3)
+        assert every_row(t)
+        assert t <= near
+        assert w <= near
+        assert t <= causal
+        assert every_row(w)
+    """)
+    found = [attndsl.prove(assertion).status for assertion in program.assertions]
+    assert found == ["undecided", "undecided", "refuted", "proved", "proved"]
+
+
+def test_labels_end() -> None:
+    plan = attndsl.compile(attndsl.parse("attention a { mask causal & lsh(1, 1) }")["a"], length=2**15)
+    q = torch.zeros(1, 1, 2**15, 64)
+    with pytest.raises(attndsl.AttnError, match="labels end at 32,767"):
+        plan.choices(q, q)
+    text = "attention a { inputs mu : float[c, D]  mask causal & within(nearest(mu), last(4)) }"
+    plan, q = attndsl.compile(attndsl.parse(text)["a"], length=8, head_dim=2), torch.zeros(1, 1, 8, 2)
+    with pytest.raises(attndsl.AttnError, match="labels end at 32,767"):
+        plan.choices(q, q, mu=torch.zeros(2**15 + 1, 2))

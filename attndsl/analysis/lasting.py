@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import cast
 
 from attndsl.analysis.eviction import eviction
@@ -10,7 +11,9 @@ from attndsl.analysis.part import masks_of
 from attndsl.attention import Attention
 from attndsl.backend import Problem
 from attndsl.errors import fail
-from attndsl.expr import ONE, Expr, Table, add, all_of, le, make, nodes, substitute, var
+from attndsl.execution.leaks import stable
+from attndsl.execution.selecting import parts as scores_of
+from attndsl.expr import ONE, Expr, Selected, Table, add, all_of, any_of, le, make, nodes, substitute, var
 from attndsl.relations.proofs import follows
 from attndsl.tiles.tiling import replaced
 
@@ -26,11 +29,28 @@ def kept(attention: Attention, problem: Problem) -> tuple[int, int] | None:
     """
     for reason in _changes(attention, problem):
         raise fail(f"`{attention.name}` has no sessions: {reason}")
-    found = [eviction(mask, 0).enough for mask in masks_of(attention, problem)]
+    read = _read(attention)
+    if read is None:
+        return None
+    found = [eviction(mask, 0).enough for mask in masks_of(read, problem)]
     known = [numbers for numbers in found if numbers is not None]
     if len(known) < len(found):
         return None
     return max(first for first, _ in known), max(last for _, last in known)
+
+
+def _read(attention: Attention) -> Attention | None:
+    """With masks that hold all keys whose absence would change anything: a key that is not chosen took part
+    in the choice. None where that is every key, or blocks of them are numbered from the first on."""
+    origins = [table.origin for table in attention.selected if isinstance(table.origin, Selected)]
+    of = [origin.of for origin in origins if origin.of is not None and origin.rows == origin.unit == 1]
+    if len(of) < len(origins):
+        return None
+    groups = (
+        replace(group, relation=replace(group.relation, mask=any_of(group.relation.mask, *of)))
+        for group in attention.groups
+    )
+    return replace(attention, groups=tuple(groups))
 
 
 def _changes(attention: Attention, problem: Problem) -> Iterator[str]:
@@ -38,6 +58,7 @@ def _changes(attention: Attention, problem: Problem) -> Iterator[str]:
     weights = [
         e for group in attention.groups for e in (group.score, group.decay, group.norm.sink) if e is not None
     ]
+    weights += [e for table in attention.selected for e in scores_of(table)]
     parts = [*(group.relation.mask for group in attention.groups), *weights]
     if attention.offset is not None:
         yield "its `offset` says that queries are not the last positions"
@@ -45,6 +66,9 @@ def _changes(attention: Attention, problem: Problem) -> Iterator[str]:
         yield "it depends on `nq`, and every step has queries of its own"
     if any(node.op == "count_of" for e in parts for node in nodes(e)):
         yield "it depends on how many entries of a table are equal"
+    for table in attention.selected:
+        if not stable(table, attention):
+            yield f"what `{table.name.partition('#')[0]}` chooses may change with later tokens"
     for table in (table for e in parts for table in _read_ahead(e)):
         yield f"an entry of `{table.name}` is read that may come later"
     for mask in map(_drawn_once, masks_of(attention, problem)):

@@ -121,7 +121,7 @@ def _stays(
     """What stands before the last token does not change with it, where a selection says so."""
     from attndsl.execution.leaks import stable
 
-    if not all(stable(table) for table in attention.selected):
+    if not all(stable(table, attention) for table in attention.selected):
         return
     seen: list[NDArray[np.bool_]] = []
     for _ in range(2):

@@ -45,17 +45,20 @@ def unstable(attention: Attention) -> tuple[Table, ...]:
     """The choices of a causal attention that later tokens may change; none where it is not causal."""
     if not attention.selected or not follows(attention.any_head(), CAUSAL):
         return ()
-    return tuple(table for table in attention.selected if not stable(table))
+    return tuple(table for table in attention.selected if not stable(table, attention))
 
 
-def stable(table: Table) -> bool:
+def stable(table: Table, attention: Attention) -> bool:
     """Proved for every n."""
     origin = table.origin
     assert isinstance(origin, Selected)
     selection: Selection = registry.plugin("selections", origin.selection)
     read = selection.reads(origin)
     if read != "of" or origin.of is None:
-        return read == "past"
+        # the number of tokens in a bucket is that of later ones too
+        masks = (group.relation.mask for group in attention.groups)
+        counted = any(node.op == "count_of" and node.value == table for e in masks for node in ir.nodes(e))
+        return read == "past" and not counted
     # the mean of a block of queries reads those to its end
     tokens = ir.substitute(origin.of, {"k": ir.floordiv(ir.var("k"), ir.const(origin.unit))})
     return origin.rows == 1 and follows(tokens, CAUSAL)

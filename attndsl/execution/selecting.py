@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attndsl.attention import Attention
+from attndsl.axis import Axis
 from attndsl.errors import fail
 from attndsl.execution import registry
 from attndsl.expr import Drawn, Expr, Selected, Table
@@ -57,11 +58,23 @@ def choices(
         for t in read
         if isinstance(t.origin, Drawn)
     }
-    given = {**tables, **constants}
-    offered = Offered(q.detach().to(wide), k.detach().to(wide), given, sizes.q, sizes.k, sizes.n)
+    k, k_at = _in_order(k.detach().to(wide), sizes.k)
+    offered = Offered(q.detach().to(wide), k, {**tables, **constants}, sizes.q, k_at, sizes.n)
     # autocast would round the scores, which are in float32 on purpose
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         return {table.name: _choice(table, offered) for table in attention.selected}
+
+
+def _in_order(k: Tensor, at: Axis) -> tuple[Tensor, Axis]:
+    """Keys by rising position, for among equals the first is chosen."""
+    import torch
+
+    places = [at.positions(row) for row in range(len(at.rows))]
+    if all((place[1:] > place[:-1]).all() for place in places):
+        return k, at
+    orders = [torch.from_numpy(place.argsort(kind="stable")).to(k.device) for place in places]
+    rows = [k[b].index_select(1, orders[b % len(orders)]) for b in range(len(k))]
+    return torch.stack(rows) if rows else k, Axis.of(np.sort(places))
 
 
 def parts(table: Table) -> list[Expr]:
@@ -83,7 +96,20 @@ def _choice(table: Table, offered: Offered) -> Tensor:
     if found.dtype.is_floating_point or [*found.shape] != wanted:
         given = f"{found.dtype}{[*found.shape]}"
         raise fail(f"the selection `{origin.selection}` returned {given}, not integers {wanted}")
-    return found.long()
+    found = found.long()
+    return _placed(found, offered.k_at) if selection.kind == "list" and origin.unit == 1 else found
+
+
+def _placed(entries: Tensor, at: Axis) -> Tensor:
+    """The positions [B, H, rows, r] of keys by their place among them, -1 where there is none."""
+    import torch
+
+    if at.starts == (0,):
+        return entries
+    places = np.stack([at.positions(row) for row in range(len(at.rows))])
+    listed = torch.from_numpy(places).to(entries.device)
+    row = torch.arange(len(entries), device=entries.device).view(-1, 1, 1, 1) % len(listed)
+    return torch.where(entries < 0, -1, listed[row, entries.clamp_min(0)])
 
 
 def _check_keys(name: str, offered: Offered) -> None:
@@ -107,6 +133,6 @@ def shape(table: Table, q: Tensor, k: Tensor) -> list[int]:
         "H": q.shape[1],
         "nq": q.shape[2],
         "n": k.shape[2],
-        "rows": (q.shape[2] + origin.rows - 1) // origin.rows,
+        f"blocks of {origin.rows}": (q.shape[2] + origin.rows - 1) // origin.rows,
     }
     return [sizes.get(axis, axis) for axis in table.dims]

@@ -19,6 +19,7 @@ from attndsl.errors import AttnError, fail
 from attndsl.expr import TRUE, ZERO, Expr, Table, all_of, const, exists, negate, nodes, substitute, var
 from attndsl.meaning.pointwise import evaluate
 from attndsl.relations.relation import LEADING, Translation, domain, limited, quota, whole
+from attndsl.selection import narrowest
 
 SEARCH_LENGTH = 16
 SEARCH_HEADS = 3
@@ -97,6 +98,8 @@ def _never(formula: Expr, names: tuple[str, ...], given: Mapping[str, int]) -> V
     values["nq"] = values.get("n", var("n"))
     formula, known = substitute(formula, values), substitute(domain(*names), values)
     at = "at " + ", ".join(f"{name} = {value}" for name, value in given.items()) if given else ""
+    # what a choice of keys is cannot be made up: a counter-example is one whatever is chosen
+    sure = narrowest(formula)
     reason, candidates = "", list[tuple[Point, Tables]]()
     # terms related to each other prove more, but slowly: where there are any, a search stands before
     for related in (False, True):
@@ -112,8 +115,8 @@ def _never(formula: Expr, names: tuple[str, ...], given: Mapping[str, int]) -> V
                     candidates = [_candidate(space, found)]
         except AttnError as error:
             terms, reason = [], error.diagnostics[0].message
-        for point, tables in candidates or _search(formula, names, given):
-            if _confirmed(formula, point, tables):
+        for point, tables in candidates or _search(sure, names, given):
+            if _confirmed(sure, point, tables):
                 shown = {x: {**point, **given}[x] for x in LEADING if x in names}
                 return Verdict("refuted", shown, tables or None, at=at)
         if not terms:

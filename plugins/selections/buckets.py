@@ -92,7 +92,7 @@ class Hash:
         check_buckets(origin["buckets"])
 
     def rounds(self, origin: Selected) -> int:
-        return int(origin["buckets"])
+        return 1
 
     def relates(self, origin: Selected) -> None:
         return None
@@ -130,7 +130,7 @@ class Nearest:
         check_centers(origin["mu"])
 
     def rounds(self, origin: Selected) -> int:
-        return LABELS
+        return 1
 
     def relates(self, origin: Selected) -> None:
         return None
@@ -145,7 +145,12 @@ class Nearest:
         return {"products": keys * problem.head_dim * count, "sorted": keys}
 
     def choose(self, origin: Selected, offered: Offered) -> Tensor:
-        return products(offered.k, origin["mu"], offered).argmax(-2)
+        along = products(offered.k, origin["mu"], offered)
+        if along.shape[-2] > LABELS:
+            raise fail(
+                f"`{origin['mu'].name}` has {along.shape[-2]} centers, and labels end at {LABELS - 1:,}"
+            )
+        return along.argmax(-2)
 
     def reference(self, origin: Selected, offered: Offered) -> Tensor:
         along = products(offered.k, origin["mu"], offered).transpose(-1, -2)

@@ -85,7 +85,9 @@ class Lsh:
 def buckets_at(origin: Selected, n: int) -> int:
     if origin["buckets"]:
         return int(origin["buckets"])
-    return max(2, 2 ** ((2 * (n // origin["chunk"])).bit_length() - 1)) if n >= origin["chunk"] else 2
+    found = 2 ** max(1, (2 * (n // origin["chunk"])).bit_length() - 1)
+    check_buckets(found)
+    return int(found)
 
 
 def rank(order: Tensor) -> Tensor:

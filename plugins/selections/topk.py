@@ -42,6 +42,8 @@ class TopK:
             raise fail(f"`topk` chooses {r}, and at least 1 must be chosen")
         if share not in ("none", "kv"):
             raise fail(f"`share` is {share}", help="write `share = kv`, or leave it out")
+        if share == "kv" and origin.of is not None and "h" in origin.of.free:
+            raise fail("`share = kv` makes one choice for some heads, and `of` differs from head to head")
 
     def rounds(self, origin: Selected) -> int:
         return int(origin["r"])
