@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 from attndsl import expr as ir
 from attndsl.expr import Expr
@@ -71,7 +70,7 @@ def affine_in_s(score: Expr) -> tuple[Expr, Expr] | None:
             return None
         slopes, rests = zip(*(part for part in parts if part is not None), strict=True)
         if e.op == "add":
-            return _sum(slopes), _sum(rests)
+            return total(slopes), total(rests)
         if e.op == "mul" and (slopes[0] is zero or slopes[1] is zero):
             i = 0 if slopes[0] is zero else 1
             return _times(rests[i], slopes[1 - i]), _times(rests[i], rests[1 - i])
@@ -97,7 +96,7 @@ def linear_in_tables(e: Expr) -> tuple[Expr, tuple[tuple[Expr, Expr], ...]] | No
         return None
     rests, terms = zip(*(part for part in parts if part is not None), strict=True)
     if e.op == "add":
-        return _sum(rests), tuple([term for some in terms for term in some])
+        return total(rests), tuple([term for some in terms for term in some])
     if e.op == "mul" and not all(terms):
         i = 0 if terms[0] else 1
         if any(factor.type == rests[1 - i].type == "int" for factor, _ in terms[i]):
@@ -110,7 +109,7 @@ def linear_in_tables(e: Expr) -> tuple[Expr, tuple[tuple[Expr, Expr], ...]] | No
     return None
 
 
-def _sum(parts: tuple[Expr, ...]) -> Expr:
+def total(parts: tuple[Expr, ...]) -> Expr:
     kept = [part for part in parts if ir.number(part) != 0]
     return ir.add(*kept) if kept else ir.const(0.0)
 
@@ -137,122 +136,3 @@ def by_distance(e: Expr) -> Expr | None:
         else:
             done[node] = ir.rebuild(node, args)
     return None if {"q", "k"} & done[e].free else done[e]
-
-
-@dataclass(frozen=True)
-class FeatureForm:
-    """A weight that is exp(log_q + log_k) * inner(phi_q, phi_k), without its norm.
-
-    phi_q, log_q depend on no key, phi_k, log_k on no query; the logarithms are None where there are none.
-    """
-
-    phi_q: Expr
-    phi_k: Expr
-    log_q: Expr | None = None
-    log_k: Expr | None = None
-
-
-def feature_form(score: Expr, decay: Expr | None) -> FeatureForm | str:
-    """Of a score that is a weight, with its decay; or why there is none.
-
-    Factors of one side go into its features. `g ** x` is positive wherever its decay is that of a weight.
-    """
-    queries: list[Expr] = []
-    keys: list[Expr] = []
-    logs: list[tuple[Expr, Expr]] = []
-    root = ir.inner(ir.div(ir.var("Q"), ir.call("sqrt", ir.var("D"))), ir.var("K"))
-    vectors: list[Expr] = []
-    for factor in _factors(ir.substitute(score, {"s": root}), vectors):
-        if not _sort(factor, queries, keys, logs):
-            return "the score is no inner product of features of the query and features of the key"
-    if len(vectors) != 2 or not (sides := _sides(*vectors)):
-        return "the score is no inner product of features of the query and features of the key"
-    for factor in _factors(decay, []) if decay is not None else ():
-        if not _sort(factor, queries, keys, logs):
-            return "the decay is no product of factors of the query and factors of the key"
-    phi_q, phi_k = sides
-    for own in queries:
-        phi_q = ir.mul(own, phi_q)
-    for own in keys:
-        phi_k = ir.mul(own, phi_k)
-    if not logs:
-        return FeatureForm(phi_q, phi_k)
-    log_q, log_k = (_sum(part) for part in zip(*logs, strict=True))
-    return FeatureForm(phi_q, phi_k, log_q, log_k)
-
-
-def _factors(e: Expr, vectors: list[Expr]) -> list[Expr]:
-    """Numbers whose product it is, together with the inner product of two vectors, which are put apart."""
-    if e.op == "mul":
-        return [factor for arg in e.args for factor in _factors(arg, vectors)]
-    if e.op == "div" and e.type == "real":
-        return [*_factors(e.args[0], vectors), ir.div(ir.const(1.0), e.args[1])]
-    if e.op == "inner" and by_pair(e) and not vectors:
-        return [number for arg in e.args for number in _bare(arg, vectors)]
-    return [e]
-
-
-def _bare(vector: Expr, vectors: list[Expr]) -> list[Expr]:
-    """Numbers that a vector is multiplied with; the vector without them is put apart."""
-    if vector.op == "mul" and (numbers := [arg for arg in vector.args if arg.type != "vec"]):
-        (rest,) = (arg for arg in vector.args if arg.type == "vec")
-        return [*numbers, *_bare(rest, vectors)]
-    if vector.op == "div" and vector.args[0].type == "vec" and vector.args[1].type != "vec":
-        return [ir.div(ir.const(1.0), vector.args[1]), *_bare(vector.args[0], vectors)]
-    vectors.append(vector)
-    return []
-
-
-def _sides(a: Expr, b: Expr) -> tuple[Expr, Expr] | None:
-    """The features of the query, then those of the key."""
-    for one, other in ((a, b), (b, a)):
-        if not one.free & BY_KEY and not other.free & BY_QUERY:
-            return one, other
-    return None
-
-
-def _sort(factor: Expr, queries: list[Expr], keys: list[Expr], logs: list[tuple[Expr, Expr]]) -> bool:
-    """Whether a factor belongs to the query, to the key, or is the exponential of a sum of both."""
-    if not factor.free & BY_KEY:
-        queries.append(factor)
-    elif not factor.free & BY_QUERY:
-        keys.append(factor)
-    elif (parts := _logarithm(factor)) is not None:
-        logs.append(parts)
-    else:
-        return False
-    return True
-
-
-def _logarithm(factor: Expr) -> tuple[Expr, Expr] | None:
-    """That of a power, as a part of the query and a part of the key."""
-    if factor.op == "exp":
-        return _terms(factor.args[0])
-    if factor.op != "pow" or factor.args[0].free & (BY_QUERY | BY_KEY):
-        return None
-    base, exponent = factor.args
-    value = ir.number(base)
-    found = _terms(exponent) if value is None or value > 0 else None
-    return found and tuple(ir.mul(ir.call("log", base), part) for part in found)  # type: ignore[return-value]
-
-
-def _terms(e: Expr) -> tuple[Expr, Expr] | None:
-    """A part that depends on no key and one that depends on no query, whose sum it is."""
-    zero = ir.const(0.0)
-    if not e.free & BY_KEY:
-        return e, zero
-    if not e.free & BY_QUERY:
-        return zero, e
-    if e.op == "add":
-        parts = [_terms(arg) for arg in e.args]
-        if None in parts:
-            return None
-        one, other = zip(*(part for part in parts if part is not None), strict=True)
-        return _sum(one), _sum(other)
-    if e.op in ("mul", "div"):
-        for i, scale in enumerate(e.args):
-            if not scale.free & (BY_QUERY | BY_KEY) and (i == 1 or e.op == "mul"):
-                found = _terms(e.args[1 - i])
-                join = ir.mul if e.op == "mul" else ir.div
-                return found and (join(found[0], scale), join(found[1], scale))
-    return None

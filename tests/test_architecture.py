@@ -17,6 +17,7 @@ ROOMS = (
     "scores",  # what they depend on
     "axis",  # where queries and keys stand
     "attention",
+    "features",  # weights that are inner products of features
     "selection",  # the contract of a selection
     "portable",
     "syntax",  # text to tree

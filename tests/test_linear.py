@@ -14,8 +14,8 @@ from torch import Tensor
 
 import attndsl
 from attndsl.expr import Drawn
+from attndsl.features import FeatureForm, feature_form
 from attndsl.meaning.draws import drawn as constants
-from attndsl.scores import FeatureForm, feature_form
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

@@ -276,6 +276,40 @@ def by_side(name: str, vectors: Tensor) -> Tensor:
     return vectors.unsqueeze(-2 if "Q" in name else -3)
 
 
+class _Extreme(torch.autograd.Function):
+    """max and min with the gradients that torch gives them, halves where both are equal, by arithmetic: to
+    choose entry by entry takes twenty times as long."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a: Tensor, b: Tensor, sign: int) -> Tensor:
+        return torch.maximum(a, b) if sign > 0 else torch.minimum(a, b)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:2])
+        ctx.sign = inputs[2]
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        a, b = ctx.saved_tensors
+        tilt = (a - b).sign().mul(ctx.sign / 2)
+        mine, other = ctx.needs_input_grad[:2]
+        return (
+            ((0.5 + tilt) * slope).sum_to_size(a.shape) if mine else None,
+            ((0.5 - tilt) * slope).sum_to_size(b.shape) if other else None,
+            None,
+        )
+
+
+def _extreme(a: Tensor, b: Tensor, sign: int) -> Tensor:
+    if not (a.is_floating_point() and torch.is_grad_enabled()):
+        return _Extreme.forward(a, b, sign)
+    found: Tensor = _Extreme.apply(a, b, sign)  # type: ignore[no-untyped-call]
+    return found
+
+
 class _Evaluation:
     """One evaluation: the memo, by node and by the pairs that are live there.
 
@@ -410,10 +444,12 @@ class _Evaluation:
         return torch.pow(*(self.typed(arg, node, live, 1.0) for arg in node.args))
 
     def on_min(self, node: Expr, live: Tensor | None) -> Tensor:
-        return torch.minimum(self.typed(node.args[0], node, live), self.typed(node.args[1], node, live))
+        a, b = (self.typed(arg, node, live) for arg in node.args)
+        return _extreme(a, b, -1)
 
     def on_max(self, node: Expr, live: Tensor | None) -> Tensor:
-        return torch.maximum(self.typed(node.args[0], node, live), self.typed(node.args[1], node, live))
+        a, b = (self.typed(arg, node, live) for arg in node.args)
+        return _extreme(a, b, 1)
 
     def on_abs(self, node: Expr, live: Tensor | None) -> Tensor:
         return self.of(node.args[0], live).abs()
