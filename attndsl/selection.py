@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from attndsl.backend import Problem
 
+KINDS = ("labels", "order", "list")
 LABELS = 2**15
 """Labels are below this: they are sorted as 16-bit numbers."""
 

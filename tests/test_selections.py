@@ -507,3 +507,65 @@ def test_labels_end() -> None:
     plan, q = attndsl.compile(attndsl.parse(text)["a"], length=8, head_dim=2), torch.zeros(1, 1, 8, 2)
     with pytest.raises(attndsl.AttnError, match="labels end at 32,767"):
         plan.choices(q, q, mu=torch.zeros(2**15 + 1, 2))
+
+
+BAD = {
+    "kind = 'lists'": "its `kind` is 'lists', and there are `labels`, `list`, `order`",
+    "kind = None": "its `kind` is None",
+    "def rounds(self, origin): return None": "`rounds` of the selection `{name}` gives None, not a number",
+    "def rounds(self, origin): return 0": "`rounds` of the selection `{name}` gives 0, not a number",
+    "def relates(self, origin): return 3": "`relates` gives 3, and there are no ranks",
+    "def reads(self, origin): return None": "`reads` gives None, which is none of past, of, future",
+    "def reads(self, origin): return 'some'": "`reads` gives 'some', which is none of past, of, future",
+    "def counts(self, origin, problem): return None": "`counts` gives None, which is no mapping",
+    "def counts(self, origin, problem): return {'products': 1}": "`counts` gives ['products'], and must give",
+    "def counts(self, origin, problem): return {'products': -1, 'sorted': 0}": "gives -1 as `products`",
+    "def counts(self, origin, problem): return {'products': 1, 'sorted': float('nan')}": "nan as `sorted`",
+    "def counts(self, origin, problem): return {'products': '1', 'sorted': 0}": "which is no number",
+    "def choose(self, origin, offered): return None": "`choose` of the selection `{name}` returned NoneType",
+    "def choose(self, *a): return super().choose(*a).double()": "returned torch.float64[2, 4, 15, 3]",
+    "def choose(self, *a): return super().choose(*a)[..., :1]": "returned torch.int64[2, 4, 15, 1]",
+    "def choose(self, *a): return super().choose(*a).fill_(14)": "`choose` gives 14 twice in a row",
+    "def choose(self, *a): return super().choose(*a) + 1": "`choose` gives 15, and there are 15",
+    "def choose(self, *a): return super().choose(*a) - 2": "`choose` gives -2, and there are 15",
+    "def choose(self, *a): return super().choose(*a).flip(2)": "which `of` does not hold",
+    "def choose(self, *a): return super().choose(*a).index_fill(3, ZERO, -1)": "gives fewer than `of`",
+    "def reference(self, origin, offered): return None": "`reference` of the selection `{name}` returned",
+    "def reference(self, *a): return super().reference(*a).float()": "returned torch.float32[2, 4",
+}
+"""Lines of a `topk` of another party."""
+BAD_ORDERS = {
+    "def relates(self, origin): return None": "`relates` of the selection `{name}` gives None, not how ranks",
+    "def reads(self, origin): return 'of'": "`reads` gives 'of', which is none of past, future",
+    "def choose(self, *a): return super().choose(*a) * 0": "`choose` gives ranks of no order",
+    "def choose(self, *a): return super().choose(*a) - 1": "`choose` gives ranks of no order",
+}
+BAD_LABELS = {
+    "def choose(self, *a): return super().choose(*a) - 1": "gives -1, which is none of its labels",
+    "def choose(self, *a): return super().choose(*a) + 2**15": "`choose` gives 327",
+}
+
+
+@pytest.mark.parametrize(
+    ("base", "line", "said"),
+    [
+        (base, line, said)
+        for base, lines in (("topk.TopK", BAD), ("lsh.Lsh", BAD_ORDERS), ("buckets.Hash", BAD_LABELS))
+        for line, said in lines.items()
+    ],
+)
+def test_the_suite_refuses_what_breaks_a_rule(register, base: str, line: str, said: str) -> None:
+    """Where what chooses is the reference too."""
+    module, _, parent = base.partition(".")
+    name = register(
+        f"import torch\nfrom attndsl.plugins.selections.{module} import {parent}\nZERO = torch.tensor([0])\n"
+        f"class Mine({parent}):\n    {line}\n    {'reference = choose' * line.startswith('def choose')}\n"
+        "selection = Mine()\n",
+        "selections",
+        ":selection",
+    )
+    mask = {"Lsh": f"{name}(2, 4)", "Hash": f"within({name}(4), full)"}.get(parent, f"{name}(3, of = causal)")
+    with pytest.raises((AssertionError, attndsl.AttnError)) as found:
+        check(f"mask causal & {mask}", 15)
+    assert said.format(name=name) in str(found.value)
+    assert name in str(found.value)

@@ -91,13 +91,23 @@ def _choice(table: Table, offered: Offered) -> Tensor:
         _check_keys(origin.selection, offered)
     elif origin.rows > 1 and not (offered.q_at.starts == offered.k_at.starts == (0,)):
         raise fail(f"`{origin.selection}` chooses for whole blocks of queries, which begin at position 0")
-    found = selection.choose(origin, offered)
-    wanted = shape(table, offered.q, offered.k)
-    if found.dtype.is_floating_point or [*found.shape] != wanted:
-        given = f"{found.dtype}{[*found.shape]}"
-        raise fail(f"the selection `{origin.selection}` returned {given}, not integers {wanted}")
-    found = found.long()
+    found = integers(selection.choose(origin, offered), "choose", table, offered)
     return _placed(found, offered.k_at) if selection.kind == "list" and origin.unit == 1 else found
+
+
+def integers(found: object, method: str, table: Table, offered: Offered) -> Tensor:
+    """What a method of a selection gave for a table. Raises AttnError unless it is integers of its shape."""
+    import torch
+
+    wanted, origin = shape(table, offered.q, offered.k), table.origin
+    assert isinstance(origin, Selected)
+    if isinstance(found, torch.Tensor):
+        if not found.dtype.is_floating_point and [*found.shape] == wanted:
+            return found.long()
+        given = f"{found.dtype}{[*found.shape]}"
+    else:
+        given = type(found).__name__
+    raise fail(f"`{method}` of the selection `{origin.selection}` returned {given}, not integers {wanted}")
 
 
 def _placed(entries: Tensor, at: Axis) -> Tensor:
