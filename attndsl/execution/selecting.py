@@ -136,6 +136,8 @@ def _check_keys(name: str, offered: Offered) -> None:
 
 def shape(table: Table, q: Tensor, k: Tensor) -> list[int]:
     """Of a choice; sizes may be symbols."""
+    import torch
+
     origin = table.origin
     assert isinstance(origin, Selected)
     sizes: dict[str | int, Any] = {
@@ -145,4 +147,8 @@ def shape(table: Table, q: Tensor, k: Tensor) -> list[int]:
         "n": k.shape[2],
         f"blocks of {origin.rows}": (q.shape[2] + origin.rows - 1) // origin.rows,
     }
-    return [sizes.get(axis, axis) for axis in table.dims]
+    found = [sizes.get(axis, axis) for axis in table.dims]
+    if origin.of is not None:
+        units = (k.shape[2] + origin.unit - 1) // origin.unit
+        found[-1] = torch.sym_min(found[-1], units)  # type: ignore[no-untyped-call]
+    return found
