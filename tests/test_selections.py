@@ -542,6 +542,7 @@ def test_labels_end() -> None:
 
 BAD = {
     "kind = 'lists'": "its `kind` is 'lists', and there are `labels`, `list`, `order`",
+    "signature = None": "it has no method `signature`",
     "kind = None": "its `kind` is None",
     "def rounds(self, origin): return None": "`rounds` of the selection `{name}` gives None, not a number",
     "def rounds(self, origin): return 0": "`rounds` of the selection `{name}` gives 0, not a number",
@@ -555,6 +556,7 @@ BAD = {
     "def counts(self, origin, problem): return {'products': '1', 'sorted': 0}": "which is no number",
     "def choose(self, origin, offered): return None": "`choose` of the selection `{name}` returned NoneType",
     "def choose(self, *a): return super().choose(*a).double()": "returned torch.float64[2, 4, 15, 3]",
+    "def choose(self, *a): return super().choose(*a) > 0": "returned torch.bool[2, 4, 15, 3]",
     "def choose(self, *a): return super().choose(*a)[..., :1]": "returned torch.int64[2, 4, 15, 1]",
     "def choose(self, *a): return super().choose(*a).fill_(14)": "`choose` gives 14 twice in a row",
     "def choose(self, *a): return super().choose(*a) + 1": "`choose` gives 15, and there are 15",

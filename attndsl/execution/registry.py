@@ -142,7 +142,7 @@ def _load(point: EntryPoint) -> tuple[Any, str]:
     if group == "analyses":
         return loaded, "" if isinstance(loaded, Part) else "it is no `attndsl.analysis.part.Part`"
     if group == "selections":
-        return loaded, _kind(loaded) or _misses(loaded, SELECTION)
+        return loaded, _unsaid(loaded) or _misses(loaded, SELECTION)
     return loaded, _flaw(loaded)
 
 
@@ -153,9 +153,12 @@ def _folder(package: str) -> Path | None:
     return Path(places[0]) if places else None
 
 
-def _kind(loaded: object) -> str:
+def _unsaid(loaded: object) -> str:
+    """What a selection does not say of itself, or ""."""
     kind = getattr(loaded, "kind", None)
-    return "" if kind in KINDS else f"its `kind` is {kind!r}, and there are {_listed(KINDS)}"
+    if kind not in KINDS:
+        return f"its `kind` is {kind!r}, and there are {_listed(KINDS)}"
+    return "" if callable(getattr(loaded, "signature", None)) else "it has no method `signature`"
 
 
 def _flaw(loaded: object) -> str:

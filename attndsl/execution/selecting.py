@@ -102,7 +102,8 @@ def integers(found: object, method: str, table: Table, offered: Offered) -> Tens
     wanted, origin = shape(table, offered.q, offered.k), table.origin
     assert isinstance(origin, Selected)
     if isinstance(found, torch.Tensor):
-        if not found.dtype.is_floating_point and [*found.shape] == wanted:
+        other = found.dtype.is_floating_point or found.dtype.is_complex or found.dtype == torch.bool
+        if not other and [*found.shape] == wanted:
             return found.long()
         given = f"{found.dtype}{[*found.shape]}"
     else:
