@@ -24,7 +24,8 @@ HEADS, HEAD_DIM, FEATURES = 2, 8, 20
 
 # Theirs divides exponentials of a query by the greatest of its features and those of keys by the greatest of
 # all keys, later ones too, and adds 0.0001 to what is left: so both maxima are in the result, as inputs here.
-# Its ReLU is of projected and scaled vectors, in the code that it transcribes of neither.
+# Its ReLU is of vectors that are scaled and projected; in the JAX code that it transcribes they are neither
+# by default, as in the prelude.
 KERNELS = {
     "softmax": (
         "inputs above : float[B, H, n]  most : float[B, H]",
