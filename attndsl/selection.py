@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from attndsl.backend import Problem
 
+KINDS = ("labels", "order", "list")
 LABELS = 2**15
 """Labels are below this: they are sorted as 16-bit numbers."""
 
@@ -76,7 +77,8 @@ class Selection(Protocol):
         """Raises AttnError for arguments, rows or units that make no sense."""
 
     def rounds(self, origin: Selected) -> int:
-        """Of an order: rows of ranks. Of a list: entries of a row. Of labels: 1."""
+        """Of an order: rows of ranks. Of a list: entries of a row, if there are as many to choose among. Of
+        labels: 1."""
 
     def relates(self, origin: Selected) -> Chunks | First | None:
         """Of an order: how ranks relate."""
@@ -91,8 +93,9 @@ class Selection(Protocol):
     def choose(self, origin: Selected, offered: Offered) -> Tensor:
         """Integers [B, H, ...], H the query heads, of which a group that shares a key head has equal labels
         and ranks: labels [.., n], ranks [.., rounds, n] of the keys, or what is chosen for each row
-        [.., rows, r]: places among the keys, or numbers of blocks, each once, -1 where there are fewer. Equal
-        on equal input; of equal scores the first comes first; NaN is the largest score."""
+        [.., rows, r], r at most the number of keys or blocks: places among the keys, or numbers of blocks,
+        each once, -1 where `of` holds fewer. Equal on equal input; of equal scores the first comes first; NaN
+        is the largest score."""
 
     def reference(self, origin: Selected, offered: Offered) -> Tensor:
         """The same by the plainest code: what conformance checks `choose` against. It is offered float64

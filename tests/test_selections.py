@@ -7,6 +7,7 @@ import pytest
 import torch
 from thin import thin
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import attndsl
 from attndsl.conformance.selections import LENGTHS as SIZES
@@ -182,6 +183,7 @@ def test_queries_and_keys_of_one_cluster_see_one_another() -> None:
 LEAVES = [
     "mask topk(4, of = causal)",
     "mask topk(4, of = causal, share = kv)",
+    "mask topk(1000000, of = last(40))",
     "mask causal & topk(2, of = blocks(4, causal - radius(0)), by = Q @ mean(K))",
     # the mean of 3 is rounded, and equal scores are equal no more
     "mask causal & blocks(2, radius(0) | topk(2, of = causal - radius(0)))",
@@ -272,6 +274,8 @@ EVERY = {
     " by = sum(max(Q * min(K), Q * max(K)))))",
     "both": "mask topk(2, of = blocks(8, full), by = Q @ mean(K)) | topk(3)",
     "tiles": "mask causal & blocks(8, radius(0) | topk(2, of = causal - radius(0)))",
+    "all": "mask topk(1000000, of = causal)",
+    "all blocks": "mask causal & (block(8) | topk(1000000, of = blocks(8, causal), by = Q @ mean(K)))",
     "documents": "inputs ids : int[B, n]  mask causal & topk(4, of = causal & documents(ids))",
     "buckets": "mask causal & within(hash(4), last(6))",
     "nearest": "inputs mu : float[H, 3, D]  mask within(nearest(mu), radius(2))",
@@ -320,7 +324,7 @@ def test_backends_agree_on_what_is_chosen(name: str, n: int) -> None:
             torch.testing.assert_close(mine, exact, rtol=0, atol=1e-10, msg=lambda m, b=backend: f"{b}: {m}")
 
 
-@pytest.mark.parametrize("name", ["topk", "blocks", "tiles", "buckets", "lsh_count", "cluster"])
+@pytest.mark.parametrize("name", ["topk", "all", "blocks", "tiles", "buckets", "lsh_count", "cluster"])
 def test_transforms_choose_as_plain_calls_do(name: str) -> None:
     bound = attndsl.parse(f"attention a {{ {EVERY[name]} }}")["a"]
     plan = attndsl.compile(bound, length=64, heads=4, kv_heads=2, head_dim=8, batch=2, training=True)
@@ -351,6 +355,33 @@ def test_transforms_choose_as_plain_calls_do(name: str) -> None:
     again = call(*(x.bfloat16() for x in (q, k, v)))
     assert half.dtype == torch.bfloat16
     torch.testing.assert_close(half, again)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", None])
+def test_a_list_is_no_longer_than_what_there_is(backend: str | None) -> None:
+    bound = attndsl.parse("""attention a {
+        mask topk(1000000, of = causal) | topk(1000000, of = blocks(6, causal), by = Q @ mean(K))
+            | blocks(4, topk(1000000))
+    }""")["a"]
+    plan = attndsl.compile(bound, length=16, heads=4, kv_heads=2, head_dim=8, backend=backend)
+    q, k, v = (x.float() for x in vectors(16, seed=5))
+    chosen = plan.choices(q, k)
+    assert [[*x.shape] for x in chosen.values()] == [[2, 4, 16, 16], [2, 4, 16, 3], [2, 4, 4, 4]]
+    assert bound.mask(16, heads=4, **{name: x.numpy() for name, x in chosen.items()}).all()
+    torch.testing.assert_close(plan(q, k, v), dense(q, k, v, torch.ones(16, 16, dtype=torch.bool)))
+    assert plan(q[:, :, :0], k[:, :, :0], v[:, :, :0]).shape == (2, 4, 0, 8)
+
+
+def test_one_graph_serves_lengths_on_both_sides_of_a_list() -> None:
+    plan = attndsl.compile(
+        attndsl.parse(TEXT)["knn"](r=20), length=64, heads=4, kv_heads=2, head_dim=8, dtype="float64"
+    )
+    graphs = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(plan, fullgraph=True, dynamic=True, backend=graphs)
+    for n in (10, 40, 20):
+        q, k, v = vectors(n, seed=n)
+        torch.testing.assert_close(compiled(q, k, v), plan(q, k, v))
+    assert graphs.frame_count == 1
 
 
 class Called(torch.nn.Module):
@@ -507,3 +538,67 @@ def test_labels_end() -> None:
     plan, q = attndsl.compile(attndsl.parse(text)["a"], length=8, head_dim=2), torch.zeros(1, 1, 8, 2)
     with pytest.raises(attndsl.AttnError, match="labels end at 32,767"):
         plan.choices(q, q, mu=torch.zeros(2**15 + 1, 2))
+
+
+BAD = {
+    "kind = 'lists'": "its `kind` is 'lists', and there are `labels`, `list`, `order`",
+    "signature = None": "it has no method `signature`",
+    "kind = None": "its `kind` is None",
+    "def rounds(self, origin): return None": "`rounds` of the selection `{name}` gives None, not a number",
+    "def rounds(self, origin): return 0": "`rounds` of the selection `{name}` gives 0, not a number",
+    "def relates(self, origin): return 3": "`relates` gives 3, and there are no ranks",
+    "def reads(self, origin): return None": "`reads` gives None, which is none of past, of, future",
+    "def reads(self, origin): return 'some'": "`reads` gives 'some', which is none of past, of, future",
+    "def counts(self, origin, problem): return None": "`counts` gives None, which is no mapping",
+    "def counts(self, origin, problem): return {'products': 1}": "`counts` gives ['products'], and must give",
+    "def counts(self, origin, problem): return {'products': -1, 'sorted': 0}": "gives -1 as `products`",
+    "def counts(self, origin, problem): return {'products': 1, 'sorted': float('nan')}": "nan as `sorted`",
+    "def counts(self, origin, problem): return {'products': '1', 'sorted': 0}": "which is no number",
+    "def choose(self, origin, offered): return None": "`choose` of the selection `{name}` returned NoneType",
+    "def choose(self, *a): return super().choose(*a).double()": "returned torch.float64[2, 4, 15, 3]",
+    "def choose(self, *a): return super().choose(*a) > 0": "returned torch.bool[2, 4, 15, 3]",
+    "def choose(self, *a): return super().choose(*a)[..., :1]": "returned torch.int64[2, 4, 15, 1]",
+    "def choose(self, *a): return super().choose(*a).fill_(14)": "`choose` gives 14 twice in a row",
+    "def choose(self, *a): return super().choose(*a) + 1": "`choose` gives 15, and there are 15",
+    "def choose(self, *a): return super().choose(*a) - 2": "`choose` gives -2, and there are 15",
+    "def choose(self, *a): return super().choose(*a).flip(2)": "which `of` does not hold",
+    "def choose(self, *a): return super().choose(*a).index_fill(3, ZERO, -1)": "gives fewer than `of`",
+    "def reference(self, origin, offered): return None": "`reference` of the selection `{name}` returned",
+    "def reference(self, *a): return super().reference(*a).float()": "returned torch.float32[2, 4",
+}
+"""Lines of a `topk` of another party."""
+BAD_ORDERS = {
+    "def relates(self, origin): return None": "`relates` of the selection `{name}` gives None, not how ranks",
+    "def reads(self, origin): return 'of'": "`reads` gives 'of', which is none of past, future",
+    "def choose(self, *a): return super().choose(*a) * 0": "`choose` gives ranks of no order",
+    "def choose(self, *a): return super().choose(*a) - 1": "`choose` gives ranks of no order",
+}
+BAD_LABELS = {
+    "def choose(self, *a): return super().choose(*a) - 1": "gives -1, which is none of its labels",
+    "def choose(self, *a): return super().choose(*a) + 2**15": "`choose` gives 327",
+}
+
+
+@pytest.mark.parametrize(
+    ("base", "line", "said"),
+    [
+        (base, line, said)
+        for base, lines in (("topk.TopK", BAD), ("lsh.Lsh", BAD_ORDERS), ("buckets.Hash", BAD_LABELS))
+        for line, said in lines.items()
+    ],
+)
+def test_the_suite_refuses_what_breaks_a_rule(register, base: str, line: str, said: str) -> None:
+    """Where what chooses is the reference too."""
+    module, _, parent = base.partition(".")
+    name = register(
+        f"import torch\nfrom attndsl.plugins.selections.{module} import {parent}\nZERO = torch.tensor([0])\n"
+        f"class Mine({parent}):\n    {line}\n    {'reference = choose' * line.startswith('def choose')}\n"
+        "selection = Mine()\n",
+        "selections",
+        ":selection",
+    )
+    mask = {"Lsh": f"{name}(2, 4)", "Hash": f"within({name}(4), full)"}.get(parent, f"{name}(3, of = causal)")
+    with pytest.raises((AssertionError, attndsl.AttnError)) as found:
+        check(f"mask causal & {mask}", 15)
+    assert said.format(name=name) in str(found.value)
+    assert name in str(found.value)

@@ -11,12 +11,15 @@
 `reference` of the same selection in float64: exactly where all numbers are small integers, ties and all, and
 in float32 but for rows in which two scores are next to equal. It looks whether equal calls choose equally,
 whether heads of a group share what is chosen by key, and whether tokens that a choice does not read change
-it, as `reads` says.
+it, as `reads` says. A list holds what `of` holds, each once, and fewer than `rounds` only where those are
+fewer; ranks are those of an order; `reads`, `counts` and `relates` say what can be said.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,11 +29,13 @@ from torch import Tensor
 
 import attndsl
 from attndsl.attention import Attention
+from attndsl.backend import Problem
 from attndsl.execution import registry
-from attndsl.execution.selecting import choices
+from attndsl.execution.selecting import choices, integers
+from attndsl.execution.torch_eval import environment, evaluate
 from attndsl.expr import Selected, Table
 from attndsl.program import bound_of
-from attndsl.selection import Offered, Selection
+from attndsl.selection import LABELS, Chunks, Offered, Selection
 from attndsl.tiles import lowering
 
 LENGTHS = (1, 2, 15, 16, 17, 40, 64, 65)
@@ -42,15 +47,71 @@ FLIPS = 0.002
 
 
 def check(clauses: str, n: int) -> None:
-    """Raises AssertionError where a selection in these clauses is not what it says."""
+    """Raises AssertionError where a selection in these clauses is not what it says, AttnError where it cannot
+    be used."""
     attention = bound_of(attndsl.parse(f"attention checked {{ {clauses} }}")["checked"]).attention
     assert attention.selected, "the mask chooses nothing"
+    for table in attention.selected:
+        _says(table, Problem(n, n, BATCH, HEADS, KV_HEADS, WIDTH))
     for seed in range(SEEDS):
         for whole in (True, False):
             generator = torch.Generator().manual_seed(seed)
             q, k, tables = _inputs(attention, n, whole, generator)
             _as_reference(attention, q, k, tables, whole)
         _stays(attention, q, k, tables, generator)
+
+
+def _says(table: Table, problem: Problem) -> None:
+    """Raises AssertionError for what no selection of its kind may say of itself."""
+    plugin, origin = _plugin(table), _origin(table)
+    reads, relates, counts = plugin.reads(origin), plugin.relates(origin), plugin.counts(origin, problem)
+    known = ("past", "of", "future") if plugin.kind == "list" else ("past", "future")
+    assert reads in known, f"{table.name}: `reads` gives {reads!r}, which is none of {', '.join(known)}"
+    assert plugin.kind == "order" or relates is None, (
+        f"{table.name}: `relates` gives {relates!r}, and there are no ranks: it must be None"
+    )
+    assert isinstance(counts, Mapping), f"{table.name}: `counts` gives {counts!r}, which is no mapping"
+    assert counts.keys() == {"products", "sorted"}, (
+        f"{table.name}: `counts` gives {sorted(counts)}, and must give `products` and `sorted`"
+    )
+    for name, count in counts.items():
+        assert isinstance(count, int | float), (
+            f"{table.name}: `counts` gives {count!r} as `{name}`, which is no number"
+        )
+        assert 0 <= count < math.inf, f"{table.name}: `counts` gives {count} as `{name}`"
+
+
+def _may_be_chosen(table: Table, found: Tensor, offered: Offered) -> None:
+    """Raises AssertionError for labels, ranks or a list that cannot be, whatever the scores are."""
+    plugin, origin = _plugin(table), _origin(table)
+    if plugin.kind == "list":
+        return _may_be_listed(table, found, offered)
+    places = torch.arange(found.shape[-1])
+    if isinstance(plugin.relates(origin), Chunks):
+        assert (found.sort(-1).values == places).all(), f"{table.name}: `choose` gives ranks of no order"
+    end = LABELS if plugin.kind == "labels" else math.inf
+    for wrong in found[(found < 0) | (found >= end)].tolist():
+        raise AssertionError(f"{table.name}: `choose` gives {wrong}, which is none of its {plugin.kind}")
+    return None
+
+
+def _may_be_listed(table: Table, found: Tensor, offered: Offered) -> None:
+    origin = _origin(table)
+    count = -(-offered.k.shape[2] // origin.unit)
+    for wrong in found[(found < -1) | (found >= count)].tolist():
+        raise AssertionError(f"{table.name}: `choose` gives {wrong}, and there are {count} to choose among")
+    placed = found.sort(-1).values
+    for twice in placed[..., 1:][(placed[..., 1:] == placed[..., :-1]) & (placed[..., 1:] >= 0)].tolist():
+        raise AssertionError(f"{table.name}: `choose` gives {twice} twice in a row")
+    env, rows = environment(offered), torch.arange(found.shape[2]).view(1, 1, -1, 1)
+    at = {**env.values, "q": rows, "k": torch.arange(count).view(1, 1, 1, -1)}
+    assert origin.of is not None
+    live = evaluate(origin.of, replace(env, values=at)).expand(*found.shape[:3], count)
+    for wrong in found[(found >= 0) & ~live.gather(-1, found.clamp_min(0))].tolist():
+        raise AssertionError(f"{table.name}: `choose` gives {wrong}, which `of` does not hold")
+    # what is counted of an attention relies on it
+    most = live.sum(-1).clamp_max(found.shape[-1])
+    assert ((found >= 0).sum(-1) == most).all(), f"{table.name}: `choose` gives fewer than `of` holds"
 
 
 def _inputs(
@@ -91,11 +152,11 @@ def _as_reference(
     wide = {name: x.double() if x.is_floating_point() else x for name, x in tables.items()}
     offered = Offered(q.double(), k.double(), wide, sizes.q, sizes.k, sizes.n)
     for table in attention.selected:
-        found, plugin, origin = made[table.name], _plugin(table), table.origin
-        assert isinstance(origin, Selected)
+        found, plugin = made[table.name], _plugin(table)
+        _may_be_chosen(table, found, offered)
         assert torch.equal(found, again[table.name]), f"{table.name}: equal calls choose differently"
         with torch.no_grad():
-            exact = plugin.reference(origin, offered)
+            exact = integers(plugin.reference(_origin(table), offered), "reference", table, offered)
         if plugin.kind == "list":
             found, exact = found.sort(-1).values, exact.sort(-1).values
         elif not any("H" in t.dims for t in attention.inputs):
@@ -108,10 +169,13 @@ def _as_reference(
         assert off <= allowed, f"{table.name}: {100 * off:.2g} % of what is chosen is not as in `reference`"
 
 
+def _origin(table: Table) -> Selected:
+    assert isinstance(table.origin, Selected)
+    return table.origin
+
+
 def _plugin(table: Table) -> Selection:
-    origin = table.origin
-    assert isinstance(origin, Selected)
-    selection: Selection = registry.plugin("selections", origin.selection)
+    selection: Selection = registry.plugin("selections", _origin(table).selection)
     return selection
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from attndsl.analysis.part import Part
 from attndsl.backend import Features, vocabulary
 from attndsl.errors import AttnError, fail, suggest
+from attndsl.selection import KINDS
 
 GROUPS = {
     "backends": "backend",
@@ -141,7 +142,7 @@ def _load(point: EntryPoint) -> tuple[Any, str]:
     if group == "analyses":
         return loaded, "" if isinstance(loaded, Part) else "it is no `attndsl.analysis.part.Part`"
     if group == "selections":
-        return loaded, _misses(loaded, SELECTION)
+        return loaded, _unsaid(loaded) or _misses(loaded, SELECTION)
     return loaded, _flaw(loaded)
 
 
@@ -150,6 +151,14 @@ def _folder(package: str) -> Path | None:
     found = importlib.util.find_spec(package) if package.isidentifier() else None
     places = None if found is None else found.submodule_search_locations
     return Path(places[0]) if places else None
+
+
+def _unsaid(loaded: object) -> str:
+    """What a selection does not say of itself, or ""."""
+    kind = getattr(loaded, "kind", None)
+    if kind not in KINDS:
+        return f"its `kind` is {kind!r}, and there are {_listed(KINDS)}"
+    return "" if callable(getattr(loaded, "signature", None)) else "it has no method `signature`"
 
 
 def _flaw(loaded: object) -> str:

@@ -91,13 +91,24 @@ def _choice(table: Table, offered: Offered) -> Tensor:
         _check_keys(origin.selection, offered)
     elif origin.rows > 1 and not (offered.q_at.starts == offered.k_at.starts == (0,)):
         raise fail(f"`{origin.selection}` chooses for whole blocks of queries, which begin at position 0")
-    found = selection.choose(origin, offered)
-    wanted = shape(table, offered.q, offered.k)
-    if found.dtype.is_floating_point or [*found.shape] != wanted:
-        given = f"{found.dtype}{[*found.shape]}"
-        raise fail(f"the selection `{origin.selection}` returned {given}, not integers {wanted}")
-    found = found.long()
+    found = integers(selection.choose(origin, offered), "choose", table, offered)
     return _placed(found, offered.k_at) if selection.kind == "list" and origin.unit == 1 else found
+
+
+def integers(found: object, method: str, table: Table, offered: Offered) -> Tensor:
+    """What a method of a selection gave for a table. Raises AttnError unless it is integers of its shape."""
+    import torch
+
+    wanted, origin = shape(table, offered.q, offered.k), table.origin
+    assert isinstance(origin, Selected)
+    if isinstance(found, torch.Tensor):
+        other = found.dtype.is_floating_point or found.dtype.is_complex or found.dtype == torch.bool
+        if not other and [*found.shape] == wanted:
+            return found.long()
+        given = f"{found.dtype}{[*found.shape]}"
+    else:
+        given = type(found).__name__
+    raise fail(f"`{method}` of the selection `{origin.selection}` returned {given}, not integers {wanted}")
 
 
 def _placed(entries: Tensor, at: Axis) -> Tensor:
@@ -126,6 +137,8 @@ def _check_keys(name: str, offered: Offered) -> None:
 
 def shape(table: Table, q: Tensor, k: Tensor) -> list[int]:
     """Of a choice; sizes may be symbols."""
+    import torch
+
     origin = table.origin
     assert isinstance(origin, Selected)
     sizes: dict[str | int, Any] = {
@@ -135,4 +148,8 @@ def shape(table: Table, q: Tensor, k: Tensor) -> list[int]:
         "n": k.shape[2],
         f"blocks of {origin.rows}": (q.shape[2] + origin.rows - 1) // origin.rows,
     }
-    return [sizes.get(axis, axis) for axis in table.dims]
+    found = [sizes.get(axis, axis) for axis in table.dims]
+    if origin.of is not None:
+        units = (k.shape[2] + origin.unit - 1) // origin.unit
+        found[-1] = torch.sym_min(found[-1], units)  # type: ignore[no-untyped-call]
+    return found

@@ -14,7 +14,7 @@ from attndsl.expr import Argument, Expr, Selected
 from attndsl.language.arguments import bind_arguments_of
 from attndsl.language.mistakes import expected, number_of
 from attndsl.language.values import K, Num, Pattern, Q, Scope, Space, TableOf, Value, Vec, as_number, is_whole
-from attndsl.selection import Selection, listed, ordered, table
+from attndsl.selection import Chunks, First, Selection, listed, ordered, table
 from attndsl.syntax import nodes as ast
 
 if TYPE_CHECKING:
@@ -52,7 +52,9 @@ def leaf(el: Elaborator, name: str, selection: Selection, e: ast.Call, env: Scop
     if selection.kind == "labels":
         return TableOf(choices)
     how = selection.relates(origin)
-    assert how is not None
+    if not isinstance(how, Chunks | First):
+        said = f"`relates` of the selection `{name}` gives {how!r}, not how ranks relate"
+        raise fail(said, e.span, help="return `Chunks(...)` or `First(...)` of attndsl.selection")
 
     def at(q: Expr, k: Expr, sp: Space) -> Relation:
         if (q, k, sp.unit) != (Q, K, 1):
@@ -117,6 +119,9 @@ def _table(el: Elaborator, origin: Selected, selection: Selection, e: ast.Call) 
         rounds = selection.rounds(origin)
     except AttnError as error:
         raise AttnError(*(replace(d, span=d.span or e.span) for d in error.diagnostics)) from None
+    if not isinstance(rounds, int) or rounds < 1:
+        said = f"`rounds` of the selection `{origin.selection}` gives {rounds!r}, not a number from 1 on"
+        raise fail(said, e.span)
     earlier = (other for other in el.leaves if other.selection == origin.selection)
     number, _ = el.leaves.setdefault(origin, (sum(1 for _ in earlier), e.span))
     # no text can say this name

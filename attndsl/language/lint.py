@@ -76,6 +76,7 @@ def _of_attention(item: ast.AttentionDef, elaborator: Elaborator) -> Iterator[Di
             yield from _empty_rows(group, span)
         yield from _shift_variance(group, item)
         yield from _vanishing(group, [c for c in _clauses_of(item, i) if c.word == "norm"])
+        yield from _alike(group, [c for c in _clauses_of(item, i) if c.word == "score"], elaborator)
         yield from _blindness(group, [c for c in _clauses_of(item, i) if c.word == "score"], elaborator)
     yield from _missing_heads(value.attention, item)
     yield from _inexact(value.attention, masks, elaborator)
@@ -274,6 +275,24 @@ def _vanishing(group: HeadGroup, norms: list[ast.Clause]) -> Iterator[Diagnostic
             "the denominator may vanish: weights of both signs are divided by their sum",
             norms[0].value.span,
             "use features that are never negative, such as `elu1` and `favor`, or `norm none`",
+        )
+
+
+def _alike(group: HeadGroup, scores: list[ast.Clause], elaborator: Elaborator) -> Iterator[Diagnostic]:
+    """Features by a learned matrix, all of one number, with nothing beside that tells its rows apart. Of D
+    features that may be Q and K."""
+    if not all(table.learned for table in group.score.tables):
+        return
+    matrices = {node.args[0].value for node in ir.nodes(group.score) if node.op == "matvec"}
+    for matrix in sorted(group.score.tables & matrices, key=lambda table: table.name):
+        rows = matrix.dims[-2]
+        if rows in ("D", 1):
+            continue
+        clause = next((c for c in scores if matrix.name in _names(c, elaborator)), scores[-1])
+        yield _warning(
+            f"the {rows} rows of `{matrix.name}` begin alike, and equal gradients keep them so",
+            clause.value.span,
+            f"write `orthogonal({rows})` or `gaussian_rows({rows})`, or fill it in the module first",
         )
 
 

@@ -290,8 +290,10 @@ def _check(table: Table, array: Any, bound: dict[str, int]) -> None:
             f"`{table.name}` is {_shape_text(table)}, and was given with {array.ndim} axes: "
             f"{tuple(array.shape)}"
         )
+    listed = isinstance(table.origin, Selected) and table.origin.of is not None
     for axis, size in zip(table.dims, array.shape, strict=True):
-        if axis == "B" and size == 1:
+        # of fewer units a list has fewer entries
+        if (axis == "B" and size == 1) or (listed and isinstance(axis, int) and size < axis):
             continue
         wanted = axis if isinstance(axis, int) else bound.setdefault(axis, size)
         if size != wanted:

@@ -61,9 +61,10 @@ class TopK:
         return {"products": scores * problem.head_dim, "sorted": scores}
 
     def choose(self, origin: Selected, offered: Offered) -> Tensor:
-        env, r, of, by = units(origin, offered), self.rounds(origin), origin.of, origin["by"]
+        env, of, by = units(origin, offered), origin.of, origin["by"]
         (batch, heads), kv_heads = offered.q.shape[:2], offered.k.shape[1]
         rows, count = env.values["q"].shape[2], env.values["k"].shape[3]
+        r = min(self.rounds(origin), count)
         together = heads // kv_heads if origin["share"] == "kv" else 1
         found = torch.full((batch, heads, rows, r), -1, device=offered.q.device)
         assert of is not None
@@ -89,7 +90,7 @@ class TopK:
         return found
 
     def reference(self, origin: Selected, offered: Offered) -> Tensor:
-        by, r = origin["by"], self.rounds(origin)
+        by = origin["by"]
         env = units(origin, replace(offered, q=offered.q.double(), k=offered.k.double()))
         rows, count = env.values["q"].shape[2], env.values["k"].shape[3]
         shape = (*offered.q.shape[:2], rows, count)
@@ -99,7 +100,7 @@ class TopK:
         if origin["share"] == "kv":
             groups = scores.view(shape[0], offered.k.shape[1], -1, rows, count)
             scores = groups.sum(2, keepdim=True).expand(groups.shape).flatten(1, 2)
-        return best(scores, live, r)
+        return best(scores, live, min(self.rounds(origin), count))
 
 
 def greatest(scores: Tensor, live: Tensor, hidden: slice, r: int) -> Tensor:

@@ -58,12 +58,12 @@ class Heavy:
         scores, r = self._scores(origin, offered), self.rounds(origin)
         # of equal scores the first: a stable sort, of NaN as of the greatest
         order = torch.sort(scores, dim=-1, descending=True, stable=True)
-        found = torch.where(order.values == -torch.inf, -1, order.indices)[..., :r]
-        return torch.nn.functional.pad(found, (0, r - found.shape[-1]), value=-1)
+        return torch.where(order.values == -torch.inf, -1, order.indices)[..., :r]
 
     def reference(self, origin: Selected, offered: Offered) -> Tensor:
         """One row after the other."""
-        scores, r = self._scores(origin, offered), self.rounds(origin)
+        scores = self._scores(origin, offered)
+        r = min(self.rounds(origin), scores.shape[-1])
         found = torch.full((*scores.shape[:-1], r), -1)
         for row, out in zip(scores.flatten(0, -2), found.view(-1, r), strict=True):
             live = [key for key in range(len(row)) if row[key] != -torch.inf]
