@@ -203,17 +203,17 @@ def test_a_selection_conforms(clauses: str, n: int) -> None:
 
 MISTAKES = {
     "mask topk(0, of = causal)": "`topk` chooses 0, and at least 1 must be chosen",
-    "mask within(8, topk(2))": "stands here for others",
-    "mask topk(2) @ causal": "stands here for others",
-    "mask ~topk(2)": "stands here for others",
-    "mask causal - topk(2)": "stands here for others",
-    "mask T(topk(2))": "stands here for others",
-    "mask grid(4, 4, { (y, x), (v, u) : topk(2)[y, v] })": "stands here for others",
+    "mask within(8, topk(2))": "may not stand here",
+    "mask topk(2) @ causal": "may not stand here",
+    "mask ~topk(2)": "may not stand here",
+    "mask causal - topk(2)": "may not stand here",
+    "mask T(topk(2))": "may not stand here",
+    "mask grid(4, 4, { (y, x), (v, u) : topk(2)[y, v] })": "may not stand here",
     "score s + where(topk(2)[q, k], 1.0, 0.0)": "stands in a mask alone",
     "mask topk(2, by = learn[D] @ K)": "needs a name",
-    "mask topk(2, of = topk(3))": "stands here for others",
+    "mask topk(2, of = topk(3))": "may not stand here",
     "mask topk(2, share = heads)": "`share` is heads",
-    "mask topk(2, by = Q @ mean(K))": "`mean(K)` stands in the `by` of a choice among blocks alone",
+    "mask topk(2, by = Q @ mean(K))": "`mean(K)` is of a block, and keys are chosen here one by one",
     "mask topk(2, off = causal)": "`topk` has no parameter `off`",
     "mask topk(of = causal)": "`topk` needs its argument `r`",
 }
@@ -507,3 +507,16 @@ def test_labels_end() -> None:
     plan, q = attndsl.compile(attndsl.parse(text)["a"], length=8, head_dim=2), torch.zeros(1, 1, 8, 2)
     with pytest.raises(attndsl.AttnError, match="labels end at 32,767"):
         plan.choices(q, q, mu=torch.zeros(2**15 + 1, 2))
+
+
+def test_a_claim_of_a_pattern_that_chooses_is_about_every_choice() -> None:
+    text = """pattern p = topk(2, of = causal)  pattern w = within(hash(4), last(2))
+        assert p <= causal  assert p == causal  assert last(1) <= w
+        assert nnz(p | w, n = 8, heads = 2) < 36"""
+    verdicts = [verdict for _, verdict in attndsl.parse(text).check()]
+    assert [(verdict.status, verdict.reason) for verdict in verdicts] == [
+        ("proved", ""),
+        ("undecided", "it depends on what `topk` chooses"),
+        ("proved", ""),
+        ("undecided", "it depends on what `hash` chooses and what `topk` chooses"),
+    ]
