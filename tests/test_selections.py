@@ -520,3 +520,17 @@ def test_a_claim_of_a_pattern_that_chooses_is_about_every_choice() -> None:
         ("proved", ""),
         ("undecided", "it depends on what `hash` chooses and what `topk` chooses"),
     ]
+
+
+def test_a_plan_takes_no_choice() -> None:
+    plan = attndsl.compile(attndsl.parse("attention a { mask topk(2, of = causal) }")["a"], length=8, heads=1)
+    q = torch.randn(1, 1, 8, 64)
+    given = plan.choices(q, q)
+    said = "`topk#0` is chosen at every call, and no input of `a`"
+    for call in (
+        lambda: plan.bind(**given),
+        lambda: plan(q, q, q, **given),
+        lambda: plan.choices(q, q, **given),
+    ):
+        with pytest.raises(attndsl.AttnError, match=said):
+            call()

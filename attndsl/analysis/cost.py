@@ -83,7 +83,9 @@ class Costs:
 
 def _find(subject: Subject) -> Costs:
     least = ideal(subject.block_mask, subject.problem)
-    found = lowerings(subject.attention, subject.problem, subject.block_mask)
+    # a plan knows no tiles of what is chosen at every call
+    blocks = None if subject.attention.selected else subject.block_mask
+    found = lowerings(subject.attention, subject.problem, blocks)
     return Costs(least.flops, least.bytes, found, choosing(subject.attention, subject.problem))
 
 
