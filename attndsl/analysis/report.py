@@ -12,7 +12,7 @@ from attndsl.analysis.text import line
 from attndsl.attention import Attention
 from attndsl.backend import Problem
 from attndsl.bound import Bound
-from attndsl.errors import AttnError, fail, suggest
+from attndsl.errors import AttnError, asking, fail, suggest
 from attndsl.execution import registry
 from attndsl.execution.selecting import drawn
 from attndsl.program import bound_of
@@ -223,7 +223,9 @@ def extended(report: Report, name: str, subject: Subject) -> Report:
             given = {t.name: subject.inputs[t.name] for t in wide.inputs if t.name in subject.inputs}
             whole = replace(subject.bound, attention=wide)
             subject = replace(subject, bound=whole, inputs=given, fixed=fixed)
-        return replace(report, findings={**report.findings, name: part.find(subject)})
+        with asking(f"the analysis `{name}`"):
+            found = part.find(subject)
+        return replace(report, findings={**report.findings, name: found})
     except AttnError as error:
         return replace(report, reasons={**report.reasons, name: error.diagnostics[0].message})
 

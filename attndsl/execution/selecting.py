@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from attndsl.attention import Attention
 from attndsl.axis import Axis
-from attndsl.errors import fail
+from attndsl.errors import asking, fail
 from attndsl.execution import registry
 from attndsl.expr import Drawn, Expr, Selected, Table
 from attndsl.meaning import draws
@@ -97,7 +97,8 @@ def _choice(table: Table, offered: Offered) -> Tensor:
         _check_keys(origin.selection, offered)
     elif origin.rows > 1 and not (offered.q_at.starts == offered.k_at.starts == (0,)):
         raise fail(f"`{origin.selection}` chooses for whole blocks of queries, which begin at position 0")
-    found = selection.choose(origin, offered)
+    with asking(f"the selection `{origin.selection}`"):
+        found = selection.choose(origin, offered)
     wanted = shape(table, offered.q, offered.k)
     if found.dtype.is_floating_point or [*found.shape] != wanted:
         given = f"{found.dtype}{[*found.shape]}"

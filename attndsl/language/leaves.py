@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from attndsl import expr as ir
 from attndsl.attention import Relation
-from attndsl.errors import AttnError, fail
+from attndsl.errors import AttnError, asking, fail
 from attndsl.expr import Argument, Expr, Selected
 from attndsl.language.arguments import bind_arguments_of
 from attndsl.language.mistakes import expected, number_of, quoted
@@ -53,7 +53,8 @@ def leaf(el: Elaborator, name: str, selection: Selection, e: ast.Call, env: Scop
     choices = _table(el, origin, selection, e)
     if selection.kind == "labels":
         return TableOf(choices)
-    how = selection.relates(origin)
+    with asking(f"the selection `{name}`"):
+        how = selection.relates(origin)
     assert how is not None
 
     def at(q: Expr, k: Expr, sp: Space) -> Relation:
@@ -116,8 +117,9 @@ def _elsewhere(name: str, e: ast.Call) -> AttnError:
 
 def _table(el: Elaborator, origin: Selected, selection: Selection, e: ast.Call) -> ir.Table:
     try:
-        selection.check(origin)
-        rounds = selection.rounds(origin)
+        with asking(f"the selection `{origin.selection}`"):
+            selection.check(origin)
+            rounds = selection.rounds(origin)
     except AttnError as error:
         raise AttnError(*(replace(d, span=d.span or e.span) for d in error.diagnostics)) from None
     earlier = (other for other in el.leaves if other.selection == origin.selection)
