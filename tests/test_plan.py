@@ -190,7 +190,9 @@ def chosen_by(name):
     """Each method is asked something."""
     program = attndsl.parse(f"attention a {{ mask causal & {name}() }}")
     compiled(attention=program["a"]).choices(*qkv()[:2])
-    return leaks.unstable(program["a"].attention), attndsl.analyze(program["a"], length=8, parts=["cost"]).choosing
+    return leaks.unstable(program["a"].attention), attndsl.analyze(
+        program["a"], length=8, parts=["cost"]
+    ).choosing
 
 
 @pytest.mark.parametrize("method", ["check", "rounds", "relates", "reads", "counts", "choose"])
