@@ -103,7 +103,7 @@ class AttnError(Exception):
 
 @contextlib.contextmanager
 def asking(plugin: str) -> Iterator[None]:
-    """What a plugin raises passes as it is; where that is no AttnError, with a note that names the innermost."""
+    """What a plugin raises passes as it is; what is no AttnError gets a note that names the innermost one."""
     try:
         yield
     except AttnError:

@@ -90,9 +90,9 @@ class Selection(Protocol):
 
     def choose(self, origin: Selected, offered: Offered) -> Tensor:
         """Integers: labels [B, H, n] or ranks [B, H, rounds, n] of the keys, or what is chosen for each row
-        [B, H, rows, r]: places among the keys, or numbers of blocks, each once, -1 where there are fewer. H are
-        the query heads; those that share a key head have equal labels and ranks. Equal on equal input; of equal
-        scores the first comes first; NaN is the largest score."""
+        [B, H, rows, r]: places among the keys, or numbers of blocks, each once, -1 where there are fewer. H
+        are the query heads; those that share a key head have equal labels and ranks. Equal on equal input; of
+        equal scores the first comes first; NaN is the largest score."""
 
     def reference(self, origin: Selected, offered: Offered) -> Tensor:
         """The same by the plainest code: what conformance checks `choose` against. It is offered float64
