@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cached_property
@@ -98,6 +99,19 @@ class AttnError(Exception):
 
     def __str__(self) -> str:
         return "\n\n".join(map(str, self.diagnostics))
+
+
+@contextlib.contextmanager
+def asking(plugin: str) -> Iterator[None]:
+    """What a plugin raises passes as it is; what is no AttnError gets a note that names the innermost one."""
+    try:
+        yield
+    except AttnError:
+        raise
+    except Exception as error:
+        if not hasattr(error, "__notes__"):
+            error.add_note(f"raised by {plugin}")
+        raise
 
 
 def fail(message: str, span: Span | None = None, help: str = "") -> AttnError:

@@ -227,7 +227,13 @@ def _declare(item: Definition, definitions: dict[str, Definition]) -> list[Diagn
 def _selection(name: str) -> Selection | None:
     from attndsl.execution import registry
 
-    return registry.plugin("selections", name) if name in registry.names("selections") else None
+    return registry.plugin("selections", name) if name in _selections() else None
+
+
+def _selections() -> tuple[str, ...]:
+    from attndsl.execution import registry
+
+    return registry.names("selections")
 
 
 class Program:
@@ -240,7 +246,8 @@ class Program:
     def __init__(self, name: str, definitions: Mapping[str, Definition]) -> None:
         self.name, self.own = name, definitions
         self.assertions: list[Assertion] = []
-        self.elaborator = Elaborator(ChainMap(definitions, prelude()), _selection)  # type: ignore[arg-type]  # read only
+        both: ChainMap[str, Definition] = ChainMap(definitions, prelude())  # type: ignore[arg-type]  # read only
+        self.elaborator = Elaborator(both, _selection, _selections)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)

@@ -91,11 +91,11 @@ class Selection(Protocol):
         numbers that are compared with one another."""
 
     def choose(self, origin: Selected, offered: Offered) -> Tensor:
-        """Integers [B, H, ...], H the query heads, of which a group that shares a key head has equal labels
-        and ranks: labels [.., n], ranks [.., rounds, n] of the keys, or what is chosen for each row
-        [.., rows, r], r at most the number of keys or blocks: places among the keys, or numbers of blocks,
-        each once, -1 where `of` holds fewer. Equal on equal input; of equal scores the first comes first; NaN
-        is the largest score."""
+        """Integers: labels [B, H, n] or ranks [B, H, rounds, n] of the keys, or what is chosen for each row
+        [B, H, rows, r], r at most the number of keys or blocks: places among the keys, or numbers of blocks,
+        each once, -1 where `of` holds fewer. H are the query heads; those that share a key head have equal
+        labels and ranks. Equal on equal input; of equal scores the first comes first; NaN is the largest
+        score."""
 
     def reference(self, origin: Selected, offered: Offered) -> Tensor:
         """The same by the plainest code: what conformance checks `choose` against. It is offered float64

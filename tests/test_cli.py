@@ -258,6 +258,16 @@ def test_fmt_leaves_a_file_with_mistakes_alone(tmp_path):
     assert Path(file).read_text() == "pattern p = (causal"
 
 
+def test_fmt_reads_stdin_and_writes_stdout(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(main, ["fmt", "-"], input="pattern   p=causal&last( 3 )  # 3 ≤ n")
+    assert (done.exit_code, done.stdout) == (0, "pattern p = causal & last(3)  # 3 ≤ n\n")
+    assert CliRunner().invoke(main, ["fmt", "-"], input=done.stdout).stdout == done.stdout
+    told = CliRunner().invoke(main, ["fmt", "--check", "-"], input="pattern   p=causal")
+    assert (told.exit_code, told.stdout) == (1, "would change <stdin>\n")
+    assert not list(tmp_path.iterdir())
+
+
 def test_diff_tells_heads_apart(tmp_path):
     """Both relate the same pairs in some head."""
     one = "attention one { heads 0 { mask causal } else { mask last(3) } }\n"
@@ -333,6 +343,78 @@ def noise(tmp_path, monkeypatch):
 
 
 UNKNOWN = "error: nothing is known of `noise`: the mask has 64 different partial boxes of 1024 x 1024"
+
+
+CHOOSING = """attention near { mask block(4) & causal | topk(2, of = causal - block(4)) }
+attention pieces { mask lsh(2, 8) & causal }
+attention by_input { inputs w : float[D]  mask topk(2, of = causal, by = (w * Q) @ K) }
+"""
+
+
+@pytest.fixture
+def choosing(tmp_path):
+    return write(tmp_path / "choosing.attn", CHOOSING)
+
+
+def test_a_plan_of_what_is_chosen_says_why_it_has_no_tiles(choosing):
+    for command in ("compile", "run"):
+        done = attn_process(command, choosing, "near", "--length", 64)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "  tiles     unknown: keys are chosen anew at every call\n" in done.stdout
+    assert "  SDPA, this mask   left out: keys are chosen anew at every call\n" in done.stdout
+
+
+def test_analyze_says_which_figures_are_of_one_choice(choosing):
+    shown = attn("analyze", choosing, "pieces", "--length", 64).stdout
+    assert "  live pairs    0 to 2,080, whatever is chosen\n  empty rows    0, of one drawn choice\n" in shown
+    headings = re.findall(r"\n\n(\S.*)", shown)
+    about = [heading.partition(", of ")[2] for heading in headings]
+    whole = ["all that may be chosen"] * 3
+    assert about == [*["one drawn choice"] * 3, *whole, "one drawn choice"], headings
+    assert (
+        json.loads(attn("analyze", choosing, "pieces", "--length", 64, "--json").stdout)["choice"] == "drawn"
+    )
+    plain = write(Path(choosing).parent / "plain.attn", "attention plain { mask causal }")
+    assert "cho" not in attn("analyze", plain, "--length", 64).stdout
+
+
+def test_analyze_of_no_choice_says_what_is_missing(choosing):
+    found = json.loads(attn("analyze", choosing, "by_input", "--length", 64, "--json").stdout)
+    needed = "`by_input` needs its input `w`, float[D]"
+    assert found["reasons"] == dict.fromkeys(["cost", "block_sizes", "machines", "graph"], needed)
+    assert found["nnz"]["value"] == 2 * 64 - 1
+    long = json.loads(
+        attn("analyze", choosing, "near", "--length", 10000, "--only", "nnz,graph", "--json").stdout
+    )
+    assert long["reasons"] == {
+        "graph": "a choice is drawn for 67,108,864 pairs of a query and a key at most, not 100,000,000"
+    }
+    assert long["nnz"]["whatever"] == "is chosen"
+    done = attn("show", choosing, "near", "--length", 10000)
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert long["reasons"]["graph"] in done.stderr
+
+
+def test_compare_says_which_figures_are_of_one_choice(choosing, good):
+    done = attn("compare", f"{choosing}:near", f"{choosing}:pieces", f"{good}:lm", "--length", 64)
+    *_, first, second = done.stdout.splitlines()
+    assert f"{first} {second}" == (
+        "near, pieces: FLOP forward is of one drawn choice, sight and cache of all that may be chosen"
+    )
+    assert "choice" not in attn("compare", f"{good}:lm", "--length", 64).stdout
+
+
+def test_an_input_that_nothing_has_is_refused(choosing, good, tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros(64))
+    given = ["--length", 64, "--input", f"dco={tmp_path / 'x.npy'}"]
+    done = attn("compare", f"{good}:packed", f"{choosing}:by_input", *given)
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert done.stderr == "error: no attention here has an input `dco`\n  help: their inputs: doc, w\n"
+    for command in ("show", "compile", "run", "analyze", "report"):
+        page = ["-o", tmp_path / "page.html"] if command == "report" else []
+        done = attn_process(command, choosing, "near", *given, *page)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr == "error: `near` has no input `dco`\n  help: its inputs: none\n"
 
 
 @pytest.mark.parametrize("only", [[], ["--only", "nnz,cost"]])

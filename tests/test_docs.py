@@ -116,6 +116,11 @@ def test_every_part_and_field_of_a_report_is_described():
         assert [field for field in part.names(name) if f"`{field}" not in DOCS["analysis.md"]] in ([], [name])
 
 
+def test_the_code_about_choices_runs():
+    (code,) = (text for name, kind, _, text in BLOCKS if kind == "python" and "plan.choices" in text)
+    exec(code, {})
+
+
 @pytest.mark.parametrize("name", DOCS)
 def test_links_inside_the_repository_lead_somewhere(name):
     text = re.sub(r"`[^`\n]+`", "code", FENCED.sub("", DOCS[name]))

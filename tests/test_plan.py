@@ -14,6 +14,7 @@ import attndsl
 from attndsl import conformance
 from attndsl.command.cli import main
 from attndsl.conformance import CASES, MECHANISMS
+from attndsl.execution import leaks
 from attndsl.execution.lowered import KEPT
 from attndsl.tiles import lowering
 
@@ -142,10 +143,66 @@ def test_any_real_number_is_a_cost(register):
     assert compiled().backend == name
 
 
-def test_what_a_plugin_raises_is_not_hidden(register):
-    register(GOOD.replace("return 1.0", "return 1 / 0"))
-    with pytest.raises(ZeroDivisionError):
-        compiled()
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("return 1.0", "return 1 / 0"),
+        ("else None", "else 1 / 0"),
+        (f"return lambda call: {RESULT}", "return 1 / 0"),
+        (RESULT, "1 / 0"),
+    ],
+)
+def test_what_a_backend_raises_is_not_hidden(register, right, wrong):
+    name = register(GOOD.replace(right, wrong))
+    with pytest.raises(ZeroDivisionError) as caught:
+        called(name)
+    assert caught.value.__notes__ == [f"raised by the backend `{name}`"]
+
+
+def called(name):
+    return compiled(name)(*qkv())
+
+
+SELECTION = """
+import torch
+
+
+class Own:
+    kind = "order"
+    def signature(self): ...
+    def check(self, origin): ...
+    def rounds(self, origin): return 1
+    def relates(self, origin):
+        from attndsl.selection import Chunks
+        return Chunks(4)
+    def reads(self, origin): return "past"
+    def counts(self, origin, problem): return {"products": 1.0, "sorted": 0.0}
+    def choose(self, origin, offered):
+        return torch.arange(offered.k.shape[2]).expand(*offered.q.shape[:2], 1, -1)
+    reference = choose
+
+
+selection = Own()
+"""
+
+
+def chosen_by(name):
+    """Each method is asked something."""
+    program = attndsl.parse(f"attention a {{ mask causal & {name}() }}")
+    compiled(attention=program["a"]).choices(*qkv()[:2])
+    return leaks.unstable(program["a"].attention), attndsl.analyze(
+        program["a"], length=8, parts=["cost"]
+    ).choosing
+
+
+@pytest.mark.parametrize("method", ["check", "rounds", "relates", "reads", "counts", "choose"])
+def test_what_a_selection_raises_is_not_hidden(register, method):
+    assert chosen_by(register(SELECTION, "selections", ":selection"))
+    wrong = SELECTION.replace(f"def {method}(", f"def {method}(self, *_): 1 / 0\n    def other(")
+    name = register(wrong, "selections", ":selection")
+    with pytest.raises(ZeroDivisionError) as caught:
+        chosen_by(name)
+    assert caught.value.__notes__ == [f"raised by the selection `{name}`"]
 
 
 def test_a_kernel_is_a_function(register):

@@ -335,3 +335,21 @@ def test_a_batch_counts_in_every_part() -> None:
     assert one.bytes is not None
     assert four.bytes is not None
     assert four.bytes.forward == 4 * one.bytes.forward
+
+
+def test_backends_cost_what_they_do_where_keys_are_chosen():
+    """The plan knows nothing of which; here it is all of them, and tiles would be those of `causal`."""
+    attention = attndsl.parse("attention a { mask topk(64, of = causal) }")["a"]
+    found = attndsl.analyze(attention, length=64, parts=["cost"]).lowerings
+    considered = attndsl.compile(attention, length=64).considered
+    assert found["sdpa"].seconds_estimate == considered["sdpa"]
+    assert {name: work.seconds_estimate or work.reason for name, work in found.items()} == considered
+
+
+def test_the_page_says_what_is_of_one_choice():
+    attention = attndsl.parse("attention a { mask causal & lsh(2, 8) }")["a"]
+    page = render(attndsl.analyze(attention, length=64, parts=["nnz", "rows"]).to_dict())
+    assert "are of one drawn choice" in page
+    assert "<small>whatever is chosen</small>" in page
+    plain = attndsl.parse("attention a { mask causal }")["a"]
+    assert "choice" not in render(attndsl.analyze(plain, length=64, parts=["nnz", "rows"]).to_dict())

@@ -205,17 +205,17 @@ def test_a_selection_conforms(clauses: str, n: int) -> None:
 
 MISTAKES = {
     "mask topk(0, of = causal)": "`topk` chooses 0, and at least 1 must be chosen",
-    "mask within(8, topk(2))": "stands here for others",
-    "mask topk(2) @ causal": "stands here for others",
-    "mask ~topk(2)": "stands here for others",
-    "mask causal - topk(2)": "stands here for others",
-    "mask T(topk(2))": "stands here for others",
-    "mask grid(4, 4, { (y, x), (v, u) : topk(2)[y, v] })": "stands here for others",
+    "mask within(8, topk(2))": "may not stand here",
+    "mask topk(2) @ causal": "may not stand here",
+    "mask ~topk(2)": "may not stand here",
+    "mask causal - topk(2)": "may not stand here",
+    "mask T(topk(2))": "may not stand here",
+    "mask grid(4, 4, { (y, x), (v, u) : topk(2)[y, v] })": "may not stand here",
     "score s + where(topk(2)[q, k], 1.0, 0.0)": "stands in a mask alone",
     "mask topk(2, by = learn[D] @ K)": "needs a name",
-    "mask topk(2, of = topk(3))": "stands here for others",
+    "mask topk(2, of = topk(3))": "may not stand here",
     "mask topk(2, share = heads)": "`share` is heads",
-    "mask topk(2, by = Q @ mean(K))": "`mean(K)` stands in the `by` of a choice among blocks alone",
+    "mask topk(2, by = Q @ mean(K))": "`mean(K)` is of a block, and keys are chosen here one by one",
     "mask topk(2, off = causal)": "`topk` has no parameter `off`",
     "mask topk(of = causal)": "`topk` needs its argument `r`",
 }
@@ -602,3 +602,30 @@ def test_the_suite_refuses_what_breaks_a_rule(register, base: str, line: str, sa
         check(f"mask causal & {mask}", 15)
     assert said.format(name=name) in str(found.value)
     assert name in str(found.value)
+
+
+def test_a_claim_of_a_pattern_that_chooses_is_about_every_choice() -> None:
+    text = """pattern p = topk(2, of = causal)  pattern w = within(hash(4), last(2))
+        assert p <= causal  assert p == causal  assert last(1) <= w
+        assert nnz(p | w, n = 8, heads = 2) < 36"""
+    verdicts = [verdict for _, verdict in attndsl.parse(text).check()]
+    assert [(verdict.status, verdict.reason) for verdict in verdicts] == [
+        ("proved", ""),
+        ("undecided", "it depends on what `topk` chooses"),
+        ("proved", ""),
+        ("undecided", "it depends on what `hash` chooses and what `topk` chooses"),
+    ]
+
+
+def test_a_plan_takes_no_choice() -> None:
+    plan = attndsl.compile(attndsl.parse("attention a { mask topk(2, of = causal) }")["a"], length=8, heads=1)
+    q = torch.randn(1, 1, 8, 64)
+    given = plan.choices(q, q)
+    said = "`topk#0` is chosen at every call, and no input of `a`"
+    for call in (
+        lambda: plan.bind(**given),
+        lambda: plan(q, q, q, **given),
+        lambda: plan.choices(q, q, **given),
+    ):
+        with pytest.raises(attndsl.AttnError, match=said):
+            call()

@@ -111,7 +111,7 @@ def test_the_library_is_read_where_it_is_used(environment, tmp_path):
     [
         ("CONTRIBUTING.md", "tiny", "backend = Tiny", 120),
         ("CONTRIBUTING.md", "tiny", "backend = Scored", 200),
-        ("docs/selections.md", "longest", "selection = Longest", 7),
+        ("docs/selections.md", "longest", "longest, alike = Longest(), Alike", 15),
     ],
 )
 def test_a_plugin_that_is_shown_conforms(file, name, shown, passing, tmp_path):

@@ -12,7 +12,7 @@ from attndsl.analysis.units import scaled, seconds
 from attndsl.analysis.work import BACKWARD, Passes, Steps, ideal, pair_flops
 from attndsl.attention import Attention
 from attndsl.backend import DTYPES, Counting, Problem
-from attndsl.errors import fail
+from attndsl.errors import asking, fail
 from attndsl.execution import choice, registry
 from attndsl.expr import Selected
 from attndsl.pictures import Drawing, drawn
@@ -53,7 +53,9 @@ def lowerings(attention: Attention, problem: Problem, block_mask: BlockMask | No
         backend = registry.plugin("backends", name)
         work = None
         if isinstance(backend, Counting):
-            work = _work(backend.counts(attention, problem, block_mask), problem)
+            with asking(f"the backend `{name}`"):
+                counts = backend.counts(attention, problem, block_mask)
+            work = _work(counts, problem)
         unknown = choice.UNKNOWN if verdict is None else None
         found[name] = Lowering(verdict, unknown, *(work or (None, None)))
     return found
@@ -83,7 +85,9 @@ class Costs:
 
 def _find(subject: Subject) -> Costs:
     least = ideal(subject.block_mask, subject.problem)
-    found = lowerings(subject.attention, subject.problem, subject.block_mask)
+    # a plan knows no tiles of what is chosen at every call
+    blocks = None if subject.attention.selected else subject.block_mask
+    found = lowerings(subject.attention, subject.problem, blocks)
     return Costs(least.flops, least.bytes, found, choosing(subject.attention, subject.problem))
 
 
@@ -94,7 +98,8 @@ def choosing(attention: Attention, problem: Problem) -> dict[str, float]:
         origin = chosen.origin
         assert isinstance(origin, Selected)
         selection: Selection = registry.plugin("selections", origin.selection)
-        counts = selection.counts(origin, problem)
+        with asking(f"the selection `{origin.selection}`"):
+            counts = selection.counts(origin, problem)
         found[origin.selection] = found.get(origin.selection, 0.0) + 2 * counts["products"]
     return found
 

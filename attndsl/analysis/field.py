@@ -386,12 +386,11 @@ def _find(subject: Subject) -> Reached:
 def _text(reached: Reached) -> Iterator[str]:
     found = reached.reach
     target = {"causal": "every key up to itself", "full": "every key"}[found.target]
-    yield "\nreceptive field" + (", at most: of all that may be chosen" if reached.reach_fixed else "")
+    yield "\nreceptive field"
     if reached.reach_fixed is not None and reached.reach_fixed.per_layer:
         (least, *_) = reached.reach_fixed.per_layer
-        yield line(
-            "at least", f"{_number(least.last_row)} keys for the last query after 1 layer: what is fixed"
-        )
+        seen = f"{_number(least.last_row)} key{'s' * (least.last_row != 1)}"
+        yield line("at least", f"{seen} for the last query after 1 layer: what is fixed")
     if found.full_after is not None:
         yield line("full after", f"{layers_said(found.full_after)}: every query then sees {target}")
     if found.hole is not None:

@@ -473,7 +473,7 @@ def _searched_gap(grid: TileGrid, degrees: Array, bound: float, start: Array) ->
 def _find(subject: Subject) -> GraphMeasures:
     p = subject.one_sequence
     level = level_of(p.length)
-    return measured(tiles_of(subject.attention, p.length, level, None, p.heads, None, subject.inputs), level)
+    return measured(tiles_of(subject.attention, p.length, level, None, p.heads, None, subject.tables), level)
 
 
 def _text(found: GraphMeasures) -> Iterator[str]:

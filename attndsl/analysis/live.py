@@ -13,6 +13,7 @@ from attndsl.analysis.part import Part, Subject
 from attndsl.analysis.text import line
 from attndsl.analysis.units import percent
 from attndsl.expr import FALSE, Expr, const, nodes, substitute, var
+from attndsl.tiles import lowering
 from attndsl.tiles.tiling import replaced
 
 RESIDUES_SHOWN = 4096
@@ -26,6 +27,7 @@ class Count:
     value      exactly, at the length given; None while tables are missing
     formula    in n, for what `valid_for` says; None where there is none in few pieces
     bounds     without the tables: the value is between; with them or without tables None
+    whatever   what it is then between for: "the tables", "is chosen" or "the tables and choices"
     expected   the mean over seeds, where keys are drawn at random
     around     polynomials in n below and above, where the formula has too many pieces
     residues   then twice the coefficients of f^2, f and 1, f = n // p, for each residue of n modulo p
@@ -35,6 +37,7 @@ class Count:
     formula: str | None = None
     valid_for: str | None = None
     bounds: tuple[int, int] | None = None
+    whatever: str | None = None
     expected: float | None = None
     around: tuple[str, str] | None = None
     residues: tuple[tuple[int, ...], ...] | None = None
@@ -55,13 +58,13 @@ def live(subject: Subject) -> Live:
         low, high = found
         if low == high:
             return Live(Count(low), low / pairs if pairs else 0.0)
-        return Live(Count(None, bounds=found))
+        return Live(Count(None, bounds=found, whatever="is chosen"))
     if subject.open and subject.square:
         ends = [
             (times, counting.bracket(mask, subject.problem.length)) for mask, times in subject.masks.items()
         ]
         low, high = (sum(times * end[i] for times, end in ends) for i in range(2))
-        return Live(Count(None, bounds=(low, high)))
+        return Live(Count(None, bounds=(low, high), whatever=_whatever(subject)))
     form = closed_form(subject.masks) if subject.square else None
     holds = form is not None and subject.problem.length >= form.start
     if form and holds:
@@ -80,6 +83,14 @@ def live(subject: Subject) -> Live:
         count = replace(count, expected=_expected(subject))
     complexity = CLASSES[form.degree] if form is not None else _growth(subject)
     return Live(count, value / pairs if pairs else 0.0, complexity)
+
+
+def _whatever(subject: Subject) -> str:
+    """What is not given of the tables that masks read."""
+    missing = {table for table in lowering.mask_tables(subject.attention) if table.name not in subject.inputs}
+    if missing.isdisjoint(subject.attention.selected):
+        return "the tables"
+    return "the tables and choices" if missing - {*subject.attention.selected} else "is chosen"
 
 
 def _expected(subject: Subject) -> float | None:
@@ -175,7 +186,7 @@ def _text(found: Live) -> Iterator[str]:
         yield line("live pairs", f"{count.value:,}, {percent(found.density)}")
     if count.bounds is not None:
         low, high = count.bounds
-        yield line("live pairs", f"{low:,} to {high:,}, whatever the tables")
+        yield line("live pairs", f"{low:,} to {high:,}, whatever {count.whatever}")
     if count.formula is not None:
         yield line("formula", f"{count.formula}, for {count.valid_for}")
     if count.around is not None:
@@ -190,7 +201,8 @@ def _text(found: Live) -> Iterator[str]:
 CARDS = """
 {% call card("live pairs") %}
 {% if at("nnz", "bounds") %}
-{{ fact("nnz", "bounds", 0) }} – {{ fact("nnz", "bounds", 1) }}<small>by the tables</small>
+{{ fact("nnz", "bounds", 0) }} – {{ fact("nnz", "bounds", 1) }}
+<small>whatever {{ report.nnz.whatever }}</small>
 {% else %}{{ fact("nnz", "value") }}{% endif %}
 {% endcall %}
 {% call card("density") %}{{ fact("density", unit="percent") }}{% endcall %}
@@ -211,8 +223,7 @@ SECTION = """
 {%- if it.residues %} modulo {{ "{:,}".format(it.residues | length) }}{% endif %};
 <code>analyze --json</code> lists them.</p>
 {% elif at("nnz", "bounds") %}
-<p>Between {{ fact("nnz", "bounds", 0) }} and {{ fact("nnz", "bounds", 1) }}:
-the exact count needs the tables.</p>
+<p>Between {{ fact("nnz", "bounds", 0) }} and {{ fact("nnz", "bounds", 1) }}, whatever {{ it.whatever }}.</p>
 {% else %}
 <p>{{ fact("nnz", "value") }}; no closed form in n is known.</p>
 {% endif %}

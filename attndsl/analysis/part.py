@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from attndsl.attention import Attention
 from attndsl.backend import Problem
-from attndsl.errors import fail
+from attndsl.errors import AttnError, fail
 from attndsl.expr import ZERO, Expr, const, substitute, var
 from attndsl.tiles import lowering
 from attndsl.tiles.blockmask import BlockMask
@@ -32,7 +32,9 @@ class Subject:
     parameters: tuple[str, ...]
     inputs: Mapping[str, ArrayLike]
     drawn: bool = False
-    """Whether a choice of keys among the inputs was drawn."""
+    """Whether no choice of keys was given: among the inputs is one that was drawn."""
+    undrawn: AttnError | None = None
+    """Or why there is none."""
     fixed: Attention | None = None
     """Where keys are chosen by content, and this is about all that may be chosen: what is related whatever is
     chosen."""
@@ -40,6 +42,13 @@ class Subject:
     @property
     def attention(self) -> Attention:
         return self.bound.attention
+
+    @property
+    def choice(self) -> Literal["drawn", "given"] | None:
+        """Where keys are chosen by content, whose choice is among the inputs."""
+        if not self.attention.selected:
+            return None
+        return "drawn" if self.drawn else "given"
 
     @property
     def times(self) -> int:
@@ -58,6 +67,8 @@ class Subject:
 
     @cached_property
     def tables(self) -> dict[str, Any]:
+        if self.undrawn is not None and self.attention.selected:
+            raise self.undrawn
         return lowering.checked_tables(self.attention, self.inputs, self.sizes, self.problem.batch)
 
     @cached_property

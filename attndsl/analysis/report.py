@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from attndsl.analysis.part import Part, Subject
 from attndsl.analysis.text import line
 from attndsl.attention import Attention
 from attndsl.backend import Problem
 from attndsl.bound import Bound
-from attndsl.errors import AttnError, fail, suggest
+from attndsl.errors import AttnError, asking, fail, suggest
 from attndsl.execution import registry
 from attndsl.execution.selecting import drawn
 from attndsl.program import bound_of
@@ -30,6 +30,8 @@ class Report:
     findings  by the name of the part. Fields of parts are attributes too, such as `report.nnz`: None where
               that was not asked for or is not known
     reasons   why not, by part
+    choice    where keys are chosen by content, whose choice it is about; some parts are about all that may be
+              chosen
     """
 
     name: str
@@ -39,6 +41,7 @@ class Report:
     batch: int
     layers: int
     block_size: int
+    choice: Literal["drawn", "given"] | None = None
     findings: Mapping[str, Any] = field(default_factory=dict)
     reasons: Mapping[str, str] = field(default_factory=dict)
 
@@ -65,12 +68,19 @@ class Report:
                 lines = list(text)
                 own = lines[:1] != [] and lines[0].startswith("\n")
                 if headed and not own:
-                    yield f"\n{part.title or name}"
+                    lines.insert(0, f"\n{part.title or name}")
+                if lines[:1] and lines[0].startswith("\n"):
+                    lines[0] += self._about(part)
                 yield from lines
                 headed = headed or own
         if self.reasons:
             yield "\nnot known"
             yield from (line(name, why) for name, why in self.reasons.items())
+
+    def _about(self, part: Part) -> str:
+        if self.choice is None:
+            return ""
+        return f", of one {self.choice} choice" if part.settled else ", of all that may be chosen"
 
     @property
     def known(self) -> bool:
@@ -191,7 +201,14 @@ def chosen(parts: Iterable[str] | None) -> list[str]:
 def blank(subject: Subject) -> Report:
     p = subject.problem
     return Report(
-        subject.attention.name, p.length, p.q_length, p.heads, p.batch, subject.layers, p.block_size
+        subject.attention.name,
+        p.length,
+        p.q_length,
+        p.heads,
+        p.batch,
+        subject.layers,
+        p.block_size,
+        subject.choice,
     )
 
 
@@ -206,7 +223,9 @@ def extended(report: Report, name: str, subject: Subject) -> Report:
             given = {t.name: subject.inputs[t.name] for t in wide.inputs if t.name in subject.inputs}
             whole = replace(subject.bound, attention=wide)
             subject = replace(subject, bound=whole, inputs=given, fixed=fixed)
-        return replace(report, findings={**report.findings, name: part.find(subject)})
+        with asking(f"the analysis `{name}`"):
+            found = part.find(subject)
+        return replace(report, findings={**report.findings, name: found})
     except AttnError as error:
         return replace(report, reasons={**report.reasons, name: error.diagnostics[0].message})
 
@@ -234,5 +253,8 @@ def subject_of(
     lowering.checked_tables(attention, inputs, subject.sizes, problem.batch, needed=())
     if all(table.name in inputs for table in attention.selected):
         return subject
-    chosen = drawn(attention, subject.sizes, problem.kv_heads, head_dim, inputs)
+    try:
+        chosen = drawn(attention, subject.sizes, problem.kv_heads, head_dim, inputs)
+    except AttnError as error:
+        return replace(subject, drawn=True, undrawn=error)
     return replace(subject, inputs={**chosen, **inputs}, drawn=True)

@@ -19,17 +19,19 @@ from attndsl.tiles.lowering import quantifier_free
 @dataclass(frozen=True)
 class Rows:
     """empty_rows counts them over all heads and batch rows, None while tables are missing; `causal` is None
-    where that is undecided, and `not_causal_at` a pair that refutes it."""
+    where that is undecided, and `not_causal_at` a pair that refutes it. `choice`: as of a report."""
 
     empty_rows: int | None
     causal: bool | None
     not_causal_at: Mapping[str, int] | None
+    choice: str | None = None
 
 
 def rows(subject: Subject) -> Rows:
     causal = proofs.subset(subject.attention.any_head(), le(var("k"), var("q")))
     status = {"proved": True, "refuted": False, "undecided": None}[causal.status]
-    return Rows(None if subject.open else _empty_rows(subject), status, causal.counter_example)
+    empty = None if subject.open else _empty_rows(subject)
+    return Rows(empty, status, causal.counter_example, subject.choice)
 
 
 def _empty_rows(subject: Subject) -> int:
@@ -45,7 +47,8 @@ def _empty_rows(subject: Subject) -> int:
 
 def _text(found: Rows) -> Iterator[str]:
     if found.empty_rows is not None:
-        yield line("empty rows", f"{found.empty_rows:,}")
+        of = f", of one {found.choice} choice" if found.choice else ""
+        yield line("empty rows", f"{found.empty_rows:,}{of}")
     if found.causal is not None:
         at = ", ".join(f"{name} = {value}" for name, value in (found.not_causal_at or {}).items())
         yield line("causal", "yes, for every n" if found.causal else f"no: {at}")
@@ -66,5 +69,5 @@ CARDS = """
 
 part = Part(
     rows, _text, ("empty_rows", "causal", "not_causal_at"),
-    known=lambda found: found != Rows(None, None, None), place=30, section="", cards=CARDS,
+    known=lambda found: (found.empty_rows, found.causal) != (None, None), place=30, section="", cards=CARDS,
 )  # fmt: skip

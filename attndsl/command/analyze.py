@@ -14,7 +14,7 @@ from attndsl.analysis.report import Report, blank, chosen, extended, subject_of,
 from attndsl.command import child, comparison
 from attndsl.command.given import bound, echo_json, file_and_name, read, tables, titled, write
 from attndsl.command.options import ANALYSIS, INPUTS, JSON, LENGTH, SET, TARGET, Whole
-from attndsl.errors import AttnError, Diagnostic
+from attndsl.errors import AttnError, Diagnostic, fail, suggest
 from attndsl.execution.registry import names
 from attndsl.html.masks import Mask, masks
 from attndsl.html.page import render
@@ -149,6 +149,11 @@ def compare(
             one = subject_of(attention, parameters=(), inputs=own, **{**sizes, "length": length})
             named.append((one, attention.name))
             swept.append(column)
+    held = {table.name for subject, _ in named for table in subject.attention.inputs}
+    for name in given:
+        if name not in held:
+            help = suggest(name, held) or f"their inputs: {', '.join(sorted(held)) or 'none'}"
+            raise fail(f"no attention here has an input `{name}`", help=help)
     reports = analyzed(named, comparison.PARTS, time_limit)
     rows = [comparison.row(report, column) for report, column in zip(reports, swept, strict=True)]
     click.echo(comparison.FORMATS[form](rows))

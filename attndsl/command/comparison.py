@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import json
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
 from attndsl.analysis.field import layers_said
 from attndsl.analysis.report import Report
+from attndsl.analysis.text import WIDTH
 from attndsl.analysis.units import percent, scaled, seconds
 from attndsl.errors import fail
 
@@ -37,6 +39,8 @@ LINES = {
         "KV cache", "kv_cache", lambda r: r.kv_cache and r.kv_cache.minimum, "{:,} keys".format
     ),
 }
+UNTOLD = ("name", "choice", "reasons")
+"""What has no line in a table."""
 PARTS = list(dict.fromkeys(line.part for line in LINES.values()))
 
 
@@ -65,6 +69,7 @@ def row(report: Report, swept: Mapping[str, str]) -> dict[str, Any]:
         **{name: value for name, value in swept.items() if name != "n"},
         **{name: line.value(report) for name, line in LINES.items()},
         **{f"{name}_seconds": work.seconds_estimate for name, work in (report.lowerings or {}).items()},
+        "choice": report.choice,
         "reasons": dict(report.reasons) or None,
     }
 
@@ -80,7 +85,7 @@ def said(name: str) -> tuple[str, Callable[[Any], str]]:
 
 def _cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """One column for each row, one line for each thing compared."""
-    names = [key for key in {key: None for row in rows for key in row} if key not in ("name", "reasons")]
+    names = [key for key in {key: None for row in rows for key in row} if key not in UNTOLD]
     lines = []
     for name in names:
         label, write = said(name)
@@ -93,13 +98,20 @@ def _reasons(rows: Sequence[Row]) -> list[str]:
     return sorted(said)
 
 
+def _choices(rows: Sequence[Row]) -> list[str]:
+    """What figures are about where keys are chosen by content."""
+    names = ", ".join(dict.fromkeys(row["name"] for row in rows if row["choice"]))
+    about = "FLOP forward is of one drawn choice, sight and cache of all that may be chosen"
+    return textwrap.wrap(f"{names}: {about}", WIDTH) if names else []
+
+
 def text(rows: Sequence[Row]) -> str:
     from tabulate import tabulate
 
     headers, lines = _cells(rows)
     aligned = ["left", *["right"] * len(rows)]
     found = tabulate(lines, headers, tablefmt="simple", disable_numparse=True, colalign=aligned)
-    return "\n".join([found, *_reasons(rows)])
+    return "\n".join([found, *_choices(rows), *_reasons(rows)])
 
 
 def markdown(rows: Sequence[Row]) -> str:

@@ -13,16 +13,19 @@ from attndsl.errors import Source
 @click.argument("files", nargs=-1, required=True)
 @click.option("--check", "only_check", is_flag=True, help="Change nothing; exit 1 if a file would change.")
 def fmt(files: tuple[str, ...], only_check: bool) -> None:
-    """Rewrite FILES in the one layout."""
+    """Rewrite FILES in the one layout; `-` is stdin, written to stdout."""
     changed = False
     for file in files:
-        text = read(file)
-        formatted = syntax.format(Source(file, text))
+        text, shown = read(file), "<stdin>" if file == "-" else file
+        formatted = syntax.format(Source(shown, text))
+        if file == "-" and not only_check:
+            click.echo(formatted.encode(), nl=False)
+            continue
         if formatted == text:
             continue
         changed = True
         if not only_check:
             write(file, formatted)
-        click.echo(f"{'would change' if only_check else 'changed'} {file}")
+        click.echo(f"{'would change' if only_check else 'changed'} {shown}")
     if changed and only_check:
         raise click.exceptions.Exit(1)

@@ -99,7 +99,6 @@ def chosen(attention: Attention, given: dict[str, Any], sizes: dict[str, Any]) -
     if not attention.selected:
         return {}
     found = lowering.sizes_of(attention, sizes["length"], sizes["q_length"], sizes["heads"])
-    lowering.check_names(attention, given, attention.inputs)
     return drawn(attention, found, sizes["heads"], DRAWN_WIDTH, given)
 
 

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 from attndsl.attention import Attention
 from attndsl.backend import Backend, Counting, Features, Problem, device_kind
-from attndsl.errors import AttnError, fail, suggest
+from attndsl.errors import AttnError, asking, fail, suggest
 from attndsl.execution import registry
 from attndsl.expr import Expr, Table, nodes, var
 from attndsl.tiles.blockmask import BlockMask
@@ -32,7 +32,8 @@ def considered(attention: Attention, problem: Problem, blocks: BlockMask | None)
         backend = registry.plugin("backends", name)
         if not isinstance(backend, Counting):
             return 1, math.inf
-        counts = backend.counts(attention, problem, blocks)
+        with asking(f"the backend `{name}`"):
+            counts = backend.counts(attention, problem, blocks)
         return 1, counts["pairs"] + counts["written"]
 
     verdicts = {name: judged(name, attention, problem, blocks) for name in sorted(registry.names("backends"))}
@@ -44,11 +45,13 @@ def judged(name: str, attention: Attention, problem: Problem, blocks: BlockMask 
         backend: Backend = registry.plugin("backends", name)
     except AttnError as error:
         return error.diagnostics[0].message
-    reason: object = declined(backend, attention, problem)
+    with asking(f"the backend `{name}`"):
+        reason: object = declined(backend, attention, problem)
     if reason is not None:
         said = isinstance(reason, str) and reason
         return said or f"its `supports` gave {reason!r}, which is neither None nor a reason"
-    cost: object = backend.cost(attention, problem, blocks)
+    with asking(f"the backend `{name}`"):
+        cost: object = backend.cost(attention, problem, blocks)
     if cost is None:
         return None
     if isinstance(cost, bool) or not isinstance(cost, numbers.Real) or not 0 <= float(cost) < math.inf:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from attndsl import expr as ir
 from attndsl.attention import Attention
+from attndsl.errors import asking
 from attndsl.execution import registry
 from attndsl.execution.selecting import choices
 from attndsl.expr import Selected, Table
@@ -53,7 +54,8 @@ def stable(table: Table, attention: Attention) -> bool:
     origin = table.origin
     assert isinstance(origin, Selected)
     selection: Selection = registry.plugin("selections", origin.selection)
-    read = selection.reads(origin)
+    with asking(f"the selection `{origin.selection}`"):
+        read = selection.reads(origin)
     if read != "of" or origin.of is None:
         # the number of tokens in a bucket is that of later ones too
         masks = (group.relation.mask for group in attention.groups)

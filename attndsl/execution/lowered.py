@@ -16,7 +16,7 @@ from attndsl import portable
 from attndsl.attention import Attention
 from attndsl.axis import Axis
 from attndsl.backend import Backend, Call, Differentiable, Kernel, Problem
-from attndsl.errors import fail
+from attndsl.errors import asking, fail
 from attndsl.execution import choice, registry
 from attndsl.expr import Drawn, Table
 from attndsl.meaning.draws import drawn
@@ -187,7 +187,8 @@ def lower(attention: Attention, problem: Problem, backend: str) -> Lowered:
     found = _alive.get(written.text)
     if found is not None:
         return found
-    kernel = registry.plugin("backends", backend).lower(attention, problem)
+    with asking(f"the backend `{backend}`"):
+        kernel = registry.plugin("backends", backend).lower(attention, problem)
     if not callable(kernel):
         raise fail(f"the backend `{backend}` returned no kernel: its `lower` gave {type(kernel).__name__}")
     constants = tuple(map(torch.from_numpy, written.constants))

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from attndsl.axis import Axis
 from attndsl.backend import Call, Gradients
-from attndsl.errors import AttnError, fail
+from attndsl.errors import AttnError, asking, fail
 from attndsl.execution import lowered, spoiled
 from attndsl.execution.choosing import chosen
 from attndsl.execution.lowered import At, Lowered, Places
@@ -99,7 +99,9 @@ def _rounds(q: Tensor) -> bool:
 
 
 def _forward(found: Lowered, call: Call) -> tuple[Tensor, Tensor]:
-    return _checked(found.backend, call, found.kernel(call))
+    with asking(f"the backend `{found.backend}`"):
+        result = found.kernel(call)
+    return _checked(found.backend, call, result)
 
 
 def _checked(backend: str, call: Call, result: object) -> tuple[Tensor, Tensor]:
@@ -218,9 +220,9 @@ def _gradient(
 ) -> Gradients:
     kernel: Any = found.kernel
     if found.differentiable:
-        return _checked_gradients(
-            found.backend, call, wanted, kernel.gradient(call, wanted, *results, *slopes)
-        )
+        with asking(f"the backend `{found.backend}`"):
+            gradients = kernel.gradient(call, wanted, *results, *slopes)
+        return _checked_gradients(found.backend, call, wanted, gradients)
 
     def again(q: Tensor, k: Tensor, v: Tensor, learned: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         found: tuple[Tensor, Tensor] = kernel(replace(call, q=q, k=k, v=v, tables={**call.tables, **learned}))

@@ -86,7 +86,8 @@ class Plan:
     lowered          the attention, the problem, the chosen backend and its kernel
     considered       every backend in the order in which they are taken: predicted seconds, None where the
                      cost is unknown, or why it declined
-    block_masks      the tiles at full length; None until the tables that they need are bound
+    block_masks      the tiles at full length; None until the tables that they need are bound, and where keys
+                     are chosen by content
     compile_seconds  from the typed attention to the finished tiles
     tables           what is bound
     """
@@ -153,7 +154,6 @@ class Plan:
         lowered = self._served(q.dtype, "reference" if return_weights else self.backend)
         given: dict[str, Tensor] = {}
         if inputs or learned or lowered.tables:
-            self._refuse_learned(inputs)
             given = self._tensors({**self.tables, **inputs}, q) | self._learned(learned)
         check_tangents(q, k, v, *given.values())
         places = (
@@ -196,7 +196,7 @@ class Plan:
     def bind(self, **inputs: Any) -> Plan:
         """The plan with these tables in place, tiled once if the mask needs them: `n` is then its length."""
         start = time.perf_counter()
-        self._refuse_learned(inputs)
+        self._refuse_made(inputs)
         lowering.check_names(self.attention, inputs)
         given = {
             table.name: self._tensor(table, inputs[table.name])
@@ -256,7 +256,10 @@ class Plan:
             self.others[name, backend] = lower(self.attention, problem, backend)
         return self.others[name, backend]
 
-    def _refuse_learned(self, given: Mapping[str, Any]) -> None:
+    def _refuse_made(self, given: Mapping[str, Any]) -> None:
+        for table in self.attention.selected:
+            if table.name in given:
+                raise fail(f"`{table.name}` is chosen at every call, and no input of `{self.attention.name}`")
         for table in self.attention.learned:
             if table.name in given:
                 raise fail(
@@ -338,6 +341,7 @@ class Plan:
     def _tensors(self, given: Mapping[str, Any], q: Tensor) -> dict[str, Tensor]:
         """The inputs on the device, in the dtype of their kind; one batch row serves all."""
         batch = len(q)
+        self._refuse_made(given)
         lowering.check_names(self.attention, given, self.attention.inputs)
         tensors = {t.name: self._tensor(t, given[t.name], q.dtype) for t in self.attention.inputs}
         for table in self.attention.inputs:
@@ -363,7 +367,9 @@ class Plan:
             f"{self.attention.name}: length {p.length:,}, q_length {p.q_length:,}, heads {p.heads}, "
             f"head_dim {p.head_dim}, {p.dtype} on {p.device}"
         ]
-        if blocks is None:
+        if blocks is None and self.attention.selected:
+            lines.append("  tiles     unknown: keys are chosen anew at every call")
+        elif blocks is None:
             lines.append("  tiles     unknown until the tables are bound")
         else:
             full, partial, empty, distinct = blocks.tiles

@@ -10,11 +10,12 @@ from numpy.typing import NDArray
 
 from attndsl.attention import Attention
 from attndsl.axis import Axis
-from attndsl.errors import fail
+from attndsl.errors import asking, fail
 from attndsl.execution import registry
 from attndsl.expr import Drawn, Expr, Selected, Table
 from attndsl.meaning import draws
 from attndsl.selection import Offered, Selection
+from attndsl.tiles import lowering
 from attndsl.tiles.lowering import Sizes
 
 if TYPE_CHECKING:
@@ -27,14 +28,19 @@ DRAWN_PAIRS = 2**26
 def drawn(
     attention: Attention, sizes: Sizes, kv_heads: int, head_dim: int, tables: Mapping[str, Any], seed: int = 0
 ) -> dict[str, NDArray[np.int64]]:
-    """What is chosen of normal q and k, equal for equal seeds, by name of the table, one batch row; nothing
-    where that takes long or an input is missing."""
+    """What is chosen of normal q and k, equal for equal seeds, by name of the table, one batch row.
+
+    Raises AttnError where an input is missing, and where it would take long.
+    """
     import torch
 
-    if sizes.q.length * sizes.k.length * sizes.heads > DRAWN_PAIRS:
-        return {}
-    if any(table.name not in tables for table in attention.inputs):
-        return {}
+    lowering.check_names(attention, tables, attention.inputs)
+    pairs = sizes.q.length * sizes.k.length * sizes.heads
+    if pairs > DRAWN_PAIRS:
+        raise fail(
+            f"a choice is drawn for {DRAWN_PAIRS:,} pairs of a query and a key at most, not {pairs:,}",
+            help="take a shorter length",
+        )
     generator = torch.Generator().manual_seed(seed)
     q = torch.randn((1, sizes.heads, sizes.q.length, head_dim), generator=generator)
     k = torch.randn((1, kv_heads, sizes.k.length, head_dim), generator=generator)
@@ -91,7 +97,9 @@ def _choice(table: Table, offered: Offered) -> Tensor:
         _check_keys(origin.selection, offered)
     elif origin.rows > 1 and not (offered.q_at.starts == offered.k_at.starts == (0,)):
         raise fail(f"`{origin.selection}` chooses for whole blocks of queries, which begin at position 0")
-    found = integers(selection.choose(origin, offered), "choose", table, offered)
+    with asking(f"the selection `{origin.selection}`"):
+        found = selection.choose(origin, offered)
+    found = integers(found, "choose", table, offered)
     return _placed(found, offered.k_at) if selection.kind == "list" and origin.unit == 1 else found
 
 

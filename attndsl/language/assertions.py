@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from attndsl import expr as ir
 from attndsl.attention import Attention
 from attndsl.errors import AttnError, Span, fail
-from attndsl.expr import Expr
+from attndsl.expr import Expr, Table
 from attndsl.language.arguments import bind_arguments_of
 from attndsl.language.elaborate import Elaborator
 from attndsl.language.mistakes import quoted
@@ -275,7 +275,9 @@ def _verdict(claim: Claim) -> Verdict:
         return _worst(found)
     left_value, right_value = (_measured(side) for side in (claim.left, claim.right))
     if left_value is None or right_value is None:
-        return proofs.Verdict("undecided", reason="it depends on run-time tables")
+        read = {t for side in (claim.left, claim.right) for t in _read(side)}
+        reason = "it depends on " + " and ".join(sorted(map(proofs.said_of, read)))
+        return proofs.Verdict("undecided", reason=reason)
     holds = OPERATORS[claim.op](left_value, right_value)
     stated = "; ".join(
         f"{side.kind} is {_shown(side.kind, value)} at n = {side.n}"
@@ -313,7 +315,7 @@ def _per_head(side: PerHead | Reach) -> tuple[tuple[Expr, Expr], ...]:
 def _measured(side: Quantity | float) -> float | None:
     if not isinstance(side, Quantity):
         return side
-    if any(group.relation.mask.tables for group in side.of.groups):
+    if _read(side):
         return None
     if side.kind == "diameter":
         from attndsl.layers.powers import diameter
@@ -324,6 +326,12 @@ def _measured(side: Quantity | float) -> float | None:
     blocks = tiles_of(side.of, side.n, heads=side.heads)
     pairs = blocks.nnz * (side.heads // max(1, blocks.index.shape[1]))
     return float(pairs) if side.kind == "nnz" else pairs / max(1, side.heads * side.n * side.n)
+
+
+def _read(side: Quantity | float) -> frozenset[Table]:
+    """The tables in the masks of what is measured."""
+    groups = side.of.groups if isinstance(side, Quantity) else ()
+    return frozenset[Table]().union(*(group.relation.mask.tables for group in groups))
 
 
 def _shown(kind: str, value: float) -> str:

@@ -5,7 +5,7 @@ What an expression denotes, and how it is evaluated, say expressions.py and comb
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from attndsl import expr as ir
@@ -15,6 +15,7 @@ from attndsl.expr import Expr, Selected
 from attndsl.language import expressions
 from attndsl.language.arguments import bind_arguments, signature
 from attndsl.language.clauses import attention_of
+from attndsl.language.leaves import usage
 from attndsl.language.mistakes import (
     blame,
     chosen,
@@ -23,6 +24,7 @@ from attndsl.language.mistakes import (
     number_of,
     out_of_place,
     quantity_of,
+    quoted,
     truth_of,
 )
 from attndsl.language.values import (
@@ -48,7 +50,7 @@ STEP_LIMIT = 200_000
 
 class Elaborator:
     """The definitions of one program, and what has been learned of them so far; `selection` gives the
-    registered one of a name.
+    registered one of a name, `selections` are their names.
 
     `definitions` maps a name to its syntax, a file's own before the prelude's; `broken` holds those whose
     error was reported already: their users stay silent. `whole` is False where a file that is used was not
@@ -59,8 +61,9 @@ class Elaborator:
         self,
         definitions: Mapping[str, ast.Definition | ast.AttentionDef],
         selection: Callable[[str], Selection | None],
+        selections: Callable[[], Iterable[str]],
     ) -> None:
-        self.definitions, self.selection = definitions, selection
+        self.definitions, self.selection, self.selections = definitions, selection, selections
         self.broken: set[str] = set()
         self.whole = True
         self.known: dict[tuple[object, ...], Value] = {}
@@ -76,19 +79,22 @@ class Elaborator:
         if name.id == "n":
             return Num(space.n)
         if name.id in POSITIONS or name.id == "layer" or (name.id == "D" and env.integral):
-            raise out_of_place(name)
+            raise out_of_place(name, env.units)
         if name.id in ("nq", "h", "H", "D"):
             return Num(ir.var(name.id))
         if name.id in self.definitions:
             return self.apply(name, (), env, space)
-        if name.id in BUILT_IN:
-            raise fail(f"`{name.id}` needs its arguments", name.span, help=f"write `{SIGNATURES[name.id]}`")
+        selection = self.selection(name.id)
+        if name.id in BUILT_IN or selection:
+            written = usage(name.id, selection) if selection else SIGNATURES[name.id]
+            raise fail(f"`{name.id}` needs its arguments", name.span, help=f"write `{written}`")
         raise self.unknown(name, env)
 
     def unknown(self, name: ast.Name, env: Scope, help: str = "") -> AttnError:
         if name.id in self.broken or not self.whole:
             return AttnError()
-        candidates = {*env.names, *self.definitions, *BUILT_IN, "n", "nq", "h", "H", "D"}
+        others = (*BUILT_IN, *self.selections(), "n", "nq", "h", "H", "D")
+        candidates = {*env.names, *self.definitions, *others}
         near = RETIRED.get(name.id) or RETIRED.get(name.id.lower()) or suggest(name.id, candidates)
         if env.calls and name.id in {param.name for param in self.definitions[env.calls[-1]].params}:
             help = "a default sees only the parameters before its own"
@@ -161,8 +167,10 @@ class Elaborator:
         if len(env.calls) >= CALL_DEPTH:
             self.broken.update(env.calls)
             raise fail(f"definitions use each other more than {CALL_DEPTH} deep", span)
-        integral = env.integral and not isinstance(definition, ast.AttentionDef)
-        inner = Scope({}, integral, calls=(*env.calls, definition.name), clause=env.clause)
+        whole = isinstance(definition, ast.AttentionDef)
+        integral, claims = env.integral and not whole, env.claims and not whole
+        calls = (*env.calls, definition.name)
+        inner = Scope({}, integral, calls=calls, claims=claims, clause=env.clause)
         for param in definition.params:
             if param.name in values:
                 value = values[param.name]
@@ -177,7 +185,7 @@ class Elaborator:
                 )
             inner = inner.bind(**{param.name: value})
         inner = inner.bind(**(extra or {}))
-        key = (id(definition), integral, *inner.names.values())
+        key = (id(definition), integral, claims, *inner.names.values())
         if key not in self.known:
             self.step(span)
             try:
@@ -263,6 +271,11 @@ class Elaborator:
         inside: ast.Expression | None = e
         while inside is not None and isinstance(as_number(value), Vec):
             e, inside = inside, None
+            if isinstance(e, ast.Binary) and e.op == "*":
+                sides = [self.value(side, env, space) for side in (e.left, e.right)]
+                if all(isinstance(as_number(side), Vec) for side in sides):
+                    product = f"{quoted(e.left, tight=True)} @ {quoted(e.right, tight=True)}"
+                    raise expected("a number", value, e, f"the inner product is `{product}`")
             for part in operands(e):
                 if inside is None and isinstance(as_number(found := self.value(part, env, space)), Vec):
                     inside, value = part, found

@@ -22,6 +22,7 @@ from attndsl.language.mistakes import (
     expected,
     not_integer,
     number_of,
+    other_unit,
     quantity_of,
     quoted,
     truth_of,
@@ -461,6 +462,8 @@ def function(el: Elaborator, name: str, e: ast.Call, env: Scope, space: Space) -
     aggregate = f"{name}({args[0].id})" if len(args) == 1 and isinstance(args[0], ast.Name) else ""
     if aggregate in ir.QUERY_VECTORS | ir.KEY_VECTORS:
         if aggregate not in env.names:
+            if env.units:
+                raise other_unit(aggregate, e.span, env.units)
             raise fail(f"`{aggregate}` stands in the `by` of a choice among blocks alone", e.span)
         return env.names[aggregate]
     counts = {"where": (3, 3), "min": (2, 99), "max": (2, 99), "concat": (2, 99)}

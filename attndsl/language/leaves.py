@@ -9,37 +9,39 @@ from typing import TYPE_CHECKING
 
 from attndsl import expr as ir
 from attndsl.attention import Relation
-from attndsl.errors import AttnError, fail
+from attndsl.errors import AttnError, asking, fail
 from attndsl.expr import Argument, Expr, Selected
 from attndsl.language.arguments import bind_arguments_of
-from attndsl.language.mistakes import expected, number_of
-from attndsl.language.values import K, Num, Pattern, Q, Scope, Space, TableOf, Value, Vec, as_number, is_whole
+from attndsl.language.mistakes import expected, number_of, quoted
+from attndsl.language.values import K, Num, Pattern, Q, Scope, Space, TableOf, Value, Vec, is_whole
 from attndsl.selection import Chunks, First, Selection, listed, ordered, table
 from attndsl.syntax import nodes as ast
 
 if TYPE_CHECKING:
     from attndsl.language.elaborate import Elaborator
 
-MEANS = ("mean", "min", "max")
-"""What makes one vector of those of a block."""
-
 
 def usage(name: str, selection: Selection) -> str:
     """How a leaf is written."""
     written = []
     for parameter in inspect.signature(selection.signature).parameters.values():
-        default = {True: "true", False: "false", None: "..."}.get(parameter.default, parameter.default)
-        bare = parameter.default is inspect.Parameter.empty
+        default = parameter.default
+        if default is None:
+            default = "..."
+        elif isinstance(default, bool):
+            default = str(default).lower()
+        bare = default is inspect.Parameter.empty
         written.append(parameter.name if bare else f"{parameter.name} = {default}")
     written += ["of = full"] * (selection.kind == "list")
     return f"{name}({', '.join(written)})"
 
 
 def leaf(el: Elaborator, name: str, selection: Selection, e: ast.Call, env: Scope, space: Space) -> Value:
-    if not env.integral:
+    if env.claims and not env.calls:
+        help = "claim it of the pattern or the attention that chooses"
+        raise fail(f"a claim is about every choice: it cannot name `{name}`", e.span, help)
+    if not env.integral and not env.claims:
         raise fail(f"`{name}` chooses keys, and stands in a mask alone", e.span)
-    if env.claims:
-        raise fail(f"a claim is about every choice: it cannot name `{name}`", e.span)
     parameters = inspect.signature(selection.signature).parameters
     required = tuple(p.name for p in parameters.values() if p.default is inspect.Parameter.empty)
     optional = tuple(p for p in parameters if p not in required) + ("of",) * (selection.kind == "list")
@@ -51,7 +53,8 @@ def leaf(el: Elaborator, name: str, selection: Selection, e: ast.Call, env: Scop
     choices = _table(el, origin, selection, e)
     if selection.kind == "labels":
         return TableOf(choices)
-    how = selection.relates(origin)
+    with asking(f"the selection `{name}`"):
+        how = selection.relates(origin)
     if not isinstance(how, Chunks | First):
         said = f"`relates` of the selection `{name}` gives {how!r}, not how ranks relate"
         raise fail(said, e.span, help="return `Chunks(...)` or `First(...)` of attndsl.selection")
@@ -107,16 +110,18 @@ def _unit(p: Expr, unit: int) -> Expr:
 
 def _elsewhere(name: str, e: ast.Call) -> AttnError:
     return fail(
-        f"`{name}` chooses for the query and the key of a pair, and stands here for others",
+        f"`{name}` chooses keys for a query, and may not stand here",
         e.span,
-        help="it may stand under `|`, `&` and inside `blocks`, not in `within`, `grid`, `@` or `R[i, j]`",
+        help="it may under `|`, `&`, `+`, left of `-` and inside `blocks`; "
+        "not in `~`, right of `-`, in `of =`, `within`, `grid`, `random`, `@` or `R[i, j]`",
     )
 
 
 def _table(el: Elaborator, origin: Selected, selection: Selection, e: ast.Call) -> ir.Table:
     try:
-        selection.check(origin)
-        rounds = selection.rounds(origin)
+        with asking(f"the selection `{origin.selection}`"):
+            selection.check(origin)
+            rounds = selection.rounds(origin)
     except AttnError as error:
         raise AttnError(*(replace(d, span=d.span or e.span) for d in error.diagnostics)) from None
     if not isinstance(rounds, int) or rounds < 1:
@@ -181,11 +186,13 @@ def _score(el: Elaborator, e: ast.Expression, env: Scope, space: Space, unit: in
         if size == 1:
             names[vector] = Vec(ir.var(vector))
         else:
-            names |= {f"{mean}({vector})": Vec(ir.var(f"{mean}({vector})")) for mean in MEANS}
+            names |= {f"{mean}({vector})": Vec(ir.var(f"{mean}({vector})")) for mean in ir.AGGREGATES}
     if space.unit == unit == 1:
         names |= {"q": Num(Q), "k": Num(K)}
-    value = as_number(el.value(e, replace(env, integral=False, binding="").bind(**names), Space(space.n)))
-    score = number_of(value, e)
+    scored = replace(env, integral=False, binding="", units=(space.unit or 1, unit)).bind(**names)
+    value = el.no_vector(e, scored, Space(space.n))
+    help = f"what may be chosen is named: `of = {quoted(e)}`" if isinstance(value, Pattern) else ""
+    score = number_of(value, e, help)
     for learned in sorted(t.name for t in score.tables if t.learned):
         raise fail(
             f"`{learned}` is learned, and nothing comes back through a choice: it would never train",

@@ -87,7 +87,7 @@ def expected(noun: str, value: Value, e: ast.Expression, help: str = "") -> Attn
             help = help or f"look it up: `{{ q, k : {more} }}`"
         help = help or f"look it up: `{more}`"
     remedy = REMEDIES.get((noun, value.noun), "")
-    other = "K" if quoted(e) in ("Q", "K") else quoted(e)
+    other = "K" if quoted(e) in ("Q", "K") else quoted(e, tight=True)
     help = help or remedy.format(x=quoted(e), r=quoted(e, tight=True), v=other)
     return fail(f"expected {noun}, and this is {value.noun}", e.span, help)
 
@@ -111,7 +111,11 @@ def not_integer(number: Expr, e: ast.Expression, help: str = "") -> AttnError:
     return fail("expected an integer, and this is a real number", e.span, help)
 
 
-def out_of_place(name: ast.Name) -> AttnError:
+def out_of_place(name: ast.Name, units: tuple[int, int] | None = None) -> AttnError:
+    if units and name.id in ("Q", "K"):
+        return other_unit(name.id, name.span, units)
+    if units and name.id in ("q", "k"):
+        return fail(f"`{name.id}` is the position of a token, and this is a choice of blocks", name.span)
     if name.id in ("q", "k"):
         help = "write `{ q, k : ... }` around it"
         return fail(f"`{name.id}` has no meaning outside a pattern or a score", name.span, help)
@@ -119,6 +123,20 @@ def out_of_place(name: ast.Name) -> AttnError:
         return fail("`layer` has no meaning outside a stack of layers", name.span)
     what = {"s": "the logit", "Q": "the query's vector", "K": "the key's vector", "D": "the head dimension"}
     return fail(f"`{name.id}` is {what[name.id]}, and may be used in a `score` only", name.span)
+
+
+def other_unit(vector: str, span: Span, units: tuple[int, int]) -> AttnError:
+    """For `K` where a choice is of blocks, `mean(K)` where it is of keys, and the like."""
+    if vector in ("Q", "K"):
+        what = "a choice is made here for blocks of queries" if vector == "Q" else "blocks are chosen here"
+        help = f"write `mean({vector})`, `min({vector})` or `max({vector})`"
+        return fail(f"`{vector}` is of a token, and {what}", span, help)
+    if "Q" in vector:
+        help = "write `Q`, or put the choice inside `blocks(b, ...)`"
+        return fail(f"`{vector}` is of a block, and a choice is made here for each query", span, help)
+    # inside `blocks` a choice is of blocks already
+    help = "write `K`, or choose blocks: `of = blocks(b, ...)`"
+    return fail(f"`{vector}` is of a block, and keys are chosen here one by one", span, help)
 
 
 def quoted(e: ast.Expression, tight: bool = False, most: int = 40) -> str:

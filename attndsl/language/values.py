@@ -165,6 +165,7 @@ class Scope:
     calls:    the definitions being written out, outermost first.
     claims:   the text of an assertion: an attention stands for the union of its heads.
     clause:   the clause of an attention that is being read.
+    units:    tokens of a row and of what it chooses among: the text of the score that a choice goes by.
     """
 
     names: Mapping[str, Value]
@@ -173,6 +174,7 @@ class Scope:
     calls: tuple[str, ...] = ()
     claims: bool = False
     clause: ast.Clause | None = None
+    units: tuple[int, int] | None = None
 
     def bind(self, **names: Value) -> Scope:
         return replace(self, names={**self.names, **names})

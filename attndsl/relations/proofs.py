@@ -16,7 +16,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attndsl.errors import AttnError, fail
-from attndsl.expr import TRUE, ZERO, Expr, Table, all_of, const, exists, negate, nodes, substitute, var
+from attndsl.expr import (
+    TRUE,
+    ZERO,
+    Expr,
+    Selected,
+    Table,
+    all_of,
+    const,
+    exists,
+    negate,
+    nodes,
+    substitute,
+    var,
+)
 from attndsl.meaning.pointwise import evaluate
 from attndsl.relations.relation import LEADING, Translation, domain, limited, quota, whole
 from attndsl.selection import narrowest
@@ -127,7 +140,7 @@ def _never(formula: Expr, names: tuple[str, ...], given: Mapping[str, int]) -> V
 def said(term: Expr) -> str:
     """What a reader of the pattern file knows an unknown term as."""
     if isinstance(term.value, Table) and term.value.known is None:
-        return f"the table `{term.value.name}`"
+        return said_of(term.value)
     kinds = {
         "random": "which keys are drawn",
         "mul": "a product of positions",
@@ -137,6 +150,12 @@ def said(term: Expr) -> str:
     }
     kinds |= {"floordiv": "a division by what is no constant", "mod": "a division by what is no constant"}
     return kinds.get(term.op, f"`{term.op}`")
+
+
+def said_of(table: Table) -> str:
+    if isinstance(table.origin, Selected):
+        return f"what `{table.origin.selection}` chooses"
+    return f"the table `{table.name}`"
 
 
 def _candidate(space: Translation, found: isl.Set) -> tuple[Point, Tables]:

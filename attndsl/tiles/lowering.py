@@ -264,7 +264,8 @@ def check_names(attention: Attention, given: Mapping[str, object], needed: Seque
     for name in given:
         if name not in known:
             near = suggest(name, {*known, *ARGUMENTS} - {name})
-            help = near or f"its inputs: {', '.join(known) or 'none'}"
+            inputs = ", ".join(table.name for table in attention.inputs)
+            help = near or f"its inputs: {inputs or 'none'}"
             raise fail(f"`{attention.name}` has no input `{name}`", help=help)
     for table in needed:
         if table.name not in given and isinstance(table.origin, Selected):
