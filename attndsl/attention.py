@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from attndsl.errors import fail
@@ -22,6 +22,7 @@ from attndsl.expr import (
     substitute,
     var,
 )
+from attndsl.streams import Streams, tokens_read
 
 HEADS_TRIED = 256
 
@@ -72,6 +73,9 @@ class Attention:
     learned:  parameters, trainable ones and constants that are drawn, in the order of their first use.
     offset:   position of query row 0 over n and nq; None means n - nq, which must not be negative.
     least_heads: how many heads there are at least: one more than the last that a range or list names.
+    streams:  what the keys are, where they are not the tokens alone: `k` in the expressions is then the number
+              of an entry, as streams.py says.
+    numbered: of such an attention without its streams: where keys stand is all in its expressions.
     """
 
     name: str
@@ -80,6 +84,8 @@ class Attention:
     learned: tuple[Table, ...] = ()
     offset: Expr | None = None
     least_heads: int = 1
+    streams: Streams = ()
+    numbered: bool = False
 
     @staticmethod
     def of_pattern(name: str, relation: Relation) -> Attention:
@@ -90,11 +96,27 @@ class Attention:
     @functools.cached_property
     def selected(self) -> tuple[Table, ...]:
         """The tables of its choices, by name."""
+        return tuple(sorted((t for t in self.read if isinstance(t.origin, Selected)), key=lambda t: t.name))
+
+    @functools.cached_property
+    def read(self) -> frozenset[Table]:
+        """The tables in its expressions, without those that choices and streams are made by."""
         read: set[Table] = set()
         for group in self.groups:
             parts = (group.relation.mask, group.relation.count, group.score, group.decay, group.norm.sink)
             read |= {table for part in parts if part is not None for table in part.tables}
-        return tuple(sorted((t for t in read if isinstance(t.origin, Selected)), key=lambda t: t.name))
+        return frozenset(read)
+
+    @functools.cached_property
+    def attended(self) -> Attention:
+        """What is left when the keys of its streams are made: of these, as they come."""
+        if not self.streams:
+            return self
+        made = {table for stream in self.streams for table in stream.tables} - self.read
+        inputs, learned = (
+            tuple(table for table in tables if table not in made) for tables in (self.inputs, self.learned)
+        )
+        return replace(self, inputs=inputs, learned=learned, streams=(), numbered=True)
 
     def enough_heads(self) -> int:
         """The least number of heads at which every group holds one; claims are about that many or more."""
@@ -109,14 +131,14 @@ class Attention:
         return any(substitute(group.heads, {"h": const(h), "H": const(heads)}) is TRUE for h in range(heads))
 
     def any_head(self) -> Expr:
-        """What some head relates, where every group holds a head.
+        """What some head relates, where every group holds a head: queries and the tokens that they read.
 
         The head is bound under a name that no text has: what it is looked up at may read h.
         """
         heads = maximum(var("H"), const(self.enough_heads()))
         found = []
         for group in self.groups:
-            mask = group.relation.mask
+            mask = any_of(*tokens_read(self.streams, group.relation.mask))
             which = substitute(all_of(group.heads, mask), {"h": var("?h")})
             found.append(exists("?h", ZERO, heads, which) if "h" in mask.free else mask)
         return any_of(*found)

@@ -417,6 +417,8 @@ def _name_problems(item: Definition, elaborator: Elaborator) -> list[Diagnostic]
     names = {param.name for param in item.params} | {"n", "nq", "h", "H", "D"}
     if score or isinstance(item, ast.AttentionDef):
         names |= {"s", "q", "k", "Q", "K"}
+    if isinstance(item, ast.AttentionDef) and any(isinstance(c, ast.Keys) for c in item.clauses):
+        names |= {"stream"}
     problems: list[Diagnostic] = []
 
     def visit(node: object, names: frozenset[str]) -> None:
@@ -430,6 +432,8 @@ def _name_problems(item: Definition, elaborator: Elaborator) -> list[Diagnostic]
         if isinstance(node, ast.Clause) and node.word == "norm":
             visit(node.value.args if isinstance(node.value, ast.Call) else (), names)
             return
+        if isinstance(node, ast.Keys):
+            names = names | {"tokens", "mem", "pool", "proj", "mean", "max"}
         if isinstance(node, ast.Builder):
             names = names | {name.id for group in node.vars for name in group}
             visit(node.pred, names)

@@ -16,6 +16,7 @@ ROOMS = (
     "legal",  # its nodes in a table
     "scores",  # what they depend on
     "axis",  # where queries and keys stand
+    "streams",  # what keys are that are no tokens
     "attention",
     "features",  # weights that are inner products of features
     "selection",  # the contract of a selection

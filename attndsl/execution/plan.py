@@ -19,11 +19,13 @@ from attndsl.bound import Bound
 from attndsl.errors import fail
 from attndsl.execution import choice
 from attndsl.execution.choosing import chosen
-from attndsl.execution.lowered import At, Lowered, lower
+from attndsl.execution.lowered import At, Lowered, Places, lower
 from attndsl.execution.operator import check_tangents, run
 from attndsl.execution.session import REWIND, Session
+from attndsl.execution.streaming import attended, keys_and_values
 from attndsl.expr import Learned, Table
 from attndsl.program import bound_of
+from attndsl.streams import extent
 from attndsl.tiles import lowering
 from attndsl.tiles.blockmask import BlockMask
 
@@ -66,9 +68,10 @@ def compile(
         sizes = lowering.sizes(attention, problem.length, problem.q_length, problem.heads)
         blocks = lowering.block_mask(attention, sizes, {}, problem.block_size)
     seconds = time.perf_counter() - start
-    considered = choice.considered(attention, problem, blocks)
+    left = attention.attended, attended(attention, problem)
+    considered = choice.considered(*left, blocks)
     taken = choice.chosen(considered, backend)
-    return Plan(lower(attention, problem, taken), considered, blocks, seconds)
+    return Plan(attention, problem, lower(*left, taken), considered, blocks, seconds)
 
 
 def _check_device(name: str) -> None:
@@ -83,7 +86,9 @@ def _check_device(name: str) -> None:
 class Plan:
     """What was chosen and why, and the call.
 
-    lowered          the attention, the problem, the chosen backend and its kernel
+    attention, problem   what the plan is of
+    lowered          what attends to the keys that are made of streams, or to those given: the chosen backend
+                     and its kernel
     considered       every backend in the order in which they are taken: predicted seconds, None where the
                      cost is unknown, or why it declined
     block_masks      the tiles at full length; None until the tables that they need are bound, and where keys
@@ -92,6 +97,8 @@ class Plan:
     tables           what is bound
     """
 
+    attention: Attention
+    problem: Problem
     lowered: Lowered = field(repr=False)
     considered: Mapping[str, choice.Verdict]
     block_masks: BlockMask | None = field(repr=False)
@@ -99,14 +106,6 @@ class Plan:
     tables: Mapping[str, Any] = field(default_factory=dict, repr=False)
     others: dict[tuple[str, str], Lowered] = field(default_factory=dict, repr=False)
     """What was lowered for calls in other dtypes, and by `reference` for weights."""
-
-    @property
-    def attention(self) -> Attention:
-        return self.lowered.attention
-
-    @property
-    def problem(self) -> Problem:
-        return self.lowered.problem
 
     @property
     def backend(self) -> str:
@@ -124,6 +123,7 @@ class Plan:
         q_positions: ArrayLike | Tensor | None = None,
         k_positions: ArrayLike | Tensor | None = None,
         n: int | None = None,
+        memory: tuple[Tensor, Tensor] | None = None,
         learned: Mapping[str, Tensor] | None = None,
         return_lse: bool = False,
         return_weights: bool = False,
@@ -135,6 +135,9 @@ class Plan:
         Where queries stand is an offset, an int or one per batch row, or positions [nq] or [B, nq], in any
         order; keys likewise. Tensors of them are on q's device, and are read inside the operator, once. `n`,
         which positions end at, is the greatest of a key + 1 where it is not given.
+
+        Where keys are streams, k and v are those of the tokens, and `memory` the keys [B, Hkv, m, D] and
+        values [B, Hkv, m, Dv] before them, the oldest first.
 
         With `return_lse` also the log-sum-exp [B, H, nq], -inf for an empty row. With `return_weights` then
         also what each value is multiplied by, [B, H, nq, n], 0 for pairs that are not related: the output,
@@ -149,18 +152,21 @@ class Plan:
                 f"a call of the plan does not train {names}", help=f"use plan.module(), which owns {names}"
             )
         if isinstance(q, Tensor) and not q.is_meta and torch.is_autocast_enabled(q.device.type):
-            q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+            narrow = torch.get_autocast_dtype(q.device.type)
+            q, k, v = (x.to(narrow) for x in (q, k, v))
+            memory = memory and (memory[0].to(narrow), memory[1].to(narrow))
         self._check(q, k, v)
         lowered = self._served(q.dtype, "reference" if return_weights else self.backend)
         given: dict[str, Tensor] = {}
-        if inputs or learned or lowered.tables:
+        if inputs or learned or self.attention.inputs or self.attention.learned:
             given = self._tensors({**self.tables, **inputs}, q) | self._learned(learned)
-        check_tangents(q, k, v, *given.values())
+        check_tangents(q, k, v, *(memory or ()), *given.values())
         places = (
             *_placed("q", q, q_offset, q_positions),
             *_placed("k", k, k_offset, k_positions),
             None if n is None else lowering.checked_length("n", n),
         )
+        k, v, places = self._keys(k, v, memory, given, places)
         values = _beside_identity(q, v) if return_weights else v
         out, lse = run(lowered, q, k, values, lowered.tensors(given), places)
         if not return_weights:
@@ -178,6 +184,7 @@ class Plan:
         q_positions: ArrayLike | Tensor | None = None,
         k_positions: ArrayLike | Tensor | None = None,
         n: int | None = None,
+        memory: tuple[Tensor, Tensor] | None = None,
         **inputs: Any,
     ) -> dict[str, Tensor]:
         """What a call with these arguments chooses by content: int64 tensors by the names of their tables,
@@ -190,6 +197,7 @@ class Plan:
             *_placed("k", k, k_offset, k_positions),
             None if n is None else lowering.checked_length("n", n),
         )
+        k, _, places = self._keys(k, k, memory and (memory[0], memory[0]), given, places)
         found = chosen(lowered, q, k, lowered.tensors(given), places, watched=False)
         return {table.name: x for table, x in zip(lowered.selected, found, strict=True)}
 
@@ -250,11 +258,29 @@ class Plan:
                     f"by `{backend}` yet",
                     help="call it so once before torch.compile",
                 )
-            problem = replace(self.problem, dtype=name)
-            considered = choice.considered(self.attention, problem, self.block_masks)
+            attention, problem = self.lowered.attention, replace(self.lowered.problem, dtype=name)
+            considered = choice.considered(attention, problem, self.block_masks)
             choice.chosen(considered, backend)
-            self.others[name, backend] = lower(self.attention, problem, backend)
+            self.others[name, backend] = lower(attention, problem, backend)
         return self.others[name, backend]
+
+    def _keys(
+        self, k: Tensor, v: Tensor, memory: object, given: Mapping[str, Tensor], places: Places
+    ) -> tuple[Tensor, Tensor, Places]:
+        """What is attended to, and where it stands. Raises AttnError for `memory` that does not fit."""
+        attention, n = self.attention, k.shape[2]
+        if not attention.streams:
+            if memory is not None:
+                raise fail(f"`{attention.name}` has no memory", help="write `keys mem(m) ++ tokens`")
+            return k, v, places
+        q_offset, q_at, *placed = places
+        if any(place is not None for place in placed):
+            raise fail(
+                f"the keys of `{attention.name}` are streams of all tokens, which stand from position 0 on",
+                help="leave `k_offset`, `k_positions` and `n` out",
+            )
+        k, v = keys_and_values(attention, self.problem.heads, k, v, memory, given)
+        return k, v, (q_offset, q_at, [extent(attention.streams, n)[0]], None, n)
 
     def _refuse_made(self, given: Mapping[str, Any]) -> None:
         for table in self.attention.selected:
@@ -290,7 +316,7 @@ class Plan:
         return torch.full(shape, table.origin.init, dtype=self._table_dtype(), device=device)
 
     def _shape(self, table: Table) -> list[int]:
-        sizes = {"H": self.problem.heads, "D": self.problem.head_dim}
+        sizes = {"H": self.problem.heads, "D": self.problem.head_dim, "n": self.problem.length}
         return [size if isinstance(size, int) else sizes[size] for size in table.dims]
 
     def _table_dtype(self) -> torch.dtype:

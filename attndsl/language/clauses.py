@@ -15,6 +15,7 @@ from attndsl.errors import AttnError, fail
 from attndsl.expr import Expr, Table
 from attndsl.language.arguments import bind_arguments, input_table, name_span, score_call
 from attndsl.language.mistakes import expected, number_of, quoted
+from attndsl.language.streams import over_entries, streams_of
 from attndsl.language.values import (
     TOKENS,
     K,
@@ -33,6 +34,7 @@ from attndsl.language.values import (
 )
 from attndsl.language.vocabulary import BUILT_IN, RESERVED
 from attndsl.meaning.pointwise import evaluate
+from attndsl.streams import Streams
 from attndsl.syntax import nodes as ast
 
 if TYPE_CHECKING:
@@ -70,6 +72,7 @@ class AttentionBuilder:
         self.placed = self.mask_env.bind(q=Num(Q), k=Num(K))
         self.learned: dict[str, Table] = {}
         self.failed: list[AttnError] = []
+        self.streams: Streams = ()
 
     @contextmanager
     def going_on(self) -> Iterator[None]:
@@ -93,6 +96,7 @@ class AttentionBuilder:
                     offset = self.elaborator.integer(clause.value, self.placed, TOKENS)
                     if not offset.free <= {"n", "nq"} or offset.tables:
                         raise fail("`offset` depends on n and nq alone", clause.value.span)
+        self.keys([clause for clause in clauses if isinstance(clause, ast.Keys)])
         groups = self.groups(heads[0]) if heads else [(ir.TRUE, ())]
         built = tuple(self.group(which, own) for which, own in groups)
         if self.failed:
@@ -107,7 +111,21 @@ class AttentionBuilder:
             tuple(self.learned.values()),
             offset,
             least,
+            self.streams,
         )
+
+    def keys(self, clauses: list[ast.Keys]) -> None:
+        if len(clauses) > 1:
+            raise fail("`keys` is given twice", clauses[1].span, "join streams by `++`")
+        for clause in clauses:
+            with self.going_on():
+                self.streams = streams_of(self.elaborator, clause, self.env)
+                for table in (table for stream in self.streams for table in stream.tables):
+                    if table.parameter:
+                        self.declare(table, clause)
+            self.env, self.mask_env = (
+                env.bind(stream=Num(ir.var("stream"))) for env in (self.env, self.mask_env)
+            )
 
     def groups(self, heads: ast.Heads) -> list[tuple[Expr, tuple[ast.Clause, ...]]]:
         h = ir.var("h")
@@ -180,6 +198,8 @@ class AttentionBuilder:
         decay = None
         for factor in decays:
             decay = factor if decay is None else ir.mul(decay, factor)
+        with self.going_on():
+            return over_entries(self.streams, HeadGroup(joined, score, decay, norm, heads), clauses)
         return HeadGroup(joined, score, decay, norm, heads)
 
     def mask(self, clause: ast.Clause) -> Pattern:
@@ -232,10 +252,13 @@ class AttentionBuilder:
         result = number_of(value, e, help)
         for table in sorted(result.tables, key=lambda table: table.name):
             if table.parameter:
+                if "n" in table.dims:
+                    help = "n is an axis of what `keys proj(...)` learns"
+                    raise fail(f"`{table.name}` has as many numbers as there are tokens", e.span, help)
                 self.declare(table, e)
         return result
 
-    def declare(self, table: Table, e: ast.Expression) -> None:
+    def declare(self, table: Table, e: ast.Node) -> None:
         known = self.learned.setdefault(table.name, table)
         if known != table:
             raise fail(

@@ -402,7 +402,7 @@ def learn(el: Elaborator, e: ast.Index, call: ast.Call | None, env: Scope, space
         raise fail("the initial value of `learn` must be a constant", span)
     dims: list[int | str] = []
     for i, size in enumerate(e.indices):
-        if isinstance(size, ast.Name) and (size.id == "D" or (size.id == "H" and i == 0)):
+        if isinstance(size, ast.Name) and (size.id in ("D", "n") or (size.id == "H" and i == 0)):
             dims.append(size.id)
         else:
             dims.append(el.constant(size, env, space, "a size of `learn`"))

@@ -173,7 +173,7 @@ class Scope:
     binding: str = ""
     calls: tuple[str, ...] = ()
     claims: bool = False
-    clause: ast.Clause | None = None
+    clause: ast.Clause | ast.Keys | None = None
     units: tuple[int, int] | None = None
 
     def bind(self, **names: Value) -> Scope:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from attndsl import expr as ir
 
-RESERVED = frozenset("q k n nq h H D s Q K layer".split())
+RESERVED = frozenset("q k n nq h H D s Q K layer stream".split())
 POSITIONS = frozenset("q k s Q K".split())
 COMBINATORS = frozenset("blocks within grid random".split())
 FUNCTIONS = frozenset((*ir.AGGREGATES, "sum", "concat", "where", "isqrt", "floor", *ir.FUNCTIONS))

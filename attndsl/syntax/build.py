@@ -26,6 +26,7 @@ from attndsl.syntax.nodes import (
     Index,
     InputDecl,
     Inputs,
+    Keys,
     Module,
     Name,
     Nary,
@@ -128,6 +129,9 @@ class Build(Transformer[Token, Any]):
 
     def heads(self, children: list[Any]) -> Heads:
         return Heads(tuple(children[1:]), span=around(children[0], children[-1]))
+
+    def keys(self, children: list[Any]) -> Keys:
+        return Keys(tuple(children[1::2]), span=around(children[0], children[-1]))
 
     def input(self, children: list[Any]) -> InputDecl:
         name, dtype, *sizes, end = children

@@ -11,7 +11,7 @@ from lark import Token, UnexpectedCharacters, UnexpectedInput, UnexpectedToken
 from attndsl.errors import Diagnostic, Source, Span
 from attndsl.syntax.tokens import CLAUSES, DEFINITIONS, LOOSE, OPERATORS, STARTS, absolute_bars, extent
 
-LATER = ("stack", "keys", "approx")
+LATER = ("stack", "approx")
 FOREIGN = (
     (r"&&", "write `and` between truths, `&` between patterns"),
     (r"\|\|", "write `or` between truths, `|` between patterns"),

@@ -22,6 +22,7 @@ LEVELS = {
     for position, levels in enumerate(
         (
             ["COMMA"],
+            ["CONCAT"],
             ["_OR"],
             ["_AND"],
             ["COMPARE"],

@@ -171,6 +171,13 @@ class Heads(Node):
 
 
 @dataclass(frozen=True)
+class Keys(Node):
+    """`keys mem(512) ++ tokens`: the streams, one after the other."""
+
+    streams: tuple[Expression, ...]
+
+
+@dataclass(frozen=True)
 class Definition(Node):
     """`pattern`, `score` or `let`: a name, parameters and one expression. `doc` is its `##` text."""
 
@@ -186,7 +193,7 @@ class Definition(Node):
 class AttentionDef(Node):
     name: str
     params: tuple[Param, ...]
-    clauses: tuple[Inputs | Clause | Heads, ...]
+    clauses: tuple[Inputs | Clause | Heads | Keys, ...]
     doc: str = ""
     name_span: Span = field(compare=False, repr=False, kw_only=True)
 

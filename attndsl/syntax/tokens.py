@@ -14,9 +14,9 @@ STARTS = OPERANDS | frozenset([*OPENERS, "BAR", "MINUS", "TILDE", "NOT"])
 """What an expression begins with."""
 LOOSE = frozenset(["_OR", "_AND", "COMPARE", "DOTS", "AMP"])
 """Operators that `|x|` cannot hold without parentheses."""
-OPERATORS = LOOSE | frozenset(["BAR", "PLUS", "MINUS", "MULTIPLY", "POW"])
+OPERATORS = LOOSE | frozenset(["BAR", "PLUS", "MINUS", "MULTIPLY", "POW", "CONCAT"])
 DEFINITIONS = ("pattern", "score", "let", "attention", "assert", "use")
-CLAUSES = ("inputs", "mask", "score", "decay", "norm", "offset", "heads")
+CLAUSES = ("inputs", "mask", "score", "decay", "norm", "offset", "heads", "keys")
 
 
 def extent(token: Token) -> tuple[int, int]:

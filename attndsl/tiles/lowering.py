@@ -18,6 +18,7 @@ from attndsl.errors import AttnError, fail, suggest
 from attndsl.expr import Expr, Selected, Table
 from attndsl.meaning.intervals import check_range
 from attndsl.meaning.pointwise import evaluate
+from attndsl.streams import extent
 from attndsl.tiles.blockmask import BlockMask, Rows, Spans, TileGrid, intervals
 from attndsl.tiles.rows import Keys, entries, keys_of
 
@@ -78,8 +79,21 @@ def sizes(
     inside: bool = False,
 ) -> Sizes:
     """What is not given filled in: keys from position 0 on, n the greatest position of a key + 1, queries
-    where the attention says. Raises AttnError for a key that is not below n, with `inside` for a query
-    that is not, and for a default position below 0."""
+    where the attention says. Of streams `n_keys` are the tokens, and keys are entries by their numbers.
+    Raises AttnError for a key that is not below n, with `inside` for a query that is not, for a default
+    position below 0, and where streams are placed elsewhere."""
+    if attention.streams:
+        if k is not None or n not in (None, n_keys):
+            raise fail(
+                f"the keys of `{attention.name}` are streams of all tokens, which stand from position 0 on",
+                help="leave `k_offset`, `k_positions` and `n` out",
+            )
+        first, entries = extent(attention.streams, n_keys)
+        k, n = Axis.starting(entries, (first,)), n_keys
+    if attention.streams or attention.numbered:
+        assert k is not None
+        assert n is not None
+        return Sizes(heads, q or Axis.starting(nq, (_first_row(attention, n, nq),)), k, (n,))
     k = k or Axis.starting(n_keys, (0,))
     each = tuple([k.span(row)[1] + 1 for row in range(len(k.rows))])
     if n is not None:

@@ -1,0 +1,150 @@
+"""The keys and values of a call's streams, made of those that are given before anything attends to them.
+
+All by torch's own operations, so that what is pooled, projected and learned has its gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from attndsl.attention import Attention
+from attndsl.backend import Problem
+from attndsl.errors import fail
+from attndsl.expr import Table
+from attndsl.streams import Pool, Stream, Stretch, extent, memory
+
+Pair = tuple[Tensor, Tensor]
+"""Keys and values."""
+
+
+def attended(attention: Attention, problem: Problem) -> Problem:
+    """The problem that is left when keys are made."""
+    if not attention.streams:
+        return problem
+    _, entries = extent(attention.streams, problem.length)
+    kv_heads = problem.heads if _by_head(attention) else problem.kv_heads
+    return replace(problem, length=entries, kv_heads=kv_heads)
+
+
+def _by_head(attention: Attention) -> bool:
+    """Whether keys are made for each query head."""
+    return any("H" in table.dims for stream in attention.streams for table in stream.tables)
+
+
+def keys_and_values(
+    attention: Attention, heads: int, k: Tensor, v: Tensor, held: object, tables: Mapping[str, Tensor]
+) -> Pair:
+    """Of k [B, Hkv, n, D], v [B, Hkv, n, Dv] and what is `held` in memory, a pair of [B, Hkv, m, D] and
+    [B, Hkv, m, Dv], the entries [B, Hkv or H, entries, D and Dv]. Raises AttnError for memory of another
+    length, and tables that do not fit."""
+    remembered = _checked(attention, k, v, held)
+    if _by_head(attention):
+        (k, v), remembered = _repeated((k, v), heads), remembered and _repeated(remembered, heads)
+    made = [_made(stream, attention, (k, v), remembered, tables) for stream in attention.streams]
+    keys, values = zip(*made, strict=True)
+    return (keys[0], values[0]) if len(made) == 1 else (torch.cat(keys, 2), torch.cat(values, 2))
+
+
+def _repeated(pair: Pair, heads: int) -> Pair:
+    k, v = (x.repeat_interleave(heads // x.shape[1], 1) for x in pair)
+    return k, v
+
+
+def _checked(attention: Attention, k: Tensor, v: Tensor, held: object) -> Pair | None:
+    length = memory(attention.streams)
+    if not length:
+        if held is not None:
+            raise fail(f"`{attention.name}` has no memory", help="write `keys mem(m) ++ tokens`")
+        return None
+    if held is None:
+        help = f"give `memory=(keys, values)` of {length:,} before the first token, the oldest first"
+        raise fail(f"`{attention.name}` needs its memory", help=help)
+    if not isinstance(held, tuple | list) or [isinstance(x, Tensor) for x in held] != [True, True]:
+        raise fail("`memory` is a pair of tensors, keys and values")
+    for name, x, beside in (("keys", held[0], k), ("values", held[1], v)):
+        wanted = [*beside.shape[:2], length, beside.shape[3]]
+        if x.dim() == 4 and x.shape[2] != length:
+            raise fail(
+                f"`memory` has {name} of {x.shape[2]:,} tokens, and `{attention.name}` has {length:,}",
+                help="where fewer are held, put zeros before them and leave these out by `mask`",
+            )
+        if [*x.shape] != wanted:
+            raise fail(f"the {name} of `memory` are {[*x.shape]}, and must be {wanted}")
+        if x.dtype != beside.dtype or x.device != beside.device:
+            here, there = (f"{str(t.dtype).removeprefix('torch.')} on {t.device}" for t in (x, beside))
+            raise fail(f"the {name} of `memory` are {here}, and the {name} of the call {there}")
+    return held[0], held[1]
+
+
+def _made(
+    stream: Stream, attention: Attention, given: Pair, held: Pair | None, tables: Mapping[str, Tensor]
+) -> Pair:
+    if isinstance(stream, Stretch):
+        return _of(stream, attention, given, held)
+    if isinstance(stream, Pool):
+        k, v = _of(stream.of, attention, given, held)
+        return _pooled(k, stream, stream.by, tables), _pooled(v, stream, stream.values, tables)
+    k, v = given
+    return _projected(k, stream.keys, tables), _projected(v, stream.values, tables)
+
+
+def _of(stretch: Stretch, attention: Attention, given: Pair, held: Pair | None) -> Pair:
+    if stretch.length is None:
+        return given
+    assert held is not None
+    start = stretch.first + memory(attention.streams)
+    k, v = (x[:, :, start : start + stretch.length] for x in held)
+    return k, v
+
+
+def _pooled(x: Tensor, pool: Pool, by: str | Table, tables: Mapping[str, Tensor]) -> Tensor:
+    if x.shape[2] < pool.size:
+        return x[:, :, :0]
+    windows = x.unfold(2, pool.size, pool.stride)  # [B, H, m, D, b]
+    if not isinstance(by, Table):
+        return windows.mean(4) if by == "mean" else windows.amax(4)
+    w = _content(by, x, tables)
+    if w.shape[-1] != x.shape[3] and len(by.explicit) > 1:
+        raise fail(f"`{by.name}` is of {w.shape[-1]} features, and there are {x.shape[3]}")
+    wide = torch.promote_types(x.dtype, w.dtype)
+    form = {1: "bhmdi,bhi->bhmd", 2: "bhmdi,bhid->bhmd", 3: "bhmci,bhicd->bhmd"}[len(by.explicit)]
+    return torch.einsum(form, windows.to(wide), _spread(w, by, x).to(wide)).to(x.dtype)
+
+
+def _projected(x: Tensor, table: Table, tables: Mapping[str, Tensor]) -> Tensor:
+    e, n = _content(table, x, tables), x.shape[2]
+    if e.shape[-1] < n or (e.shape[-1] != n and table.dims[-1] == "n" and not table.learned):
+        raise fail(
+            f"`{table.name}` projects {e.shape[-1]:,} tokens, and there are {n:,}",
+            help="" if table.learned else f"give it as [{table.explicit[0]}, {n}]",
+        )
+    wide = torch.promote_types(x.dtype, e.dtype)
+    return (_spread(e, table, x)[..., :n].to(wide) @ x.to(wide)).to(x.dtype)
+
+
+def _content(table: Table, x: Tensor, tables: Mapping[str, Tensor]) -> Tensor:
+    """Raises AttnError where it is given with other axes."""
+    if table.known is not None:
+        return torch.from_numpy(table.known).to(x)
+    found = tables[table.name]
+    if found.dim() != len(table.dims):
+        shape, axes = ", ".join(map(str, table.dims)), [*found.shape]
+        raise fail(f"`{table.name}` is float[{shape}], and was given as {axes}")
+    sizes = {"B": x.shape[0], "H": x.shape[1]}
+    for axis, size in zip(table.dims, found.shape, strict=True):
+        wanted = axis if isinstance(axis, int) else sizes.get(axis, size)
+        if size != wanted:
+            raise fail(f"`{table.name}` has {size} entries on its axis `{axis}`, and there are {wanted}")
+    return found
+
+
+def _spread(content: Tensor, table: Table, x: Tensor) -> Tensor:
+    """With the axes B and H that it lacks."""
+    for place, axis in enumerate("BH"):
+        if axis not in table.dims:
+            content = content.unsqueeze(place)
+    return content.expand(*x.shape[:2], *content.shape[2:])

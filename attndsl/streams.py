@@ -1,0 +1,229 @@
+"""Streams: what the keys of an attention are where they are not the tokens, and where those stand.
+
+Keys of several streams are one list, in the order of the text. An entry of it has a number, and masks and
+scores are written over that: tokens have their positions, what is before them the numbers below 0, what is
+behind them those from n on; where there are no tokens, numbers begin at 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from attndsl.expr import (
+    TRUE,
+    ZERO,
+    Expr,
+    Table,
+    add,
+    all_of,
+    any_of,
+    const,
+    exists,
+    floordiv,
+    le,
+    lt,
+    maximum,
+    mul,
+    neg,
+    number,
+    sub,
+    substitute,
+    var,
+    where,
+)
+
+K, N, SLOT = var("k"), var("n"), var("?slot")
+"""SLOT is a slot of a stream, a name that no text has."""
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Keys that are given: tokens, whose `length` is None, or memory, from position `first` on."""
+
+    first: int = 0
+    length: int | None = None
+
+    @property
+    def many(self) -> Expr:
+        return N if self.length is None else const(self.length)
+
+    @property
+    def tables(self) -> tuple[Table, ...]:
+        return ()
+
+    def position(self, slot: Expr) -> Expr:
+        return add(slot, const(self.first))
+
+    def sources(self, slot: Expr) -> tuple[Expr, Expr]:
+        """The first and the last position of the keys that a slot is made of."""
+        return self.position(slot), self.position(slot)
+
+
+@dataclass(frozen=True)
+class Pool:
+    """A slot for every `stride` keys of a stretch, made of `size` of them; it stands at the last. Keys that
+    fill none at the end are in none.
+
+    by, values  `mean`, `max` or numbers [size], [size, D] or [size, D, D]: for keys, and for values
+    """
+
+    of: Stretch
+    size: int
+    stride: int
+    by: Literal["mean", "max"] | Table
+    values: Literal["mean", "max"] | Table
+
+    @property
+    def many(self) -> Expr:
+        found = maximum(add(self.of.many, const(self.stride - self.size)), ZERO)
+        return floordiv(found, const(self.stride))
+
+    @property
+    def tables(self) -> tuple[Table, ...]:
+        return tuple(x for x in (self.by, self.values) if isinstance(x, Table))
+
+    def position(self, slot: Expr) -> Expr:
+        return self.sources(slot)[1]
+
+    def sources(self, slot: Expr) -> tuple[Expr, Expr]:
+        first = add(mul(const(self.stride), slot), const(self.of.first))
+        return first, add(first, const(self.size - 1))
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Slots that are sums of all tokens, [m, n] times keys and [m, n] times values; they stand nowhere."""
+
+    keys: Table
+    values: Table
+
+    @property
+    def slots(self) -> int:
+        return int(self.keys.explicit[0])
+
+    @property
+    def many(self) -> Expr:
+        return const(self.slots)
+
+    @property
+    def tables(self) -> tuple[Table, ...]:
+        return self.keys, self.values
+
+    def sources(self, slot: Expr) -> tuple[Expr, Expr]:
+        return ZERO, sub(N, const(1))
+
+
+Stream = Stretch | Pool | Projection
+Streams = tuple[Stream, ...]
+
+
+def starts(streams: Streams) -> list[Expr]:
+    """The number of the first entry of each stream, and the one behind the last."""
+    before = list(streams[: streams.index(Stretch())]) if Stretch() in streams else []
+    found = [neg(add(*(s.many for s in before))) if before else ZERO]
+    for stream in streams:
+        found.append(add(found[-1], stream.many))
+    return found
+
+
+def extent(streams: Streams, n: int) -> tuple[int, int]:
+    """The number of the first entry, and how many entries there are, of n tokens."""
+    found = starts(streams)
+    first, end = (number(substitute(e, {"n": const(n)})) for e in (found[0], found[-1]))
+    assert isinstance(first, int)
+    assert isinstance(end, int)
+    return first, end - first
+
+
+def memory(streams: Streams) -> int:
+    """How many keys of memory they read."""
+    return -min((s.first for s in stretches(streams)), default=0)
+
+
+def stretches(streams: Streams) -> Iterator[Stretch]:
+    for stream in streams:
+        if isinstance(stream, Pool):
+            yield stream.of
+        elif isinstance(stream, Stretch):
+            yield stream
+
+
+def over(streams: Streams, e: Expr) -> list[Expr]:
+    """An expression over the position `k` of a key and its `stream`, for the entries of each one. Of slots
+    that stand nowhere `k` is left in it where it is asked for."""
+    found = []
+    for i, (stream, start) in enumerate(zip(streams, starts(streams), strict=False)):
+        here = substitute(e, {"stream": const(i)})
+        if not isinstance(stream, Projection):
+            here = substitute(here, {"k": stream.position(sub(K, start))})
+        found.append(here)
+    return found
+
+
+def numbered(streams: Streams, e: Expr) -> Expr:
+    """The same over the number `k` of an entry."""
+    ends: list[tuple[Expr, Expr]] = []
+    for start, here in zip(starts(streams), over(streams, e), strict=False):
+        if not ends or ends[-1][1] is not here:
+            ends.append((start, here))
+    if e.type != "bool" or len(ends) == 1:
+        found = ends[-1][1]
+        for (start, _), (_, here) in zip(ends[:0:-1], ends[-2::-1], strict=True):
+            found = where(lt(K, start), here, found)
+        return found
+    parts = []
+    for i, (start, here) in enumerate(ends):
+        last = i + 1 == len(ends)
+        inside = (le(start, K) if i else TRUE, TRUE if last else lt(K, ends[i + 1][0]))
+        parts.append(all_of(*inside, here))
+    return any_of(*parts)
+
+
+def _slots(streams: Streams, mask: Expr) -> Iterator[tuple[Stream, Expr]]:
+    """Each stream with the mask at its slot SLOT."""
+    for stream, start in zip(streams, starts(streams), strict=False):
+        yield stream, substitute(mask, {"k": add(start, SLOT)})
+
+
+def tokens_read(streams: Streams, mask: Expr) -> list[Expr]:
+    """Which tokens `k` a query reads by each stream, in its keys or in what these are made of; none of
+    memory. `mask` is over entries."""
+    if not streams:
+        return [mask]
+    found = []
+    for stream, here in _slots(streams, mask):
+        if stream == Stretch():
+            found.append(mask)
+        elif isinstance(stream, Projection) or Stretch() in stretches((stream,)):
+            first, last = stream.sources(SLOT)
+            made = all_of(le(first, K), le(K, last), here)
+            found.append(exists("?slot", ZERO, stream.many, made))
+    return found
+
+
+def some_key(streams: Streams, mask: Expr) -> Expr:
+    """Whether a query has a key in `mask`, which is over entries: a relation that holds one where it does,
+    and `mask` itself where keys are the tokens."""
+    if not streams:
+        return mask
+    return any_of(*(exists("?slot", ZERO, s.many, here) for s, here in _slots(streams, mask)))
+
+
+def described(streams: Sequence[Stream]) -> str:
+    """In words."""
+    return ", ".join(map(_described, streams))
+
+
+def _described(stream: Stream) -> str:
+    match stream:
+        case Stretch(length=None):
+            return "tokens"
+        case Stretch(length=length):
+            return f"{length:,} of memory"
+        case Pool(of, size, stride):
+            every = "" if size == stride else f", one every {stride}"
+            return f"slots of {size} {'tokens' if of.length is None else f'of {of.length:,} of memory'}{every}"
+        case Projection():
+            return f"{stream.slots:,} projected"
