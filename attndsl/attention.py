@@ -22,7 +22,7 @@ from attndsl.expr import (
     substitute,
     var,
 )
-from attndsl.streams import Streams, tokens_read
+from attndsl.streams import Numbers, Streams, tokens_read
 
 HEADS_TRIED = 256
 
@@ -75,7 +75,8 @@ class Attention:
     least_heads: how many heads there are at least: one more than the last that a range or list names.
     streams:  what the keys are, where they are not the tokens alone: `k` in the expressions is then the number
               of an entry, as streams.py says.
-    numbered: of such an attention without its streams: where keys stand is all in its expressions.
+    numbered: what is known of them where an attention is without its streams: where keys stand is all in its
+              expressions then.
     """
 
     name: str
@@ -85,7 +86,7 @@ class Attention:
     offset: Expr | None = None
     least_heads: int = 1
     streams: Streams = ()
-    numbered: bool = False
+    numbered: Numbers | None = None
 
     @staticmethod
     def of_pattern(name: str, relation: Relation) -> Attention:
@@ -116,7 +117,7 @@ class Attention:
         inputs, learned = (
             tuple(table for table in tables if table not in made) for tables in (self.inputs, self.learned)
         )
-        return replace(self, inputs=inputs, learned=learned, streams=(), numbered=True)
+        return replace(self, inputs=inputs, learned=learned, streams=(), numbered=Numbers.of(self.streams))
 
     def enough_heads(self) -> int:
         """The least number of heads at which every group holds one; claims are about that many or more."""

@@ -15,6 +15,7 @@ from attndsl import expr as ir
 from attndsl.attention import Attention, HeadGroup, Norm, Relation
 from attndsl.errors import fail
 from attndsl.expr import Argument, Drawn, Expr, Given, IntSet, Known, Learned, Selected, Table
+from attndsl.streams import Numbers
 
 FORMAT = 4
 LONG = 64
@@ -33,7 +34,7 @@ class Portable:
 
 
 def write(attention: Attention, **beside: Any) -> Portable:
-    """The attention, and numbers, texts or dicts `beside` it, which are read back as they are."""
+    """The attention, without streams, and numbers, texts or dicts `beside` it, which are read back as they are."""
     writer = _Writer()
     groups = [
         {
@@ -47,6 +48,7 @@ def write(attention: Attention, **beside: Any) -> Portable:
         }
         for group in attention.groups
     ]
+    numbered = attention.numbered
     body = {
         "attndsl": FORMAT,
         **beside,
@@ -55,7 +57,7 @@ def write(attention: Attention, **beside: Any) -> Portable:
         "learned": [writer.table(table) for table in attention.learned],
         "offset": writer.place(attention.offset),
         "least_heads": attention.least_heads,
-        "numbered": attention.numbered,
+        "numbered": numbered and [writer.place(numbered.first), writer.place(numbered.count)],
         "groups": groups,
         "tables": writer.written,
         "nodes": writer.nodes,
@@ -100,6 +102,7 @@ def read(text: str, constants: Sequence[Any]) -> tuple[Attention, dict[str, Any]
         )
         for g in body["groups"]
     )
+    numbered = body["numbered"]
     attention = Attention(
         body["name"],
         groups,
@@ -107,7 +110,7 @@ def read(text: str, constants: Sequence[Any]) -> tuple[Attention, dict[str, Any]
         tuple(map(table, body["learned"])),
         node(body["offset"]),
         body["least_heads"],
-        numbered=body["numbered"],
+        numbered=numbered and Numbers(*(nodes[place] for place in numbered)),
     )
     return attention, body
 

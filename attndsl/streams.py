@@ -7,6 +7,7 @@ behind them those from n on; where there are no tokens, numbers begin at 0.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -35,6 +36,7 @@ from attndsl.expr import (
 )
 
 K, N, SLOT = var("k"), var("n"), var("?slot")
+LENGTH_LIMIT = 2**31
 """SLOT is a slot of a stream, a name that no text has."""
 
 
@@ -128,13 +130,32 @@ def starts(streams: Streams) -> list[Expr]:
     return found
 
 
-def extent(streams: Streams, n: int) -> tuple[int, int]:
-    """The number of the first entry, and how many entries there are, of n tokens."""
-    found = starts(streams)
-    first, end = (number(substitute(e, {"n": const(n)})) for e in (found[0], found[-1]))
-    assert isinstance(first, int)
-    assert isinstance(end, int)
-    return first, end - first
+@dataclass(frozen=True)
+class Numbers:
+    """The number of the first entry, and how many entries there are, over n."""
+
+    first: Expr
+    count: Expr
+
+    @staticmethod
+    def of(streams: Streams) -> Numbers:
+        found = starts(streams)
+        return Numbers(found[0], sub(found[-1], found[0]))
+
+    def at(self, n: int) -> tuple[int, int]:
+        first, count = (number(substitute(e, {"n": const(n)})) for e in (self.first, self.count))
+        assert isinstance(first, int)
+        assert isinstance(count, int)
+        return first, count
+
+    def tokens(self, entries: int, least: int) -> int:
+        """The fewest from `least` on that make as many entries; `least` where none do."""
+        most = max(least, 1)
+        while self.at(most)[1] < entries:
+            if most > LENGTH_LIMIT:
+                return least
+            most *= 2
+        return least + bisect_left(range(least, most), entries, key=lambda n: self.at(n)[1])
 
 
 def memory(streams: Streams) -> int:

@@ -40,7 +40,7 @@ from attndsl.meaning import pointwise
 from attndsl.plugins.torch import rows as few
 from attndsl.tiles import lowering, tiling
 from attndsl.tiles.blockmask import Rows
-from attndsl.tiles.rows import keys_of
+from attndsl.tiles.rows import HIGH, LOW, keys_of
 
 POINTS = [{"n": 1, "nq": 1, "h": 0, "H": 1, "b": 0}, {"n": 61, "nq": 4, "h": 2, "H": 3, "b": 1}]
 SEEDS = range(400)
@@ -87,10 +87,11 @@ def test_intervals_are_where_the_mask_holds(seed: int) -> None:
     for point in POINTS if keys is not None else ():
         n = point["n"]
         closed = substitute(mask, {name: const(value) for name, value in point.items()})
-        for q in (0, n // 2, n - 1, n + 5):
-            spans = keys({**point, "q": q})
-            live = pointwise.evaluate(closed, np.array([q]), np.arange(n))
-            assert spans == Rows.of_dense(np.broadcast_to(live, (1, n)), 8).spans[0]
+        for q, low in ((0, 0), (n // 2, -7), (n - 1, 0), (n + 5, -3)):
+            spans = keys({**point, "q": q, LOW: low, HIGH: n})
+            live = pointwise.evaluate(closed, np.array([q]), np.arange(low, n))
+            entries = Rows.of_dense(np.broadcast_to(live, (1, n - low)), 8).spans[0]
+            assert spans == tuple((low + start, low + stop) for start, stop in entries)
 
 
 def test_nearly_all_of_these_masks_are_intervals() -> None:

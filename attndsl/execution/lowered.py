@@ -131,8 +131,6 @@ class Lowered:
         at_q, at_k = (
             places
             if isinstance(places, Axis)
-            else Axis.starting(size, offset)  # entries of streams, some before number 0
-            if side == "k" and self.attention.numbered and offset
             else lowering.axis(side, size, offset, None if places is None else np.array(places, np.int64))
             for side, size, (offset, places) in (("q", nq, q_seen), ("k", keys, k_seen))
         )

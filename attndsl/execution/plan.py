@@ -25,7 +25,6 @@ from attndsl.execution.session import REWIND, Session
 from attndsl.execution.streaming import attended, keys_and_values
 from attndsl.expr import Learned, Table
 from attndsl.program import bound_of
-from attndsl.streams import extent
 from attndsl.tiles import lowering
 from attndsl.tiles.blockmask import BlockMask
 
@@ -280,7 +279,7 @@ class Plan:
                 help="leave `k_offset`, `k_positions` and `n` out",
             )
         k, v = keys_and_values(attention, self.problem.heads, k, v, memory, given)
-        return k, v, (q_offset, q_at, [extent(attention.streams, n)[0]], None, n)
+        return k, v, (q_offset, q_at, None, None, n)
 
     def _refuse_made(self, given: Mapping[str, Any]) -> None:
         for table in self.attention.selected:

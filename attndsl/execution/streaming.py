@@ -15,7 +15,7 @@ from attndsl.attention import Attention
 from attndsl.backend import Problem
 from attndsl.errors import fail
 from attndsl.expr import Table
-from attndsl.streams import Pool, Stream, Stretch, extent, memory
+from attndsl.streams import Numbers, Pool, Stream, Stretch, memory
 
 Pair = tuple[Tensor, Tensor]
 """Keys and values."""
@@ -25,7 +25,7 @@ def attended(attention: Attention, problem: Problem) -> Problem:
     """The problem that is left when keys are made."""
     if not attention.streams:
         return problem
-    _, entries = extent(attention.streams, problem.length)
+    entries = Numbers.of(attention.streams).at(problem.length)[1]
     kv_heads = problem.heads if _by_head(attention) else problem.kv_heads
     return replace(problem, length=entries, kv_heads=kv_heads)
 

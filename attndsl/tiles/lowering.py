@@ -18,9 +18,9 @@ from attndsl.errors import AttnError, fail, suggest
 from attndsl.expr import Expr, Selected, Table
 from attndsl.meaning.intervals import check_range
 from attndsl.meaning.pointwise import evaluate
-from attndsl.streams import extent
+from attndsl.streams import Numbers
 from attndsl.tiles.blockmask import BlockMask, Rows, Spans, TileGrid, intervals
-from attndsl.tiles.rows import Keys, entries, keys_of
+from attndsl.tiles.rows import HIGH, LOW, Keys, entries, keys_of
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -82,18 +82,19 @@ def sizes(
     where the attention says. Of streams `n_keys` are the tokens, and keys are entries by their numbers.
     Raises AttnError for a key that is not below n, with `inside` for a query that is not, for a default
     position below 0, and where streams are placed elsewhere."""
+    numbered, entries = attention.numbered, n_keys
     if attention.streams:
         if k is not None or n not in (None, n_keys):
             raise fail(
                 f"the keys of `{attention.name}` are streams of all tokens, which stand from position 0 on",
                 help="leave `k_offset`, `k_positions` and `n` out",
             )
-        first, entries = extent(attention.streams, n_keys)
-        k, n = Axis.starting(entries, (first,)), n_keys
-    if attention.streams or attention.numbered:
-        assert k is not None
-        assert n is not None
-        return Sizes(heads, q or Axis.starting(nq, (_first_row(attention, n, nq),)), k, (n,))
+        numbered, n = Numbers.of(attention.streams), n_keys
+        entries = numbered.at(n)[1]
+    if numbered is not None:
+        n = numbered.tokens(entries, nq) if n is None else n
+        q = q or Axis.starting(nq, (_first_row(attention, n, nq),))
+        return Sizes(heads, q, Axis.starting(entries, (numbered.at(n)[0],)), (n,))
     k = k or Axis.starting(n_keys, (0,))
     each = tuple([k.span(row)[1] + 1 for row in range(len(k.rows))])
     if n is not None:
@@ -566,7 +567,8 @@ def by_rows(attention: Attention, sizes: Sizes, block_size: int) -> BlockMask | 
     known: dict[tuple[Spans, ...], int] = {}
     index: dict[tuple[int, int], int] = {}
     for row in range(sizes.rows if functions else 0):
-        at = {"n": sizes.n[row % len(sizes.n)], "nq": nq, "b": row, "H": sizes.heads}
+        low, last = sizes.k.span(row)
+        at = {"n": sizes.n[row % len(sizes.n)], "nq": nq, "b": row, "H": sizes.heads, LOW: low, HIGH: last + 1}
         queries = sizes.q.positions(row).tolist()
         for head, keys in enumerate(functions):
             spans = tuple([entries(keys({**at, "h": head, "q": q}), sizes.k, row) for q in queries])

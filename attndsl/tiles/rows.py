@@ -22,7 +22,8 @@ from attndsl.expr import Expr, IntSet
 from attndsl.tiles.blockmask import Spans, intervals
 
 Fixed = Mapping[str, int]
-"""All variables but k; n is beyond every key."""
+"""All variables but k, and LOW and HIGH: the first position of keys, and the one behind the last."""
+LOW, HIGH = "?low", "?high"
 Number = Callable[[Fixed], int]
 Keys = Callable[[Fixed], Spans]
 MEMBERS = 64
@@ -31,11 +32,11 @@ MEMBERS = 64
 
 @functools.lru_cache(maxsize=1024)
 def keys_of(mask: Expr) -> Keys | None:
-    """The live positions of keys, from 0 to before n, as a function of what is fixed; None for a mask with
+    """The live positions of keys, from LOW to before HIGH, as a function of what is fixed; None for a mask with
     operations that this knows nothing of."""
     args = mask.args
     if mask.op == "const":
-        return (lambda at: ((0, at["n"]),)) if mask.value else (lambda at: ())
+        return (lambda at: ((at[LOW], at[HIGH]),)) if mask.value else (lambda at: ())
     if mask.op in ("and", "or", "not"):
         parts = [keys_of(arg) for arg in args]
         if None in parts:
@@ -45,7 +46,7 @@ def keys_of(mask: Expr) -> Keys | None:
             return lambda at: functools.reduce(both, (part(at) for part in of))
         if mask.op == "or":
             return lambda at: either([part(at) for part in of])
-        return lambda at: beside(of[0](at), at["n"])
+        return lambda at: beside(of[0](at), at[LOW], at[HIGH])
     if any(arg.type != "int" for arg in args):
         return None
     if mask.op in ("le", "lt", "eq"):
@@ -65,15 +66,15 @@ def within(e: Expr, members: Sequence[tuple[int, int | None]]) -> Keys | None:
 
     def part(at: Fixed, low: int, high: int | None) -> tuple[int, int]:
         # a * k + c >= least, and <= most
-        n, start = at["n"], c(at)
+        first, end, start = at[LOW], at[HIGH], c(at)
         least = m * low - start
         most = None if high is None else m * high + m - 1 - start
         if a == 0:
-            return (0, n) if least <= 0 and (most is None or most >= 0) else (0, 0)
+            return (first, end) if least <= 0 and (most is None or most >= 0) else (0, 0)
         if a < 0:
             last = (-least) // -a
-            return (0 if most is None else max(0, -(most // -a))), min(n, last + 1)
-        return max(0, -(-least // a)), n if most is None else min(n, most // a + 1)
+            return (first if most is None else max(first, -(most // -a))), min(end, last + 1)
+        return max(first, -(-least // a)), end if most is None else min(end, most // a + 1)
 
     if len(members) == 1:
         ((low, high),) = members
@@ -170,8 +171,8 @@ def either(parts: Sequence[Spans]) -> Spans:
     return tuple(found)
 
 
-def beside(spans: Spans, n: int) -> Spans:
-    edges = [0, *(edge for span in spans for edge in span), n]
+def beside(spans: Spans, low: int, high: int) -> Spans:
+    edges = [low, *(edge for span in spans for edge in span), high]
     return tuple((a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if a < b)
 
 

@@ -1,0 +1,251 @@
+"""Streams of keys: every backend against formulas written by hand, in float64, with their gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import attndsl
+from attndsl.attention import Attention
+from attndsl.errors import AttnError
+from attndsl.streams import memory
+
+HEADS, KV_HEADS, WIDTH, BATCH = 4, 2, 6, 2
+LENGTHS = (1, 13, 150)
+BACKENDS = ("reference", "sdpa", "torch")
+Entries = tuple[Tensor, Tensor, list[int | None], list[int]]
+"""Keys and values by query head, positions and streams."""
+
+
+def tokens(k: Tensor, v: Tensor, stream: int = 0, first: int = 0) -> Entries:
+    return k, v, [first + i for i in range(k.shape[2])], [stream] * k.shape[2]
+
+
+def pools(k: Tensor, v: Tensor, size: int, stride: int, by: Any, stream: int = 0, first: int = 0) -> Entries:
+    """`by` makes one vector of [B, H, size, D]."""
+    starts = range(0, k.shape[2] - size + 1, stride)
+    made = [
+        torch.stack([by(x[:, :, s : s + size]) for s in starts], 2) if len(starts) else x[:, :, :0]
+        for x in (k, v)
+    ]
+    return made[0], made[1], [first + s + size - 1 for s in starts], [stream] * len(starts)
+
+
+def projected(k: Tensor, v: Tensor, e: Tensor, f: Tensor, stream: int = 0) -> Entries:
+    def sums(m: Tensor, x: Tensor) -> Tensor:
+        return torch.stack(
+            [sum((m[..., i, j, None] * x[:, :, j] for j in range(x.shape[2]))) for i in range(m.shape[-2])], 2
+        )
+
+    return sums(e, k), sums(f, v), [None] * e.shape[-2], [stream] * e.shape[-2]
+
+
+def joined(*parts: Entries) -> Entries:
+    k, v, at, streams = zip(*parts, strict=True)
+    return torch.cat(k, 2), torch.cat(v, 2), sum(at, []), sum(streams, [])
+
+
+Sees = Callable[[int, Any, int], bool]
+
+
+def attend(q: Tensor, entries: Entries, sees: Sees, score: Callable[..., Any] = lambda s, q, k, i: s) -> Tensor:
+    """Softmax over the entries that each query sees, 0 where it sees none."""
+    k, v, at, streams = entries
+    n, rows = len(at), []
+    for i in range(q.shape[2]):
+        live = [j for j in range(n) if sees(i, at[j], streams[j])]
+        if not live:
+            rows.append(0 * (q[:, :, i] + v.sum(2)))
+            continue
+        logits = [score((q[:, :, i] * k[:, :, j]).sum(-1) / math.sqrt(WIDTH), i, at[j], streams[j]) for j in live]
+        weights = torch.stack(logits, -1).softmax(-1)
+        rows.append(sum(weights[..., x, None] * v[:, :, j] for x, j in enumerate(live)))
+    return torch.stack(rows, 2)
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """A text, and what it means: of q, keys and values by query head, those of memory, and tables."""
+
+    text: str
+    formula: Callable[..., Tensor]
+    tables: tuple[tuple[str, tuple[int | str, ...]], ...] = ()
+    """Inputs by name, with their axes."""
+
+
+def causal(q: int, k: int, stream: int) -> bool:
+    return k <= q
+
+
+def anyone(q: int, k: int, stream: int) -> bool:
+    return True
+
+
+def halves(m: Tensor | None, at: int) -> tuple[Tensor, Tensor]:
+    assert m is not None
+    return m[:, :, :at], m[:, :, at:]
+
+
+def conv(w: Tensor, x: Tensor) -> Tensor:
+    """[3, D, D] over [B, H, 3, D]"""
+    return sum(x[:, :, i] @ w[i] for i in range(3))
+
+
+MECHANISMS = {
+    "compressed": Mechanism(
+        "keys pool(4, stride = 2)  mask { q, k : k <= q }",
+        lambda q, k, v, mk, mv, t: attend(q, pools(k, v, 4, 2, lambda x: x.mean(2)), causal),
+    ),
+    "greatest": Mechanism(
+        "keys pool(3, by = max)  score s + 0.1 * (q - k)",
+        lambda q, k, v, mk, mv, t: attend(
+            q, pools(k, v, 3, 3, lambda x: x.max(2).values), anyone, lambda s, q, k, i: s + 0.1 * (q - k)
+        ),
+    ),
+    "weighed": Mechanism(
+        "keys pool(3, by = [0.25, 0.5, 0.25])  mask causal",
+        lambda q, k, v, mk, mv, t: attend(
+            q, pools(k, v, 3, 3, lambda x: 0.25 * x[:, :, 0] + 0.5 * x[:, :, 1] + 0.25 * x[:, :, 2]), causal
+        ),
+    ),
+    "memory_compressed": Mechanism(
+        "inputs W : float[3, D, D]  keys pool(3, by = W)  mask causal",
+        lambda q, k, v, mk, mv, t: attend(q, pools(k, v, 3, 3, lambda x: conv(t["W"], x)), causal),
+        (("W", (3, WIDTH, WIDTH)),),
+    ),
+    "learned_conv": Mechanism(
+        "keys pool(2, by = learn[H, 2, D], values = learn[2]) ++ tokens  mask causal & last(5)",
+        lambda q, k, v, mk, mv, t: attend(
+            q,
+            joined(
+                (
+                    pools(k, k, 2, 2, lambda x: (t["by"] * x).sum(2))[0],
+                    *pools(v, v, 2, 2, lambda x: (t["values"][:, None] * x).sum(2))[1:],
+                ),
+                tokens(k, v, 1),
+            ),
+            lambda q, k, i: q - 4 <= k <= q,
+        ),
+    ),
+    "linformer": Mechanism(
+        "keys proj(learn[H, 4, n], learn[H, 4, n])",
+        lambda q, k, v, mk, mv, t: attend(q, projected(k, v, t["E"], t["F"]), anyone),
+    ),
+    "linformer_kv": Mechanism(
+        "keys proj(learn[4, n])",
+        lambda q, k, v, mk, mv, t: attend(q, projected(k, v, t["E"], t["E"]), anyone),
+    ),
+    "linformer_given": Mechanism(
+        "inputs E : float[B, 4, n]  keys proj(E)",
+        lambda q, k, v, mk, mv, t: attend(q, projected(k, v, t["E"][:, None], t["E"][:, None]), anyone),
+        (("E", (BATCH, 4, "n")),),
+    ),
+    "xl": Mechanism(
+        "keys mem(9) ++ tokens  mask causal  score s - 0.1 * (q - k)",
+        lambda q, k, v, mk, mv, t: attend(
+            q, joined(tokens(mk, mv, 0, -9), tokens(k, v, 1)), causal, lambda s, q, k, i: s - 0.1 * (q - k)
+        ),
+    ),
+    "compressive": Mechanism(
+        "keys pool(3, of = mem(12)) ++ mem(5) ++ tokens  mask causal",
+        lambda q, k, v, mk, mv, t: attend(
+            q,
+            joined(
+                pools(halves(mk, 12)[0], halves(mv, 12)[0], 3, 3, lambda x: x.mean(2), 0, -17),
+                tokens(halves(mk, 12)[1], halves(mv, 12)[1], 1, -5),
+                tokens(k, v, 2),
+            ),
+            causal,
+        ),
+    ),
+    "blockwise": Mechanism(
+        "keys tokens ++ pool(4)  mask { q, k : stream == 1 and k // 4 < q // 4 or stream == 0 and k // 4 == q // 4 }"
+        "  score s + where(stream == 1, 0.5, 0.0)  decay where(stream == 1, 0.25, 1.0)",
+        lambda q, k, v, mk, mv, t: attend(
+            q,
+            joined(tokens(k, v, 0), pools(k, v, 4, 4, lambda x: x.mean(2), 1)),
+            lambda q, k, i: k // 4 < q // 4 if i == 1 else k // 4 == q // 4,
+            lambda s, q, k, i: s + (0.5 + math.log(0.25) if i == 1 else 0.0),
+        ),
+    ),
+    "padded": Mechanism(
+        "inputs pad : int[B]  keys mem(7) ++ tokens ++ proj(learn[2, n])"
+        "  mask { q, k : stream == 2 or (k <= q and k >= pad) }",
+        lambda q, k, v, mk, mv, t: torch.cat(
+            [
+                attend(
+                    q[b : b + 1],
+                    joined(
+                        tokens(mk[b : b + 1], mv[b : b + 1], 0, -7),
+                        tokens(k[b : b + 1], v[b : b + 1], 1),
+                        projected(k[b : b + 1], v[b : b + 1], t["E"], t["E"], 2),
+                    ),
+                    lambda q, k, i, pad=pad: i == 2 or pad <= k <= q,
+                )
+                for b, pad in enumerate((-3, 2))
+            ]
+        ),
+    ),
+}  # fmt: skip
+
+
+def program(text: str) -> attndsl.Bound:
+    found = attndsl.parse(f"attention a {{ {text} }}")["a"]
+    assert isinstance(found, attndsl.Bound)
+    return found
+
+
+def normal(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+
+def shared(x: Tensor) -> Tensor:
+    return x.repeat_interleave(HEADS // KV_HEADS, 1)
+
+
+@pytest.mark.parametrize("n", LENGTHS)
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_backends_give_the_formula_and_its_gradients(name: str, n: int) -> None:
+    mechanism, generator = MECHANISMS[name], torch.Generator().manual_seed(n)
+    bound = program(mechanism.text)
+    held, tables = memory(bound.attention.streams), {}
+    q = normal(generator, BATCH, HEADS, n, WIDTH)
+    k, v = (normal(generator, BATCH, KV_HEADS, n, WIDTH) for _ in range(2))
+    remembered = [normal(generator, BATCH, KV_HEADS, held, WIDTH) for _ in range(2)] if held else []
+    for table, shape in mechanism.tables:
+        tables[table] = normal(generator, *(n if axis == "n" else int(axis) for axis in shape))
+    sizes = {"H": HEADS, "D": WIDTH, "n": n + 3}
+    learned = {
+        t.name: normal(generator, *(sizes.get(axis, axis) for axis in t.dims))  # type: ignore[arg-type]
+        for t in bound.attention.learned
+    }
+    inputs: dict[str, Any] = {**tables, **({"pad": [-3, 2]} if name == "padded" else {})}
+    leaves = [q, k, v, *remembered, *tables.values(), *learned.values()]
+    by_head = [shared(x) for x in (k, v, *remembered)] + [None] * (2 if not held else 0)
+    wanted = mechanism.formula(q, *by_head, {**tables, **learned})
+    slope = torch.randn(wanted.shape, generator=generator, dtype=torch.float64)
+    slopes = torch.autograd.grad(wanted, leaves, slope, allow_unused=True, materialize_grads=True)
+    tried = 0
+    for backend in BACKENDS:
+        try:
+            plan = attndsl.compile(
+                bound, length=n + 3, heads=HEADS, kv_heads=KV_HEADS, head_dim=WIDTH, dtype="float64",
+                backend=backend, training=True,
+            )  # fmt: skip
+        except AttnError as error:
+            assert "declines" in str(error)
+            continue
+        tried += 1
+        out = plan(q, k, v, memory=tuple(remembered) or None, learned=learned or None, **inputs)
+        torch.testing.assert_close(out, wanted, rtol=1e-12, atol=1e-12)
+        grads = torch.autograd.grad(out, leaves, slope, allow_unused=True, materialize_grads=True)
+        for got, grad in zip(grads, slopes, strict=True):
+            torch.testing.assert_close(got, grad, rtol=1e-11, atol=1e-11)
+    assert tried >= 2
