@@ -108,6 +108,11 @@ class Attention:
             read |= {table for part in parts if part is not None for table in part.tables}
         return frozenset(read)
 
+    @property
+    def made_by_head(self) -> bool:
+        """Whether keys of a stream are made for each query head."""
+        return any("H" in table.dims for stream in self.streams for table in stream.tables)
+
     @functools.cached_property
     def attended(self) -> Attention:
         """What is left when the keys of its streams are made: of these, as they come."""
@@ -139,7 +144,7 @@ class Attention:
         heads = maximum(var("H"), const(self.enough_heads()))
         found = []
         for group in self.groups:
-            mask = any_of(*tokens_read(self.streams, group.relation.mask))
+            mask = tokens_read(self.streams, group.relation.mask)
             which = substitute(all_of(group.heads, mask), {"h": var("?h")})
             found.append(exists("?h", ZERO, heads, which) if "h" in mask.free else mask)
         return any_of(*found)

@@ -4,7 +4,7 @@ and gives."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Protocol, TypeAlias, get_args, get_type_hints, runtime_checkable
 
 from attndsl.attention import Attention, HeadGroup, Norm, Relation
@@ -12,6 +12,7 @@ from attndsl.axis import Axis
 from attndsl.errors import fail
 from attndsl.expr import Table
 from attndsl.legal import LEGAL
+from attndsl.streams import Numbers
 from attndsl.tiles import lowering
 from attndsl.tiles.blockmask import BlockMask
 
@@ -81,6 +82,15 @@ class Problem:
         lowering.head_groups(attention, sizes["heads"])
         block_size = lowering.checked_block_size(BLOCK_SIZE if block_size is None else block_size)
         return Problem(**sizes, dtype=dtype, device=str(device), block_size=block_size, training=training)
+
+    def attended(self, attention: Attention) -> Problem:
+        """What is left of it where keys of streams are made: that of `attention.attended`."""
+        if not attention.streams:
+            return self
+        entries = Numbers.of(attention.streams).at(self.length)[1]
+        return replace(
+            self, length=entries, kv_heads=self.heads if attention.made_by_head else self.kv_heads
+        )
 
 
 @dataclass(frozen=True)

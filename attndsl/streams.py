@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from attndsl.expr import (
+    FALSE,
     TRUE,
     ZERO,
     Expr,
@@ -208,11 +209,14 @@ def _slots(streams: Streams, mask: Expr) -> Iterator[tuple[Stream, Expr]]:
         yield stream, substitute(mask, {"k": add(start, SLOT)})
 
 
-def tokens_read(streams: Streams, mask: Expr) -> list[Expr]:
-    """Which tokens `k` a query reads by each stream, in its keys or in what these are made of; none of
-    memory. `mask` is over entries."""
-    if not streams:
-        return [mask]
+def tokens_read(streams: Streams, mask: Expr) -> Expr:
+    """Which tokens `k` a query reads, in its keys or in what these are made of. `mask` is over entries, and
+    is itself what is read where keys are the tokens."""
+    return any_of(*read_by_each(streams, mask)) if streams else mask
+
+
+def read_by_each(streams: Streams, mask: Expr) -> list[Expr]:
+    """The same of each stream, none of memory."""
     found = []
     for stream, here in _slots(streams, mask):
         if stream == Stretch():
@@ -221,6 +225,8 @@ def tokens_read(streams: Streams, mask: Expr) -> list[Expr]:
             first, last = stream.sources(SLOT)
             made = all_of(le(first, K), le(K, last), here)
             found.append(exists("?slot", ZERO, stream.many, made))
+        else:
+            found.append(FALSE)
     return found
 
 

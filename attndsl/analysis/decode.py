@@ -99,6 +99,8 @@ def mask_tiles(attention: Attention, length: int, heads: int, inputs: Mapping[st
     Raises AttnError where queries stand at other positions than keys.
     """
     length, heads = (lowering.checked_length(*given) for given in (("length", length), ("heads", heads)))
+    if attention.streams:
+        raise fail(f"a cache is of tokens, and the keys of `{attention.name}` are streams")
     sizes = lowering.sizes(attention, length, length, heads)
     if sizes.q.starts != (0,):
         raise fail(f"queries of `{attention.name}` start at position {sizes.q.span(0)[0]}, and keys at 0")

@@ -60,6 +60,9 @@ def _changes(attention: Attention, problem: Problem) -> Iterator[str]:
     ]
     weights += [e for table in attention.selected for e in scores_of(table)]
     parts = [*(group.relation.mask for group in attention.groups), *weights]
+    if attention.streams:
+        yield "its keys are streams, which are made of all tokens at every call"
+        return
     if attention.offset is not None:
         yield "its `offset` says that queries are not the last positions"
     if any("nq" in e.free for e in parts) or any("nq" in table.dims for table in attention.inputs):

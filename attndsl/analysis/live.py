@@ -12,7 +12,8 @@ from attndsl.analysis.chosen import live_bounds
 from attndsl.analysis.part import Part, Subject
 from attndsl.analysis.text import line
 from attndsl.analysis.units import percent
-from attndsl.expr import FALSE, Expr, const, nodes, substitute, var
+from attndsl.expr import FALSE, Expr, add, all_of, const, lt, nodes, substitute, var
+from attndsl.streams import K, Pool, Stretch, starts
 from attndsl.tiles import lowering
 from attndsl.tiles.tiling import replaced
 
@@ -53,7 +54,10 @@ class Live:
 
 
 def live(subject: Subject) -> Live:
-    pairs = subject.problem.batch * subject.problem.heads * subject.problem.length * subject.problem.q_length
+    p = subject.problem
+    pairs = p.batch * p.heads * subject.sizes.k.length * p.q_length
+    if subject.attention.streams:
+        return _of_streams(subject, pairs)
     if subject.drawn and subject.square and (found := live_bounds(subject)) is not None:
         low, high = found
         if low == high:
@@ -83,6 +87,24 @@ def live(subject: Subject) -> Live:
         count = replace(count, expected=_expected(subject))
     complexity = CLASSES[form.degree] if form is not None else _growth(subject)
     return Live(count, value / pairs if pairs else 0.0, complexity)
+
+
+def _of_streams(subject: Subject, pairs: int) -> Live:
+    """A formula is of slots alone of which there are no more than tokens."""
+    streams, value = subject.attention.streams, subject.block_mask.nnz * subject.times
+    form = None
+    few = all(s == Stretch() or (isinstance(s, Pool) and s.of == Stretch()) for s in streams)
+    if few and subject.square and not any(mask.tables for mask in subject.masks):
+        parts: dict[Expr, int] = {}
+        for mask, times in subject.masks.items():
+            for stream, start in zip(streams, starts(streams), strict=False):
+                here = all_of(lt(K, stream.many), substitute(mask, {"k": add(start, K)}))
+                parts[here] = parts.get(here, 0) + times
+        form = closed_form(parts)
+    count = Count(value)
+    if form is not None and form.formula is not None and subject.problem.length >= form.start:
+        count = replace(count, formula=form.formula, valid_for=form.valid_for)
+    return Live(count, value / pairs if pairs else 0.0, CLASSES[form.degree] if form is not None else None)
 
 
 def _whatever(subject: Subject) -> str:
@@ -234,5 +256,6 @@ seeds.</p>
 """
 
 part = Part(
-    live, _text, ("nnz", "density", "complexity"), place=10, title="Live pairs", section=SECTION, cards=CARDS
-)
+    live, _text, ("nnz", "density", "complexity"), place=10, title="Live pairs", section=SECTION, cards=CARDS,
+    streams=True,
+)  # fmt: skip

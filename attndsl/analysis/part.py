@@ -119,6 +119,7 @@ class Part:
     section  the section: a Jinja template over the fields of `--json` that may use what html/macros.jinja
              defines. Left out, all fields are listed
     cards    likewise, for "At a glance"
+    streams  whether it knows keys that are no tokens: of an attention with `keys` others are left out
     settled  whether it is about one choice of keys, drawn, where keys are chosen by content; else it is told
              of an attention to all that might be chosen
     draw     a picture for the section. Raises AttnError where there is none
@@ -132,6 +133,7 @@ class Part:
     title: str = ""
     section: str = "{{ listed(told) }}"
     cards: str = ""
+    streams: bool = False
     settled: bool = True
     draw: Callable[[Subject, Any], Drawing] | None = None
 

@@ -232,4 +232,6 @@ def diff(left: str, right: str, as_json: bool, time_limit: float) -> None:
 def each_head(target: str) -> Expr:
     """The mask of FILE:NAME at head `h`."""
     attention = bound(*file_and_name(target), {}).attention
+    if attention.streams:
+        raise fail(f"the keys of `{attention.name}` are streams, and relations of tokens are compared")
     return any_of(*(all_of(group.heads, group.relation.mask) for group in attention.groups))

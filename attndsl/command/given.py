@@ -17,7 +17,6 @@ from attndsl.program import Program, load, parse
 from attndsl.syntax.format import render
 
 if TYPE_CHECKING:
-    from attndsl.tiles.blockmask import BlockMask
 
 
 def program_of(file: str) -> Program:
@@ -107,11 +106,11 @@ def heads_of(attention: Attention, given: dict[str, Any], heads: int | None) -> 
     return lowering.heads_of(attention, given) if heads is None else heads
 
 
-def first_query(attention: Attention, block_mask: BlockMask, heads: int) -> int:
+def first_query(attention: Attention, length: int, nq: int, heads: int) -> int:
     """The position of query row 0."""
     from attndsl.tiles import lowering
 
-    return lowering.sizes(attention, block_mask.n, block_mask.nq, heads).q.span(0)[0]
+    return lowering.sizes(attention, length, nq, heads).q.span(0)[0]
 
 
 def echo_json(data: dict[str, Any]) -> None:

@@ -80,7 +80,7 @@ def run(
         found = of_run(stage, plan, given, backward, text, seed)
         seen = plan_text(plan)
         if plan.block_masks is not None:
-            first = first_query(attention, plan.block_masks, problem["heads"])
+            first = first_query(attention, problem["length"], plan.block_masks.nq, problem["heads"])
             seen += f"\n\n{terminal.picture(plan.block_masks, terminal.width(), first)}"
         return found, seen
 
@@ -131,6 +131,7 @@ def of_run(
     stage("making q, k and v", None)
     problem = plan.problem
     q, k, v = trial.qkv(problem, text, seed)
+    given = given | trial.memory(plan, seed)
     stage(f"running {plan.backend}", None)
     call = plan.module().requires_grad_(False)
     out = call(q, k, v, **given)

@@ -74,7 +74,7 @@ def show(
             + (", one drawn choice" if attention.selected else "")
             + ("" if head is None else f", head {head:,}")
         )
-        first = first_query(attention, block_mask, heads)
+        first = first_query(attention, sizes["length"], block_mask.nq, heads)
         if form == "term":
             return f"{heading(title, block_mask)}\n{terminal.picture(block_mask, terminal.width(), first)}\n"
         stage("drawing", None)

@@ -16,6 +16,7 @@ from attndsl.errors import fail
 from attndsl.execution.lowered import lower
 from attndsl.execution.plan import Plan, compile
 from attndsl.expr import var
+from attndsl.streams import memory as memory_of
 from attndsl.tiles import lowering
 
 if TYPE_CHECKING:
@@ -64,6 +65,17 @@ def qkv(problem: Problem, text: Path | None, seed: int = 0) -> tuple[Tensor, Ten
     return q, k, v
 
 
+def memory(plan: Plan, seed: int = 0) -> dict[str, Any]:
+    """What the plan takes of it, normal numbers."""
+    import torch
+
+    p, length = plan.problem, memory_of(plan.attention.streams)
+    generator = torch.Generator().manual_seed(seed + 1)
+    shape, wide = (p.batch, p.kv_heads, length, p.head_dim), getattr(torch, p.dtype)
+    pair = tuple(torch.randn(shape, generator=generator).to(p.device, wide) for _ in "kv")
+    return {"memory": pair} if length else {}
+
+
 @dataclass(frozen=True)
 class Verified:
     """`rows` of the queries differ from `reference` in float64 by at most `error`; `tolerance` is what
@@ -107,6 +119,8 @@ def verify(
     )
     first, _ = lowering.sizes(plan.attention, p.length, p.q_length, p.heads).q.span(0)
     keys, values = k.double(), v.double()
+    if "memory" in tables:
+        tables = {**tables, "memory": tuple(x.double() for x in tables["memory"])}
     error = largest = 0.0
     covered: set[int] = set()
     for start in starts:
@@ -185,9 +199,9 @@ def dense_masked(plan: Plan, q: Tensor, k: Tensor, v: Tensor, tables: Mapping[st
 
     p, blocks, work = plan.problem, plan.block_masks, masked_work(plan)
     expanded = p.batch * p.heads if work == "mask + bias" else 0 if blocks is None else blocks.index.size
-    if blocks is None or expanded * p.q_length * p.length > PAIRS_MASKED:
+    if plan.attention.streams or blocks is None or expanded * p.q_length * p.length > PAIRS_MASKED:
         return None
     if work != "mask + bias":
         return dense(plan, q, k, v, torch.from_numpy(blocks.to_dense()).to(p.device))
-    by_sdpa = replace(plan, lowered=lower(plan.attention, p, "sdpa"))
+    by_sdpa = replace(plan, lowered=lower(plan.lowered.attention, plan.lowered.problem, "sdpa"))
     return dense(plan, q, k, v) and (lambda: by_sdpa.module().requires_grad_(False)(q, k, v, **tables))

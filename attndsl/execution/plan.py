@@ -22,7 +22,7 @@ from attndsl.execution.choosing import chosen
 from attndsl.execution.lowered import At, Lowered, Places, lower
 from attndsl.execution.operator import check_tangents, run
 from attndsl.execution.session import REWIND, Session
-from attndsl.execution.streaming import attended, keys_and_values
+from attndsl.execution.streaming import keys_and_values
 from attndsl.expr import Learned, Table
 from attndsl.program import bound_of
 from attndsl.tiles import lowering
@@ -67,7 +67,7 @@ def compile(
         sizes = lowering.sizes(attention, problem.length, problem.q_length, problem.heads)
         blocks = lowering.block_mask(attention, sizes, {}, problem.block_size)
     seconds = time.perf_counter() - start
-    left = attention.attended, attended(attention, problem)
+    left = attention.attended, problem.attended(attention)
     considered = choice.considered(*left, blocks)
     taken = choice.chosen(considered, backend)
     return Plan(attention, problem, lower(*left, taken), considered, blocks, seconds)

@@ -6,33 +6,17 @@ All by torch's own operations, so that what is pooled, projected and learned has
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from attndsl.attention import Attention
-from attndsl.backend import Problem
 from attndsl.errors import fail
 from attndsl.expr import Table
-from attndsl.streams import Numbers, Pool, Stream, Stretch, memory
+from attndsl.streams import Pool, Stream, Stretch, memory
 
 Pair = tuple[Tensor, Tensor]
 """Keys and values."""
-
-
-def attended(attention: Attention, problem: Problem) -> Problem:
-    """The problem that is left when keys are made."""
-    if not attention.streams:
-        return problem
-    entries = Numbers.of(attention.streams).at(problem.length)[1]
-    kv_heads = problem.heads if _by_head(attention) else problem.kv_heads
-    return replace(problem, length=entries, kv_heads=kv_heads)
-
-
-def _by_head(attention: Attention) -> bool:
-    """Whether keys are made for each query head."""
-    return any("H" in table.dims for stream in attention.streams for table in stream.tables)
 
 
 def keys_and_values(
@@ -42,7 +26,7 @@ def keys_and_values(
     [B, Hkv, m, Dv], the entries [B, Hkv or H, entries, D and Dv]. Raises AttnError for memory of another
     length, and tables that do not fit."""
     remembered = _checked(attention, k, v, held)
-    if _by_head(attention):
+    if attention.made_by_head:
         (k, v), remembered = _repeated((k, v), heads), remembered and _repeated(remembered, heads)
     made = [_made(stream, attention, (k, v), remembered, tables) for stream in attention.streams]
     keys, values = zip(*made, strict=True)

@@ -14,6 +14,7 @@ from attndsl.language.arguments import bind_arguments_of
 from attndsl.language.elaborate import Elaborator
 from attndsl.language.mistakes import quoted
 from attndsl.language.values import TOKENS, AttentionOf, K, Pattern, Q, Scope
+from attndsl.streams import Streams, some_key, tokens_read
 from attndsl.syntax import nodes as ast
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def _claims(e: ast.Expression, elaborator: Elaborator) -> list[Claim]:
     if isinstance(e, ast.Nary) and e.op == "and":
         return [claim for arg in e.args for claim in _claims(arg, elaborator)]
     if _called(e) == "every_row":
-        return [EveryRow(_heads(_arguments(e)["of"], elaborator))]
+        return [EveryRow(_heads(_arguments(e)["of"], elaborator, some_key))]
     if isinstance(e, ast.Compare):
         return [
             _compared(op, left, right, e, elaborator)
@@ -236,11 +237,17 @@ def _enough(e: ast.Expression, elaborator: Elaborator) -> Expr:
     return ir.le(ir.const(least), ir.var("H")) if least > 1 else ir.TRUE
 
 
-def _heads(e: ast.Expression, elaborator: Elaborator) -> PerHead:
+def _heads(
+    e: ast.Expression, elaborator: Elaborator, relates: Callable[[Streams, Expr], Expr] = tokens_read
+) -> PerHead:
+    """`relates` makes a relation of tokens of a mask."""
     attention, enough = _attention(e, elaborator), _enough(e, elaborator)
     if attention is not None:
         return PerHead(
-            tuple((group.relation.mask, ir.all_of(enough, group.heads)) for group in attention.groups)
+            tuple(
+                (relates(attention.streams, group.relation.mask), ir.all_of(enough, group.heads))
+                for group in attention.groups
+            )
         )
     return PerHead(((elaborator.pattern(e, Scope({}, claims=True), TOKENS).at(Q, K, TOKENS).mask, enough),))
 
@@ -325,7 +332,7 @@ def _measured(side: Quantity | float) -> float | None:
 
     blocks = tiles_of(side.of, side.n, heads=side.heads)
     pairs = blocks.nnz * (side.heads // max(1, blocks.index.shape[1]))
-    return float(pairs) if side.kind == "nnz" else pairs / max(1, side.heads * side.n * side.n)
+    return float(pairs) if side.kind == "nnz" else pairs / max(1, side.heads * blocks.nq * blocks.n)
 
 
 def _read(side: Quantity | float) -> frozenset[Table]:

@@ -13,6 +13,7 @@ from attndsl.language.elaborate import Elaborator
 from attndsl.language.values import TOKENS, AttentionOf, K, Pattern, Q, Scope
 from attndsl.language.vocabulary import BUILT_IN
 from attndsl.scores import never_negative
+from attndsl.streams import read_by_each, some_key
 from attndsl.syntax import nodes as ast
 
 Definition = ast.Definition | ast.AttentionDef
@@ -73,11 +74,12 @@ def _of_attention(item: ast.AttentionDef, elaborator: Elaborator) -> Iterator[Di
     span = masks[0].value.span if len(masks) == 1 else item.name_span
     for i, group in enumerate(value.attention.groups):
         if not group.relation.mask.tables and not empty and value.attention.offset is None:
-            yield from _empty_rows(group, span)
+            yield from _empty_rows(some_key(value.attention.streams, group.relation.mask), group.heads, span)
         yield from _shift_variance(group, item)
         yield from _vanishing(group, [c for c in _clauses_of(item, i) if c.word == "norm"])
         yield from _alike(group, [c for c in _clauses_of(item, i) if c.word == "score"], elaborator)
         yield from _blindness(group, [c for c in _clauses_of(item, i) if c.word == "score"], elaborator)
+    yield from _leaking(value.attention, item)
     yield from _missing_heads(value.attention, item)
     yield from _inexact(value.attention, masks, elaborator)
     if not any(group.relation.mask.tables for group in value.attention.groups) and not empty:
@@ -158,6 +160,30 @@ def _scattered(attention: Attention, span: Span) -> Iterator[Diagnostic]:
         )
 
 
+def _leaking(attention: Attention, item: ast.AttentionDef) -> Iterator[Diagnostic]:
+    """Keys of a stream that are made of tokens after a query which sees none after it otherwise."""
+    from attndsl.relations.proofs import subset
+
+    clauses = [clause for clause in item.clauses if isinstance(clause, ast.Keys)]
+    if not attention.streams:
+        return
+    for group in attention.groups:
+        causal = [
+            subset(read, ir.le(K, Q)) if read is not ir.FALSE else None
+            for read in read_by_each(attention.streams, group.relation.mask)
+        ]
+        if not any(verdict is not None and verdict.status == "proved" for verdict in causal):
+            continue
+        for part, verdict in zip(clauses[0].streams, causal, strict=True):
+            if verdict is not None and verdict.status == "refuted" and verdict.counter_example is not None:
+                at = verdict.counter_example
+                yield _warning(
+                    f"made of later tokens: at n = {at['n']} query {at['q']} reads token {at['k']} by it, and "
+                    "by other keys none after it",
+                    part.span,
+                )
+
+
 def _missing_heads(attention: Attention, item: ast.AttentionDef) -> Iterator[Diagnostic]:
     last = attention.least_heads
     some = {"h": ir.const(last), "H": ir.const(last + 1)}
@@ -208,10 +234,10 @@ def _standing_alone(e: ast.Expression, elaborator: Elaborator) -> Expr | None:
     return elaborator.pattern(e, Scope({}), TOKENS).at(Q, K, TOKENS).mask
 
 
-def _empty_rows(group: HeadGroup, span: Span) -> Iterator[Diagnostic]:
+def _empty_rows(mask: Expr, heads: Expr, span: Span) -> Iterator[Diagnostic]:
     from attndsl.relations.proofs import every_row
 
-    verdict = every_row(group.relation.mask, group.heads)
+    verdict = every_row(mask, heads)
     if verdict.status == "refuted" and verdict.counter_example is not None:
         at = verdict.counter_example
         head = f", head {at['h']}" if "h" in at else ""
