@@ -22,7 +22,7 @@ from attndsl.expr import (
     substitute,
     var,
 )
-from attndsl.streams import Numbers, Streams, tokens_read
+from attndsl.streams import Numbers, Streams, memory, tokens_read
 
 HEADS_TRIED = 256
 
@@ -123,6 +123,20 @@ class Attention:
             tuple(table for table in tables if table not in made) for tables in (self.inputs, self.learned)
         )
         return replace(self, inputs=inputs, learned=learned, streams=(), numbered=Numbers.of(self.streams))
+
+    @functools.cached_property
+    def over_tokens(self) -> Attention:
+        """The same with relations of queries and the tokens that they read. Raises AttnError where a query
+        reads memory, which is no token."""
+        if not self.streams:
+            return self
+        if memory(self.streams):
+            raise fail(f"`{self.name}` reads memory, which is no token here")
+        groups = tuple(
+            replace(group, relation=Relation(tokens_read(self.streams, group.relation.mask)))
+            for group in self.groups
+        )
+        return replace(self, groups=groups, streams=())
 
     def enough_heads(self) -> int:
         """The least number of heads at which every group holds one; claims are about that many or more."""

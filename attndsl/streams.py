@@ -79,13 +79,18 @@ class Pool:
     values: Literal["mean", "max"] | Table
 
     @property
+    def made_by(self) -> tuple[Literal["mean", "max"] | Table, ...]:
+        """Of keys, and of values."""
+        return self.by, self.values
+
+    @property
     def many(self) -> Expr:
         found = maximum(add(self.of.many, const(self.stride - self.size)), ZERO)
         return floordiv(found, const(self.stride))
 
     @property
     def tables(self) -> tuple[Table, ...]:
-        return tuple(x for x in (self.by, self.values) if isinstance(x, Table))
+        return tuple(x for x in self.made_by if isinstance(x, Table))
 
     def position(self, slot: Expr) -> Expr:
         return self.sources(slot)[1]
@@ -103,6 +108,11 @@ class Projection:
     values: Table
 
     @property
+    def made_by(self) -> tuple[Table, Table]:
+        """Of keys, and of values."""
+        return self.keys, self.values
+
+    @property
     def slots(self) -> int:
         return int(self.keys.explicit[0])
 
@@ -112,7 +122,7 @@ class Projection:
 
     @property
     def tables(self) -> tuple[Table, ...]:
-        return self.keys, self.values
+        return self.made_by
 
     def sources(self, slot: Expr) -> tuple[Expr, Expr]:
         return ZERO, sub(N, const(1))
@@ -161,7 +171,7 @@ class Numbers:
 
 def memory(streams: Streams) -> int:
     """How many keys of memory they read."""
-    return -min((s.first for s in stretches(streams)), default=0)
+    return -min([0, *[stretch.first for stretch in stretches(streams)]])
 
 
 def stretches(streams: Streams) -> Iterator[Stretch]:

@@ -249,3 +249,126 @@ def test_backends_give_the_formula_and_its_gradients(name: str, n: int) -> None:
         for got, grad in zip(grads, slopes, strict=True):
             torch.testing.assert_close(got, grad, rtol=1e-11, atol=1e-11)
     assert tried >= 2
+
+
+def compiled(text: str, length: int, **options: Any) -> attndsl.Plan:
+    sizes = {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": WIDTH, "dtype": "float64"}
+    return attndsl.compile(program(text), length=length, **{**sizes, **options})
+
+
+def qkv(n: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = (normal(generator, BATCH, heads, n, WIDTH).detach() for heads in (HEADS, KV_HEADS, KV_HEADS))
+    return q, k, v
+
+
+def test_what_is_learned_begins_where_it_can_train() -> None:
+    """A pool as its mean, a projection with rows that differ."""
+    q, k, v = qkv(12)
+    means = compiled("keys pool(3)", 12)(q, k, v)
+    for by in ("learn[3]", "learn[3, D]", "learn[H, 3, D, D]"):
+        module = compiled(f"keys pool(3, by = {by})", 12).module()
+        torch.testing.assert_close(module(q, k, v), means, rtol=1e-12, atol=1e-12)
+    e = compiled("keys proj(learn[4, n])", 12).module().E
+    assert e.shape == (4, 12)
+    assert len(e[:, 0].unique()) == 4
+    assert compiled("keys proj(learn[4, n](0.5))", 12).module().E.unique().item() == 0.5
+
+
+def test_a_projection_by_the_identity_is_full_attention() -> None:
+    q, k, v = qkv(20)
+    plan = compiled("inputs E : float[20, n]  keys proj(E)", 20)
+    torch.testing.assert_close(plan(q, k, v, E=torch.eye(20).double()), compiled("mask full", 20)(q, k, v))
+
+
+def test_enough_memory_is_one_causal_run() -> None:
+    n, part = 24, 8
+    q, k, v = (x.requires_grad_() for x in qkv(n))
+    wanted = compiled("mask causal", n, training=True)(q, k, v)
+    segments = [compiled("mask causal", part, training=True)(*(x[:, :, :part] for x in (q, k, v)))]
+    for start in range(part, n, part):
+        plan = compiled(f"keys mem({start}) ++ tokens  mask causal", part, training=True)
+        here = (x[:, :, start : start + part] for x in (q, k, v))
+        segments.append(plan(*here, memory=(k[:, :, :start], v[:, :, :start])))
+    found = torch.cat(segments, 2)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    slope = torch.randn_like(wanted)
+    for got, grad in zip(*(torch.autograd.grad(x, (q, k, v), slope) for x in (found, wanted)), strict=True):
+        torch.testing.assert_close(got, grad, rtol=1e-12, atol=1e-12)
+
+
+def test_best_of_a_memory_is_chosen_by_position() -> None:
+    """All of it where as many are chosen, and the best one by hand."""
+    q, k, v = qkv(9)
+    held = tuple(x[:, :, :6] for x in qkv(9, seed=1)[1:])
+    text = "keys mem(6) ++ tokens  mask causal & ({{ q, k : k >= 0 }} | topk({}, of = {{ q, k : k < 0 }}))"
+    whole = compiled("keys mem(6) ++ tokens  mask causal", 9)(q, k, v, memory=held)
+    torch.testing.assert_close(compiled(text.format(6), 9)(q, k, v, memory=held), whole)
+    plan = compiled(text.format(1), 9)
+    best = (q @ shared(held[0]).mT).argmax(-1) - 6
+    assert torch.equal(plan.choices(q, k, memory=held)["topk#0"][..., 0], best)
+
+
+def test_queries_may_stand_elsewhere() -> None:
+    q, k, v = qkv(30)
+    plan = compiled("keys pool(4, stride = 2) ++ tokens  mask { q, k : k <= q and (stream == 0 or q - k < 3) }", 30)
+    whole = plan(q, k, v)
+    torch.testing.assert_close(plan(q[:, :, 25:], k, v), whole[:, :, 25:])
+    torch.testing.assert_close(plan(q[:, :, 3:5], k, v, q_offset=3), whole[:, :, 3:5])
+    with pytest.raises(AttnError, match="are streams of all tokens"):
+        plan(q, k, v, k_offset=2)
+
+
+def test_weights_are_of_entries_in_the_order_of_the_text() -> None:
+    q, k, v = qkv(8)
+    plan = compiled("keys tokens ++ pool(4)  mask { q, k : stream == 1 or k == q }", 8)
+    out, weights = plan(q, k, v, return_weights=True)
+    assert weights.shape == (BATCH, HEADS, 8, 10)
+    live = torch.cat([torch.eye(8), torch.ones(8, 2)], 1).bool()
+    assert torch.equal(weights != 0, live.expand_as(weights))
+    pooled = torch.cat([v, v.unflatten(2, (2, 4)).mean(3)], 2)
+    torch.testing.assert_close(out, weights @ shared(pooled))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_dtypes_and_autocast(dtype: torch.dtype) -> None:
+    plan = compiled("keys proj(learn[4, n]) ++ mem(3) ++ tokens  mask { q, k : stream != 1 }", 16, dtype="float32")
+    q, k, v = qkv(16)
+    held = tuple(x[:, :, :3] for x in (k, v))
+    wanted = plan.module().double()(q, k, v, memory=held)
+    found = plan.module()(*(x.to(dtype) for x in (q, k, v)), memory=tuple(x.to(dtype) for x in held))
+    assert found.dtype == dtype
+    tolerance = 1e-5 if dtype == torch.float32 else 0.05
+    torch.testing.assert_close(found.double(), wanted, rtol=tolerance, atol=tolerance)
+    if dtype == torch.bfloat16:
+        with torch.autocast("cpu"):
+            cast = plan.module()(*(x.float() for x in (q, k, v)), memory=tuple(x.float() for x in held))
+        torch.testing.assert_close(cast.double(), wanted, rtol=tolerance, atol=tolerance)
+
+
+def test_compiled_and_differentiated_per_sample() -> None:
+    """What torch sees of it: one graph, and gradients under torch.func."""
+    plan = compiled("keys pool(3, by = learn[3]) ++ mem(4) ++ tokens  mask causal", 12, training=True)
+    q, k, v = qkv(12)
+    held = tuple(x[:, :, :4] for x in (k, v))
+    module = plan.module()
+
+    def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return module(q, k, v, memory=held).square().sum()
+
+    wanted = torch.func.grad(loss, argnums=(0, 1, 2))(q, k, v)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    found = torch.compile(loss, fullgraph=True, backend="aot_eager")(*leaves)
+    for got, grad in zip(torch.autograd.grad(found, leaves), wanted, strict=True):
+        torch.testing.assert_close(got, grad)
+
+
+def test_attention_without_its_streams_is_read_back() -> None:
+    from attndsl import portable
+
+    bound = program("inputs E : float[4, n]  keys proj(E) ++ pool(4, stride = 2) ++ mem(5)")
+    left = bound.attention.attended
+    again, _ = portable.read(portable.write(left).text, ())
+    assert again == left
+    assert isinstance(again, Attention)
+    assert again.inputs == ()

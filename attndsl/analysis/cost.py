@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from attndsl.analysis.machines import roofline, this_machine
 from attndsl.analysis.part import Part, Subject
@@ -14,9 +14,10 @@ from attndsl.attention import Attention
 from attndsl.backend import DTYPES, Counting, Problem
 from attndsl.errors import asking, fail
 from attndsl.execution import choice, registry
-from attndsl.expr import Selected
+from attndsl.expr import Selected, Table, const, number, substitute
 from attndsl.pictures import Drawing, drawn
 from attndsl.selection import Selection
+from attndsl.streams import Projection, Stretch, described
 from attndsl.tiles import lowering
 from attndsl.tiles.blockmask import BlockMask
 
@@ -75,20 +76,24 @@ def _work(counts: Mapping[str, float], problem: Problem) -> tuple[Passes, Passes
 @dataclass(frozen=True)
 class Costs:
     """The work on the live pairs alone, and on what each backend computes; `choosing` are FLOPs of a forward
-    pass that come before, by selection, where keys are chosen by content."""
+    pass that come before, by selection, where keys are chosen by content, and `making` of keys and values that
+    are made, by stream."""
 
     flops: Steps
     bytes: Steps
     lowerings: Mapping[str, Lowering]
     choosing: Mapping[str, float]
+    making: Mapping[str, float] = field(default_factory=dict)
 
 
 def _find(subject: Subject) -> Costs:
-    least = ideal(subject.block_mask, subject.problem)
+    attention, problem = subject.attention.attended, subject.problem.attended(subject.attention)
+    least = ideal(subject.block_mask, problem)
     # a plan knows no tiles of what is chosen at every call
     blocks = None if subject.attention.selected else subject.block_mask
-    found = lowerings(subject.attention, subject.problem, blocks)
-    return Costs(least.flops, least.bytes, found, choosing(subject.attention, subject.problem))
+    found = lowerings(attention, problem, blocks)
+    made = making(subject.attention, subject.problem)
+    return Costs(least.flops, least.bytes, found, choosing(attention, problem), made)
 
 
 def choosing(attention: Attention, problem: Problem) -> dict[str, float]:
@@ -104,6 +109,26 @@ def choosing(attention: Attention, problem: Problem) -> dict[str, float]:
     return found
 
 
+def making(attention: Attention, problem: Problem) -> dict[str, float]:
+    """FLOPs of making keys and values, by stream: products with what is learned or given, and sums."""
+    p, found = problem.attended(attention), dict[str, float]()
+    for stream in attention.streams:
+        if isinstance(stream, Stretch):
+            continue
+        slots = number(substitute(stream.many, {"n": const(problem.length)}))
+        assert isinstance(slots, int)
+        vector = 0
+        for by in stream.made_by:
+            if isinstance(stream, Projection):
+                vector += 2 * problem.length
+            else:
+                mixed = isinstance(by, Table) and len(by.explicit) == 3
+                vector += stream.size * (1 if not isinstance(by, Table) else 2 * (p.head_dim if mixed else 1))
+        name = described((stream,))
+        found[name] = found.get(name, 0.0) + float(p.batch * p.kv_heads * slots * p.head_dim * vector)
+    return found
+
+
 def _text(found: Costs) -> Iterator[str]:
     flops, moved = found.flops, found.bytes
     rows = [["live pairs alone", scaled(flops.forward), scaled(flops.backward), scaled(moved.forward), ""]]
@@ -113,6 +138,7 @@ def _text(found: Costs) -> Iterator[str]:
         predicted = "-" if work.seconds_estimate is None else seconds(work.seconds_estimate)
         rows.append([name, *done, traffic, predicted])
     rows += [[f"choosing, {name}", scaled(done), "0", "", ""] for name, done in found.choosing.items()]
+    rows += [[f"making {name}", scaled(done), "", "", ""] for name, done in found.making.items()]
     yield "\ncost"
     yield table(["", "FLOP forward", "backward", "bytes forward", "predicted"], rows)
     for name, work in found.lowerings.items():
@@ -131,6 +157,8 @@ def _draw(subject: Subject, found: Costs) -> Drawing:
     whole = subject.one_sequence
     if subject.attention.inputs or subject.attention.selected:
         raise fail("its tables have one length")
+    if subject.attention.streams:
+        raise fail("keys that are made are not drawn against n")
     last = max(whole.length, SHORTEST << LENGTHS - 1)
     lengths = [last >> i for i in reversed(range(LENGTHS))]
     machine = this_machine()
@@ -183,9 +211,10 @@ SECTION = """
 part = Part(
     _find,
     _text,
-    ("flops", "bytes", "lowerings", "choosing"),
+    ("flops", "bytes", "lowerings", "choosing", "making"),
     place=40,
     title="Cost",
     section=SECTION,
     draw=_draw,
+    streams=True,
 )

@@ -115,7 +115,8 @@ def receptive_field(
     layers: int | None = None,
     inputs: Mapping[str, ArrayLike] = lowering.NO_TABLES,
 ) -> Field:
-    """What each query sees through a stack of layers: of one attention, or of one for each layer.
+    """What each query sees through a stack of layers: of one attention, or of one for each layer. Of keys
+    that are made of tokens, as of pools, it sees these.
 
     `layers` is 12, or the number of attentions. Tables of one batch row; a table that a mask reads and that
     is not given leaves the field undecided. Raises AttnError for a table that is unknown or does not fit, for
@@ -132,8 +133,8 @@ def receptive_field(
             f"{depth} layers of {len(stack)} attentions",
             help=f"give one attention, or one for each layer, and at most {MOST_LAYERS} layers",
         )
-    kinds = list(dict.fromkeys(stack))
-    order = [kinds.index(a) for a in stack] if len(stack) > 1 else [0] * depth
+    kinds = list(dict.fromkeys(attention.over_tokens for attention in stack))
+    order = [kinds.index(a.over_tokens) for a in stack] if len(stack) > 1 else [0] * depth
     masks = [substitute(a.any_head(), {"H": const(heads), "nq": var("n")}) for a in kinds]
     target: Target = "full"
     if all(follows(mask, GOALS["causal"]) for mask in masks):
@@ -522,5 +523,5 @@ Nothing more is seen after {{ fact("reach", "settled_after") }}
 
 part = Part(
     _find, _text, ("reach", "diameter", "reach_fixed"), known=lambda found: found.reach.known, settled=False,
-    place=70, title="What it sees", section=SECTION, cards=CARDS, draw=_draw,
+    place=70, title="What it sees", streams=True, section=SECTION, cards=CARDS, draw=_draw,
 )  # fmt: skip

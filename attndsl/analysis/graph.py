@@ -98,8 +98,7 @@ def tiles_of(
         raise fail("a graph needs at least one head")
     if head is not None and lowering.checked_length("head", head) >= heads:
         raise fail(f"there is no head {head}: `heads` is {heads}")
-    if attention.streams:
-        raise fail(f"a graph is of tokens, and the keys of `{attention.name}` are streams")
+    attention = attention.over_tokens
     sizes = lowering.sizes(attention, n, n, heads)
     if sizes.q.starts != (0,):
         raise fail(
@@ -528,4 +527,4 @@ SECTION = """
 {% endif %}
 """
 
-part = Part(_find, _text, place=100, title="Graph", section=SECTION)
+part = Part(_find, _text, place=100, title="Graph", section=SECTION, streams=True)

@@ -22,9 +22,10 @@ from attndsl.execution.choosing import chosen
 from attndsl.execution.lowered import At, Lowered, Places, lower
 from attndsl.execution.operator import check_tangents, run
 from attndsl.execution.session import REWIND, Session
-from attndsl.execution.streaming import keys_and_values
+from attndsl.execution.streaming import begun, keys_and_values
 from attndsl.expr import Learned, Table
 from attndsl.program import bound_of
+from attndsl.streams import described
 from attndsl.tiles import lowering
 from attndsl.tiles.blockmask import BlockMask
 
@@ -312,6 +313,8 @@ class Plan:
             return self.lowered.drawn[table.name].to(self._table_dtype())
         assert isinstance(table.origin, Learned)
         shape, device = self._shape(table), self.problem.device
+        if table.origin.init == 0.0 and (found := begun(self.attention, table, shape)) is not None:
+            return found.to(device, self._table_dtype())
         return torch.full(shape, table.origin.init, dtype=self._table_dtype(), device=device)
 
     def _shape(self, table: Table) -> list[int]:
@@ -404,6 +407,8 @@ class Plan:
             )
             pairs = blocks.nnz * (p.heads // max(1, blocks.index.shape[1]))
             lines.append(f"  density   {100 * blocks.density:.3g} % ({pairs:,} pairs)")
+        if self.attention.streams:
+            lines.insert(1, f"  keys      {described(self.attention.streams)}")
         for name, verdict in self.considered.items():
             mark = "->" if name == self.backend else "  "
             said = f"{verdict:.3g} s predicted" if isinstance(verdict, float) else verdict or choice.UNKNOWN

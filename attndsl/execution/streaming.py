@@ -5,6 +5,8 @@ All by torch's own operations, so that what is pooled, projected and learned has
 
 from __future__ import annotations
 
+import math
+import zlib
 from collections.abc import Mapping
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 from attndsl.attention import Attention
 from attndsl.errors import fail
 from attndsl.expr import Table
+from attndsl.meaning.normals import normals
 from attndsl.streams import Pool, Stream, Stretch, memory
 
 Pair = tuple[Tensor, Tensor]
@@ -132,3 +135,16 @@ def _spread(content: Tensor, table: Table, x: Tensor) -> Tensor:
         if axis not in table.dims:
             content = content.unsqueeze(place)
     return content.expand(*x.shape[:2], *content.shape[2:])
+
+
+def begun(attention: Attention, table: Table, shape: list[int]) -> Tensor | None:
+    """The first value of what makes keys: of a pool its mean, of a projection normal numbers of the variance
+    1 / n, equal for equal names, for of equal rows the slopes would be equal for ever. None for others."""
+    for stream in attention.streams:
+        if table in stream.tables and isinstance(stream, Pool):
+            mean = torch.tensor(1 / stream.size, dtype=torch.float64)
+            return (mean if len(table.explicit) < 3 else mean * torch.eye(shape[-1], dtype=mean.dtype)).expand(shape).clone()
+        if table in stream.tables:
+            numbers = normals(zlib.crc32(table.name.encode()), *shape) / math.sqrt(shape[-1])
+            return torch.from_numpy(numbers)
+    return None
