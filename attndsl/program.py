@@ -433,7 +433,11 @@ def _name_problems(item: Definition, elaborator: Elaborator) -> list[Diagnostic]
             visit(node.value.args if isinstance(node.value, ast.Call) else (), names)
             return
         if isinstance(node, ast.Keys):
-            names = names | {"tokens", "mem", "pool", "proj", "mean", "max"}
+            # words that are none of streams are told where they are read
+            for e in ast.walk(node):
+                if isinstance(e, ast.Argument):
+                    visit(e.value, names | {"tokens", "mem", "pool", "proj", "mean", "max"})
+            return
         if isinstance(node, ast.Builder):
             names = names | {name.id for group in node.vars for name in group}
             visit(node.pred, names)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -15,8 +15,6 @@ from attndsl.bound import Bound
 from attndsl.errors import AttnError, Source, fail
 from attndsl.program import Program, load, parse
 from attndsl.syntax.format import render
-
-if TYPE_CHECKING:
 
 
 def program_of(file: str) -> Program:

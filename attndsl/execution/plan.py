@@ -22,7 +22,7 @@ from attndsl.execution.choosing import chosen
 from attndsl.execution.lowered import At, Lowered, Places, lower
 from attndsl.execution.operator import check_tangents, run
 from attndsl.execution.session import REWIND, Session
-from attndsl.execution.streaming import begun, keys_and_values
+from attndsl.execution.streaming import Pair, begun, held_of, keys_and_values
 from attndsl.expr import Learned, Table
 from attndsl.program import bound_of
 from attndsl.streams import described
@@ -151,22 +151,23 @@ class Plan:
             raise fail(
                 f"a call of the plan does not train {names}", help=f"use plan.module(), which owns {names}"
             )
+        held = held_of(self.attention, memory)
         if isinstance(q, Tensor) and not q.is_meta and torch.is_autocast_enabled(q.device.type):
             narrow = torch.get_autocast_dtype(q.device.type)
             q, k, v = (x.to(narrow) for x in (q, k, v))
-            memory = memory and (memory[0].to(narrow), memory[1].to(narrow))
+            held = held and (held[0].to(narrow), held[1].to(narrow))
         self._check(q, k, v)
         lowered = self._served(q.dtype, "reference" if return_weights else self.backend)
         given: dict[str, Tensor] = {}
         if inputs or learned or self.attention.inputs or self.attention.learned:
             given = self._tensors({**self.tables, **inputs}, q) | self._learned(learned)
-        check_tangents(q, k, v, *(memory or ()), *given.values())
+        check_tangents(q, k, v, *(held or ()), *given.values())
         places = (
             *_placed("q", q, q_offset, q_positions),
             *_placed("k", k, k_offset, k_positions),
             None if n is None else lowering.checked_length("n", n),
         )
-        k, v, places = self._keys(k, v, memory, given, places)
+        k, v, places = self._keys(k, v, held, given, places)
         values = _beside_identity(q, v) if return_weights else v
         out, lse = run(lowered, q, k, values, lowered.tensors(given), places)
         if not return_weights:
@@ -197,7 +198,8 @@ class Plan:
             *_placed("k", k, k_offset, k_positions),
             None if n is None else lowering.checked_length("n", n),
         )
-        k, _, places = self._keys(k, k, memory and (memory[0], memory[0]), given, places)
+        held = held_of(self.attention, memory)
+        k, _, places = self._keys(k, k, held and (held[0], held[0]), given, places)
         found = chosen(lowered, q, k, lowered.tensors(given), places, watched=False)
         return {table.name: x for table, x in zip(lowered.selected, found, strict=True)}
 
@@ -265,13 +267,11 @@ class Plan:
         return self.others[name, backend]
 
     def _keys(
-        self, k: Tensor, v: Tensor, memory: object, given: Mapping[str, Tensor], places: Places
+        self, k: Tensor, v: Tensor, held: Pair | None, given: Mapping[str, Tensor], places: Places
     ) -> tuple[Tensor, Tensor, Places]:
-        """What is attended to, and where it stands. Raises AttnError for `memory` that does not fit."""
+        """What is attended to, and where it stands. Raises AttnError for memory that does not fit."""
         attention, n = self.attention, k.shape[2]
         if not attention.streams:
-            if memory is not None:
-                raise fail(f"`{attention.name}` has no memory", help="write `keys mem(m) ++ tokens`")
             return k, v, places
         q_offset, q_at, *placed = places
         if any(place is not None for place in placed):
@@ -279,7 +279,7 @@ class Plan:
                 f"the keys of `{attention.name}` are streams of all tokens, which stand from position 0 on",
                 help="leave `k_offset`, `k_positions` and `n` out",
             )
-        k, v = keys_and_values(attention, self.problem.heads, k, v, memory, given)
+        k, v = keys_and_values(attention, self.problem.heads, k, v, held, given)
         return k, v, (q_offset, q_at, None, None, n)
 
     def _refuse_made(self, given: Mapping[str, Any]) -> None:

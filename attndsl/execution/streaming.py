@@ -23,12 +23,12 @@ Pair = tuple[Tensor, Tensor]
 
 
 def keys_and_values(
-    attention: Attention, heads: int, k: Tensor, v: Tensor, held: object, tables: Mapping[str, Tensor]
+    attention: Attention, heads: int, k: Tensor, v: Tensor, held: Pair | None, tables: Mapping[str, Tensor]
 ) -> Pair:
     """Of k [B, Hkv, n, D], v [B, Hkv, n, Dv] and what is `held` in memory, a pair of [B, Hkv, m, D] and
     [B, Hkv, m, Dv], the entries [B, Hkv or H, entries, D and Dv]. Raises AttnError for memory of another
     length, and tables that do not fit."""
-    remembered = _checked(attention, k, v, held)
+    remembered = held and _checked(attention, k, v, held)
     if attention.made_by_head:
         (k, v), remembered = _repeated((k, v), heads), remembered and _repeated(remembered, heads)
     made = [_made(stream, attention, (k, v), remembered, tables) for stream in attention.streams]
@@ -41,17 +41,24 @@ def _repeated(pair: Pair, heads: int) -> Pair:
     return k, v
 
 
-def _checked(attention: Attention, k: Tensor, v: Tensor, held: object) -> Pair | None:
+def held_of(attention: Attention, given: object) -> Pair | None:
+    """What is given as memory. Raises AttnError where it is no pair, missing, or for none."""
     length = memory(attention.streams)
-    if not length:
-        if held is not None:
-            raise fail(f"`{attention.name}` has no memory", help="write `keys mem(m) ++ tokens`")
-        return None
-    if held is None:
-        help = f"give `memory=(keys, values)` of {length:,} before the first token, the oldest first"
+    if given is None and length:
+        help = f"give `memory=(keys, values)`, the {length:,} before the first token, the oldest first"
         raise fail(f"`{attention.name}` needs its memory", help=help)
-    if not isinstance(held, tuple | list) or [isinstance(x, Tensor) for x in held] != [True, True]:
+    if given is None:
+        return None
+    if not length:
+        raise fail(f"`{attention.name}` has no memory", help="write `keys mem(m) ++ tokens`")
+    if not isinstance(given, tuple | list) or [isinstance(x, Tensor) for x in given] != [True, True]:
         raise fail("`memory` is a pair of tensors, keys and values")
+    k, v = given
+    return k, v
+
+
+def _checked(attention: Attention, k: Tensor, v: Tensor, held: Pair) -> Pair:
+    length = memory(attention.streams)
     for name, x, beside in (("keys", held[0], k), ("values", held[1], v)):
         wanted = [*beside.shape[:2], length, beside.shape[3]]
         if x.dim() == 4 and x.shape[2] != length:
@@ -64,7 +71,7 @@ def _checked(attention: Attention, k: Tensor, v: Tensor, held: object) -> Pair |
         if x.dtype != beside.dtype or x.device != beside.device:
             here, there = (f"{str(t.dtype).removeprefix('torch.')} on {t.device}" for t in (x, beside))
             raise fail(f"the {name} of `memory` are {here}, and the {name} of the call {there}")
-    return held[0], held[1]
+    return held
 
 
 def _made(
@@ -107,7 +114,7 @@ def _projected(x: Tensor, table: Table, tables: Mapping[str, Tensor]) -> Tensor:
     if e.shape[-1] < n or (e.shape[-1] != n and table.dims[-1] == "n" and not table.learned):
         raise fail(
             f"`{table.name}` projects {e.shape[-1]:,} tokens, and there are {n:,}",
-            help="" if table.learned else f"give it as [{table.explicit[0]}, {n}]",
+            help=f"give it as [{table.explicit[0]}, {n}]" if table.dims[-1] == "n" else "",
         )
     wide = torch.promote_types(x.dtype, e.dtype)
     return (_spread(e, table, x)[..., :n].to(wide) @ x.to(wide)).to(x.dtype)
@@ -125,7 +132,8 @@ def _content(table: Table, x: Tensor, tables: Mapping[str, Tensor]) -> Tensor:
     for axis, size in zip(table.dims, found.shape, strict=True):
         wanted = axis if isinstance(axis, int) else sizes.get(axis, size)
         if size != wanted:
-            raise fail(f"`{table.name}` has {size} entries on its axis `{axis}`, and there are {wanted}")
+            which = f"an axis of {axis}" if isinstance(axis, int) else f"its axis `{axis}`, which is {wanted}"
+            raise fail(f"`{table.name}` has {size} entries on {which}")
     return found
 
 

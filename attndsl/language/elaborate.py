@@ -76,10 +76,9 @@ class Elaborator:
     def lookup(self, name: ast.Name, env: Scope, space: Space) -> Value:
         if name.id == "stream":
             if name.id not in env.names:
-                help = "give it as an argument" if len(env.calls) > 1 else ""
-                raise fail("`stream` says which of the `keys` a key is of, and here are none", name.span, help)
+                raise out_of_place(name)
             if space.n is not TOKENS.n:
-                raise fail("`stream` is of a key, and this is no relation of keys", name.span)
+                raise fail("`stream` is of a key, and this is text of another space", name.span)
         if name.id in env.names:
             return env.names[name.id]
         if name.id == "n":

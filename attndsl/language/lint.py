@@ -69,7 +69,9 @@ def _of_attention(item: ast.AttentionDef, elaborator: Elaborator) -> Iterator[Di
     value = elaborator.instance(item, {}, Scope({}), item.name_span)
     assert isinstance(value, AttentionOf)
     masks = [c for c in item.clauses if isinstance(c, ast.Clause) and c.word == "mask"]
-    empty = [warning for clause in masks for warning in _empty_parts(clause.value, elaborator)]
+    # memory stands where no pattern on its own is looked at
+    alone = () if value.attention.streams else masks
+    empty = [warning for clause in alone for warning in _empty_parts(clause.value, elaborator)]
     yield from empty
     span = masks[0].value.span if len(masks) == 1 else item.name_span
     for i, group in enumerate(value.attention.groups):

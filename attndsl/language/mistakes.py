@@ -119,6 +119,9 @@ def out_of_place(name: ast.Name, units: tuple[int, int] | None = None) -> AttnEr
     if name.id in ("q", "k"):
         help = "write `{ q, k : ... }` around it"
         return fail(f"`{name.id}` has no meaning outside a pattern or a score", name.span, help)
+    if name.id == "stream":
+        help = "an attention with `keys` may name it, and give it to a pattern as an argument"
+        return fail("`stream` says which of its `keys` a key is of, and this has none", name.span, help)
     if name.id == "layer":
         return fail("`layer` has no meaning outside a stack of layers", name.span)
     what = {"s": "the logit", "Q": "the query's vector", "K": "the key's vector", "D": "the head dimension"}

@@ -174,9 +174,10 @@ def over_entries(streams: Streams, group: HeadGroup, clauses: Sequence[ast.Claus
 def _check(streams: Streams, e: Expr, span: Span) -> None:
     for i, (stream, here) in enumerate(zip(streams, over(streams, e), strict=True)):
         if isinstance(stream, Projection) and "k" in here.free:
-            help = "" if len(streams) == 1 else f"ask for it of others alone: `stream != {i} and ...`"
+            help = "" if len(streams) == 1 else f"ask other keys alone: `stream != {i} and ...`"
             raise fail(
-                f"slots of `{stream.keys.name}` are made of all tokens and stand nowhere: this asks where",
+                f"`{stream.keys.name}` makes slots of all tokens, later ones too: they stand nowhere, and this "
+                "asks for `k`",
                 span,
                 help,
             )
