@@ -18,6 +18,7 @@ from attndsl.errors import Source
 from attndsl.execution.selecting import drawn
 from attndsl.meaning import pointwise
 from attndsl.program import Program
+from attndsl.streams import memory
 from attndsl.syntax import nodes as ast
 from attndsl.tiles import lowering
 
@@ -71,6 +72,11 @@ FACTS: dict[str, Callable[[Program], bool]] = {
     "knn": lambda p: (live(p["knn"], 1024), live(p["sparse_topk"], 1024)) == (63_520, 134_280),
     "performer": lambda p: rows(p, "performer") == {(256, "D")},
     "rfa": lambda p: rows(p, "rfa") == rows(p, "gated_rfa") == {(64, "D")},
+    "compressive": lambda p: memory(p["compressive"].attention.streams) == 768 + 3 * 1152 == 4224,
+    "memorizing": lambda p: (
+        memory(p["memorizing"].attention.streams) == 65_536
+        and pairs(p["memorizing"], 600, 16) == 16 * (512 + 32)
+    ),
     "retnet": lambda p: [slowest(p, h) for h in range(8)] == [1 - 2.0 ** -(5 + h) for h in range(8)],
     "vsa": lambda p: (
         p["vsa"].mask(256, chosen=[[[[2, 0], [1, 1], [3, 0], [0, 2], [0, 0]]]])[0, 0, 0].sum() == 2 * 64
