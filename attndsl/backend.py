@@ -88,9 +88,7 @@ class Problem:
         if not attention.streams:
             return self
         entries = Numbers.of(attention.streams).at(self.length)[1]
-        return replace(
-            self, length=entries, kv_heads=self.heads if attention.made_by_head else self.kv_heads
-        )
+        return replace(self, length=entries, kv_heads=self.heads if attention.made_by_head else self.kv_heads)
 
 
 @dataclass(frozen=True)

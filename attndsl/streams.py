@@ -253,6 +253,18 @@ def described(streams: Sequence[Stream]) -> str:
     return ", ".join(map(_described, streams))
 
 
+def listed(streams: Streams, n: int) -> str:
+    """In words, with the places of their entries: a line, and none where there are no streams."""
+    parts, place = [], 0
+    for stream in streams:
+        many = number(substitute(stream.many, {"n": const(n)}))
+        assert isinstance(many, int)
+        if many:
+            parts.append(f"{place:,}..{place + many - 1:,} {_described(stream)}")
+        place += many
+    return f"keys {', '.join(parts)}\n" if parts else ""
+
+
 def _described(stream: Stream) -> str:
     match stream:
         case Stretch(length=None):
@@ -261,6 +273,8 @@ def _described(stream: Stream) -> str:
             return f"{length:,} of memory"
         case Pool(of, size, stride):
             every = "" if size == stride else f", one every {stride}"
-            return f"slots of {size} {'tokens' if of.length is None else f'of {of.length:,} of memory'}{every}"
+            return (
+                f"slots of {size} {'tokens' if of.length is None else f'of {of.length:,} of memory'}{every}"
+            )
         case Projection():
             return f"{stream.slots:,} projected"

@@ -121,6 +121,11 @@ def test_the_code_about_choices_runs():
     exec(code, {})
 
 
+def test_the_code_about_streams_runs():
+    (code,) = (text for name, kind, _, text in BLOCKS if (name, kind) == ("streams.md", "python"))
+    exec(code, {})
+
+
 @pytest.mark.parametrize("name", DOCS)
 def test_links_inside_the_repository_lead_somewhere(name):
     text = re.sub(r"`[^`\n]+`", "code", FENCED.sub("", DOCS[name]))

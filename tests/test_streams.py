@@ -55,7 +55,9 @@ def joined(*parts: Entries) -> Entries:
 Sees = Callable[[int, Any, int], bool]
 
 
-def attend(q: Tensor, entries: Entries, sees: Sees, score: Callable[..., Any] = lambda s, q, k, i: s) -> Tensor:
+def attend(
+    q: Tensor, entries: Entries, sees: Sees, score: Callable[..., Any] = lambda s, q, k, i: s
+) -> Tensor:
     """Softmax over the entries that each query sees, 0 where it sees none."""
     k, v, at, streams = entries
     n, rows = len(at), []
@@ -64,7 +66,9 @@ def attend(q: Tensor, entries: Entries, sees: Sees, score: Callable[..., Any] = 
         if not live:
             rows.append(0 * (q[:, :, i] + v.sum(2)))
             continue
-        logits = [score((q[:, :, i] * k[:, :, j]).sum(-1) / math.sqrt(WIDTH), i, at[j], streams[j]) for j in live]
+        logits = [
+            score((q[:, :, i] * k[:, :, j]).sum(-1) / math.sqrt(WIDTH), i, at[j], streams[j]) for j in live
+        ]
         weights = torch.stack(logits, -1).softmax(-1)
         rows.append(sum(weights[..., x, None] * v[:, :, j] for x, j in enumerate(live)))
     return torch.stack(rows, 2)
@@ -311,7 +315,9 @@ def test_best_of_a_memory_is_chosen_by_position() -> None:
 
 def test_queries_may_stand_elsewhere() -> None:
     q, k, v = qkv(30)
-    plan = compiled("keys pool(4, stride = 2) ++ tokens  mask { q, k : k <= q and (stream == 0 or q - k < 3) }", 30)
+    plan = compiled(
+        "keys pool(4, stride = 2) ++ tokens  mask { q, k : k <= q and (stream == 0 or q - k < 3) }", 30
+    )
     whole = plan(q, k, v)
     torch.testing.assert_close(plan(q[:, :, 25:], k, v), whole[:, :, 25:])
     torch.testing.assert_close(plan(q[:, :, 3:5], k, v, q_offset=3), whole[:, :, 3:5])
@@ -332,7 +338,9 @@ def test_weights_are_of_entries_in_the_order_of_the_text() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_other_dtypes_and_autocast(dtype: torch.dtype) -> None:
-    plan = compiled("keys proj(learn[4, n]) ++ mem(3) ++ tokens  mask { q, k : stream != 1 }", 16, dtype="float32")
+    plan = compiled(
+        "keys proj(learn[4, n]) ++ mem(3) ++ tokens  mask { q, k : stream != 1 }", 16, dtype="float32"
+    )
     q, k, v = qkv(16)
     held = tuple(x[:, :, :3] for x in (k, v))
     wanted = plan.module().double()(q, k, v, memory=held)

@@ -36,7 +36,11 @@ def rows(subject: Subject) -> Rows:
 
 def _empty_rows(subject: Subject) -> int:
     """Over all heads and batch rows."""
-    if subject.attention.streams or not subject.square or not all(counting.is_exact(mask) for mask in subject.masks):
+    if (
+        subject.attention.streams
+        or not subject.square
+        or not all(counting.is_exact(mask) for mask in subject.masks)
+    ):
         return int(subject.block_mask.empty_rows().sum()) * subject.times
     n, total = subject.problem.length, 0
     for mask, times in subject.masks.items():

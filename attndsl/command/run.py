@@ -13,6 +13,7 @@ from attndsl.command.given import bound, echo_json, first_query, heads_of, table
 from attndsl.command.options import JSON, PROBLEM, TARGET
 from attndsl.errors import fail
 from attndsl.execution.choice import UNKNOWN
+from attndsl.streams import described, listed
 
 if TYPE_CHECKING:
     from attndsl.execution.plan import Plan
@@ -82,6 +83,7 @@ def run(
         if plan.block_masks is not None:
             first = first_query(attention, problem["length"], plan.block_masks.nq, problem["heads"])
             seen += f"\n\n{terminal.picture(plan.block_masks, terminal.width(), first)}"
+            seen += f"\n{listed(attention.streams, problem['length'])}".rstrip("\n")
         return found, seen
 
     found, said = child.run(work)
@@ -108,6 +110,8 @@ def of_plan(plan: Plan) -> dict[str, Any]:
         **dict.fromkeys(("tiles", "entries", "nnz", "density", "plan_bytes")),
         "compile_seconds": plan.compile_seconds,
     }
+    if plan.attention.streams:
+        found["keys"] = described(plan.attention.streams)
     if blocks is None:
         return found
     times = p.batch * p.heads // blocks.index.size
@@ -199,8 +203,11 @@ def result_text(found: dict[str, Any]) -> str:
         lines.append(("backward", f"{seconds['backward']:.4g} s"))
     for key, work in (("dense", "no mask"), ("dense_masked", found["dense_masked_work"])):
         taken = seconds[key]
-        chosen = key == "dense_masked" and found["tiles"] is None
-        why = "keys are chosen anew at every call" if chosen else "too large"
+        why = "too large"
+        if key == "dense_masked" and found["tiles"] is None:
+            why = "keys are chosen anew at every call"
+        elif key == "dense_masked" and "keys" in found:
+            why = "keys are made anew at every call"
         times = f"left out: {why}" if taken is None else f"{taken:.4g} s; forward is {ratio(taken, forward)}"
         lines.append((f"SDPA, {work}", times))
     which = "all" if rows == found["q_length"] else f"{rows:,} sampled"

@@ -16,6 +16,7 @@ from attndsl.command.options import SIZES, TARGET, Whole
 from attndsl.errors import fail
 from attndsl.execution.selecting import drawn
 from attndsl.expr import nodes
+from attndsl.streams import listed
 from attndsl.tiles import lowering
 from attndsl.tiles.blockmask import BlockMask
 
@@ -76,7 +77,9 @@ def show(
         )
         first = first_query(attention, sizes["length"], block_mask.nq, heads)
         if form == "term":
-            return f"{heading(title, block_mask)}\n{terminal.picture(block_mask, terminal.width(), first)}\n"
+            picture = terminal.picture(block_mask, terminal.width(), first)
+            where = listed(attention.streams, sizes["length"])
+            return f"{heading(title, block_mask, sizes['length'])}\n{picture}\n{where}"
         stage("drawing", None)
         return pictures.render(pictures.mask(block_mask, title, first=first), form)
 
@@ -119,6 +122,6 @@ def of_head(block_mask: BlockMask, head: int) -> BlockMask:
     return replace(block_mask, index=block_mask.index[:, [head % block_mask.index.shape[1]]])
 
 
-def heading(title: str, block_mask: BlockMask) -> str:
-    size = f"n = {block_mask.n:,}" + (f", nq = {block_mask.nq:,}" if block_mask.nq != block_mask.n else "")
+def heading(title: str, block_mask: BlockMask, n: int) -> str:
+    size = f"n = {n:,}" + (f", nq = {block_mask.nq:,}" if block_mask.nq != n else "")
     return f"{title}  {size}  {100 * block_mask.density:.3g} % live"

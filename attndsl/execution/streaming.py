@@ -151,7 +151,11 @@ def begun(attention: Attention, table: Table, shape: list[int]) -> Tensor | None
     for stream in attention.streams:
         if table in stream.tables and isinstance(stream, Pool):
             mean = torch.tensor(1 / stream.size, dtype=torch.float64)
-            return (mean if len(table.explicit) < 3 else mean * torch.eye(shape[-1], dtype=mean.dtype)).expand(shape).clone()
+            return (
+                (mean if len(table.explicit) < 3 else mean * torch.eye(shape[-1], dtype=mean.dtype))
+                .expand(shape)
+                .clone()
+            )
         if table in stream.tables:
             numbers = normals(zlib.crc32(table.name.encode()), *shape) / math.sqrt(shape[-1])
             return torch.from_numpy(numbers)

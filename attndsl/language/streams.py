@@ -62,9 +62,7 @@ def _stream(el: Elaborator, e: ast.Expression, env: Scope) -> Stream:
             return {"mem": _mem, "pool": _pool, "proj": _proj}[word](el, e, env)
         case ast.Name("mem" | "pool" | "proj" as word):
             raise fail(f"`{word}` needs its arguments", e.span, f"write `{USAGE[word]}`")
-    raise fail(
-        "a stream of keys is `tokens`, `mem(m)`, `pool(b)` or `proj(E)`", e.span, "join them by `++`"
-    )
+    raise fail("a stream of keys is `tokens`, `mem(m)`, `pool(b)` or `proj(E)`", e.span, "join them by `++`")
 
 
 def _mem(el: Elaborator, e: ast.Call, env: Scope) -> Stretch:
@@ -192,5 +190,3 @@ def _check(streams: Streams, e: Expr, span: Span) -> None:
         origin = table.origin
         if isinstance(origin, ir.Selected) and origin.of is not None and "stream" in origin.of.free:
             raise fail("`of` says by position among which keys is chosen", span, "write `k < 0` for memory")
-
-

@@ -568,7 +568,14 @@ def by_rows(attention: Attention, sizes: Sizes, block_size: int) -> BlockMask | 
     index: dict[tuple[int, int], int] = {}
     for row in range(sizes.rows if functions else 0):
         low, last = sizes.k.span(row)
-        at = {"n": sizes.n[row % len(sizes.n)], "nq": nq, "b": row, "H": sizes.heads, LOW: low, HIGH: last + 1}
+        at = {
+            "n": sizes.n[row % len(sizes.n)],
+            "nq": nq,
+            "b": row,
+            "H": sizes.heads,
+            LOW: low,
+            HIGH: last + 1,
+        }
         queries = sizes.q.positions(row).tolist()
         for head, keys in enumerate(functions):
             spans = tuple([entries(keys({**at, "h": head, "q": q}), sizes.k, row) for q in queries])
