@@ -73,10 +73,10 @@ class Attention:
     learned:  parameters, trainable ones and constants that are drawn, in the order of their first use.
     offset:   position of query row 0 over n and nq; None means n - nq, which must not be negative.
     least_heads: how many heads there are at least: one more than the last that a range or list names.
-    streams:  what the keys are, where they are not the tokens alone: `k` in the expressions is then the number
-              of an entry, as streams.py says.
-    numbered: what is known of them where an attention is without its streams: where keys stand is all in its
-              expressions then.
+    streams:  what the keys are, where they are not the tokens alone: `k` in the expressions is then the
+              number of an entry, as streams.py says.
+    numbered: of such an attention without its streams: which numbers entries have. Where they stand is all
+              in its expressions.
     """
 
     name: str

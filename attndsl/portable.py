@@ -34,7 +34,8 @@ class Portable:
 
 
 def write(attention: Attention, **beside: Any) -> Portable:
-    """The attention, without streams, and numbers, texts or dicts `beside` it, which are read back as they are."""
+    """The attention, which has no streams, and numbers, texts or dicts `beside` it, which are read back as
+    they are."""
     writer = _Writer()
     groups = [
         {

@@ -76,8 +76,8 @@ def _work(counts: Mapping[str, float], problem: Problem) -> tuple[Passes, Passes
 @dataclass(frozen=True)
 class Costs:
     """The work on the live pairs alone, and on what each backend computes; `choosing` are FLOPs of a forward
-    pass that come before, by selection, where keys are chosen by content, and `making` of keys and values that
-    are made, by stream."""
+    pass that come before, by selection, where keys are chosen by content, and `making` those of keys and
+    values that are made, by stream."""
 
     flops: Steps
     bytes: Steps

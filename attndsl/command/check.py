@@ -14,7 +14,7 @@ from attndsl.bound import Bound
 from attndsl.command import child
 from attndsl.command.given import bound, echo_json, file_and_name, program_of
 from attndsl.command.options import JSON, LIMIT
-from attndsl.errors import AttnError, Diagnostic
+from attndsl.errors import AttnError, Diagnostic, fail
 from attndsl.expr import Expr, Selected, all_of, any_of
 from attndsl.language.assertions import Assertion, prove
 from attndsl.program import Program

@@ -162,7 +162,7 @@ class Plan:
         if inputs or learned or self.attention.inputs or self.attention.learned:
             given = self._tensors({**self.tables, **inputs}, q) | self._learned(learned)
         check_tangents(q, k, v, *(held or ()), *given.values())
-        places = (
+        places: Places = (
             *_placed("q", q, q_offset, q_positions),
             *_placed("k", k, k_offset, k_positions),
             None if n is None else lowering.checked_length("n", n),
@@ -193,7 +193,7 @@ class Plan:
         self._check(q, k, k)
         lowered = self._served(q.dtype, self.backend)
         given = self._tensors({**self.tables, **inputs}, q) | self._learned(None)
-        places = (
+        places: Places = (
             *_placed("q", q, q_offset, q_positions),
             *_placed("k", k, k_offset, k_positions),
             None if n is None else lowering.checked_length("n", n),

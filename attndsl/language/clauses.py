@@ -99,6 +99,11 @@ class AttentionBuilder:
         self.keys([clause for clause in clauses if isinstance(clause, ast.Keys)])
         groups = self.groups(heads[0]) if heads else [(ir.TRUE, ())]
         built = tuple(self.group(which, own) for which, own in groups)
+        with self.going_on():
+            built = tuple(
+                over_entries(self.streams, group, self.clauses(own))
+                for group, (_, own) in zip(built, groups, strict=True)
+            )
         if self.failed:
             raise AttnError(*dict.fromkeys(d for error in self.failed for d in error.diagnostics))
         last = (max(listed_heads(which), default=0) for which, _ in groups)
@@ -166,13 +171,18 @@ class AttentionBuilder:
         if len(found) > 1:
             raise fail(f"`{word}` is given twice", found[1].span)
 
-    def group(self, heads: Expr, own: tuple[ast.Clause, ...]) -> HeadGroup:
-        clauses: list[ast.Clause] = []
+    def clauses(self, own: tuple[ast.Clause, ...]) -> list[ast.Clause]:
+        """Of a group: its own stand where `heads` does."""
+        found: list[ast.Clause] = []
         for clause in self.definition.clauses:
             if isinstance(clause, ast.Clause):
-                clauses.append(clause)
+                found.append(clause)
             elif isinstance(clause, ast.Heads):
-                clauses.extend(own)
+                found.extend(own)
+        return found
+
+    def group(self, heads: Expr, own: tuple[ast.Clause, ...]) -> HeadGroup:
+        clauses = self.clauses(own)
         for clause in own:
             if clause.word not in ("mask", "score", "decay", "norm"):
                 raise fail(f"`{clause.word}` cannot stand inside `heads`", clause.span)
@@ -198,8 +208,6 @@ class AttentionBuilder:
         decay = None
         for factor in decays:
             decay = factor if decay is None else ir.mul(decay, factor)
-        with self.going_on():
-            return over_entries(self.streams, HeadGroup(joined, score, decay, norm, heads), clauses)
         return HeadGroup(joined, score, decay, norm, heads)
 
     def mask(self, clause: ast.Clause) -> Pattern:

@@ -180,8 +180,8 @@ def _leaking(attention: Attention, item: ast.AttentionDef) -> Iterator[Diagnosti
             if verdict is not None and verdict.status == "refuted" and verdict.counter_example is not None:
                 at = verdict.counter_example
                 yield _warning(
-                    f"made of later tokens: at n = {at['n']} query {at['q']} reads token {at['k']} by it, and "
-                    "by other keys none after it",
+                    f"made of later tokens: at n = {at['n']} query {at['q']} reads token {at['k']} by it, "
+                    "and by other keys none after it",
                     part.span,
                 )
 

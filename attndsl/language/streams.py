@@ -58,8 +58,12 @@ def _stream(el: Elaborator, e: ast.Expression, env: Scope) -> Stream:
     match e:
         case ast.Name("tokens"):
             return Stretch()
-        case ast.Call(ast.Name("mem" | "pool" | "proj" as word)):
-            return {"mem": _mem, "pool": _pool, "proj": _proj}[word](el, e, env)
+        case ast.Call(ast.Name("mem")):
+            return _mem(el, e, env)
+        case ast.Call(ast.Name("pool")):
+            return _pool(el, e, env)
+        case ast.Call(ast.Name("proj")):
+            return _proj(el, e, env)
         case ast.Name("mem" | "pool" | "proj" as word):
             raise fail(f"`{word}` needs its arguments", e.span, f"write `{USAGE[word]}`")
     raise fail("a stream of keys is `tokens`, `mem(m)`, `pool(b)` or `proj(E)`", e.span, "join them by `++`")
@@ -155,12 +159,16 @@ def over_entries(streams: Streams, group: HeadGroup, clauses: Sequence[ast.Claus
     if not streams:
         return group
     relation = group.relation
-    parts = {"mask": [relation.mask, relation.count], "score": [group.score], "decay": [group.decay]}
-    for word, expressions in parts.items():
-        written = [clause for clause in clauses if clause.word == word]
-        for e in expressions:
-            if e is not None and written:
-                _check(streams, e, written[0].value.span.to(written[-1].value.span))
+    parts = (
+        ("mask", relation.mask),
+        ("mask", relation.count),
+        ("score", group.score),
+        ("decay", group.decay),
+    )
+    for word, e in parts:
+        written = [clause.value.span for clause in clauses if clause.word == word]
+        if e is not None and written:
+            _check(streams, e, written[0].to(written[-1]))
 
     def at(e: Expr | None) -> Expr | None:
         return None if e is None else numbered(streams, e)
@@ -174,8 +182,8 @@ def _check(streams: Streams, e: Expr, span: Span) -> None:
         if isinstance(stream, Projection) and "k" in here.free:
             help = "" if len(streams) == 1 else f"ask other keys alone: `stream != {i} and ...`"
             raise fail(
-                f"`{stream.keys.name}` makes slots of all tokens, later ones too: they stand nowhere, and this "
-                "asks for `k`",
+                f"`{stream.keys.name}` makes slots of all tokens, later ones too: they stand nowhere, and "
+                "this asks for `k`",
                 span,
                 help,
             )

@@ -268,7 +268,8 @@ def mask_tables(attention: Attention, counts: bool = False) -> tuple[Table, ...]
 
 
 ARGUMENTS = (
-    "length q_length heads q_offset k_offset q_positions k_positions n memory learned return_lse return_weights"
+    "length q_length heads q_offset k_offset q_positions k_positions n memory learned "
+    "return_lse return_weights"
 ).split()
 """Beside which calls take tables."""
 

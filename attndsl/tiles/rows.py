@@ -32,8 +32,8 @@ MEMBERS = 64
 
 @functools.lru_cache(maxsize=1024)
 def keys_of(mask: Expr) -> Keys | None:
-    """The live positions of keys, from LOW to before HIGH, as a function of what is fixed; None for a mask with
-    operations that this knows nothing of."""
+    """The live positions of keys, from LOW to before HIGH, as a function of what is fixed; None for a mask
+    with operations that this knows nothing of."""
     args = mask.args
     if mask.op == "const":
         return (lambda at: ((at[LOW], at[HIGH]),)) if mask.value else (lambda at: ())
