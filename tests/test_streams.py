@@ -7,7 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
+import sympy
 import torch
 from torch import Tensor
 
@@ -374,3 +376,123 @@ def test_attention_without_its_streams_is_read_back() -> None:
     assert again == left
     assert isinstance(again, Attention)
     assert again.inputs == ()
+
+
+TEXT = """
+attention compressed(b = 6, stride = 3) { keys pool(b, stride = stride)  mask causal }
+attention blockwise(b = 4) { keys tokens ++ pool(b)  mask causal & { q, k : q//b == k//b or stream == 1 } }
+attention greedy { keys pool(4) ++ tokens  mask { q, k : stream == 0 or k == q } }
+attention linformer { keys proj(learn[3, n]) }
+attention xl(m = 5) { keys mem(m) ++ tokens  mask causal & last(9) }
+attention mixed { keys pool(3, of = mem(12)) ++ mem(5) ++ tokens ++ pool(5)  mask causal }
+"""
+PROGRAM = attndsl.parse(TEXT)
+
+
+def entries(name: str, n: int) -> tuple[np.ndarray, list[tuple[int, int]]]:
+    """The mask [n, entries] by its description in words, and the tokens that each entry is made of: first and
+    last, none of memory."""
+    q = np.arange(n)[:, None]
+    tokens = [(p, p) for p in range(n)]
+
+    def slots(b: int, stride: int) -> list[tuple[int, int]]:
+        return [(first, first + b - 1) for first in range(0, n - b + 1, stride)]
+
+    def over(made: list[tuple[int, int]]) -> np.ndarray:
+        return np.array([last for _, last in made], int).reshape(1, -1) <= q
+
+    match name:
+        case "compressed":
+            return over(slots(6, 3)), slots(6, 3)
+        case "blockwise":
+            own = over(tokens) & (q // 4 == q.T // 4)
+            return np.hstack([own, over(slots(4, 4))]), tokens + slots(4, 4)
+        case "greedy":
+            return np.hstack([np.ones((n, n // 4), bool), q == q.T]), slots(4, 4) + tokens
+        case "linformer":
+            return np.ones((n, 3), bool), [(0, n - 1)] * 3
+        case "xl":
+            k = np.arange(-5, n)[None]
+            return (k <= q) & (k > q - 9), [(0, -1)] * 5 + tokens
+    made = tokens + slots(5, 5)
+    return np.hstack([np.ones((n, 9), bool), over(made)]), [(0, -1)] * 9 + made
+
+
+@pytest.mark.parametrize("n", [1, 5, 14, 60, 300])
+@pytest.mark.parametrize("name", PROGRAM.names)
+def test_analyses_are_of_entries_and_of_the_tokens_in_them(name: str, n: int) -> None:
+    live, made = entries(name, n)
+    bound = PROGRAM[name]
+    assert isinstance(bound, attndsl.Bound)
+    assert np.array_equal(bound.mask(n)[0], live)
+    assert np.array_equal(bound.block_mask(n, 16).to_dense()[0, 0], live)
+    found = attndsl.analyze(bound, length=n, heads=2)
+    assert found.nnz.value == 2 * live.sum()
+    assert found.density == pytest.approx(live.mean() if live.size else 0.0)
+    assert found.empty_rows == 2 * (~live.any(1)).sum()
+    assert found.causal == (name not in ("greedy", "linformer"))
+    if found.nnz.formula is not None:
+        assert name in ("compressed", "blockwise", "greedy")
+        values = {"n": sympy.Integer(n)}
+        assert sympy.sympify(found.nnz.formula, locals=values) == found.nnz.value
+    read = np.zeros((n, n), bool)
+    for (first, last), column in zip(made, live.T, strict=True):
+        read[column, first : last + 1] = True
+    if name in ("xl", "mixed"):
+        assert "memory" in found.reasons["reach"]
+    else:
+        reached = read | np.eye(n, dtype=bool)
+        assert found.reach.per_layer[0].pairs == reached.sum()
+    for part in ("kv_cache", "shards"):
+        assert found.reasons[part] == "it is about keys that are tokens, and here they are streams"
+
+
+def test_costs_are_of_what_is_made_too() -> None:
+    n, d = 64, 16
+    found = attndsl.analyze(PROGRAM["linformer"], length=n, heads=4, kv_heads=2, head_dim=d, parts=["cost"])
+    assert found.making == {"3 projected": 2 * 2 * (2 * 3 * n * d)}  # key heads, keys and values
+    assert found.flops.forward == 4 * (4 * n * 3 * d)
+    pooled = attndsl.analyze(PROGRAM["compressed"], length=n, heads=4, head_dim=d, parts=["cost"])
+    assert pooled.making == {"slots of 6 tokens, one every 3": 4 * 2 * (20 * 6 * d)}
+    assert attndsl.analyze(PROGRAM["xl"], length=n, heads=4, parts=["cost"]).making == {}
+
+
+CLAIMS = """
+assert compressed <= causal
+assert blockwise == causal
+assert linformer == full
+assert xl == causal & last(9)
+assert every_row(xl)
+assert every_row(mixed)
+assert nnz(xl, n = 300) == 300 * 9 - 6
+assert density(linformer, n = 10) == 1
+assert reach(compressed, layers = 2) <= causal
+"""
+REFUTED = """
+assert greedy <= causal
+assert every_row(compressed)
+assert compressed == causal
+assert xl == causal
+"""
+
+
+def test_claims_are_about_the_tokens_that_are_read() -> None:
+    def statuses(claims: str) -> set[str]:
+        return {verdict.status for _, verdict in attndsl.parse(TEXT + claims).check()}
+
+    assert statuses(CLAIMS) == {"proved"}
+    assert statuses(REFUTED) == {"refuted"}
+
+
+def test_a_pattern_takes_the_stream_as_an_argument() -> None:
+    text = "keys tokens ++ pool(4)  mask causal & {}"
+    near = program(text.format("{ q, k : stream == 1 or q - k < 3 }"))
+    given = attndsl.parse(
+        f"pattern near(i) = {{ q, k : i == 1 or q - k < 3 }} attention a {{ {text.format('near(stream)')} }}"
+    )
+    assert given["a"] == near
+
+
+def test_tokens_alone_are_no_streams() -> None:
+    assert program("keys tokens  mask causal").attention == program("mask causal").attention
+    assert program("keys tokens  mask causal & { q, k : stream == 0 }").attention.streams == ()

@@ -146,5 +146,6 @@ SECTION = """
 """
 
 part = Part(
-    _find, _text, ("block_sizes", "best_block_size"), place=50, title="Cost", section=SECTION, cards=CARDS
-)
+    _find, _text, ("block_sizes", "best_block_size"), place=50, title="Cost", section=SECTION, cards=CARDS,
+    streams=True,
+)  # fmt: skip

@@ -157,7 +157,7 @@ def _best(work: Callable[[], object]) -> float:
 
 
 def _find(subject: Subject) -> dict[str, Roofline]:
-    least = ideal(subject.block_mask, subject.problem)
+    least = ideal(subject.block_mask, subject.problem.attended(subject.attention))
     return {m.name: roofline(m, least, subject.problem.dtype) for m in (*MACHINES, this_machine())}
 
 
@@ -185,4 +185,4 @@ SECTION = """
 {% endcall %}
 """
 
-part = Part(_find, _text, place=60, title="Cost", section=SECTION)
+part = Part(_find, _text, place=60, title="Cost", section=SECTION, streams=True)

@@ -22,6 +22,8 @@ class InParameters:
 def in_parameters(subject: Subject) -> InParameters:
     """Raises AttnError where the count is no such polynomial."""
     found: dict[str, InParameter] = {}
+    if subject.parameters and subject.attention.streams:
+        raise fail("it is about keys that are tokens, and here they are streams")
     for name in subject.parameters:
         # a name of its own: the parameter may be called as a variable is
         masks = masks_of(subject.bound(**{name: var(f"?{name}")}).attention, subject.problem)
@@ -49,5 +51,5 @@ SECTION = """
 
 part = Part(
     in_parameters, _text, ("in_parameters",), known=lambda found: bool(found.in_parameters), place=20,
-    title="Live pairs", section=SECTION,
+    title="Live pairs", section=SECTION, streams=True,
 )  # fmt: skip

@@ -1,7 +1,7 @@
 """Linformer against PyPI's linformer, in float64, whole layers with their gradients.
 
-Theirs shares a projection among heads always, as in our `linformer_headwise`; their `share_kv` drops the values'
-own layer too, which is the caller's part here.
+Theirs shares a projection among heads always, as in our `linformer_headwise`; their `share_kv` drops the own
+layer of values too, which is the caller's part here.
 """
 
 from __future__ import annotations
