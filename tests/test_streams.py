@@ -443,6 +443,7 @@ def test_analyses_are_of_entries_and_of_the_tokens_in_them(name: str, n: int) ->
     else:
         reached = read | np.eye(n, dtype=bool)
         assert found.reach.per_layer[0].pairs == reached.sum()
+        assert {*bound.graph(n).edges} == {(k, q) for q, k in np.argwhere(read).tolist()}
     for part in ("kv_cache", "shards"):
         assert found.reasons[part] == "it is about keys that are tokens, and here they are streams"
 
