@@ -106,7 +106,7 @@ def _pooled(x: Tensor, pool: Pool, by: str | Table, tables: Mapping[str, Tensor]
         raise fail(f"`{by.name}` is of {w.shape[-1]} features, and there are {x.shape[3]}")
     wide = torch.promote_types(x.dtype, w.dtype)
     form = {1: "bhmdi,bhi->bhmd", 2: "bhmdi,bhid->bhmd", 3: "bhmci,bhicd->bhmd"}[len(by.explicit)]
-    return torch.einsum(form, windows.to(wide), _spread(w, by, x).to(wide)).to(x.dtype)
+    return torch.einsum(form, windows.to(wide), _spread(w, by).to(wide)).to(x.dtype)
 
 
 def _projected(x: Tensor, table: Table, tables: Mapping[str, Tensor]) -> Tensor:
@@ -117,7 +117,9 @@ def _projected(x: Tensor, table: Table, tables: Mapping[str, Tensor]) -> Tensor:
             help=f"give it as [{table.explicit[0]}, {n}]" if table.dims[-1] == "n" else "",
         )
     wide = torch.promote_types(x.dtype, e.dtype)
-    return (_spread(e, table, x)[..., :n].to(wide) @ x.to(wide)).to(x.dtype)
+    # a slice of all has gradients that are copied
+    rows = _spread(e, table) if e.shape[-1] == n else _spread(e, table)[..., :n]
+    return (rows.to(wide) @ x.to(wide)).to(x.dtype)
 
 
 def _content(table: Table, x: Tensor, tables: Mapping[str, Tensor]) -> Tensor:
@@ -137,12 +139,12 @@ def _content(table: Table, x: Tensor, tables: Mapping[str, Tensor]) -> Tensor:
     return found
 
 
-def _spread(content: Tensor, table: Table, x: Tensor) -> Tensor:
-    """With the axes B and H that it lacks."""
+def _spread(content: Tensor, table: Table) -> Tensor:
+    """With the axes B and H that it lacks, of size 1."""
     for place, axis in enumerate("BH"):
         if axis not in table.dims:
             content = content.unsqueeze(place)
-    return content.expand(*x.shape[:2], *content.shape[2:])
+    return content
 
 
 def begun(attention: Attention, table: Table, shape: list[int]) -> Tensor | None:
