@@ -138,7 +138,8 @@ class Call:
                 They are made when a kernel first asks: one that goes by a table alone spares the search.
     tables      inputs and learned parameters by name, with the axes of their Table; learned ones never have
                 B. Float ones may require gradients.
-    q_at, k_at  where the queries and the keys stand: the values of `q` and `k` in expressions.
+    q_at, k_at  where the queries and the keys stand: the values of `q` and `k` in expressions. Keys of
+                streams are numbered (streams.py): some below 0, some from n on.
     n           what `n` means in expressions, one for all batch rows or one each.
     """
 

@@ -102,7 +102,8 @@ def declined(backend: str, case: Case, training: bool = False) -> str | None:
     """The reason that the backend gives for declining the case, or None."""
     problem = _problem(case, training)
     plugin = registry.plugin("backends", backend)
-    reason: object = choice.declined(plugin, _attention(case.mechanism), problem)
+    attention = _attention(case.mechanism)
+    reason: object = choice.declined(plugin, attention.attended, problem.attended(attention))
     assert reason is None or (isinstance(reason, str) and reason), f"neither None nor a reason: {reason!r}"
     return reason
 
@@ -198,7 +199,7 @@ def _poisoned_memory() -> Iterator[None]:
 
 def _problem(case: Case, training: bool) -> Problem:
     return Problem(
-        length=case.n,
+        length=case.tokens,
         q_length=case.nq,
         batch=case.batch,
         heads=case.heads,
@@ -219,6 +220,9 @@ def _run(backend: str, case: Case, inputs: Named, training: bool) -> Named:
     tables: dict[str, Any] = {table.name: leaves[table.name] for table in attention.inputs}
     q, k, v = leaves["q"], leaves["k"], leaves["v"]
     with _Watched() if training and case.n % 2 else nullcontext():  # type: ignore[no-untyped-call]
+        if m := case.mechanism.memory:
+            tables["memory"] = k[:, :, :m], v[:, :, :m]
+            k, v = k[:, :, m:], v[:, :, m:]
         out, lse = plan(q, k, v, learned=learned, **case.places, return_lse=True, **tables)
     if not training:
         return {"out": out.detach(), "lse": lse.detach()}

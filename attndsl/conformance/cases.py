@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -65,13 +65,19 @@ class Case:
         extras += f"-at{self.q_offset}" if self.q_offset else ""
         extras += f"-from{self.k_offset}" if self.k_offset else ""
         extras += f"-{self.apart}" if self.apart else ""
+        extras += f"-memory{self.mechanism.memory}" if self.mechanism.memory else ""
         laid = "".join(f"-{x}.{lay}" for x, lay in zip(LAID, self.layouts, strict=True) if lay != "plain")
         return f"{self.mechanism.name}-{self.dtype}-{sizes}{extras}-B{self.block_size}{laid}"
 
     @property
     def longest(self) -> int:
         """The greatest n of a batch row."""
-        return max(self.k_offset or (0,)) + self.n + (AWAY if self.apart else 0)
+        return max(self.k_offset or (0,)) + self.tokens + (AWAY if self.apart else 0)
+
+    @property
+    def tokens(self) -> int:
+        """Keys that stand at positions from 0 on."""
+        return self.n - self.mechanism.memory
 
     @property
     def positions(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -85,7 +91,7 @@ class Case:
                 for size in (self.nq, self.n)
             )
             return q, k, torch.full((self.batch,), self.longest)
-        keys = torch.tensor(_for_each(self.k_offset or (0,), self.batch))
+        keys = torch.tensor(_for_each(self.k_offset or (-self.mechanism.memory,), self.batch))
         ends = keys + self.n
         starts = [self.mechanism.start(end, self.nq) for end in ends.tolist()]
         queries = torch.tensor(_for_each(self.q_offset, self.batch) if self.q_offset else starts)
@@ -157,6 +163,15 @@ hold, without memory for it; the others have the same values."""
 def _draw(mechanism: Mechanism, dtype: str, turn: int = 0, odd: Odd = "", apart: Apart = "") -> Case:
     """Sizes that differ from case to case and from run to run never."""
     rng = random.Random(zlib.crc32(f"{mechanism.name} {dtype} {turn} {odd}".encode()))
+    if mechanism.memory:
+        n = rng.choice([1, 60, 300])
+        heads, kv_heads = rng.choice([(2, 2), (4, 2), (3, 1)])
+        return Case(
+            mechanism, dtype, nq=1 if turn else n, n=n + mechanism.memory, batch=2, heads=heads,
+            kv_heads=kv_heads, head_dim=16, v_dim=8, q_offset=None, k_offset=None, loud=False,
+            with_lse=rng.random() < 0.5, left_out=False, odd="", block_size=32,
+            layouts=("plain",) * len(LAID),
+        )  # fmt: skip
     small = mechanism in WIDE or bool(odd)
     middle = bool(odd) or mechanism.exact or (turn == 0 and (dtype == "float32" or not small))
     lengths = SHORT if small else LENGTHS
@@ -252,6 +267,8 @@ ODD: dict[str, tuple[Odd, ...]] = {
     "cross-tables": ("unreached", "k"),
 }
 """What is odd, by mechanism."""
+WITH_MEMORY = "causal window empty-rows head-groups alibi softcap shaw sink multiset sigmoid linear".split()
+"""Mechanisms that are tried with keys before position 0 too."""
 ODD_NUMBERS = torch.tensor([torch.nan, torch.inf, -torch.inf], dtype=torch.float64)
 
 
@@ -273,6 +290,12 @@ CASES = (
         _draw(mechanism, "float32", turn=1, apart="shards" if i % 2 else "evicted")
         for i, mechanism in enumerate(MECHANISMS)
         if not mechanism.exact and mechanism not in WIDE
+    )
+    + tuple(
+        _draw(replace(mechanism, memory=37), dtype, turn)
+        for mechanism in MECHANISMS
+        if mechanism.name in WITH_MEMORY
+        for dtype, turn in (("float32", 0), ("float64", 1))
     )
 )
 

@@ -30,6 +30,7 @@ class Mechanism:
     start   the position of query row 0 where the call gives none, from n and nq
     exact   logits that float32 holds, in whatever order they are summed, for rows that are masked by
             adding a large number: their logits are what that leaves of them
+    memory  how many of the keys stand before position 0
     """
 
     name: str
@@ -40,10 +41,12 @@ class Mechanism:
     sizes: Callable[[int], dict[str, int]] = lambda n: {}
     start: Callable[[int, int], int] = at_the_end
     exact: bool = False
+    memory: int = 0
 
     @property
     def text(self) -> str:
-        return f"attention a{self.params} {{ {self.clauses} }}"
+        keys = f"keys mem({self.memory}) ++ tokens  " if self.memory else ""
+        return f"attention a{self.params} {{ {keys}{self.clauses} }}"
 
 
 def full(p: Pairs) -> Tensor:
