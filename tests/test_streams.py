@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -181,6 +183,17 @@ MECHANISMS = {
             lambda s, q, k, i: s + (0.5 + math.log(0.25) if i == 1 else 0.0),
         ),
     ),
+    "documents": Mechanism(
+        "inputs doc : int[n]  keys mem(4) ++ tokens ++ pool(3)"
+        "  mask causal & { q, k : stream == 0 or doc[q] == doc[k] }",
+        lambda q, k, v, mk, mv, t: attend(
+            q,
+            joined(
+                tokens(mk, mv, 0, -4), tokens(k, v, 1), pools(k, v, 3, 3, lambda x: x.mean(2), 2)
+            ),
+            lambda q, k, i: k <= q and (i == 0 or k // 7 == q // 7),
+        ),
+    ),
     "padded": Mechanism(
         "inputs pad : int[B]  keys mem(7) ++ tokens ++ proj(learn[2, n])"
         "  mask { q, k : stream == 2 or (k <= q and k >= pad) }",
@@ -232,7 +245,8 @@ def test_backends_give_the_formula_and_its_gradients(name: str, n: int) -> None:
         t.name: normal(generator, *(sizes.get(axis, axis) for axis in t.dims))  # type: ignore[arg-type]
         for t in bound.attention.learned
     }
-    inputs: dict[str, Any] = {**tables, **({"pad": [-3, 2]} if name == "padded" else {})}
+    whole = {"padded": {"pad": [-3, 2]}, "documents": {"doc": [i // 7 for i in range(n)]}}
+    inputs: dict[str, Any] = {**tables, **whole.get(name, {})}
     leaves = [q, k, v, *remembered, *tables.values(), *learned.values()]
     by_head = [shared(x) for x in (k, v, *remembered)] + [None] * (2 if not held else 0)
     wanted = mechanism.formula(q, *by_head, {**tables, **learned})
@@ -365,6 +379,18 @@ def test_compiled_and_differentiated_per_sample() -> None:
     found = torch.compile(loss, fullgraph=True, backend="aot_eager")(*leaves)
     for got, grad in zip(torch.autograd.grad(found, leaves), wanted, strict=True):
         torch.testing.assert_close(got, grad)
+
+
+def test_plans_are_copied_and_exported() -> None:
+    plan = compiled("keys pool(3, by = learn[3, D, D]) ++ mem(4) ++ tokens  mask causal", 12)
+    q, k, v = qkv(12)
+    held = tuple(x[:, :, :4] for x in (k, v))
+    module = plan.module()
+    wanted = module(q, k, v, memory=held)
+    assert torch.equal(pickle.loads(pickle.dumps(plan)).module()(q, k, v, memory=held), wanted)
+    assert torch.equal(copy.deepcopy(module)(q, k, v, memory=held), wanted)
+    exported = torch.export.export(module, (q, k, v), {"memory": held}).module()
+    torch.testing.assert_close(exported(q, k, v, memory=held), wanted)
 
 
 def test_attention_without_its_streams_is_read_back() -> None:
