@@ -37,7 +37,6 @@ from attndsl.expr import (
 )
 
 K, N, SLOT = var("k"), var("n"), var("?slot")
-LENGTH_LIMIT = 2**31
 """SLOT is a slot of a stream, a name that no text has."""
 
 
@@ -160,11 +159,11 @@ class Numbers:
         return first, count
 
     def tokens(self, entries: int, least: int) -> int:
-        """The fewest from `least` on that make as many entries; `least` where none do."""
+        """The fewest from `least` on that make as many entries; `least` where no number of tokens does."""
+        if self.count.op == "const":
+            return least
         most = max(least, 1)
         while self.at(most)[1] < entries:
-            if most > LENGTH_LIMIT:
-                return least
             most *= 2
         return least + bisect_left(range(least, most), entries, key=lambda n: self.at(n)[1])
 

@@ -523,3 +523,18 @@ def test_a_pattern_takes_the_stream_as_an_argument() -> None:
 def test_tokens_alone_are_no_streams() -> None:
     assert program("keys tokens  mask causal").attention == program("mask causal").attention
     assert program("keys tokens  mask causal & { q, k : stream == 0 }").attention.streams == ()
+
+
+@pytest.mark.parametrize("name", PROGRAM.names)
+def test_tokens_are_found_by_the_number_of_entries(name: str) -> None:
+    """What backends go by that look at an attention whose keys are made."""
+    bound = PROGRAM[name]
+    assert isinstance(bound, attndsl.Bound)
+    numbers = bound.attention.attended.numbered
+    assert numbers is not None
+    for n in (0, 1, 7, 100):
+        made = numbers.at(n)[1]
+        found = numbers.tokens(made, 0)
+        assert numbers.at(found)[1] == made
+        assert found == min((m for m in range(n + 1) if numbers.at(m)[1] == made), default=0)
+        assert numbers.tokens(made, n) == n
