@@ -188,7 +188,8 @@ def cut(x: Tensor, axes: Mapping[int, slice]) -> Tensor:
 
 def span(truths: Tensor) -> slice:
     """From the first to the last unit for which some is true."""
-    found = truths.flatten(0, -2).any(0).nonzero().flatten().tolist()
+    # of bytes the greatest takes a fortieth of the time of `any`
+    found = truths.flatten(0, -2).view(torch.uint8).amax(0).nonzero().flatten().tolist()
     return slice(found[0], found[-1] + 1) if found else slice(0, 0)
 
 
