@@ -248,7 +248,7 @@ def some_key(streams: Streams, mask: Expr) -> Expr:
 
 
 def described(streams: Sequence[Stream]) -> str:
-    """In words."""
+    """In words, with the number of those that have one."""
     return ", ".join(map(_described, streams))
 
 
@@ -259,21 +259,26 @@ def listed(streams: Streams, n: int) -> str:
         many = number(substitute(stream.many, {"n": const(n)}))
         assert isinstance(many, int)
         if many:
-            parts.append(f"{place:,}..{place + many - 1:,} {_described(stream)}")
+            parts.append(f"{place:,}..{place + many - 1:,} {_kind(stream)}")
         place += many
     return f"keys {', '.join(parts)}\n" if parts else ""
 
 
 def _described(stream: Stream) -> str:
     match stream:
-        case Stretch(length=None):
-            return "tokens"
-        case Stretch(length=length):
+        case Stretch(length=int(length)):
             return f"{length:,} of memory"
-        case Pool(of, size, stride):
-            every = "" if size == stride else f", one every {stride}"
-            return (
-                f"slots of {size} {'tokens' if of.length is None else f'of {of.length:,} of memory'}{every}"
-            )
         case Projection():
             return f"{stream.slots:,} projected"
+    return _kind(stream)
+
+
+def _kind(stream: Stream) -> str:
+    match stream:
+        case Stretch(length=length):
+            return "tokens" if length is None else "memory"
+        case Projection():
+            return "projected"
+    of = "tokens" if stream.of.length is None else f"of {stream.of.length:,} of memory"
+    every = "" if stream.size == stream.stride else f", one every {stream.stride}"
+    return f"slots of {stream.size} {of}{every}"

@@ -737,3 +737,29 @@ child.run(work)
         parent.send_signal(number)
         assert parent.wait(10) != 0
     assert not Path(f"/proc/{pid}").exists() or "zombie" in Path(f"/proc/{pid}/status").read_text()
+
+
+STREAMS = """
+attention xl { keys mem(6) ++ tokens  mask causal & last(7) }
+attention pooled { keys tokens ++ pool(4, by = learn[4])  mask causal }
+"""
+
+
+def test_streams_are_run_and_listed(tmp_path):
+    file = write(tmp_path / "streams.attn", STREAMS)
+    ran = attn("run", file, "xl", "--length", 64, "--backward").stdout
+    assert "keys 0..5 memory, 6..69 tokens\n" in ran
+    assert "left out: keys are made anew at every call" in ran
+    found = json.loads(attn("run", file, "pooled", "--length", 64, "--json").stdout)
+    assert found["keys"] == "tokens, slots of 4 tokens"
+    assert found["max_abs_error"] < 1e-5
+    shown = attn("show", file, "pooled", "--length", 16).stdout
+    assert shown.startswith("pooled  n = 16  ")
+    assert shown.endswith("keys 0..15 tokens, 16..19 slots of 4 tokens\n")
+
+
+def test_streams_are_not_compared(tmp_path):
+    file = write(tmp_path / "streams.attn", STREAMS)
+    done = attn("diff", f"{file}:xl", f"{file}:pooled")
+    assert done.exit_code != 0
+    assert "the keys of `xl` are streams, and relations of tokens are compared" in done.stderr
