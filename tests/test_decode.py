@@ -512,3 +512,19 @@ def test_no_tokens() -> None:
 def test_mistakes(call: Callable[[], object], message: str) -> None:
     with pytest.raises(AttnError, match=message):
         call()
+
+
+def test_the_state_in_place_of_keys() -> None:
+    """H m (D + 1) numbers, where sums over the keys are all that later queries need."""
+    w = "inputs W : float[c, D]"
+    for text, state in {
+        "mask causal score elu1(Q) @ elu1(K) norm linear": 3 * 64 * 65,
+        "mask causal score trig(Q, gaussian_rows(20)) @ trig(K, gaussian_rows(20)) norm none": 3 * 40 * 65,
+        f"{w} mask causal score elu1(W @ Q) @ elu1(W @ K) norm linear": None,
+        "inputs g : float[n] mask causal score Q @ K decay exp(g[q] - g[k]) norm none": None,
+        "mask causal & last(9) score elu1(Q) @ elu1(K) norm linear": None,
+        "score elu1(Q) @ elu1(K) norm linear": None,
+        "mask causal": None,
+    }.items():
+        report = attndsl.analyze(bound(text), length=50, heads=3, parts=["kv_cache"])
+        assert report.kv_cache.state == state

@@ -45,7 +45,7 @@ class Linear:
     ) -> dict[str, float]:
         found, width = form_of(attention), problem.head_dim
         assert isinstance(found, LinearForm)
-        m = found.width(width)
+        m = found.width(width) or width
         rows = problem.batch * problem.heads
         tokens = float(rows * (problem.length + problem.q_length))
         pairs = float(rows * problem.length * CHUNK if found.causal else 0)
