@@ -52,7 +52,7 @@ class Cache:
     bounded     whether `minimum` stops growing with n, proved for every n and table; None is undecided
     formula     `minimum` in n where that is a constant or n itself, as sympy reads it
     valid_for   the lengths for which it holds
-    state       numbers of all heads that stand for all keys in a session, whatever n; None where keys are kept
+    state       numbers, of all heads, that stand for all keys in a session; None where keys are kept
     """
 
     minimum: int
