@@ -57,6 +57,7 @@ LISTS = {
 ORDERS = {
     "lsh, multiset": Contest("mask lsh(rounds = 4, chunk = 64, count = true) - ~causal", (3.5, 4.5)),
     "lsh": Contest("mask causal & lsh(rounds = 4, chunk = 64)", (2.5, 3.2)),
+    "labels 64": Contest("mask causal & within(hash(64), last(64))", (3.5, 4.5)),
     "routing 256": Contest("inputs mu : float[H, CLUSTERS, D]  mask causal & cluster(mu, 256)", (3.5, 0.0)),
 }
 """CLUSTERS are as many as hold each key once."""

@@ -53,9 +53,8 @@ class Linear:
         queries, keys = float(heads * p.q_length), float(heads * p.length)
         pairs = min(queries, keys) * min(CHUNK, p.length) if found.causal else 0.0
         mapped = sum(node.op == "matvec" for phi in (found.query, found.key) for node in nodes(phi)) / 2
-        apart = found.powers[1] or (
-            found.log_q is not None and by_distance(attention.groups[0].decay) is None
-        )
+        decay = attention.groups[0].decay
+        apart = found.powers[1] or (decay is not None and by_distance(decay) is None)
         return {
             "calls": 1,
             "pairs": pairs,
