@@ -80,7 +80,9 @@ def attend(
     `tensors` as in `Lowered.tensors`, `q_offset` to `n` as in `lowered.Places`.
     """
     found, places = lowered.find(identity, tensors), (q_offset, q_at, k_offset, k_at, n)
-    return _attend(found, q, k, v, tensors, found.sizes(q, k, places))
+    out, lse, kept = _attend(found, q, k, v, tensors, found.sizes(q, k, places))
+    # as a graph expects them
+    return out.contiguous(), lse.contiguous(), [x.contiguous() for x in kept]
 
 
 def _attend(
@@ -251,6 +253,9 @@ def _gradient(
         return found
 
     grad_out, grad_lse = slopes
+    if found.selected:
+        # while a function is differentiated no tensor can be read
+        call.tiles()
     _, pull = vjp(again, call.q, call.k, call.v, {name: call.tables[name] for name in wanted})
     grads: Gradients = pull((grad_out, torch.zeros_like(results[1]) if grad_lse is None else grad_lse))
     return grads
