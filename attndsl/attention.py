@@ -48,6 +48,20 @@ class Norm:
 
 
 @dataclass(frozen=True)
+class Approx:
+    """What is computed in place of a weight for each pair, from all tokens that the mask leaves.
+
+    `nystrom` softmax attention by way of means of queries and keys over `landmarks` segments, its
+              pseudo-inverse by so many `iterations` (Xiong et al., 2021, algorithm 1)
+    `shen`    features of queries that sum to 1, and of keys that sum to 1 over positions (Shen et al., 2021)
+    """
+
+    kind: Literal["nystrom", "shen"]
+    landmarks: int = 0
+    iterations: int = 0
+
+
+@dataclass(frozen=True)
 class HeadGroup:
     """What one set of query heads does.
 
@@ -71,6 +85,7 @@ class Attention:
     inputs:   run-time tables, in the order of their declaration.
     learned:  parameters, trainable ones and constants that are drawn, in the order of their first use.
     offset:   position of query row 0 over n and nq; None means n - nq, which must not be negative.
+    approx:   what stands in place of weights, or None; then there is one group, of nothing but a mask of keys.
     least_heads: how many heads there are at least: one more than the last that a range or list names.
     """
 
@@ -80,6 +95,7 @@ class Attention:
     learned: tuple[Table, ...] = ()
     offset: Expr | None = None
     least_heads: int = 1
+    approx: Approx | None = None
 
     @staticmethod
     def of_pattern(name: str, relation: Relation) -> Attention:

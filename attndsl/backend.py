@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Protocol, TypeAlias, get_args, get_type_hints, runtime_checkable
 
-from attndsl.attention import Attention, HeadGroup, Norm, Relation
+from attndsl.attention import Approx, Attention, HeadGroup, Norm, Relation
 from attndsl.axis import Axis
 from attndsl.errors import fail
 from attndsl.expr import Table
@@ -91,6 +91,7 @@ class Features:
     clauses     fields of the attention, its groups and their norms that are set: `score`, `decay`, `sink`,
                 `heads` (groups of heads that differ), `count` (multiplicities, which the decay holds)
     norms       kinds of Norm
+    approx      kinds of Approx
     operations  ops of the expressions that a kernel evaluates, as in expr.py
     tables      what those read: `given`, `learned` or `known`; `int`, `bool`, `float`
     modes       fields of the problem that are set and no sizes: `training`
@@ -99,6 +100,7 @@ class Features:
 
     clauses: Set[str] = frozenset()
     norms: Set[str] = frozenset({"softmax"})
+    approx: Set[str] = frozenset()
     operations: Set[str] = frozenset()
     tables: Set[str] = frozenset()
     modes: Set[str] = frozenset()
@@ -113,6 +115,7 @@ def vocabulary() -> dict[str, Set[str]]:
     return {
         "clauses": {field.name for part in parts for field in fields(part)},
         "norms": {*get_args(get_type_hints(Norm)["kind"])},
+        "approx": {*get_args(get_type_hints(Approx)["kind"])},
         "operations": LEGAL.keys(),
         "tables": {*get_args(table["dtype"]), *(kind.__name__.lower() for kind in get_args(table["origin"]))},
         "modes": {field.name for field in fields(Problem)},
@@ -157,7 +160,7 @@ class Call:
 Kernel = Callable[[Call], "tuple[Tensor, Tensor]"]
 """Gives the output [B, H, nq, Dv] in q's dtype or, to spare the backward pass its rounding, in float32, and
 the log-sum-exp [B, H, nq] in float32 (float64 for float64), natural logarithm, -inf for an empty row, the
-sink included. For `sigmoid` and `relu`, where no sum is formed, the second is log of the sum of weights."""
+sink included. An attention with `approx` has none: 0, or -inf for an empty row. For `sigmoid` and `relu`, where no sum is formed, the second is log of the sum of weights."""
 
 
 Gradients: TypeAlias = "tuple[Tensor, Tensor, Tensor, Mapping[str, Tensor]]"

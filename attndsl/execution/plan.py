@@ -148,6 +148,8 @@ class Plan:
             raise fail(
                 f"a call of the plan does not train {names}", help=f"use plan.module(), which owns {names}"
             )
+        if return_lse and self.attention.approx is not None:
+            raise fail(f"`{self.attention.approx.kind}` has no log-sum-exp: it sums no weights of pairs")
         if isinstance(q, Tensor) and not q.is_meta and torch.is_autocast_enabled(q.device.type):
             q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
         self._check(q, k, v)

@@ -87,6 +87,8 @@ def sizes(
             raise fail(f"`n` is {n}, and a key stands at {max(each) - 1}")
         each = (n,)
     found = Sizes(heads, q or Axis.starting(nq, (_first_row(attention, n, nq) for n in each)), k, each)
+    if attention.approx is not None and attention.approx.kind == "nystrom" and not _same_places(found):
+        raise fail("`nystrom` takes as many queries as keys, at the same positions: its landmarks are of both")
     for row in range(found.rows if inside else 0):
         last, end = found.q.span(row)[1], each[row % len(each)]
         if last >= end:
@@ -94,6 +96,13 @@ def sizes(
                 f"a query stands at {last}, and n is {end}", help="give `n=`, the number of all positions"
             )
     return found
+
+
+def _same_places(sizes: Sizes) -> bool:
+    """Whether queries and keys stand at the same positions, in the same order."""
+    if sizes.q.length != sizes.k.length:
+        return False
+    return all(sizes.q.row(b) == sizes.k.row(b) for b in range(sizes.rows))
 
 
 def _first_row(attention: Attention, n: int, nq: int) -> int:
