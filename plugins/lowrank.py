@@ -1,12 +1,14 @@
 """The `lowrank` backend: what stands in place of weights of pairs, as products of thin matrices.
 
-Nystrom's is K1 Z (K3 V) from right to left, with the m landmarks as the queries and then as the keys of
-torch's own attention: nothing of n x m numbers is written.
+Nystrom's K1 Z K3 V is evaluated from the right: m landmarks as the queries, then as the keys of attention.
+Forward nothing of n x m numbers is written; the backward pass forms those of one head at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,18 +17,20 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from attndsl.attention import Approx, Attention
-from attndsl.backend import Call, Features, Kernel, Problem, predicted
+from attndsl.backend import Call, Features, Gradients, Kernel, Problem, predicted
+from attndsl.execution.operator import vjp
 from attndsl.execution.torch_eval import FEATURES
 from attndsl.expr import TRUE
 from attndsl.tiles.blockmask import BlockMask
 from attndsl.tiles.queries import keys_read
 
-SECONDS = {"cpu": {"calls": 1e-3, "products": 2.6e-11, "numbers": 1e-9}}
+SECONDS = {"cpu": {"calls": 5e-4, "products": 2e-11, "numbers": 1e-9}}
 """Of one core with AVX-512."""
 TRAINING = 4.0
 """Forward and backward beside forward."""
 
-Tokens = slice | Tensor
+Some = slice | Tensor
+ALL, NONE = slice(None), slice(0, 0)
 
 
 class LowRank:
@@ -50,89 +54,144 @@ class LowRank:
     def counts(
         self, attention: Attention, problem: Problem, block_mask: BlockMask | None
     ) -> dict[str, float]:
-        approx, p = attention.approx, problem
+        """`pairs` are those of tokens and landmarks."""
+        p, approx = problem, attention.approx
         assert approx is not None
         heads, tokens = p.batch * p.heads, float(p.length + p.q_length)
-        m = p.head_dim if approx.kind == "shen" else min(approx.landmarks, p.length)
-        # of each iteration four products of m x m x m
-        products = heads * (tokens * m * 2 * p.head_dim + 4 * approx.iterations * float(m) ** 3)
-        if approx.kind == "shen":
-            products = heads * tokens * m * p.head_dim
-        return {
-            "calls": 1,
-            "pairs": products / (2 * p.head_dim),
-            "products": products,
-            "numbers": 2 * heads * tokens * p.head_dim,
-            "written": 2 * heads * tokens * p.head_dim,
-        }
+        products, pairs = heads * tokens * p.head_dim**2, 0.0
+        if approx.kind == "nystrom":
+            m = float(min(approx.landmarks, p.length))
+            pairs = heads * (tokens * m + m * m)
+            products = 2 * pairs * p.head_dim + 4 * approx.iterations * heads * m**3
+        numbers = 2 * heads * tokens * p.head_dim
+        return {"calls": 1, "pairs": pairs, "products": products, "numbers": numbers, "written": numbers}
 
     def lower(self, attention: Attention, problem: Problem) -> Kernel:
-        approx, masked = attention.approx, attention.groups[0].relation.mask is not TRUE
-        assert approx is not None
-        return lambda call: attend(approx, masked, call)
+        assert attention.approx is not None
+        return LowRankKernel(attention.approx, attention.groups[0].relation.mask is not TRUE)
 
 
-def attend(approx: Approx, masked: bool, call: Call) -> tuple[Tensor, Tensor]:
-    """Batch rows of which the mask leaves the same tokens together."""
+@dataclass(frozen=True, eq=False)
+class LowRankKernel:
+    """Batch rows of which the mask leaves the same tokens are taken together."""
+
+    approx: Approx
+    masked: bool
+
+    def __call__(self, call: Call) -> tuple[Tensor, Tensor]:
+        given, found = _wide(call), []
+        lse = given[0].new_zeros(call.q.shape[:3])
+        parts = self._parts(call)
+        for rows, tokens in parts:
+            q, k, v = (x[rows] for x in given)
+            if tokens is NONE:
+                lse[rows] = -torch.inf
+                found.append(q.new_zeros(*q.shape[:3], v.shape[3]))
+            else:
+                found.append(among(self.approx, tokens, q, k, v))
+        return _together(parts, found), lse
+
+    def gradient(
+        self,
+        call: Call,
+        wanted: Sequence[str],
+        out: Tensor,
+        lse: Tensor,
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+    ) -> Gradients:
+        given, found = _wide(call), []
+        parts = self._parts(call)
+        for rows, tokens in parts:
+            some, back = [x[rows] for x in given], grad_out[rows].to(given[0].dtype)
+            if tokens is NONE:
+                slopes = tuple(map(torch.zeros_like, some))
+            elif self.approx.kind == "nystrom" and some[1][:, :, tokens].shape[2] > self.approx.landmarks:
+                slopes = nystrom_gradient(self.approx, tokens, *some, out[rows].to(back.dtype), back)
+            else:
+                _, pull = vjp(partial(among, self.approx, tokens), *some)
+                slopes = pull(back)
+            found.append(slopes)
+        gq, gk, gv = (_together(parts, x).to(call.q.dtype) for x in zip(*found, strict=True))
+        return gq, gk, gv, {}
+
+    def _parts(self, call: Call) -> list[tuple[Some, Some]]:
+        """Batch rows, and the tokens that their mask leaves."""
+        if not self.masked or not call.q.shape[2]:
+            return [(ALL, ALL if call.k.shape[2] else NONE)]
+        live = keys_read(call.block_mask)[:, 0]
+        kinds, which = np.unique(live, axis=0, return_inverse=True)
+        rows = [torch.from_numpy(np.flatnonzero(which.ravel() == i)) for i in range(len(kinds))]
+        device = call.q.device
+        return [
+            (ALL if len(kinds) == 1 else some.to(device), tokens_of(kept, device))
+            for some, kept in zip(rows, kinds, strict=True)
+        ]
+
+
+def _together(parts: Sequence[tuple[Some, Some]], found: Sequence[Tensor]) -> Tensor:
+    """What was found for the rows of each part, in the order of the rows."""
+    if len(found) == 1:
+        return found[0]
+    whole = torch.cat(list(found))
+    return whole[torch.argsort(torch.cat([rows for rows, _ in parts if isinstance(rows, Tensor)]))]
+
+
+def _wide(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     wide = torch.promote_types(call.q.dtype, torch.float32)
-    q, k, v = (x.to(wide) for x in (call.q, call.k, call.v))
-    lse = q.new_zeros(q.shape[:3])
-    if not masked:
-        return among(approx, q, k, v, slice(None)), lse
-    live = keys_read(call.block_mask)[:, 0]
-    kinds, which = np.unique(live, axis=0, return_inverse=True)
-    which = np.broadcast_to(which, len(q))
-    parts = []
-    for i, kept in enumerate(kinds):
-        rows = torch.from_numpy(np.flatnonzero(which == i)).to(q.device)
-        some = (q, k, v) if len(kinds) == 1 else (x[rows] for x in (q, k, v))
-        parts.append(among(approx, *some, tokens_of(kept, q.device)))
-        if not kept.any():
-            lse[rows] = -torch.inf
-    if len(parts) == 1:
-        return parts[0], lse
-    back = np.argsort(np.argsort(which, kind="stable"), kind="stable")
-    return torch.cat(parts)[torch.from_numpy(back).to(q.device)], lse
+    return call.q.to(wide), call.k.to(wide), call.v.to(wide)
 
 
-def tokens_of(kept: NDArray[np.bool_], device: torch.device) -> Tokens:
+def tokens_of(kept: NDArray[np.bool_], device: torch.device) -> Some:
     """Neighbours as a slice, which copies nothing."""
     places = np.flatnonzero(kept)
-    if not len(places) or places[-1] - places[0] == len(places) - 1:
-        return slice(int(places[0]), int(places[-1]) + 1) if len(places) else slice(0, 0)
+    if not len(places):
+        return NONE
+    if places[-1] - places[0] == len(places) - 1:
+        return slice(int(places[0]), int(places[-1]) + 1)
     return torch.from_numpy(places).to(device)
 
 
-def among(approx: Approx, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens) -> Tensor:
+def among(approx: Approx, tokens: Some, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """[B, H, nq, Dv] of q [B, H, nq, D], k [B, Hkv, n, D] and v [B, Hkv, n, Dv], of some tokens."""
-    own, k, v = q[:, :, tokens], k[:, :, tokens], v[:, :, tokens]
-    if not k.shape[2]:
-        return q.new_zeros(*q.shape[:3], v.shape[3])
+    k, v = k[:, :, tokens], v[:, :, tokens]
     if approx.kind == "shen":
         return shared(lambda q, k, v: q.softmax(3) @ (k.softmax(2).mT @ v), q, k, v)
     if k.shape[2] <= approx.landmarks:
         return shared(sdpa, q, k, v)
-    q_means, k_means = means(own, approx.landmarks), means(k, approx.landmarks)
-    k_means = k_means.repeat_interleave(q.shape[1] // k.shape[1], 1)
-    inner = (q_means @ k_means.mT / q.shape[3] ** 0.5).softmax(3)
-    seen = pseudo_inverse(inner, approx.iterations) @ shared(sdpa, q_means, k, v)
-    return sdpa(q, k_means, seen)
+    q_means, k_means = means(q[:, :, tokens], approx.landmarks), means(k, approx.landmarks)
+    return sdpa(q, _for_each(k_means, q), inverted(approx, q_means, k_means, shared(sdpa, q_means, k, v)))
+
+
+def inverted(approx: Approx, q_means: Tensor, k_means: Tensor, seen: Tensor) -> Tensor:
+    """What stands at each landmark of the keys: the inverse of how landmarks see them, times what they see."""
+    inner = (q_means @ _for_each(k_means, q_means).mT / q_means.shape[3] ** 0.5).softmax(3)
+    return pseudo_inverse(inner, approx.iterations) @ seen
 
 
 def shared(attention: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Of query heads that share keys, as more queries of one head."""
     together = q.reshape(len(q), k.shape[1], -1, q.shape[3])
-    return attention(together, k, v).view(*q.shape[:3], v.shape[3])
+    return attention(together, k, v).reshape(*q.shape[:3], v.shape[3])
+
+
+def _for_each(keys: Tensor, q: Tensor) -> Tensor:
+    return keys.repeat_interleave(q.shape[1] // keys.shape[1], 1)
+
+
+def segments(n: int, m: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of each of n positions, and how many are in each [m, 1]."""
+    found = torch.arange(n, device=device) * m // n
+    return found, found.bincount(minlength=m)[:, None]
 
 
 def means(x: Tensor, m: int) -> Tensor:
-    """[B, H, m, D] of segments of x [B, H, n, D], of floor(i m / n) at i."""
+    """[B, H, m, D] of the segments of x [B, H, n, D]."""
     n = x.shape[2]
     if n % m == 0:
         return x.unflatten(2, (m, n // m)).mean(3)
-    segment = torch.arange(n, device=x.device) * m // n
-    sums = x.new_zeros(*x.shape[:2], m, x.shape[3]).index_add(2, segment, x)
-    return sums / segment.bincount(minlength=m)[:, None]
+    segment, sizes = segments(n, m, x.device)
+    return x.new_zeros(*x.shape[:2], m, x.shape[3]).index_add_(2, segment, x) / sizes
 
 
 def pseudo_inverse(a: Tensor, iterations: int) -> Tensor:
@@ -143,6 +202,57 @@ def pseudo_inverse(a: Tensor, iterations: int) -> Tensor:
         az = a @ z
         z = z @ (13 * one - az @ (15 * one - az @ (7 * one - az))) / 4
     return z
+
+
+def nystrom_gradient(
+    approx: Approx, tokens: Some, q: Tensor, k: Tensor, v: Tensor, out: Tensor, back: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of q, k and v, as in `among`, where more tokens are left than there are landmarks."""
+    m, share, scale = approx.landmarks, q.shape[1] // k.shape[1], q.shape[3] ** -0.5
+    some_k, some_v = k[:, :, tokens], v[:, :, tokens]
+    q_means, k_means = means(q[:, :, tokens], m), means(some_k, m)
+    seen = shared(sdpa, q_means, some_k, some_v)
+    values, pull = vjp(partial(inverted, approx), q_means, k_means, seen)
+    gq, gk, gv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, some_k, some_v))
+    g_values, g_keys = torch.empty_like(values), torch.empty_like(q_means)
+    for b, h in np.ndindex(q.shape[:2]):
+        sides = q[b, h], k_means[b, h // share], values[b, h]
+        gq[b, h], g_keys[b, h], g_values[b, h] = _slopes(scale, *sides, out[b, h], back[b, h])
+    g_q_means, g_k_means, g_seen = pull(g_values)
+    g_k_means = g_k_means + g_keys.unflatten(1, (-1, share)).sum(2)
+    for b, h in np.ndindex(k.shape[:2]):
+        heads = slice(h * share, (h + 1) * share)
+        few, result, slope = (x[b, heads].flatten(0, 1) for x in (q_means, seen, g_seen))
+        g_few, gk[b, h], gv[b, h] = _slopes(scale, few, some_k[b, h], some_v[b, h], result, slope)
+        g_q_means[b, heads] += g_few.view(share, m, -1)
+    _spread(gk, g_k_means)
+    own = gq[:, :, tokens]
+    _spread(own, g_q_means)
+    if tokens is ALL:
+        return gq, gk, gv
+    whole_k, whole_v = torch.zeros_like(k), torch.zeros_like(v)
+    gq[:, :, tokens], whole_k[:, :, tokens], whole_v[:, :, tokens] = own, gk, gv
+    return gq, whole_k, whole_v
+
+
+def _spread(into: Tensor, slopes: Tensor) -> None:
+    """Adds what the slopes of `means` [B, H, m, D] give to its positions [B, H, n, D]."""
+    n, m = into.shape[2], slopes.shape[2]
+    if n % m == 0:
+        into.unflatten(2, (m, n // m)).add_(slopes.unsqueeze(3), alpha=m / n)
+    else:
+        _, sizes = segments(n, m, into.device)
+        into += (slopes / sizes).repeat_interleave(sizes[:, 0], 2)
+
+
+def _slopes(
+    scale: float, q: Tensor, k: Tensor, v: Tensor, out: Tensor, back: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of softmax attention of q [nq, D], k [n, D] and v [n, Dv]."""
+    weight = (scale * q @ k.T).softmax(1)
+    g_v = weight.T @ back
+    slope = (back @ v.T).sub_((back * out).sum(1, keepdim=True)).mul_(weight).mul_(scale)
+    return slope @ k, slope.T @ q, g_v
 
 
 backend = LowRank()
