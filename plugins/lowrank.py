@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
+from attndsl.analysis.work import products
 from attndsl.attention import Approx, Attention
 from attndsl.backend import Call, Features, Gradients, Kernel, Problem, predicted
 from attndsl.execution.operator import vjp
@@ -24,7 +25,7 @@ from attndsl.expr import TRUE
 from attndsl.tiles.blockmask import BlockMask
 from attndsl.tiles.queries import keys_read
 
-SECONDS = {"cpu": {"calls": 5e-4, "products": 2e-11, "numbers": 1e-9}}
+SECONDS = {"cpu": {"calls": 5e-4, "products": 2e-11, "written": 1.6e-9}}
 """Of one core with AVX-512."""
 TRAINING = 4.0
 """Forward and backward beside forward."""
@@ -54,17 +55,13 @@ class LowRank:
     def counts(
         self, attention: Attention, problem: Problem, block_mask: BlockMask | None
     ) -> dict[str, float]:
-        """`pairs` are those of tokens and landmarks."""
-        p, approx = problem, attention.approx
-        assert approx is not None
-        heads, tokens = p.batch * p.heads, float(p.length + p.q_length)
-        products, pairs = heads * tokens * p.head_dim**2, 0.0
-        if approx.kind == "nystrom":
-            m = float(min(approx.landmarks, p.length))
-            pairs = heads * (tokens * m + m * m)
-            products = 2 * pairs * p.head_dim + 4 * approx.iterations * heads * m**3
-        numbers = 2 * heads * tokens * p.head_dim
-        return {"calls": 1, "pairs": pairs, "products": products, "numbers": numbers, "written": numbers}
+        """`pairs` are as many as take these products."""
+        p = problem
+        assert attention.approx is not None
+        heads = p.batch * p.heads
+        done = products(attention.approx, heads, p.q_length, p.length, p.head_dim, p.head_dim)
+        written = 2.0 * heads * p.head_dim * (p.length + p.q_length)
+        return {"calls": 1, "pairs": done / (2 * p.head_dim), "products": done, "written": written}
 
     def lower(self, attention: Attention, problem: Problem) -> Kernel:
         assert attention.approx is not None

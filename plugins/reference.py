@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from attndsl.analysis.work import products
 from attndsl.attention import Approx, Attention, HeadGroup
 from attndsl.backend import Call, Kernel, Problem, predicted
 from attndsl.execution.torch_eval import (
@@ -62,6 +63,8 @@ class Reference:
         self, attention: Attention, problem: Problem, block_mask: BlockMask | None
     ) -> dict[str, float]:
         """Every group is formed at every head."""
+        if attention.approx is not None:
+            return approximate_counts(attention.approx, problem)
         heads, area = problem.batch * problem.heads, float(problem.length * problem.q_length)
         groups = len(attention.groups)
         made = [elements(e, area, heads) for g in attention.groups for e in (g.score, g.decay)]
@@ -119,6 +122,22 @@ def attend_group(group: HeadGroup, call: Call, env: Env) -> tuple[Tensor, Tensor
     return weight @ v, lse.squeeze(-1)
 
 
+def approximate_counts(approx: Approx, problem: Problem) -> dict[str, float]:
+    """Every head of every batch row is taken alone."""
+    p = problem
+    heads, tokens = p.batch * p.heads, p.length + p.q_length
+    done = products(approx, heads, p.q_length, p.length, p.head_dim, p.head_dim)
+    formed = float(heads * tokens * (min(approx.landmarks, p.length) or p.head_dim))
+    return {
+        **dict.fromkeys(("masks", "numbers", "copied", "nanoseconds"), 0.0),
+        "calls": heads,
+        "pairs": done / (2 * p.head_dim),
+        "products": done,
+        "formed": formed,
+        "written": PASSES * formed,
+    }
+
+
 def approximate(approx: Approx, call: Call) -> tuple[Tensor, Tensor]:
     """Each head of each batch row of the tokens that its mask leaves."""
     wide = torch.promote_types(call.q.dtype, torch.float32)
@@ -134,7 +153,7 @@ def approximate(approx: Approx, call: Call) -> tuple[Tensor, Tensor]:
         elif approx.kind == "nystrom":
             out.append(nystrom(approx, q, k, v, tokens))
         else:
-            out.append(q.softmax(1) @ k[tokens].softmax(0).T @ v[tokens])
+            out.append(q.softmax(1) @ (k[tokens].softmax(0).T @ v[tokens]))
     found = torch.stack(out) if out else call.q.new_zeros(0, dtype=wide)
     return found.view(*call.q.shape[:3], call.v.shape[3]).to(call.q.dtype), lse
 
@@ -151,7 +170,7 @@ def nystrom(approx: Approx, q: Tensor, k: Tensor, v: Tensor, tokens: Tensor) -> 
     mean = mean / mean.sum(1, keepdim=True)
     kernels = ((q, mean @ k), (mean @ own, mean @ k), (mean @ own, k))
     first, inner, last = ((scale * left @ right.T).softmax(1) for left, right in kernels)
-    return first @ pseudo_inverse(inner, approx.iterations) @ last @ v
+    return first @ (pseudo_inverse(inner, approx.iterations) @ (last @ v))
 
 
 def pseudo_inverse(a: Tensor, iterations: int) -> Tensor:

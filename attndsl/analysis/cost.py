@@ -9,7 +9,7 @@ from attndsl.analysis.machines import roofline, this_machine
 from attndsl.analysis.part import Part, Subject
 from attndsl.analysis.text import line, table
 from attndsl.analysis.units import scaled, seconds
-from attndsl.analysis.work import BACKWARD, Passes, Steps, ideal, pair_flops
+from attndsl.analysis.work import BACKWARD, Passes, Steps, ideal, pair_flops, thin
 from attndsl.attention import Attention
 from attndsl.backend import DTYPES, Counting, Problem
 from attndsl.errors import asking, fail
@@ -74,7 +74,7 @@ def _work(counts: Mapping[str, float], problem: Problem) -> tuple[Passes, Passes
 
 @dataclass(frozen=True)
 class Costs:
-    """The work on the live pairs alone, and on what each backend computes; `choosing` are FLOPs of a forward
+    """The work on the live pairs alone, or on the matrices that stand in their place, and on what each backend computes; `choosing` are FLOPs of a forward
     pass that come before, by selection, where keys are chosen by content."""
 
     flops: Steps
@@ -84,9 +84,10 @@ class Costs:
 
 
 def _find(subject: Subject) -> Costs:
-    least = ideal(subject.block_mask, subject.problem)
+    approx = subject.attention.approx
+    least = ideal(subject.block_mask, subject.problem) if approx is None else thin(approx, subject.problem)
     # a plan knows no tiles of what is chosen at every call
-    blocks = None if subject.attention.selected else subject.block_mask
+    blocks = None if subject.attention.selected or approx is not None else subject.block_mask
     found = lowerings(subject.attention, subject.problem, blocks)
     return Costs(least.flops, least.bytes, found, choosing(subject.attention, subject.problem))
 
@@ -106,7 +107,7 @@ def choosing(attention: Attention, problem: Problem) -> dict[str, float]:
 
 def _text(found: Costs) -> Iterator[str]:
     flops, moved = found.flops, found.bytes
-    rows = [["live pairs alone", scaled(flops.forward), scaled(flops.backward), scaled(moved.forward), ""]]
+    rows = [["products alone" if flops.decode is None else "live pairs alone", scaled(flops.forward), scaled(flops.backward), scaled(moved.forward), ""]]
     for name, work in found.lowerings.items():
         done = [scaled(work.flops.forward), scaled(work.flops.backward)] if work.flops else ["-", "-"]
         traffic = scaled(work.bytes.forward) if work.bytes else "-"
@@ -118,7 +119,8 @@ def _text(found: Costs) -> Iterator[str]:
     for name, work in found.lowerings.items():
         if work.reason:
             yield line(name, work.reason)
-    yield line("decode step", f"{scaled(flops.decode, 'FLOP')}, {scaled(moved.decode, 'B')}")
+    if flops.decode is not None and moved.decode is not None:
+        yield line("decode step", f"{scaled(flops.decode, 'FLOP')}, {scaled(moved.decode, 'B')}")
 
 
 def _draw(subject: Subject, found: Costs) -> Drawing:
@@ -129,6 +131,8 @@ def _draw(subject: Subject, found: Costs) -> Drawing:
     from attndsl import pictures
 
     whole = subject.one_sequence
+    if subject.attention.approx is not None:
+        raise fail(f"`{subject.attention.approx.kind}` has no weights of pairs")
     if subject.attention.inputs or subject.attention.selected:
         raise fail("its tables have one length")
     last = max(whole.length, SHORTEST << LENGTHS - 1)
@@ -186,6 +190,7 @@ part = Part(
     ("flops", "bytes", "lowerings", "choosing"),
     place=40,
     title="Cost",
+    pairs=False,
     section=SECTION,
     draw=_draw,
 )

@@ -121,6 +121,7 @@ class Part:
     cards    likewise, for "At a glance"
     settled  whether it is about one choice of keys, drawn, where keys are chosen by content; else it is told
              of an attention to all that might be chosen
+    pairs    whether it is about weights of pairs, and so not known where `approx` stands in their place
     draw     a picture for the section. Raises AttnError where there is none
     """
 
@@ -133,6 +134,7 @@ class Part:
     section: str = "{{ listed(told) }}"
     cards: str = ""
     settled: bool = True
+    pairs: bool = True
     draw: Callable[[Subject, Any], Drawing] | None = None
 
     def names(self, name: str) -> tuple[str, ...]:

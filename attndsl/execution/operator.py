@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import register_flop_formula
 
+from attndsl.analysis.work import products
 from attndsl.axis import Axis
 from attndsl.backend import Call, Gradients
 from attndsl.errors import AttnError, asking, fail
@@ -281,8 +282,13 @@ attend.register_autograd(_backward, setup_context=_setup_context)
 def _flops(
     places: tuple[Any, ...], identity: str, tensors: Sequence[Tensor], *qkv: Tensor
 ) -> tuple[int, int]:
-    """Of the products with a query or key and with a value, over the live pairs."""
+    """Of the products with a query or key and with a value, over the live pairs; halves of what stands in
+    their place."""
     found, (q, k, v) = lowered.find(identity, tensors), qkv
+    if found.attention.approx is not None:
+        (batch, heads, nq, width), (n, v_width) = q.shape, v.shape[2:]
+        half = products(found.attention.approx, batch * heads, nq, n, width, v_width)
+        return half, half
     call = found.call_of(q, k, v, found.named(tensors), found.sizes(q, k, places))
     blocks = call.block_mask
     pairs = sum(blocks.grids[i].nnz for i in blocks.index.ravel()) * len(q) * q.shape[1] // blocks.index.size

@@ -62,7 +62,7 @@ def compile(
             raise fail(f"the table `{table.name}` has the name of an argument of the call", help="rename it")
     _check_device(problem.device)
     blocks = None
-    if not lowering.mask_tables(attention):
+    if attention.approx is None and not lowering.mask_tables(attention):
         sizes = lowering.sizes(attention, problem.length, problem.q_length, problem.heads)
         blocks = lowering.block_mask(attention, sizes, {}, problem.block_size)
     seconds = time.perf_counter() - start
@@ -86,8 +86,8 @@ class Plan:
     lowered          the attention, the problem, the chosen backend and its kernel
     considered       every backend in the order in which they are taken: predicted seconds, None where the
                      cost is unknown, or why it declined
-    block_masks      the tiles at full length; None until the tables that they need are bound, and where keys
-                     are chosen by content
+    block_masks      the tiles at full length; None until the tables that they need are bound, where keys are
+                     chosen by content, and where `approx` stands in place of pairs
     compile_seconds  from the typed attention to the finished tiles
     tables           what is bound
     """
@@ -209,7 +209,7 @@ class Plan:
         bound = {**self.tables, **{k: v if v.requires_grad else v.clone() for k, v in given.items()}}
         blocks = self.block_masks
         needed = lowering.mask_tables(self.attention)
-        if needed and all(table.name in bound for table in needed):
+        if self.attention.approx is None and needed and all(table.name in bound for table in needed):
             sizes = lowering.sizes(
                 self.attention, self.problem.length, self.problem.q_length, self.problem.heads
             )
@@ -369,7 +369,9 @@ class Plan:
             f"{self.attention.name}: length {p.length:,}, q_length {p.q_length:,}, heads {p.heads}, "
             f"head_dim {p.head_dim}, {p.dtype} on {p.device}"
         ]
-        if blocks is None and self.attention.selected:
+        if self.attention.approx is not None:
+            lines.append(f"  tiles     none: `{self.attention.approx.kind}` has no weights of pairs")
+        elif blocks is None and self.attention.selected:
             lines.append("  tiles     unknown: keys are chosen anew at every call")
         elif blocks is None:
             lines.append("  tiles     unknown until the tables are bound")
