@@ -103,6 +103,11 @@ class Attention:
         decay = None if relation.count is None else mul(const(1.0), relation.count)
         return Attention(name, (HeadGroup(relation, var("s"), decay),))
 
+    def require_pairs(self) -> None:
+        """Raises AttnError where there are no weights of pairs."""
+        if self.approx is not None:
+            raise fail(f"`{self.approx.kind}` has no weights of pairs")
+
     @functools.cached_property
     def selected(self) -> tuple[Table, ...]:
         """The tables of its choices, by name."""

@@ -131,8 +131,7 @@ def _draw(subject: Subject, found: Costs) -> Drawing:
     from attndsl import pictures
 
     whole = subject.one_sequence
-    if subject.attention.approx is not None:
-        raise fail(f"`{subject.attention.approx.kind}` has no weights of pairs")
+    subject.attention.require_pairs()
     if subject.attention.inputs or subject.attention.selected:
         raise fail("its tables have one length")
     last = max(whole.length, SHORTEST << LENGTHS - 1)

@@ -73,7 +73,8 @@ class Subject:
 
     @cached_property
     def block_mask(self) -> BlockMask:
-        """The tiles. Raises AttnError where tables are missing."""
+        """The tiles. Raises AttnError where tables are missing, and where `approx` stands in place of pairs."""
+        self.attention.require_pairs()
         return lowering.block_mask(self.attention, self.sizes, self.tables, self.problem.block_size)
 
     @property
