@@ -85,7 +85,7 @@ class Attention:
     inputs:   run-time tables, in the order of their declaration.
     learned:  parameters, trainable ones and constants that are drawn, in the order of their first use.
     offset:   position of query row 0 over n and nq; None means n - nq, which must not be negative.
-    approx:   what stands in place of weights, or None; then there is one group, of nothing but a mask of keys.
+    approx:   what stands in place of weights of pairs, with one group that has nothing but a mask of keys.
     least_heads: how many heads there are at least: one more than the last that a range or list names.
     """
 

@@ -56,8 +56,8 @@ class Problem:
     ) -> Problem:
         """As users write it: `q_length` is `length`, `kv_heads` is `heads` if not given.
 
-        Raises AttnError for what is no size, heads that do not fit one another or the attention, and a dtype
-        that is none of DTYPES.
+        Raises AttnError for what is no size, heads or lengths that do not fit one another or the attention,
+        and a dtype that is none of DTYPES.
         """
         given = {
             "length": length,
@@ -79,6 +79,7 @@ class Problem:
         if dtype not in DTYPES:
             raise fail(f"`dtype` is {dtype}, and must be one of {', '.join(DTYPES)}")
         lowering.head_groups(attention, sizes["heads"])
+        lowering.check_places(attention, sizes["length"] == sizes["q_length"])
         block_size = lowering.checked_block_size(BLOCK_SIZE if block_size is None else block_size)
         return Problem(**sizes, dtype=dtype, device=str(device), block_size=block_size, training=training)
 
@@ -160,7 +161,8 @@ class Call:
 Kernel = Callable[[Call], "tuple[Tensor, Tensor]"]
 """Gives the output [B, H, nq, Dv] in q's dtype or, to spare the backward pass its rounding, in float32, and
 the log-sum-exp [B, H, nq] in float32 (float64 for float64), natural logarithm, -inf for an empty row, the
-sink included. An attention with `approx` has none: 0, or -inf for an empty row. For `sigmoid` and `relu`, where no sum is formed, the second is log of the sum of weights."""
+sink included. For `sigmoid` and `relu`, where no sum is formed, the second is log of the sum of weights. Of
+`approx` it is 0, or -inf for an empty row, and no number that is not finite is made good."""
 
 
 Gradients: TypeAlias = "tuple[Tensor, Tensor, Tensor, Mapping[str, Tensor]]"

@@ -104,7 +104,8 @@ class LowRankKernel:
             if tokens is NONE:
                 slopes = tuple(map(torch.zeros_like, some))
             elif self.approx.kind == "nystrom" and some[1][:, :, tokens].shape[2] > self.approx.landmarks:
-                slopes = nystrom_gradient(self.approx, tokens, *some, out[rows].to(back.dtype), back)
+                q, k, v = some
+                slopes = nystrom_gradient(self.approx, tokens, q, k, v, out[rows].to(back.dtype), back)
             else:
                 _, pull = vjp(partial(among, self.approx, tokens), *some)
                 slopes = pull(back)
@@ -161,7 +162,7 @@ def among(approx: Approx, tokens: Some, q: Tensor, k: Tensor, v: Tensor) -> Tens
 
 
 def inverted(approx: Approx, q_means: Tensor, k_means: Tensor, seen: Tensor) -> Tensor:
-    """What stands at each landmark of the keys: the inverse of how landmarks see them, times what they see."""
+    """What stands at each landmark: the inverse of how landmarks see one another, times what they see."""
     inner = (q_means @ _for_each(k_means, q_means).mT / q_means.shape[3] ** 0.5).softmax(3)
     return pseudo_inverse(inner, approx.iterations) @ seen
 
@@ -173,7 +174,9 @@ def shared(attention: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: 
 
 
 def _for_each(keys: Tensor, q: Tensor) -> Tensor:
-    return keys.repeat_interleave(q.shape[1] // keys.shape[1], 1)
+    # repeat_interleave has no derivative below the dispatcher
+    share = q.shape[1] // keys.shape[1]
+    return keys.unsqueeze(2).expand(-1, -1, share, -1, -1).flatten(1, 2)
 
 
 def segments(n: int, m: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -186,14 +189,14 @@ def means(x: Tensor, m: int) -> Tensor:
     """[B, H, m, D] of the segments of x [B, H, n, D]."""
     n = x.shape[2]
     if n % m == 0:
-        return x.unflatten(2, (m, n // m)).mean(3)
+        return x.reshape(*x.shape[:2], m, n // m, x.shape[3]).mean(3)
     segment, sizes = segments(n, m, x.device)
     return x.new_zeros(*x.shape[:2], m, x.shape[3]).index_add_(2, segment, x) / sizes
 
 
 def pseudo_inverse(a: Tensor, iterations: int) -> Tensor:
     """Of a [.., m, m] whose rows sum to 1 (Razavi et al., 2014); each matrix has its own scale."""
-    z = a.mT / a.sum(-2).amax(-1)[..., None, None]
+    z: Tensor = a.mT / a.sum(-2).amax(-1)[..., None, None]
     one = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
     for _ in range(iterations):
         az = a @ z
@@ -216,7 +219,7 @@ def nystrom_gradient(
         sides = q[b, h], k_means[b, h // share], values[b, h]
         gq[b, h], g_keys[b, h], g_values[b, h] = _slopes(scale, *sides, out[b, h], back[b, h])
     g_q_means, g_k_means, g_seen = pull(g_values)
-    g_k_means = g_k_means + g_keys.unflatten(1, (-1, share)).sum(2)
+    g_k_means = g_k_means + g_keys.view(*k.shape[:2], share, m, -1).sum(2)
     for b, h in np.ndindex(k.shape[:2]):
         heads = slice(h * share, (h + 1) * share)
         few, result, slope = (x[b, heads].flatten(0, 1) for x in (q_means, seen, g_seen))
@@ -236,7 +239,7 @@ def _spread(into: Tensor, slopes: Tensor) -> None:
     """Adds what the slopes of `means` [B, H, m, D] give to its positions [B, H, n, D]."""
     n, m = into.shape[2], slopes.shape[2]
     if n % m == 0:
-        into.unflatten(2, (m, n // m)).add_(slopes.unsqueeze(3), alpha=m / n)
+        into.view(*into.shape[:2], m, n // m, -1).add_(slopes.unsqueeze(3), alpha=m / n)
     else:
         _, sizes = segments(n, m, into.device)
         into += (slopes / sizes).repeat_interleave(sizes[:, 0], 2)

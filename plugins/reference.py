@@ -161,7 +161,8 @@ def approximate(approx: Approx, call: Call) -> tuple[Tensor, Tensor]:
 def nystrom(approx: Approx, q: Tensor, k: Tensor, v: Tensor, tokens: Tensor) -> Tensor:
     """[nq, Dv] of q [nq, D], k [n, D], v [n, Dv], where some tokens are left: each as good as a landmark, it
     is the attention that is approximated."""
-    n, m, scale = len(tokens), approx.landmarks, q.shape[1] ** -0.5
+    n, m = len(tokens), approx.landmarks
+    scale: float = q.shape[1] ** -0.5
     own, k, v = q[tokens], k[tokens], v[tokens]
     if n <= m:
         return (scale * q @ k.T).softmax(1) @ v
@@ -175,7 +176,8 @@ def nystrom(approx: Approx, q: Tensor, k: Tensor, v: Tensor, tokens: Tensor) -> 
 
 def pseudo_inverse(a: Tensor, iterations: int) -> Tensor:
     """Of a [m, m] whose rows sum to 1, by the iteration of Razavi et al., 2014."""
-    z, one = a.T / a.sum(0).max(), torch.eye(len(a), dtype=a.dtype, device=a.device)
+    z: Tensor = a.T / a.sum(0).max()
+    one = torch.eye(len(a), dtype=a.dtype, device=a.device)
     for _ in range(iterations):
         az = a @ z
         z = z @ (13 * one - az @ (15 * one - az @ (7 * one - az))) / 4

@@ -165,7 +165,11 @@ def test_nystrom_takes_queries_and_keys_of_the_same_positions() -> None:
         planned("nystrom", 12, q_length=5)
     plan = planned("nystrom", 12)
     q, k, v = drawn(12)
-    for call in ({"q": q[:, :, :5]}, {"q": q, "q_offset": 3, "n": 15}, {"q": q, "q_positions": range(12)[::-1]}):
+    for call in (
+        {"q": q[:, :, :5]},
+        {"q": q, "q_offset": 3, "n": 15},
+        {"q": q, "q_positions": range(12)[::-1]},
+    ):
         with pytest.raises(attndsl.AttnError, match=said):
             plan(call.pop("q"), k, v, **call)
     moved = plan(q, k, v, q_offset=7, k_offset=7)
@@ -323,3 +327,28 @@ def test_training_goes_down() -> None:
 def test_every_part_of_the_attention_travels() -> None:
     assert bound("nystrom").attention.approx == attndsl.attention.Approx("nystrom", 6, 4)
     assert bound("nystrom") != bound("shen")
+
+
+def test_flops_are_those_of_its_products() -> None:
+    n, half = 1000, 2 * (2 * 1000 + 6) * 6 * WIDTH
+    plan = planned("nystrom", n, kv_heads=HEADS)
+    q, k, v = (torch.randn(1, HEADS, n, WIDTH).double().requires_grad_() for _ in range(3))
+    inverse = 2 * 4 * 4 * 6**3
+    with FlopCounterMode(display=False) as counted:
+        plan(q, k, v)
+    assert counted.get_total_flops() == HEADS * (2 * half + inverse)
+
+
+def test_nothing_is_told_of_pairs() -> None:
+    found = attndsl.analyze(bound("nystrom"), length=1000, heads=2, head_dim=8)
+    assert found.flops.forward == 2 * 2 * ((2 * 1000 + 6) * 6 * 16 + 4 * 4 * 6**3)
+    assert set(found.reasons.values()) == {"`nystrom` has no weights of pairs"}
+    assert "products alone" in str(found)
+    assert "decode" not in str(found)
+    plan = planned("nystrom", 1000)
+    assert "tiles     none: `nystrom` has no weights of pairs" in str(plan)
+    assert plan.block_masks is None
+    with pytest.raises(attndsl.AttnError, match="no weights of pairs"):
+        bound("shen").graph(8)
+    # what is told of masks is which keys they leave
+    assert bound("shen", SCATTERED).mask(9)[0, 0].tolist() == [k % 3 != 1 for k in range(9)]

@@ -74,20 +74,23 @@ def _work(counts: Mapping[str, float], problem: Problem) -> tuple[Passes, Passes
 
 @dataclass(frozen=True)
 class Costs:
-    """The work on the live pairs alone, or on the matrices that stand in their place, and on what each backend computes; `choosing` are FLOPs of a forward
-    pass that come before, by selection, where keys are chosen by content."""
+    """The work on the live pairs alone, or on the matrices in their place, and on what each backend computes;
+    `choosing` are FLOPs of a forward pass that come before, by selection, where keys are chosen."""
 
-    flops: Steps
-    bytes: Steps
+    flops: Passes
+    bytes: Passes
     lowerings: Mapping[str, Lowering]
     choosing: Mapping[str, float]
 
 
 def _find(subject: Subject) -> Costs:
     approx = subject.attention.approx
-    least = ideal(subject.block_mask, subject.problem) if approx is None else thin(approx, subject.problem)
+    if approx is not None:
+        flops, moved = thin(approx, subject.problem)
+        return Costs(flops, moved, lowerings(subject.attention, subject.problem, None), {})
+    least = ideal(subject.block_mask, subject.problem)
     # a plan knows no tiles of what is chosen at every call
-    blocks = None if subject.attention.selected or approx is not None else subject.block_mask
+    blocks = None if subject.attention.selected else subject.block_mask
     found = lowerings(subject.attention, subject.problem, blocks)
     return Costs(least.flops, least.bytes, found, choosing(subject.attention, subject.problem))
 
@@ -107,7 +110,8 @@ def choosing(attention: Attention, problem: Problem) -> dict[str, float]:
 
 def _text(found: Costs) -> Iterator[str]:
     flops, moved = found.flops, found.bytes
-    rows = [["products alone" if flops.decode is None else "live pairs alone", scaled(flops.forward), scaled(flops.backward), scaled(moved.forward), ""]]
+    what = "live pairs alone" if isinstance(flops, Steps) else "products alone"
+    rows = [[what, scaled(flops.forward), scaled(flops.backward), scaled(moved.forward), ""]]
     for name, work in found.lowerings.items():
         done = [scaled(work.flops.forward), scaled(work.flops.backward)] if work.flops else ["-", "-"]
         traffic = scaled(work.bytes.forward) if work.bytes else "-"
@@ -119,7 +123,7 @@ def _text(found: Costs) -> Iterator[str]:
     for name, work in found.lowerings.items():
         if work.reason:
             yield line(name, work.reason)
-    if flops.decode is not None and moved.decode is not None:
+    if isinstance(flops, Steps) and isinstance(moved, Steps):
         yield line("decode step", f"{scaled(flops.decode, 'FLOP')}, {scaled(moved.decode, 'B')}")
 
 

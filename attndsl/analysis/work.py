@@ -31,10 +31,9 @@ class Passes:
 
 @dataclass(frozen=True)
 class Steps(Passes):
-    """And of one decoding step: the last query alone, with the keys and values that it reads; None where
-    there are no such steps."""
+    """And of one decoding step: the last query alone, with the keys and values that it reads."""
 
-    decode: int | None
+    decode: int
 
 
 @dataclass(frozen=True)
@@ -74,12 +73,12 @@ def ideal(block_mask: BlockMask, problem: Problem) -> Ideal:
     )
 
 
-def thin(approx: Approx, problem: Problem) -> Ideal:
-    """Of all tokens, where none is left out by a mask."""
+def thin(approx: Approx, problem: Problem) -> tuple[Passes, Passes]:
+    """FLOPs and bytes where `approx` stands in place of pairs, of all tokens; there are no decoding steps."""
     p, item = problem, DTYPES[problem.dtype]
     forward = 2 * products(approx, p.batch * p.heads, p.q_length, p.length, p.head_dim, p.head_dim)
     moved = p.batch * p.head_dim * item * (2 * p.heads * p.q_length + 2 * p.kv_heads * p.length)
-    return Ideal(Steps(forward, round(BACKWARD * forward), None), Steps(moved, 2 * moved, None))
+    return Passes(forward, round(BACKWARD * forward)), Passes(moved, 2 * moved)
 
 
 def products(approx: Approx, heads: int, nq: int, n: int, head_dim: int, v_dim: int) -> int:

@@ -176,7 +176,9 @@ def masked_work(plan: Plan) -> MaskedWork:
     """What dense attention can do of the plan's work: all, as it has but a mask; all, with a bias made at
     every call as the plan does; or its mask alone, which is less work."""
     plain = (var("s"), None, Norm())
-    if plan.attention.approx is None and all((group.score, group.decay, group.norm) == plain for group in plan.attention.groups):
+    if plan.attention.approx is None and all(
+        (group.score, group.decay, group.norm) == plain for group in plan.attention.groups
+    ):
         return "this mask"
     return "mask + bias" if not isinstance(plan.considered["sdpa"], str) else "mask only"
 

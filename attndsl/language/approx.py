@@ -1,4 +1,4 @@
-"""The clause `approx`: what is computed in place of a weight for each pair, and what cannot stand beside it."""
+"""The clause `approx`: what is computed in place of weights of pairs, and what cannot stand beside it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,9 @@ def approx_of(el: Elaborator, e: ast.Expression, env: Scope) -> Approx:
     call = e if isinstance(e, ast.Call) else ast.Call(e, (), span=e.span)
     given = bind_arguments_of(kind, ("landmarks",), ("iterations",), call, USAGE)
     landmarks = _between(el, "landmarks", given["landmarks"], env, LANDMARKS)
-    iterations = _between(el, "iterations", given["iterations"], env, ITERATIONS) if "iterations" in given else 6
+    iterations = (
+        _between(el, "iterations", given["iterations"], env, ITERATIONS) if "iterations" in given else 6
+    )
     return Approx("nystrom", landmarks, iterations)
 
 
@@ -55,7 +57,13 @@ def _between(el: Elaborator, name: str, e: ast.Expression, env: Scope, most: int
 def refuse_beside(approx: Approx, clauses: Iterable[ast.Node]) -> None:
     """Raises AttnError for a clause that it gives no meaning to."""
     for clause in clauses:
-        word = "heads" if isinstance(clause, ast.Heads) else clause.word if isinstance(clause, ast.Clause) else ""
+        word = (
+            "heads"
+            if isinstance(clause, ast.Heads)
+            else clause.word
+            if isinstance(clause, ast.Clause)
+            else ""
+        )
         if word in BESIDE:
             raise fail(f"`{approx.kind}` takes no `{word}`: {BESIDE[word]}", clause.span)
         if word == "offset" and approx.kind == "nystrom":

@@ -87,8 +87,7 @@ def sizes(
             raise fail(f"`n` is {n}, and a key stands at {max(each) - 1}")
         each = (n,)
     found = Sizes(heads, q or Axis.starting(nq, (_first_row(attention, n, nq) for n in each)), k, each)
-    if attention.approx is not None and attention.approx.kind == "nystrom" and not _same_places(found):
-        raise fail("`nystrom` takes as many queries as keys, at the same positions: its landmarks are of both")
+    check_places(attention, nq == n_keys and all(found.q.row(b) == k.row(b) for b in range(found.rows)))
     for row in range(found.rows if inside else 0):
         last, end = found.q.span(row)[1], each[row % len(each)]
         if last >= end:
@@ -98,11 +97,12 @@ def sizes(
     return found
 
 
-def _same_places(sizes: Sizes) -> bool:
-    """Whether queries and keys stand at the same positions, in the same order."""
-    if sizes.q.length != sizes.k.length:
-        return False
-    return all(sizes.q.row(b) == sizes.k.row(b) for b in range(sizes.rows))
+def check_places(attention: Attention, same: bool) -> None:
+    """Raises AttnError where queries and keys have to stand at the same positions and do not."""
+    if not same and attention.approx is not None and attention.approx.kind == "nystrom":
+        raise fail(
+            "`nystrom` takes as many queries as keys, at the same positions: its landmarks are of both"
+        )
 
 
 def _first_row(attention: Attention, n: int, nq: int) -> int:

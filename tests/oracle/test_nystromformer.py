@@ -1,7 +1,7 @@
 """Nystrom attention against that of transformers, in float64.
 
-Theirs takes the first scale of the inverse from all heads and rows of a batch; another option is one for each,
-as here and in the paper's algorithm.
+Theirs takes the first scale of the inverse from all heads and rows of a batch; another option is one for
+each, as here and in the paper.
 """
 
 from __future__ import annotations
