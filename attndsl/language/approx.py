@@ -83,5 +83,5 @@ def refuse_mask(approx: Approx, relation: Relation, e: ast.Expression) -> None:
     raise fail(
         f"`{approx.kind}` leaves the same keys to all queries, and this mask depends on the query",
         e.span,
-        help="a mask of keys alone is written `{ q, k : k < length }`",
+        help="a mask of keys alone is written `{ q, k : k < lengths }`",
     )
