@@ -13,13 +13,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import attndsl
 from attndsl import portable
+from attndsl.attention import Approx
+from attndsl.conformance.approximations import CASES, TEXTS, Case, by_hand, check, nystrom
+from attndsl.plugins import lowrank
 
 BACKENDS = ("reference", "lowrank")
 HEADS, KV_HEADS, WIDTH, V_WIDTH = 4, 2, 8, 6
-TEXTS = {
-    "nystrom": "approx nystrom(landmarks = 6, iterations = 4)",
-    "shen": "approx shen",
-}
 PADDED = "inputs length : int[B]  mask { q, k : k < length }"
 SCATTERED = "mask { q, k : k mod 3 != 1 }"
 
@@ -44,49 +43,6 @@ def drawn(n: int, batch: int = 2, nq: int | None = None) -> list[Tensor]:
     ]
 
 
-def segment_means(x: Tensor, m: int) -> Tensor:
-    """Position i of n is of segment floor(i m / n)."""
-    n = len(x)
-    return torch.stack([x[[i for i in range(n) if i * m // n == j]].mean(0) for j in range(m)])
-
-
-def nystrom(q: Tensor, k: Tensor, v: Tensor, kept: list[int], m: int = 6, iterations: int = 4) -> Tensor:
-    """Xiong et al. 2021, algorithm 1 and equation 14, of the tokens that are kept; all queries get a row."""
-    own, k, v = q[kept], k[kept], v[kept]
-
-    def kernel(a: Tensor, b: Tensor) -> Tensor:
-        weights = torch.exp(a @ b.T / WIDTH**0.5)
-        return weights / weights.sum(1, keepdim=True)
-
-    if len(kept) <= m:
-        return kernel(q, k) @ v
-    own, short = segment_means(own, m), segment_means(k, m)
-    a = kernel(own, short)
-    z, one = a.T / (a.sum(1).max() * a.sum(0).max()), torch.eye(m, dtype=a.dtype)
-    for _ in range(iterations):
-        z = 0.25 * z @ (13 * one - a @ z @ (15 * one - a @ z @ (7 * one - a @ z)))
-    return kernel(q, short) @ (z @ (kernel(own, k) @ v))
-
-
-def shen(q: Tensor, k: Tensor, v: Tensor, kept: list[int]) -> Tensor:
-    """Shen et al. 2021, section 3.2: E(Q, K, V) = rho_q(Q) (rho_k(K)^T V)."""
-    of_q, of_k = torch.exp(q), torch.exp(k[kept])
-    return (of_q / of_q.sum(1, keepdim=True)) @ ((of_k / of_k.sum(0)).T @ v[kept])
-
-
-FORMULAS = {"nystrom": nystrom, "shen": shen}
-
-
-def by_hand(name: str, q: Tensor, k: Tensor, v: Tensor, kept: list[list[int]]) -> Tensor:
-    rows = []
-    for b, tokens in enumerate(kept):
-        for h in range(HEADS):
-            q_, k_, v_ = q[b, h], k[b, h // 2], v[b, h // 2]
-            nothing = 0.0 * q_.sum() + q_.new_zeros(len(q_), v.shape[3])
-            rows.append(FORMULAS[name](q_, k_, v_, tokens) if tokens else nothing)
-    return torch.stack(rows).view(len(kept), HEADS, q.shape[2], v.shape[3])
-
-
 def agree(got: Tensor, wanted: Tensor, leaves: list[Tensor], exact: float = 1e-11) -> None:
     torch.testing.assert_close(got, wanted, rtol=0, atol=exact)
     slope = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(0), dtype=wanted.dtype)
@@ -99,12 +55,29 @@ def agree(got: Tensor, wanted: Tensor, leaves: list[Tensor], exact: float = 1e-1
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", TEXTS)
-@pytest.mark.parametrize("n", [1, 5, 6, 7, 12, 31, 48])
-def test_it_is_its_formula(name: str, n: int, backend: str) -> None:
-    q, k, v = leaves = drawn(n)
-    got = planned(name, n, backend=backend)(q, k, v)
-    agree(got, by_hand(name, q, k, v, [[*range(n)]] * 2), leaves)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_it_is_its_formula(case: Case, backend: str) -> None:
+    assert check(backend, case) is None
+
+
+def test_a_backend_that_knows_nothing_of_it_declines() -> None:
+    assert {check(name, case) for name in ("sdpa", "torch") for case in CASES} == {
+        f"it knows nothing of the approx `{kind}`" for kind in TEXTS
+    }
+
+
+@pytest.mark.parametrize(("name", "fault"), [("out", 1e-9), ("gradient", 1e-9), ("hidden", torch.nan)])
+def test_a_fault_is_seen(name: str, fault: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In what the fast one gives: of a row, of a gradient, of what is left out."""
+    if name == "gradient":
+        right = lowrank.nystrom_gradient
+        wrong = lambda *given: (right(*given)[0] + fault, *right(*given)[1:])  # noqa: E731
+        monkeypatch.setattr(lowrank, "nystrom_gradient", wrong)
+    else:
+        among = lowrank.among
+        monkeypatch.setattr(lowrank, "among", lambda *given: among(*given) + fault)
+    with pytest.raises(AssertionError, match="gradient of q" if name == "gradient" else "output"):
+        check("lowrank", Case("nystrom", "padded", 31, 2, "float64"))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -145,7 +118,7 @@ def test_heads_may_leave_out_other_keys() -> None:
     q, k, v = drawn(33)
     for h, got in enumerate(plan(q, k, v).unbind(1)):
         for b in range(2):
-            wanted = nystrom(q[b, h], k[b, h // 2], v[b, h // 2], [*range(3 * h, 33)])
+            wanted = nystrom(q[b, h], k[b, h // 2], v[b, h // 2], left=[*range(3 * h, 33)])
             torch.testing.assert_close(got[b], wanted, rtol=0, atol=1e-12)
 
 
@@ -183,22 +156,6 @@ def test_gradcheck(name: str, backend: str, mask: str) -> None:
     plan = planned(name, 9, mask, backend=backend)
     given = {"length": torch.tensor([9, 8])} if mask else {}
     assert torch.autograd.gradcheck(lambda q, k, v: plan(q, k, v, **given), drawn(9), fast_mode=True)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", TEXTS)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_narrow_dtypes_are_rounded_once(name: str, dtype: str, backend: str) -> None:
-    kind, eps = getattr(torch, dtype), torch.finfo(getattr(torch, dtype)).eps
-    narrow = [x.detach().to(kind).requires_grad_() for x in drawn(50)]
-    exact = [x.detach().double().requires_grad_() for x in narrow]
-    got = planned(name, 50, backend=backend, dtype=dtype)(*narrow)
-    wanted = by_hand(name, *exact, [[*range(50)]] * 2)
-    assert got.dtype == kind
-    slack = 40 if dtype == "float32" else 2
-    mine, theirs = (torch.autograd.grad(out.sum(), xs) for out, xs in ((got, narrow), (wanted, exact)))
-    for x, y in zip((got, *mine), (wanted, *theirs), strict=True):
-        assert (x.double() - y).detach().abs().max() <= slack * eps * max(1.0, float(y.detach().abs().max()))
 
 
 def test_as_many_landmarks_as_tokens_are_softmax_attention() -> None:
@@ -325,7 +282,7 @@ def test_training_goes_down() -> None:
 
 
 def test_every_part_of_the_attention_travels() -> None:
-    assert bound("nystrom").attention.approx == attndsl.attention.Approx("nystrom", 6, 4)
+    assert bound("nystrom").attention.approx == Approx("nystrom", 6, 4)
     assert bound("nystrom") != bound("shen")
 
 
