@@ -26,11 +26,12 @@ from attndsl.tiles.blockmask import BlockMask
 from attndsl.tiles.queries import keys_read
 
 SECONDS = {"cpu": {"calls": 5e-4, "products": 2e-11, "written": 1.6e-9}}
-"""Of one core with AVX-512."""
+"""Of one core with AVX-512, by benchmarks/approx.py."""
 TRAINING = 4.0
 """Forward and backward beside forward."""
 
 Some = slice | Tensor
+Three = tuple[Tensor, Tensor, Tensor]
 ALL, NONE = slice(None), slice(0, 0)
 
 
@@ -135,7 +136,7 @@ def _together(parts: Sequence[tuple[Some, Some]], found: Sequence[Tensor]) -> Te
     return whole[torch.argsort(torch.cat([rows for rows, _ in parts if isinstance(rows, Tensor)]))]
 
 
-def _wide(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+def _wide(call: Call) -> Three:
     wide = torch.promote_types(call.q.dtype, torch.float32)
     return call.q.to(wide), call.k.to(wide), call.v.to(wide)
 
@@ -206,7 +207,7 @@ def pseudo_inverse(a: Tensor, iterations: int) -> Tensor:
 
 def nystrom_gradient(
     approx: Approx, tokens: Some, q: Tensor, k: Tensor, v: Tensor, out: Tensor, back: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Three:
     """Of q, k and v, as in `among`, where more tokens are left than there are landmarks."""
     m, share, scale = approx.landmarks, q.shape[1] // k.shape[1], q.shape[3] ** -0.5
     some_k, some_v = k[:, :, tokens], v[:, :, tokens]
@@ -214,17 +215,18 @@ def nystrom_gradient(
     seen = shared(sdpa, q_means, some_k, some_v)
     values, pull = vjp(partial(inverted, approx), q_means, k_means, seen)
     gq, gk, gv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, some_k, some_v))
-    g_values, g_keys = torch.empty_like(values), torch.empty_like(q_means)
+    g_values, g_keys = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (values, q_means))
+    g_few = torch.empty_like(g_keys)
     for b, h in np.ndindex(q.shape[:2]):
         sides = q[b, h], k_means[b, h // share], values[b, h]
-        gq[b, h], g_keys[b, h], g_values[b, h] = _slopes(scale, *sides, out[b, h], back[b, h])
+        _slopes(scale, sides, out[b, h], back[b, h], (gq[b, h], g_keys[b, h], g_values[b, h]))
     g_q_means, g_k_means, g_seen = pull(g_values)
-    g_k_means = g_k_means + g_keys.view(*k.shape[:2], share, m, -1).sum(2)
     for b, h in np.ndindex(k.shape[:2]):
         heads = slice(h * share, (h + 1) * share)
-        few, result, slope = (x[b, heads].flatten(0, 1) for x in (q_means, seen, g_seen))
-        g_few, gk[b, h], gv[b, h] = _slopes(scale, few, some_k[b, h], some_v[b, h], result, slope)
-        g_q_means[b, heads] += g_few.view(share, m, -1)
+        few, result, slope, g = (x[b, heads].flatten(0, 1) for x in (q_means, seen, g_seen, g_few))
+        _slopes(scale, (few, some_k[b, h], some_v[b, h]), result, slope, (g, gk[b, h], gv[b, h]))
+    g_q_means = g_q_means + g_few
+    g_k_means = g_k_means + g_keys.view(*k.shape[:2], share, m, -1).sum(2)
     _spread(gk, g_k_means)
     own = gq[:, :, tokens]
     _spread(own, g_q_means)
@@ -245,14 +247,19 @@ def _spread(into: Tensor, slopes: Tensor) -> None:
         into += (slopes / sizes).repeat_interleave(sizes[:, 0], 2)
 
 
-def _slopes(
-    scale: float, q: Tensor, k: Tensor, v: Tensor, out: Tensor, back: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of softmax attention of q [nq, D], k [n, D] and v [n, Dv]."""
-    weight = (scale * q @ k.T).softmax(1)
-    g_v = weight.T @ back
-    slope = (back @ v.T).sub_((back * out).sum(1, keepdim=True)).mul_(weight).mul_(scale)
-    return slope @ k, slope.T @ q, g_v
+def _slopes(scale: float, sides: Three, out: Tensor, back: Tensor, into: Three) -> None:
+    """Writes gradients of softmax attention of q [nq, D], k [n, D] and v [n, Dv]."""
+    q, k, v = sides
+    g_q, g_k, g_v = into
+    # the shorter side is the one that is scaled: nothing else passes over the longer
+    few = q.shape[0] < k.shape[0]
+    q, k = (scale * q, k) if few else (q, scale * k)
+    weight = (q @ k.T).softmax(1)
+    torch.mm(weight.T, back, out=g_v)
+    slope = (back @ v.T).sub_((back * out).sum(1, keepdim=True)).mul_(weight)
+    torch.mm(slope, k, out=g_q)
+    torch.mm(slope.T, q, out=g_k)
+    (g_q if few else g_k).mul_(scale)
 
 
 backend = LowRank()
