@@ -101,14 +101,15 @@ class LowRankKernel:
         given, found = _wide(call), []
         parts = self._parts(call)
         for rows, tokens in parts:
-            some, back = [x[rows] for x in given], grad_out[rows].to(given[0].dtype)
+            q, k, v = (x[rows] for x in given)
+            back = grad_out[rows].to(q.dtype)
+            means_enter = self.approx.kind == "nystrom" and k[:, :, tokens].shape[2] > self.approx.landmarks
             if tokens is NONE:
-                slopes = tuple(map(torch.zeros_like, some))
-            elif self.approx.kind == "nystrom" and some[1][:, :, tokens].shape[2] > self.approx.landmarks:
-                q, k, v = some
-                slopes = nystrom_gradient(self.approx, tokens, q, k, v, out[rows].to(back.dtype), back)
+                slopes = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+            elif means_enter and back.is_cpu:
+                slopes = nystrom_gradient(self.approx, tokens, q, k, v, out[rows].to(q.dtype), back)
             else:
-                _, pull = vjp(partial(among, self.approx, tokens), *some)
+                _, pull = vjp(partial(among, self.approx, tokens), q, k, v)
                 slopes = pull(back)
             found.append(slopes)
         gq, gk, gv = (_together(parts, x).to(call.q.dtype) for x in zip(*found, strict=True))

@@ -309,3 +309,23 @@ def test_nothing_is_told_of_pairs() -> None:
         bound("shen").graph(8)
     # what is told of masks is which keys they leave
     assert bound("shen", SCATTERED).mask(9)[0, 0].tolist() == [k % 3 != 1 for k in range(9)]
+
+
+@pytest.mark.parametrize("tokens", [lowrank.ALL, slice(0, 13), torch.tensor([0, 2, 3, 7, 9, 12, 14, 15, 19])])
+def test_its_own_gradients_are_those_of_torch(tokens: slice | Tensor) -> None:
+    """Which other devices than a CPU use."""
+    approx, (q, k, v) = Approx("nystrom", 6, 4), drawn(20)
+    out = lowrank.among(approx, tokens, q, k, v)
+    back = torch.randn_like(out)
+    with torch.no_grad():
+        mine = lowrank.nystrom_gradient(approx, tokens, q, k, v, out, back)
+    for x, y in zip(mine, torch.autograd.grad(out, (q, k, v), back), strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-12)
+
+
+def test_bound_tables_make_no_tiles() -> None:
+    plan = planned("shen", 12, PADDED)
+    lengths, (q, k, v) = torch.tensor([12, 5]), drawn(12)
+    bound_plan = plan.bind(length=lengths)
+    assert bound_plan.block_masks is None
+    assert torch.equal(bound_plan(q, k, v), plan(q, k, v, length=lengths))

@@ -162,10 +162,11 @@ def _draw(subject: Subject, found: Costs) -> Drawing:
 
 SECTION = """
 {% set passes = {"forward": "forward", "backward": "backward", "decode": "decode step"} %}
-{% call table("Live pairs only") %}
+{% set pairs = at("flops", "decode") is not none %}
+{% call table("Live pairs only" if pairs else "Products only") %}
 {{ heads(["", "work", "memory moved"]) }}
 <tbody>
-{% for pass in passes %}
+{% for pass in passes if pairs or pass != "decode" %}
 <tr><th scope="row">{{ passes[pass] }}</th>
 {% for kind in ("flops", "bytes") %}<td>{{ fact(kind, pass, unit=kind) }}</td>{% endfor %}</tr>
 {% endfor %}
