@@ -139,10 +139,10 @@ class Plan:
         With `return_lse` also the log-sum-exp [B, H, nq], -inf for an empty row. With `return_weights` then
         also what each value is multiplied by, [B, H, nq, n], 0 for pairs that are not related: the output,
         them, and gradients of both are those of `reference`, which forms all pairs, and B H n max(nq, n) is
-        at most WEIGHTS. Where `approx` stands in place of pairs there is no log-sum-exp, and weights are still
-        what each value is multiplied by. `learned` are the values of parameters, by name, which `module` owns;
-        without it they have their first ones. Raises AttnError for tensors, positions and tables that do not
-        fit the plan, and where parameters without values are to be trained.
+        at most WEIGHTS. Where `approx` stands in place of pairs there is no log-sum-exp, and weights are what
+        each value is multiplied by all the same. `learned` are the values of parameters, by name, which
+        `module` owns; without it they have their first ones. Raises AttnError for tensors, positions and
+        tables that do not fit the plan, and where parameters without values are to be trained.
         """
         if learned is None and self.problem.training and any(t.learned for t in self.attention.learned):
             names = ", ".join(f"`{table.name}`" for table in self.attention.learned if table.learned)
