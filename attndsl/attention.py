@@ -48,6 +48,20 @@ class Norm:
 
 
 @dataclass(frozen=True)
+class Approx:
+    """What is computed in place of a weight for each pair, from all tokens that the mask leaves.
+
+    `nystrom` softmax attention by way of means of queries and keys over `landmarks` segments, its
+              pseudo-inverse by so many `iterations` (Xiong et al., 2021, algorithm 1)
+    `shen`    features of queries that sum to 1, and of keys that sum to 1 over positions (Shen et al., 2021)
+    """
+
+    kind: Literal["nystrom", "shen"]
+    landmarks: int = 0
+    iterations: int = 0
+
+
+@dataclass(frozen=True)
 class HeadGroup:
     """What one set of query heads does.
 
@@ -71,6 +85,7 @@ class Attention:
     inputs:   run-time tables, in the order of their declaration.
     learned:  parameters, trainable ones and constants that are drawn, in the order of their first use.
     offset:   position of query row 0 over n and nq; None means n - nq, which must not be negative.
+    approx:   what stands in place of weights of pairs, with one group that has nothing but a mask of keys.
     least_heads: how many heads there are at least: one more than the last that a range or list names.
     """
 
@@ -80,12 +95,18 @@ class Attention:
     learned: tuple[Table, ...] = ()
     offset: Expr | None = None
     least_heads: int = 1
+    approx: Approx | None = None
 
     @staticmethod
     def of_pattern(name: str, relation: Relation) -> Attention:
         """A pattern as an attention of its own: no score, one group of heads."""
         decay = None if relation.count is None else mul(const(1.0), relation.count)
         return Attention(name, (HeadGroup(relation, var("s"), decay),))
+
+    def require_pairs(self) -> None:
+        """Raises AttnError where there are no weights of pairs."""
+        if self.approx is not None:
+            raise fail(f"`{self.approx.kind}` has no weights of pairs")
 
     @functools.cached_property
     def selected(self) -> tuple[Table, ...]:

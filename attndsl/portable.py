@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attndsl import expr as ir
-from attndsl.attention import Attention, HeadGroup, Norm, Relation
+from attndsl.attention import Approx, Attention, HeadGroup, Norm, Relation
 from attndsl.errors import fail
 from attndsl.expr import Argument, Drawn, Expr, Given, IntSet, Known, Learned, Selected, Table
 
-FORMAT = 3
+FORMAT = 4
 LONG = 64
 """Intervals or entries of a constant from which it stands outside of the text, which keeps its digest."""
 
@@ -55,6 +55,7 @@ def write(attention: Attention, **beside: Any) -> Portable:
         "learned": [writer.table(table) for table in attention.learned],
         "offset": writer.place(attention.offset),
         "least_heads": attention.least_heads,
+        "approx": None if attention.approx is None else vars(attention.approx),
         "groups": groups,
         "tables": writer.written,
         "nodes": writer.nodes,
@@ -106,6 +107,7 @@ def read(text: str, constants: Sequence[Any]) -> tuple[Attention, dict[str, Any]
         tuple(map(table, body["learned"])),
         node(body["offset"]),
         body["least_heads"],
+        None if body["approx"] is None else Approx(**body["approx"]),
     )
     return attention, body
 
