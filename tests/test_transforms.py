@@ -110,8 +110,11 @@ def test_what_is_refused() -> None:
         torch.func.hessian(loss)(q)
     q = q.requires_grad_()
     (first,) = torch.autograd.grad(loss(q), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
+    with pytest.raises(RuntimeError, match="differentiated once"):
         first.sum().backward()
+    (first,) = torch.autograd.grad(loss(q), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        torch.autograd.grad(loss(q) + first.square().sum(), q)
 
 
 def test_functional_call_and_parametrizations() -> None:

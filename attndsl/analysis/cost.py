@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
+from attndsl.analysis.decode import state_of
 from attndsl.analysis.machines import roofline, this_machine
 from attndsl.analysis.part import Part, Subject
 from attndsl.analysis.text import line, table
@@ -89,6 +90,12 @@ def _find(subject: Subject) -> Costs:
         flops, moved = thin(approx, subject.problem)
         return Costs(flops, moved, lowerings(subject.attention, subject.problem, None), {})
     least = ideal(subject.block_mask, subject.problem)
+    state = state_of(subject.attention, subject.problem)
+    if state is not None:
+        # each number of it is multiplied and added to, and read so
+        item, batch = DTYPES[subject.problem.dtype], subject.problem.batch
+        flops = replace(least.flops, decode=4 * batch * state)
+        least = replace(least, flops=flops, bytes=replace(least.bytes, decode=2 * item * batch * state))
     # a plan knows no tiles of what is chosen at every call
     blocks = None if subject.attention.selected else subject.block_mask
     found = lowerings(subject.attention, subject.problem, blocks)

@@ -257,7 +257,7 @@ def _evictions(attention: Attention, n: int, heads: int) -> list[tuple[Expr, Evi
     return found
 
 
-def _state(attention: Attention, problem: Problem) -> int | None:
+def state_of(attention: Attention, problem: Problem) -> int | None:
     """Of features times values and of features: H m (D + 1), for values as wide as keys."""
     form = form_of(attention)
     if isinstance(form, str) or not form.constant_state or over_length(attention):
@@ -269,7 +269,7 @@ def _state(attention: Attention, problem: Problem) -> int | None:
 def _find(subject: Subject) -> Cache:
     p = subject.one_sequence
     found = kv_cache(subject.attention, p.length, heads=p.heads, inputs=subject.inputs)
-    return replace(found, state=_state(subject.attention, p))
+    return replace(found, state=state_of(subject.attention, p))
 
 
 def _text(found: Cache) -> Iterator[str]:

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import register_flop_formula
 
@@ -334,6 +333,28 @@ def _(*given: Any, **_: Any) -> int:
     return 3 * vectors + 2 * values
 
 
+def _once(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+    """Gradients that refuse to be differentiated. Those of torch's once_differentiable are constants where no
+    gradient comes in that has one itself: a penalty on them would be dropped without a word."""
+
+    def wrapper(ctx: Any, *slopes: Tensor | None) -> tuple[Any, ...]:
+        with torch.no_grad():
+            found = backward(ctx, *slopes)
+        if not torch.is_grad_enabled():
+            return found
+        given = [x for x in found if x is not None]
+        # the node that refuses stands between these gradients and what they are of
+        sources = [x for x in ctx.saved_tensors if x.requires_grad]
+        refusing = torch._C._functions.DelayedError(TWICE, len(given) + len(sources))
+        refused = iter(refusing(*given, *sources))
+        return tuple([None if x is None else next(refused) for x in found])
+
+    return wrapper
+
+
+TWICE = b"a plan is differentiated once: its gradients have no gradients"
+
+
 class _Function(torch.autograd.Function):
     """What `attend` is to autograd, without the dispatcher."""
 
@@ -348,7 +369,7 @@ class _Function(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
         out, lse, q, k, v, *others = ctx.saved_tensors
         if grad_out is None:

@@ -29,6 +29,10 @@ TRAINING = 4.0
 """Forward and backward beside forward."""
 
 
+SEGMENT = 256
+"""Tokens of a segment that no table has told yet."""
+
+
 class Linear:
     """Registered as `linear`."""
 
@@ -51,17 +55,20 @@ class Linear:
         m = found.width(p.head_dim) or p.head_dim
         heads = p.batch * p.heads
         queries, keys = float(heads * p.q_length), float(heads * p.length)
-        pairs = min(queries, keys) * min(CHUNK, p.length) if found.causal else 0.0
+        formed = min(queries, keys) * min(CHUNK, p.length) if found.causal else 0.0
         mapped = sum(node.op == "matvec" for phi in (found.query, found.key) for node in nodes(phi)) / 2
         decay = attention.groups[0].decay
         apart = found.powers[1] or (decay is not None and by_distance(decay) is None)
+        products = (queries + keys) * m * (p.head_dim * (1 + mapped)) + formed * (m + p.head_dim)
+        problems = p.batch * _segments(p, block_mask, found.causal) if found.segments else 1.0
         return {
-            "calls": 1,
-            "pairs": pairs,
-            "parts": p.length / CHUNK + p.q_length / CHUNK,
-            "products": (queries + keys) * m * (p.head_dim * (1 + mapped)) + pairs * (m + p.head_dim),
+            "calls": problems,
+            # as many as take these products
+            "pairs": products / (2 * p.head_dim),
+            "parts": problems * (1 + (p.length + p.q_length) / problems / CHUNK),
+            "products": products,
             "features": (queries + keys) * m,
-            "exponents": pairs * apart,
+            "exponents": formed * apart,
             "written": (queries + keys) * (m + p.head_dim),
         }
 
@@ -70,6 +77,14 @@ class Linear:
         assert isinstance(found, LinearForm)
         kind = StatefulLinear if found.constant_state else LinearKernel
         return kind(attention.groups[0], found)
+
+
+def _segments(p: Problem, block_mask: BlockMask | None, causal: bool) -> float:
+    """About how many there are, of one length each."""
+    if block_mask is None:
+        return max(1.0, p.length / SEGMENT)
+    pairs = block_mask.nnz / block_mask.index.size * (2 if causal else 1)
+    return max(1.0, p.q_length * p.length / max(pairs, 1.0))
 
 
 backend = Linear()
