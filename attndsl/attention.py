@@ -65,6 +65,14 @@ class HeadGroup:
 
 
 @dataclass(frozen=True)
+class Summand:
+    """An attention of a sum; `gate` multiplies its output, a real over q, n, nq, b, h, H, D and tables."""
+
+    attention: Attention
+    gate: Expr
+
+
+@dataclass(frozen=True)
 class Attention:
     """The meaning of one attention, or of a pattern standing alone, with its parameters bound.
 
@@ -72,6 +80,8 @@ class Attention:
     learned:  parameters, trainable ones and constants that are drawn, in the order of their first use.
     offset:   position of query row 0 over n and nq; None means n - nq, which must not be negative.
     least_heads: how many heads there are at least: one more than the last that a range or list names.
+    parts:    of a sum of attentions. Its one group then says what some part relates, its inputs are theirs
+              too, and learned are parameters of gates alone.
     """
 
     name: str
@@ -80,12 +90,27 @@ class Attention:
     learned: tuple[Table, ...] = ()
     offset: Expr | None = None
     least_heads: int = 1
+    parts: tuple[Summand, ...] = ()
 
     @staticmethod
     def of_pattern(name: str, relation: Relation) -> Attention:
         """A pattern as an attention of its own: no score, one group of heads."""
         decay = None if relation.count is None else mul(const(1.0), relation.count)
         return Attention(name, (HeadGroup(relation, var("s"), decay),))
+
+    @staticmethod
+    def of_sum(
+        name: str,
+        parts: tuple[Summand, ...],
+        inputs: tuple[Table, ...],
+        learned: tuple[Table, ...],
+    ) -> Attention:
+        """A sum of parts, which have one offset; see the fields."""
+        groups = ((group.heads, group.relation.mask) for part in parts for group in part.attention.groups)
+        some = any_of(*(all_of(heads, mask) for heads, mask in groups))
+        least = max(part.attention.least_heads for part in parts)
+        offset = parts[0].attention.offset
+        return Attention(name, (HeadGroup(Relation(some), var("s")),), inputs, learned, offset, least, parts)
 
     @functools.cached_property
     def selected(self) -> tuple[Table, ...]:

@@ -80,7 +80,9 @@ def attend(
     `tensors` as in `Lowered.tensors`, `q_offset` to `n` as in `lowered.Places`.
     """
     found, places = lowered.find(identity, tensors), (q_offset, q_at, k_offset, k_at, n)
-    return _attend(found, q, k, v, tensors, found.sizes(q, k, places))
+    out, lse, kept = _attend(found, q, k, v, tensors, found.sizes(q, k, places))
+    # as torch was told: its own attention gives sums with queries before heads
+    return out.contiguous(), lse.contiguous(), [x.contiguous() for x in kept]
 
 
 def _attend(

@@ -1,0 +1,305 @@
+"""SumPlan: a plan for each part of a sum of attentions, and their outputs added."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from attndsl.attention import Attention, HeadGroup, Norm, Relation, Summand
+from attndsl.backend import Problem
+from attndsl.errors import AttnError, fail, suggest
+from attndsl.execution import choice
+from attndsl.expr import TRUE, Given, Table, number
+from attndsl.tiles import lowering
+from attndsl.tiles.blockmask import BlockMask
+
+if TYPE_CHECKING:
+    from attndsl.execution.plan import Plan
+
+
+def gate_of(attention: Attention, part: Summand) -> Attention | float:
+    """A part's gate, as a number or as an attention whose only weight it is: of one key, with a value of 1,
+    the output is the gate. So it is computed, trained and exported as every attention is."""
+    known = number(part.gate)
+    if known is not None:
+        return float(known)
+    tables = sorted(part.gate.tables, key=lambda table: table.name)
+    group = HeadGroup(Relation(TRUE), part.gate, norm=Norm("none"))
+    given = tuple(table for table in attention.inputs if table in tables)
+    learned = tuple(table for table in tables if table.origin != Given())
+    return Attention(attention.name, (group,), given, learned, attention.offset)
+
+
+@dataclass(frozen=True, eq=False)
+class SumPlan:
+    """A sum of attentions for one problem.
+
+    parts  the plan of each, by name
+    gates  what each output is multiplied by: a number, or the plan of `gate_of`
+    """
+
+    attention: Attention
+    problem: Problem
+    parts: Mapping[str, Plan] = field(repr=False)
+    gates: Mapping[str, Plan | float] = field(repr=False)
+
+    @property
+    def plans(self) -> dict[str, Plan]:
+        """Of parts, and of the gates that are no numbers as `name*`."""
+        gates = {f"{name}*": gate for name, gate in self.gates.items() if not isinstance(gate, float)}
+        return {**self.parts, **gates}
+
+    @property
+    def backend(self) -> str:
+        """The chosen one of each part."""
+        return ", ".join(f"{name}: {plan.backend}" for name, plan in self.parts.items())
+
+    @property
+    def rejected(self) -> dict[str, choice.Verdict]:
+        """As of a Plan, of each part."""
+        return {
+            f"{name}: {backend}": verdict
+            for name, plan in self.parts.items()
+            for backend, verdict in plan.rejected.items()
+        }
+
+    @property
+    def compile_seconds(self) -> float:
+        return sum(plan.compile_seconds for plan in self.plans.values())
+
+    @property
+    def tables(self) -> dict[str, Any]:
+        """What is bound."""
+        return {name: table for plan in self.plans.values() for name, table in plan.tables.items()}
+
+    @cached_property
+    def block_masks(self) -> BlockMask | None:
+        """The tiles of what some part relates, at full length; None as of a Plan."""
+        p, tables = self.problem, self.tables
+        if any(table.name not in tables for table in lowering.mask_tables(self.attention)):
+            return None
+        sizes = lowering.sizes(self.attention, p.length, p.q_length, p.heads)
+        checked = lowering.checked_tables(self.attention, tables, sizes, head_dim=p.head_dim)
+        return lowering.block_mask(self.attention, sizes, checked, p.block_size)
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        q_offset: Any = None,
+        k_offset: Any = None,
+        q_positions: Any = None,
+        k_positions: Any = None,
+        n: int | None = None,
+        learned: Mapping[str, Tensor] | None = None,
+        return_lse: bool = False,
+        return_weights: bool = False,
+        **given: Any,
+    ) -> Tensor:
+        """The sum, [B, H, nq, Dv], of what each part gives of q, k and v, or of three tensors of its own that
+        are given under its name: `plan(q, k, v, global_=(q2, k2, v2))`. Of those q2 has the batch rows and
+        queries of q, and all outputs are equally wide; k2 and v2 may be longer or shorter than k and v.
+
+        Inputs go to all that have them, and all else is as in a call of a Plan, once for all parts. `learned`
+        are parameters of gates by name, and those of parts as `part.name`. There is no log-sum-exp of a sum,
+        and no weights: AttnError is raised for `return_lse` and `return_weights`, and as by a Plan.
+        """
+        for name, asked in (("return_lse", return_lse), ("return_weights", return_weights)):
+            if asked:
+                first = next(iter(self.parts))
+                what = "log-sum-exp" if name == "return_lse" else "weights over keys of its own"
+                help = f"ask a part: `plan.parts[{first!r}](q, k, v, {name}=True)`"
+                raise fail(f"`{self.attention.name}` is a sum, and has no {what}", help=help)
+        self._check_names(given)
+        self._check_learned(learned)
+        places = {
+            "q_offset": q_offset,
+            "k_offset": k_offset,
+            "q_positions": q_positions,
+            "k_positions": k_positions,
+            "n": n,
+        }
+        total: Tensor | None = None
+        for name, plan in self.parts.items():
+            mine = None if learned is None else _under(name, learned)
+            own = _own(name, given[name]) if name in given else (q, k, v)
+            out = _told(name, plan, own, {**places, **_of(plan, given), "learned": mine})
+            gate, dtype = self.gates[name], out.dtype
+            if not isinstance(gate, float):
+                out = out * self._gate(gate, q, k, places, learned, given) if k.shape[2] else out
+            elif gate != 1:
+                out = out * gate
+            if out.shape[:3] != q.shape[:3] or (total is not None and out.shape != total.shape):
+                wanted = [*(q.shape[:3] if total is None else total.shape)]
+                raise fail(f"`{name}` gives {[*out.shape]}, and is added to what is {wanted}")
+            total = out if total is None else total + out
+        assert total is not None
+        return total.to(dtype)
+
+    def _gate(
+        self,
+        gate: Plan,
+        q: Tensor,
+        k: Tensor,
+        places: Mapping[str, Any],
+        learned: Mapping[str, Tensor] | None,
+        given: Mapping[str, Any],
+    ) -> Tensor:
+        """[B, H, nq, 1], in float32 or wider: one key stands for all, where the last of them does, so that n
+        is what it is for the parts."""
+        wide = q.detach().to(torch.promote_types(q.dtype, torch.float32))
+        key, value = wide.new_zeros(len(q), 1, 1, q.shape[3]), wide.new_ones(len(q), 1, 1, 1)
+        mine = None if learned is None else {t.name: learned[t.name] for t in gate.attention.learned}
+        found: Tensor = gate(
+            wide, key, value, **{**places, **_last(places, k.shape[2]), **_of(gate, given)}, learned=mine
+        )
+        return found
+
+    def choices(self, q: Tensor, k: Tensor, **call: Any) -> dict[str, Tensor]:
+        """What parts choose by content of q and k, as `Plan.choices`."""
+        self._check_names({name: x for name, x in call.items() if name not in lowering.ARGUMENTS})
+        found: dict[str, Tensor] = {}
+        for plan in self.parts.values():
+            placed = {name: x for name, x in call.items() if name in lowering.ARGUMENTS}
+            found |= plan.choices(q, k, **placed, **_of(plan, call))
+        return found
+
+    def bind(self, **inputs: Any) -> SumPlan:
+        """The plan with these tables in place, in every part that has them."""
+        lowering.check_names(self.attention, inputs)
+        return replace(
+            self,
+            parts={name: plan.bind(**_of(plan, inputs)) for name, plan in self.parts.items()},
+            gates={
+                name: gate if isinstance(gate, float) else gate.bind(**_of(gate, inputs))
+                for name, gate in self.gates.items()
+            },
+        )
+
+    def session(self, *_: Any, **__: Any) -> None:
+        """Refused: parts may have keys of their own, and a session holds one cache."""
+        first = next(iter(self.parts))
+        raise fail(
+            f"`{self.attention.name}` is a sum, and has no session: each part has a cache of its own",
+            help=f"hold one for each part, `plan.parts[{first!r}].session(...)`, and add what they give",
+        )
+
+    def module(self) -> nn.Module:
+        """An nn.Module that owns what is learned: gates under their names, and for each part that learns a
+        module of its own under the part's."""
+        return SumModule(self)
+
+    def initial(self, table: Table) -> Tensor:
+        """A gate's parameter's first value."""
+        plan = next(plan for plan in self.plans.values() if table in plan.attention.learned)
+        return plan.initial(table)
+
+    def _check_names(self, given: Mapping[str, Any]) -> None:
+        inputs = [table.name for table in self.attention.inputs]
+        for name in given:
+            if name not in (*inputs, *self.parts):
+                near = suggest(name, {*inputs, *self.parts, *lowering.ARGUMENTS} - {name})
+                listed = f"its parts: {', '.join(self.parts)}; its inputs: {', '.join(inputs) or 'none'}"
+                raise fail(f"`{self.attention.name}` has no part or input `{name}`", help=near or listed)
+
+    def _check_learned(self, given: Mapping[str, Tensor] | None) -> None:
+        known = {table.name for table in self.attention.learned}
+        known |= {f"{name}.{table.name}" for name, p in self.parts.items() for table in p.attention.learned}
+        for name in given or ():
+            if name not in known:
+                there = ", ".join(f"`{name}`" for name in sorted(known)) or "none"
+                raise fail(f"`learned` has `{name}`, and there are {there}")
+
+    def __str__(self) -> str:
+        p = self.problem
+        count = f"{len(self.parts)} part{'s' * (len(self.parts) > 1)}"
+        sizes = f"length {p.length:,}, heads {p.heads}, head_dim {p.head_dim}, {p.dtype} on {p.device}"
+        return "\n".join([f"{self.attention.name}: {count}, {sizes}", *map(str, self.parts.values())])
+
+
+class SumModule(nn.Module):
+    """A sum with trainable parameters; a parameter that several parts share is one.
+
+    `forward` takes what `SumPlan.__call__` takes.
+    """
+
+    def __init__(self, plan: SumPlan) -> None:
+        super().__init__()
+        self.plan = plan
+        learning = {name: part for name, part in plan.parts.items() if part.attention.learned}
+        for name in (*(table.name for table in plan.attention.learned), *learning):
+            if hasattr(self, name) or (name in learning and self._gated(name)):
+                raise fail(
+                    f"`{name}` has the name of an attribute of the module", help="give it another name"
+                )
+        shared: dict[Table, nn.Parameter] = {}
+        for table in plan.attention.learned:
+            if table.learned:
+                shared[table] = nn.Parameter(plan.initial(table))
+                self.register_parameter(table.name, shared[table])
+            else:
+                self.register_buffer(table.name, plan.initial(table).clone())
+        for name, part in learning.items():
+            module = part.module()
+            for table in part.attention.learned:
+                if table.learned:
+                    one = shared.setdefault(table, getattr(module, table.name))
+                    module.register_parameter(table.name, one)
+            self.add_module(name, module)
+
+    def _gated(self, name: str) -> bool:
+        return any(table.name == name for table in self.plan.attention.learned)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, **call: Any) -> Any:
+        learned = {table.name: getattr(self, table.name) for table in self.plan.attention.learned}
+        for name, part in self.plan.parts.items():
+            for table in part.attention.learned:
+                learned[f"{name}.{table.name}"] = getattr(getattr(self, name), table.name)
+        return self.plan(q, k, v, learned=learned, **call)
+
+
+def _of(plan: Plan, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs that this plan has."""
+    return {table.name: given[table.name] for table in plan.attention.inputs if table.name in given}
+
+
+def _under(name: str, learned: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key[len(name) + 1 :]: x for key, x in learned.items() if key.startswith(f"{name}.")}
+
+
+def _own(name: str, given: Any) -> tuple[Any, Any, Any]:
+    if not isinstance(given, tuple | list) or len(given) != 3:
+        said = f"{len(given)} of something" if isinstance(given, tuple | list) else type(given).__name__
+        raise fail(f"`{name}` is a part, and takes (q, k, v), not {said}")
+    q, k, v = given
+    return q, k, v
+
+
+def _told(name: str, plan: Plan, own: Sequence[Any], call: Mapping[str, Any]) -> Tensor:
+    """A call of a part. What is wrong with it names the part."""
+    try:
+        found: Tensor = plan(*own, **call)
+    except AttnError as error:
+        said = (replace(d, message=f"in `{name}`: {d.message}") for d in error.diagnostics)
+        raise AttnError(*said) from None
+    return found
+
+
+def _last(places: Mapping[str, Any], keys: int) -> dict[str, Any]:
+    """Where the last of so many keys stands."""
+    offset, positions = places["k_offset"], places["k_positions"]
+    if isinstance(positions, Tensor):
+        return {"k_positions": positions.amax(-1, keepdim=True)}
+    if positions is not None:
+        return {"k_positions": np.asarray(positions).max(-1, keepdims=True)}
+    if isinstance(offset, list | tuple):
+        return {"k_offset": [start + keys - 1 for start in offset]}
+    return {"k_offset": (0 if offset is None else offset) + keys - 1}

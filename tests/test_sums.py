@@ -1,0 +1,266 @@
+"""Sums of attentions: against dense formulas by hand, and what they refuse."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+import attndsl
+from attndsl import portable
+
+PARTS = """
+attention first { mask causal  norm softmax(sink = learn[H](0.5)) }
+attention second { inputs pad : int[B]  mask causal & { q, k : k >= pad }  score s + 0.1 * (k - q) }
+attention window { mask radius(3)  norm sigmoid }
+attention bare { mask causal }
+"""
+TEXT = f"""{PARTS}
+attention diff(l = learn[H](0.8)) = first - l * bare
+attention nsa {{ inputs gate : float[B, H, 3, n] }} = gate[0, q] * first + gate[1][q] * second
+    + sigmoid(gate[2, q]) * window
+attention shared(w = learn[3](0.25)) = w[0] * bare + w[1] * second + (1 - w[2]) * window / 2
+attention placed = (1 + q) / n * bare + h * window
+attention double = 0.5 * (diff + bare)
+"""
+program = attndsl.parse(TEXT)
+B, H, KV, D, DV = 2, 4, 2, 8, 5
+PAD = torch.tensor([0, 3])
+
+
+def tensors(nq, n, seed=0, width=DV):
+    torch.manual_seed(seed)
+    shapes = [(B, H, nq, D), (B, KV, n, D), (B, KV, n, width)]
+    return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+
+
+def dense(name, q, k, v, sink=None):
+    """[B, H, nq, Dv], queries at the end of the keys."""
+    nq, n = q.shape[2], k.shape[2]
+    i, j = torch.arange(n - nq, n).double()[:, None], torch.arange(n).double()
+    k, v = (x.repeat_interleave(H // KV, 1) for x in (k, v))
+    s = q @ k.mT / D**0.5
+    mask = {
+        "first": j <= i,
+        "second": (j <= i) & (j >= PAD[:, None, None, None]),
+        "window": (i - j).abs() <= 3,
+        "bare": j <= i,
+        "local": ((i - j).abs() <= 2) & (i != 1),
+        "global_": (i == 1).expand(nq, n),
+    }[name]
+    if name == "window":
+        return (torch.sigmoid(s) * mask) @ v
+    s = s + 0.1 * (j - i) if name == "second" else s
+    weight = torch.exp(s - s.detach().amax(-1, keepdim=True)) * mask
+    total = weight.sum(-1, keepdim=True)
+    if sink is not None:
+        total = total + torch.exp(sink[:, None, None] - s.detach().amax(-1, keepdim=True))
+    return torch.where(total == 0, 0.0, weight / torch.where(total == 0, 1.0, total)) @ v
+
+
+def added(name, q, k, v, **t):
+    """The sums of TEXT by hand. Tables by name; `sink` of `first`."""
+    nq, n = q.shape[2], k.shape[2]
+    i = torch.arange(n - nq, n).double()
+    made = {part: dense(part, q, k, v) for part in ("second", "window", "bare")}
+    made["first"] = dense("first", q, k, v, t.get("sink"))
+    if name == "diff":
+        return made["first"] - t["l"][:, None, None] * made["bare"]
+    if name == "nsa":
+        gate = t["gate"][:, :, :, n - nq :, None]
+        return (
+            gate[:, :, 0] * made["first"]
+            + gate[:, :, 1] * made["second"]
+            + torch.sigmoid(gate[:, :, 2]) * made["window"]
+        )
+    if name == "shared":
+        w = t["w"]
+        return w[0] * made["bare"] + w[1] * made["second"] + (1 - w[2]) * made["window"] / 2
+    if name == "placed":
+        heads = torch.arange(H).double()[:, None, None]
+        return ((1 + i) / n)[:, None] * made["bare"] + heads * made["window"]
+    return 0.5 * (made["first"] - t["l"][:, None, None] * made["bare"] + made["bare"])
+
+
+def plan_of(bound, n, nq=None, backend=None, dtype="float64"):
+    return attndsl.compile(
+        bound, length=n, q_length=nq, batch=B, heads=H, kv_heads=KV, head_dim=D, dtype=dtype, backend=backend,
+        training=True,
+    )  # fmt: skip
+
+
+def tables_of(name, n):
+    torch.manual_seed(1)
+    found = {"pad": PAD} if name in ("nsa", "shared") else {}
+    if name == "nsa":
+        found["gate"] = torch.randn(B, H, 3, n, dtype=torch.float64, requires_grad=True)
+    return found
+
+
+@pytest.mark.parametrize("backend", [None, "reference", "torch"])
+@pytest.mark.parametrize(("nq", "n"), [(37, 37), (5, 37), (1, 1), (150, 150)])
+@pytest.mark.parametrize("name", ["diff", "nsa", "shared", "placed", "double"])
+def test_a_sum_is_what_its_formula_gives(name, nq, n, backend):
+    module = plan_of(program[name], n, nq, backend).module().double()
+    q, k, v = tensors(nq, n)
+    given = tables_of(name, n)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_()
+    learned = {key.removeprefix("first."): x for key, x in module.named_parameters()}
+    out = module(q, k, v, **given)
+    wanted = added(name, q, k, v, **given, **learned)
+    torch.testing.assert_close(out, wanted, rtol=1e-9, atol=1e-10)
+    leaves = [q, k, v, *(x for x in given.values() if x.requires_grad), *learned.values()]
+    slope = torch.randn_like(out)
+    ours, theirs = (torch.autograd.grad(x, leaves, slope, allow_unused=True) for x in (out, wanted))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, torch.zeros_like(a) if b is None else b, rtol=1e-8, atol=1e-9)
+
+
+def test_gates_and_second_projections_pass_gradcheck():
+    mix = "attention mix(l = learn[H]) { inputs g : float[B, H, n] } = g[q] * window - l * g[q]**2 * bare"
+    plan = plan_of(attndsl.parse(PARTS + mix)["mix"], 7)
+    q, k, v = tensors(7, 7)
+    second = tensors(7, 5, 2)
+    gate = torch.randn(B, H, 7, dtype=torch.float64, requires_grad=True)
+    scale = torch.randn(H, dtype=torch.float64, requires_grad=True)
+
+    def call(q, k, v, q2, k2, v2, gate, scale):
+        return plan(q, k, v, window=(q2, k2, v2), g=gate, learned={"l": scale}, q_offset=0)
+
+    assert torch.autograd.gradcheck(call, (q, k, v, *second, gate, scale))
+
+
+def test_parts_with_their_own_q_k_v_and_rows_of_their_own():
+    text = """
+    attention local(g = [1]) { mask { q, k : not q in g } & radius(2) }
+    attention global_(g = [1]) { mask rows(g) }
+    attention longformer = local + global_
+    """
+    plan = plan_of(attndsl.parse(text)["longformer"], 11)
+    mine, theirs = tensors(11, 11), tensors(11, 11, 3)
+    out = plan(*mine, global_=theirs)
+    wanted = dense("local", *mine) + dense("global_", *theirs)
+    torch.testing.assert_close(out, wanted)
+    grads = torch.autograd.grad(out.sum(), [*mine, *theirs])
+    for a, b in zip(grads, torch.autograd.grad(wanted.sum(), [*mine, *theirs]), strict=True):
+        torch.testing.assert_close(a, b)
+    assert not plan.parts["global_"].block_masks.to_dense()[..., 0, :].any()
+
+
+def test_positions_and_n_are_those_of_the_parts():
+    """A gate stands where its query does."""
+    n = 20
+    plan = plan_of(program["placed"], n)
+    q, k, v = tensors(n, n)
+    whole = plan(q, k, v)
+    at = torch.tensor([3, 17, 4])
+    some = plan(q[:, :, at], k, v, q_positions=at)
+    torch.testing.assert_close(some, whole[:, :, at])
+    some = plan(q[:, :, 4:9], k, v, q_offset=[4, 4])
+    torch.testing.assert_close(some, whole[:, :, 4:9])
+    late = plan(q[:, :, :3], k, v, q_offset=25, k_offset=torch.tensor([10, 10]))
+    last = plan(q[:, :, :3], k, v, q_offset=25, k_positions=np.arange(10, 30))
+    torch.testing.assert_close(late, last)
+    torch.testing.assert_close(late, plan(q[:, :, :3], k, v, q_offset=25, k_offset=[10, 10], n=30))
+    assert plan(q[:, :, :0], k[:, :, :0], v[:, :, :0]).shape == (B, H, 0, DV)
+
+
+def test_the_union_is_the_mask():
+    bound = program["nsa"]
+    q, k = np.arange(9)[:, None], np.arange(9)
+    assert (bound.mask(9, pad=[0])[0] == ((k <= q) | (abs(q - k) <= 3))).all()
+    assert bound.block_mask(9, 8, pad=[0]).nnz == int(((k <= q) | (abs(q - k) <= 3)).sum())
+    assert [verdict.status for _, verdict in attndsl.parse(f"{TEXT}assert diff <= causal").check()] == [
+        "proved"
+    ]
+    assert {table.name for table in program["nsa"].inputs} == {"gate", "pad"}
+    assert [table.name for table in program["double"].learned] == ["l", "sink"]
+
+
+def test_half_precision_adds_in_float32_and_autocast_converts():
+    plan = plan_of(program["diff"], 64)
+    q, k, v = (x.detach() for x in tensors(64, 64))
+    module = plan.module().requires_grad_(False)
+    wanted = module(q, k, v)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        out = module(*(x.to(dtype) for x in (q, k, v)))
+        assert out.dtype == dtype
+        assert (out.double() - wanted).abs().max() < 8 * torch.finfo(dtype).eps
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert module(q.float(), k.float(), v.float()).dtype == torch.bfloat16
+
+
+def test_in_torch():
+    """One graph; export; copies; parameters that are shared are one."""
+    n = 24
+    module = plan_of(program["nsa"], n).module().double()
+    q, k, v = tensors(n, n)
+    given = tables_of("nsa", n)
+    wanted = module(q, k, v, **given)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    out = compiled(q, k, v, **given)
+    torch.testing.assert_close(out, wanted)
+    leaves = [q, k, v, given["gate"], *module.parameters()]
+    slope = torch.randn_like(out)
+    for a, b in zip(*(torch.autograd.grad(x, leaves, slope) for x in (out, wanted)), strict=True):
+        torch.testing.assert_close(a, b)
+    exported = torch.export.export(module, (q, k, v), given)
+    torch.testing.assert_close(exported.module()(q, k, v, **given), wanted)
+    for copied in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        torch.testing.assert_close(copied(q, k, v, **given), wanted)
+    torch.testing.assert_close(module(q.to("meta"), k.to("meta"), v.to("meta"), **given).shape, wanted.shape)
+
+    text = """
+    let t = learn[4](0.5)
+    attention a { mask last(4)  score s + t[q - k] }
+    attention b { mask last(2)  score s - t[q - k] }
+    attention both = a + t[0] * b
+    """
+    module = plan_of(attndsl.parse(text)["both"], n).module()
+    assert [name for name, _ in module.named_parameters()] == ["t"]
+    assert {*module.state_dict()} == {"t", "a.t", "b.t"}
+
+
+def test_tables_are_bound_in_every_part():
+    plan = plan_of(program["nsa"], 16)
+    assert plan.block_masks is None
+    given = tables_of("nsa", 16)
+    q, k, v = tensors(16, 16)
+    bound = plan.bind(pad=PAD)
+    assert bound.block_masks is not None
+    learned = {"first.sink": torch.zeros(H, dtype=torch.float64)}
+    wanted = plan(q, k, v, **given, learned=learned)
+    torch.testing.assert_close(bound(q, k, v, gate=given["gate"], learned=learned), wanted)
+    whole = bound.bind(gate=given["gate"])
+    torch.testing.assert_close(whole(q, k, v, learned=learned), wanted)
+    assert "second: " in plan.backend
+    assert str(plan).startswith("nsa: 3 parts, length 16")
+
+
+def test_choices_are_each_parts_own():
+    text = """
+    attention near { mask last(2) }
+    attention far { mask causal & topk(3, of = causal) }
+    attention two = near + far
+    """
+    bound = attndsl.parse(text)["two"]
+    plan = plan_of(bound, 12)
+    q, k, v = tensors(12, 12)
+    out = plan(q, k, v)
+    torch.testing.assert_close(out, plan.parts["near"](q, k, v) + plan.parts["far"](q, k, v))
+    (chosen,) = plan.choices(q, k).values()
+    assert (chosen == next(iter(plan.parts["far"].choices(q, k).values()))).all()
+
+
+def test_a_sum_is_carried_as_text():
+    for name in ("diff", "nsa", "shared", "double"):
+        attention = program[name].attention
+        written = portable.write(attention)
+        found, _ = portable.read(written.text, written.constants)
+        assert portable.write(found).text == written.text
+        assert [part.attention.name for part in found.parts] == [p.attention.name for p in attention.parts]
