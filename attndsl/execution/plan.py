@@ -16,13 +16,13 @@ from attndsl.attention import Attention
 from attndsl.axis import Axis
 from attndsl.backend import DTYPES, Problem, device_kind
 from attndsl.bound import Bound
-from attndsl.errors import fail
+from attndsl.errors import AttnError, fail
 from attndsl.execution import choice
 from attndsl.execution.choosing import chosen
 from attndsl.execution.lowered import At, Lowered, lower
 from attndsl.execution.operator import check_tangents, run
 from attndsl.execution.session import REWIND, Session
-from attndsl.execution.sums import SumPlan, gate_of
+from attndsl.execution.sums import SumPlan, gate_of, of_part
 from attndsl.expr import Learned, Table
 from attndsl.program import bound_of
 from attndsl.tiles import lowering
@@ -83,7 +83,10 @@ def _added(attention: Attention, problem: Problem, backend: str | None) -> SumPl
     gates: dict[str, Any] = {}
     for part in attention.parts:
         name, gate = part.attention.name, gate_of(attention, part)
-        parts[name] = compile(part.attention, **asked, backend=backend)
+        try:
+            parts[name] = compile(part.attention, **asked, backend=backend)
+        except AttnError as error:
+            raise of_part(name, error) from None
         gates[name] = gate
         if isinstance(gate, Attention):
             gates[name] = compile(gate, **{**asked, "kv_heads": 1, "dtype": wide}, backend="reference")

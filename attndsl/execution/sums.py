@@ -132,14 +132,14 @@ class SumPlan:
             mine = None if learned is None else _under(name, learned)
             own = _own(name, given[name]) if name in given else (q, k, v)
             out = _told(name, plan, own, {**places, **_of(plan, given), "learned": mine})
+            width = out.shape[3] if total is None else total.shape[3]
+            if [*out.shape] != [*q.shape[:3], width]:
+                raise fail(f"`{name}` gives {[*out.shape]}, and is added to {[*q.shape[:3], width]}")
             gate, dtype = self.gates[name], out.dtype
             if not isinstance(gate, float):
                 out = out * self._gate(gate, q, k, places, learned, given) if k.shape[2] else out
             elif gate != 1:
                 out = out * gate
-            if out.shape[:3] != q.shape[:3] or (total is not None and out.shape != total.shape):
-                wanted = [*(q.shape[:3] if total is None else total.shape)]
-                raise fail(f"`{name}` gives {[*out.shape]}, and is added to what is {wanted}")
             total = out if total is None else total + out
         assert total is not None
         return total.to(dtype)
@@ -277,10 +277,15 @@ def _under(name: str, learned: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _own(name: str, given: Any) -> tuple[Any, Any, Any]:
     if not isinstance(given, tuple | list) or len(given) != 3:
-        said = f"{len(given)} of something" if isinstance(given, tuple | list) else type(given).__name__
+        said = f"{len(given)} tensors" if isinstance(given, tuple | list) else type(given).__name__
         raise fail(f"`{name}` is a part, and takes (q, k, v), not {said}")
     q, k, v = given
     return q, k, v
+
+
+def of_part(name: str, error: AttnError) -> AttnError:
+    """What is wrong with one part, with its name."""
+    return AttnError(*[replace(d, message=f"in `{name}`: {d.message}") for d in error.diagnostics])
 
 
 def _told(name: str, plan: Plan, own: Sequence[Any], call: Mapping[str, Any]) -> Tensor:
@@ -288,8 +293,7 @@ def _told(name: str, plan: Plan, own: Sequence[Any], call: Mapping[str, Any]) ->
     try:
         found: Tensor = plan(*own, **call)
     except AttnError as error:
-        said = (replace(d, message=f"in `{name}`: {d.message}") for d in error.diagnostics)
-        raise AttnError(*said) from None
+        raise of_part(name, error) from None
     return found
 
 
