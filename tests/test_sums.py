@@ -191,6 +191,10 @@ def test_half_precision_adds_in_float32_and_autocast_converts():
         out = module(*(x.to(dtype) for x in (q, k, v)))
         assert out.dtype == dtype
         assert (out.double() - wanted).abs().max() < 8 * torch.finfo(dtype).eps
+    text = "attention a { mask causal } attention b { mask causal } attention c = 256 * a - 255 * b"
+    plan = plan_of(attndsl.parse(text)["c"], 64)
+    low = [x.to(torch.bfloat16) for x in (q, k, v)]
+    assert torch.equal(plan(*low), plan.parts["a"](*low))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert module(q.float(), k.float(), v.float()).dtype == torch.bfloat16
 

@@ -136,6 +136,7 @@ class SumPlan:
             if [*out.shape] != [*q.shape[:3], width]:
                 raise fail(f"`{name}` gives {[*out.shape]}, and is added to {[*q.shape[:3], width]}")
             gate, dtype = self.gates[name], out.dtype
+            out = out.to(torch.promote_types(dtype, torch.float32))
             if not isinstance(gate, float):
                 out = out * self._gate(gate, q, k, places, learned, given) if k.shape[2] else out
             elif gate != 1:
