@@ -123,7 +123,7 @@ class Attention:
 
     def enough_heads(self) -> int:
         """The least number of heads at which every group holds one; claims are about that many or more."""
-        heads = self.least_heads
+        heads = max([self.least_heads, *(part.attention.enough_heads() for part in self.parts)])
         while not all(self._holds_one(group, heads) for group in self.groups):
             heads += 1
             if heads > self.least_heads + HEADS_TRIED:

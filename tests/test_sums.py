@@ -211,10 +211,20 @@ def test_in_torch():
     torch.testing.assert_close(out, wanted)
     leaves = [q, k, v, given["gate"], *module.parameters()]
     slope = torch.randn_like(out)
-    for a, b in zip(*(torch.autograd.grad(x, leaves, slope) for x in (out, wanted)), strict=True):
+    for a, b in zip(
+        *(torch.autograd.grad(x, leaves, slope, retain_graph=True) for x in (out, wanted)), strict=True
+    ):
         torch.testing.assert_close(a, b)
     exported = torch.export.export(module, (q, k, v), given)
     torch.testing.assert_close(exported.module()(q, k, v, **given), wanted)
+    parameters = dict(module.named_parameters())
+
+    def total(q, gate):
+        return torch.func.functional_call(module, parameters, (q, k, v), {**given, "gate": gate}).sum()
+
+    found = torch.func.grad(total, argnums=(0, 1))(q, given["gate"])
+    for a, b in zip(found, torch.autograd.grad(wanted.sum(), (q, given["gate"])), strict=True):
+        torch.testing.assert_close(a, b)
     for copied in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         torch.testing.assert_close(copied(q, k, v, **given), wanted)
     torch.testing.assert_close(module(q.to("meta"), k.to("meta"), v.to("meta"), **given).shape, wanted.shape)
@@ -228,6 +238,36 @@ def test_in_torch():
     module = plan_of(attndsl.parse(text)["both"], n).module()
     assert [name for name, _ in module.named_parameters()] == ["t"]
     assert {*module.state_dict()} == {"t", "a.t", "b.t"}
+
+
+def test_parts_may_have_heads_of_their_own():
+    text = """
+    attention a { heads 0..2 { mask causal } else { mask last(2) } }
+    attention b { heads [0, 2] { mask radius(1) } else { mask none } }
+    attention c = a + b
+    assert c <= causal | radius(1)
+    """
+    program = attndsl.parse(text)
+    assert [verdict.status for _, verdict in program.check()] == ["proved"]
+    assert program["c"].attention.enough_heads() == 4
+    masks = [program[name].mask(6, heads=H) for name in "abc"]
+    assert (masks[2] == masks[0] | masks[1]).all()
+    plan = plan_of(program["c"], 6)
+    q, k, v = tensors(6, 6)
+    torch.testing.assert_close(plan(q, k, v), plan.parts["a"](q, k, v) + plan.parts["b"](q, k, v))
+
+
+def test_a_part_that_is_named_twice_is_one():
+    text = """
+    attention a(t = learn[4](0.5)) { mask last(4)  score s + t[q - k] }
+    attention b { mask causal }
+    attention one = 2 * a - b
+    attention two = (one + a + 1.5 * b) / 3
+    """
+    first, second = attndsl.parse(text)["two"].attention.parts
+    assert [part.attention.name for part in (first, second)] == ["a", "b"]
+    assert first.gate.value == 1
+    assert second.gate.value == pytest.approx(0.5 / 3)
 
 
 def test_tables_are_bound_in_every_part():

@@ -11,7 +11,7 @@ from attndsl.attention import Attention, Summand
 from attndsl.errors import Span, fail
 from attndsl.expr import Expr, Given, Table
 from attndsl.language.mistakes import expected, number_of
-from attndsl.language.values import TOKENS, AttentionOf, K, Num, Q, Scope
+from attndsl.language.values import TOKENS, AttentionOf, K, Num, Q, Scope, Value
 from attndsl.syntax import nodes as ast
 
 if TYPE_CHECKING:
@@ -92,12 +92,22 @@ def _terms(el: Elaborator, e: ast.Expression, env: Scope, gate: Expr | None) -> 
             share = ir.div(ir.const(1.0), _gate(el, right, env))
             yield from _terms(el, left, env, _times(gate, share))
             return
-    value = el.value(e, env, TOKENS)
+    value = _named(el, e, env)
     if not isinstance(value, AttentionOf):
         raise expected("an attention", value, e)
     attention = value.attention
     for part in attention.parts or (Summand(attention, ir.const(1.0)),):
         yield Summand(part.attention, _times(gate, part.gate)), e.span
+
+
+def _named(el: Elaborator, e: ast.Expression, env: Scope) -> Value:
+    """An attention that is named without arguments is one part, with one set of parameters, in all sums."""
+    if not isinstance(e, ast.Name) or e.id in env.names:
+        return el.value(e, env, TOKENS)
+    key = ("part", e.id)
+    if key not in el.known:
+        el.known[key] = el.value(e, env, TOKENS)
+    return el.known[key]
 
 
 def _times(gate: Expr | None, factor: Expr) -> Expr:
