@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
 import attndsl
 from attndsl import portable
+from attndsl.command.cli import main
 
 PARTS = """
 attention first { mask causal  norm softmax(sink = learn[H](0.5)) }
@@ -308,3 +311,75 @@ def test_a_sum_is_carried_as_text():
         found, _ = portable.read(written.text, written.constants)
         assert portable.write(found).text == written.text
         assert [part.attention.name for part in found.parts] == [p.attention.name for p in attention.parts]
+
+
+FILE = """
+attention first { mask causal  norm softmax(sink = learn[H]) }
+attention window { inputs pad : int[B]  mask last(4) & { q, k : k >= pad } }
+attention diff(l = learn[H](0.8)) = first - l * window
+attention local { mask ~rows([0]) & radius(2) }
+attention rest { mask rows([0]) }
+attention all = local + rest
+assert diff <= causal
+assert every_row(all)
+assert nnz(all, n = 8) == 39
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    (tmp_path / "sums.attn").write_text(FILE)
+    np.save(tmp_path / "pad.npy", np.array([1]))
+    return f"{tmp_path}/sums.attn", f"pad={tmp_path}/pad.npy"
+
+
+def attn(*arguments):
+    done = CliRunner().invoke(main, [*map(str, arguments)], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done
+
+
+def test_check_proves_what_is_claimed_of_sums_and_warns_of_no_row_that_another_part_has(file):
+    done = attn("check", file[0])
+    assert done.stdout.count(": proved: ") == 3
+    assert "has no key" not in done.stderr
+
+
+def test_commands_take_sums(file):
+    name, pad = file
+    size = ("--length", 40, "--heads", 2)
+    ran = json.loads(attn("run", name, "diff", *size, "--backward", "--input", pad, "--json").stdout)
+    assert ran["backend"] == "first: torch, window: sdpa"
+    assert {"first: sdpa", "window: reference"} <= {*ran["rejected"]}
+    assert (ran["nnz"], ran["verified_rows"]) == (2 * 820, 40)
+    assert ran["dense_masked_work"] == "mask only"
+    compiled = attn("compile", name, "diff", *size).stdout
+    assert "diff: 2 parts, length 40" in compiled
+    assert "tiles     unknown until the tables are bound" in compiled
+    assert attn("show", name, "all", "--length", 8).stdout.startswith("all  n = 8  60.9 % live")
+    same = json.loads(attn("diff", f"{name}:diff", f"{name}:first", "--json").stdout)
+    assert same["status"] == "equal"
+    assert "all" in attn("compare", f"{name}:all", f"{name}:local", "--length", 40).stdout
+
+
+def test_the_analyzer_adds_costs_and_joins_masks(file):
+    name, _ = file
+    asked = ("--only", "nnz,cost,block_sizes,machines,rows", "--json")
+    told, *parts = (
+        json.loads(attn("analyze", name, part, "--length", 40, *asked).stdout)
+        for part in ("all", "local", "rest")
+    )
+    assert told["nnz"]["value"] == 231
+    assert [told["parts"][name]["value"] for name in ("local", "rest")] == [
+        part["nnz"]["value"] for part in parts
+    ]
+    assert told["flops"]["forward"] == sum(part["flops"]["forward"] for part in parts)
+    assert told["bytes"]["backward"] == sum(part["bytes"]["backward"] for part in parts)
+    assert told["empty_rows"] == 0
+    assert parts[0]["parts"] is None
+    (rows,) = zip(told["block_sizes"][:1], *(part["block_sizes"][:1] for part in parts), strict=True)
+    assert rows[0]["pairs"] == rows[1]["pairs"] + rows[2]["pairs"]
+    seconds = [part["lowerings"]["torch"]["seconds_estimate"] for part in (told, *parts)]
+    assert seconds[0] == pytest.approx(sum(seconds[1:]))
+    text = attn("analyze", name, "all", "--length", 40, "--only", "nnz").stdout
+    assert "part rest     40 live pairs" in text
