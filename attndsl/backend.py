@@ -183,6 +183,22 @@ class Differentiable(Protocol):
         """Gradients of q, k, v and, by name, of the wanted tables."""
 
 
+State: TypeAlias = "tuple[Tensor, ...]"
+"""What a kernel keeps of earlier keys: tensors whose first axis is the batch."""
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """A kernel whose later queries need no earlier keys: a state stands for all of them."""
+
+    def __call__(self, call: Call) -> tuple[Tensor, Tensor]:
+        """As `Kernel`."""
+
+    def step(self, call: Call, state: State | None) -> tuple[Tensor, Tensor, State]:
+        """What the call gives if the keys of `state` came before its own, none where it is None, and the
+        state after those that the last query of each row sees. `state` stays as it is."""
+
+
 class Backend(Protocol):
     """A lowering, registered under the entry-point group `attndsl.backends` by an object like this."""
 

@@ -39,6 +39,11 @@ def kept(attention: Attention, problem: Problem) -> tuple[int, int] | None:
     return max(first for first, _ in known), max(last for _, last in known)
 
 
+def over_length(attention: Attention) -> bool:
+    """Whether tables tell of every token."""
+    return any("n" in table.dims for table in (*attention.inputs, *attention.learned))
+
+
 def _read(attention: Attention) -> Attention | None:
     """With masks that hold all keys whose absence would change anything: a key that is not chosen took part
     in the choice. None where that is every key, or blocks of them are numbered from the first on."""

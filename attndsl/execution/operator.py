@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import register_flop_formula
 
 from attndsl.axis import Axis
-from attndsl.backend import Call, Gradients
+from attndsl.backend import Call, Gradients, State, Stateful
 from attndsl.errors import AttnError, asking, fail
 from attndsl.execution import lowered, spoiled
 from attndsl.execution.choosing import chosen
@@ -92,6 +92,28 @@ def _attend(
         call = found.call_of(q, k, v, found.named(tensors), sizes)
         out, lse = spoiled.forward(call, lambda call: _forward(found, call))
     return out.to(q.dtype), lse, [out.to(lse.dtype)] if _rounds(q) else []
+
+
+def step(
+    found: Lowered,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tensors: Sequence[Tensor],
+    sizes: Sizes,
+    state: State | None,
+) -> tuple[Tensor, State]:
+    """The output, and the state after it; see `Stateful`."""
+    kernel, after = found.kernel, []
+    assert isinstance(kernel, Stateful)
+
+    def run(call: Call) -> tuple[Tensor, Tensor]:
+        *results, new = kernel.step(call, state)
+        after.append(new)
+        return results[0], results[1]
+
+    out, _, _ = _attend(replace(found, kernel=run), q, k, v, tensors, sizes)
+    return out, after[0]
 
 
 def _rounds(q: Tensor) -> bool:

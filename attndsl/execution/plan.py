@@ -14,14 +14,15 @@ from torch import Tensor, nn
 
 from attndsl.attention import Attention
 from attndsl.axis import Axis
-from attndsl.backend import DTYPES, Problem, device_kind
+from attndsl.backend import DTYPES, Problem, State, device_kind
 from attndsl.bound import Bound
 from attndsl.errors import AttnError, fail
 from attndsl.execution import choice
 from attndsl.execution.choosing import chosen
 from attndsl.execution.lowered import At, Lowered, lower
-from attndsl.execution.operator import check_tangents, run
+from attndsl.execution.operator import check_tangents, run, step
 from attndsl.execution.session import REWIND, Session
+from attndsl.execution.statesession import StateSession, stateful
 from attndsl.execution.sums import SumPlan, gate_of, of_part
 from attndsl.expr import Learned, Table
 from attndsl.program import bound_of
@@ -179,9 +180,7 @@ class Plan:
             q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
         self._check(q, k, v)
         lowered = self._served(q.dtype, "reference" if return_weights else self.backend)
-        given: dict[str, Tensor] = {}
-        if inputs or learned or lowered.tables:
-            given = self._tensors({**self.tables, **inputs}, q) | self._learned(learned)
+        given = self._given(lowered, q, learned, inputs)
         check_tangents(q, k, v, *given.values())
         places = (
             *_placed("q", q, q_offset, q_positions),
@@ -194,6 +193,34 @@ class Plan:
             return (out, lse) if return_lse else out
         out, weights = out[..., : v.shape[3]], out[..., v.shape[3] :]
         return (out, lse, weights) if return_lse else (out, weights)
+
+    def step(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        q_at: Axis,
+        k_at: Axis,
+        state: State | None,
+        *,
+        learned: Mapping[str, Tensor] | None = None,
+        **inputs: Any,
+    ) -> tuple[Tensor, State]:
+        """The output of a call whose keys come after those that `state` stands for, and the state after those
+        that the last query of each row sees. The kernel is `Stateful`."""
+        self._check(q, k, v)
+        lowered = self._served(q.dtype, self.backend)
+        given = self._given(lowered, q, learned, inputs)
+        sizes = lowered.sizes(q, k, (None, q_at, None, k_at, None))
+        return step(lowered, q, k, v, lowered.tensors(given), sizes, state)
+
+    def _given(
+        self, lowered: Lowered, q: Tensor, learned: Mapping[str, Tensor] | None, inputs: Mapping[str, Any]
+    ) -> dict[str, Tensor]:
+        """All tables of a call by name."""
+        if not (inputs or learned or lowered.tables):
+            return {}
+        return self._tensors({**self.tables, **inputs}, q) | self._learned(learned)
 
     def choices(
         self,
@@ -254,8 +281,12 @@ class Plan:
     ) -> Session:
         """An empty cache for `batch` sequences of up to `capacity` tokens, see `Session`; for `rewind` see
         its `truncate`. Values have `v_dim` features, by default as many as keys; `dtype` is by default the
-        plan's. Raises AttnError for an attention where later tokens could change what earlier ones give."""
-        return Session(self, batch, capacity, rewind=rewind, v_dim=v_dim, dtype=dtype)
+        plan's. Raises AttnError for an attention where later tokens could change what earlier ones give.
+
+        Where the kernel keeps a state in place of keys (`linear`) it is a StateSession, which does not grow.
+        """
+        kind = StateSession if stateful(self, rewind) else Session
+        return kind(self, batch, capacity, rewind=rewind, v_dim=v_dim, dtype=dtype)
 
     def module(self) -> nn.Module:
         """An nn.Module that owns the learned parameters under the names they are bound to."""

@@ -304,7 +304,7 @@ class _Extreme(torch.autograd.Function):
 
 
 def _extreme(a: Tensor, b: Tensor, sign: int) -> Tensor:
-    if not (a.is_floating_point() and torch.is_grad_enabled()):
+    if not (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)):
         return _Extreme.forward(a, b, sign)
     found: Tensor = _Extreme.apply(a, b, sign)  # type: ignore[no-untyped-call]
     return found

@@ -62,7 +62,7 @@ class LinearKernel:
         }
         tables = {name: torch.zeros_like(call.tables[name], dtype=wide) for name in wanted}
         env = environment(call)
-        chunk = 2 * CHUNK if self.form.width(call.q.shape[3]) >= WIDE else CHUNK
+        chunk = 2 * CHUNK if (self.form.width(call.q.shape[3]) or 0) >= WIDE else CHUNK
         for rows in rows_of(self.form, call, env):
             o, log, g = (taken(x, rows.batch, rows.q) for x in (out, lse, grad_out))
             g_log = None if grad_lse is None else taken(grad_lse, rows.batch, rows.q)

@@ -97,7 +97,10 @@ def slabs_of(counts: Array, chunk: int, features: int) -> Iterator[Slab]:
     if none == nq:
         return
     first, last = int(counts[none]), int(counts[-1])
-    if (np.diff(counts[none:]) == 1).all():
+    if first == last <= 2 * chunk:
+        seen = torch.from_numpy(counts[none:])
+        yield Slab(slice(0, last), slice(none, nq), 1, None, seen)
+    elif (np.diff(counts[none:]) == 1).all():
         yield from _keys(0, first - 1, size)
         yield from _squares(first - 1, last, none - first + 1, chunk, each)
     elif first == last:

@@ -126,7 +126,7 @@ class Walk:
             for x, entries in ((call.q, rows.q), (call.k, rows.k), (call.v, rows.k))
         )
         at = {name: _cut(name, x, rows) for name, x in env.values.items()}
-        slabs = [*slabs_of(rows.counts, chunk, form.width(q.shape[3]))]
+        slabs = [*slabs_of(rows.counts, chunk, form.width(q.shape[3]) or q.shape[3])]
         walk = Walk(form, env, q, k, v, at, slabs, None, None, False, {}, state)
         walk.logs = walk.logarithms({})
         if walk.logs is None and not form.powers[1]:
