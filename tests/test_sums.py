@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -311,6 +312,68 @@ def test_a_sum_is_carried_as_text():
         found, _ = portable.read(written.text, written.constants)
         assert portable.write(found).text == written.text
         assert [part.attention.name for part in found.parts] == [p.attention.name for p in attention.parts]
+
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def softmax_of(mask, q, k, v):
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    s = (q @ k.mT / q.shape[3] ** 0.5).masked_fill(~mask, -torch.inf)
+    return torch.where(mask.any(-1, keepdim=True), s.softmax(-1), 0.0).nan_to_num() @ v
+
+
+def test_differential_attention_by_hand():
+    """Ye et al. 2024, equations 1 and 2: values are twice as wide, and one factor serves all heads."""
+    bound = attndsl.load(EXAMPLES / "differential.attn")["differential"](depth=3)
+    module = plan_of(bound, 21).module().double()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(0.0, 0.1)
+    (q, k, v), (q2, k2, _) = tensors(21, 21, 0, 2 * D), tensors(21, 21, 5, 2 * D)
+    causal = torch.ones(21, 21, dtype=torch.bool).tril()
+    start = 0.8 - 0.6 * np.exp(-0.6)
+    share = torch.exp(module.a @ module.b) - torch.exp(module.c @ module.d) + start
+    wanted = softmax_of(causal, q, k, v) - share * softmax_of(causal, q2, k2, v)
+    out = module(q, k, v, second=(q2, k2, v))
+    torch.testing.assert_close(out, wanted)
+    leaves = [q, k, v, q2, k2, *module.parameters()]
+    slope = torch.randn_like(out)
+    ours, theirs = (torch.autograd.grad(x, leaves, slope) for x in (out, wanted))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_two_branches_of_native_sparse_attention_by_hand():
+    """Gates by query and head; heads that share keys share the blocks, by the sum of what they give each."""
+    n, b, top, w = 61, 8, 2, 7
+    bound = attndsl.load(EXAMPLES / "nsa_two.attn")["nsa_two"](b=b, top=top, w=w)
+    plan = plan_of(bound, n)
+    q, k, v = tensors(n, n)
+    gate = torch.rand(B, H, 2, n, dtype=torch.float64)
+    i = torch.arange(n)
+    own, blocks = i // b, torch.arange(-(-n // b))
+    means = torch.stack([k[:, :, i[own == block]].mean(2) for block in blocks], 2)
+    scores = torch.einsum("bghqd,bgmd->bgqm", q.unflatten(1, (KV, H // KV)), means)
+    may = (blocks < own[:, None] - 1) & (blocks > 0)
+    order = scores.masked_fill(~may, -torch.inf).topk(top).indices
+    chosen = torch.zeros(scores.shape, dtype=torch.bool).scatter_(-1, order, True) & may
+    near = (blocks == 0) | ((blocks <= own[:, None]) & (blocks >= own[:, None] - 1))
+    live = (chosen | near)[..., own].repeat_interleave(H // KV, 1) & (i <= i[:, None])
+    window = (i <= i[:, None]) & (i[:, None] - i < w)
+    wanted = gate[:, :, 0, :, None] * softmax_of(live, q, k, v)
+    wanted = wanted + gate[:, :, 1, :, None] * softmax_of(window, q, k, v)
+    torch.testing.assert_close(plan(q, k, v, gate=gate), wanted)
+
+
+def test_etc_with_its_own_projections_by_hand():
+    bound = attndsl.load(EXAMPLES / "etc_projected.attn")["etc_projected"](g=5, r=3)
+    plan = plan_of(bound, 29)
+    mine, own = tensors(29, 29), tensors(29, 29, 4)
+    i, j = torch.arange(29)[:, None], torch.arange(29)
+    long = (i >= 5) & ((j < 5) | ((i - j).abs() <= 3))
+    wanted = softmax_of(long, *mine) + softmax_of((i < 5).expand(29, 29), *own)
+    torch.testing.assert_close(plan(*mine, global_=own), wanted)
 
 
 FILE = """
