@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import attndsl
+from attndsl import expr as ir
 from attndsl.conformance.selections import LENGTHS as SIZES
 from attndsl.conformance.selections import check
 from attndsl.execution import leaks
@@ -527,6 +528,33 @@ def test_a_claim_is_refuted_by_what_holds_whatever_is_chosen() -> None:
     """)
     found = [attndsl.prove(assertion).status for assertion in program.assertions]
     assert found == ["undecided", "undecided", "refuted", "proved", "proved"]
+
+
+@pytest.mark.parametrize("by", ["w[q] @ max(iq[q] @ ik[k], 0.0)", "ik[q] @ ik[k] + 0.01 * (q - k)"])
+@pytest.mark.parametrize("share", ["", ", share = kv"])
+@pytest.mark.parametrize("r", [3, 30])
+def test_heads_that_choose_alike_choose_once(by: str, share: str, r: int) -> None:
+    text = "inputs iq : float[B, n, 3, 5]  ik : float[B, n, 5]  w : float[B, n, 3]"
+    check(f"{text} mask topk({r}, of = causal, by = {by}{share})", 17)
+
+
+@pytest.mark.parametrize("how", ["max", "min"])
+def test_a_bound_over_blocks_is_two_products(how: str) -> None:
+    """As Quest's authors write it, entry by entry."""
+    text = f"mask causal & topk(2, of = blocks(4, causal), by = sum({how}(Q * min(K), max(K) * Q)))"
+    bound = attndsl.parse(f"attention a {{ {text} }}")["a"]
+    (table,) = bound.attention.selected
+    assert {node.op for node in ir.nodes(table.origin["by"])} >= {"inner"}
+    assert "sum" not in {node.op for node in ir.nodes(table.origin["by"])}
+    plan = attndsl.compile(bound, length=24, heads=2, head_dim=8, dtype="float64")
+    q, k = (torch.randn(1, 2, 24, 8, dtype=torch.float64) for _ in range(2))
+    pages = k.unflatten(2, (6, 4))
+    ends = [q[:, :, :, None] * x[:, :, None] for x in (pages.amin(3), pages.amax(3))]
+    scores = (torch.maximum if how == "max" else torch.minimum)(*ends).sum(-1)
+    scores = scores.masked_fill(torch.arange(6) * 4 > torch.arange(24)[:, None], -torch.inf)
+    chosen = plan.choices(q, k)[table.name]
+    wanted = scores.topk(2).indices.where(scores.topk(2).values > -torch.inf, -1)
+    assert torch.equal(chosen.sort(-1).values, wanted.sort(-1).values)
 
 
 def test_labels_end() -> None:

@@ -585,9 +585,13 @@ class _Evaluation:
         return torch.einsum("...d,...d->...", self.vector(a, live), self.vector(b, live))
 
     def on_matvec(self, node: Expr, live: Tensor | None) -> Tensor:
-        matrix, x = node.args
         live = self.of_pairs(live)
-        return torch.einsum("...md,...d->...m", self.of(matrix, live), self.vector(x, live))
+        matrix, x = self.of(node.args[0], live), self.vector(node.args[1], live)
+        if matrix.dim() > 3 and x.shape[-3] == matrix.shape[-3] == 1 != matrix.shape[-4]:
+            # one of each query with one of each key: a matrix product, of which einsum makes many
+            found = matrix.squeeze(-3).flatten(-3, -2) @ x.squeeze(-3).mT
+            return found.view(*found.shape[:-2], -1, matrix.shape[-2], found.shape[-1]).transpose(-1, -2)
+        return torch.einsum("...md,...d->...m", matrix, x)
 
     def on_sum(self, node: Expr, live: Tensor | None) -> Tensor:
         return self.vector(node.args[0], live).sum(-1)
