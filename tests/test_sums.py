@@ -303,6 +303,16 @@ def test_choices_are_each_parts_own():
     torch.testing.assert_close(out, plan.parts["near"](q, k, v) + plan.parts["far"](q, k, v))
     (chosen,) = plan.choices(q, k).values()
     assert (chosen == next(iter(plan.parts["far"].choices(q, k).values()))).all()
+    q2, k2, v2 = tensors(12, 12, 7)
+    (others,) = plan.choices(q, k, far=(q2, k2, v2)).values()
+    assert (others == next(iter(plan.parts["far"].choices(q2, k2).values()))).all()
+    assert (others != chosen).any()
+
+    text = text.replace("mask last(2)", "mask last(2) & topk(3, of = causal)")
+    plan = plan_of(attndsl.parse(text)["two"], 12)
+    assert len(plan.choices(q, k)) == 1
+    with pytest.raises(attndsl.AttnError, match="`far` and a part before it choose alike"):
+        plan.choices(q, k, far=(q2, k2, v2))
 
 
 def test_a_sum_is_carried_as_text():
@@ -406,6 +416,20 @@ def test_check_proves_what_is_claimed_of_sums_and_warns_of_no_row_that_another_p
     done = attn("check", file[0])
     assert done.stdout.count(": proved: ") == 3
     assert "has no key" not in done.stderr
+
+
+def test_check_tells_once_of_a_choice_that_looks_ahead(tmp_path):
+    text = """
+    attention two = first + far
+    attention first { mask causal }
+    attention far { mask causal & topk(3) }
+    """
+    (tmp_path / "ahead.attn").write_text(text)
+    told = attn("check", tmp_path / "ahead.attn").stderr
+    assert told.count("looks ahead") == 1
+    assert "an edit of token" in told
+    (tmp_path / "ahead.attn").write_text(text.replace("far {", "far(r) {").replace("+ far", "+ far(3)"))
+    assert attn("check", tmp_path / "ahead.attn").stderr.count("looks ahead") == 1
 
 
 def test_commands_take_sums(file):

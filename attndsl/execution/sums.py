@@ -165,12 +165,18 @@ class SumPlan:
         return found
 
     def choices(self, q: Tensor, k: Tensor, **call: Any) -> dict[str, Tensor]:
-        """What parts choose by content of q and k, as `Plan.choices`."""
-        self._check_names({name: x for name, x in call.items() if name not in lowering.ARGUMENTS})
+        """What parts choose by content, as `Plan.choices`; a part's own (q, k, v) under its name. Raises
+        AttnError where two parts make the same choice of other q and k: one name would stand for both."""
+        placed = {name: x for name, x in call.items() if name in lowering.ARGUMENTS}
+        given = {name: x for name, x in call.items() if name not in placed}
+        self._check_names(given)
         found: dict[str, Tensor] = {}
-        for plan in self.parts.values():
-            placed = {name: x for name, x in call.items() if name in lowering.ARGUMENTS}
-            found |= plan.choices(q, k, **placed, **_of(plan, call))
+        for name, plan in self.parts.items():
+            own_q, own_k, _ = _own(name, given[name]) if name in given else (q, k, None)
+            for choice_name, made in plan.choices(own_q, own_k, **placed, **_of(plan, given)).items():
+                if not torch.equal(found.setdefault(choice_name, made), made):
+                    help = f"ask each part: `plan.parts[{name!r}].choices(q, k)`"
+                    raise fail(f"`{name}` and a part before it choose alike, of other q and k", help=help)
         return found
 
     def bind(self, **inputs: Any) -> SumPlan:
