@@ -118,6 +118,9 @@ class SumPlan:
                 what = "log-sum-exp" if name == "return_lse" else "weights over keys of its own"
                 help = f"ask a part: `plan.parts[{first!r}](q, k, v, {name}=True)`"
                 raise fail(f"`{self.attention.name}` is a sum, and has no {what}", help=help)
+        for name, x in (("q", q), ("k", k)):
+            if not isinstance(x, Tensor):
+                raise fail(f"`{name}` must be a torch tensor, and is of type {type(x).__name__}")
         self._check_names(given)
         self._check_learned(learned)
         places = {
@@ -128,22 +131,24 @@ class SumPlan:
             "n": n,
         }
         total: Tensor | None = None
+        wanted: tuple[list[int], torch.dtype] | None = None
         for name, plan in self.parts.items():
             mine = None if learned is None else _under(name, learned)
             own = _own(name, given[name]) if name in given else (q, k, v)
             out = _told(name, plan, own, {**places, **_of(plan, given), "learned": mine})
-            width = out.shape[3] if total is None else total.shape[3]
-            if [*out.shape] != [*q.shape[:3], width]:
-                raise fail(f"`{name}` gives {[*out.shape]}, and is added to {[*q.shape[:3], width]}")
-            gate, dtype = self.gates[name], out.dtype
-            out = out.to(torch.promote_types(dtype, torch.float32))
+            gate, wanted = self.gates[name], wanted or ([*q.shape[:3], out.shape[3]], out.dtype)
+            if ([*out.shape], out.dtype) != wanted:
+                given_by = _described([*out.shape], out.dtype)
+                raise fail(f"`{name}` gives {given_by}, and is added to {_described(*wanted)}")
+            out = out.to(torch.promote_types(out.dtype, torch.float32))
             if not isinstance(gate, float):
                 out = out * self._gate(gate, q, k, places, learned, given) if k.shape[2] else out
             elif gate != 1:
                 out = out * gate
             total = out if total is None else total + out
         assert total is not None
-        return total.to(dtype)
+        assert wanted is not None
+        return total.to(wanted[1])
 
     def _gate(
         self,
@@ -302,6 +307,10 @@ def _told(name: str, plan: Plan, own: Sequence[Any], call: Mapping[str, Any]) ->
     except AttnError as error:
         raise of_part(name, error) from None
     return found
+
+
+def _described(shape: list[int], dtype: torch.dtype) -> str:
+    return f"{str(dtype).removeprefix('torch.')}{shape}"
 
 
 def _last(places: Mapping[str, Any], keys: int) -> dict[str, Any]:
