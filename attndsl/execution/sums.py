@@ -163,7 +163,8 @@ class SumPlan:
         is what it is for the parts."""
         wide = q.detach().to(torch.promote_types(q.dtype, torch.float32))
         key, value = wide.new_zeros(len(q), 1, 1, q.shape[3]), wide.new_ones(len(q), 1, 1, 1)
-        mine = None if learned is None else {t.name: learned[t.name] for t in gate.attention.learned}
+        names = [table.name for table in gate.attention.learned]
+        mine = None if learned is None else {name: learned[name] for name in names if name in learned}
         found: Tensor = gate(
             wide, key, value, **{**places, **_last(places, k.shape[2]), **_of(gate, given)}, learned=mine
         )
