@@ -324,6 +324,66 @@ def test_a_sum_is_carried_as_text():
         assert [part.attention.name for part in found.parts] == [p.attention.name for p in attention.parts]
 
 
+DECODED = """
+attention near { mask causal & last(4)  norm softmax(sink = learn[H](0.5)) }
+attention far { mask causal  score alibi }
+attention features { mask causal  score elu1(Q) @ elu1(K)  norm linear }
+attention total(l = learn[H](0.8)) { inputs g : float[B, H, n]  w : float[H] } = l * near - g[q] * far
+    + w * features / (1 + q)
+"""
+
+
+def test_a_session_gives_what_the_plan_gives():
+    """Rolling caches, whole ones and states, stepped together; a part with q, k and v of its own."""
+    n = 60
+    plan = plan_of(attndsl.parse(DECODED)["total"], n)
+    module = plan.module().double()
+    learned = {name: x.detach() for name, x in module.named_parameters()}
+    (q, k, v), own = ([x.detach() for x in tensors(n, n, seed)] for seed in (0, 1))
+    torch.manual_seed(3)
+    g, w = torch.randn(B, H, n, dtype=torch.float64), torch.randn(H, dtype=torch.float64)
+    with torch.no_grad():
+        wanted = module(q, k, v, far=own, g=g, w=w)
+
+    def taken(a, b, **more):
+        new, others = ([x[:, :, a:b] for x in some] for some in ((q, k, v), own))
+        return session.step(*new, far=others, g=g[:, :, :b], w=w, learned=learned, **more)
+
+    with torch.no_grad():
+        session = plan.session(B, n, v_dim=DV)
+        torch.testing.assert_close(taken(0, 21, chunk=8), wanted[:, :, :21])
+        for i in range(21, 40):
+            torch.testing.assert_close(taken(i, i + 1), wanted[:, :, i : i + 1])
+        other = session.copy()
+        torch.testing.assert_close(taken(40, 43), wanted[:, :, 40:43])
+        session = other
+        assert session.lengths == (40, 40)
+        out = taken(40, 44, tokens=[4, 1])
+        torch.testing.assert_close(out[0], wanted[0, :, 40:44])
+        torch.testing.assert_close(out[1, :, :1], wanted[1, :, 40:41])
+        assert not out[1, :, 1:].any()
+        session.truncate([43, 40])
+        session.reorder([0])
+        assert session.lengths == (43,)
+        for part in session.parts.values():
+            assert part.lengths == (43,)
+
+
+def test_a_step_that_one_part_refuses_leaves_all_as_they_were():
+    plan = plan_of(attndsl.parse(DECODED)["total"], 60)
+    session = plan.session(B, 20)
+    q, k, v = (x.detach() for x in tensors(9, 9, width=D))
+    given = {"g": torch.zeros(B, H, 9, dtype=torch.float64), "w": torch.zeros(H)}
+    learned = {"l": torch.zeros(H), "near.sink": torch.zeros(H)}
+    with torch.no_grad():
+        for wrong in ({"w": torch.zeros(H + 1)}, {"far": (q, k, v[:, :1])}, {"tokens": 10}):
+            with pytest.raises(attndsl.AttnError):
+                session.step(q, k, v, **{**given, "learned": learned, **wrong})
+            assert {part.lengths for part in session.parts.values()} == {(0, 0)}
+        session.step(q, k, v, **given, learned=learned)
+        assert {part.lengths for part in session.parts.values()} == {(9, 9)}
+
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -15,6 +17,7 @@ from attndsl.attention import Attention, HeadGroup, Norm, Relation, Summand
 from attndsl.backend import Problem
 from attndsl.errors import AttnError, fail, suggest
 from attndsl.execution import choice
+from attndsl.execution.session import following
 from attndsl.expr import TRUE, Given, Table, number
 from attndsl.tiles import lowering
 from attndsl.tiles.blockmask import BlockMask
@@ -121,8 +124,8 @@ class SumPlan:
         for name, x in (("q", q), ("k", k)):
             if not isinstance(x, Tensor):
                 raise fail(f"`{name}` must be a torch tensor, and is of type {type(x).__name__}")
-        self._check_names(given)
-        self._check_learned(learned)
+        self.check_names(given)
+        self.check_learned(learned)
         places = {
             "q_offset": q_offset,
             "k_offset": k_offset,
@@ -130,43 +133,55 @@ class SumPlan:
             "k_positions": k_positions,
             "n": n,
         }
+
+        def outputs() -> Iterator[tuple[str, Tensor]]:
+            for name, plan in self.parts.items():
+                mine = None if learned is None else under(name, learned)
+                tensors = own(name, given[name]) if name in given else (q, k, v)
+                yield name, _told(name, plan, tensors, {**places, **of(plan, given), "learned": mine})
+
+        def weight(gate: Plan) -> Tensor | float:
+            return self.gate(gate, q, k.shape[2], places, learned, given) if k.shape[2] else 1.0
+
+        return self.added(q, outputs(), weight)
+
+    def added(
+        self, q: Tensor, outputs: Iterable[tuple[str, Tensor]], weight: Callable[[Plan], Tensor | float]
+    ) -> Tensor:
+        """What parts gave for q, by name, each times its gate; `weight` gives those that are no numbers."""
         total: Tensor | None = None
         wanted: tuple[list[int], torch.dtype] | None = None
-        for name, plan in self.parts.items():
-            mine = None if learned is None else _under(name, learned)
-            own = _own(name, given[name]) if name in given else (q, k, v)
-            out = _told(name, plan, own, {**places, **_of(plan, given), "learned": mine})
+        for name, out in outputs:
             gate, wanted = self.gates[name], wanted or ([*q.shape[:3], out.shape[3]], out.dtype)
             if ([*out.shape], out.dtype) != wanted:
                 given_by = _described([*out.shape], out.dtype)
                 raise fail(f"`{name}` gives {given_by}, and is added to {_described(*wanted)}")
             out = out.to(torch.promote_types(out.dtype, torch.float32))
-            if not isinstance(gate, float):
-                out = out * self._gate(gate, q, k, places, learned, given) if k.shape[2] else out
-            elif gate != 1:
-                out = out * gate
+            factor = gate if isinstance(gate, float) else weight(gate)
+            if not isinstance(factor, float) or factor != 1:
+                out = out * factor
             total = out if total is None else total + out
         assert total is not None
         assert wanted is not None
         return total.to(wanted[1])
 
-    def _gate(
+    def gate(
         self,
         gate: Plan,
         q: Tensor,
-        k: Tensor,
+        keys: int,
         places: Mapping[str, Any],
         learned: Mapping[str, Tensor] | None,
         given: Mapping[str, Any],
     ) -> Tensor:
-        """[B, H, nq, 1], in float32 or wider: one key stands for all, where the last of them does, so that n
-        is what it is for the parts."""
+        """[B, H, nq, 1], in float32 or wider. One key stands for all of them, where the last does: so n is as
+        for the parts."""
         wide = q.detach().to(torch.promote_types(q.dtype, torch.float32))
         key, value = wide.new_zeros(len(q), 1, 1, q.shape[3]), wide.new_ones(len(q), 1, 1, 1)
         names = [table.name for table in gate.attention.learned]
         mine = None if learned is None else {name: learned[name] for name in names if name in learned}
         found: Tensor = gate(
-            wide, key, value, **{**places, **_last(places, k.shape[2]), **_of(gate, given)}, learned=mine
+            wide, key, value, **{**places, **_last(places, keys), **of(gate, given)}, learned=mine
         )
         return found
 
@@ -175,11 +190,11 @@ class SumPlan:
         AttnError where two parts make the same choice of other q and k: one name would stand for both."""
         placed = {name: x for name, x in call.items() if name in lowering.ARGUMENTS}
         given = {name: x for name, x in call.items() if name not in placed}
-        self._check_names(given)
+        self.check_names(given)
         found: dict[str, Tensor] = {}
         for name, plan in self.parts.items():
-            own_q, own_k, _ = _own(name, given[name]) if name in given else (q, k, None)
-            for choice_name, made in plan.choices(own_q, own_k, **placed, **_of(plan, given)).items():
+            own_q, own_k, _ = own(name, given[name]) if name in given else (q, k, None)
+            for choice_name, made in plan.choices(own_q, own_k, **placed, **of(plan, given)).items():
                 if not torch.equal(found.setdefault(choice_name, made), made):
                     help = f"ask each part: `plan.parts[{name!r}].choices(q, k)`"
                     raise fail(f"`{name}` and a part before it choose alike, of other q and k", help=help)
@@ -190,20 +205,17 @@ class SumPlan:
         lowering.check_names(self.attention, inputs)
         return replace(
             self,
-            parts={name: plan.bind(**_of(plan, inputs)) for name, plan in self.parts.items()},
+            parts={name: plan.bind(**of(plan, inputs)) for name, plan in self.parts.items()},
             gates={
-                name: gate if isinstance(gate, float) else gate.bind(**_of(gate, inputs))
+                name: gate if isinstance(gate, float) else gate.bind(**of(gate, inputs))
                 for name, gate in self.gates.items()
             },
         )
 
-    def session(self, *_: Any, **__: Any) -> None:
-        """Refused: parts may have keys of their own, and a session holds one cache."""
-        first = next(iter(self.parts))
-        raise fail(
-            f"`{self.attention.name}` is a sum, and has no session: each part has a cache of its own",
-            help=f"hold one for each part, `plan.parts[{first!r}].session(...)`, and add what they give",
-        )
+    def session(self, batch: int, capacity: int, **options: Any) -> SumSession:
+        """A session for each part, as of `Plan.session`. Raises AttnError as that does, and for a gate that
+        depends on the number of tokens."""
+        return SumSession(self, batch, capacity, **options)
 
     def module(self) -> nn.Module:
         """An nn.Module that owns what is learned: gates under their names, and for each part that learns a
@@ -215,7 +227,7 @@ class SumPlan:
         plan = next(plan for plan in self.plans.values() if table in plan.attention.learned)
         return plan.initial(table)
 
-    def _check_names(self, given: Mapping[str, Any]) -> None:
+    def check_names(self, given: Mapping[str, Any]) -> None:
         inputs = [table.name for table in self.attention.inputs]
         for name in given:
             if name not in (*inputs, *self.parts):
@@ -223,7 +235,7 @@ class SumPlan:
                 listed = f"its parts: {', '.join(self.parts)}; its inputs: {', '.join(inputs) or 'none'}"
                 raise fail(f"`{self.attention.name}` has no part or input `{name}`", help=near or listed)
 
-    def _check_learned(self, given: Mapping[str, Tensor] | None) -> None:
+    def check_learned(self, given: Mapping[str, Tensor] | None) -> None:
         known = {table.name for table in self.attention.learned}
         known |= {f"{name}.{table.name}" for name, p in self.parts.items() for table in p.attention.learned}
         for name in given or ():
@@ -279,16 +291,105 @@ class SumModule(nn.Module):
         return self.plan(q, k, v, learned=learned, **call)
 
 
-def _of(plan: Plan, given: Mapping[str, Any]) -> dict[str, Any]:
+class SumSession:
+    """The sessions of all parts, which step together; `parts` are they, by name.
+
+    What a step gives is what the plan gives for the last tokens, and its methods are those of a Session: q, k
+    and v of new tokens, and three tensors of its own for a part under its name.
+    """
+
+    def __init__(self, plan: SumPlan, batch: int, capacity: int, **options: Any) -> None:
+        for name, gate in plan.gates.items():
+            if not isinstance(gate, float) and gate.attention.groups[0].score.free & {"n", "nq"}:
+                said = f"the gate of `{name}` depends on the number of tokens"
+                raise fail(f"`{plan.attention.name}` has no sessions: {said}")
+        self.plan = plan
+        self.parts = {name: part.session(batch, capacity, **options) for name, part in plan.parts.items()}
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each row."""
+        return next(iter(self.parts.values())).lengths
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor, **call: Any) -> Tensor:
+        return self.prefill(q, k, v, **call)
+
+    def prefill(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        chunk: int | None = None,
+        tokens: Any = None,
+        learned: Mapping[str, Tensor] | None = None,
+        **given: Any,
+    ) -> Tensor:
+        self.plan.check_names(given)
+        self.plan.check_learned(learned)
+        starts = self.lengths
+        with self._together():
+            found = {}
+            for name, session in self.parts.items():
+                new = own(name, given[name]) if name in given else (q, k, v)
+                mine = None if learned is None else under(name, learned)
+                tables = of(session.plan, given)
+                found[name] = session.prefill(*new, chunk=chunk, tokens=tokens, learned=mine, **tables)
+            at = following(starts, q.shape[2])
+            at = np.minimum(at, np.maximum(np.array(self.lengths) - 1, 0)[:, None])
+
+            def weight(gate: Plan) -> Tensor:
+                size = max(gate.problem.q_length, 1)
+                places = dict.fromkeys(("q_offset", "k_offset", "k_positions")) | {"n": max(self.lengths)}
+                pieces = [
+                    self.plan.gate(
+                        gate, q[:, :, i : i + size], 1, {**places, "q_positions": at[:, i : i + size]},
+                        learned, given,
+                    )
+                    for i in range(0, q.shape[2], size)
+                ]  # fmt: skip
+                return torch.cat(pieces, 2)
+
+            some = q.shape[2] and max(self.lengths, default=0)
+            return self.plan.added(q, found.items(), weight if some else lambda gate: 1.0)
+
+    def copy(self) -> SumSession:
+        made = copy.copy(self)
+        made.parts = {name: session.copy() for name, session in self.parts.items()}
+        return made
+
+    def reorder(self, rows: Any) -> None:
+        with self._together():
+            for session in self.parts.values():
+                session.reorder(rows)
+
+    def truncate(self, lengths: Any) -> None:
+        with self._together():
+            for session in self.parts.values():
+                session.truncate(lengths)
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """Where one part refuses, all are as before."""
+        before = [(session, dict(vars(session))) for session in self.parts.values()]
+        try:
+            yield
+        except AttnError:
+            for session, fields in before:
+                vars(session).update(fields)
+            raise
+
+
+def of(plan: Plan, given: Mapping[str, Any]) -> dict[str, Any]:
     """The inputs that this plan has."""
     return {table.name: given[table.name] for table in plan.attention.inputs if table.name in given}
 
 
-def _under(name: str, learned: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def under(name: str, learned: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key[len(name) + 1 :]: x for key, x in learned.items() if key.startswith(f"{name}.")}
 
 
-def _own(name: str, given: Any) -> tuple[Any, Any, Any]:
+def own(name: str, given: Any) -> tuple[Any, Any, Any]:
     if not isinstance(given, tuple | list) or len(given) != 3:
         said = f"{len(given)} tensors" if isinstance(given, tuple | list) else type(given).__name__
         raise fail(f"`{name}` is a part, and takes (q, k, v), not {said}")
