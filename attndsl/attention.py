@@ -48,6 +48,20 @@ class Norm:
 
 
 @dataclass(frozen=True)
+class Approx:
+    """What is computed in place of a weight for each pair, from all tokens that the mask leaves.
+
+    `nystrom` softmax attention by way of means of queries and keys over `landmarks` segments, its
+              pseudo-inverse by so many `iterations` (Xiong et al., 2021, algorithm 1)
+    `shen`    features of queries that sum to 1, and of keys that sum to 1 over positions (Shen et al., 2021)
+    """
+
+    kind: Literal["nystrom", "shen"]
+    landmarks: int = 0
+    iterations: int = 0
+
+
+@dataclass(frozen=True)
 class HeadGroup:
     """What one set of query heads does.
 
@@ -79,6 +93,7 @@ class Attention:
     inputs:   run-time tables, in the order of their declaration.
     learned:  parameters, trainable ones and constants that are drawn, in the order of their first use.
     offset:   position of query row 0 over n and nq; None means n - nq, which must not be negative.
+    approx:   what stands in place of weights of pairs, with one group that has nothing but a mask of keys.
     least_heads: how many heads there are at least: one more than the last that a range or list names.
     parts:    of a sum of attentions. Its one group then says what some part relates, its inputs are theirs
               too, and learned are parameters of gates alone.
@@ -90,6 +105,7 @@ class Attention:
     learned: tuple[Table, ...] = ()
     offset: Expr | None = None
     least_heads: int = 1
+    approx: Approx | None = None
     parts: tuple[Summand, ...] = ()
 
     @staticmethod
@@ -110,7 +126,20 @@ class Attention:
         some = any_of(*(all_of(heads, mask) for heads, mask in groups))
         least = max(part.attention.least_heads for part in parts)
         offset = parts[0].attention.offset
-        return Attention(name, (HeadGroup(Relation(some), var("s")),), inputs, learned, offset, least, parts)
+        return Attention(
+            name, (HeadGroup(Relation(some), var("s")),), inputs, learned, offset, least, parts=parts
+        )
+
+    def require_pairs(self) -> None:
+        """Raises AttnError where there are no weights of pairs."""
+        for approx in self.approximations:
+            raise fail(f"`{approx.kind}` has no weights of pairs")
+
+    @property
+    def approximations(self) -> tuple[Approx, ...]:
+        """What stands in place of weights of pairs, its own and that of its parts."""
+        each = (self, *(part.attention for part in self.parts))
+        return tuple(attention.approx for attention in each if attention.approx is not None)
 
     @functools.cached_property
     def selected(self) -> tuple[Table, ...]:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attndsl import expr as ir
-from attndsl.attention import Attention, HeadGroup, Norm, Relation, Summand
+from attndsl.attention import Approx, Attention, HeadGroup, Norm, Relation, Summand
 from attndsl.errors import fail
 from attndsl.expr import Argument, Drawn, Expr, Given, IntSet, Known, Learned, Selected, Table
 
@@ -90,6 +90,7 @@ def read(text: str, constants: Sequence[Any]) -> tuple[Attention, dict[str, Any]
             tuple(map(table, body["learned"])),
             node(body["offset"]),
             body["least_heads"],
+            None if body["approx"] is None else Approx(**body["approx"]),
             tuple(Summand(attention(part), nodes[part["gate"]]) for part in body["parts"]),
         )
 
@@ -125,6 +126,7 @@ class _Writer:
             "learned": [self.table(table) for table in attention.learned],
             "offset": self.place(attention.offset),
             "least_heads": attention.least_heads,
+            "approx": None if attention.approx is None else vars(attention.approx),
             "groups": groups,
             "parts": [
                 {**self.attention(part.attention), "gate": self.place(part.gate)} for part in attention.parts

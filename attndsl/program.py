@@ -427,7 +427,7 @@ def _name_problems(item: Definition, elaborator: Elaborator) -> list[Diagnostic]
             return
         if isinstance(node, ast.Inputs):
             return
-        if isinstance(node, ast.Clause) and node.word == "norm":
+        if isinstance(node, ast.Clause) and node.word in ("norm", "approx"):
             visit(node.value.args if isinstance(node.value, ast.Call) else (), names)
             return
         if isinstance(node, ast.Builder):

@@ -68,6 +68,13 @@ def pairs(bound: attndsl.Bound, n: int, rows: int | None = None, heads: int = 1,
     return int(bound.counts(n, rows, heads=heads, **inputs, **chosen).sum())
 
 
+def flops(bound: attndsl.Bound, n: int) -> int:
+    """Forward, of one head of 64 features."""
+    found = attndsl.analyze(bound, length=n, heads=1, head_dim=64, parts=["cost"]).flops
+    assert found is not None
+    return int(found.forward)
+
+
 CENTERS = np.random.default_rng(0).standard_normal((5, 48, 16))
 
 FACTS: dict[str, Callable[[Program], bool]] = {
@@ -87,6 +94,13 @@ FACTS: dict[str, Callable[[Program], bool]] = {
     "knn": lambda p: (live(p["knn"], 1024), live(p["sparse_topk"], 1024)) == (63_520, 134_280),
     "nsa_two": lambda p: each(p["nsa_two"], 4096) == [3_573_760, 1_966_336],
     "differential": lambda p: np.isclose(taken_off(p), -0.2),
+    # products of 4096 tokens on both sides and of 64 landmarks with 64, 4 in each of 6 iterations
+    "nystromformer": lambda p: (
+        flops(p["nystromformer"], 4096)
+        == flops(p["nystromformer_padded"], 4096)
+        == 2 * ((2 * 4096 + 64) * 64 * 128 + 4 * 6 * 64**3)
+    ),
+    "efficient_attention": lambda p: flops(p["efficient_attention"], 4096) == 4 * 4096 * 64**2,
     "performer": lambda p: rows(p, "performer") == {(256, "D")},
     "rfa": lambda p: rows(p, "rfa") == rows(p, "gated_rfa") == {(64, "D")},
     "retnet": lambda p: [slowest(p, h) for h in range(8)] == [1 - 2.0 ** -(5 + h) for h in range(8)],

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import programs
@@ -18,7 +18,7 @@ import attndsl
 from attndsl import expr as x
 from attndsl.analysis.field import Field, Hole, Seen, paths, receptive_field
 from attndsl.attention import Attention
-from attndsl.bound import Bound
+from attndsl.bound import Bound, Unbound
 from attndsl.errors import AttnError
 from attndsl.expr import IntSet, any_of, const, var
 from attndsl.layers import powers, trees
@@ -38,13 +38,18 @@ def pattern(text: str, name: str = "main") -> Attention:
     return found.attention
 
 
+def has_pairs(bound: Bound | Unbound) -> TypeGuard[Bound]:
+    """And all its parameters."""
+    return isinstance(bound, Bound) and bound.attention.approx is None
+
+
 def attentions() -> dict[str, Attention]:
     """With all that may be chosen in the place of what is."""
     found = {}
     for path in sorted(EXAMPLES.glob("*.attn")):
         program = attndsl.load(path)
         bound = {name: program[name] for name in program.names}
-        found |= {name: bounds(b.attention)[1] for name, b in bound.items() if isinstance(b, Bound)}
+        found |= {name: bounds(b.attention)[1] for name, b in bound.items() if has_pairs(b)}
     return found
 
 

@@ -325,10 +325,18 @@ def test_backends_agree_on_what_is_chosen(name: str, n: int) -> None:
             torch.testing.assert_close(mine, exact, rtol=0, atol=1e-10, msg=lambda m, b=backend: f"{b}: {m}")
 
 
-@pytest.mark.parametrize("name", ["topk", "all", "blocks", "tiles", "buckets", "lsh_count", "cluster"])
-def test_transforms_choose_as_plain_calls_do(name: str) -> None:
+TRANSFORMED = ["topk", "all", "blocks", "tiles", "buckets", "lsh_count", "cluster"]
+
+
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [*((name, None) for name in TRANSFORMED), ("topk", "reference"), ("buckets", "reference")],
+)
+def test_transforms_choose_as_plain_calls_do(name: str, backend: str | None) -> None:
     bound = attndsl.parse(f"attention a {{ {EVERY[name]} }}")["a"]
-    plan = attndsl.compile(bound, length=64, heads=4, kv_heads=2, head_dim=8, batch=2, training=True)
+    plan = attndsl.compile(
+        bound, length=64, heads=4, kv_heads=2, head_dim=8, batch=2, training=True, backend=backend
+    )
     tables = {key: x.float() if x.is_floating_point() else x for key, x in given_to(bound, 40).items()}
     q, k, v = (x.float().requires_grad_() for x in vectors(40, seed=3))
 
@@ -337,6 +345,8 @@ def test_transforms_choose_as_plain_calls_do(name: str) -> None:
 
     plain = call(q, k, v)
     exact = torch.autograd.grad(plain.square().sum(), (q, k, v))
+    # each plan is a graph of its own
+    torch.compiler.reset()
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")(q, k, v)
     kept = torch.utils.checkpoint.checkpoint(call, q, k, v, use_reentrant=False)
     for out in (compiled, kept):

@@ -274,6 +274,24 @@ def test_a_part_that_is_named_twice_is_one():
     assert second.gate.value == pytest.approx(0.5 / 3)
 
 
+def test_a_part_without_weights_of_pairs():
+    text = """
+    attention near { mask radius(2) }
+    attention thin { approx shen }
+    attention both = near + 0.5 * thin
+    """
+    bound = attndsl.parse(text)["both"]
+    plan = plan_of(bound, 9)
+    q, k, v = tensors(9, 9)
+    parts = [part(q, k, v) for part in plan.parts.values()]
+    torch.testing.assert_close(plan(q, k, v), parts[0] + 0.5 * parts[1])
+    assert plan.block_masks is None
+    found, _ = portable.read(portable.write(bound.attention).text, ())
+    assert found.approximations == bound.attention.approximations != ()
+    report = attndsl.analyze(bound, length=64)
+    assert {report.reasons["cost"], report.reasons["nnz"]} == {"`shen` has no weights of pairs"}
+
+
 def test_tables_are_bound_in_every_part():
     plan = plan_of(program["nsa"], 16)
     assert plan.block_masks is None

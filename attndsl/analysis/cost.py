@@ -9,7 +9,7 @@ from attndsl.analysis.machines import roofline, this_machine
 from attndsl.analysis.part import Part, Subject
 from attndsl.analysis.text import line, table
 from attndsl.analysis.units import scaled, seconds
-from attndsl.analysis.work import BACKWARD, Passes, Steps, ideal, pair_flops, total
+from attndsl.analysis.work import BACKWARD, Passes, Steps, ideal, pair_flops, thin, total
 from attndsl.attention import Attention
 from attndsl.backend import DTYPES, Counting, Problem
 from attndsl.errors import asking, fail
@@ -74,16 +74,20 @@ def _work(counts: Mapping[str, float], problem: Problem) -> tuple[Passes, Passes
 
 @dataclass(frozen=True)
 class Costs:
-    """The work on the live pairs alone, and on what each backend computes; `choosing` are FLOPs of a forward
-    pass that come before, by selection, where keys are chosen by content."""
+    """The work on the live pairs alone, or on the matrices in their place, and on what each backend computes;
+    `choosing` are FLOPs of a forward pass that come before, by selection, where keys are chosen."""
 
-    flops: Steps
-    bytes: Steps
+    flops: Passes
+    bytes: Passes
     lowerings: Mapping[str, Lowering]
     choosing: Mapping[str, float]
 
 
 def _find(subject: Subject) -> Costs:
+    approx = subject.attention.approx
+    if approx is not None:
+        flops, moved = thin(approx, subject.problem)
+        return Costs(flops, moved, lowerings(subject.attention, subject.problem, None), {})
     parts = subject.parts
     least = total([ideal(part.block_mask, part.problem) for part in parts.values()])
     # a plan knows no tiles of what is chosen at every call
@@ -127,7 +131,8 @@ def choosing(attention: Attention, problem: Problem) -> dict[str, float]:
 
 def _text(found: Costs) -> Iterator[str]:
     flops, moved = found.flops, found.bytes
-    rows = [["live pairs alone", scaled(flops.forward), scaled(flops.backward), scaled(moved.forward), ""]]
+    what = "live pairs alone" if isinstance(flops, Steps) else "products alone"
+    rows = [[what, scaled(flops.forward), scaled(flops.backward), scaled(moved.forward), ""]]
     for name, work in found.lowerings.items():
         done = [scaled(work.flops.forward), scaled(work.flops.backward)] if work.flops else ["-", "-"]
         traffic = scaled(work.bytes.forward) if work.bytes else "-"
@@ -139,7 +144,8 @@ def _text(found: Costs) -> Iterator[str]:
     for name, work in found.lowerings.items():
         if work.reason:
             yield line(name, work.reason)
-    yield line("decode step", f"{scaled(flops.decode, 'FLOP')}, {scaled(moved.decode, 'B')}")
+    if isinstance(flops, Steps) and isinstance(moved, Steps):
+        yield line("decode step", f"{scaled(flops.decode, 'FLOP')}, {scaled(moved.decode, 'B')}")
 
 
 def _draw(subject: Subject, found: Costs) -> Drawing:
@@ -150,6 +156,7 @@ def _draw(subject: Subject, found: Costs) -> Drawing:
     from attndsl import pictures
 
     whole = subject.one_sequence
+    subject.attention.require_pairs()
     if subject.attention.inputs or subject.attention.selected:
         raise fail("its tables have one length")
     if subject.attention.parts:
@@ -178,10 +185,11 @@ def _draw(subject: Subject, found: Costs) -> Drawing:
 
 SECTION = """
 {% set passes = {"forward": "forward", "backward": "backward", "decode": "decode step"} %}
-{% call table("Live pairs only") %}
+{% set pairs = at("flops", "decode") is not none %}
+{% call table("Live pairs only" if pairs else "Products only") %}
 {{ heads(["", "work", "memory moved"]) }}
 <tbody>
-{% for pass in passes %}
+{% for pass in passes if pairs or pass != "decode" %}
 <tr><th scope="row">{{ passes[pass] }}</th>
 {% for kind in ("flops", "bytes") %}<td>{{ fact(kind, pass, unit=kind) }}</td>{% endfor %}</tr>
 {% endfor %}
@@ -209,6 +217,7 @@ part = Part(
     ("flops", "bytes", "lowerings", "choosing"),
     place=40,
     title="Cost",
+    pairs=False,
     section=SECTION,
     draw=_draw,
 )

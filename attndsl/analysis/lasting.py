@@ -65,6 +65,8 @@ def _changes(attention: Attention, problem: Problem) -> Iterator[str]:
     ]
     weights += [e for table in attention.selected for e in scores_of(table)]
     parts = [*(group.relation.mask for group in attention.groups), *weights]
+    if attention.approx is not None:
+        yield f"`{attention.approx.kind}` is computed of all tokens at once"
     if attention.offset is not None:
         yield "its `offset` says that queries are not the last positions"
     if any("nq" in e.free for e in parts) or any("nq" in table.dims for table in attention.inputs):

@@ -84,7 +84,8 @@ class Subject:
 
     @cached_property
     def block_mask(self) -> BlockMask:
-        """The tiles. Raises AttnError where tables are missing."""
+        """The tiles. Raises AttnError where tables are missing, and where there are no weights of pairs."""
+        self.attention.require_pairs()
         return lowering.block_mask(self.attention, self.sizes, self.tables, self.problem.block_size)
 
     @property
@@ -132,6 +133,7 @@ class Part:
     cards    likewise, for "At a glance"
     settled  whether it is about one choice of keys, drawn, where keys are chosen by content; else it is told
              of an attention to all that might be chosen
+    pairs    whether it is about weights of pairs, and not known where `approx` stands in their place
     draw     a picture for the section. Raises AttnError where there is none
     """
 
@@ -144,6 +146,7 @@ class Part:
     section: str = "{{ listed(told) }}"
     cards: str = ""
     settled: bool = True
+    pairs: bool = True
     draw: Callable[[Subject, Any], Drawing] | None = None
 
     def names(self, name: str) -> tuple[str, ...]:

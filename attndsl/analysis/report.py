@@ -218,6 +218,8 @@ def extended(report: Report, name: str, subject: Subject) -> Report:
         if why := clashes(registry.usable("analyses")).get(name):
             raise registry.refusal("analyses", name, why)
         part: Part = registry.plugin("analyses", name)
+        if part.pairs:
+            subject.attention.require_pairs()
         if not part.settled and subject.attention.selected:
             fixed, wide = bounds(subject.attention)
             given = {t.name: subject.inputs[t.name] for t in wide.inputs if t.name in subject.inputs}

@@ -92,7 +92,8 @@ def run(
 
 
 def of_plan(plan: AnyPlan) -> dict[str, Any]:
-    """Tiles and nnz are over all batch rows and heads; None where they wait for tables or choices."""
+    """Tiles and nnz are over all batch rows and heads; None where they wait for tables or choices, and where
+    `approx` stands in their place."""
     p, blocks = plan.problem, plan.block_masks
     found: dict[str, Any] = {
         "name": plan.attention.name,
@@ -100,6 +101,7 @@ def of_plan(plan: AnyPlan) -> dict[str, Any]:
         "q_length": p.q_length,
         "block_size": p.block_size,
         "backend": plan.backend,
+        "approx": None if plan.attention.approx is None else plan.attention.approx.kind,
         "rejected": {name: UNKNOWN if said is None else said for name, said in plan.rejected.items()},
         **dict.fromkeys(("tiles", "entries", "nnz", "density", "plan_bytes")),
         "compile_seconds": plan.compile_seconds,
@@ -200,6 +202,8 @@ def result_text(found: dict[str, Any]) -> str:
     for key, work in (("dense", "no mask"), ("dense_masked", found["dense_masked_work"])):
         taken = seconds[key]
         chosen = key == "dense_masked" and found["tiles"] is None
+        if found["approx"] and key == "dense_masked":
+            continue
         why = "keys are chosen anew at every call" if chosen else "too large"
         times = f"left out: {why}" if taken is None else f"{taken:.4g} s; forward is {ratio(taken, forward)}"
         lines.append((f"SDPA, {work}", times))

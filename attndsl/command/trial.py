@@ -84,7 +84,9 @@ def verify(
     p = plan.problem
     width = max(1, p.batch * p.heads * p.length)
     at_once = max(1, PAIRS_AT_ONCE // width)
-    if _depends_on_nq(plan.attention):
+    if plan.attention.approximations:
+        starts, rows = [0], p.q_length
+    elif _depends_on_nq(plan.attention):
         if p.q_length > at_once:
             return None
         starts, rows = [0], p.q_length
@@ -182,7 +184,9 @@ def masked_work(plan: AnyPlan) -> MaskedWork:
     if isinstance(plan, SumPlan):
         return "mask only"
     plain = (var("s"), None, Norm())
-    if all((group.score, group.decay, group.norm) == plain for group in plan.attention.groups):
+    if plan.attention.approx is None and all(
+        (group.score, group.decay, group.norm) == plain for group in plan.attention.groups
+    ):
         return "this mask"
     return "mask + bias" if not isinstance(plan.considered["sdpa"], str) else "mask only"
 

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import register_flop_formula
 
+from attndsl.analysis.work import products
 from attndsl.axis import Axis
 from attndsl.backend import Call, Gradients, State, Stateful
 from attndsl.errors import AttnError, asking, fail
@@ -81,7 +82,7 @@ def attend(
     """
     found, places = lowered.find(identity, tensors), (q_offset, q_at, k_offset, k_at, n)
     out, lse, kept = _attend(found, q, k, v, tensors, found.sizes(q, k, places))
-    # as torch was told: its own attention gives sums with queries before heads
+    # as a graph expects them
     return out.contiguous(), lse.contiguous(), [x.contiguous() for x in kept]
 
 
@@ -90,7 +91,11 @@ def _attend(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     with _full_precision(q.device):
         call = found.call_of(q, k, v, found.named(tensors), sizes)
-        out, lse = spoiled.forward(call, lambda call: _forward(found, call))
+        if found.attention.approx is None:
+            out, lse = spoiled.forward(call, lambda call: _forward(found, call))
+        else:
+            # one number that is not finite reaches all rows, and no pair tells which
+            out, lse = _forward(found, call)
     return out.to(q.dtype), lse, [out.to(lse.dtype)] if _rounds(q) else []
 
 
@@ -224,6 +229,8 @@ def _gradients(
     needing = [name for name, w in found.named(wanted).items() if w]
     with _full_precision(q.device):
         call = found.call_of(q, k, v, found.named(tensors), sizes)
+        if found.attention.approx is not None:
+            return [*_gradient(found, call, needing, results, slopes)[:3]]
         gq, gk, gv, by_name = spoiled.gradient(
             call,
             found.tables,
@@ -253,6 +260,9 @@ def _gradient(
         return found
 
     grad_out, grad_lse = slopes
+    if found.selected:
+        # while a function is differentiated no tensor can be read
+        call.tiles()
     _, pull = vjp(again, call.q, call.k, call.v, {name: call.tables[name] for name in wanted})
     grads: Gradients = pull((grad_out, torch.zeros_like(results[1]) if grad_lse is None else grad_lse))
     return grads
@@ -299,8 +309,13 @@ attend.register_autograd(_backward, setup_context=_setup_context)
 def _flops(
     places: tuple[Any, ...], identity: str, tensors: Sequence[Tensor], *qkv: Tensor
 ) -> tuple[int, int]:
-    """Of the products with a query or key and with a value, over the live pairs."""
+    """Of the products with a query or key and with a value, over the live pairs; halves of what stands in
+    their place."""
     found, (q, k, v) = lowered.find(identity, tensors), qkv
+    if found.attention.approx is not None:
+        (batch, heads, nq, width), (n, v_width) = q.shape, v.shape[2:]
+        half = products(found.attention.approx, batch * heads, nq, n, width, v_width)
+        return half, half
     call = found.call_of(q, k, v, found.named(tensors), found.sizes(q, k, places))
     blocks = call.block_mask
     pairs = sum(blocks.grids[i].nnz for i in blocks.index.ravel()) * len(q) * q.shape[1] // blocks.index.size

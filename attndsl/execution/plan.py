@@ -68,7 +68,7 @@ def compile(
     if attention.parts:
         return _added(attention, problem, backend)
     blocks = None
-    if not lowering.mask_tables(attention):
+    if attention.approx is None and not lowering.mask_tables(attention):
         sizes = lowering.sizes(attention, problem.length, problem.q_length, problem.heads)
         blocks = lowering.block_mask(attention, sizes, {}, problem.block_size)
     seconds = time.perf_counter() - start
@@ -109,8 +109,8 @@ class Plan:
     lowered          the attention, the problem, the chosen backend and its kernel
     considered       every backend in the order in which they are taken: predicted seconds, None where the
                      cost is unknown, or why it declined
-    block_masks      the tiles at full length; None until the tables that they need are bound, and where keys
-                     are chosen by content
+    block_masks      the tiles at full length; None until the tables that they need are bound, where keys are
+                     chosen by content, and where `approx` stands in place of pairs
     compile_seconds  from the typed attention to the finished tiles
     tables           what is bound
     """
@@ -167,15 +167,18 @@ class Plan:
         With `return_lse` also the log-sum-exp [B, H, nq], -inf for an empty row. With `return_weights` then
         also what each value is multiplied by, [B, H, nq, n], 0 for pairs that are not related: the output,
         them, and gradients of both are those of `reference`, which forms all pairs, and B H n max(nq, n) is
-        at most WEIGHTS. `learned` are the values of parameters, by name, which `module` owns; without it they
-        have their first ones. Raises AttnError for tensors, positions and tables that do not fit the plan,
-        and where parameters without values are to be trained.
+        at most WEIGHTS. Where `approx` stands in place of pairs there is no log-sum-exp, and weights are what
+        each value is multiplied by all the same. `learned` are the values of parameters, by name, which
+        `module` owns; without it they have their first ones. Raises AttnError for tensors, positions and
+        tables that do not fit the plan, and where parameters without values are to be trained.
         """
         if learned is None and self.problem.training and any(t.learned for t in self.attention.learned):
             names = ", ".join(f"`{table.name}`" for table in self.attention.learned if table.learned)
             raise fail(
                 f"a call of the plan does not train {names}", help=f"use plan.module(), which owns {names}"
             )
+        if return_lse and self.attention.approx is not None:
+            raise fail(f"`{self.attention.approx.kind}` has no log-sum-exp: it sums no weights of pairs")
         if isinstance(q, Tensor) and not q.is_meta and torch.is_autocast_enabled(q.device.type):
             q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
         self._check(q, k, v)
@@ -261,7 +264,7 @@ class Plan:
         bound = {**self.tables, **{k: v if v.requires_grad else v.clone() for k, v in given.items()}}
         blocks = self.block_masks
         needed = lowering.mask_tables(self.attention)
-        if needed and all(table.name in bound for table in needed):
+        if self.attention.approx is None and needed and all(table.name in bound for table in needed):
             sizes = lowering.sizes(
                 self.attention, self.problem.length, self.problem.q_length, self.problem.heads
             )
@@ -425,7 +428,9 @@ class Plan:
             f"{self.attention.name}: length {p.length:,}, q_length {p.q_length:,}, heads {p.heads}, "
             f"head_dim {p.head_dim}, {p.dtype} on {p.device}"
         ]
-        if blocks is None and self.attention.selected:
+        if self.attention.approx is not None:
+            lines.append(f"  tiles     none: `{self.attention.approx.kind}` has no weights of pairs")
+        elif blocks is None and self.attention.selected:
             lines.append("  tiles     unknown: keys are chosen anew at every call")
         elif blocks is None:
             lines.append("  tiles     unknown until the tables are bound")

@@ -85,7 +85,8 @@ class SumPlan:
     def block_masks(self) -> BlockMask | None:
         """The tiles of what some part relates, at full length; None as of a Plan."""
         p, tables = self.problem, self.tables
-        if any(table.name not in tables for table in lowering.mask_tables(self.attention)):
+        missing = any(table.name not in tables for table in lowering.mask_tables(self.attention))
+        if missing or self.attention.approximations:
             return None
         sizes = lowering.sizes(self.attention, p.length, p.q_length, p.heads)
         checked = lowering.checked_tables(self.attention, tables, sizes, head_dim=p.head_dim)

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, get_args, get_type_hints
 import numpy as np
 
 from attndsl import expr as ir
-from attndsl.attention import Attention, HeadGroup, Norm, Relation
+from attndsl.attention import Approx, Attention, HeadGroup, Norm, Relation
 from attndsl.errors import AttnError, fail
 from attndsl.expr import Expr, Table
+from attndsl.language.approx import approx_of, refuse_beside, refuse_mask
 from attndsl.language.arguments import bind_arguments, input_table, name_span, score_call
 from attndsl.language.mistakes import expected, number_of, quoted
 from attndsl.language.sums import sum_of
@@ -73,6 +74,7 @@ class AttentionBuilder:
         self.placed = self.mask_env.bind(q=Num(Q), k=Num(K))
         self.learned: dict[str, Table] = {}
         self.failed: list[AttnError] = []
+        self.approx: Approx | None = None
 
     @contextmanager
     def going_on(self) -> Iterator[None]:
@@ -90,7 +92,13 @@ class AttentionBuilder:
         offset = None
         with self.going_on():
             self.once("offset", [c for c in clauses if isinstance(c, ast.Clause)])
+        with self.going_on():
+            self.once("approx", [c for c in clauses if isinstance(c, ast.Clause)])
         for clause in clauses:
+            if isinstance(clause, ast.Clause) and clause.word == "approx":
+                with self.going_on():
+                    self.approx = approx_of(self.elaborator, clause.value, self.placed)
+                    refuse_beside(self.approx, clauses)
             if isinstance(clause, ast.Clause) and clause.word == "offset":
                 with self.going_on():
                     offset = self.elaborator.integer(clause.value, self.placed, TOKENS)
@@ -110,6 +118,7 @@ class AttentionBuilder:
             tuple(self.learned.values()),
             offset,
             least,
+            self.approx,
         )
 
     def groups(self, heads: ast.Heads) -> list[tuple[Expr, tuple[ast.Clause, ...]]]:
@@ -171,6 +180,8 @@ class AttentionBuilder:
             with self.going_on():
                 if clause.word == "mask":
                     relations.append(self.mask(clause).at(Q, K, TOKENS))
+                    if self.approx is not None:
+                        refuse_mask(self.approx, relations[-1], clause.value)
                 elif clause.word == "score":
                     score = self.score(clause.value, score, env)
                 elif clause.word == "decay":

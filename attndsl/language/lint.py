@@ -88,7 +88,8 @@ def _of_attention(item: ast.AttentionDef, elaborator: Elaborator, added: bool) -
     for clause in masks:
         yield from _block_causality(clause.value, elaborator)
     undefined = list(_undefined(value.attention, [clause.value for clause in masks], item.name_span))
-    yield from undefined or _scattered(value.attention, span)
+    # without pairs there are none to scatter
+    yield from undefined or (() if value.attention.approx else _scattered(value.attention, span))
 
 
 TRIED = 4096

@@ -151,7 +151,7 @@ class Inputs(Node):
 
 @dataclass(frozen=True)
 class Clause(Node):
-    """`mask`, `score`, `decay`, `norm` or `offset`, each with one expression."""
+    """`mask`, `score`, `decay`, `norm`, `offset` or `approx`, each with one expression."""
 
     word: str
     value: Expression
