@@ -79,6 +79,14 @@ class HeadGroup:
 
 
 @dataclass(frozen=True)
+class Summand:
+    """An attention of a sum; `gate` multiplies its output, a real over q, n, nq, b, h, H, D and tables."""
+
+    attention: Attention
+    gate: Expr
+
+
+@dataclass(frozen=True)
 class Attention:
     """The meaning of one attention, or of a pattern standing alone, with its parameters bound.
 
@@ -87,6 +95,8 @@ class Attention:
     offset:   position of query row 0 over n and nq; None means n - nq, which must not be negative.
     approx:   what stands in place of weights of pairs, with one group that has nothing but a mask of keys.
     least_heads: how many heads there are at least: one more than the last that a range or list names.
+    parts:    of a sum of attentions. Its one group then says what some part relates, its inputs are theirs
+              too, and learned are parameters of gates alone.
     """
 
     name: str
@@ -96,6 +106,7 @@ class Attention:
     offset: Expr | None = None
     least_heads: int = 1
     approx: Approx | None = None
+    parts: tuple[Summand, ...] = ()
 
     @staticmethod
     def of_pattern(name: str, relation: Relation) -> Attention:
@@ -103,10 +114,32 @@ class Attention:
         decay = None if relation.count is None else mul(const(1.0), relation.count)
         return Attention(name, (HeadGroup(relation, var("s"), decay),))
 
+    @staticmethod
+    def of_sum(
+        name: str,
+        parts: tuple[Summand, ...],
+        inputs: tuple[Table, ...],
+        learned: tuple[Table, ...],
+    ) -> Attention:
+        """A sum of parts, which have one offset; see the fields."""
+        groups = ((group.heads, group.relation.mask) for part in parts for group in part.attention.groups)
+        some = any_of(*(all_of(heads, mask) for heads, mask in groups))
+        least = max(part.attention.least_heads for part in parts)
+        offset = parts[0].attention.offset
+        return Attention(
+            name, (HeadGroup(Relation(some), var("s")),), inputs, learned, offset, least, parts=parts
+        )
+
     def require_pairs(self) -> None:
         """Raises AttnError where there are no weights of pairs."""
-        if self.approx is not None:
-            raise fail(f"`{self.approx.kind}` has no weights of pairs")
+        for approx in self.approximations:
+            raise fail(f"`{approx.kind}` has no weights of pairs")
+
+    @property
+    def approximations(self) -> tuple[Approx, ...]:
+        """What stands in place of weights of pairs, its own and that of its parts."""
+        each = (self, *(part.attention for part in self.parts))
+        return tuple(attention.approx for attention in each if attention.approx is not None)
 
     @functools.cached_property
     def selected(self) -> tuple[Table, ...]:
@@ -119,7 +152,7 @@ class Attention:
 
     def enough_heads(self) -> int:
         """The least number of heads at which every group holds one; claims are about that many or more."""
-        heads = self.least_heads
+        heads = max([self.least_heads, *(part.attention.enough_heads() for part in self.parts)])
         while not all(self._holds_one(group, heads) for group in self.groups):
             heads += 1
             if heads > self.least_heads + HEADS_TRIED:

@@ -467,8 +467,8 @@ def _name_problems(item: Definition, elaborator: Elaborator) -> list[Diagnostic]
         if isinstance(clause, ast.Inputs)
         for decl in clause.decls
     }
-    visit((item.params, item.body if isinstance(item, ast.Definition) else item.clauses),
-          frozenset(names | inputs))  # fmt: skip
+    inside = (item.body,) if isinstance(item, ast.Definition) else (*item.clauses, item.sum)
+    visit((*item.params, *inside), frozenset(names | inputs))
     return list({d.message: d for d in reversed(problems)}.values())
 
 

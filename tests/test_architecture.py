@@ -38,6 +38,7 @@ ROOMS = (
     "program",
     "analysis.report",
     "execution",  # plans and the operator
+    "spans",  # adaptive spans in training
     "html",
     "command",
     "torch",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from attndsl.analysis.decode import state_of
@@ -10,7 +10,7 @@ from attndsl.analysis.machines import roofline, this_machine
 from attndsl.analysis.part import Part, Subject
 from attndsl.analysis.text import line, table
 from attndsl.analysis.units import scaled, seconds
-from attndsl.analysis.work import BACKWARD, Passes, Steps, ideal, pair_flops, thin
+from attndsl.analysis.work import BACKWARD, Ideal, Passes, Steps, ideal, pair_flops, thin, total
 from attndsl.attention import Attention
 from attndsl.backend import DTYPES, Counting, Problem
 from attndsl.errors import asking, fail
@@ -84,22 +84,47 @@ class Costs:
     choosing: Mapping[str, float]
 
 
+def _least(subject: Subject) -> Ideal:
+    found, state = ideal(subject.block_mask, subject.problem), state_of(subject.attention, subject.problem)
+    if state is None:
+        return found
+    # each number of it is multiplied and added to, and read so
+    item, batch = DTYPES[subject.problem.dtype], subject.problem.batch
+    flops = replace(found.flops, decode=4 * batch * state)
+    return replace(found, flops=flops, bytes=replace(found.bytes, decode=2 * item * batch * state))
+
+
 def _find(subject: Subject) -> Costs:
     approx = subject.attention.approx
     if approx is not None:
         flops, moved = thin(approx, subject.problem)
         return Costs(flops, moved, lowerings(subject.attention, subject.problem, None), {})
-    least = ideal(subject.block_mask, subject.problem)
-    state = state_of(subject.attention, subject.problem)
-    if state is not None:
-        # each number of it is multiplied and added to, and read so
-        item, batch = DTYPES[subject.problem.dtype], subject.problem.batch
-        flops = replace(least.flops, decode=4 * batch * state)
-        least = replace(least, flops=flops, bytes=replace(least.bytes, decode=2 * item * batch * state))
+    parts = subject.parts
+    least = total([_least(part) for part in parts.values()])
     # a plan knows no tiles of what is chosen at every call
-    blocks = None if subject.attention.selected else subject.block_mask
-    found = lowerings(subject.attention, subject.problem, blocks)
+    made = {
+        name: lowerings(part.attention, part.problem, None if part.attention.selected else part.block_mask)
+        for name, part in parts.items()
+    }
+    found = {name: _added({part: made[part][name] for part in parts}) for name in registry.names("backends")}
     return Costs(least.flops, least.bytes, found, choosing(subject.attention, subject.problem))
+
+
+def _added(parts: Mapping[str, Lowering]) -> Lowering:
+    """What one backend makes of all parts of a sum."""
+    if len(parts) == 1:
+        return next(iter(parts.values()))
+    reason = next((f"{name}: {work.reason}" for name, work in parts.items() if work.reason), None)
+    seconds = [work.seconds_estimate for work in parts.values() if work.seconds_estimate is not None]
+    flops, moved = ([getattr(work, kind) for work in parts.values()] for kind in ("flops", "bytes"))
+    return Lowering(sum(seconds) if reason is None else None, reason, _passes(flops), _passes(moved))
+
+
+def _passes(parts: Sequence[Passes | None]) -> Passes | None:
+    known = [passes for passes in parts if passes is not None]
+    if len(known) < len(parts):
+        return None
+    return Passes(sum(passes.forward for passes in known), sum(passes.backward for passes in known))
 
 
 def choosing(attention: Attention, problem: Problem) -> dict[str, float]:
@@ -145,6 +170,8 @@ def _draw(subject: Subject, found: Costs) -> Drawing:
     subject.attention.require_pairs()
     if subject.attention.inputs or subject.attention.selected:
         raise fail("its tables have one length")
+    if subject.attention.parts:
+        raise fail("it is a sum, of which every part has curves of its own")
     last = max(whole.length, SHORTEST << LENGTHS - 1)
     lengths = [last >> i for i in reversed(range(LENGTHS))]
     machine = this_machine()

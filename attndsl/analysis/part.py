@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -42,6 +42,17 @@ class Subject:
     @property
     def attention(self) -> Attention:
         return self.bound.attention
+
+    @cached_property
+    def parts(self) -> dict[str, Subject]:
+        """Of a sum its parts, each as it would be alone; of any other attention itself."""
+        found = {}
+        for part in self.attention.parts:
+            held = {table.name for table in (*part.attention.inputs, *part.attention.selected)}
+            given = {name: table for name, table in self.inputs.items() if name in held}
+            alone = replace(self.bound, attention=part.attention)
+            found[part.attention.name] = replace(self, bound=alone, inputs=given)
+        return found or {self.attention.name: self}
 
     @property
     def choice(self) -> Literal["drawn", "given"] | None:

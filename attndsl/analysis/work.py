@@ -7,7 +7,8 @@ products to the forward's two, so 2.5 times that, the logits being formed again.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +43,15 @@ class Ideal:
 
     flops: Steps
     bytes: Steps
+
+
+def total(costs: Sequence[Ideal]) -> Ideal:
+    """Of several attentions, one after the other."""
+
+    def added(steps: Sequence[Steps]) -> Steps:
+        return Steps(*(sum(getattr(s, field.name) for s in steps) for field in fields(Steps)))
+
+    return Ideal(added([cost.flops for cost in costs]), added([cost.bytes for cost in costs]))
 
 
 def pair_flops(head_dim: int) -> int:

@@ -16,13 +16,14 @@ from attndsl.attention import Attention
 from attndsl.axis import Axis
 from attndsl.backend import DTYPES, Problem, State, device_kind
 from attndsl.bound import Bound
-from attndsl.errors import fail
+from attndsl.errors import AttnError, fail
 from attndsl.execution import choice
 from attndsl.execution.choosing import chosen
 from attndsl.execution.lowered import At, Lowered, lower
 from attndsl.execution.operator import check_tangents, run, step
 from attndsl.execution.session import REWIND, Session
 from attndsl.execution.statesession import StateSession, stateful
+from attndsl.execution.sums import SumPlan, gate_of, of_part
 from attndsl.expr import Learned, Table
 from attndsl.program import bound_of
 from attndsl.tiles import lowering
@@ -46,8 +47,9 @@ def compile(
     block_size: int | None = None,
     backend: str | None = None,
     training: bool = False,
-) -> Plan:
-    """The attention lowered by the cheapest backend that supports it, or by `backend` alone.
+) -> AnyPlan:
+    """The attention lowered by the cheapest backend that supports it, or by `backend` alone; a sum of
+    attentions part by part.
 
     A plan serves every length up to `length` without recompiling. Raises AttnError for sizes that do not
     fit, an unknown backend, or a `backend` that declines: then no other is tried.
@@ -58,10 +60,13 @@ def compile(
         attention, length=length, q_length=q_length, batch=batch, heads=heads, kv_heads=kv_heads,
         head_dim=head_dim, dtype=dtype, device=device, block_size=block_size, training=training,
     )  # fmt: skip
-    for table in (*attention.inputs, *attention.learned):
-        if table.name in inspect.signature(Plan.__call__).parameters:
-            raise fail(f"the table `{table.name}` has the name of an argument of the call", help="rename it")
+    names = [("table", table.name) for table in (*attention.inputs, *attention.learned)]
+    for what, name in [*names, *(("part", part.attention.name) for part in attention.parts)]:
+        if name in inspect.signature(Plan.__call__).parameters:
+            raise fail(f"the {what} `{name}` has the name of an argument of the call", help="rename it")
     _check_device(problem.device)
+    if attention.parts:
+        return _added(attention, problem, backend)
     blocks = None
     if attention.approx is None and not lowering.mask_tables(attention):
         sizes = lowering.sizes(attention, problem.length, problem.q_length, problem.heads)
@@ -70,6 +75,23 @@ def compile(
     considered = choice.considered(attention, problem, blocks)
     taken = choice.chosen(considered, backend)
     return Plan(lower(attention, problem, taken), considered, blocks, seconds)
+
+
+def _added(attention: Attention, problem: Problem, backend: str | None) -> SumPlan:
+    asked = vars(problem)
+    wide = "float64" if problem.dtype == "float64" else "float32"
+    parts: dict[str, Any] = {}
+    gates: dict[str, Any] = {}
+    for part in attention.parts:
+        name, gate = part.attention.name, gate_of(attention, part)
+        try:
+            parts[name] = compile(part.attention, **asked, backend=backend)
+        except AttnError as error:
+            raise of_part(name, error) from None
+        gates[name] = gate
+        if isinstance(gate, Attention):
+            gates[name] = compile(gate, **{**asked, "kv_heads": 1, "dtype": wide}, backend="reference")
+    return SumPlan(attention, problem, parts, gates)
 
 
 def _check_device(name: str) -> None:
@@ -113,6 +135,11 @@ class Plan:
     def backend(self) -> str:
         """The name of the chosen one."""
         return self.lowered.backend
+
+    @property
+    def rejected(self) -> dict[str, choice.Verdict]:
+        """The other backends: seconds, or why not."""
+        return {name: verdict for name, verdict in self.considered.items() if name != self.backend}
 
     def __call__(
         self,
@@ -422,6 +449,9 @@ class Plan:
         return "\n".join(lines)
 
 
+AnyPlan: TypeAlias = "Plan | SumPlan"
+
+
 class PlanModule(nn.Module):
     """Attention with trainable parameters, under the names they are bound to, and constants that are drawn as
     buffers.
@@ -449,7 +479,7 @@ class PlanModule(nn.Module):
         return self.plan(q, k, v, learned=learned, **call)
 
 
-def _again(attention: Attention, problem: Problem, backend: str, tables: dict[str, Any]) -> Plan:
+def _again(attention: Attention, problem: Problem, backend: str, tables: dict[str, Any]) -> AnyPlan:
     return compile(attention, **vars(problem), backend=backend).bind(**tables)
 
 

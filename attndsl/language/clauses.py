@@ -16,6 +16,7 @@ from attndsl.expr import Expr, Table
 from attndsl.language.approx import approx_of, refuse_beside, refuse_mask
 from attndsl.language.arguments import bind_arguments, input_table, name_span, score_call
 from attndsl.language.mistakes import expected, number_of, quoted
+from attndsl.language.sums import sum_of
 from attndsl.language.values import (
     TOKENS,
     K,
@@ -57,6 +58,8 @@ def attention_of(elaborator: Elaborator, definition: ast.AttentionDef, env: Scop
                     raise fail(f"`{decl.name}` is {what}", name_span(decl), "choose another name")
                 inputs[decl.name] = input_table(decl)
     env = env.bind(**{name: TableOf(table) for name, table in inputs.items()})
+    if definition.sum is not None:
+        return sum_of(elaborator, definition, env, tuple(inputs.values()))
     return AttentionBuilder(elaborator, definition, env).build(tuple(inputs.values()))
 
 

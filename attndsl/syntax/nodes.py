@@ -184,10 +184,13 @@ class Definition(Node):
 
 @dataclass(frozen=True)
 class AttentionDef(Node):
+    """`sum` is what stands right of `=`; there are no clauses but `inputs` then."""
+
     name: str
     params: tuple[Param, ...]
     clauses: tuple[Inputs | Clause | Heads, ...]
     doc: str = ""
+    sum: Expression | None = None
     name_span: Span = field(compare=False, repr=False, kw_only=True)
 
 
