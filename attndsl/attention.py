@@ -49,6 +49,20 @@ class Norm:
 
 
 @dataclass(frozen=True)
+class Approx:
+    """What is computed in place of a weight for each pair, from all tokens that the mask leaves.
+
+    `nystrom` softmax attention by way of means of queries and keys over `landmarks` segments, its
+              pseudo-inverse by so many `iterations` (Xiong et al., 2021, algorithm 1)
+    `shen`    features of queries that sum to 1, and of keys that sum to 1 over positions (Shen et al., 2021)
+    """
+
+    kind: Literal["nystrom", "shen"]
+    landmarks: int = 0
+    iterations: int = 0
+
+
+@dataclass(frozen=True)
 class HeadGroup:
     """What one set of query heads does.
 
@@ -66,13 +80,24 @@ class HeadGroup:
 
 
 @dataclass(frozen=True)
+class Summand:
+    """An attention of a sum; `gate` multiplies its output, a real over q, n, nq, b, h, H, D and tables."""
+
+    attention: Attention
+    gate: Expr
+
+
+@dataclass(frozen=True)
 class Attention:
     """The meaning of one attention, or of a pattern standing alone, with its parameters bound.
 
     inputs:   run-time tables, in the order of their declaration.
     learned:  parameters, trainable ones and constants that are drawn, in the order of their first use.
     offset:   position of query row 0 over n and nq; None means n - nq, which must not be negative.
+    approx:   what stands in place of weights of pairs, with one group that has nothing but a mask of keys.
     least_heads: how many heads there are at least: one more than the last that a range or list names.
+    parts:    of a sum of attentions. Its one group then says what some part relates, its inputs are theirs
+              too, and learned are parameters of gates alone.
     streams:  what the keys are, where they are not the tokens alone: `k` in the expressions is then the
               number of an entry, as streams.py says.
     numbered: of such an attention without its streams: which numbers entries have. Where they stand is all
@@ -85,6 +110,8 @@ class Attention:
     learned: tuple[Table, ...] = ()
     offset: Expr | None = None
     least_heads: int = 1
+    approx: Approx | None = None
+    parts: tuple[Summand, ...] = ()
     streams: Streams = ()
     numbered: Numbers | None = None
 
@@ -93,6 +120,43 @@ class Attention:
         """A pattern as an attention of its own: no score, one group of heads."""
         decay = None if relation.count is None else mul(const(1.0), relation.count)
         return Attention(name, (HeadGroup(relation, var("s"), decay),))
+
+    @staticmethod
+    def of_sum(
+        name: str,
+        parts: tuple[Summand, ...],
+        inputs: tuple[Table, ...],
+        learned: tuple[Table, ...],
+    ) -> Attention:
+        """A sum of parts, which have one offset; see the fields."""
+        some = any_of(
+            *(
+                all_of(group.heads, tokens_read(part.attention.streams, group.relation.mask))
+                for part in parts
+                for group in part.attention.groups
+            )
+        )
+        least = max(part.attention.least_heads for part in parts)
+        offset = parts[0].attention.offset
+        return Attention(
+            name, (HeadGroup(Relation(some), var("s")),), inputs, learned, offset, least, parts=parts
+        )
+
+    def require_pairs(self) -> None:
+        """Raises AttnError where there are no weights of pairs."""
+        for approx in self.approximations:
+            raise fail(f"`{approx.kind}` has no weights of pairs")
+
+    @property
+    def approximations(self) -> tuple[Approx, ...]:
+        """What stands in place of weights of pairs, its own and that of its parts."""
+        each = (self, *(part.attention for part in self.parts))
+        return tuple(attention.approx for attention in each if attention.approx is not None)
+
+    @property
+    def of_streams(self) -> bool:
+        """Whether keys are streams, its own or those of a part."""
+        return bool(self.streams) or any(part.attention.streams for part in self.parts)
 
     @functools.cached_property
     def selected(self) -> tuple[Table, ...]:
@@ -140,7 +204,7 @@ class Attention:
 
     def enough_heads(self) -> int:
         """The least number of heads at which every group holds one; claims are about that many or more."""
-        heads = self.least_heads
+        heads = max([self.least_heads, *(part.attention.enough_heads() for part in self.parts)])
         while not all(self._holds_one(group, heads) for group in self.groups):
             heads += 1
             if heads > self.least_heads + HEADS_TRIED:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Protocol, TypeAlias, get_args, get_type_hints, runtime_checkable
 
-from attndsl.attention import Attention, HeadGroup, Norm, Relation
+from attndsl.attention import Approx, Attention, HeadGroup, Norm, Relation
 from attndsl.axis import Axis
 from attndsl.errors import fail
 from attndsl.expr import Table
@@ -57,8 +57,8 @@ class Problem:
     ) -> Problem:
         """As users write it: `q_length` is `length`, `kv_heads` is `heads` if not given.
 
-        Raises AttnError for what is no size, heads that do not fit one another or the attention, and a dtype
-        that is none of DTYPES.
+        Raises AttnError for what is no size, heads or lengths that do not fit one another or the attention,
+        and a dtype that is none of DTYPES.
         """
         given = {
             "length": length,
@@ -80,6 +80,7 @@ class Problem:
         if dtype not in DTYPES:
             raise fail(f"`dtype` is {dtype}, and must be one of {', '.join(DTYPES)}")
         lowering.head_groups(attention, sizes["heads"])
+        lowering.check_places(attention, sizes["length"] == sizes["q_length"])
         block_size = lowering.checked_block_size(BLOCK_SIZE if block_size is None else block_size)
         return Problem(**sizes, dtype=dtype, device=str(device), block_size=block_size, training=training)
 
@@ -99,6 +100,7 @@ class Features:
     clauses     fields of the attention, its groups and their norms that are set: `score`, `decay`, `sink`,
                 `heads` (groups of heads that differ), `count` (multiplicities, which the decay holds)
     norms       kinds of Norm
+    approx      kinds of Approx
     operations  ops of the expressions that a kernel evaluates, as in expr.py
     tables      what those read: `given`, `learned` or `known`; `int`, `bool`, `float`
     modes       fields of the problem that are set and no sizes: `training`
@@ -107,6 +109,7 @@ class Features:
 
     clauses: Set[str] = frozenset()
     norms: Set[str] = frozenset({"softmax"})
+    approx: Set[str] = frozenset()
     operations: Set[str] = frozenset()
     tables: Set[str] = frozenset()
     modes: Set[str] = frozenset()
@@ -121,6 +124,7 @@ def vocabulary() -> dict[str, Set[str]]:
     return {
         "clauses": {field.name for part in parts for field in fields(part)},
         "norms": {*get_args(get_type_hints(Norm)["kind"])},
+        "approx": {*get_args(get_type_hints(Approx)["kind"])},
         "operations": LEGAL.keys(),
         "tables": {*get_args(table["dtype"]), *(kind.__name__.lower() for kind in get_args(table["origin"]))},
         "modes": {field.name for field in fields(Problem)},
@@ -166,7 +170,8 @@ class Call:
 Kernel = Callable[[Call], "tuple[Tensor, Tensor]"]
 """Gives the output [B, H, nq, Dv] in q's dtype or, to spare the backward pass its rounding, in float32, and
 the log-sum-exp [B, H, nq] in float32 (float64 for float64), natural logarithm, -inf for an empty row, the
-sink included. For `sigmoid` and `relu`, where no sum is formed, the second is log of the sum of weights."""
+sink included. For `sigmoid` and `relu`, where no sum is formed, the second is log of the sum of weights. Of
+`approx` it is 0, or -inf for an empty row, and no number that is not finite is made good."""
 
 
 Gradients: TypeAlias = "tuple[Tensor, Tensor, Tensor, Mapping[str, Tensor]]"
@@ -190,6 +195,22 @@ class Differentiable(Protocol):
         grad_lse: Tensor | None,
     ) -> Gradients:
         """Gradients of q, k, v and, by name, of the wanted tables."""
+
+
+State: TypeAlias = "tuple[Tensor, ...]"
+"""What a kernel keeps of earlier keys: tensors whose first axis is the batch."""
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """A kernel whose later queries need no earlier keys: a state stands for all of them."""
+
+    def __call__(self, call: Call) -> tuple[Tensor, Tensor]:
+        """As `Kernel`."""
+
+    def step(self, call: Call, state: State | None) -> tuple[Tensor, Tensor, State]:
+        """What the call gives if the keys of `state` came before its own, none where it is None, and the
+        state after those that the last query of each row sees. `state` stays as it is."""
 
 
 class Backend(Protocol):

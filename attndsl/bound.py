@@ -42,8 +42,9 @@ class Bound:
 
     @property
     def learned(self) -> tuple[Table, ...]:
-        """Trainable parameters, in the order of their first use."""
-        return tuple(table for table in self.attention.learned if table.learned)
+        """Trainable parameters, in the order of their first use; of a sum its gates' and then its parts'."""
+        each = (self.attention, *(part.attention for part in self.attention.parts))
+        return tuple(table for attention in each for table in attention.learned if table.learned)
 
     def __call__(self, *args: Any, **params: Any) -> Bound:
         if self.rebind is None:

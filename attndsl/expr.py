@@ -598,7 +598,27 @@ def total(x: Expr) -> Expr:
         return mul(b, total(a)) if a.type == "vec" else mul(a, total(b))
     if x.op == "div" and x.args[1].type != "vec":
         return div(total(x.args[0]), x.args[1])
+    if (ends := _between_bounds(x)) is not None:
+        u, low, high = ends
+        falls, rises = minimum(u, const(0.0)), maximum(u, const(0.0))
+        first, other = (falls, rises) if x.op == "max" else (rises, falls)
+        return add(inner(first, low), inner(other, high))
     return make("sum", (x,), None, "real")
+
+
+def _between_bounds(x: Expr) -> tuple[Expr, Expr, Expr] | None:
+    """u, min(K) and max(K) of max(u * min(K), u * max(K)), which the sign of u decides: so Quest's bound is
+    two matrix products."""
+    if x.op not in ("max", "min") or any(arg.op != "mul" for arg in x.args):
+        return None
+    sides = [{*arg.args} for arg in x.args]
+    if len(common := sides[0] & sides[1]) != 1:
+        return None
+    ends = {end.value: end for side in sides for end in side - common if end.op == "var"}
+    for of in "KQ":
+        if ends.keys() == {f"min({of})", f"max({of})"}:
+            return common.pop(), ends[f"min({of})"], ends[f"max({of})"]
+    return None
 
 
 def concat(*vectors: Expr) -> Expr:

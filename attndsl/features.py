@@ -40,11 +40,11 @@ class LinearForm:
         """Whether sums over the keys so far are all that later queries need."""
         return self.causal and not self.segments and self.queries is ir.TRUE
 
-    def width(self, head_dim: int) -> int:
-        """Of the features; that of q and k where it is not in the text."""
+    def width(self, head_dim: int) -> int | None:
+        """Of the features; None where a table tells it."""
         assert self.key.width is not None
         found = ir.number(ir.substitute(self.key.width, {"D": ir.const(head_dim)}))
-        return head_dim if found is None else int(found)
+        return None if found is None else int(found)
 
 
 @lru_cache(maxsize=256)

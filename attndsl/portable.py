@@ -12,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attndsl import expr as ir
-from attndsl.attention import Attention, HeadGroup, Norm, Relation
+from attndsl.attention import Approx, Attention, HeadGroup, Norm, Relation, Summand
 from attndsl.errors import fail
 from attndsl.expr import Argument, Drawn, Expr, Given, IntSet, Known, Learned, Selected, Table
 from attndsl.streams import Numbers
 
-FORMAT = 4
+FORMAT = 5
 LONG = 64
 """Intervals or entries of a constant from which it stands outside of the text, which keeps its digest."""
 
@@ -37,29 +37,10 @@ def write(attention: Attention, **beside: Any) -> Portable:
     """The attention, which has no streams, and numbers, texts or dicts `beside` it, which are read back as
     they are."""
     writer = _Writer()
-    groups = [
-        {
-            "mask": writer.place(group.relation.mask),
-            "count": writer.place(group.relation.count),
-            "score": writer.place(group.score),
-            "decay": writer.place(group.decay),
-            "norm": group.norm.kind,
-            "sink": writer.place(group.norm.sink),
-            "heads": writer.place(group.heads),
-        }
-        for group in attention.groups
-    ]
-    numbered = attention.numbered
     body = {
         "attndsl": FORMAT,
         **beside,
-        "name": attention.name,
-        "inputs": [writer.table(table) for table in attention.inputs],
-        "learned": [writer.table(table) for table in attention.learned],
-        "offset": writer.place(attention.offset),
-        "least_heads": attention.least_heads,
-        "numbered": numbered and [writer.place(numbered.first), writer.place(numbered.count)],
-        "groups": groups,
+        **writer.attention(attention),
         "tables": writer.written,
         "nodes": writer.nodes,
     }
@@ -93,27 +74,31 @@ def read(text: str, constants: Sequence[Any]) -> tuple[Attention, dict[str, Any]
     def node(place: int | None) -> Expr | None:
         return None if place is None else nodes[place]
 
-    groups = tuple(
-        HeadGroup(
-            Relation(nodes[g["mask"]], node(g["count"])),
-            nodes[g["score"]],
-            node(g["decay"]),
-            Norm(g["norm"], node(g["sink"])),
-            nodes[g["heads"]],
+    def attention(body: dict[str, Any]) -> Attention:
+        groups = tuple(
+            HeadGroup(
+                Relation(nodes[g["mask"]], node(g["count"])),
+                nodes[g["score"]],
+                node(g["decay"]),
+                Norm(g["norm"], node(g["sink"])),
+                nodes[g["heads"]],
+            )
+            for g in body["groups"]
         )
-        for g in body["groups"]
-    )
-    numbered = body["numbered"]
-    attention = Attention(
-        body["name"],
-        groups,
-        tuple(map(table, body["inputs"])),
-        tuple(map(table, body["learned"])),
-        node(body["offset"]),
-        body["least_heads"],
-        numbered=numbered and Numbers(*(nodes[place] for place in numbered)),
-    )
-    return attention, body
+        numbered = body["numbered"]
+        return Attention(
+            body["name"],
+            groups,
+            tuple(map(table, body["inputs"])),
+            tuple(map(table, body["learned"])),
+            node(body["offset"]),
+            body["least_heads"],
+            None if body["approx"] is None else Approx(**body["approx"]),
+            tuple(Summand(attention(part), nodes[part["gate"]]) for part in body["parts"]),
+            numbered=numbered and Numbers(*(nodes[place] for place in numbered)),
+        )
+
+    return attention(body), body
 
 
 class _Writer:
@@ -125,6 +110,34 @@ class _Writer:
         self.tables: list[Table] = []
         self.written: list[dict[str, Any]] = []
         self.constants: list[Constant] = []
+
+    def attention(self, attention: Attention) -> dict[str, Any]:
+        groups = [
+            {
+                "mask": self.place(group.relation.mask),
+                "count": self.place(group.relation.count),
+                "score": self.place(group.score),
+                "decay": self.place(group.decay),
+                "norm": group.norm.kind,
+                "sink": self.place(group.norm.sink),
+                "heads": self.place(group.heads),
+            }
+            for group in attention.groups
+        ]
+        numbered = attention.numbered
+        return {
+            "name": attention.name,
+            "inputs": [self.table(table) for table in attention.inputs],
+            "learned": [self.table(table) for table in attention.learned],
+            "offset": self.place(attention.offset),
+            "least_heads": attention.least_heads,
+            "approx": None if attention.approx is None else vars(attention.approx),
+            "numbered": numbered and [self.place(numbered.first), self.place(numbered.count)],
+            "groups": groups,
+            "parts": [
+                {**self.attention(part.attention), "gate": self.place(part.gate)} for part in attention.parts
+            ],
+        }
 
     def place(self, root: Expr | None) -> int | None:
         if root is None:

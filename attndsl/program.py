@@ -429,7 +429,7 @@ def _name_problems(item: Definition, elaborator: Elaborator) -> list[Diagnostic]
             return
         if isinstance(node, ast.Inputs):
             return
-        if isinstance(node, ast.Clause) and node.word == "norm":
+        if isinstance(node, ast.Clause) and node.word in ("norm", "approx"):
             visit(node.value.args if isinstance(node.value, ast.Call) else (), names)
             return
         if isinstance(node, ast.Keys):
@@ -475,8 +475,8 @@ def _name_problems(item: Definition, elaborator: Elaborator) -> list[Diagnostic]
         if isinstance(clause, ast.Inputs)
         for decl in clause.decls
     }
-    visit((item.params, item.body if isinstance(item, ast.Definition) else item.clauses),
-          frozenset(names | inputs))  # fmt: skip
+    inside = (item.body,) if isinstance(item, ast.Definition) else (*item.clauses, item.sum)
+    visit((*item.params, *inside), frozenset(names | inputs))
     return list({d.message: d for d in reversed(problems)}.values())
 
 

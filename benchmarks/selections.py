@@ -57,6 +57,7 @@ LISTS = {
 ORDERS = {
     "lsh, multiset": Contest("mask lsh(rounds = 4, chunk = 64, count = true) - ~causal", (3.5, 4.5)),
     "lsh": Contest("mask causal & lsh(rounds = 4, chunk = 64)", (2.5, 3.2)),
+    "labels 64": Contest("mask causal & within(hash(64), last(64))", (3.5, 4.5)),
     "routing 256": Contest("inputs mu : float[H, CLUSTERS, D]  mask causal & cluster(mu, 256)", (3.5, 0.0)),
 }
 """CLUSTERS are as many as hold each key once."""
@@ -145,7 +146,7 @@ def beside_reformer(n: int) -> None:
     ]
     mine, hf, mine_both, hf_both = (statistics.median(column) for column in zip(*runs[1:], strict=True))
     floor = peak(None, n)
-    memory = [peak(name, n) - floor for name in (REFORMER, "reformer")]
+    memory = [peak(make, n) - floor for make in (partial(plan_of, REFORMER, n), partial(reformer, n))]
     times = hf / mine, hf_both / mine_both
     slow = any(a < b for a, b in zip(times, BESIDE_REFORMER.get(n, (0.0, 0.0)), strict=True))
     slow |= n == 4096 and memory[0] > memory[1] / 4
@@ -175,30 +176,32 @@ def medians(clauses: str, n: int) -> tuple[float, ...]:
     return tuple(statistics.median(column) for column in zip(*rows, strict=True))
 
 
-def peak(clauses: str | None, n: int) -> float:
-    """MiB of a process that holds q, k and v and trains; `dense` is SDPA, `reformer` that of
-    transformers, None trains nothing."""
+def peak(make: Callable[[], Callable[..., Tensor]] | None, n: int) -> float:
+    """MiB of a process that holds q, k and v and trains what is made; None trains nothing."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        found: float = pool.apply(_peak, (clauses, n))
+        found: float = pool.apply(_peak, (make, n))
         return found
 
 
-def _peak(clauses: str | None, n: int) -> float:
+def _peak(make: Callable[[], Callable[..., Tensor]] | None, n: int) -> float:
     torch.set_num_threads(1)
     given = tensors(n)
     grad = torch.randn_like(given[0])
-    if clauses is not None:
-        named = {"dense": lambda: dense, "reformer": lambda: reformer(n)}
-        seconds(named.get(clauses, lambda: plan_of(clauses, n))(), given, grad)
+    if make is not None:
+        seconds(make(), given, grad)
     # that of getrusage begins with what the process that started this one had
     (found,) = (line for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line)
     return int(found.split()[1]) / 1024
 
 
+def sdpa() -> Callable[..., Tensor]:
+    return dense
+
+
 def main(n: int, only: list[str]) -> None:
     torch.set_num_threads(1)
     floor = peak(None, n)
-    print(f"n = {n:,}; SDPA trains in {peak('dense', n) - floor:,.0f} MiB")
+    print(f"n = {n:,}; SDPA trains in {peak(sdpa, n) - floor:,.0f} MiB")
     print(f"{'chosen':14} {'forward':>8} {'SDPA':>6} {'times':>6} {'both':>7} {'SDPA':>6} {'times':>6} "
           f"{'choice':>7} {'rest / SDPA':>12} {'MiB':>6}")  # fmt: skip
     for name in only or CONTESTS:
@@ -206,11 +209,12 @@ def main(n: int, only: list[str]) -> None:
         gate(contest.clauses)
         theirs, ours, theirs_both, ours_both, choice = medians(contest.clauses, n)
         times, rest = (theirs / ours, theirs_both / ours_both), (ours - choice) / theirs
+        memory = peak(partial(plan_of, contest.clauses, n), n) - floor
         slow = n == 16384 and any(found < asked for found, asked in zip(times, contest.faster, strict=True))
         slow |= any(n == length and rest > allowed for length, allowed in contest.attending)
         print(
             f"{name:14} {ours:8.2f} {theirs:6.2f} {times[0]:6.2f} {ours_both:7.2f} {theirs_both:6.2f} "
-            f"{times[1]:6.2f} {choice:7.2f} {rest:12.2f} {peak(contest.clauses, n) - floor:6,.0f}"
+            f"{times[1]:6.2f} {choice:7.2f} {rest:12.2f} {memory:6,.0f}"
             f"{'  TOO SLOW' * slow}"
         )
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from attndsl.attention import Attention, HeadGroup
+from attndsl.analysis.work import products
+from attndsl.attention import Approx, Attention, HeadGroup
 from attndsl.backend import Call, Kernel, Problem, predicted
 from attndsl.execution.torch_eval import (
     FEATURES,
@@ -21,6 +23,7 @@ from attndsl.execution.torch_eval import (
     softmax,
 )
 from attndsl.tiles.blockmask import BlockMask
+from attndsl.tiles.queries import keys_read
 
 SECONDS = {
     "cpu": {
@@ -46,6 +49,7 @@ class Reference:
         FEATURES,
         clauses={"score", "decay", "count", "sink", "heads"},
         norms={"softmax", "sigmoid", "relu", "linear", "none"},
+        approx={"nystrom", "shen"},
     )
     seconds = SECONDS
 
@@ -59,6 +63,8 @@ class Reference:
         self, attention: Attention, problem: Problem, block_mask: BlockMask | None
     ) -> dict[str, float]:
         """Every group is formed at every head."""
+        if attention.approx is not None:
+            return approximate_counts(attention.approx, problem)
         heads, area = problem.batch * problem.heads, float(problem.length * problem.q_length)
         groups = len(attention.groups)
         made = [elements(e, area, heads) for g in attention.groups for e in (g.score, g.decay)]
@@ -76,6 +82,9 @@ class Reference:
         }
 
     def lower(self, attention: Attention, problem: Problem) -> Kernel:
+        if attention.approx is not None:
+            approx = attention.approx
+            return lambda call: approximate(approx, call)
         return lambda call: attend(attention, call)
 
 
@@ -111,6 +120,68 @@ def attend_group(group: HeadGroup, call: Call, env: Env) -> tuple[Tensor, Tensor
         return weight @ v, lse.squeeze(-1)
     weight, lse = gained(group.norm.kind, decay * gain(group.norm.kind, logit))
     return weight @ v, lse.squeeze(-1)
+
+
+def approximate_counts(approx: Approx, problem: Problem) -> dict[str, float]:
+    """Every head of every batch row is taken alone."""
+    p = problem
+    heads, tokens = p.batch * p.heads, p.length + p.q_length
+    done = products(approx, heads, p.q_length, p.length, p.head_dim, p.head_dim)
+    formed = float(heads * tokens * (min(approx.landmarks, p.length) or p.head_dim))
+    return {
+        **dict.fromkeys(("masks", "numbers", "copied", "nanoseconds"), 0.0),
+        "calls": heads,
+        "pairs": done / (2 * p.head_dim),
+        "products": done,
+        "formed": formed,
+        "written": PASSES * formed,
+    }
+
+
+def approximate(approx: Approx, call: Call) -> tuple[Tensor, Tensor]:
+    """Each head of each batch row of the tokens that its mask leaves."""
+    wide = torch.promote_types(call.q.dtype, torch.float32)
+    share = call.q.shape[1] // call.k.shape[1]
+    live = keys_read(call.block_mask)
+    out, lse = [], call.q.new_zeros(call.q.shape[:3], dtype=wide)
+    for b, h in np.ndindex(call.q.shape[:2]):
+        tokens = torch.from_numpy(np.flatnonzero(live[b % len(live), h % live.shape[1]])).to(call.q.device)
+        q, k, v = (x.to(wide) for x in (call.q[b, h], call.k[b, h // share], call.v[b, h // share]))
+        if not len(tokens):
+            out.append(q.new_zeros(len(q), v.shape[1]))
+            lse[b, h] = -torch.inf
+        elif approx.kind == "nystrom":
+            out.append(nystrom(approx, q, k, v, tokens))
+        else:
+            out.append(q.softmax(1) @ (k[tokens].softmax(0).T @ v[tokens]))
+    found = torch.stack(out) if out else call.q.new_zeros(0, dtype=wide)
+    return found.view(*call.q.shape[:3], call.v.shape[3]).to(call.q.dtype), lse
+
+
+def nystrom(approx: Approx, q: Tensor, k: Tensor, v: Tensor, tokens: Tensor) -> Tensor:
+    """[nq, Dv] of q [nq, D], k [n, D], v [n, Dv], where some tokens are left: each as good as a landmark, it
+    is the attention that is approximated."""
+    n, m = len(tokens), approx.landmarks
+    scale: float = q.shape[1] ** -0.5
+    own, k, v = q[tokens], k[tokens], v[tokens]
+    if n <= m:
+        return (scale * q @ k.T).softmax(1) @ v
+    segment = torch.arange(n, device=q.device) * m // n
+    mean = (segment == torch.arange(m, device=q.device)[:, None]).to(q.dtype)
+    mean = mean / mean.sum(1, keepdim=True)
+    kernels = ((q, mean @ k), (mean @ own, mean @ k), (mean @ own, k))
+    first, inner, last = ((scale * left @ right.T).softmax(1) for left, right in kernels)
+    return first @ (pseudo_inverse(inner, approx.iterations) @ (last @ v))
+
+
+def pseudo_inverse(a: Tensor, iterations: int) -> Tensor:
+    """Of a [m, m] whose rows sum to 1, by the iteration of Razavi et al., 2014."""
+    z: Tensor = a.T / a.sum(0).max()
+    one = torch.eye(len(a), dtype=a.dtype, device=a.device)
+    for _ in range(iterations):
+        az = a @ z
+        z = z @ (13 * one - az @ (15 * one - az @ (7 * one - az))) / 4
+    return z
 
 
 backend = Reference()

@@ -39,6 +39,7 @@ ROOMS = (
     "program",
     "analysis.report",
     "execution",  # plans and the operator
+    "spans",  # adaptive spans in training
     "html",
     "command",
     "torch",

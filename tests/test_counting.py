@@ -231,7 +231,7 @@ def test_tables_bound_the_count_and_then_give_it() -> None:
     text = "attention main { inputs doc : int[n]  mask causal & documents(doc) }"
     attention = attndsl.parse(text)["main"]
     count = attndsl.analyze(attention, length=100, parts=["nnz"]).nnz
-    assert count == Count(None, bounds=(100, 5050))
+    assert count == Count(None, bounds=(100, 5050), whatever="the tables")
     doc = np.arange(100) // 10
     count = attndsl.analyze(attention, length=100, parts=["nnz"], doc=doc).nnz
     assert count is not None

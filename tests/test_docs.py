@@ -126,6 +126,13 @@ def test_the_code_about_streams_runs():
     exec(code, {})
 
 
+def test_the_code_about_sums_runs():
+    codes = [text for name, kind, _, text in BLOCKS if (name, kind) == ("sums.md", "python")]
+    assert len(codes) == 2
+    for code in codes:
+        exec(code, {})
+
+
 @pytest.mark.parametrize("name", DOCS)
 def test_links_inside_the_repository_lead_somewhere(name):
     text = re.sub(r"`[^`\n]+`", "code", FENCED.sub("", DOCS[name]))

@@ -39,6 +39,22 @@ def rows(program: Program, *names: str) -> set[tuple[object, ...]]:
     return {table.dims for name in names for table in program[name].attention.learned}
 
 
+def taken_off(program: Program) -> float:
+    """The share of the second softmax where all products of the learned vectors are equal."""
+    gate = program["differential"].attention.parts[1].gate
+    zeros = {name: np.zeros(4) for name in "abcd"}
+    inner = {node: ir.const(0.0) for node in ir.nodes(gate) if node.op == "inner"}
+    for node, zero in inner.items():
+        gate = swapped(gate, node, zero)
+    return float(pointwise.evaluate(gate, np.asarray(0), np.asarray(0), zeros))
+
+
+def each(bound: attndsl.Bound, n: int) -> list[int | None]:
+    """Pairs of the parts of a sum, whatever is chosen."""
+    found = attndsl.analyze(bound, length=n, heads=1, parts=["nnz"]).parts
+    return [count.value for count in found.values()]
+
+
 def live(bound: attndsl.Bound, n: int) -> int | None:
     """Pairs, whatever is chosen."""
     found = attndsl.analyze(bound, length=n, heads=1, parts=["nnz"]).nnz
@@ -51,6 +67,13 @@ def pairs(bound: attndsl.Bound, n: int, rows: int | None = None, heads: int = 1,
     sizes = lowering.sizes(bound.attention, n, rows or n, heads)
     chosen = drawn(bound.attention, sizes, heads, 16, inputs)
     return int(bound.counts(n, rows, heads=heads, **inputs, **chosen).sum())
+
+
+def flops(bound: attndsl.Bound, n: int) -> int:
+    """Forward, of one head of 64 features."""
+    found = attndsl.analyze(bound, length=n, heads=1, head_dim=64, parts=["cost"]).flops
+    assert found is not None
+    return int(found.forward)
 
 
 CENTERS = np.random.default_rng(0).standard_normal((5, 48, 16))
@@ -70,6 +93,15 @@ FACTS: dict[str, Callable[[Program], bool]] = {
     "quest": lambda p: live(p["quest"], 4096) == 6_309_888,
     "dsa": lambda p: live(p["dsa"], 3000) == 2048 * 2049 // 2 + 952 * 2048,
     "knn": lambda p: (live(p["knn"], 1024), live(p["sparse_topk"], 1024)) == (63_520, 134_280),
+    "nsa_two": lambda p: each(p["nsa_two"], 4096) == [3_573_760, 1_966_336],
+    "differential": lambda p: np.isclose(taken_off(p), -0.2),
+    # products of 4096 tokens on both sides and of 64 landmarks with 64, 4 in each of 6 iterations
+    "nystromformer": lambda p: (
+        flops(p["nystromformer"], 4096)
+        == flops(p["nystromformer_padded"], 4096)
+        == 2 * ((2 * 4096 + 64) * 64 * 128 + 4 * 6 * 64**3)
+    ),
+    "efficient_attention": lambda p: flops(p["efficient_attention"], 4096) == 4 * 4096 * 64**2,
     "performer": lambda p: rows(p, "performer") == {(256, "D")},
     "rfa": lambda p: rows(p, "rfa") == rows(p, "gated_rfa") == {(64, "D")},
     "compressive": lambda p: memory(p["compressive"].attention.streams) == 768 + 3 * 1152 == 4224,
@@ -86,6 +118,7 @@ FACTS: dict[str, Callable[[Program], bool]] = {
 
 UNNOTICED = {
     ("longformer", "w", 1): "w // 2 keys on each side: published windows are even",
+    ("longformer_projected", "w", 1): "likewise",
     ("modernbert", "w", 1): "likewise",
     ("blockbert", "length", 1): "length // parts positions in a block: published lengths are multiples",
 }
@@ -216,6 +249,11 @@ DEFINITIONS: dict[str, tuple[dict[str, Any], dict[str, Any], Definition]] = {
     "alibi_blocks": ({"b": 4}, {}, lambda q, k, h: (k <= q) & (q // 4 == k // 4)),
     "shared_prefix": ({}, {"doc": DOC, "parent": PARENT}, own_or_parent),
     "etc": ({"g": 2, "r": 1}, {}, lambda q, k, h: (q < 2) | (k < 2) | (abs(q - k) <= 1)),
+    "longformer_projected": (
+        {"w": 6, "globals": [0, 5]}, {}, lambda q, k, h: (abs(q - k) <= 3) | (q % 5 == 0) | (k % 5 == 0)
+    ),
+    "etc_projected": ({"g": 2, "r": 1}, {}, lambda q, k, h: (q < 2) | (k < 2) | (abs(q - k) <= 1)),
+    "differential": ({}, {}, lambda q, k, h: k <= q),
     "modernbert": ({"w": 4}, {}, lambda q, k, h: abs(q - k) <= 2),
 }  # fmt: skip
 """An attention or pattern, its parameters, its tables for 10 positions, and what q, k and h it relates."""

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import programs
@@ -18,7 +18,7 @@ import attndsl
 from attndsl import expr as x
 from attndsl.analysis.field import Field, Hole, Seen, paths, receptive_field
 from attndsl.attention import Attention
-from attndsl.bound import Bound
+from attndsl.bound import Bound, Unbound
 from attndsl.errors import AttnError
 from attndsl.expr import IntSet, any_of, const, var
 from attndsl.layers import powers, trees
@@ -38,18 +38,19 @@ def pattern(text: str, name: str = "main") -> Attention:
     return found.attention
 
 
+def has_pairs(bound: Bound | Unbound) -> TypeGuard[Bound]:
+    """Of tokens, and all its parameters."""
+    return isinstance(bound, Bound) and bound.attention.approx is None and not bound.attention.streams
+
+
 def attentions() -> dict[str, Attention]:
     """With all that may be chosen in the place of what is, but for those whose keys are streams, which
     test_streams.py looks at."""
     found = {}
     for path in sorted(EXAMPLES.glob("*.attn")):
         program = attndsl.load(path)
-        of_tokens = [
-            b
-            for b in map(program.__getitem__, program.names)
-            if isinstance(b, Bound) and not b.attention.streams
-        ]
-        found |= {b.name: bounds(b.attention)[1] for b in of_tokens}
+        bound = {name: program[name] for name in program.names}
+        found |= {name: bounds(b.attention)[1] for name, b in bound.items() if has_pairs(b)}
     return found
 
 

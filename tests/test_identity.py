@@ -161,7 +161,7 @@ def identity(**changes: Any) -> str:
     ("changes", "said"),
     [
         ({"backend": "absent"}, "needs the backend `absent`, which is not installed"),
-        ({"attndsl": 99}, "saved in format 99 of attndsl, and this version reads 4"),
+        ({"attndsl": 99}, "saved in format 99 of attndsl, and this version reads 5"),
     ],
 )
 def test_a_program_that_cannot_run_here_says_why(changes: dict[str, Any], said: str) -> None:

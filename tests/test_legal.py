@@ -39,6 +39,9 @@ def expressions(attention: Attention) -> Iterator[Expr]:
         yield from (e for e in (*parts, group.heads) if e is not None)
         yield quantifier_free(group.relation.mask)
     yield attention.any_head()
+    for part in attention.parts:
+        yield part.gate
+        yield from expressions(part.attention)
 
 
 def test_only_legal_nodes_and_all_of_them() -> None:

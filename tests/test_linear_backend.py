@@ -8,6 +8,7 @@ from thin import thin
 from torch import Tensor
 
 import attndsl
+from attndsl.execution import registry
 
 PLANS = {
     "causal": "mask causal  score elu1(Q) @ elu1(K)  norm linear",
@@ -98,6 +99,54 @@ def test_a_later_key_changes_nothing_before_it(name: str, dtype: str) -> None:
     for last in (199, 130, 20):
         k[:, :, last] *= 20
         assert torch.equal(plan(q, k, v)[:, :, :last], before[:, :, :last])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "mask causal & { q, k : k >= 2 }  score (t[q - 2] * elu1(Q)) @ elu1(K)",
+        "mask causal & { q, k : k >= 2 }  score elu1(Q) @ elu1(K)  decay exp(sqrt(k - 2.0) - sqrt(q - 2.0))",
+        "mask { q, k : k <= q and k >= 3 and q >= 3 and t[q - 3] == t[k - 3] }  score elu1(Q) @ elu1(K)",
+        "mask causal & { q, k : k >= 1 }  score (log(q) * elu1(Q)) @ elu1(K)",
+    ],
+)
+def test_what_the_mask_guards_is_not_looked_at(text: str) -> None:
+    kind = "int" if "==" in text else "float"
+    bound = attndsl.parse(f"attention a {{ inputs t : {kind}[n]  {text}  norm none }}")["a"]
+    t = torch.arange(40) // 9 if kind == "int" else torch.rand(40, dtype=torch.float64)
+    vectors = [torch.randn(1, 2, 40, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    found = []
+    for backend in ("linear", "reference"):
+        sizes = {"length": 40, "heads": 2, "head_dim": 8, "dtype": "float64", "training": True}
+        out = attndsl.compile(bound, **sizes, backend=backend)(*vectors, t=t)
+        found.append([out, *torch.autograd.grad(out.square().sum(), vectors)])
+    for mine, exact in zip(*found, strict=True):
+        torch.testing.assert_close(mine, exact, rtol=1e-11, atol=1e-11)
+
+
+def test_a_key_whose_features_overflow_spoils_no_row_before_it() -> None:
+    text = "mask causal score concat(exp(Q), exp(-Q)) @ concat(exp(K), exp(-K)) norm linear"
+    q, k, v = (torch.randn(1, 1, 80, 4) for _ in range(3))
+    k[:, :, 70] = 100
+    bound = attndsl.parse(f"attention a {{ {text} }}")["a"]
+    linear, reference = (
+        attndsl.compile(bound, length=80, head_dim=4, backend=backend)(q, k, v)
+        for backend in ("linear", "reference")
+    )
+    assert linear[:, :, 70:].isnan().all()
+    torch.testing.assert_close(linear, reference, equal_nan=True)
+
+
+def test_many_segments_cost_more_than_few() -> None:
+    bound = attndsl.parse(
+        "attention a { inputs d : int[n]  mask causal & documents(d)  score elu1(Q) @ elu1(K)  norm linear }"
+    )["a"]
+    backend = registry.plugin("backends", "linear")
+    seconds = []
+    for size in (4, 64, 1024):
+        masks = bound.block_mask(2048, d=torch.arange(2048) // size)
+        seconds.append(backend.cost(bound.attention, attndsl.backend.Problem(2048, 2048), masks))
+    assert seconds[0] > 5 * seconds[1] > 25 * seconds[2] / 2
 
 
 def test_gradients_are_those_of_a_graph() -> None:

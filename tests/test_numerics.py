@@ -14,6 +14,7 @@ import attndsl
 from attndsl.backend import Problem
 from attndsl.conformance import CASES, Case, check
 from attndsl.execution import choice, registry
+from attndsl.execution.torch_eval import extreme
 from attndsl.plugins import sdpa
 from attndsl.plugins.torch import chunks, work
 
@@ -447,3 +448,18 @@ def test_gradients_of_a_table_of_16_bits_are_summed_in_more(
         assert z.grad.dtype == z.dtype
         found.append(z.grad.double())
     torch.testing.assert_close(*found, rtol=2e-2, atol=0)
+
+
+def test_max_and_min_share_gradients_as_torch_does() -> None:
+    """All of the slope to the greater, even an infinite one, and nothing to the other."""
+    inf = torch.inf
+    a = torch.tensor([-1.0, 0.0, 2.0, inf, -inf, 3.0, inf], dtype=torch.float64, requires_grad=True)
+    b = torch.tensor([0.0, 0.0, 0.0, inf, 0.0, inf, 1.0], dtype=torch.float64, requires_grad=True)
+    slope = torch.tensor([inf, 1.0, 0.5, 1.0, inf, -inf, 2.0], dtype=torch.float64)
+    for sign, torchs in ((1, torch.maximum), (-1, torch.minimum)):
+        mine = torch.autograd.grad(extreme(a, b, sign), (a, b), slope)
+        wanted = torch.autograd.grad(torchs(a, b), (a, b), slope)
+        for one, other in zip(mine, wanted, strict=True):
+            assert torch.equal(one, other)
+    x, y = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 4), (4,)))
+    assert torch.autograd.gradgradcheck(lambda x, y: extreme(x, y, 1) ** 2, (x, y))

@@ -21,6 +21,10 @@ MASKS = {
     "documents": "inputs doc : int[n]  mask causal & documents(doc) & lsh(rounds = 2, chunk = 8)",
     "rows without a key": "mask { q, k : k < q - 2 } & lsh(rounds = 2, chunk = 4)",
     "clusters": "inputs mu : float[H, 5, D]  mask causal & cluster(mu, 9)",
+    "near of one label": "mask causal & within(hash(4), last(5))",
+    "near of one label, in documents": "inputs doc : int[n]  mask documents(doc) & within(hash(2), last(9))",
+    "itself alone": "mask within(hash(4), last(1))",
+    "nearest, longer than all": "inputs mu : float[H, 5, D]  mask causal & within(nearest(mu), last(70))",
     "more clusters than bits": "inputs mu : float[70, D]  mask cluster(mu, 6)",
 }
 SCORES = {
@@ -31,7 +35,11 @@ SCORES = {
     "bias": "score alibi",
 }
 CASES = [(mask, "s") for mask in MASKS]
-CASES += [(mask, score) for mask in ("set", "multiset, wrapped", "documents") for score in list(SCORES)[1:]]
+CASES += [
+    (mask, score)
+    for mask in ("set", "multiset, wrapped", "documents", "near of one label")
+    for score in list(SCORES)[1:]
+]
 HEADS, KV_HEADS, WIDTH = 4, 2, 16
 
 
@@ -76,6 +84,9 @@ def test_pieces_are_what_all_pairs_give(mask: str, score: str, n: int) -> None:
     [
         "mask causal & (lsh(rounds = 2, chunk = 8) | last(2))",
         "mask lsh(rounds = 2, chunk = 8) & lsh(rounds = 2, chunk = 4)",
+        "mask causal & (within(hash(4), last(5)) | last(2))",
+        "mask within(hash(4), radius(2))",
+        "mask causal & within(hash(4), full)",
         "mask lsh(rounds = 2, chunk = 8)  decay 0.9 ** |q - k|",
         "mask lsh(rounds = 2, chunk = 8, count = true)  decay 0.9 ** |q - k|",
         "mask lsh(rounds = 2, chunk = 8)  norm sigmoid",

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import attndsl
+from attndsl import expr as ir
 from attndsl.conformance.selections import LENGTHS as SIZES
 from attndsl.conformance.selections import check
 from attndsl.execution import leaks
@@ -324,10 +325,18 @@ def test_backends_agree_on_what_is_chosen(name: str, n: int) -> None:
             torch.testing.assert_close(mine, exact, rtol=0, atol=1e-10, msg=lambda m, b=backend: f"{b}: {m}")
 
 
-@pytest.mark.parametrize("name", ["topk", "all", "blocks", "tiles", "buckets", "lsh_count", "cluster"])
-def test_transforms_choose_as_plain_calls_do(name: str) -> None:
+TRANSFORMED = ["topk", "all", "blocks", "tiles", "buckets", "lsh_count", "cluster"]
+
+
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [*((name, None) for name in TRANSFORMED), ("topk", "reference"), ("buckets", "reference")],
+)
+def test_transforms_choose_as_plain_calls_do(name: str, backend: str | None) -> None:
     bound = attndsl.parse(f"attention a {{ {EVERY[name]} }}")["a"]
-    plan = attndsl.compile(bound, length=64, heads=4, kv_heads=2, head_dim=8, batch=2, training=True)
+    plan = attndsl.compile(
+        bound, length=64, heads=4, kv_heads=2, head_dim=8, batch=2, training=True, backend=backend
+    )
     tables = {key: x.float() if x.is_floating_point() else x for key, x in given_to(bound, 40).items()}
     q, k, v = (x.float().requires_grad_() for x in vectors(40, seed=3))
 
@@ -336,6 +345,8 @@ def test_transforms_choose_as_plain_calls_do(name: str) -> None:
 
     plain = call(q, k, v)
     exact = torch.autograd.grad(plain.square().sum(), (q, k, v))
+    # each plan is a graph of its own
+    torch.compiler.reset()
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")(q, k, v)
     kept = torch.utils.checkpoint.checkpoint(call, q, k, v, use_reentrant=False)
     for out in (compiled, kept):
@@ -527,6 +538,33 @@ def test_a_claim_is_refuted_by_what_holds_whatever_is_chosen() -> None:
     """)
     found = [attndsl.prove(assertion).status for assertion in program.assertions]
     assert found == ["undecided", "undecided", "refuted", "proved", "proved"]
+
+
+@pytest.mark.parametrize("by", ["w[q] @ max(iq[q] @ ik[k], 0.0)", "ik[q] @ ik[k] + 0.01 * (q - k)"])
+@pytest.mark.parametrize("share", ["", ", share = kv"])
+@pytest.mark.parametrize("r", [3, 30])
+def test_heads_that_choose_alike_choose_once(by: str, share: str, r: int) -> None:
+    text = "inputs iq : float[B, n, 3, 5]  ik : float[B, n, 5]  w : float[B, n, 3]"
+    check(f"{text} mask topk({r}, of = causal, by = {by}{share})", 17)
+
+
+@pytest.mark.parametrize("how", ["max", "min"])
+def test_a_bound_over_blocks_is_two_products(how: str) -> None:
+    """As Quest's authors write it, entry by entry."""
+    text = f"mask causal & topk(2, of = blocks(4, causal), by = sum({how}(Q * min(K), max(K) * Q)))"
+    bound = attndsl.parse(f"attention a {{ {text} }}")["a"]
+    (table,) = bound.attention.selected
+    assert {node.op for node in ir.nodes(table.origin["by"])} >= {"inner"}
+    assert "sum" not in {node.op for node in ir.nodes(table.origin["by"])}
+    plan = attndsl.compile(bound, length=24, heads=2, head_dim=8, dtype="float64")
+    q, k = (torch.randn(1, 2, 24, 8, dtype=torch.float64) for _ in range(2))
+    pages = k.unflatten(2, (6, 4))
+    ends = [q[:, :, :, None] * x[:, :, None] for x in (pages.amin(3), pages.amax(3))]
+    scores = (torch.maximum if how == "max" else torch.minimum)(*ends).sum(-1)
+    scores = scores.masked_fill(torch.arange(6) * 4 > torch.arange(24)[:, None], -torch.inf)
+    chosen = plan.choices(q, k)[table.name]
+    wanted = scores.topk(2).indices.where(scores.topk(2).values > -torch.inf, -1)
+    assert torch.equal(chosen.sort(-1).values, wanted.sort(-1).values)
 
 
 def test_labels_end() -> None:

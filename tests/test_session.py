@@ -16,6 +16,7 @@ from torch import Tensor
 import attndsl
 from attndsl.analysis.lasting import kept
 from attndsl.backend import Problem
+from attndsl.execution import statesession
 from attndsl.execution.session import Session
 
 HEADS, KV_HEADS, WIDTH, V_WIDTH, LENGTH = 4, 2, 8, 6, 96
@@ -39,6 +40,14 @@ TEXTS = {
     "groups": "heads 0..1 { mask causal & last(4) } else { mask causal & (sinks(1) | last(9)) }",
     "drawn window": "mask causal & last(8) & (random(3, of = causal) | last(2))",
 }  # fmt: skip
+STATES = {
+    "elu": "mask causal  score elu1(Q) @ elu1(K)  norm linear",
+    "retnet": "mask causal  score Q @ K  decay (1 - 2.0 ** (-5 - h)) ** (q - k)  norm none",
+    "favor": "mask causal  score favor(Q, orthogonal(12)) @ favor(3 * K, orthogonal(12))  norm linear",
+    "every other": "mask causal & { q, k : k mod 2 == 1 }  score elu1(Q) @ elu1(K)  norm linear",
+    "padded": "inputs pad : int[B]  mask causal & { q, k : k >= pad }  score elu1(Q) @ exp(K)  norm linear",
+    "learned": "mask causal  score elu1(Q) @ elu1(K) * sigmoid(0.01 * k)  decay 0.3 ** (q - k)  norm linear",
+}
 ROLLING = {
     "per head": (2, 65),
     "window": (0, 7),
@@ -180,6 +189,56 @@ def test_rows_give_what_their_sequences_give_alone(case: tuple[str, int]) -> Non
             s.v.fill_(torch.nan)
             s = other
     assert s.slots == (sum(ROLLING[name]) - 1 + REWIND if name in ROLLING else LENGTH)
+
+
+@pytest.mark.parametrize("held", [3, 64])
+@pytest.mark.parametrize("name", STATES)
+def test_rows_with_a_state_give_what_their_sequences_give_alone(monkeypatch, name: str, held: int) -> None:
+    monkeypatch.setattr(statesession, "HELD", held)
+    random, generator = Random(f"{name} {held}"), torch.Generator().manual_seed(held)
+    plan = compiled(STATES[name], "linear")
+    s, alone = session_of(plan, 3), Alone(plan, 3)
+    assert isinstance(s, statesession.StateSession)
+    while max(alone.lengths) < LENGTH - 20:
+        grow(s, alone, random, generator, random.choice([1, 1, 2, 4, 5, 15]), ragged=random.random() < 0.4)
+        assert s.k.shape[2] <= s.slots == REWIND + held
+        assert all(
+            taken in range(most - REWIND + 1) or not taken
+            for most, taken in zip(s.reached, s.taken, strict=True)
+        )
+        deed = random.choice(["truncate", "start anew", "reorder", "copy", "", ""])
+        if deed == "truncate":
+            lengths = [random.randint(max(n - 4, s.taken[b]), n) for b, n in enumerate(s.lengths)]
+            s.truncate(lengths)
+            alone.truncate(lengths)
+        elif deed == "start anew" and max(s.lengths) > 40:
+            lengths = [0, *s.lengths[1:]]
+            s.truncate(lengths)
+            alone.truncate(lengths)
+        elif deed == "reorder" and "pad" not in STATES[name]:
+            rows = [random.randrange(3) for _ in range(3)]
+            s.reorder(torch.tensor(rows))
+            alone.reorder(rows)
+        elif deed == "copy":
+            other = s.copy()
+            s.step(*drawn(generator, 3, 1, torch.float64), **alone.tables([0, 1, 2], LENGTH))
+            s = other
+    most = max(s.taken)
+    row = s.taken.index(most)
+    with pytest.raises(attndsl.AttnError, match=f"and goes back to {most}, not to 1"):
+        s.truncate([1 if b == row else n for b, n in enumerate(s.lengths)])
+
+
+def test_a_step_with_a_state_is_as_quick_at_any_length() -> None:
+    """Counted in keys that a step meets."""
+    plan = compiled(STATES["elu"], "linear", length=400)
+    s, met = plan.session(1, 400, v_dim=V_WIDTH), []
+    s.prefill(*drawn(torch.Generator(), 1, 300, torch.float64))
+    for _ in range(150):
+        s.step(*drawn(torch.Generator(), 1, 1, torch.float64))
+        met.append(s.k.shape[2])
+    assert max(met) <= s.slots == 33
+    assert [x.numel() for x in s.state] == [HEADS * WIDTH * V_WIDTH, HEADS * WIDTH, HEADS]
 
 
 @pytest.mark.parametrize("name", ["causal", "sinks", "documents", "drawn", "per head"])

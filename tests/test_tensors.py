@@ -272,3 +272,13 @@ def test_the_range_of_integers_in_scores_is_looked_at_in_every_call() -> None:
     plan(*qkv(), t=t)
     with pytest.raises(attndsl.AttnError, match="overflow"):
         plan(*qkv(), t=t * 2**62)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "torch", "reference"])
+def test_the_operator_gives_the_strides_that_it_told(backend):
+    """torch's own attention gives the log-sum-exp of a causal mask with queries before heads."""
+    causal = attndsl.parse("attention a { mask causal }")["a"]
+    plan = attndsl.compile(causal, length=6, heads=2, head_dim=8, backend=backend)
+    q = torch.zeros(2, 2, 6, 8)
+    found = torch.ops.attndsl.attend(q, q, q, [q], None, None, None, None, None, plan.lowered.identity)
+    assert [x.is_contiguous() for x in found[:2]] == [True, True]

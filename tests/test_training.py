@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import attndsl
+from attndsl import spans
 
 HEADS, LENGTH, HEAD_DIM, STEPS = 2, 40, 8, 50
 Shape = tuple[int, ...]
@@ -138,3 +139,44 @@ def test_a_student_learns_what_the_teacher_does(name: str) -> None:
     assert all(torch.equal(*pair) for pair in zip(reloaded.parameters(), student.parameters(), strict=True))
     with torch.no_grad():
         assert torch.equal(reloaded(*data()), student(*data()))
+
+
+SPAN = "attention a(z = learn[H](0.0)) { mask band(-40..-1)  decay ramp(q - k, 40 * z, 8) }"
+
+
+def span_with(weight: float) -> Tensor:
+    """What a head's span comes to beside a teacher whose heads see 12 and 24 positions."""
+    teacher, student = module(Task(SPAN, 0, 0)), module(Task(SPAN, 0, 0))
+    with torch.no_grad():
+        teacher.z.copy_(torch.tensor([0.3, 0.6]))
+        target = teacher(*data())
+    optimizer = torch.optim.Adam(student.parameters(), 0.05)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        error = (student(*data()) - target).square().mean() / target.square().mean()
+        loss = error + weight * spans.penalty(student, "z", longest=40)
+        loss.backward()
+        optimizer.step()
+        spans.clamp(student, "z")
+    found: Tensor = student.z.detach()
+    assert ((found >= 0) & (found <= 1)).all()
+    return found
+
+
+def test_spans_shrink_as_their_penalty_rises() -> None:
+    found = torch.stack([span_with(weight) for weight in (0.0, 0.02, 0.05, 1.0)])
+    torch.testing.assert_close(found[0], torch.tensor([0.3, 0.6]), atol=0.12, rtol=0)
+    assert (found.diff(dim=0) < 0).all()
+    assert (found[-1] == 0).all()
+
+
+def test_the_penalty_is_the_mean_span_of_each_layer() -> None:
+    layers = torch.nn.ModuleList([module(Task(SPAN, 0, 0)), module(Task(SPAN, 0, 0))])
+    with torch.no_grad():
+        layers[0].z.copy_(torch.tensor([0.5, 1.5]))
+        layers[1].z.copy_(torch.tensor([-0.25, 0.5]))
+    assert spans.penalty(layers, "z", 40).item() == 40 * (1.0 + 0.125)
+    spans.clamp(layers, "z")
+    assert [layer.z.tolist() for layer in layers] == [[0.5, 1.0], [0.0, 0.5]]
+    with pytest.raises(attndsl.AttnError, match="the module has no parameter `span`"):
+        spans.penalty(layers, "span", 40)

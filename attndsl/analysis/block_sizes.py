@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,8 +94,17 @@ class BlockSizes:
     best_block_size: int | None
 
 
+def _added(parts: Sequence[BlockSize]) -> BlockSize:
+    """Of all parts of a sum at one block size."""
+    pairs = sum(part.pairs for part in parts)
+    live = sum(part.pairs / part.waste for part in parts)
+    tiles = TileCounts(sum(part.tiles.full for part in parts), sum(part.tiles.partial for part in parts))
+    return parts[0] if len(parts) == 1 else BlockSize(parts[0].block_size, tiles, pairs, pairs / live)
+
+
 def _find(subject: Subject) -> BlockSizes:
-    found = block_sizes(subject.attention, subject.problem, subject.tables)
+    each = [block_sizes(part.attention, part.problem, part.tables) for part in subject.parts.values()]
+    found = tuple(_added(rows) for rows in zip(*(reversed(rows) for rows in each), strict=False))[::-1]
     return BlockSizes(found, best_block_size(found))
 
 

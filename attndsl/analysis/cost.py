@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from attndsl.analysis.decode import state_of
 from attndsl.analysis.machines import roofline, this_machine
 from attndsl.analysis.part import Part, Subject
 from attndsl.analysis.text import line, table
 from attndsl.analysis.units import scaled, seconds
-from attndsl.analysis.work import BACKWARD, Passes, Steps, ideal, pair_flops
+from attndsl.analysis.work import BACKWARD, Ideal, Passes, Steps, ideal, pair_flops, thin, total
 from attndsl.attention import Attention
 from attndsl.backend import DTYPES, Counting, Problem
 from attndsl.errors import asking, fail
@@ -75,25 +77,67 @@ def _work(counts: Mapping[str, float], problem: Problem) -> tuple[Passes, Passes
 
 @dataclass(frozen=True)
 class Costs:
-    """The work on the live pairs alone, and on what each backend computes; `choosing` are FLOPs of a forward
-    pass that come before, by selection, where keys are chosen by content, and `making` those of keys and
-    values that are made, by stream."""
+    """The work on the live pairs alone, or on the matrices in their place, and on what each backend computes;
+    `choosing` are FLOPs of a forward pass that come before, by selection, where keys are chosen by content,
+    and `making` those of keys and values that are made, by stream."""
 
-    flops: Steps
-    bytes: Steps
+    flops: Passes
+    bytes: Passes
     lowerings: Mapping[str, Lowering]
     choosing: Mapping[str, float]
     making: Mapping[str, float] = field(default_factory=dict)
 
 
+def _least(subject: Subject) -> Ideal:
+    found = ideal(subject.block_mask, subject.problem.attended(subject.attention))
+    state = state_of(subject.attention, subject.problem)
+    if state is None:
+        return found
+    # each number of it is multiplied and added to, and read so
+    item, batch = DTYPES[subject.problem.dtype], subject.problem.batch
+    flops = replace(found.flops, decode=4 * batch * state)
+    return replace(found, flops=flops, bytes=replace(found.bytes, decode=2 * item * batch * state))
+
+
 def _find(subject: Subject) -> Costs:
-    attention, problem = subject.attention.attended, subject.problem.attended(subject.attention)
-    least = ideal(subject.block_mask, problem)
+    approx = subject.attention.approx
+    if approx is not None:
+        flops, moved = thin(approx, subject.problem)
+        return Costs(flops, moved, lowerings(subject.attention, subject.problem, None), {})
+    parts = subject.parts
+    least = total([_least(part) for part in parts.values()])
+    by_part = {name: _lowerings(part) for name, part in parts.items()}
+    found = {
+        name: _added({part: by_part[part][name] for part in parts}) for name in registry.names("backends")
+    }
+    chosen = choosing(subject.attention.attended, subject.problem.attended(subject.attention))
+    made: Counter[str] = Counter()
+    for part in parts.values():
+        made.update(making(part.attention, part.problem))
+    return Costs(least.flops, least.bytes, found, chosen, made)
+
+
+def _lowerings(part: Subject) -> dict[str, Lowering]:
     # a plan knows no tiles of what is chosen at every call
-    blocks = None if subject.attention.selected else subject.block_mask
-    found = lowerings(attention, problem, blocks)
-    made = making(subject.attention, subject.problem)
-    return Costs(least.flops, least.bytes, found, choosing(attention, problem), made)
+    blocks = None if part.attention.selected else part.block_mask
+    return lowerings(part.attention.attended, part.problem.attended(part.attention), blocks)
+
+
+def _added(parts: Mapping[str, Lowering]) -> Lowering:
+    """What one backend makes of all parts of a sum."""
+    if len(parts) == 1:
+        return next(iter(parts.values()))
+    reason = next((f"{name}: {work.reason}" for name, work in parts.items() if work.reason), None)
+    seconds = [work.seconds_estimate for work in parts.values() if work.seconds_estimate is not None]
+    flops, moved = ([getattr(work, kind) for work in parts.values()] for kind in ("flops", "bytes"))
+    return Lowering(sum(seconds) if reason is None else None, reason, _passes(flops), _passes(moved))
+
+
+def _passes(parts: Sequence[Passes | None]) -> Passes | None:
+    known = [passes for passes in parts if passes is not None]
+    if len(known) < len(parts):
+        return None
+    return Passes(sum(passes.forward for passes in known), sum(passes.backward for passes in known))
 
 
 def choosing(attention: Attention, problem: Problem) -> dict[str, float]:
@@ -131,7 +175,8 @@ def making(attention: Attention, problem: Problem) -> dict[str, float]:
 
 def _text(found: Costs) -> Iterator[str]:
     flops, moved = found.flops, found.bytes
-    rows = [["live pairs alone", scaled(flops.forward), scaled(flops.backward), scaled(moved.forward), ""]]
+    what = "live pairs alone" if isinstance(flops, Steps) else "products alone"
+    rows = [[what, scaled(flops.forward), scaled(flops.backward), scaled(moved.forward), ""]]
     for name, work in found.lowerings.items():
         done = [scaled(work.flops.forward), scaled(work.flops.backward)] if work.flops else ["-", "-"]
         traffic = scaled(work.bytes.forward) if work.bytes else "-"
@@ -144,7 +189,8 @@ def _text(found: Costs) -> Iterator[str]:
     for name, work in found.lowerings.items():
         if work.reason:
             yield line(name, work.reason)
-    yield line("decode step", f"{scaled(flops.decode, 'FLOP')}, {scaled(moved.decode, 'B')}")
+    if isinstance(flops, Steps) and isinstance(moved, Steps):
+        yield line("decode step", f"{scaled(flops.decode, 'FLOP')}, {scaled(moved.decode, 'B')}")
 
 
 def _draw(subject: Subject, found: Costs) -> Drawing:
@@ -155,10 +201,13 @@ def _draw(subject: Subject, found: Costs) -> Drawing:
     from attndsl import pictures
 
     whole = subject.one_sequence
+    subject.attention.require_pairs()
     if subject.attention.inputs or subject.attention.selected:
         raise fail("its tables have one length")
     if subject.attention.streams:
         raise fail("keys that are made are not drawn against n")
+    if subject.attention.parts:
+        raise fail("it is a sum, of which every part has curves of its own")
     last = max(whole.length, SHORTEST << LENGTHS - 1)
     lengths = [last >> i for i in reversed(range(LENGTHS))]
     machine = this_machine()
@@ -183,10 +232,11 @@ def _draw(subject: Subject, found: Costs) -> Drawing:
 
 SECTION = """
 {% set passes = {"forward": "forward", "backward": "backward", "decode": "decode step"} %}
-{% call table("Live pairs only") %}
+{% set pairs = at("flops", "decode") is not none %}
+{% call table("Live pairs only" if pairs else "Products only") %}
 {{ heads(["", "work", "memory moved"]) }}
 <tbody>
-{% for pass in passes %}
+{% for pass in passes if pairs or pass != "decode" %}
 <tr><th scope="row">{{ passes[pass] }}</th>
 {% for kind in ("flops", "bytes") %}<td>{{ fact(kind, pass, unit=kind) }}</td>{% endfor %}</tr>
 {% endfor %}
@@ -214,6 +264,7 @@ part = Part(
     ("flops", "bytes", "lowerings", "choosing", "making"),
     place=40,
     title="Cost",
+    pairs=False,
     section=SECTION,
     draw=_draw,
     streams=True,

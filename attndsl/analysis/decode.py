@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attndsl.analysis.eviction import Eviction, eviction
+from attndsl.analysis.lasting import over_length
 from attndsl.analysis.part import Part, Subject
 from attndsl.analysis.text import line
 from attndsl.attention import Attention
+from attndsl.backend import Problem
 from attndsl.errors import fail
 from attndsl.expr import ZERO, Expr, const, nodes, substitute, var
+from attndsl.features import form_of
 from attndsl.tiles import lowering
 from attndsl.tiles.blockmask import BlockMask, TileGrid
 from attndsl.tiles.tiling import tile
@@ -49,6 +52,7 @@ class Cache:
     bounded     whether `minimum` stops growing with n, proved for every n and table; None is undecided
     formula     `minimum` in n where that is a constant or n itself, as sympy reads it
     valid_for   the lengths for which it holds
+    state       numbers, of all heads, that stand for all keys in a session; None where keys are kept
     """
 
     minimum: int
@@ -61,6 +65,7 @@ class Cache:
     bounded: bool | None
     formula: str | None = None
     valid_for: str | None = None
+    state: int | None = None
 
 
 def kv_cache(
@@ -99,7 +104,7 @@ def mask_tiles(attention: Attention, length: int, heads: int, inputs: Mapping[st
     Raises AttnError where queries stand at other positions than keys.
     """
     length, heads = (lowering.checked_length(*given) for given in (("length", length), ("heads", heads)))
-    if attention.streams:
+    if attention.of_streams:
         raise fail(f"a cache is of tokens, and the keys of `{attention.name}` are streams")
     sizes = lowering.sizes(attention, length, length, heads)
     if sizes.q.starts != (0,):
@@ -254,9 +259,19 @@ def _evictions(attention: Attention, n: int, heads: int) -> list[tuple[Expr, Evi
     return found
 
 
+def state_of(attention: Attention, problem: Problem) -> int | None:
+    """Of features times values and of features: H m (D + 1), for values as wide as keys."""
+    form = form_of(attention)
+    if isinstance(form, str) or not form.constant_state or over_length(attention) or attention.streams:
+        return None
+    width = form.width(problem.head_dim)
+    return None if width is None else problem.heads * width * (problem.head_dim + 1)
+
+
 def _find(subject: Subject) -> Cache:
     p = subject.one_sequence
-    return kv_cache(subject.attention, p.length, heads=p.heads, inputs=subject.inputs)
+    found = kv_cache(subject.attention, p.length, heads=p.heads, inputs=subject.inputs)
+    return replace(found, state=state_of(subject.attention, p))
 
 
 def _text(found: Cache) -> Iterator[str]:
@@ -267,6 +282,8 @@ def _text(found: Cache) -> Iterator[str]:
         yield line("bounded", "yes, for every n" if found.bounded else "no, it grows with n")
     if len(found.per_head) > 1:
         yield line("by head", ", ".join(f"{keys:,}" for keys in found.per_head))
+    if found.state is not None:
+        yield line("state", f"{found.state:,} numbers of all heads in place of keys, whatever n")
     if not found.causal:
         yield line("note", "reads of keys after the query are left out: decoding cannot do them")
 
@@ -285,6 +302,9 @@ SECTION = """
 <span data-field="/kv_cache/formula">{{ it.formula | math }}</span>{% endif %}.
 {% if it.bounded is not none %}
 {{ "It stops growing with n." if it.bounded else "It grows with n." }}
+{% endif %}
+{% if it.state is not none %}
+In place of keys {{ fact("kv_cache", "state") }} numbers of all heads do, whatever n.
 {% endif %}
 {% if not it.causal %}Reads of later keys do not count.{% endif %}</p>
 <p class="rule" data-field="/kv_cache/rule">{{ it.rule }}</p>

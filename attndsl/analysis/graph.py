@@ -73,9 +73,10 @@ def tiles_of(
 ) -> TileGrid:
     """The pairs of one head, or of any; tiles of a size of its own choice by token.
 
-    Raises AttnError for more nodes than the level's limit, for batched tables of several rows, and where
-    query row 0 is not position 0.
+    Raises AttnError for more nodes than the level's limit, for batched tables of several rows, where query
+    row 0 is not position 0, and where there are no weights of pairs.
     """
+    attention.require_pairs()
     n = lowering.checked_length("length", length)
     if by not in ("token", "block"):
         raise fail(f"the nodes of a graph are by `token` or by `block`, not by {by!r}")

@@ -39,6 +39,11 @@ def kept(attention: Attention, problem: Problem) -> tuple[int, int] | None:
     return max(first for first, _ in known), max(last for _, last in known)
 
 
+def over_length(attention: Attention) -> bool:
+    """Whether tables tell of every token."""
+    return any("n" in table.dims for table in (*attention.inputs, *attention.learned))
+
+
 def _read(attention: Attention) -> Attention | None:
     """With masks that hold all keys whose absence would change anything: a key that is not chosen took part
     in the choice. None where that is every key, or blocks of them are numbered from the first on."""
@@ -63,6 +68,8 @@ def _changes(attention: Attention, problem: Problem) -> Iterator[str]:
     if attention.streams:
         yield "its keys are streams, which are made of all tokens at every call"
         return
+    if attention.approx is not None:
+        yield f"`{attention.approx.kind}` is computed of all tokens at once"
     if attention.offset is not None:
         yield "its `offset` says that queries are not the last positions"
     if any("nq" in e.free for e in parts) or any("nq" in table.dims for table in attention.inputs):

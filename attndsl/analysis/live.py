@@ -46,11 +46,20 @@ class Count:
 
 @dataclass(frozen=True)
 class Live:
-    """Live pairs, and what follows from their number; None where it is not known."""
+    """Live pairs, and what follows from their number; None where it is not known. Of a sum those that some
+    part relates, and `parts`: the live pairs of each."""
 
     nnz: Count
     density: float | None = None
     complexity: str | None = None
+    parts: Mapping[str, Count] | None = None
+
+
+def find(subject: Subject) -> Live:
+    found = live(subject)
+    if not subject.attention.parts:
+        return found
+    return replace(found, parts={name: live(part).nnz for name, part in subject.parts.items()})
 
 
 def live(subject: Subject) -> Live:
@@ -218,6 +227,15 @@ def _text(found: Live) -> Iterator[str]:
         yield line("over seeds", f"{count.expected:,.1f} live pairs in the mean")
     if found.complexity is not None:
         yield line("complexity", found.complexity)
+    for name, count in (found.parts or {}).items():
+        yield line(f"part {name}", _said(count))
+
+
+def _said(count: Count) -> str:
+    if count.value is not None:
+        return f"{count.value:,} live pairs"
+    assert count.bounds is not None
+    return f"{count.bounds[0]:,} to {count.bounds[1]:,} live pairs, whatever {count.whatever}"
 
 
 CARDS = """
@@ -249,6 +267,9 @@ SECTION = """
 {% else %}
 <p>{{ fact("nnz", "value") }}; no closed form in n is known.</p>
 {% endif %}
+{% for name in report.get("parts") or {} if at("parts", name, "value") is not none %}
+<p>Part {{ name }}: {{ fact("parts", name, "value") }}.</p>
+{% endfor %}
 {% if at("nnz", "expected") is not none %}
 <p>Links are drawn at random: {{ fact("nnz", "expected", unit="mean") }} live pairs are expected over all
 seeds.</p>
@@ -256,6 +277,6 @@ seeds.</p>
 """
 
 part = Part(
-    live, _text, ("nnz", "density", "complexity"), place=10, title="Live pairs", section=SECTION, cards=CARDS,
-    streams=True,
+    find, _text, ("nnz", "density", "complexity", "parts"),
+    place=10, title="Live pairs", section=SECTION, cards=CARDS, streams=True,
 )  # fmt: skip

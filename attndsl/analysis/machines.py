@@ -16,7 +16,7 @@ from typing import Literal
 from attndsl.analysis.part import Part, Subject
 from attndsl.analysis.text import table
 from attndsl.analysis.units import seconds
-from attndsl.analysis.work import Ideal, ideal
+from attndsl.analysis.work import Ideal, ideal, total
 from attndsl.backend import DTYPES
 
 
@@ -157,7 +157,8 @@ def _best(work: Callable[[], object]) -> float:
 
 
 def _find(subject: Subject) -> dict[str, Roofline]:
-    least = ideal(subject.block_mask, subject.problem.attended(subject.attention))
+    parts = subject.parts.values()
+    least = total([ideal(part.block_mask, part.problem.attended(part.attention)) for part in parts])
     return {m.name: roofline(m, least, subject.problem.dtype) for m in (*MACHINES, this_machine())}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -43,6 +43,17 @@ class Subject:
     def attention(self) -> Attention:
         return self.bound.attention
 
+    @cached_property
+    def parts(self) -> dict[str, Subject]:
+        """Of a sum its parts, each as it would be alone; of any other attention itself."""
+        found = {}
+        for part in self.attention.parts:
+            held = {table.name for table in (*part.attention.inputs, *part.attention.selected)}
+            given = {name: table for name, table in self.inputs.items() if name in held}
+            alone = replace(self.bound, attention=part.attention)
+            found[part.attention.name] = replace(self, bound=alone, inputs=given)
+        return found or {self.attention.name: self}
+
     @property
     def choice(self) -> Literal["drawn", "given"] | None:
         """Where keys are chosen by content, whose choice is among the inputs."""
@@ -73,7 +84,8 @@ class Subject:
 
     @cached_property
     def block_mask(self) -> BlockMask:
-        """The tiles. Raises AttnError where tables are missing."""
+        """The tiles. Raises AttnError where tables are missing, and where there are no weights of pairs."""
+        self.attention.require_pairs()
         return lowering.block_mask(self.attention, self.sizes, self.tables, self.problem.block_size)
 
     @property
@@ -122,6 +134,7 @@ class Part:
     streams  whether it knows keys that are no tokens: of an attention with `keys` others are left out
     settled  whether it is about one choice of keys, drawn, where keys are chosen by content; else it is told
              of an attention to all that might be chosen
+    pairs    whether it is about weights of pairs, and not known where `approx` stands in their place
     draw     a picture for the section. Raises AttnError where there is none
     """
 
@@ -135,6 +148,7 @@ class Part:
     cards: str = ""
     streams: bool = False
     settled: bool = True
+    pairs: bool = True
     draw: Callable[[Subject, Any], Drawing] | None = None
 
     def names(self, name: str) -> tuple[str, ...]:

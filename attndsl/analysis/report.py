@@ -218,7 +218,9 @@ def extended(report: Report, name: str, subject: Subject) -> Report:
         if why := clashes(registry.usable("analyses")).get(name):
             raise registry.refusal("analyses", name, why)
         part: Part = registry.plugin("analyses", name)
-        if subject.attention.streams and not part.streams:
+        if part.pairs:
+            subject.attention.require_pairs()
+        if subject.attention.of_streams and not part.streams:
             raise fail("it is about keys that are tokens, and here they are streams")
         if not part.settled and subject.attention.selected:
             fixed, wide = bounds(subject.attention)

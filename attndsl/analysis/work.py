@@ -1,4 +1,4 @@
-"""What the live pairs alone cost in FLOPs and bytes: no lowering can avoid it.
+"""What the live pairs alone cost in FLOPs and bytes, or what stands in their place: no lowering can avoid it.
 
 FLOPs are those of the matrix products, a multiplication and an addition each, as FlashAttention counts them
 (Dao, FlashAttention-2, 2023, section 4.1): forward Q Kᵀ and P V, 2 (D + Dv) for each pair; backward five
@@ -7,11 +7,13 @@ products to the forward's two, so 2.5 times that, the logits being formed again.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 from numpy.typing import NDArray
 
+from attndsl.attention import Approx
 from attndsl.backend import DTYPES, Problem
 from attndsl.tiles.blockmask import BlockMask
 from attndsl.tiles.queries import column_counts, keys_read_by
@@ -43,6 +45,15 @@ class Ideal:
     bytes: Steps
 
 
+def total(costs: Sequence[Ideal]) -> Ideal:
+    """Of several attentions, one after the other."""
+
+    def added(steps: Sequence[Steps]) -> Steps:
+        return Steps(*(sum(getattr(s, field.name) for s in steps) for field in fields(Steps)))
+
+    return Ideal(added([cost.flops for cost in costs]), added([cost.bytes for cost in costs]))
+
+
 def pair_flops(head_dim: int) -> int:
     """2 (D + Dv) with Dv = D: products of one pair in the forward pass."""
     return 4 * head_dim
@@ -70,6 +81,25 @@ def ideal(block_mask: BlockMask, problem: Problem) -> Ideal:
             per_row * (2 * read + (2 * p.batch * p.heads if p.q_length else 0)),
         ),
     )
+
+
+def thin(approx: Approx, problem: Problem) -> tuple[Passes, Passes]:
+    """FLOPs and bytes where `approx` stands in place of pairs, of all tokens; there are no decoding steps."""
+    p, item = problem, DTYPES[problem.dtype]
+    forward = 2 * products(approx, p.batch * p.heads, p.q_length, p.length, p.head_dim, p.head_dim)
+    moved = p.batch * p.head_dim * item * (2 * p.heads * p.q_length + 2 * p.kv_heads * p.length)
+    return Passes(forward, round(BACKWARD * forward)), Passes(moved, 2 * moved)
+
+
+def products(approx: Approx, heads: int, nq: int, n: int, head_dim: int, v_dim: int) -> int:
+    """Multiplications of the products of matrices, over all heads and batch rows."""
+    if approx.kind == "shen":
+        return heads * (n + nq) * head_dim * v_dim
+    m = approx.landmarks
+    if n <= m:
+        return heads * n * nq * (head_dim + v_dim)
+    # of each iteration four products of m x m x m
+    return heads * ((n + nq + m) * m * (head_dim + v_dim) + 4 * approx.iterations * m**3)
 
 
 def over_all(block_mask: BlockMask, problem: Problem, counts: list[int]) -> int:

@@ -15,7 +15,7 @@ from attndsl.command import child
 from attndsl.command.given import bound, echo_json, file_and_name, program_of
 from attndsl.command.options import JSON, LIMIT
 from attndsl.errors import AttnError, Diagnostic, fail
-from attndsl.expr import Expr, Selected, all_of, any_of
+from attndsl.expr import Expr, Selected, Table, all_of, any_of
 from attndsl.language.assertions import Assertion, prove
 from attndsl.program import Program
 from attndsl.relations import proofs
@@ -124,12 +124,16 @@ def judged(program: Program, time_limit: float) -> tuple[list[Diagnostic], list[
 
 def looking_ahead(program: Program) -> Iterator[Diagnostic]:
     """Warnings of choices by content that later tokens change."""
-    for definition in map(program.__getitem__, program.names if program.elaborator.leaves else ()):
-        if not isinstance(definition, Bound) or not definition.attention.selected:
-            continue
+    every = map(program.__getitem__, program.names if program.elaborator.leaves else ())
+    choosing = [bound for bound in every if isinstance(bound, Bound) and bound.attention.selected]
+    told: set[Table] = set()
+    # a sum after its parts, of which more can be said
+    for definition in sorted(choosing, key=lambda bound: len(bound.attention.parts)):
         from attndsl.execution import leaks
 
-        tables = leaks.unstable(definition.attention)
+        parts = definition.attention.parts
+        tables = [table for table in leaks.unstable(definition.attention) if not (parts and table in told)]
+        told |= {*tables}
         found = leaks.witness(definition.attention) if tables else None
         for table in tables:
             origin = table.origin

@@ -16,7 +16,7 @@ from attndsl.execution.choice import UNKNOWN
 from attndsl.streams import described, listed
 
 if TYPE_CHECKING:
-    from attndsl.execution.plan import Plan
+    from attndsl.execution.plan import AnyPlan
 
 
 @click.command()
@@ -93,8 +93,9 @@ def run(
         terminal.echo(f"{said}\n\n{result_text(found)}")
 
 
-def of_plan(plan: Plan) -> dict[str, Any]:
-    """Tiles and nnz are over all batch rows and heads; None where they wait for tables or choices."""
+def of_plan(plan: AnyPlan) -> dict[str, Any]:
+    """Tiles and nnz are over all batch rows and heads; None where they wait for tables or choices, and where
+    `approx` stands in their place."""
     p, blocks = plan.problem, plan.block_masks
     found: dict[str, Any] = {
         "name": plan.attention.name,
@@ -102,11 +103,8 @@ def of_plan(plan: Plan) -> dict[str, Any]:
         "q_length": p.q_length,
         "block_size": p.block_size,
         "backend": plan.backend,
-        "rejected": {
-            name: UNKNOWN if said is None else said
-            for name, said in plan.considered.items()
-            if name != plan.backend
-        },
+        "approx": None if plan.attention.approx is None else plan.attention.approx.kind,
+        "rejected": {name: UNKNOWN if said is None else said for name, said in plan.rejected.items()},
         **dict.fromkeys(("tiles", "entries", "nnz", "density", "plan_bytes")),
         "compile_seconds": plan.compile_seconds,
     }
@@ -127,7 +125,12 @@ def of_plan(plan: Plan) -> dict[str, Any]:
 
 
 def of_run(
-    stage: child.Stage, plan: Plan, given: dict[str, Any], backward: bool, text: Path | None, seed: int
+    stage: child.Stage,
+    plan: AnyPlan,
+    given: dict[str, Any],
+    backward: bool,
+    text: Path | None,
+    seed: int,
 ) -> dict[str, Any]:
     """The plan's facts and what running it shows. Raises AttnError where `reference` disagrees."""
     from attndsl.command import trial
@@ -168,7 +171,7 @@ def of_run(
 
 def planned(
     stage: child.Stage, time_limit: float, attention: Attention, given: dict[str, Any], **problem: Any
-) -> Plan:
+) -> AnyPlan:
     """The plan, its tables bound if they were given."""
     stage("loading torch", None)
     import torch
@@ -185,7 +188,7 @@ def planned(
     return plan.bind(**given) if given else plan
 
 
-def plan_text(plan: Plan) -> str:
+def plan_text(plan: AnyPlan) -> str:
     blocks = plan.block_masks
     held = ""
     if blocks is not None:
@@ -203,6 +206,8 @@ def result_text(found: dict[str, Any]) -> str:
         lines.append(("backward", f"{seconds['backward']:.4g} s"))
     for key, work in (("dense", "no mask"), ("dense_masked", found["dense_masked_work"])):
         taken = seconds[key]
+        if found["approx"] and key == "dense_masked":
+            continue
         why = "too large"
         if key == "dense_masked" and found["tiles"] is None:
             why = "keys are chosen anew at every call"

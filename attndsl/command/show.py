@@ -92,6 +92,7 @@ def show(
 
 def drawable(attention: Attention, given: dict[str, Any], **sizes: Any) -> BlockMask:
     """Tiles to draw, coarse where the mask is large."""
+    attention.require_pairs()
     n, nq, heads = sizes["length"], sizes["q_length"], sizes["heads"]
     block_size = sizes["block_size"] or coarse(attention, min(n, nq or n))
     return lowering.tiles_of(attention, n, block_size, nq, heads=heads, inputs=given)

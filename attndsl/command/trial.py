@@ -14,7 +14,8 @@ from attndsl.attention import Attention, Norm
 from attndsl.backend import Problem
 from attndsl.errors import fail
 from attndsl.execution.lowered import lower
-from attndsl.execution.plan import Plan, compile
+from attndsl.execution.plan import AnyPlan, Plan, compile
+from attndsl.execution.sums import SumPlan
 from attndsl.expr import var
 from attndsl.streams import memory as memory_of
 from attndsl.tiles import lowering
@@ -65,7 +66,7 @@ def qkv(problem: Problem, text: Path | None, seed: int = 0) -> tuple[Tensor, Ten
     return q, k, v
 
 
-def memory(plan: Plan, seed: int = 0) -> dict[str, Any]:
+def memory(plan: AnyPlan, seed: int = 0) -> dict[str, Any]:
     """What the plan takes of it, normal numbers."""
     import torch
 
@@ -87,7 +88,7 @@ class Verified:
 
 
 def verify(
-    plan: Plan, out: Tensor, q: Tensor, k: Tensor, v: Tensor, tables: Mapping[str, Any]
+    plan: AnyPlan, out: Tensor, q: Tensor, k: Tensor, v: Tensor, tables: Mapping[str, Any]
 ) -> Verified | None:
     """None where the meaning depends on the number of queries and all rows at once would not fit."""
     import torch
@@ -95,7 +96,9 @@ def verify(
     p = plan.problem
     width = max(1, p.batch * p.heads * p.length)
     at_once = max(1, PAIRS_AT_ONCE // width)
-    if _depends_on_nq(plan.attention):
+    if plan.attention.approximations:
+        starts, rows = [0], p.q_length
+    elif _depends_on_nq(plan.attention):
         if p.q_length > at_once:
             return None
         starts, rows = [0], p.q_length
@@ -136,7 +139,12 @@ def verify(
 def _depends_on_nq(attention: Attention) -> bool:
     masks = [group.relation.mask for group in attention.groups]
     scores = [e for group in attention.groups for e in (group.score, group.decay) if e is not None]
-    return any("nq" in e.free for e in masks + scores) or any("nq" in t.dims for t in attention.inputs)
+    gates = [part.gate for part in attention.parts]
+    return (
+        any("nq" in e.free for e in masks + scores + gates)
+        or any("nq" in t.dims for t in attention.inputs)
+        or any(_depends_on_nq(part.attention) for part in attention.parts)
+    )
 
 
 Work = Callable[[], object]
@@ -160,7 +168,7 @@ def once(work: Work, device: str) -> float:
     return time.perf_counter() - start
 
 
-def backward(plan: Plan, qkv: tuple[Tensor, ...], tables: Mapping[str, Any]) -> Work:
+def backward(plan: AnyPlan, qkv: tuple[Tensor, ...], tables: Mapping[str, Any]) -> Work:
     """The backward pass alone."""
     import torch
 
@@ -170,7 +178,7 @@ def backward(plan: Plan, qkv: tuple[Tensor, ...], tables: Mapping[str, Any]) -> 
     return lambda: torch.autograd.grad(out, (q, k, v), gradient, retain_graph=True)
 
 
-def dense(plan: Plan, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Work | None:
+def dense(plan: AnyPlan, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Work | None:
     """torch's scaled_dot_product_attention on the same tensors; None where it would not fit."""
     from torch.nn.functional import scaled_dot_product_attention as sdpa
 
@@ -184,16 +192,20 @@ def dense(plan: Plan, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = Non
 MaskedWork = Literal["this mask", "mask + bias", "mask only"]
 
 
-def masked_work(plan: Plan) -> MaskedWork:
+def masked_work(plan: AnyPlan) -> MaskedWork:
     """What dense attention can do of the plan's work: all, as it has but a mask; all, with a bias made at
     every call as the plan does; or its mask alone, which is less work."""
+    if isinstance(plan, SumPlan):
+        return "mask only"
     plain = (var("s"), None, Norm())
-    if all((group.score, group.decay, group.norm) == plain for group in plan.attention.groups):
+    if plan.attention.approx is None and all(
+        (group.score, group.decay, group.norm) == plain for group in plan.attention.groups
+    ):
         return "this mask"
     return "mask + bias" if not isinstance(plan.considered["sdpa"], str) else "mask only"
 
 
-def dense_masked(plan: Plan, q: Tensor, k: Tensor, v: Tensor, tables: Mapping[str, Any]) -> Work | None:
+def dense_masked(plan: AnyPlan, q: Tensor, k: Tensor, v: Tensor, tables: Mapping[str, Any]) -> Work | None:
     """Dense attention under the plan's mask, doing `masked_work`; None where it would not fit."""
     import torch
 
@@ -203,5 +215,6 @@ def dense_masked(plan: Plan, q: Tensor, k: Tensor, v: Tensor, tables: Mapping[st
         return None
     if work != "mask + bias":
         return dense(plan, q, k, v, torch.from_numpy(blocks.to_dense()).to(p.device))
+    assert isinstance(plan, Plan)
     by_sdpa = replace(plan, lowered=lower(plan.lowered.attention, plan.lowered.problem, "sdpa"))
     return dense(plan, q, k, v) and (lambda: by_sdpa.module().requires_grad_(False)(q, k, v, **tables))

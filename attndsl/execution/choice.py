@@ -79,6 +79,7 @@ def used(attention: Attention, problem: Problem) -> Features:
     return Features(
         clauses={name for name, _ in clauses},
         norms={group.norm.kind for group in attention.groups},
+        approx=frozenset() if attention.approx is None else {attention.approx.kind},
         operations={node.op for e in expressions for node in nodes(e)} - {"const", "var"},
         tables={
             kind
@@ -94,7 +95,7 @@ def used(attention: Attention, problem: Problem) -> Features:
 
 
 def _clauses(attention: Attention) -> Iterator[tuple[str, Any]]:
-    yield from _set(attention, "name groups inputs learned offset least_heads streams numbered")
+    yield from _set(attention, "name groups inputs learned offset least_heads approx streams numbered")
     for group in attention.groups:
         yield from _set(group, "relation norm")
         yield from _set(group.relation, "mask")

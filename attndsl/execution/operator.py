@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import register_flop_formula
 
+from attndsl.analysis.work import products
 from attndsl.axis import Axis
-from attndsl.backend import Call, Gradients
+from attndsl.backend import Call, Gradients, State, Stateful
 from attndsl.errors import AttnError, asking, fail
 from attndsl.execution import lowered, spoiled
 from attndsl.execution.choosing import chosen
@@ -80,7 +80,9 @@ def attend(
     `tensors` as in `Lowered.tensors`, `q_offset` to `n` as in `lowered.Places`.
     """
     found, places = lowered.find(identity, tensors), (q_offset, q_at, k_offset, k_at, n)
-    return _attend(found, q, k, v, tensors, found.sizes(q, k, places))
+    out, lse, kept = _attend(found, q, k, v, tensors, found.sizes(q, k, places))
+    # as a graph expects them
+    return out.contiguous(), lse.contiguous(), [x.contiguous() for x in kept]
 
 
 def _attend(
@@ -88,8 +90,34 @@ def _attend(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     with _full_precision(q.device):
         call = found.call_of(q, k, v, found.named(tensors), sizes)
-        out, lse = spoiled.forward(call, lambda call: _forward(found, call))
+        if found.attention.approx is None:
+            out, lse = spoiled.forward(call, lambda call: _forward(found, call))
+        else:
+            # one number that is not finite reaches all rows, and no pair tells which
+            out, lse = _forward(found, call)
     return out.to(q.dtype), lse, [out.to(lse.dtype)] if _rounds(q) else []
+
+
+def step(
+    found: Lowered,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tensors: Sequence[Tensor],
+    sizes: Sizes,
+    state: State | None,
+) -> tuple[Tensor, State]:
+    """The output, and the state after it; see `Stateful`."""
+    kernel, after = found.kernel, []
+    assert isinstance(kernel, Stateful)
+
+    def run(call: Call) -> tuple[Tensor, Tensor]:
+        *results, new = kernel.step(call, state)
+        after.append(new)
+        return results[0], results[1]
+
+    out, _, _ = _attend(replace(found, kernel=run), q, k, v, tensors, sizes)
+    return out, after[0]
 
 
 def _rounds(q: Tensor) -> bool:
@@ -200,6 +228,8 @@ def _gradients(
     needing = [name for name, w in found.named(wanted).items() if w]
     with _full_precision(q.device):
         call = found.call_of(q, k, v, found.named(tensors), sizes)
+        if found.attention.approx is not None:
+            return [*_gradient(found, call, needing, results, slopes)[:3]]
         gq, gk, gv, by_name = spoiled.gradient(
             call,
             found.tables,
@@ -229,6 +259,9 @@ def _gradient(
         return found
 
     grad_out, grad_lse = slopes
+    if found.selected:
+        # while a function is differentiated no tensor can be read
+        call.tiles()
     _, pull = vjp(again, call.q, call.k, call.v, {name: call.tables[name] for name in wanted})
     grads: Gradients = pull((grad_out, torch.zeros_like(results[1]) if grad_lse is None else grad_lse))
     return grads
@@ -275,8 +308,13 @@ attend.register_autograd(_backward, setup_context=_setup_context)
 def _flops(
     places: tuple[Any, ...], identity: str, tensors: Sequence[Tensor], *qkv: Tensor
 ) -> tuple[int, int]:
-    """Of the products with a query or key and with a value, over the live pairs."""
+    """Of the products with a query or key and with a value, over the live pairs; halves of what stands in
+    their place."""
     found, (q, k, v) = lowered.find(identity, tensors), qkv
+    if found.attention.approx is not None:
+        (batch, heads, nq, width), (n, v_width) = q.shape, v.shape[2:]
+        half = products(found.attention.approx, batch * heads, nq, n, width, v_width)
+        return half, half
     call = found.call_of(q, k, v, found.named(tensors), found.sizes(q, k, places))
     blocks = call.block_mask
     pairs = sum(blocks.grids[i].nnz for i in blocks.index.ravel()) * len(q) * q.shape[1] // blocks.index.size
@@ -295,6 +333,28 @@ def _(*given: Any, **_: Any) -> int:
     return 3 * vectors + 2 * values
 
 
+def _once(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+    """Gradients that refuse to be differentiated. Those of torch's once_differentiable are constants where no
+    gradient comes in that has one itself: a penalty on them would be dropped without a word."""
+
+    def wrapper(ctx: Any, *slopes: Tensor | None) -> tuple[Any, ...]:
+        with torch.no_grad():
+            found = backward(ctx, *slopes)
+        if not torch.is_grad_enabled():
+            return found
+        given = [x for x in found if x is not None]
+        # the node that refuses stands between these gradients and what they are of
+        sources = [x for x in ctx.saved_tensors if x.requires_grad]
+        refusing = torch._C._functions.DelayedError(TWICE, len(given) + len(sources))
+        refused = iter(refusing(*given, *sources))
+        return tuple([None if x is None else next(refused) for x in found])
+
+    return wrapper
+
+
+TWICE = b"a plan is differentiated once: its gradients have no gradients"
+
+
 class _Function(torch.autograd.Function):
     """What `attend` is to autograd, without the dispatcher."""
 
@@ -309,7 +369,7 @@ class _Function(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
         out, lse, q, k, v, *others = ctx.saved_tensors
         if grad_out is None:

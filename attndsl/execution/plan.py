@@ -14,15 +14,17 @@ from torch import Tensor, nn
 
 from attndsl.attention import Attention
 from attndsl.axis import Axis
-from attndsl.backend import DTYPES, Problem, device_kind
+from attndsl.backend import DTYPES, Problem, State, device_kind
 from attndsl.bound import Bound
-from attndsl.errors import fail
+from attndsl.errors import AttnError, fail
 from attndsl.execution import choice
 from attndsl.execution.choosing import chosen
 from attndsl.execution.lowered import At, Lowered, Places, lower
-from attndsl.execution.operator import check_tangents, run
+from attndsl.execution.operator import check_tangents, run, step
 from attndsl.execution.session import REWIND, Session
+from attndsl.execution.statesession import StateSession, stateful
 from attndsl.execution.streaming import Pair, begun, held_of, keys_and_values
+from attndsl.execution.sums import SumPlan, gate_of, of_part
 from attndsl.expr import Learned, Table
 from attndsl.program import bound_of
 from attndsl.streams import described
@@ -47,8 +49,9 @@ def compile(
     block_size: int | None = None,
     backend: str | None = None,
     training: bool = False,
-) -> Plan:
-    """The attention lowered by the cheapest backend that supports it, or by `backend` alone.
+) -> AnyPlan:
+    """The attention lowered by the cheapest backend that supports it, or by `backend` alone; a sum of
+    attentions part by part.
 
     A plan serves every length up to `length` without recompiling. Raises AttnError for sizes that do not
     fit, an unknown backend, or a `backend` that declines: then no other is tried.
@@ -59,12 +62,15 @@ def compile(
         attention, length=length, q_length=q_length, batch=batch, heads=heads, kv_heads=kv_heads,
         head_dim=head_dim, dtype=dtype, device=device, block_size=block_size, training=training,
     )  # fmt: skip
-    for table in (*attention.inputs, *attention.learned):
-        if table.name in inspect.signature(Plan.__call__).parameters:
-            raise fail(f"the table `{table.name}` has the name of an argument of the call", help="rename it")
+    names = [("table", table.name) for table in (*attention.inputs, *attention.learned)]
+    for what, name in [*names, *(("part", part.attention.name) for part in attention.parts)]:
+        if name in inspect.signature(Plan.__call__).parameters:
+            raise fail(f"the {what} `{name}` has the name of an argument of the call", help="rename it")
     _check_device(problem.device)
+    if attention.parts:
+        return _added(attention, problem, backend)
     blocks = None
-    if not lowering.mask_tables(attention):
+    if attention.approx is None and not lowering.mask_tables(attention):
         sizes = lowering.sizes(attention, problem.length, problem.q_length, problem.heads)
         blocks = lowering.block_mask(attention, sizes, {}, problem.block_size)
     seconds = time.perf_counter() - start
@@ -72,6 +78,23 @@ def compile(
     considered = choice.considered(*left, blocks)
     taken = choice.chosen(considered, backend)
     return Plan(attention, problem, lower(*left, taken), considered, blocks, seconds)
+
+
+def _added(attention: Attention, problem: Problem, backend: str | None) -> SumPlan:
+    asked = vars(problem)
+    wide = "float64" if problem.dtype == "float64" else "float32"
+    parts: dict[str, Any] = {}
+    gates: dict[str, Any] = {}
+    for part in attention.parts:
+        name, gate = part.attention.name, gate_of(attention, part)
+        try:
+            parts[name] = compile(part.attention, **asked, backend=backend)
+        except AttnError as error:
+            raise of_part(name, error) from None
+        gates[name] = gate
+        if isinstance(gate, Attention):
+            gates[name] = compile(gate, **{**asked, "kv_heads": 1, "dtype": wide}, backend="reference")
+    return SumPlan(attention, problem, parts, gates)
 
 
 def _check_device(name: str) -> None:
@@ -91,8 +114,8 @@ class Plan:
                      and its kernel
     considered       every backend in the order in which they are taken: predicted seconds, None where the
                      cost is unknown, or why it declined
-    block_masks      the tiles at full length; None until the tables that they need are bound, and where keys
-                     are chosen by content
+    block_masks      the tiles at full length; None until the tables that they need are bound, where keys are
+                     chosen by content, and where `approx` stands in place of pairs
     compile_seconds  from the typed attention to the finished tiles
     tables           what is bound
     """
@@ -111,6 +134,11 @@ class Plan:
     def backend(self) -> str:
         """The name of the chosen one."""
         return self.lowered.backend
+
+    @property
+    def rejected(self) -> dict[str, choice.Verdict]:
+        """The other backends: seconds, or why not."""
+        return {name: verdict for name, verdict in self.considered.items() if name != self.backend}
 
     def __call__(
         self,
@@ -142,15 +170,18 @@ class Plan:
         With `return_lse` also the log-sum-exp [B, H, nq], -inf for an empty row. With `return_weights` then
         also what each value is multiplied by, [B, H, nq, n], 0 for pairs that are not related: the output,
         them, and gradients of both are those of `reference`, which forms all pairs, and B H n max(nq, n) is
-        at most WEIGHTS. `learned` are the values of parameters, by name, which `module` owns; without it they
-        have their first ones. Raises AttnError for tensors, positions and tables that do not fit the plan,
-        and where parameters without values are to be trained.
+        at most WEIGHTS. Where `approx` stands in place of pairs there is no log-sum-exp, and weights are what
+        each value is multiplied by all the same. `learned` are the values of parameters, by name, which
+        `module` owns; without it they have their first ones. Raises AttnError for tensors, positions and
+        tables that do not fit the plan, and where parameters without values are to be trained.
         """
         if learned is None and self.problem.training and any(t.learned for t in self.attention.learned):
             names = ", ".join(f"`{table.name}`" for table in self.attention.learned if table.learned)
             raise fail(
                 f"a call of the plan does not train {names}", help=f"use plan.module(), which owns {names}"
             )
+        if return_lse and self.attention.approx is not None:
+            raise fail(f"`{self.attention.approx.kind}` has no log-sum-exp: it sums no weights of pairs")
         held = held_of(self.attention, memory)
         if isinstance(q, Tensor) and not q.is_meta and torch.is_autocast_enabled(q.device.type):
             narrow = torch.get_autocast_dtype(q.device.type)
@@ -158,9 +189,7 @@ class Plan:
             held = held and (held[0].to(narrow), held[1].to(narrow))
         self._check(q, k, v)
         lowered = self._served(q.dtype, "reference" if return_weights else self.backend)
-        given: dict[str, Tensor] = {}
-        if inputs or learned or self.attention.inputs or self.attention.learned:
-            given = self._tensors({**self.tables, **inputs}, q) | self._learned(learned)
+        given = self._given(q, learned, inputs)
         check_tangents(q, k, v, *(held or ()), *given.values())
         places: Places = (
             *_placed("q", q, q_offset, q_positions),
@@ -174,6 +203,34 @@ class Plan:
             return (out, lse) if return_lse else out
         out, weights = out[..., : v.shape[3]], out[..., v.shape[3] :]
         return (out, lse, weights) if return_lse else (out, weights)
+
+    def step(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        q_at: Axis,
+        k_at: Axis,
+        state: State | None,
+        *,
+        learned: Mapping[str, Tensor] | None = None,
+        **inputs: Any,
+    ) -> tuple[Tensor, State]:
+        """The output of a call whose keys come after those that `state` stands for, and the state after those
+        that the last query of each row sees. The kernel is `Stateful`."""
+        self._check(q, k, v)
+        lowered = self._served(q.dtype, self.backend)
+        given = self._given(q, learned, inputs)
+        sizes = lowered.sizes(q, k, (None, q_at, None, k_at, None))
+        return step(lowered, q, k, v, lowered.tensors(given), sizes, state)
+
+    def _given(
+        self, q: Tensor, learned: Mapping[str, Tensor] | None, inputs: Mapping[str, Any]
+    ) -> dict[str, Tensor]:
+        """All tables of a call by name."""
+        if not (inputs or learned or self.attention.inputs or self.attention.learned):
+            return {}
+        return self._tensors({**self.tables, **inputs}, q) | self._learned(learned)
 
     def choices(
         self,
@@ -217,7 +274,7 @@ class Plan:
         bound = {**self.tables, **{k: v if v.requires_grad else v.clone() for k, v in given.items()}}
         blocks = self.block_masks
         needed = lowering.mask_tables(self.attention)
-        if needed and all(table.name in bound for table in needed):
+        if self.attention.approx is None and needed and all(table.name in bound for table in needed):
             sizes = lowering.sizes(
                 self.attention, self.problem.length, self.problem.q_length, self.problem.heads
             )
@@ -237,8 +294,12 @@ class Plan:
     ) -> Session:
         """An empty cache for `batch` sequences of up to `capacity` tokens, see `Session`; for `rewind` see
         its `truncate`. Values have `v_dim` features, by default as many as keys; `dtype` is by default the
-        plan's. Raises AttnError for an attention where later tokens could change what earlier ones give."""
-        return Session(self, batch, capacity, rewind=rewind, v_dim=v_dim, dtype=dtype)
+        plan's. Raises AttnError for an attention where later tokens could change what earlier ones give.
+
+        Where the kernel keeps a state in place of keys (`linear`) it is a StateSession, which does not grow.
+        """
+        kind = StateSession if stateful(self, rewind) else Session
+        return kind(self, batch, capacity, rewind=rewind, v_dim=v_dim, dtype=dtype)
 
     def module(self) -> nn.Module:
         """An nn.Module that owns the learned parameters under the names they are bound to."""
@@ -395,7 +456,9 @@ class Plan:
             f"{self.attention.name}: length {p.length:,}, q_length {p.q_length:,}, heads {p.heads}, "
             f"head_dim {p.head_dim}, {p.dtype} on {p.device}"
         ]
-        if blocks is None and self.attention.selected:
+        if self.attention.approx is not None:
+            lines.append(f"  tiles     none: `{self.attention.approx.kind}` has no weights of pairs")
+        elif blocks is None and self.attention.selected:
             lines.append("  tiles     unknown: keys are chosen anew at every call")
         elif blocks is None:
             lines.append("  tiles     unknown until the tables are bound")
@@ -414,6 +477,9 @@ class Plan:
             said = f"{verdict:.3g} s predicted" if isinstance(verdict, float) else verdict or choice.UNKNOWN
             lines.append(f"  {mark} {name:10} {said}")
         return "\n".join(lines)
+
+
+AnyPlan: TypeAlias = "Plan | SumPlan"
 
 
 class PlanModule(nn.Module):
@@ -443,7 +509,7 @@ class PlanModule(nn.Module):
         return self.plan(q, k, v, learned=learned, **call)
 
 
-def _again(attention: Attention, problem: Problem, backend: str, tables: dict[str, Any]) -> Plan:
+def _again(attention: Attention, problem: Problem, backend: str, tables: dict[str, Any]) -> AnyPlan:
     return compile(attention, **vars(problem), backend=backend).bind(**tables)
 
 

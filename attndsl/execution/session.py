@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from attndsl.analysis.lasting import kept
+from attndsl.analysis.lasting import kept, over_length
 from attndsl.axis import Axis, joined
 from attndsl.backend import DTYPES
 from attndsl.errors import fail
@@ -50,12 +50,7 @@ class Session:
         if checked_length("rewind", rewind) == 0:
             raise fail("`rewind` is 0, and must be positive")
         self.plan, self.rewind = plan, rewind
-        self.first, self.ring = capacity, 0
-        found = kept(plan.attention, p)
-        if found is not None and not any("n" in table.dims for table in tables):
-            first, last = found
-            if first + last - 1 + rewind < capacity:
-                self.first, self.ring = first, last - 1 + rewind
+        self.first, self.ring = self._places(capacity)
         if self.slots > p.length:
             raise fail(
                 f"the cache has {self.slots} slots, and the plan serves up to {p.length} keys",
@@ -70,6 +65,15 @@ class Session:
             for width in (p.head_dim, p.head_dim if v_dim is None else checked_length("v_dim", v_dim))
         )
         self.lengths = self.reached = (0,) * batch
+
+    def _places(self, capacity: int) -> tuple[int, int]:
+        """`first` and `ring`."""
+        found = kept(self.plan.attention, self.plan.problem)
+        if found is not None and not over_length(self.plan.attention):
+            first, last = found
+            if first + last - 1 + self.rewind < capacity:
+                return first, last - 1 + self.rewind
+        return capacity, 0
 
     @property
     def slots(self) -> int:
@@ -131,9 +135,11 @@ class Session:
         for row in chosen:
             if row >= len(self.lengths):
                 raise fail(f"there is no row {row} of {len(self.lengths)}")
-        at = torch.tensor(chosen, dtype=torch.int64, device=self.k.device)
+        self._take(chosen, torch.tensor(chosen, dtype=torch.int64, device=self.k.device))
+
+    def _take(self, rows: Sequence[int], at: Tensor) -> None:
         self.k, self.v = self.k[at], self.v[at]
-        self.lengths, self.reached = (tuple([x[row] for row in chosen]) for x in (self.lengths, self.reached))
+        self.lengths, self.reached = (tuple([x[row] for row in rows]) for x in (self.lengths, self.reached))
 
     def truncate(self, lengths: Any) -> None:
         """Only the first tokens are left, so many of each row, or one number for all.
@@ -145,9 +151,9 @@ class Session:
         for row, (new, old, most) in enumerate(zip(wanted, self.lengths, self.reached, strict=True)):
             if new > old:
                 raise fail(f"row {row} has {old} tokens, and is to be truncated to {new}")
-            if self.first < new < old and most > self.slots and most - new > self.rewind:
+            if self.first < new < old and new < (back := self._back(row)):
                 raise fail(
-                    f"row {row} had {most} tokens, and goes back to {most - self.rewind}, not to {new}",
+                    f"row {row} had {most} tokens, and goes back to {back}, not to {new}",
                     help=f"make the session with `rewind={most - new}`",
                 )
         self.lengths = wanted
@@ -155,6 +161,11 @@ class Session:
         self.reached = tuple(
             [new if new <= self.first else most for new, most in zip(wanted, self.reached, strict=True)]
         )
+
+    def _back(self, row: int) -> int:
+        """The least length that a row goes back to."""
+        most = self.reached[row]
+        return most - self.rewind if most > self.slots else 0
 
     def _cast(self, *new: Tensor) -> tuple[Tensor, ...]:
         """As autocast does for torch's own attention, which would convert the cache anew at every step."""
@@ -215,7 +226,7 @@ class Session:
         if padded:
             # what stands behind the tokens of a row reads what the last of them reads
             last = np.maximum(np.array(ends) - 1, 0)[:, None]
-            place = {"q_positions": np.minimum(_following(starts, size), last)}
+            place = {"q_positions": np.minimum(following(starts, size), last)}
         if not self.ring:
             place["n"] = n
         # also where the call fails, slots have been taken
@@ -228,7 +239,7 @@ class Session:
             there = self._held(starts)
             before = np.stack([there.positions(row) for row in range(len(starts))])[:, :held]
             before = np.where(before < np.array(starts)[:, None], before, np.array(ends)[:, None])
-            place["k_positions"] = np.concatenate([before, _following(starts, size)], 1)
+            place["k_positions"] = np.concatenate([before, following(starts, size)], 1)
             keys, values = (
                 torch.cat([cache[:, :, :held], x], 2) if held else x
                 for cache, x in ((self.k, k), (self.v, v))
@@ -290,7 +301,7 @@ class Session:
             at += size
 
 
-def _following(starts: Sequence[int], size: int) -> Array:
+def following(starts: Sequence[int] | Array, size: int) -> Array:
     """int64 [rows, size]"""
     return np.array(starts)[:, None] + np.arange(size)
 

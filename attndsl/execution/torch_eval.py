@@ -277,8 +277,8 @@ def by_side(name: str, vectors: Tensor) -> Tensor:
 
 
 class _Extreme(torch.autograd.Function):
-    """max and min with the gradients that torch gives them, halves where both are equal, by arithmetic: to
-    choose entry by entry takes twenty times as long."""
+    """max and min with the gradients that torch gives them, halves where both are equal: its own way, which
+    chooses entry by entry, takes twenty times as long."""
 
     generate_vmap_rule = True
 
@@ -294,17 +294,26 @@ class _Extreme(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         a, b = ctx.saved_tensors
-        tilt = (a - b).sign().mul(ctx.sign / 2)
+        ahead = (a - b if ctx.sign > 0 else b - a).nan_to_num_(nan=0.0)
         mine, other = ctx.needs_input_grad[:2]
         return (
-            ((0.5 + tilt) * slope).sum_to_size(a.shape) if mine else None,
-            ((0.5 - tilt) * slope).sum_to_size(b.shape) if other else None,
+            _shared(slope, ahead).sum_to_size(a.shape) if mine else None,
+            _shared(slope, -ahead).sum_to_size(b.shape) if other else None,
             None,
         )
 
 
-def _extreme(a: Tensor, b: Tensor, sign: int) -> Tensor:
-    if not (a.is_floating_point() and torch.is_grad_enabled()):
+def _shared(slope: Tensor, ahead: Tensor) -> Tensor:
+    """All of the slope, even an infinite one, where this is positive, half where it is 0, else nothing: the
+    gradient of relu says so quickly."""
+    least = -torch.finfo(ahead.dtype).smallest_normal
+    found, other = (torch.ops.aten.threshold_backward(slope, ahead, end) for end in (0.0, least))
+    found.add_(other).mul_(0.5)
+    return found  # type: ignore[no-any-return]
+
+
+def extreme(a: Tensor, b: Tensor, sign: int) -> Tensor:
+    if not (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)):
         return _Extreme.forward(a, b, sign)
     found: Tensor = _Extreme.apply(a, b, sign)  # type: ignore[no-untyped-call]
     return found
@@ -445,11 +454,11 @@ class _Evaluation:
 
     def on_min(self, node: Expr, live: Tensor | None) -> Tensor:
         a, b = (self.typed(arg, node, live) for arg in node.args)
-        return _extreme(a, b, -1)
+        return extreme(a, b, -1)
 
     def on_max(self, node: Expr, live: Tensor | None) -> Tensor:
         a, b = (self.typed(arg, node, live) for arg in node.args)
-        return _extreme(a, b, 1)
+        return extreme(a, b, 1)
 
     def on_abs(self, node: Expr, live: Tensor | None) -> Tensor:
         return self.of(node.args[0], live).abs()
@@ -585,9 +594,13 @@ class _Evaluation:
         return torch.einsum("...d,...d->...", self.vector(a, live), self.vector(b, live))
 
     def on_matvec(self, node: Expr, live: Tensor | None) -> Tensor:
-        matrix, x = node.args
         live = self.of_pairs(live)
-        return torch.einsum("...md,...d->...m", self.of(matrix, live), self.vector(x, live))
+        matrix, x = self.of(node.args[0], live), self.vector(node.args[1], live)
+        if matrix.dim() > 3 and x.shape[-3] == matrix.shape[-3] == 1 != matrix.shape[-4]:
+            # one of each query with one of each key: a matrix product, of which einsum makes many
+            found = matrix.squeeze(-3).flatten(-3, -2) @ x.squeeze(-3).mT
+            return found.view(*found.shape[:-2], -1, matrix.shape[-2], found.shape[-1]).transpose(-1, -2)
+        return torch.einsum("...md,...d->...m", matrix, x)
 
     def on_sum(self, node: Expr, live: Tensor | None) -> Tensor:
         return self.vector(node.args[0], live).sum(-1)

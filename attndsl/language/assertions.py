@@ -194,6 +194,8 @@ def _quantity(
     if attention is None:
         pattern = elaborator.pattern(args["of"], Scope({}, claims=True), TOKENS)
         attention = Attention.of_pattern(args["of"].span.text, pattern.at(Q, K, TOKENS))
+    if attention.approx is not None and kind != "diameter":
+        raise fail(f"`{attention.approx.kind}` has no weights of pairs to count", args["of"].span)
     n = elaborator.constant(args["n"], Scope({}), TOKENS, "n")
     if n < 0:
         raise fail(f"n is {n}, and must not be negative", args["n"].span)

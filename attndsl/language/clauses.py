@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, get_args, get_type_hints
 import numpy as np
 
 from attndsl import expr as ir
-from attndsl.attention import Attention, HeadGroup, Norm, Relation
+from attndsl.attention import Approx, Attention, HeadGroup, Norm, Relation
 from attndsl.errors import AttnError, fail
 from attndsl.expr import Expr, Table
+from attndsl.language.approx import approx_of, refuse_beside, refuse_mask
 from attndsl.language.arguments import bind_arguments, input_table, name_span, score_call
 from attndsl.language.mistakes import expected, number_of, quoted
 from attndsl.language.streams import over_entries, streams_of
+from attndsl.language.sums import sum_of
 from attndsl.language.values import (
     TOKENS,
     K,
@@ -58,6 +60,8 @@ def attention_of(elaborator: Elaborator, definition: ast.AttentionDef, env: Scop
                     raise fail(f"`{decl.name}` is {what}", name_span(decl), "choose another name")
                 inputs[decl.name] = input_table(decl)
     env = env.bind(**{name: TableOf(table) for name, table in inputs.items()})
+    if definition.sum is not None:
+        return sum_of(elaborator, definition, env, tuple(inputs.values()))
     return AttentionBuilder(elaborator, definition, env).build(tuple(inputs.values()))
 
 
@@ -72,6 +76,7 @@ class AttentionBuilder:
         self.placed = self.mask_env.bind(q=Num(Q), k=Num(K))
         self.learned: dict[str, Table] = {}
         self.failed: list[AttnError] = []
+        self.approx: Approx | None = None
         self.streams: Streams = ()
 
     @contextmanager
@@ -90,7 +95,13 @@ class AttentionBuilder:
         offset = None
         with self.going_on():
             self.once("offset", [c for c in clauses if isinstance(c, ast.Clause)])
+        with self.going_on():
+            self.once("approx", [c for c in clauses if isinstance(c, ast.Clause)])
         for clause in clauses:
+            if isinstance(clause, ast.Clause) and clause.word == "approx":
+                with self.going_on():
+                    self.approx = approx_of(self.elaborator, clause.value, self.placed)
+                    refuse_beside(self.approx, clauses)
             if isinstance(clause, ast.Clause) and clause.word == "offset":
                 with self.going_on():
                     offset = self.elaborator.integer(clause.value, self.placed, TOKENS)
@@ -116,7 +127,8 @@ class AttentionBuilder:
             tuple(self.learned.values()),
             offset,
             least,
-            self.streams,
+            self.approx,
+            streams=self.streams,
         )
 
     def keys(self, clauses: list[ast.Keys]) -> None:
@@ -196,6 +208,8 @@ class AttentionBuilder:
             with self.going_on():
                 if clause.word == "mask":
                     relations.append(self.mask(clause).at(Q, K, TOKENS))
+                    if self.approx is not None:
+                        refuse_mask(self.approx, relations[-1], clause.value)
                 elif clause.word == "score":
                     score = self.score(clause.value, score, env)
                 elif clause.word == "decay":

@@ -116,6 +116,9 @@ class Elaborator:
         if isinstance(inside, ast.Definition):
             written = f"{inside.word} {inside.name}({name.id}) = ..."
             return self.unknown(name, env, f"make it a parameter: `{written}`")
+        if inside is not None and inside.sum is not None:
+            written = f"attention {inside.name} {{ inputs {name.id} : float[n] }} = ..."
+            return self.unknown(name, env, f"declare the gate: `{written}`")
         return self.unknown(name, env, f"declare the table: `inputs {name.id} : int[n]`")
 
     def means(self, name: str, env: Scope) -> bool:

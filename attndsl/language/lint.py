@@ -23,12 +23,14 @@ def warnings(definitions: list[Definition], elaborator: Elaborator) -> list[Diag
     """Of definitions that are right: by their text first, then by what their masks relate."""
     found: list[Diagnostic] = []
     used = {name.id for item in definitions for name in ast.walk(item) if isinstance(name, ast.Name)}
+    sums = [item.sum for item in definitions if isinstance(item, ast.AttentionDef) and item.sum is not None]
+    added = {name.id for e in sums for name in ast.walk(e) if isinstance(name, ast.Name)}
     for item in definitions:
         found += _of_text(item)
         if not all(param.default is not None for param in item.params):
             continue
         if isinstance(item, ast.AttentionDef):
-            found += _of_attention(item, elaborator)
+            found += _of_attention(item, elaborator, item.name in added)
         elif item.word == "pattern" and item.name not in used:
             value = elaborator.instance(item, {}, Scope({}), item.name_span)
             if isinstance(value, Pattern):
@@ -65,7 +67,8 @@ def _of_text(item: Definition) -> Iterator[Diagnostic]:
                 )
 
 
-def _of_attention(item: ast.AttentionDef, elaborator: Elaborator) -> Iterator[Diagnostic]:
+def _of_attention(item: ast.AttentionDef, elaborator: Elaborator, added: bool) -> Iterator[Diagnostic]:
+    """`added`: to others, which may have the rows that are empty here."""
     value = elaborator.instance(item, {}, Scope({}), item.name_span)
     assert isinstance(value, AttentionOf)
     masks = [c for c in item.clauses if isinstance(c, ast.Clause) and c.word == "mask"]
@@ -75,7 +78,7 @@ def _of_attention(item: ast.AttentionDef, elaborator: Elaborator) -> Iterator[Di
     yield from empty
     span = masks[0].value.span if len(masks) == 1 else item.name_span
     for i, group in enumerate(value.attention.groups):
-        if not group.relation.mask.tables and not empty and value.attention.offset is None:
+        if not (group.relation.mask.tables or empty or added) and value.attention.offset is None:
             yield from _empty_rows(some_key(value.attention.streams, group.relation.mask), group.heads, span)
         yield from _shift_variance(group, item)
         yield from _vanishing(group, [c for c in _clauses_of(item, i) if c.word == "norm"])
@@ -89,7 +92,8 @@ def _of_attention(item: ast.AttentionDef, elaborator: Elaborator) -> Iterator[Di
     for clause in masks:
         yield from _block_causality(clause.value, elaborator)
     undefined = list(_undefined(value.attention, [clause.value for clause in masks], item.name_span))
-    yield from undefined or _scattered(value.attention, span)
+    # without pairs there are none to scatter
+    yield from undefined or (() if value.attention.approx else _scattered(value.attention, span))
 
 
 TRIED = 4096

@@ -24,6 +24,9 @@ REMEDIES = {
     ("a pattern", "a truth"): "write `{{ q, k : {x} }}`",
     ("a pattern", "a set"): "write `columns({x})`, `rows({x})` or `global({x})`",
     ("a pattern", "a pattern of coordinates"): "write `grid(height, width, {x})`",
+    ("a number", "an attention"): "attentions are added, each with a factor: `0.5 * {x} + ...`",
+    ("an attention", "a number"): "it is a factor of an attention: `{x} * part`",
+    ("an attention", "a pattern"): "write `attention part {{ mask {x} }}` and add that",
     ("a pattern", "an attention"): "name its mask as a `pattern` and use that",
 }
 """What to write where one kind of value is expected and another found."""

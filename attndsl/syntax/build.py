@@ -105,6 +105,18 @@ class Build(Transformer[Token, Any]):
             str(name), params, tuple(clauses), span=around(word, end), name_span=span_of(name)
         )
 
+    def combination(self, children: list[Any]) -> AttentionDef:
+        word, name, params, *block, value = children
+        clauses = tuple(block[:-1])
+        for clause in clauses:
+            if not isinstance(clause, Inputs):
+                said = clause.word if isinstance(clause, Clause) else "heads"
+                help = f"`{said}` goes into the attentions that are added"
+                raise fail("a sum has no clauses but `inputs`", clause.span, help)
+        return AttentionDef(
+            str(name), params, clauses, sum=value, span=around(word, value), name_span=span_of(name)
+        )
+
     def assertion(self, children: list[Any]) -> Assert:
         return Assert(children[1], span=around(*children))
 

@@ -125,13 +125,6 @@ def explain(
         elif tokens[-1] == "lambda":
             help = "a pattern is written `{ q, k : condition }`"
         return at(here, there, "two expressions side by side", help)
-    if bad.type == "ASSIGN" and tokens[0].type == "ATTENTION":
-        return at(
-            here,
-            there,
-            "an attention is written as clauses in `{ }`",
-            "combinations of attentions are later work",
-        )
     if bad.type == "$END":
         return at(here, there, f"expected {wanted(accepts)}, not the end")
     return at(here, there, f"expected {wanted(accepts)}, not {shown}")

@@ -226,7 +226,12 @@ def lay_out(items: Items, one_line: bool) -> None:
     block = items[-1] if isinstance(items[-1], Group) and items[-1].block else None
     if width is not None and width <= WIDTH and (one_line or block is None):
         return
-    if block is None:
+    if first_leaf(items).type == "ATTENTION" and block is None:
+        sign = next(i for i, item in enumerate(items) if isinstance(item, Leaf) and item.type == "ASSIGN")
+        fill(items[:sign], 0, INDENT, 0, 0)
+        start_line(first_leaf(items[sign:]), INDENT)
+        fill(items[sign:], INDENT, 2 * INDENT, INDENT, 0)
+    elif block is None:
         fill(items, 0, INDENT, 0, 0)
     else:
         fill(items[:-1], 0, INDENT, 0, len(" {"))

@@ -151,7 +151,7 @@ class Inputs(Node):
 
 @dataclass(frozen=True)
 class Clause(Node):
-    """`mask`, `score`, `decay`, `norm` or `offset`, each with one expression."""
+    """`mask`, `score`, `decay`, `norm`, `offset` or `approx`, each with one expression."""
 
     word: str
     value: Expression
@@ -191,10 +191,13 @@ class Definition(Node):
 
 @dataclass(frozen=True)
 class AttentionDef(Node):
+    """`sum` is what stands right of `=`; there are no clauses but `inputs` then."""
+
     name: str
     params: tuple[Param, ...]
     clauses: tuple[Inputs | Clause | Heads | Keys, ...]
     doc: str = ""
+    sum: Expression | None = None
     name_span: Span = field(compare=False, repr=False, kw_only=True)
 
 

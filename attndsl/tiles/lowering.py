@@ -102,6 +102,7 @@ def sizes(
             raise fail(f"`n` is {n}, and a key stands at {max(each) - 1}")
         each = (n,)
     found = Sizes(heads, q or Axis.starting(nq, (_first_row(attention, n, nq) for n in each)), k, each)
+    check_places(attention, nq == n_keys and all(found.q.row(b) == k.row(b) for b in range(found.rows)))
     for row in range(found.rows if inside else 0):
         last, end = found.q.span(row)[1], each[row % len(each)]
         if last >= end:
@@ -109,6 +110,14 @@ def sizes(
                 f"a query stands at {last}, and n is {end}", help="give `n=`, the number of all positions"
             )
     return found
+
+
+def check_places(attention: Attention, same: bool) -> None:
+    """Raises AttnError where queries and keys have to stand at the same positions and do not."""
+    if not same and attention.approx is not None and attention.approx.kind == "nystrom":
+        raise fail(
+            "`nystrom` takes as many queries as keys, at the same positions: its landmarks are of both"
+        )
 
 
 def _first_row(attention: Attention, n: int, nq: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from attndsl.tiles.blockmask import TileGrid
+from attndsl.tiles.blockmask import BlockMask, TileGrid
 
 Bool = NDArray[np.bool_]
 AT_ONCE = 2**14
@@ -41,6 +41,13 @@ def keys_read_by(grid: TileGrid, rows: Bool) -> Bool:
         np.bitwise_or.at(bits, grid.part_col[part], np.bitwise_or.reduce(lines, axis=1))
     bits[np.cumsum(steps)[:cols] > 0] = 255
     return np.unpackbits(bits.ravel(), count=grid.n, bitorder="little").astype(bool)
+
+
+def keys_read(block_mask: BlockMask) -> Bool:
+    """The keys that some query reads, [rows, heads, n] as the index of the mask has them."""
+    every = np.ones(block_mask.nq, bool)
+    found: Bool = np.stack([keys_read_by(grid, every) for grid in block_mask.grids])[block_mask.index]
+    return found
 
 
 def column_counts(grid: TileGrid) -> NDArray[np.int64]:

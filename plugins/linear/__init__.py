@@ -15,16 +15,22 @@ from dataclasses import replace
 from attndsl.attention import Attention
 from attndsl.backend import Kernel, Problem, predicted
 from attndsl.execution.torch_eval import FEATURES
+from attndsl.expr import nodes
 from attndsl.features import LinearForm, form_of
+from attndsl.scores import by_distance
 from attndsl.tiles.blockmask import BlockMask
 
 from .kernel import LinearKernel, StatefulLinear
 from .slabs import CHUNK
 
-SECONDS = {"cpu": {"calls": 4e-4, "chunks": 9e-5, "products": 2.6e-11, "features": 1.2e-9}}
-"""Of one core with AVX-512, by benchmarks/linear.py."""
-TRAINING = 3.4
+SECONDS = {"cpu": {"calls": 8e-4, "parts": 2e-5, "products": 4.2e-11, "features": 2e-9, "exponents": 1.4e-8}}
+"""Of one core with AVX2, of the examples at 64 to 16,384."""
+TRAINING = 4.0
 """Forward and backward beside forward."""
+
+
+SEGMENT = 256
+"""Tokens of a segment that no table has told yet."""
 
 
 class Linear:
@@ -43,19 +49,27 @@ class Linear:
     def counts(
         self, attention: Attention, problem: Problem, block_mask: BlockMask | None
     ) -> dict[str, float]:
-        found, width = form_of(attention), problem.head_dim
+        """`products` multiply and add; `features` and `exponents` are numbers made one by one."""
+        found, p = form_of(attention), problem
         assert isinstance(found, LinearForm)
-        m = found.width(width)
-        rows = problem.batch * problem.heads
-        tokens = float(rows * (problem.length + problem.q_length))
-        pairs = float(rows * problem.length * CHUNK if found.causal else 0)
+        m = found.width(p.head_dim) or p.head_dim
+        heads = p.batch * p.heads
+        queries, keys = float(heads * p.q_length), float(heads * p.length)
+        formed = min(queries, keys) * min(CHUNK, p.length) if found.causal else 0.0
+        mapped = sum(node.op == "matvec" for phi in (found.query, found.key) for node in nodes(phi)) / 2
+        decay = attention.groups[0].decay
+        apart = found.powers[1] or (decay is not None and by_distance(decay) is None)
+        products = (queries + keys) * m * (p.head_dim * (1 + mapped)) + formed * (m + p.head_dim)
+        problems = p.batch * _segments(p, block_mask, found.causal) if found.segments else 1.0
         return {
-            "calls": 1,
-            "pairs": pairs,
-            "chunks": problem.length / CHUNK,
-            "products": tokens * m * (width + 1) + pairs * (m + width + 1),
-            "features": tokens * m,
-            "written": tokens * (m + width),
+            "calls": problems,
+            # as many as take these products
+            "pairs": products / (2 * p.head_dim),
+            "parts": problems * (1 + (p.length + p.q_length) / problems / CHUNK),
+            "products": products,
+            "features": (queries + keys) * m,
+            "exponents": formed * apart,
+            "written": (queries + keys) * (m + p.head_dim),
         }
 
     def lower(self, attention: Attention, problem: Problem) -> Kernel:
@@ -63,6 +77,14 @@ class Linear:
         assert isinstance(found, LinearForm)
         kind = StatefulLinear if found.constant_state else LinearKernel
         return kind(attention.groups[0], found)
+
+
+def _segments(p: Problem, block_mask: BlockMask | None, causal: bool) -> float:
+    """About how many there are, of one length each."""
+    if block_mask is None:
+        return max(1.0, p.length / SEGMENT)
+    pairs = block_mask.nnz / block_mask.index.size * (2 if causal else 1)
+    return max(1.0, p.q_length * p.length / max(pairs, 1.0))
 
 
 backend = Linear()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from attndsl.backend import Call
 from attndsl.execution.torch_eval import Env, evaluate
-from attndsl.expr import Expr
+from attndsl.expr import TRUE, Expr
 from attndsl.features import LinearForm
 
 CHUNK = 64
@@ -35,10 +35,13 @@ class Rows:
     counts: Array
 
 
-def rows_of(form: LinearForm, call: Call, env: Env) -> Iterator[Rows]:
-    """Queries that none has see nothing."""
+def rows_of(form: LinearForm, call: Call, env: Env, state: bool = False) -> Iterator[Rows]:
+    """Queries that none has see nothing; with a `state` before the keys some see no more than that."""
     (batch, _, nq, _), n = call.q.shape, call.k.shape[2]
-    taking, *segments = (_sides(pair, env, nq, n) for pair in ((form.queries, form.keys), *form.segments))
+    # what segments read may be there only where a query or a key takes part
+    live = [None if truth is TRUE else evaluate(truth, env) for truth in (form.queries, form.keys)]
+    taking = _sides((form.queries, form.keys), [None, None], env, nq, n)
+    segments = [_sides(pair, live, env, nq, n) for pair in form.segments]
     sizes = {len(x) for pair in (taking, *segments) for x in pair}
     sizes |= {len(axis.rows) for axis in (call.q_at, call.k_at)}
     step = max(batch, 1) if sizes == {1} else 1
@@ -57,14 +60,21 @@ def rows_of(form: LinearForm, call: Call, env: Env) -> Iterator[Rows]:
             counts = np.full(len(mine), len(other))
             if form.causal:
                 counts = np.searchsorted(at[1][other], at[0][mine], side="right")
+            if not state:
+                mine, counts = mine[counts > 0], counts[counts > 0]
+            if not len(mine):
+                continue
             yield Rows(slice(start, start + step), _some(some[0][mine], nq), _some(some[1][other], n), counts)
 
 
-def _sides(pair: tuple[Expr, Expr], env: Env, nq: int, n: int) -> tuple[Array, Array]:
+def _sides(
+    pair: tuple[Expr, Expr], live: list[Tensor | None], env: Env, nq: int, n: int
+) -> tuple[Array, Array]:
     """What depends on the query alone and on the key alone: [1 or B, nq], [1 or B, n]."""
+    values = (evaluate(e, env, where) for e, where in zip(pair, live, strict=True))
     mine, other = (
         x.reshape(len(x) if x.dim() else 1, -1).expand(-1, size).cpu().numpy()
-        for x, size in zip((evaluate(e, env) for e in pair), (nq, n), strict=True)
+        for x, size in zip(values, (nq, n), strict=True)
     )
     return mine, other
 
@@ -97,7 +107,10 @@ def slabs_of(counts: Array, chunk: int, features: int) -> Iterator[Slab]:
     if none == nq:
         return
     first, last = int(counts[none]), int(counts[-1])
-    if (np.diff(counts[none:]) == 1).all():
+    if first == last <= 2 * chunk:
+        seen = torch.from_numpy(counts[none:])
+        yield Slab(slice(0, last), slice(none, nq), 1, None, seen)
+    elif (np.diff(counts[none:]) == 1).all():
         yield from _keys(0, first - 1, size)
         yield from _squares(first - 1, last, none - first + 1, chunk, each)
     elif first == last:

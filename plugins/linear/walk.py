@@ -50,6 +50,7 @@ class Part:
     enter    of what each query finds in the state before [X, L]
     leave    of each key in the state after [X, C]
     onward   of the state before in that after [X]
+    dead     pairs whose products may be anything [L, C], None where all are finite
     """
 
     query: Tensor
@@ -59,9 +60,12 @@ class Part:
     enter: Tensor | None
     leave: Tensor | None
     onward: Tensor | None
+    dead: Tensor | None = None
 
     def weighed(self, pairs: Tensor) -> Tensor:
         """Pairs [X, L, C] times their factors, in place."""
+        if self.dead is not None:
+            pairs.masked_fill_(self.dead, 0.0)
         return pairs if self.inside is None else pairs.mul_(self.inside)
 
     def weights(self) -> Tensor:
@@ -93,6 +97,7 @@ class Walk:
     even     whether factors inside one part are those inside another, where each query sees a key more than
              the last
     like     those, by the numbers of queries and of keys
+    careful  whether products of features may be infinite
     state    after the last slab
     """
 
@@ -108,6 +113,7 @@ class Walk:
     even: bool
     like: dict[tuple[int, int], Tensor]
     state: State | None
+    careful: bool = False
 
     @staticmethod
     def of(
@@ -126,7 +132,7 @@ class Walk:
             for x, entries in ((call.q, rows.q), (call.k, rows.k), (call.v, rows.k))
         )
         at = {name: _cut(name, x, rows) for name, x in env.values.items()}
-        slabs = [*slabs_of(rows.counts, chunk, form.width(q.shape[3]))]
+        slabs = [*slabs_of(rows.counts, chunk, form.width(q.shape[3]) or q.shape[3])]
         walk = Walk(form, env, q, k, v, at, slabs, None, None, False, {}, state)
         walk.logs = walk.logarithms({})
         if walk.logs is None and not form.powers[1]:
@@ -242,12 +248,13 @@ class Walk:
         """And the logarithm of the unit of each query [X, queries]."""
         values = _shared(self.v[:, :, slab.keys], self.q).flatten(0, 1)
         sides = [*zip(*(x.tensor_split(slab.parts, 1) for x in (query, key, values)), strict=True)]
+        dead = ~slab.live if self.careful and slab.live is not None else None
         log = top
         if self.logs is not None:
             log = self.logs[1][:, slab.keys] + (0 if top is None else top)
         if self.units is None or log is None:
             inside = None if slab.live is None else slab.live.to(self.env.dtype)
-            return [Part(q, k, v, inside, None, None, None) for q, k, v in sides], own
+            return [Part(q, k, v, inside, None, None, None, dead) for q, k, v in sides], own
         dtype, start, stop = self.env.dtype, slab.keys.start, slab.keys.stop
         before, after = self.units[:, start, None], self.units[:, start + 1 : stop + 1]
         if stop > start:
@@ -264,7 +271,7 @@ class Walk:
         ):
             enter = (starts[:, i, None] - unit_i).to(dtype).exp()
             leave = (log_i - ends[:, i, None]).to(dtype).exp()
-            found.append(Part(q, k, v, self._inside(slab, log_i, unit_i), enter, leave, onward[:, i]))
+            found.append(Part(q, k, v, self._inside(slab, log_i, unit_i), enter, leave, onward[:, i], dead))
         if self.logs is not None:
             unit = unit + self.logs[0][:, slab.queries]
         unit = unit.to(dtype)

@@ -11,10 +11,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from attndsl import expr as ir
 from attndsl.backend import Problem
 from attndsl.errors import fail
 from attndsl.execution.torch_eval import Env, broadcast_tensors, environment, evaluate
 from attndsl.expr import Expr, Selected
+from attndsl.scores import by_head, by_pair
 from attndsl.selection import Offered
 
 Score = Expr | None
@@ -65,10 +67,13 @@ class TopK:
         (batch, heads), kv_heads = offered.q.shape[:2], offered.k.shape[1]
         rows, count = env.values["q"].shape[2], env.values["k"].shape[3]
         r = min(self.rounds(origin), count)
-        together = heads // kv_heads if origin["share"] == "kv" else 1
         found = torch.full((batch, heads, rows, r), -1, device=offered.q.device)
         assert of is not None
-        for some in slabs(rows, max(SLAB, SCORES // max(1, count))):
+        # a choice that no head makes in its own way is made once
+        apart = by_head(by) or "h" in of.free
+        together = heads // kv_heads if apart and origin["share"] == "kv" else 1
+        deep = depth(by, offered.q.shape[3])
+        for some in slabs(rows, max(1, SLAB // deep, SCORES // max(1, count * deep))):
             here = part(env, rows=some)
             every = torch.ones((), dtype=torch.bool).expand(1, 1, some.stop - some.start, count)
             live, _ = broadcast_tensors(evaluate(of, here), every)
@@ -78,7 +83,7 @@ class TopK:
             if not live.numel():
                 continue
             at_once = max(1, SCORES // (live[0, 0].numel() * together)) * together
-            for b, few in product(range(batch), slabs(heads, at_once)):
+            for b, few in product(range(batch), slabs(heads if apart else 1, at_once)):
                 there = cut(live, {0: slice(b, b + 1), 1: few})
                 scores = evaluate(by, part(here, b, few), there).to(env.dtype)
                 scores = scores.expand(1, few.stop - few.start, *live.shape[2:]).squeeze(0)
@@ -86,7 +91,8 @@ class TopK:
                     scores = scores.view(-1, together, *scores.shape[1:]).sum(1)
                     there = cut(there, {1: slice(None, None, together)})
                 places = greatest(scores, there.squeeze(0), hidden, r).repeat_interleave(together, 0)
-                found[b, few, some] = torch.where(places < 0, -1, places + columns.start)
+                mine = few if apart else ALL
+                found[b, mine, some] = torch.where(places < 0, -1, places + columns.start)
         return found
 
     def reference(self, origin: Selected, offered: Offered) -> Tensor:
@@ -103,6 +109,17 @@ class TopK:
         return best(scores, live, min(self.rounds(origin), count))
 
 
+def depth(by: Expr, head_dim: int) -> int:
+    """Numbers that stand behind the score of a pair at once: of its widest vector that no matrix product
+    makes."""
+    widths = [
+        ir.number(ir.substitute(node.width, {"D": ir.const(head_dim)}))
+        for node in ir.nodes(by)
+        if node.type == "vec" and node.width is not None and by_pair(node)
+    ]
+    return max([1, *(int(width or head_dim) for width in widths)])
+
+
 def greatest(scores: Tensor, live: Tensor, hidden: slice, r: int) -> Tensor:
     """As `best` in any order, of scores [X, rows, units], which may be overwritten, and live [X or 1, rows,
     units]; what is not is among the units `hidden`.
@@ -111,7 +128,9 @@ def greatest(scores: Tensor, live: Tensor, hidden: slice, r: int) -> Tensor:
     """
     width = scores.shape[-1]
     if width <= r:
-        return best(scores, live.expand_as(scores), r)
+        every = torch.arange(width, device=scores.device)
+        every = torch.where(live, every, -1).expand_as(scores)
+        return torch.nn.functional.pad(every, (0, r - width), value=-1)
     scores = scores.contiguous()
     scores[..., hidden].masked_fill_(~live[..., hidden], -torch.inf)
     # one more than are chosen tells whether the last is equal to it: then the first of all equal ones count

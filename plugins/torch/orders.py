@@ -1,4 +1,4 @@
-"""Keys sorted anew at every call, `lsh` and `cluster`: each query sees whole pieces of an order.
+"""Keys sorted anew at every call, `lsh`, `cluster` and labels: each query sees pieces of an order.
 
 The pairs of an order lie all over the matrix, but side by side once tokens are sorted. So nothing is tiled:
 each piece is a product of gathered queries and keys, and what else the mask says is decided there. What the
@@ -25,7 +25,7 @@ from attndsl.execution.torch_eval import STRAIN, Env, evaluate, of_heads, single
 from attndsl.expr import Expr, Selected, Table
 from attndsl.meaning.intervals import check_range
 from attndsl.scores import affine_in_s, scale_and_bias
-from attndsl.selection import Chunks, First, ordered
+from attndsl.selection import Chunks, First, Selection, ordered
 from attndsl.tiles.lowering import Sizes, head_groups, ranges
 from attndsl.tiles.tiling import replaced
 
@@ -44,12 +44,25 @@ OF_KEYS = {"K", "k", "n", "D", "h", "H"}
 
 
 @dataclass(frozen=True)
+class Near:
+    """Tokens of one label, sorted by it, of which a query sees some of those before it: from `last` back to
+    `first`, 0 being itself."""
+
+    first: int
+    last: int
+
+
+How = Chunks | First | Near
+
+
+@dataclass(frozen=True)
 class Ordered:
     """A mask that is one leaf of an order and `rest`, with the score over `s` and, if `length` is given, keys
-    divided by it, a number over K; `own` is the logit of a token and itself, where it is another."""
+    divided by it, a number over K; `own` is the logit of a token and itself, where it is another. `table`
+    tells ranks, or labels that are yet to be sorted."""
 
     table: Table
-    how: Chunks | First
+    how: How
     rest: Expr
     score: Expr
     length: Expr | None
@@ -63,16 +76,12 @@ class Ordered:
         mask = group.relation.mask
         parts = mask.args if mask.op == "and" else (mask,)
         for table in mask.tables:
-            how = _how(table)
-            if how is None:
-                continue
-            leaf = ordered(table, how, ir.var("q"), ir.var("k"), ir.var("n"))
-            rest = ir.all_of(*(part for part in parts if part is not leaf.mask))
-            if leaf.mask not in parts or not decided(rest):
+            how, rest, count = _how(table, parts)
+            if how is None or not decided(rest):
                 continue
             if group.decay is None:
                 how = replace(how, count=False) if isinstance(how, Chunks) else how
-            elif leaf.count is None or group.decay not in _counted(rest, leaf.count):
+            elif count is None or group.decay not in _counted(rest, count):
                 return None
             score, length = _over_s(group.score)
             own = None
@@ -97,6 +106,9 @@ class Ordered:
 
     def pieces(self, n: int) -> tuple[int, int, int]:
         """How many pieces there are of so many tokens, with how many queries and keys each."""
+        if isinstance(self.how, Near):
+            size = max(1, min(self.how.first, n))
+            return -(-n // size), size, 2 * size
         rounds = self.table.explicit[0]
         assert isinstance(rounds, int)
         if isinstance(self.how, First):
@@ -106,12 +118,36 @@ class Ordered:
         return rounds * -(-n // size), size, 2 * size
 
 
-def _how(table: Table) -> Chunks | First | None:
+def _how(table: Table, parts: tuple[Expr, ...]) -> tuple[How | None, Expr, Expr | None]:
+    """How a table relates the pairs of a mask, what else its parts say, and the multiplicity of pairs."""
     if not isinstance(table.origin, Selected):
-        return None
-    selection = registry.plugin("selections", table.origin.selection)
-    found: Chunks | First | None = selection.relates(table.origin)
-    return found
+        return None, ir.TRUE, None
+    selection: Selection = registry.plugin("selections", table.origin.selection)
+    if selection.kind == "labels":
+        return (*_near(table, parts), None)
+    how = selection.relates(table.origin)
+    if how is None:
+        return None, ir.TRUE, None
+    leaf = ordered(table, how, ir.var("q"), ir.var("k"), ir.var("n"))
+    rest = ir.all_of(*(part for part in parts if part is not leaf.mask))
+    return how if leaf.mask in parts else None, rest, leaf.count
+
+
+def _near(labels: Table, parts: tuple[Expr, ...]) -> tuple[Near | None, Expr]:
+    q, k = ([ir.var("b"), ir.var("h"), ir.var(side)] for side in "qk")
+    same = ir.eq(ir.lookup(labels, *q), ir.lookup(labels, *k))
+    ahead = ir.sub(ir.make("rank_of", tuple(k), labels, "int"), ir.make("rank_of", tuple(q), labels, "int"))
+    ends = {part: part.args for part in parts if part.op == "le" and ahead in part.args}
+    low = [ir.number(a) for a, b in ends.values() if b is ahead]
+    high = [ir.number(b) for a, b in ends.values() if a is ahead]
+    if same not in parts or len(low) != 1 or len(high) != 1:
+        return None, ir.TRUE
+    (low_,), (high_,) = low, high
+    if low_ is None or high_ is None or not low_ <= high_ <= 0:
+        return None, ir.TRUE
+    # of one label ranks rise with positions
+    told = {same, CAUSAL, *ends}
+    return Near(int(-low_), int(-high_)), ir.all_of(*(part for part in parts if part not in told))
 
 
 def _counted(rest: Expr, count: Expr) -> tuple[Expr, ...]:
@@ -179,8 +215,10 @@ class Pieces:
             yield from torch.split(here, count) if len(here) else ()
 
 
-def pieces_of(how: Chunks | First, ranks: Tensor) -> Pieces:
-    """Of the ranks [rounds, n] of one head."""
+def pieces_of(how: How, ranks: Tensor) -> Pieces:
+    """Of the ranks [rounds, n] of one head, or of its labels [n]."""
+    if isinstance(how, Near):
+        return of_labels(ranks, how)
     return of_clusters(ranks, how.width) if isinstance(how, First) else of_chunks(ranks, how)
 
 
@@ -210,6 +248,21 @@ def of_chunks(ranks: Tensor, how: Chunks) -> Pieces:
         _rectangle(ranks + of_round * count * size),
         _rectangle(torch.cat([ahead, behind])),
     )
+
+
+def of_labels(labels: Tensor, how: Near) -> Pieces:
+    places = torch.empty_like(labels).scatter_(0, labels.argsort(stable=True), torch.arange(len(labels)))
+    size = max(1, min(how.first, len(labels)))
+    found = of_chunks(places[None], Chunks(size, False, False))
+    # a key in place b of a piece is so far before a query in place a, in the order
+    back = (size + torch.arange(size)[:, None]) - torch.arange(2 * size)
+    inside = margin((how.last <= back) & (back <= how.first))
+    return replace(found, free=partial(_free_of_labels, labels.float(), inside))
+
+
+def _free_of_labels(labels: Tensor, inside: Tensor, which: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
+    apart = (labels[queries][:, :, None] - labels[keys][:, None, :]).abs_()
+    return torch.minimum(0.5 - apart, inside)
 
 
 def _put_in_chunks(

@@ -265,7 +265,7 @@ def test_relative_vectors() -> None:
 @pytest.mark.parametrize("backend", ["reference", "torch", None])
 @pytest.mark.parametrize("globals_", [[], [0], [0, 9, 30]])
 def test_longformer(backend: str | None, globals_: list[int]) -> None:
-    """Its global tokens given the projections of all others: a DSL of pairs knows no roles."""
+    """Its global tokens given the projections of all others: one mask, one softmax."""
     n, window, heads, width = 48, 8, 2, 16
     config = LongformerConfig(
         hidden_size=heads * width, num_attention_heads=heads, attention_window=[window],
@@ -291,3 +291,63 @@ def test_longformer(backend: str | None, globals_: list[int]) -> None:
     plan = attndsl.compile(attention, length=n, batch=2, heads=heads, head_dim=width, backend=backend)
     ours = plan(q, k, v).transpose(1, 2).flatten(2)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def projected(layer: LongformerSelfAttention, hidden: Tensor, role: str) -> list[Tensor]:
+    """q, k and v [2, H, n, D] of a layer, by one of its two sets of projections."""
+    named = (getattr(layer, f"{part}{role}")(hidden) for part in ("query", "key", "value"))
+    return [x.view(2, -1, layer.num_heads, layer.head_dim).transpose(1, 2) for x in named]
+
+
+WHOLE = LongformerConfig(
+    hidden_size=32, num_attention_heads=2, attention_window=[8], attention_probs_dropout_prob=0.0
+)
+
+
+@pytest.mark.parametrize("backend", [None, "reference", "torch"])
+def test_longformer_whole(backend: str | None) -> None:
+    """With projections of its own for global tokens, which differ by batch row as padding does."""
+    torch.manual_seed(0)
+    layer = LongformerSelfAttention(WHOLE, layer_id=0).eval()
+    hidden = 2 * torch.randn(2, 48, 32)
+    among, seen = torch.zeros(2, 48, dtype=torch.bool), torch.ones(2, 48, dtype=torch.bool)
+    among[0, [0, 17, 30]] = among[1, 0] = True
+    seen[1, 41:] = False
+    theirs = layer(
+        hidden, attention_mask=10_000.0 * among.float() - 10_000.0 * (~seen).float(),
+        is_index_masked=~seen, is_index_global_attn=among, is_global_attn=True,
+    )[0]  # fmt: skip
+    text = """
+    pattern given(seen) = rows(seen) & columns(seen)
+    attention local(w) {
+        inputs among : bool[B, n]  seen : bool[B, n]
+        mask ~rows(among) & given(seen) & (radius(w // 2) | columns(among))
+    }
+    attention global_ { inputs among : bool[B, n]  seen : bool[B, n]  mask rows(among) & given(seen) }
+    attention longformer(w) = local(w) + global_
+    """
+    plan = attndsl.compile(
+        attndsl.parse(text)["longformer"](w=8), length=48, batch=2, heads=2, head_dim=16, backend=backend
+    )
+    mine, own = (projected(layer, hidden, role) for role in ("", "_global"))
+    ours = plan(*mine, global_=own, among=among, seen=seen)
+    torch.testing.assert_close(ours.transpose(1, 2).flatten(2), theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_the_example_with_projections_is_longformer_whole() -> None:
+    torch.manual_seed(1)
+    layer = LongformerSelfAttention(WHOLE, layer_id=0).eval()
+    hidden = 2 * torch.randn(2, 48, 32)
+    among = torch.zeros(2, 48, dtype=torch.bool)
+    among[:, [0, 17]] = True
+    theirs = layer(
+        hidden, attention_mask=10_000.0 * among, is_index_masked=torch.zeros_like(among),
+        is_index_global_attn=among, is_global_attn=True,
+    )[0]  # fmt: skip
+    program = attndsl.load(EXAMPLES / "longformer_projected.attn")
+    bound = program["longformer_projected"](w=8, globals=[0, 17])
+    plan = attndsl.compile(bound, length=48, batch=2, heads=2, head_dim=16)
+    mine, own = (projected(layer, hidden, role) for role in ("", "_global"))
+    ours = plan(*mine, global_=own).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert (plan(*mine).transpose(1, 2).flatten(2) - theirs).abs().max() > 1e-2

@@ -1,0 +1,428 @@
+"""SumPlan: a plan for each part of a sum of attentions, and their outputs added."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from attndsl.attention import Attention, HeadGroup, Norm, Relation, Summand
+from attndsl.backend import Problem
+from attndsl.errors import AttnError, fail, suggest
+from attndsl.execution import choice
+from attndsl.execution.session import following
+from attndsl.expr import TRUE, Given, Table, number
+from attndsl.tiles import lowering
+from attndsl.tiles.blockmask import BlockMask
+
+if TYPE_CHECKING:
+    from attndsl.execution.plan import Plan
+
+
+def gate_of(attention: Attention, part: Summand) -> Attention | float:
+    """A part's gate, as a number or as an attention whose only weight it is: of one key, with a value of 1,
+    the output is the gate. So it is computed, trained and exported as every attention is."""
+    known = number(part.gate)
+    if known is not None:
+        return float(known)
+    tables = sorted(part.gate.tables, key=lambda table: table.name)
+    group = HeadGroup(Relation(TRUE), part.gate, norm=Norm("none"))
+    given = tuple(table for table in attention.inputs if table in tables)
+    learned = tuple(table for table in tables if table.origin != Given())
+    return Attention(attention.name, (group,), given, learned, attention.offset)
+
+
+@dataclass(frozen=True, eq=False)
+class SumPlan:
+    """A sum of attentions for one problem.
+
+    parts  the plan of each, by name
+    gates  what each output is multiplied by: a number, or the plan of `gate_of`
+    """
+
+    attention: Attention
+    problem: Problem
+    parts: Mapping[str, Plan] = field(repr=False)
+    gates: Mapping[str, Plan | float] = field(repr=False)
+
+    @property
+    def plans(self) -> dict[str, Plan]:
+        """Of parts, and of the gates that are no numbers as `name*`."""
+        gates = {f"{name}*": gate for name, gate in self.gates.items() if not isinstance(gate, float)}
+        return {**self.parts, **gates}
+
+    @property
+    def backend(self) -> str:
+        """The chosen one of each part."""
+        return ", ".join(f"{name}: {plan.backend}" for name, plan in self.parts.items())
+
+    @property
+    def rejected(self) -> dict[str, choice.Verdict]:
+        """As of a Plan, of each part."""
+        return {
+            f"{name}: {backend}": verdict
+            for name, plan in self.parts.items()
+            for backend, verdict in plan.rejected.items()
+        }
+
+    @property
+    def compile_seconds(self) -> float:
+        return sum(plan.compile_seconds for plan in self.plans.values())
+
+    @property
+    def tables(self) -> dict[str, Any]:
+        """What is bound."""
+        return {name: table for plan in self.plans.values() for name, table in plan.tables.items()}
+
+    @cached_property
+    def block_masks(self) -> BlockMask | None:
+        """The tiles of what some part relates, at full length; None as of a Plan."""
+        p, tables = self.problem, self.tables
+        missing = any(table.name not in tables for table in lowering.mask_tables(self.attention))
+        if missing or self.attention.approximations:
+            return None
+        sizes = lowering.sizes(self.attention, p.length, p.q_length, p.heads)
+        checked = lowering.checked_tables(self.attention, tables, sizes, head_dim=p.head_dim)
+        return lowering.block_mask(self.attention, sizes, checked, p.block_size)
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        q_offset: Any = None,
+        k_offset: Any = None,
+        q_positions: Any = None,
+        k_positions: Any = None,
+        n: int | None = None,
+        learned: Mapping[str, Tensor] | None = None,
+        return_lse: bool = False,
+        return_weights: bool = False,
+        **given: Any,
+    ) -> Tensor:
+        """The sum, [B, H, nq, Dv], of what each part gives of q, k and v, or of three tensors of its own that
+        are given under its name: `plan(q, k, v, global_=(q2, k2, v2))`. Of those q2 has the batch rows and
+        queries of q, and all outputs are equally wide; k2 and v2 may be longer or shorter than k and v.
+
+        Inputs go to all that have them, and all else is as in a call of a Plan, once for all parts. `learned`
+        are parameters of gates by name, and those of parts as `part.name`. There is no log-sum-exp of a sum,
+        and no weights: AttnError is raised for `return_lse` and `return_weights`, and as by a Plan.
+        """
+        for name, asked in (("return_lse", return_lse), ("return_weights", return_weights)):
+            if asked:
+                first = next(iter(self.parts))
+                what = "log-sum-exp" if name == "return_lse" else "weights over keys of its own"
+                help = f"ask a part: `plan.parts[{first!r}](q, k, v, {name}=True)`"
+                raise fail(f"`{self.attention.name}` is a sum, and has no {what}", help=help)
+        for name, x in (("q", q), ("k", k)):
+            if not isinstance(x, Tensor):
+                raise fail(f"`{name}` must be a torch tensor, and is of type {type(x).__name__}")
+        self.check_names(given)
+        self.check_learned(learned)
+        places = {
+            "q_offset": q_offset,
+            "k_offset": k_offset,
+            "q_positions": q_positions,
+            "k_positions": k_positions,
+            "n": n,
+        }
+
+        def outputs() -> Iterator[tuple[str, Tensor]]:
+            for name, plan in self.parts.items():
+                mine = None if learned is None else under(name, learned)
+                tensors = own(name, given[name]) if name in given else (q, k, v)
+                yield name, _told(name, plan, tensors, {**places, **of(plan, given), "learned": mine})
+
+        def weight(gate: Plan) -> Tensor | float:
+            return self.gate(gate, q, k.shape[2], places, learned, given) if k.shape[2] else 1.0
+
+        return self.added(q, outputs(), weight)
+
+    def added(
+        self, q: Tensor, outputs: Iterable[tuple[str, Tensor]], weight: Callable[[Plan], Tensor | float]
+    ) -> Tensor:
+        """What parts gave for q, by name, each times its gate; `weight` gives those that are no numbers."""
+        total: Tensor | None = None
+        wanted: tuple[list[int], torch.dtype] | None = None
+        for name, out in outputs:
+            gate, wanted = self.gates[name], wanted or ([*q.shape[:3], out.shape[3]], out.dtype)
+            if ([*out.shape], out.dtype) != wanted:
+                given_by = _described([*out.shape], out.dtype)
+                raise fail(f"`{name}` gives {given_by}, and is added to {_described(*wanted)}")
+            out = out.to(torch.promote_types(out.dtype, torch.float32))
+            factor = gate if isinstance(gate, float) else weight(gate)
+            if not isinstance(factor, float) or factor != 1:
+                out = out * factor
+            total = out if total is None else total + out
+        assert total is not None
+        assert wanted is not None
+        return total.to(wanted[1])
+
+    def gate(
+        self,
+        gate: Plan,
+        q: Tensor,
+        keys: int,
+        places: Mapping[str, Any],
+        learned: Mapping[str, Tensor] | None,
+        given: Mapping[str, Any],
+    ) -> Tensor:
+        """[B, H, nq, 1], in float32 or wider. One key stands for all of them, where the last does: so n is as
+        for the parts."""
+        wide = q.detach().to(torch.promote_types(q.dtype, torch.float32))
+        key, value = wide.new_zeros(len(q), 1, 1, q.shape[3]), wide.new_ones(len(q), 1, 1, 1)
+        names = [table.name for table in gate.attention.learned]
+        mine = None if learned is None else {name: learned[name] for name in names if name in learned}
+        found: Tensor = gate(
+            wide, key, value, **{**places, **_last(places, keys), **of(gate, given)}, learned=mine
+        )
+        return found
+
+    def choices(self, q: Tensor, k: Tensor, **call: Any) -> dict[str, Tensor]:
+        """What parts choose by content, as `Plan.choices`; a part's own (q, k, v) under its name. Raises
+        AttnError where two parts make the same choice of other q and k: one name would stand for both."""
+        placed = {name: x for name, x in call.items() if name in lowering.ARGUMENTS}
+        given = {name: x for name, x in call.items() if name not in placed}
+        self.check_names(given)
+        found: dict[str, Tensor] = {}
+        for name, plan in self.parts.items():
+            own_q, own_k, _ = own(name, given[name]) if name in given else (q, k, None)
+            for choice_name, made in plan.choices(own_q, own_k, **placed, **of(plan, given)).items():
+                if not torch.equal(found.setdefault(choice_name, made), made):
+                    help = f"ask each part: `plan.parts[{name!r}].choices(q, k)`"
+                    raise fail(f"`{name}` and a part before it choose alike, of other q and k", help=help)
+        return found
+
+    def bind(self, **inputs: Any) -> SumPlan:
+        """The plan with these tables in place, in every part that has them."""
+        lowering.check_names(self.attention, inputs)
+        return replace(
+            self,
+            parts={name: plan.bind(**of(plan, inputs)) for name, plan in self.parts.items()},
+            gates={
+                name: gate if isinstance(gate, float) else gate.bind(**of(gate, inputs))
+                for name, gate in self.gates.items()
+            },
+        )
+
+    def session(self, batch: int, capacity: int, **options: Any) -> SumSession:
+        """A session for each part, as of `Plan.session`. Raises AttnError as that does, and for a gate that
+        depends on the number of tokens."""
+        return SumSession(self, batch, capacity, **options)
+
+    def module(self) -> nn.Module:
+        """An nn.Module that owns what is learned: gates under their names, and for each part that learns a
+        module of its own under the part's."""
+        return SumModule(self)
+
+    def initial(self, table: Table) -> Tensor:
+        """A gate's parameter's first value."""
+        plan = next(plan for plan in self.plans.values() if table in plan.attention.learned)
+        return plan.initial(table)
+
+    def check_names(self, given: Mapping[str, Any]) -> None:
+        inputs = [table.name for table in self.attention.inputs]
+        for name in given:
+            if name not in (*inputs, *self.parts):
+                near = suggest(name, {*inputs, *self.parts, *lowering.ARGUMENTS} - {name})
+                listed = f"its parts: {', '.join(self.parts)}; its inputs: {', '.join(inputs) or 'none'}"
+                raise fail(f"`{self.attention.name}` has no part or input `{name}`", help=near or listed)
+
+    def check_learned(self, given: Mapping[str, Tensor] | None) -> None:
+        known = {table.name for table in self.attention.learned}
+        known |= {f"{name}.{table.name}" for name, p in self.parts.items() for table in p.attention.learned}
+        for name in given or ():
+            if name not in known:
+                there = ", ".join(f"`{name}`" for name in sorted(known)) or "none"
+                raise fail(f"`learned` has `{name}`, and there are {there}")
+
+    def __str__(self) -> str:
+        p = self.problem
+        count = f"{len(self.parts)} part{'s' * (len(self.parts) > 1)}"
+        sizes = f"length {p.length:,}, heads {p.heads}, head_dim {p.head_dim}, {p.dtype} on {p.device}"
+        return "\n".join([f"{self.attention.name}: {count}, {sizes}", *map(str, self.parts.values())])
+
+
+class SumModule(nn.Module):
+    """A sum with trainable parameters; a parameter that several parts share is one.
+
+    `forward` takes what `SumPlan.__call__` takes.
+    """
+
+    def __init__(self, plan: SumPlan) -> None:
+        super().__init__()
+        self.plan = plan
+        learning = {name: part for name, part in plan.parts.items() if part.attention.learned}
+        for name in (*(table.name for table in plan.attention.learned), *learning):
+            if hasattr(self, name) or (name in learning and self._gated(name)):
+                raise fail(
+                    f"`{name}` has the name of an attribute of the module", help="give it another name"
+                )
+        shared: dict[Table, nn.Parameter] = {}
+        for table in plan.attention.learned:
+            if table.learned:
+                shared[table] = nn.Parameter(plan.initial(table))
+                self.register_parameter(table.name, shared[table])
+            else:
+                self.register_buffer(table.name, plan.initial(table).clone())
+        for name, part in learning.items():
+            module = part.module()
+            for table in part.attention.learned:
+                if table.learned:
+                    one = shared.setdefault(table, getattr(module, table.name))
+                    module.register_parameter(table.name, one)
+            self.add_module(name, module)
+
+    def _gated(self, name: str) -> bool:
+        return any(table.name == name for table in self.plan.attention.learned)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, **call: Any) -> Any:
+        learned = {table.name: getattr(self, table.name) for table in self.plan.attention.learned}
+        for name, part in self.plan.parts.items():
+            for table in part.attention.learned:
+                learned[f"{name}.{table.name}"] = getattr(getattr(self, name), table.name)
+        return self.plan(q, k, v, learned=learned, **call)
+
+
+class SumSession:
+    """The sessions of all parts, which step together; `parts` are they, by name.
+
+    What a step gives is what the plan gives for the last tokens, and its methods are those of a Session: q, k
+    and v of new tokens, and three tensors of its own for a part under its name.
+    """
+
+    def __init__(self, plan: SumPlan, batch: int, capacity: int, **options: Any) -> None:
+        for name, gate in plan.gates.items():
+            if not isinstance(gate, float) and gate.attention.groups[0].score.free & {"n", "nq"}:
+                said = f"the gate of `{name}` depends on the number of tokens"
+                raise fail(f"`{plan.attention.name}` has no sessions: {said}")
+        self.plan = plan
+        self.parts = {name: part.session(batch, capacity, **options) for name, part in plan.parts.items()}
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each row."""
+        return next(iter(self.parts.values())).lengths
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor, **call: Any) -> Tensor:
+        return self.prefill(q, k, v, **call)
+
+    def prefill(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        chunk: int | None = None,
+        tokens: Any = None,
+        learned: Mapping[str, Tensor] | None = None,
+        **given: Any,
+    ) -> Tensor:
+        self.plan.check_names(given)
+        self.plan.check_learned(learned)
+        starts = self.lengths
+        with self._together():
+            found = {}
+            for name, session in self.parts.items():
+                new = own(name, given[name]) if name in given else (q, k, v)
+                mine = None if learned is None else under(name, learned)
+                tables = of(session.plan, given)
+                found[name] = session.prefill(*new, chunk=chunk, tokens=tokens, learned=mine, **tables)
+            at = following(starts, q.shape[2])
+            at = np.minimum(at, np.maximum(np.array(self.lengths) - 1, 0)[:, None])
+
+            def weight(gate: Plan) -> Tensor:
+                size = max(gate.problem.q_length, 1)
+                places = dict.fromkeys(("q_offset", "k_offset", "k_positions")) | {"n": max(self.lengths)}
+                pieces = [
+                    self.plan.gate(
+                        gate, q[:, :, i : i + size], 1, {**places, "q_positions": at[:, i : i + size]},
+                        learned, given,
+                    )
+                    for i in range(0, q.shape[2], size)
+                ]  # fmt: skip
+                return torch.cat(pieces, 2)
+
+            some = q.shape[2] and max(self.lengths, default=0)
+            return self.plan.added(q, found.items(), weight if some else lambda gate: 1.0)
+
+    def copy(self) -> SumSession:
+        made = copy.copy(self)
+        made.parts = {name: session.copy() for name, session in self.parts.items()}
+        return made
+
+    def reorder(self, rows: Any) -> None:
+        with self._together():
+            for session in self.parts.values():
+                session.reorder(rows)
+
+    def truncate(self, lengths: Any) -> None:
+        with self._together():
+            for session in self.parts.values():
+                session.truncate(lengths)
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """Where one part refuses, all are as before."""
+        before = [(session, dict(vars(session))) for session in self.parts.values()]
+        try:
+            yield
+        except AttnError:
+            for session, fields in before:
+                vars(session).update(fields)
+            raise
+
+
+def of(plan: Plan, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs that this plan has."""
+    return {table.name: given[table.name] for table in plan.attention.inputs if table.name in given}
+
+
+def under(name: str, learned: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key[len(name) + 1 :]: x for key, x in learned.items() if key.startswith(f"{name}.")}
+
+
+def own(name: str, given: Any) -> tuple[Any, Any, Any]:
+    if not isinstance(given, tuple | list) or len(given) != 3:
+        said = f"{len(given)} tensors" if isinstance(given, tuple | list) else type(given).__name__
+        raise fail(f"`{name}` is a part, and takes (q, k, v), not {said}")
+    q, k, v = given
+    return q, k, v
+
+
+def of_part(name: str, error: AttnError) -> AttnError:
+    """What is wrong with one part, with its name."""
+    return AttnError(*[replace(d, message=f"in `{name}`: {d.message}") for d in error.diagnostics])
+
+
+def _told(name: str, plan: Plan, own: Sequence[Any], call: Mapping[str, Any]) -> Tensor:
+    """A call of a part. What is wrong with it names the part."""
+    try:
+        found: Tensor = plan(*own, **call)
+    except AttnError as error:
+        raise of_part(name, error) from None
+    return found
+
+
+def _described(shape: list[int], dtype: torch.dtype) -> str:
+    return f"{str(dtype).removeprefix('torch.')}{shape}"
+
+
+def _last(places: Mapping[str, Any], keys: int) -> dict[str, Any]:
+    """Where the last of so many keys stands."""
+    offset, positions = places["k_offset"], places["k_positions"]
+    if isinstance(positions, Tensor):
+        return {"k_positions": positions.amax(-1, keepdim=True)}
+    if positions is not None:
+        return {"k_positions": np.asarray(positions).max(-1, keepdims=True)}
+    if isinstance(offset, list | tuple):
+        return {"k_offset": [start + keys - 1 for start in offset]}
+    return {"k_offset": (0 if offset is None else offset) + keys - 1}
