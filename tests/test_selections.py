@@ -567,6 +567,37 @@ def test_a_bound_over_blocks_is_two_products(how: str) -> None:
     assert torch.equal(chosen.sort(-1).values, wanted.sort(-1).values)
 
 
+@pytest.mark.parametrize(
+    "mask", ["topk(2, of = causal)", "causal & within(hash(4), last(2))", "causal & lsh(2, 4)"]
+)
+def test_a_batch_of_none_chooses_nothing(mask: str) -> None:
+    bound = attndsl.parse(f"attention a {{ mask {mask} }}")["a"]
+    plan = attndsl.compile(bound, length=16, heads=2, head_dim=8, training=True)
+    q, k, v = (torch.zeros(0, 2, 5, 8, requires_grad=True) for _ in range(3))
+    out = plan(q, k, v)
+    assert out.shape == (0, 2, 5, 8)
+    assert torch.autograd.grad(out.sum(), q)[0].shape == q.shape
+
+
+def test_inputs_of_a_choice_are_checked_before_it_is_made() -> None:
+    text = "attention a { inputs mu : float[H, 4, D]  mask causal & within(nearest(mu), last(4)) }"
+    plan, q = (
+        attndsl.compile(attndsl.parse(text)["a"], length=8, heads=2, head_dim=8),
+        torch.zeros(1, 2, 8, 8),
+    )
+    for shape in ((3, 4, 8), (2, 4, 6), (2, 5, 8)):
+        with pytest.raises(attndsl.AttnError, match="`mu` has"):
+            plan(q, q, q, mu=torch.zeros(shape))
+
+
+def test_the_choice_is_part_of_what_is_predicted() -> None:
+    bound = attndsl.parse("attention a { mask topk(8, of = causal) }")["a"]
+    plan = attndsl.compile(bound, length=4096, heads=8)
+    seconds = plan.considered["torch"]
+    assert isinstance(seconds, float)
+    assert 0.2 < seconds < 5
+
+
 def test_labels_end() -> None:
     plan = attndsl.compile(attndsl.parse("attention a { mask causal & lsh(1, 1) }")["a"], length=2**15)
     q = torch.zeros(1, 1, 2**15, 64)

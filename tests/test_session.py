@@ -241,6 +241,26 @@ def test_a_step_with_a_state_is_as_quick_at_any_length() -> None:
     assert [x.numel() for x in s.state] == [HEADS * WIDTH * V_WIDTH, HEADS * WIDTH, HEADS]
 
 
+@pytest.mark.parametrize(
+    "clauses",
+    [
+        "score elu1(w * Q) @ elu1(K)  decay sigmoid(slope) ** (q - k)  norm linear",
+        "score s - slope * (q - k)",
+    ],
+)
+def test_a_session_of_a_module_steps_with_its_parameters(clauses: str) -> None:
+    text = f"let w = learn[D](1.0) let slope = learn[H](0.1) attention a {{ mask causal {clauses} }}"
+    sizes = {"length": 96, "heads": 4, "kv_heads": 2, "head_dim": 8, "dtype": "float64"}
+    module = attndsl.compile(attndsl.parse(text)["a"], **sizes, training=True).module()
+    new = drawn(torch.Generator().manual_seed(0), 1, 90, torch.float64)
+    for x in module.parameters():
+        x.data += 0.7
+    s = module.session(1, 96, v_dim=V_WIDTH)
+    with torch.no_grad():
+        found = torch.cat([s.step(*(x[:, :, i : i + 1] for x in new)) for i in range(90)], 2)
+        close(found, module(*new))
+
+
 @pytest.mark.parametrize("name", ["causal", "sinks", "documents", "drawn", "per head"])
 def test_outputs_last(name: str) -> None:
     """What steps gave is what the finished sequence gives."""

@@ -13,6 +13,7 @@ from attndsl.command.given import bound, echo_json, first_query, heads_of, table
 from attndsl.command.options import JSON, PROBLEM, TARGET
 from attndsl.errors import fail
 from attndsl.execution.choice import UNKNOWN
+from attndsl.scores import never_negative
 from attndsl.streams import described, listed
 
 if TYPE_CHECKING:
@@ -124,6 +125,12 @@ def of_plan(plan: AnyPlan) -> dict[str, Any]:
     }
 
 
+def _why(attention: Attention) -> str:
+    if any(group.norm.kind == "linear" and not never_negative(group.score) for group in attention.groups):
+        return "weights of both signs may add up to about 0, and what is divided by that is noise"
+    return "this is a bug in that backend; another one may be right: --backend"
+
+
 def of_run(
     stage: child.Stage,
     plan: AnyPlan,
@@ -148,7 +155,7 @@ def of_run(
         raise fail(
             f"`{plan.backend}` differs from `reference` by {verified.error:.3g}, "
             f"more than {verified.tolerance:.3g}",
-            help="this is a bug in that backend; another one may be right: --backend",
+            help=_why(plan.attention),
         )
     stage(f"timing {plan.backend} and dense attention", None)
     works = {

@@ -15,6 +15,7 @@ from torch import Tensor
 from attndsl.execution import lowered
 from attndsl.execution.lowered import Lowered, Places
 from attndsl.execution.selecting import choices, shape
+from attndsl.tiles import lowering
 
 
 @torch.library.custom_op("attndsl::choose", mutates_args=())
@@ -35,8 +36,10 @@ def choose(
 
 
 def _chosen(found: Lowered, q: Tensor, k: Tensor, tensors: Sequence[Tensor], places: Places) -> list[Tensor]:
-    sizes = found.sizes(q, k, places)
-    return [*choices(found.attention, q, k, found.named(tensors), sizes).values()]
+    sizes, tables = found.sizes(q, k, places), found.named(tensors)
+    given = {table.name: tables[table.name] for table in found.attention.inputs}
+    lowering.checked_tables(found.attention, given, sizes, len(q), q.shape[3], ())
+    return [*choices(found.attention, q, k, tables, sizes).values()]
 
 
 @choose.register_fake

@@ -88,6 +88,10 @@ def attend(
 def _attend(
     found: Lowered, q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], sizes: Sizes
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
+    if not len(q):
+        wide = torch.promote_types(q.dtype, torch.float32)
+        out = q.new_zeros((*q.shape[:3], v.shape[3]))
+        return out, q.new_zeros(q.shape[:3], dtype=wide), [out.to(wide)] if _rounds(q) else []
     with _full_precision(q.device):
         call = found.call_of(q, k, v, found.named(tensors), sizes)
         if found.attention.approx is None:
@@ -226,6 +230,9 @@ def _gradients(
             help="compile with `training=True` to choose among those that have",
         )
     needing = [name for name, w in found.named(wanted).items() if w]
+    if not len(q):
+        tables = found.named(tensors)
+        return [torch.zeros_like(x) for x in (q, k, v, *(tables[name] for name in needing))]
     with _full_precision(q.device):
         call = found.call_of(q, k, v, found.named(tensors), sizes)
         if found.attention.approx is not None:

@@ -504,9 +504,17 @@ class PlanModule(nn.Module):
                 self.register_buffer(table.name, plan.initial(table).clone())
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, **call: Any) -> Any:
+        return self.plan(q, k, v, learned=self._learned(), **call)
+
+    def _learned(self) -> dict[str, Tensor]:
         # by attribute: parametrizations and functional_call put plain tensors there
-        learned = {table.name: getattr(self, table.name) for table in self.plan.attention.learned}
-        return self.plan(q, k, v, learned=learned, **call)
+        return {table.name: getattr(self, table.name) for table in self.plan.attention.learned}
+
+    def session(self, batch: int, capacity: int, **more: Any) -> Session:
+        """As `Plan.session`; a step takes the parameters as they are then."""
+        made = self.plan.session(batch, capacity, **more)
+        made.learned = self._learned
+        return made
 
 
 def _again(attention: Attention, problem: Problem, backend: str, tables: dict[str, Any]) -> AnyPlan:

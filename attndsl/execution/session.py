@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -65,6 +65,8 @@ class Session:
             for width in (p.head_dim, p.head_dim if v_dim is None else checked_length("v_dim", v_dim))
         )
         self.lengths = self.reached = (0,) * batch
+        self.learned: Callable[[], Mapping[str, Tensor]] | None = None
+        """Of the module that made it."""
 
     def _places(self, capacity: int) -> tuple[int, int]:
         """`first` and `ring`."""
@@ -112,6 +114,8 @@ class Session:
         size = self.at_once if chunk is None else min(checked_length("chunk", chunk), self.at_once)
         if size == 0:
             raise fail("`chunk` is 0, and must be positive")
+        if learned is None and self.learned is not None:
+            learned = self.learned()
         if torch.is_autocast_enabled(self.k.device.type):
             q, k, v = self._cast(q, k, v)
         counts = self._counts(q, k, v, tokens)

@@ -63,6 +63,7 @@ class Lsh:
     def choose(self, origin: Selected, offered: Offered) -> Tensor:
         k = offered.k
         buckets = buckets_at(origin, k.shape[2])
+        check_buckets(buckets)
         found = labels(k, origin["seed"], origin["rounds"], buckets).to(torch.int16)
         ranks = rank(found.argsort(dim=-1, stable=True))
         return ranks.repeat_interleave(offered.q.shape[1] // k.shape[1], 1)
@@ -85,9 +86,7 @@ class Lsh:
 def buckets_at(origin: Selected, n: int) -> int:
     if origin["buckets"]:
         return int(origin["buckets"])
-    found = 2 ** max(1, (2 * (n // origin["chunk"])).bit_length() - 1)
-    check_buckets(found)
-    return int(found)
+    return int(2 ** max(1, (2 * (n // origin["chunk"])).bit_length() - 1))
 
 
 def rank(order: Tensor) -> Tensor:
