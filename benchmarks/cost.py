@@ -37,7 +37,7 @@ from attndsl.execution import choice, registry
 from attndsl.tiles import lowering
 from attndsl.tiles.blockmask import BlockMask
 
-SUMS = ("differential", "etc_projected", "longformer_projected", "nsa_two")
+SUMS = ("differential", "etc_projected", "longformer_projected", "nsa")
 """Examples of which a backend is told part by part."""
 EXAMPLES = sorted(
     path for path in (Path(__file__).parent.parent / "examples").glob("*.attn") if path.stem not in SUMS

@@ -432,13 +432,13 @@ def test_differential_attention_by_hand():
         torch.testing.assert_close(a, b)
 
 
-def test_two_branches_of_native_sparse_attention_by_hand():
+def test_native_sparse_attention_by_hand():
     """Gates by query and head; heads that share keys share the blocks, by the sum of what they give each."""
-    n, b, top, w = 61, 8, 2, 7
-    bound = attndsl.load(EXAMPLES / "nsa_two.attn")["nsa_two"](b=b, top=top, w=w)
+    n, b, top, w, size, stride = 61, 8, 2, 7, 6, 3
+    bound = attndsl.load(EXAMPLES / "nsa.attn")["nsa"](l=size, stride=stride, b=b, top=top, w=w)
     plan = plan_of(bound, n)
     q, k, v = tensors(n, n)
-    gate = torch.rand(B, H, 2, n, dtype=torch.float64)
+    gate = torch.rand(B, H, 3, n, dtype=torch.float64)
     i = torch.arange(n)
     own, blocks = i // b, torch.arange(-(-n // b))
     means = torch.stack([k[:, :, i[own == block]].mean(2) for block in blocks], 2)
@@ -449,8 +449,10 @@ def test_two_branches_of_native_sparse_attention_by_hand():
     near = (blocks == 0) | ((blocks <= own[:, None]) & (blocks >= own[:, None] - 1))
     live = (chosen | near)[..., own].repeat_interleave(H // KV, 1) & (i <= i[:, None])
     window = (i <= i[:, None]) & (i[:, None] - i < w)
-    wanted = gate[:, :, 0, :, None] * softmax_of(live, q, k, v)
-    wanted = wanted + gate[:, :, 1, :, None] * softmax_of(window, q, k, v)
+    slots = [x.unfold(2, size, stride).mean(-1) for x in (k, v)]
+    over = torch.arange(slots[0].shape[2]) * stride + size - 1 <= i[:, None]
+    branches = softmax_of(over, q, *slots), softmax_of(live, q, k, v), softmax_of(window, q, k, v)
+    wanted = sum(gate[:, :, j, :, None] * branch for j, branch in enumerate(branches))
     torch.testing.assert_close(plan(q, k, v, gate=gate), wanted)
 
 
