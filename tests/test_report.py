@@ -96,8 +96,8 @@ def test_every_part_of_every_example(file: str, name: str) -> None:
         assert data["flops"]["forward"] > 0
         assert set(usable()) - set(report.reasons) == {"cost"}
         return
-    streams = attention.attention.streams
-    tokens = {"reach", "graph"} if memory(streams) else set()
+    streams = attention.attention.of_streams
+    tokens = {"reach", "graph"} if memory(attention.attention.streams) else set()
     assert report.reasons.keys() == (tokens | {"kv_cache", "shards"} if streams else set())
     assert tokens or len(data["reach"]["per_layer"]) == 3
     assert {"reference", "sdpa", "torch"} <= set(data["lowerings"])

@@ -11,11 +11,10 @@ LABEL = 14
 
 def line(label: str, said: object) -> str:
     """A label and what is said, over as many lines as it needs."""
-    indent = " " * (LABEL + 2)
-    wrapped = textwrap.wrap(
-        str(said), WIDTH, initial_indent=indent, subsequent_indent=indent, break_long_words=False
-    )
-    return "\n".join([f"  {label:<{LABEL}}" + (wrapped[0][LABEL + 2 :] if wrapped else ""), *wrapped[1:]])
+    start = f"  {label:<{LABEL - 1}} "
+    return textwrap.fill(
+        str(said), WIDTH, initial_indent=start, subsequent_indent=" " * (LABEL + 2), break_long_words=False
+    ).rstrip()
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
