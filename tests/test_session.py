@@ -229,6 +229,16 @@ def test_rows_with_a_state_give_what_their_sequences_give_alone(monkeypatch, nam
         s.truncate([1 if b == row else n for b, n in enumerate(s.lengths)])
 
 
+def test_a_token_whose_features_overflow_spoils_no_row_before_it() -> None:
+    text = "mask causal score concat(exp(Q), exp(-Q)) @ concat(exp(K), exp(-K)) norm linear"
+    plan = compiled(text, "linear", dtype="float32")
+    q, k, v = drawn(torch.Generator().manual_seed(0), 1, 40, torch.float32)
+    k[:, :, 30] = 100
+    found = session_of(plan, 1).prefill(q, k, v)
+    assert found[:, :, 30:].isnan().all()
+    torch.testing.assert_close(found, plan(q, k, v), equal_nan=True)
+
+
 def test_a_step_with_a_state_is_as_quick_at_any_length() -> None:
     """Counted in keys that a step meets."""
     plan = compiled(STATES["elu"], "linear", length=400)

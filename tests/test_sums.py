@@ -622,3 +622,17 @@ def test_commands_take_sums_with_keys_of_their_own(tmp_path):
     ran = json.loads(attn("run", name, "few", "--length", 40, "--heads", 2, "--backward", "--json").stdout)
     assert ran["verified_rows"] == 40
     assert attn("check", name).stdout.count(": proved: ") == 2
+
+
+def test_a_session_of_a_module_steps_with_its_parameters() -> None:
+    text = """attention first { mask causal  norm softmax(sink = learn[H](0.1)) }
+        attention second { mask last(3) }
+        attention diff(l = learn[H](0.8)) = first - l * second"""
+    module = plan_of(attndsl.parse(text)["diff"], 20).module()
+    for x in module.parameters():
+        x.data += 0.7
+    q, k, v = tensors(20, 20)
+    session = module.session(len(q), 20, v_dim=v.shape[3])
+    with torch.no_grad():
+        steps = [session.step(*(x[:, :, i : i + 1] for x in (q, k, v))) for i in range(20)]
+        torch.testing.assert_close(torch.cat(steps, 2), module(q, k, v))

@@ -16,9 +16,8 @@ from attndsl.attention import Attention
 from attndsl.backend import DTYPES, Counting, Problem
 from attndsl.errors import asking, fail
 from attndsl.execution import choice, registry
-from attndsl.expr import Selected, Table, const, number, substitute
+from attndsl.expr import Table, const, number, substitute
 from attndsl.pictures import Drawing, drawn
-from attndsl.selection import Selection
 from attndsl.streams import Projection, Stretch, described
 from attndsl.tiles import lowering
 from attndsl.tiles.blockmask import BlockMask
@@ -143,13 +142,8 @@ def _passes(parts: Sequence[Passes | None]) -> Passes | None:
 def choosing(attention: Attention, problem: Problem) -> dict[str, float]:
     """FLOPs of the products that choices take, by selection."""
     found: dict[str, float] = {}
-    for chosen in attention.selected:
-        origin = chosen.origin
-        assert isinstance(origin, Selected)
-        selection: Selection = registry.plugin("selections", origin.selection)
-        with asking(f"the selection `{origin.selection}`"):
-            counts = selection.counts(origin, problem)
-        found[origin.selection] = found.get(origin.selection, 0.0) + 2 * counts["products"]
+    for name, counts in choice.choices(attention, problem):
+        found[name] = found.get(name, 0.0) + 2 * counts["products"]
     return found
 
 

@@ -65,14 +65,19 @@ CHOOSING = {"calls": 8e-4, "products": 3e-11, "sorted": 4e-9}
 
 def choosing(attention: Attention, problem: Problem) -> float:
     """0 for a device that nothing is known of."""
-    seconds = 0.0
-    for table in attention.selected if device_kind(problem) == "cpu" else ():
+    if device_kind(problem) != "cpu":
+        return 0.0
+    return sum(weighed(CHOOSING, {"calls": 1.0, **counts}) for _, counts in choices(attention, problem))
+
+
+def choices(attention: Attention, problem: Problem) -> Iterator[tuple[str, Mapping[str, float]]]:
+    """What each choice takes, and by which selection."""
+    for table in attention.selected:
         origin = table.origin
         assert isinstance(origin, Selected)
         with asking(f"the selection `{origin.selection}`"):
             counts = registry.plugin("selections", origin.selection).counts(origin, problem)
-        seconds += weighed(CHOOSING, {"calls": 1.0, **counts})
-    return seconds
+        yield origin.selection, counts
 
 
 def declined(backend: Backend, attention: Attention, problem: Problem) -> str | None:

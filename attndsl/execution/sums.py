@@ -285,11 +285,20 @@ class SumModule(nn.Module):
         return any(table.name == name for table in self.plan.attention.learned)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, **call: Any) -> Any:
+        return self.plan(q, k, v, learned=self._learned(), **call)
+
+    def _learned(self) -> dict[str, Tensor]:
         learned = {table.name: getattr(self, table.name) for table in self.plan.attention.learned}
         for name, part in self.plan.parts.items():
             for table in part.attention.learned:
                 learned[f"{name}.{table.name}"] = getattr(getattr(self, name), table.name)
-        return self.plan(q, k, v, learned=learned, **call)
+        return learned
+
+    def session(self, batch: int, capacity: int, **options: Any) -> SumSession:
+        """As `SumPlan.session`; a step takes the parameters as they are then."""
+        made = self.plan.session(batch, capacity, **options)
+        made.learned = self._learned
+        return made
 
 
 class SumSession:
@@ -305,6 +314,7 @@ class SumSession:
                 said = f"the gate of `{name}` depends on the number of tokens"
                 raise fail(f"`{plan.attention.name}` has no sessions: {said}")
         self.plan = plan
+        self.learned: Callable[[], Mapping[str, Tensor]] | None = None
         self.parts = {name: part.session(batch, capacity, **options) for name, part in plan.parts.items()}
 
     @property
@@ -326,6 +336,8 @@ class SumSession:
         learned: Mapping[str, Tensor] | None = None,
         **given: Any,
     ) -> Tensor:
+        if learned is None and self.learned is not None:
+            learned = self.learned()
         self.plan.check_names(given)
         self.plan.check_learned(learned)
         starts = self.lengths

@@ -4,8 +4,8 @@ With w_ij = exp(a_i + b_j) phi(q_i) . psi(k_j) a row is phi(q_i) . S_i, where S_
 b_j) psi(k_j) v_j (Katharopoulos et al., 2020, section 3.2). Keys are taken in parts: inside a part weights
 are formed, and what came before is a state [m, Dv] of values and [m] of weights. Exponents, those of features
 that are exponentials too, are taken relative to the greatest that a query has seen, which cancels exactly and
-does not know of later keys. Nothing of a backward pass is kept: it walks forward for the queries and backward
-for the keys.
+does not know of later keys. Nothing is kept for the backward pass, which walks forward for the queries and
+backward for the keys.
 """
 
 from __future__ import annotations

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from attndsl.attention import HeadGroup
-from attndsl.backend import Call
+from attndsl.backend import Call, State
+from attndsl.execution.spoiled import finite
 from attndsl.execution.torch_eval import Env, environment
 from attndsl.features import LinearForm
 
 from .slabs import CHUNK, Rows, rows_of
-from .walk import State, Walk, taken
+from .walk import Sums, Walk, taken
 
 WIDE = 256
 """From so many features on gradients take parts twice as long."""
@@ -31,9 +32,11 @@ class LinearKernel:
         for careful in (False, True):
             out, lse = _empty(call)
             for rows in rows_of(self.form, call, env):
-                self._attend(replace(self._walk(call, env, rows, CHUNK), careful=careful), rows, out, lse)
+                walk = self._walk(call, env, rows, CHUNK)
+                walk.careful = careful
+                self._attend(walk, rows, out, lse)
             # features that overflow may be those of keys that a row does not see
-            if bool(out.sum().isfinite()):
+            if finite([out]):
                 break
         return out, lse
 
@@ -117,14 +120,19 @@ class _Back:
 class StatefulLinear(LinearKernel):
     """Of forms whose sums over the keys so far are all that later queries need."""
 
-    def step(self, call: Call, state: tuple[Tensor, ...] | None) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    def step(self, call: Call, state: State | None) -> tuple[Tensor, Tensor, State]:
         """The state: sums of values [B, H, m, Dv] and of weights [B, H, m], in units of exp(unit) [B, H]."""
+        found = self._step(call, state, careful=False)
+        return found if finite([found[0]]) else self._step(call, state, careful=True)
+
+    def _step(self, call: Call, state: State | None, careful: bool) -> tuple[Tensor, Tensor, State]:
         out, lse = _empty(call)
         env, after = environment(call), []
         for rows in rows_of(self.form, call, env, state=True):
             before = None if state is None else [x[rows.batch].flatten(0, 1).clone() for x in state]
-            given = (None, None) if before is None else (State(*before[:2]), before[2])
+            given = (None, None) if before is None else (Sums(*before[:2]), before[2])
             walk = Walk.of(self.group, self.form, call, env, rows, CHUNK, *given)
+            walk.careful = careful
             self._attend(walk, rows, out, lse)
             assert walk.state is not None
             unit = walk.units[:, rows.counts[-1]] if walk.units is not None else out.new_zeros(walk.rows)

@@ -23,7 +23,7 @@ Put = Callable[[str, slice, Tensor], None]
 
 
 @dataclass(eq=False)
-class State:
+class Sums:
     """Sums over keys, in units of exp(unit): of features times values [X, m, Dv], and of features [X, m]."""
 
     values: Tensor
@@ -82,7 +82,7 @@ class Part:
     def leaving(self, x: Tensor) -> Tensor:
         return x if self.leave is None else x * self.leave[..., None]
 
-    def absorb(self, state: State) -> None:
+    def absorb(self, state: Sums) -> None:
         leaving = self.leaving(self.key)
         state.add(self.onward, leaving, self.values, leaving.sum(1))
 
@@ -112,7 +112,7 @@ class Walk:
     units: Tensor | None
     even: bool
     like: dict[tuple[int, int], Tensor]
-    state: State | None
+    state: Sums | None
     careful: bool = False
 
     @staticmethod
@@ -123,7 +123,7 @@ class Walk:
         env: Env,
         rows: Rows,
         chunk: int,
-        state: State | None = None,
+        state: Sums | None = None,
         unit: Tensor | None = None,
     ) -> Walk:
         """Raises AttnError for a decay without a logarithm."""
@@ -193,10 +193,10 @@ class Walk:
                     yield some, found, totals, None if unit is None else unit[:, here]
                 part.absorb(state)
 
-    def _state(self, key: Tensor) -> State:
+    def _state(self, key: Tensor) -> Sums:
         if self.state is None:
             sums = key.new_zeros(self.rows, key.shape[2], self.v.shape[3])
-            self.state = State(sums, sums.new_zeros(sums.shape[:2]))
+            self.state = Sums(sums, sums.new_zeros(sums.shape[:2]))
         return self.state
 
     def _queries(self, slab: Slab) -> Tensor:
@@ -322,7 +322,7 @@ class Walk:
                 if decaying:
                     slope_q[:, some] = (query * slope).sum(-1)
                 put("q", some, pull(slope, tables))
-        later: State | None = None
+        later: Sums | None = None
         for slab in reversed(self.slabs):
             some = slab.keys
             (key, top), pull = self._pulled("k", some, self._keys(slab), leaves)
@@ -330,7 +330,7 @@ class Walk:
             parts, unit = self._parts(slab, query, own, key, top)
             slope, slope_v = torch.empty_like(key), self.v.new_empty(self.rows, key.shape[1], self.v.shape[3])
             if later is None:
-                later = State(
+                later = Sums(
                     torch.zeros_like(self._state(key).values), torch.zeros_like(self._state(key).weights)
                 )
             more = (*slopes_of(slab.queries, unit), slope, slope_v)
