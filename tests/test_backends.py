@@ -193,8 +193,16 @@ def test_parts_hold_each_live_pair_once(mask: str, sizes: tuple[int, int], data:
 
 def test_a_band_is_one_part_on_views() -> None:
     grid = attndsl.parse("attention a { mask radius(37) }")["a"].block_mask(1024, 16).grids[0]
-    shared = [part for part in take_apart(grid, 8) if isinstance(part, Strided)]
+    shared = [part for part in take_apart(grid, 8) if isinstance(part, Strided) and part.count > 1]
     assert [(part.q_step, part.k_step, part.k_len) for part in shared] == [(8, 8, 82)]
+
+
+def test_a_triangle_is_squares_on_views() -> None:
+    grid = attndsl.parse("attention a { mask causal }")["a"].block_mask(160, 16).grids[0]
+    found = [part for part in take_apart(grid, 16) if isinstance(part, Strided) and part.mask is None]
+    squares = sorted((part.k_len, part.q_len, part.count) for part in found)
+    # below the first, row i of 0 .. 8 has i more columns: a square for each digit 1 of i
+    assert squares == [(16, 16, 4), (16, 144, 1), (32, 32, 2), (64, 64, 1), (128, 16, 1)]
 
 
 @pytest.mark.parametrize("backend", ["reference", "sdpa", "torch"])

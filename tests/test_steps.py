@@ -125,6 +125,16 @@ def test_a_dense_prefill_copies_keys_and_values_once(clauses: str, kv_heads: int
     assert copies.found.total() == once
 
 
+@pytest.mark.parametrize("mask", ["causal", "causal & last(300)", "causal & (last(200) | sinks(4))", "full"])
+@pytest.mark.parametrize("length", [250, 256, 500, 2000])
+def test_a_prefill_on_tiles_copies_keys_and_values_at_most_once(mask: str, length: int) -> None:
+    plan = compiled(f"mask {mask}", length, backend="torch")
+    q, cache = torch.randn(1, HEADS, length, WIDTH), torch.randn(2, 1, HEADS, length + 100, WIDTH)
+    with torch.no_grad(), Copies(cache) as copies:
+        plan(q, *cache[:, :, :, :length])
+    assert copies.found.total() <= 2 * q.numel()
+
+
 TABLES = "inputs doc : int[B, n] mask causal & documents(doc)"
 
 

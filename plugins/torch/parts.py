@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,11 +81,13 @@ def take_apart(grid: TileGrid, unit: int) -> tuple[Part, ...]:
     parts: list[Part] = []
     entries, level = _level_rows(entries, masks, block)
     parts.extend(level)
+    entries, stairs = _staircases(entries, block)
+    parts.extend(stairs)
     regular, long, rest = _sort_out(grid, block, entries)
     for stretch in regular:
         parts.extend(_cut(stretch, masks, block, unit if block % unit == 0 else block))
     parts.extend(_long_parts(long, block))
-    parts.extend(_gather(rest, masks, block, grid.nq))
+    parts.extend(_gather(rest, masks, block, grid.nq, grid.n))
     return tuple(parts)
 
 
@@ -127,6 +130,38 @@ def _level_rows(entries: NDArray[np.int64], masks: Bool, block: int) -> tuple[ND
         for lo, hi in _intervals(masks[m][:, 0]):
             parts.append(Strided(i * block + lo, hi - lo, 0, a * block, count * block, 0, 1, None))
     taken = np.repeat(long, tiles)
+    return entries[~taken], parts
+
+
+def _staircases(entries: NDArray[np.int64], block: int) -> tuple[NDArray[np.int64], list[Part]]:
+    """Runs that begin at one column and grow by a tile a row, as those of causal masks, and the entries left.
+
+    A triangle of tiles is squares of h tiles a side for h = 1, 2, 4 ...: row i has the columns below i, those
+    of a square for each digit 1 of i. So there are few parts, all on views."""
+    row, start, end, contents = entries.T
+    order = np.lexsort((row, start, contents))
+    order = order[: int((contents == FULL).sum())]
+    row, start, end = row[order], start[order], end[order]
+    breaks = (np.diff(row) != 1) | (np.diff(start) != 0) | (np.diff(end) != 1)
+    edges = np.flatnonzero(np.r_[True, breaks, True]) if len(row) else np.zeros(1, np.int64)
+    taken = np.zeros(len(entries), bool)
+    parts: list[Part] = []
+    for first, last in pairwise(edges.tolist()):
+        rows = last - first
+        if rows < STRETCH:
+            continue
+        taken[order[first:last]] = True
+        top, a, b = row[first].item(), start[first].item(), end[first].item()
+        parts.append(Strided(top * block, rows * block, 0, a * block, (b - a) * block, 0, 1, None))
+        h = 1
+        while h < rows:
+            whole, left = divmod(rows, 2 * h)
+            for j, count, height in ((0, whole, h), (whole, int(left > h), left - h)):
+                if count:
+                    q0, k0, step = top + (2 * j + 1) * h, b + 2 * j * h, 2 * h * block if count > 1 else 0
+                    q_len, k_len = height * block, h * block
+                    parts.append(Strided(q0 * block, q_len, step, k0 * block, k_len, step, count, None))
+            h *= 2
     return entries[~taken], parts
 
 
@@ -181,10 +216,11 @@ def _sort_out(
 ) -> tuple[list[_Stretch], list[_Stretch], dict[int, list[tuple[int, int, int]]]]:
     """Stretches that repeat from row to row, long full runs, and what is left of each row."""
     row, start, end, contents = entries.T
-    ragged = ((row + 1) * block > grid.nq) | (end * block > grid.n)
-    odd = np.where(ragged, np.arange(1, len(row) + 1), 0)
-    along = _repeats(np.stack([start - row, end - row, contents, odd], axis=1), row)
-    down = _repeats(np.stack([start, end, contents, odd], axis=1), row)
+    below, beyond = (row + 1) * block > grid.nq, end * block > grid.n
+    ragged, each = below | beyond, np.arange(1, len(row) + 1)
+    along = _repeats(np.stack([start - row, end - row, contents, np.where(ragged, each, 0)], axis=1), row)
+    # the same columns below one another are cut to those that are live
+    down = _repeats(np.stack([start, end, contents, np.where(below, each, 0)], axis=1), row)
     kind = np.where(np.maximum(along, down) < STRETCH, 2, np.where(along >= down, 1, 0))
     is_long = (end - start >= LONG) & ~ragged
     segments: dict[tuple[int, int], list[list[tuple[int, int, int]]]] = defaultdict(list)
@@ -293,11 +329,15 @@ def _long_parts(stretches: list[_Stretch], block: int) -> list[Part]:
     return parts
 
 
-def _gather(rest: dict[int, list[tuple[int, int, int]]], masks: Bool, block: int, nq: int) -> list[Part]:
-    """Rows with about equally many tiles left, together; padding is a tile without contents."""
+def _gather(
+    rest: dict[int, list[tuple[int, int, int]]], masks: Bool, block: int, nq: int, n: int
+) -> list[Part]:
+    """Rows with about equally many tiles left, together; padding is a tile without contents. Tiles side by
+    side are a view instead: what is gathered is copied."""
     empty, full = len(masks), len(masks) + 1
     known = np.concatenate([masks, np.zeros((1, block, block), bool), np.ones((1, block, block), bool)])
     groups: dict[tuple[int, int], list[tuple[int, list[int], list[int]]]] = defaultdict(list)
+    parts: list[Part] = []
     for row in sorted(rest):
         cols: list[int] = []
         contents: list[int] = []
@@ -305,9 +345,11 @@ def _gather(rest: dict[int, list[tuple[int, int, int]]], masks: Bool, block: int
             cols.extend(range(a, b))
             contents.extend([full if m == FULL else m] * (b - a))
         q_len = min(block, nq - row * block)
+        if 1 < len(cols) <= GATHER and cols[-1] - cols[0] == len(cols) - 1:
+            parts.append(_side_by_side(row, cols[0], known[contents], q_len, n))
+            continue
         for turn, i in enumerate(range(0, len(cols), GATHER)):
             groups[turn, q_len].append((row * block, cols[i : i + GATHER], contents[i : i + GATHER]))
-    parts: list[Part] = []
     for (_, q_len), problems in groups.items():
         for size, batch in _batches(problems):
             rows = np.array([row for row, _, _ in batch], np.int64)
@@ -316,6 +358,14 @@ def _gather(rest: dict[int, list[tuple[int, int, int]]], masks: Bool, block: int
             contents_or_none = None if (kinds == full).all() else kinds
             parts.append(Gathered(rows, q_len, block, tiles, contents_or_none, known))
     return parts
+
+
+def _side_by_side(row: int, col: int, tiles: Bool, q_len: int, n: int) -> Strided:
+    """One row of tiles [T, block, block] that begin at column `col`: a view, of which nothing is copied."""
+    block = tiles.shape[1]
+    k_len = min(len(tiles) * block, n - col * block)
+    mask = tiles.swapaxes(0, 1).reshape(block, -1)[:q_len, :k_len]
+    return Strided(row * block, q_len, 0, col * block, k_len, 0, 1, None if mask.all() else mask)
 
 
 def _batches(
