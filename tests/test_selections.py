@@ -698,3 +698,18 @@ def test_a_plan_takes_no_choice() -> None:
     ):
         with pytest.raises(attndsl.AttnError, match=said):
             call()
+
+
+def test_a_name_that_two_register_takes_no_other_down(register) -> None:
+    source = "from attndsl.plugins.selections.topk import TopK\nselection = TopK()\n"
+    names = [register(source, "selections", ":selection") for _ in range(2)]
+    for name in names:
+        points = register.folder / f"{name}-0.1.dist-info" / "entry_points.txt"
+        points.write_text(f"[attndsl.selections]\ntwin = {name}:selection\n")
+    for mask in ("twin(2)", "causal & twin"):
+        with pytest.raises(attndsl.AttnError) as found:
+            attndsl.parse(f"attention a {{ mask {mask} }}")
+        assert "`twin` is registered twice under attndsl.selections: by " in str(found.value)
+        assert all(name in str(found.value) for name in names)
+        assert "<text>:1:" in str(found.value)
+    assert attndsl.parse("attention a { mask topk(2, of = causal) }")["a"].attention.selected
