@@ -590,6 +590,21 @@ def test_inputs_of_a_choice_are_checked_before_it_is_made() -> None:
             plan(q, q, q, mu=torch.zeros(shape))
 
 
+@pytest.mark.parametrize("watched", [False, True])
+def test_inputs_of_a_choice_are_checked_once(watched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward; the mask reads one of them itself."""
+    text = "inputs ids : int[B, n]  mask causal & documents(ids) & topk(4, of = causal & documents(ids))"
+    bound = attndsl.parse(f"attention a {{ {text} }}")["a"]
+    plan = attndsl.compile(bound, length=16, heads=4, kv_heads=2, head_dim=8, training=True)
+    q, k, v = (x.float().requires_grad_() for x in vectors(16, seed=0))
+    call = torch.compile(plan, backend="aot_eager") if watched else plan
+    call(q, k, v, **given_to(bound, 16))
+    checks, checked = [], lowering.checked_tables
+    monkeypatch.setattr(lowering, "checked_tables", lambda *x, **y: checks.append(x) or checked(*x, **y))
+    call(q, k, v, **given_to(bound, 16)).sum().backward()
+    assert len(checks) == 1
+
+
 def test_the_choice_is_part_of_what_is_predicted() -> None:
     bound = attndsl.parse("attention a { mask topk(8, of = causal) }")["a"]
     plan = attndsl.compile(bound, length=4096, heads=8)
