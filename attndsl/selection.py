@@ -88,7 +88,7 @@ class Selection(Protocol):
 
     def counts(self, origin: Selected, problem: Problem) -> Mapping[str, float]:
         """What choosing takes, over all heads and batch rows: `products`, of two numbers each, and `sorted`,
-        numbers that are compared with one another."""
+        numbers that are sorted, or among which the greatest are looked for."""
 
     def choose(self, origin: Selected, offered: Offered) -> Tensor:
         """Integers: labels [B, H, n] or ranks [B, H, rounds, n] of the keys, or what is chosen for each row

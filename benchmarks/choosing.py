@@ -3,10 +3,11 @@
     python -m benchmarks.choosing [--lengths 256 1024 4096] [--only NAME ...] [--runs 5]
 
 8 heads of 64, float32, one thread; CPU seconds, medians over runs that go round all cases of a length.
-Attending is what a call of the backend `torch` takes beyond its choice; `none` chooses nothing, and shows how
-much slower than predicted the machine is by itself. Prints each prediction beside what was measured, and the
-constants that fit: of `CHOOSING` in attndsl/execution/choice.py, and those of plugins/torch/cost.py that tell of
-lists, orders and blocks, the others as they are.
+Attending is what a call of the backend `torch` takes beyond its choice. Of `none`, which chooses nothing, it
+tells how much slower than predicted the machine is: beside other work constants come out as much too large.
+Prints each prediction beside what was measured, and the constants that fit: of `CHOOSING` in
+attndsl/execution/choice.py, and those of plugins/torch/cost.py that tell of lists, orders and blocks, the
+others as they are.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ HEADS, HEAD_DIM = 8, 64
 LENGTHS = (256, 512, 1024, 2048, 4096)
 INDEXER = "inputs iq : float[B, n, 8, 32]  ik : float[B, n, 32]  w : float[B, n, 8]"
 PAGES = "sum(max(Q * min(K), Q * max(K)))"
+OVER = "causal - radius(0)"
 CASES = {
     "none": "mask causal",
     "tokens 16": "mask topk(16, of = causal)",
@@ -44,9 +46,9 @@ CASES = {
     "tokens near": "mask topk(32, of = last(256))",
     "tokens full": "mask topk(32)",
     "indexer": f"{INDEXER}  mask topk(64, of = causal, by = w[q] @ max(iq[q] @ ik[k], 0.0))",
-    "blocks 16": "mask causal & (block(16) | topk(16, of = blocks(16, causal - radius(0)), by = Q @ mean(K)))",
-    "blocks 64": "mask causal & (block(64) | topk(4, of = blocks(64, causal - radius(0)), by = Q @ mean(K)))",
-    "blocks 256": "mask causal & (block(256) | topk(3, of = blocks(256, causal - radius(0)), by = Q @ mean(K)))",
+    "blocks 16": f"mask causal & (block(16) | topk(16, of = blocks(16, {OVER}), by = Q @ mean(K)))",
+    "blocks 64": f"mask causal & (block(64) | topk(4, of = blocks(64, {OVER}), by = Q @ mean(K)))",
+    "blocks 256": f"mask causal & (block(256) | topk(3, of = blocks(256, {OVER}), by = Q @ mean(K)))",
     "pages": f"mask causal & (block(16) | topk(16, of = blocks(16, causal - radius(0)), by = {PAGES}))",
     "tiles 64": "mask causal & blocks(64, radius(0) | topk(4, of = causal - radius(0)))",
     "hash 8": "mask causal & within(hash(8), last(64))",
@@ -145,19 +147,16 @@ def main(lengths: list[int], names: list[str], runs: int) -> None:
     torch.set_num_threads(1)
     rows = [row for n in lengths for row in measured(names, n, runs)]
     known = choice.CHOOSING, registry.plugin("backends", "torch").seconds["cpu"]
-    frees = (*choice.CHOOSING,), ATTENDING
-    found = [fitted(rows, i, known[i], frees[i]) for i in range(2)]
-    for row in sorted(rows, key=lambda row: names.index(row.name)):
-        parts = []
-        for i, what in enumerate(("choosing", "attending")):
-            before, after = (weighed(constants, row.counts[i]) for constants in (known[i], found[i]))
-            parts.append(
-                f"{what} {1e3 * row.seconds[i]:9.2f} ms, {1e3 * before:9.2f} said, {1e3 * after:9.2f} fitted"
-            )
-        print(f"{row.name:15} {row.n:5}  {';  '.join(parts)}")
-    for i, what in enumerate(("choosing", "attending")):
-        print(f"{what}: {told(rows, i, known[i])}; fitted: {told(rows, i, found[i])}")
-        print("   ", {name: float(f"{found[i][name]:.3g}") for name in frees[i]})
+    for i, (what, free) in enumerate((("choosing", tuple(choice.CHOOSING)), ("attending", ATTENDING))):
+        of_choices = [row for row in rows if row.name != "none"]
+        found = fitted(of_choices, i, known[i], free)
+        print(f"{what:16} {'n':>5} {'ms':>9} {'said':>9} {'fitted':>9}")
+        for row in sorted(of_choices if i == 0 else rows, key=lambda row: names.index(row.name)):
+            said = (weighed(constants, row.counts[i]) for constants in (known[i], found))
+            figures = " ".join(f"{1e3 * x:9.2f}" for x in (row.seconds[i], *said))
+            print(f"{row.name:16} {row.n:5} {figures}")
+        print(f"{what}: {told(of_choices, i, known[i])}; fitted: {told(of_choices, i, found)}")
+        print("   ", {name: float(f"{found[name]:.3g}") for name in free})
 
 
 if __name__ == "__main__":
