@@ -204,11 +204,13 @@ def somewhere(mask: Expr) -> Expr:
     return ir.any_of(*found)
 
 
-def _chosen(e: Expr, leaf: Expr) -> Expr:
+def _chosen(mask: Expr, leaf: Expr) -> Expr:
     """The mask where a leaf holds."""
-    if e is leaf:
-        return ir.TRUE
-    return ir.rebuild(e, tuple([_chosen(arg, leaf) for arg in e.args])) if leaf.value in e.tables else e
+    done: dict[Expr, Expr] = {leaf: ir.TRUE}
+    for node in ir.nodes(mask):
+        if node not in done:
+            done[node] = ir.rebuild(node, tuple([done[arg] for arg in node.args]))
+    return done[mask]
 
 
 def _without(e: Expr, instead: Expr) -> Expr:

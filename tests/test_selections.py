@@ -597,7 +597,8 @@ def test_a_quantity_is_claimed_of_every_choice() -> None:
     text = """pattern t = topk(2, of = causal)  pattern w = within(hash(4), last(2))
         assert nnz(t, n = 8, heads = 2) == 30  assert nnz(t, n = 8, heads = 2) < 30
         assert density(t, n = 100, heads = 1) < 2%  assert nnz(w, n = 8, heads = 2) >= 16
-        assert nnz(w, n = 8, heads = 2) == 15  assert nnz(w, n = 8, heads = 2) != 17"""
+        assert nnz(w, n = 8, heads = 2) == 15  assert nnz(w, n = 8, heads = 2) != 17
+        assert density(t | w, n = 0, heads = 1) == 0"""
     found = [(verdict.status, verdict.reason) for _, verdict in attndsl.parse(text).check()]
     assert found == [
         ("proved", "nnz is 30 at n = 8"),
@@ -606,6 +607,7 @@ def test_a_quantity_is_claimed_of_every_choice() -> None:
         ("proved", "nnz is 16 to 128 at n = 8"),
         ("refuted", "nnz is 16 to 128 at n = 8"),
         ("undecided", "nnz is 16 to 128 at n = 8: it depends on what `hash` chooses"),
+        ("proved", "density is 0 % at n = 0"),
     ]
 
 

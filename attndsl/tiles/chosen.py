@@ -38,7 +38,7 @@ def live_bounds(
         made = replace(attention, groups=tuple(groups))
         tables = {t.name: inputs[t.name] for t in lowering.mask_tables(made)}
         blocks = lowering.block_mask(made, sizes, lowering.checked_tables(made, tables, sizes, batch), TILE)
-        return blocks.nnz * (batch * sizes.heads // blocks.index.size)
+        return blocks.nnz * (batch * sizes.heads // max(1, blocks.index.size))
 
     always, ever = count(narrowest), count(widest)
     lists = {leaf for group in attention.groups for leaf in lists_of(group.relation.mask)}
