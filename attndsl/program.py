@@ -449,7 +449,7 @@ def _name_problems(item: Definition, elaborator: Elaborator) -> list[Diagnostic]
             return
         if isinstance(node, ast.Name):
             known = BUILT_IN | elaborator.definitions.keys() | elaborator.broken
-            if node.id not in names and node.id not in known and not elaborator.selection(node.id):
+            if node.id not in names and node.id not in known and not elaborator.selection(node):
                 hidden = node.id in RESERVED
                 env = Scope(dict.fromkeys(names, Num(ir.ZERO)))
                 problems.extend((out_of_place(node) if hidden else elaborator.unknown(node, env)).diagnostics)
@@ -461,7 +461,7 @@ def _name_problems(item: Definition, elaborator: Elaborator) -> list[Diagnostic]
                     bind_arguments(called, node.args)
                 except AttnError as error:
                     problems.extend(error.diagnostics)
-            elif node.func.id not in BUILT_IN and elaborator.selection(node.func.id):
+            elif node.func.id not in BUILT_IN and elaborator.selection(node.func):
                 # what is no expression but a word is told where it is read
                 written = tuple(arg.value for arg in node.args if not isinstance(arg.value, ast.Name))
                 visit(written, names | {"Q", "K", "q", "k"})

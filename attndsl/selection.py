@@ -78,7 +78,7 @@ class Selection(Protocol):
 
     def rounds(self, origin: Selected) -> int:
         """Of an order: rows of ranks. Of a list: entries of a row, if there are as many to choose among. Of
-        labels: 1."""
+        labels: how many there are at most, LABELS where that is not known."""
 
     def relates(self, origin: Selected) -> Chunks | First | None:
         """Of an order: how ranks relate."""
@@ -88,7 +88,7 @@ class Selection(Protocol):
 
     def counts(self, origin: Selected, problem: Problem) -> Mapping[str, float]:
         """What choosing takes, over all heads and batch rows: `products`, of two numbers each, and `sorted`,
-        numbers that are compared with one another."""
+        numbers that are sorted, or among which the greatest are looked for."""
 
     def choose(self, origin: Selected, offered: Offered) -> Tensor:
         """Integers: labels [B, H, n] or ranks [B, H, rounds, n] of the keys, or what is chosen for each row
@@ -148,6 +148,21 @@ def ordered(choices: Table, how: Chunks | First, q: Expr, k: Expr, n: Expr) -> R
     return Relation(ir.any_of(*slots), ir.add(*(ir.where(slot, ir.ONE, ir.ZERO) for slot in slots)))
 
 
+def lists_of(mask: Expr) -> list[Expr]:
+    """The leaves of a mask that read a list of choices."""
+    found = (node for node in ir.nodes(mask) if node.op == "intable" and isinstance(node.value, Table))
+    return [
+        node for node in found if isinstance(node.value, Table) and isinstance(node.value.origin, Selected)
+    ]
+
+
+def origin_of(leaf: Expr) -> Selected:
+    """Where what a leaf reads comes from."""
+    assert isinstance(leaf.value, Table)
+    assert isinstance(leaf.value.origin, Selected)
+    return leaf.value.origin
+
+
 def widest(e: Expr) -> Expr:
     """A truth that holds wherever a mask does for some choice; it reads no choice."""
     return _without(e, ir.TRUE)
@@ -156,6 +171,46 @@ def widest(e: Expr) -> Expr:
 def narrowest(e: Expr) -> Expr:
     """A truth that holds only where a mask does for every choice."""
     return _without(e, ir.FALSE)
+
+
+def somewhere(mask: Expr) -> Expr:
+    """A truth over q that holds only where some key is in a mask, whatever is chosen.
+
+    A row of a list holds one of its candidates where there are any. So where all of them satisfy the rest of
+    the mask, whatever else is chosen, one that is chosen does.
+    """
+    key, unit = ir.var("?k"), ir.var("?u")
+
+    def some(bound: Expr, truth: Expr) -> Expr:
+        return ir.exists(str(bound.value), ir.ZERO, ir.var("n"), truth)
+
+    found = [some(key, ir.substitute(narrowest(mask), {"k": key}))]
+    for leaf in lists_of(mask):
+        origin = origin_of(leaf)
+        place, row = (
+            ir.floordiv(ir.var(p), ir.const(size)) for p, size in (("k", origin.unit), ("q", origin.rows))
+        )
+        if (leaf.args[0], leaf.args[-1]) != (place, row):
+            continue  # of a key or a query at another place
+        begins = ir.lt(ir.mul(unit, ir.const(origin.unit)), ir.var("n"))
+        candidate = ir.all_of(begins, ir.substitute(origin.of or ir.TRUE, {"q": row, "k": unit}))
+        rest = narrowest(_chosen(mask, leaf))
+        if origin.unit == 1:
+            fits = ir.substitute(rest, {"k": unit})
+        else:
+            fits = some(key, ir.substitute(ir.all_of(ir.eq(place, unit), rest), {"k": key}))
+        every = ir.negate(some(unit, ir.all_of(candidate, ir.negate(fits))))
+        found.append(ir.all_of(some(unit, candidate), every))
+    return ir.any_of(*found)
+
+
+def _chosen(mask: Expr, leaf: Expr) -> Expr:
+    """The mask where a leaf holds."""
+    done: dict[Expr, Expr] = {leaf: ir.TRUE}
+    for node in ir.nodes(mask):
+        if node not in done:
+            done[node] = ir.rebuild(node, tuple([done[arg] for arg in node.args]))
+    return done[mask]
 
 
 def _without(e: Expr, instead: Expr) -> Expr:
@@ -167,6 +222,10 @@ def _without(e: Expr, instead: Expr) -> Expr:
         return ir.negate(_without(e.args[0], ir.negate(instead)))
     if e.op == "exists":
         return ir.rebuild(e, (*e.args[:2], _without(e.args[2], instead)))
+    # a token is itself: in its own bucket, and in its own piece of an order
+    if ir.substitute(e, {"k": ir.var("q")}) is ir.negate(instead):
+        same = ir.eq(ir.var("q"), ir.var("k"))
+        return ir.negate(same) if instead is ir.TRUE else same
     return instead
 
 

@@ -118,8 +118,9 @@ def test_a_name_that_two_register_is_listed_twice_with_the_reason(register):
     assert {(owner, target) for _, _, owner, target, *_ in twins} == {(x, f"{x}:backend") for x in names}
     assert all(said[-1].startswith("used: `twin` is registered twice under ") for said in twins)
     assert "attndsl.plugins.reference:backend" in listed
+    assert compiled().considered["twin"].startswith("`twin` is registered twice under attndsl.backends: by ")
     with pytest.raises(attndsl.AttnError, match="registered twice"):
-        compiled()
+        compiled("twin")
 
 
 @pytest.mark.parametrize("cost", ["'1'", "float('nan')", "float('inf')", "-1.0", "True"])

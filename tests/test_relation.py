@@ -114,11 +114,18 @@ def test_a_table_may_hold_anything_but_one_entry_is_one_value() -> None:
         to_set(documents)
 
 
-def test_ranks_follow_positions_in_one_document_alone() -> None:
-    documents = eq(x.lookup(DOC, Q), x.lookup(DOC, K))
-    backwards = all_of(lt(Q, K), lt(x.rank_of(DOC, K), x.rank_of(DOC, Q)))
+@pytest.mark.parametrize("axes", ["", "B", "H", "BH"])
+def test_ranks_follow_positions_in_one_document_alone(axes: str) -> None:
+    """Also where there are rows and heads, whose documents are their own."""
+    doc = Table("doc", "int", (*axes, "n"))
+    (of_q, rank), (of_k, other) = (
+        (x.lookup(doc, *doc.implicit, p), x.rank_of(doc, *doc.implicit, p)) for p in (Q, K)
+    )
+    documents = eq(of_q, of_k)
+    forwards, backwards = all_of(lt(Q, K), lt(rank, other)), all_of(lt(Q, K), lt(other, rank))
     assert bounds(all_of(backwards, documents))[1].is_empty()
     assert not bounds(all_of(backwards, negate(documents)))[1].is_empty()
+    assert not bounds(all_of(forwards, documents))[1].is_empty()
 
 
 def test_a_drawn_link_is_among_the_eligible_keys() -> None:

@@ -1,114 +1,96 @@
-"""How many pairs are live, whatever is chosen by content."""
+"""How many pairs are live, whatever is chosen by content: of lists, of one order, and of one bucket a key."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
-from numpy.typing import NDArray
 
 from attndsl import expr as ir
+from attndsl.analysis import counting
 from attndsl.analysis.part import Subject
-from attndsl.attention import Relation
+from attndsl.execution import registry
 from attndsl.expr import Expr, Selected, Table
-from attndsl.meaning.pointwise import evaluate
-from attndsl.selection import narrowest, widest
-from attndsl.tiles import lowering
+from attndsl.selection import Chunks, First, Selection, ordered
+from attndsl.tiles import chosen, lowering
+from attndsl.tiles.tiling import replaced
 
-POINTS = 2**26
-"""Rows times units of a choice up to which candidates are counted row by row."""
+Q, K, N = ir.var("q"), ir.var("k"), ir.var("n")
+CAUSAL = ir.le(K, Q)
+Bounds = tuple[int, int]
 
 
-def live_bounds(subject: Subject) -> tuple[int, int] | None:
-    """The least and the greatest number over all heads and batch rows, equal where it is known exactly; None
-    where that takes long or a table is missing."""
-    attention, n = subject.attention, subject.problem.length
-    read = {*lowering.mask_tables(attention)} - {*attention.selected}
-    if n * n > POINTS or any(table.name not in subject.inputs for table in read):
+def live_bounds(subject: Subject) -> Bounds | None:
+    """As those of `tiles.chosen`, and tighter where every mask is of one order or of one kind of labels."""
+    attention, p = subject.attention, subject.problem
+    found = chosen.live_bounds(attention, subject.sizes, subject.inputs, p.batch)
+    if found is None:
         return None
-    always, ever = _count(subject, narrowest), _count(subject, widest)
-    lists = {leaf for group in attention.groups for leaf in _lists(group.relation.mask)}
-    if any(table not in {leaf.value for leaf in lists} for table in attention.selected):
-        return always, ever
-    if any({"h", "b"} & (_origin(leaf).of or ir.TRUE).free for leaf in lists):
-        return always, ever
-    groups = lowering.head_groups(attention, subject.problem.heads)
-    chosen = sum(
-        subject.problem.batch * groups.count(i) * _chosen(leaf, subject)
-        for i, group in enumerate(attention.groups)
-        for leaf in _lists(group.relation.mask)
-    )
-    most = min(ever, always + chosen)
-    # of one leaf in a mask, of whose candidates the rest cuts nothing off and the fixed part holds none
-    exact = (
-        all(len(_lists(group.relation.mask)) <= 1 for group in attention.groups)
-        and all(_units_are_whole(leaf, subject) for leaf in lists)
-        and not _count(subject, _misplaced)
-    )
-    return (most, most) if exact else (always, most)
+    groups, low, high = lowering.head_groups(attention, p.heads), 0, 0
+    for i, group in enumerate(attention.groups):
+        each = _alone(group.relation.mask, p.length)
+        if each is None:
+            return found
+        times = p.batch * groups.count(i)
+        low, high = low + times * each[0], high + times * each[1]
+    return max(low, found[0]), min(high, found[1])
 
 
-def _misplaced(mask: Expr) -> Expr:
-    """Candidates that are live without being chosen, or are not when they are."""
-    found = []
-    for leaf in _lists(mask):
-        origin = _origin(leaf)
-        at = {
-            name: ir.floordiv(ir.var(name), ir.const(size))
-            for name, size in zip("qk", (origin.rows, origin.unit), strict=True)
-        }
-        of = ir.substitute(origin.of or ir.TRUE, at)
-        found.append(ir.all_of(of, ir.any_of(narrowest(mask), ir.negate(widest(mask)))))
-    return ir.any_of(*found)
+def _alone(mask: Expr, n: int) -> Bounds | None:
+    """Of one head."""
+    if not mask.tables and mask.free <= {"q", "k", "n"}:
+        count = counting.count_at(mask, n)
+        return count, count
+    if len(mask.tables) != 1:
+        return None
+    (table,) = mask.tables
+    if not isinstance(table.origin, Selected):
+        return None
+    selection: Selection = registry.plugin("selections", table.origin.selection)
+    parts = mask.args if mask.op == "and" else (mask,)
+    if selection.kind == "order":
+        how = selection.relates(table.origin)
+        assert how is not None
+        rest = ir.all_of(*(part for part in parts if part is not CAUSAL))
+        if ordered(table, how, Q, K, N).mask is not rest:
+            return None
+        return _of_order(table, how, n, CAUSAL in parts)
+    if selection.kind == "labels":
+        return _of_labels(table, parts, n, selection.rounds(table.origin))
+    return None
 
 
-def _lists(mask: Expr) -> list[Expr]:
-    """The leaves of a mask that read a list of choices."""
-    found = (node for node in ir.nodes(mask) if node.op == "intable" and isinstance(node.value, Table))
-    return [
-        node for node in found if isinstance(node.value, Table) and isinstance(node.value.origin, Selected)
-    ]
+def _of_order(table: Table, how: Chunks | First, n: int, causal: bool) -> Bounds:
+    """Ranks are those of all tokens, so one round relates as many pairs whatever they are; of two tokens of a
+    piece, which see one another, one is later."""
+    rounds = table.explicit[0]
+    assert isinstance(rounds, int)
+    if isinstance(how, First):
+        pairs = min(how.width, n) ** 2
+        return 0 if causal else pairs, rounds // 2 * pairs
+    sizes = [min(how.size, n - start) for start in range(0, n, how.size)]
+    own = sum(m * (m + 1) // 2 if causal else m * m for m in sizes)
+    before = sum(a * b for a, b in pairwise(sizes))
+    wrapped = sizes[0] * sizes[-1] if how.wrap and sizes else 0
+    return own if causal else own + before, rounds * (own + before + wrapped)
 
 
-def _origin(leaf: Expr) -> Selected:
-    assert isinstance(leaf.value, Table)
-    assert isinstance(leaf.value.origin, Selected)
-    return leaf.value.origin
-
-
-def _count(subject: Subject, of: Callable[[Expr], Expr]) -> int:
-    """Pairs of what this makes of the masks, over all heads and batch rows."""
-    groups = (replace(g, relation=Relation(of(g.relation.mask))) for g in subject.attention.groups)
-    attention, p = replace(subject.attention, groups=tuple(groups)), subject.problem
-    tables = {t.name: subject.inputs[t.name] for t in lowering.mask_tables(attention)}
-    checked = lowering.checked_tables(attention, tables, subject.sizes, p.batch)
-    blocks = lowering.block_mask(attention, subject.sizes, checked, p.block_size)
-    return blocks.nnz * (p.batch * p.heads // blocks.index.size)
-
-
-def _candidates(leaf: Expr, subject: Subject) -> NDArray[np.bool_]:
-    """Truths [rows, units]."""
-    origin, n = _origin(leaf), subject.problem.length
-    of = ir.substitute(origin.of or ir.TRUE, {"n": ir.const(n), "nq": ir.const(n)})
-    rows, units = -(-n // origin.rows), -(-n // origin.unit)
-    tables = {table.name: lowering.as_array(subject.inputs[table.name]) for table in of.tables}
-    live = evaluate(of, np.arange(rows)[:, None], np.arange(units)[None, :], tables)
-    return np.broadcast_to(live, (rows, units))
-
-
-def _chosen(leaf: Expr, subject: Subject) -> int:
-    """Pairs of a query and a key of a unit that is chosen for it, as many as there can be."""
-    origin, table, n = _origin(leaf), leaf.value, subject.problem.length
-    assert isinstance(table, Table)
-    r = table.dims[-1]
-    assert isinstance(r, int)
-    degrees = np.minimum(_candidates(leaf, subject).sum(1), r)
-    sizes = np.minimum(origin.rows, n - origin.rows * np.arange(len(degrees)))
-    return int((degrees * sizes).sum()) * origin.unit
-
-
-def _units_are_whole(leaf: Expr, subject: Subject) -> bool:
-    """Whether no row may choose a last block that is shorter."""
-    n, unit = subject.problem.length, _origin(leaf).unit
-    return n % unit == 0 or not _candidates(leaf, subject)[:, -1].any()
+def _of_labels(table: Table, parts: tuple[Expr, ...], n: int, buckets: int) -> Bounds | None:
+    """Pairs of a bucket of c tokens are f(c), by their ranks. Where f is convex, buckets of like sizes have
+    the fewest, and one of all tokens the most."""
+    same = ir.eq(ir.lookup(table, *table.implicit, Q), ir.lookup(table, *table.implicit, K))
+    if same not in parts:
+        return None
+    i, j = ir.var("?i"), ir.var("?j")
+    ranks = {same: ir.TRUE, CAUSAL: ir.le(j, i)}
+    ranks |= {ir.rank_of(table, *table.implicit, p): rank for p, rank in ((Q, i), (K, j))}
+    inside = replaced(ir.all_of(*parts), ranks)
+    if not inside.free <= {"?i", "?j"} or inside.tables:
+        return None
+    inside = ir.substitute(inside, {"?i": Q, "?j": K})
+    f = counting.counts_below(inside, n)
+    if (np.diff(f, 2) < 0).any():
+        return None
+    size, larger = divmod(n, buckets)
+    fewest = larger * int(f[min(size + 1, n)]) + (buckets - larger) * int(f[size])
+    return fewest, int(f[n])

@@ -145,7 +145,11 @@ def looking_ahead(program: Program) -> Iterator[Diagnostic]:
                     f"with n = {found.n} an edit of token {found.edited} changes what query {found.row} sees"
                 )
             message = f"`{origin.selection}` looks ahead: {shown}"
-            yield Diagnostic(message, span, _safe(origin), "warning")
+            help = COUNTED if leaks.counted(table, definition.attention) else _safe(origin)
+            yield Diagnostic(message, span, help, "warning")
+
+
+COUNTED = "in `within` `n` counts the bucket, later tokens too: write a number, as `last(64)`"
 
 
 def _safe(origin: Selected) -> str:

@@ -89,7 +89,7 @@ def _may_be_chosen(table: Table, found: Tensor, offered: Offered) -> None:
     places = torch.arange(found.shape[-1])
     if isinstance(plugin.relates(origin), Chunks):
         assert (found.sort(-1).values == places).all(), f"{table.name}: `choose` gives ranks of no order"
-    end = LABELS if plugin.kind == "labels" else math.inf
+    end = min(plugin.rounds(origin), LABELS) if plugin.kind == "labels" else math.inf
     for wrong in found[(found < 0) | (found >= end)].tolist():
         raise AssertionError(f"{table.name}: `choose` gives {wrong}, which is none of its {plugin.kind}")
     return None

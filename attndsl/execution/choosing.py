@@ -15,7 +15,6 @@ from torch import Tensor
 from attndsl.execution import lowered
 from attndsl.execution.lowered import Lowered, Places
 from attndsl.execution.selecting import choices, shape
-from attndsl.tiles import lowering
 
 
 @torch.library.custom_op("attndsl::choose", mutates_args=())
@@ -38,7 +37,7 @@ def choose(
 def _chosen(found: Lowered, q: Tensor, k: Tensor, tensors: Sequence[Tensor], places: Places) -> list[Tensor]:
     sizes, tables = found.sizes(q, k, places), found.named(tensors)
     given = {table.name: tables[table.name] for table in found.attention.inputs}
-    lowering.checked_tables(found.attention, given, sizes, len(q), q.shape[3], ())
+    found.checked(q, given, sizes)
     return [*choices(found.attention, q, k, tables, sizes).values()]
 
 

@@ -6,9 +6,9 @@ about positions, which the prover answers. Where it is not, an edit of the last 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,7 @@ from attndsl.errors import asking
 from attndsl.execution import registry
 from attndsl.execution.selecting import choices
 from attndsl.expr import Selected, Table
-from attndsl.relations.proofs import follows
+from attndsl.relations.proofs import follows, subset
 from attndsl.selection import Selection
 from attndsl.tiles import lowering
 
@@ -44,9 +44,19 @@ class Witness:
 
 def unstable(attention: Attention) -> tuple[Table, ...]:
     """The choices of a causal attention that later tokens may change; none where it is not causal."""
-    if not attention.selected or not follows(attention.any_head(), CAUSAL):
+    if not attention.selected or not causal(attention):
         return ()
     return tuple(table for table in attention.selected if not stable(table, attention))
+
+
+def causal(attention: Attention) -> bool:
+    """Proved for every n, or where that is undecided seen of every choice that is tried."""
+    verdict = subset(attention.any_head(), CAUSAL)
+    if verdict.status != "undecided" or attention.streams:
+        return verdict.status == "proved"
+    sizes = lowering.sizes(attention, LENGTHS[0], LENGTHS[0], attention.enough_heads())
+    given = (_given(attention, sizes, _generator(seed)) for seed in range(EDITS))
+    return not any(np.triu(_seen(attention, sizes, *each), 1).any() for each in given)
 
 
 def stable(table: Table, attention: Attention) -> bool:
@@ -57,13 +67,16 @@ def stable(table: Table, attention: Attention) -> bool:
     with asking(f"the selection `{origin.selection}`"):
         read = selection.reads(origin)
     if read != "of" or origin.of is None:
-        # the number of tokens in a bucket is that of later ones too
-        masks = (group.relation.mask for group in attention.groups)
-        counted = any(node.op == "count_of" and node.value == table for e in masks for node in ir.nodes(e))
-        return read == "past" and not counted
+        return read == "past" and not counted(table, attention)
     # the mean of a block of queries reads those to its end
     tokens = ir.substitute(origin.of, {"k": ir.floordiv(ir.var("k"), ir.const(origin.unit))})
     return origin.rows == 1 and follows(tokens, CAUSAL)
+
+
+def counted(table: Table, attention: Attention) -> bool:
+    """Whether masks read how many tokens are in a bucket, which are later ones too."""
+    masks = (group.relation.mask for group in attention.groups)
+    return any(node.op == "count_of" and node.value == table for e in masks for node in ir.nodes(e))
 
 
 def witness(attention: Attention) -> Witness | None:
@@ -81,18 +94,39 @@ def changed(attention: Attention, sizes: lowering.Sizes, seed: int) -> Iterator[
     """Rows before the last whose keys change with the last token."""
     import torch
 
-    n, generator = sizes.k.length, torch.Generator().manual_seed(seed)
-    q, k = (torch.randn((1, sizes.heads, n, WIDTH), generator=generator) for _ in range(2))
-    tables = {table.name: _drawn(table, n, sizes.heads, generator) for table in attention.inputs}
-    seen = []
-    for _ in range(2):
-        made = {name: x.numpy() for name, x in choices(attention, q, k, tables, sizes).items()}
-        given = {name: x.numpy() for name, x in tables.items()} | made
-        seen.append(lowering.dense(attention, sizes, given))
-        q, k = q.clone(), k.clone()
-        q[:, :, -1], k[:, :, -1] = (4 * torch.randn((WIDTH,), generator=generator) for _ in range(2))
-    differ: NDArray[np.bool_] = (seen[0] != seen[1]).any((0, 1, 3))[:-1]
+    generator = _generator(seed)
+    q, k, tables = _given(attention, sizes, generator)
+    before = _seen(attention, sizes, q, k, tables)
+    q, k = q.clone(), k.clone()
+    q[:, :, -1], k[:, :, -1] = (4 * torch.randn((WIDTH,), generator=generator) for _ in range(2))
+    differ = (before != _seen(attention, sizes, q, k, tables)).any((0, 1, 3))[:-1]
     yield from np.flatnonzero(differ).tolist()
+
+
+Given: TypeAlias = "tuple[Tensor, Tensor, dict[str, Tensor]]"
+
+
+def _given(attention: Attention, sizes: lowering.Sizes, generator: Generator) -> Given:
+    """Random q, k and inputs."""
+    import torch
+
+    n, heads = sizes.k.length, sizes.heads
+    q, k = (torch.randn((1, heads, n, WIDTH), generator=generator) for _ in range(2))
+    return q, k, {table.name: _drawn(table, n, heads, generator) for table in attention.inputs}
+
+
+def _seen(
+    attention: Attention, sizes: lowering.Sizes, q: Tensor, k: Tensor, tables: Mapping[str, Tensor]
+) -> NDArray[np.bool_]:
+    """The mask with what is chosen of these."""
+    made = {**tables, **choices(attention, q, k, tables, sizes)}
+    return lowering.dense(attention, sizes, {name: x.numpy() for name, x in made.items()})
+
+
+def _generator(seed: int) -> Generator:
+    import torch
+
+    return torch.Generator().manual_seed(seed)
 
 
 def _drawn(table: Table, n: int, heads: int, generator: Generator) -> Tensor:

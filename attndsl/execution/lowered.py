@@ -144,18 +144,23 @@ class Lowered:
     def call_of(
         self, q: Tensor, k: Tensor, v: Tensor, tables: Mapping[str, Tensor], sizes: lowering.Sizes
     ) -> Call:
-        """The checked call."""
+        """The checked call. The tables of what chooses were checked before it chose."""
         given: Mapping[str, Any] = {t.name: tables[t.name] for t in self.attention.inputs}
-        if given:
-            given = lowering.checked_tables(self.attention, given, sizes, len(q), self.problem.head_dim, ())
+        if given and not self.selected:
+            given = self.checked(q, given, sizes)
         if self.ranged:
             lowering.check_scores(self.attention, sizes, given)
 
         def tiles() -> BlockMask:
-            chosen = {t.name: lowering.as_array(tables[t.name]) for t in self.selected}
-            return self.tiles(sizes, {**given, **chosen})
+            read = (t.name for t in self.mask_tables)
+            arrays = {x: lowering.as_array(given[x] if x in given else tables[x]) for x in read}
+            return self.tiles(sizes, {**given, **arrays})
 
         return Call(q, k, v, once(tiles), tables, sizes.q, sizes.k, sizes.n)
+
+    def checked(self, q: Tensor, given: Mapping[str, Any], sizes: lowering.Sizes) -> dict[str, Any]:
+        """The inputs of a call, as `lowering.checked_tables` gives them."""
+        return lowering.checked_tables(self.attention, given, sizes, len(q), self.problem.head_dim, ())
 
     def tiles(self, sizes: lowering.Sizes, tables: Mapping[str, Any]) -> BlockMask:
         """The tiles of one call, kept for the last few."""

@@ -204,7 +204,7 @@ class Plan:
         out, weights = out[..., : v.shape[3]], out[..., v.shape[3] :]
         return (out, lse, weights) if return_lse else (out, weights)
 
-    def step(
+    def _step(
         self,
         q: Tensor,
         k: Tensor,
@@ -216,8 +216,8 @@ class Plan:
         learned: Mapping[str, Tensor] | None = None,
         **inputs: Any,
     ) -> tuple[Tensor, State]:
-        """The output of a call whose keys come after those that `state` stands for, and the state after those
-        that the last query of each row sees. The kernel is `Stateful`."""
+        """For a StateSession: the output of a call whose keys come after those that `state` stands for, and
+        the state after those that the last query of each row sees. The kernel is `Stateful`."""
         self._check(q, k, v)
         lowered = self._served(q.dtype, self.backend)
         given = self._given(q, learned, inputs)

@@ -57,28 +57,21 @@ def _twice(points: list[EntryPoint]) -> str:
     return f"`{points[0].name}` is registered twice under {points[0].group}: by {owners}" * (len(points) > 1)
 
 
-def _single(group: str) -> dict[str, EntryPoint]:
-    """Entry points of a group by name. Raises AttnError where two distributions register one name."""
-    found = _points(group)
-    for points in found.values():
-        if error := _twice(points):
-            raise fail(error, help="uninstall one of the two")
-    return {name: points[0] for name, points in found.items()}
-
-
 def _owner(point: EntryPoint) -> str:
     return point.dist.name if point.dist is not None else "an unknown distribution"
 
 
 @functools.cache
 def plugin(group: str, name: str) -> Any:
-    """The registered object, of a library its folder. Raises AttnError for an unknown name or a plugin that
-    cannot be used."""
-    points = _single(group)
+    """The registered object, of a library its folder. Raises AttnError for an unknown name, one that two
+    distributions register, and a plugin that cannot be used."""
+    points = _points(group)
     if name not in points:
         known = ", ".join(sorted(points)) or "none"
         raise fail(f"no {GROUPS[group]} is named `{name}`", help=f"there are {known}")
-    loaded, error = _load(points[name])
+    if error := _twice(points[name]):
+        raise fail(error, help="uninstall one of the two")
+    loaded, error = _load(points[name][0])
     if error:
         raise refusal(group, name, error)
     return loaded
@@ -89,17 +82,17 @@ def refusal(group: str, name: str, error: str) -> AttnError:
 
 
 def owner(group: str, name: str) -> str:
-    """The distribution that registers a name."""
-    return _owner(_single(group)[name])
+    """The distribution that registers a name, the first found of two."""
+    return _owner(_points(group)[name][0])
 
 
 def names(group: str) -> tuple[str, ...]:
-    return tuple(_single(group))
+    return tuple(_points(group))
 
 
 def usable(group: str) -> dict[str, Any]:
     """All of a group that can be used, by name."""
-    loaded = {name: _load(point) for name, point in _single(group).items()}
+    loaded = {name: _load(points[0]) for name, points in _points(group).items() if not _twice(points)}
     return {name: found for name, (found, error) in loaded.items() if not error}
 
 

@@ -82,7 +82,7 @@ class StateSession(Session):
                 ]
             )
         at_q = Axis.of(np.minimum(following(starts, size), np.maximum(grown - 1, 0)[:, None]))
-        out, _ = self.plan.step(q, keys, values, at_q, Axis.of(at), self.state, **call)
+        out, _ = self.plan._step(q, keys, values, at_q, Axis.of(at), self.state, **call)
         if max(grown - taken) > self.slots:
             taken = np.maximum(taken, grown - self.rewind)
             self.state = self._after(keys, values, at, taken, self.state, **call)
@@ -109,7 +109,9 @@ class StateSession(Session):
     ) -> State:
         """The state after all keys before `ends`, one of each row: that a query there would see."""
         query = keys.new_zeros(len(keys), self.plan.problem.heads, 1, keys.shape[3])
-        _, found = self.plan.step(query, keys, values, Axis.of(ends[:, None] - 1), Axis.of(at), state, **call)
+        _, found = self.plan._step(
+            query, keys, values, Axis.of(ends[:, None] - 1), Axis.of(at), state, **call
+        )
         return found
 
 

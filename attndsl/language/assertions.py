@@ -282,18 +282,26 @@ def _verdict(claim: Claim) -> Verdict:
             back = [proofs.subset(b, a, ir.all_of(ha, hb)) for a, ha in left for b, hb in right]
             found += [_only_in(verdict, claim.names[::-1]) for verdict in back]
         return _worst(found)
-    left_value, right_value = (_measured(side) for side in (claim.left, claim.right))
-    if left_value is None or right_value is None:
-        read = {t for side in (claim.left, claim.right) for t in _read(side)}
-        reason = "it depends on " + " and ".join(sorted(map(proofs.said_of, read)))
-        return proofs.Verdict("undecided", reason=reason)
-    holds = OPERATORS[claim.op](left_value, right_value)
+    mine, other = _measured(claim.left), _measured(claim.right)
+    if mine is None or other is None:
+        return proofs.Verdict("undecided", reason=_because(claim))
     stated = "; ".join(
-        f"{side.kind} is {_shown(side.kind, value)} at n = {side.n}"
-        for side, value in ((claim.left, left_value), (claim.right, right_value))
+        f"{side.kind} is {_shown(side.kind, ends)} at n = {side.n}"
+        for side, ends in ((claim.left, mine), (claim.right, other))
         if isinstance(side, Quantity)
     )
-    return proofs.Verdict("proved" if holds else "refuted", reason=stated)
+    truths = {OPERATORS[claim.op](a, b) for a in mine for b in other}
+    overlap = mine[0] <= other[1] and other[0] <= mine[1]
+    if len(truths) > 1 or (claim.op in ("==", "!=") and overlap and len({*mine, *other}) > 1):
+        return proofs.Verdict("undecided", reason=f"{stated}: {_because(claim)}")
+    return proofs.Verdict("proved" if truths == {True} else "refuted", reason=stated)
+
+
+def _because(claim: Compared) -> str:
+    from attndsl.relations import proofs
+
+    read = {table for side in (claim.left, claim.right) for table in _read(side)}
+    return "it depends on " + " and ".join(sorted(map(proofs.said_of, read)))
 
 
 def _only_in(verdict: Verdict, names: tuple[str, str]) -> Verdict:
@@ -321,20 +329,31 @@ def _per_head(side: PerHead | Reach) -> tuple[tuple[Expr, Expr], ...]:
     return ((reach(side.of, side.layers), side.heads),)
 
 
-def _measured(side: Quantity | float) -> float | None:
+def _measured(side: Quantity | float) -> tuple[float, float] | None:
+    """The least and the greatest value, whatever is chosen by content; None where it is not known."""
     if not isinstance(side, Quantity):
-        return side
-    if _read(side):
-        return None
+        return side, side
     if side.kind == "diameter":
+        if _read(side):
+            return None
         from attndsl.layers.powers import diameter
 
-        return diameter(side.of.any_head(), side.n, side.heads)
-    from attndsl.tiles.lowering import tiles_of
+        found = diameter(side.of.any_head(), side.n, side.heads)
+        return found, found
+    from attndsl.tiles import lowering
+    from attndsl.tiles.chosen import live_bounds
 
-    blocks = tiles_of(side.of, side.n, heads=side.heads)
-    pairs = blocks.nnz * (side.heads // max(1, blocks.index.shape[1]))
-    return float(pairs) if side.kind == "nnz" else pairs / max(1, side.heads * blocks.nq * blocks.n)
+    if not _read(side):
+        blocks = lowering.tiles_of(side.of, side.n, heads=side.heads)
+        pairs = blocks.nnz * (side.heads // max(1, blocks.index.shape[1]))
+        low, high, area = pairs, pairs, side.heads * blocks.nq * blocks.n
+    elif not side.of.streams and (
+        ends := live_bounds(side.of, lowering.sizes(side.of, side.n, side.n, side.heads), {})
+    ):
+        (low, high), area = ends, side.heads * side.n**2
+    else:
+        return None
+    return (low, high) if side.kind == "nnz" else (low / max(1, area), high / max(1, area))
 
 
 def _read(side: Quantity | float) -> frozenset[Table]:
@@ -343,8 +362,9 @@ def _read(side: Quantity | float) -> frozenset[Table]:
     return frozenset[Table]().union(*(group.relation.mask.tables for group in groups))
 
 
-def _shown(kind: str, value: float) -> str:
-    return f"{100 * value:.4g} %" if kind == "density" else f"{value:,.0f}"
+def _shown(kind: str, ends: tuple[float, float]) -> str:
+    low, high = (f"{100 * x:.4g} %" if kind == "density" else f"{x:,.0f}" for x in ends)
+    return low if ends[0] == ends[1] else f"{low} to {high}"
 
 
 OPERATORS: dict[str, Callable[[float, float], bool]] = {

@@ -49,8 +49,8 @@ STEP_LIMIT = 200_000
 
 
 class Elaborator:
-    """The definitions of one program, and what has been learned of them so far; `selection` gives the
-    registered one of a name, `selections` are their names.
+    """The definitions of one program, and what has been learned of them so far; `registered` gives the
+    selection of a name, `selections` are their names.
 
     `definitions` maps a name to its syntax, a file's own before the prelude's; `broken` holds those whose
     error was reported already: their users stay silent. `whole` is False where a file that is used was not
@@ -60,10 +60,10 @@ class Elaborator:
     def __init__(
         self,
         definitions: Mapping[str, ast.Definition | ast.AttentionDef],
-        selection: Callable[[str], Selection | None],
+        registered: Callable[[str], Selection | None],
         selections: Callable[[], Iterable[str]],
     ) -> None:
-        self.definitions, self.selection, self.selections = definitions, selection, selections
+        self.definitions, self.registered, self.selections = definitions, registered, selections
         self.broken: set[str] = set()
         self.whole = True
         self.known: dict[tuple[object, ...], Value] = {}
@@ -72,6 +72,13 @@ class Elaborator:
         self.leaves: dict[Selected, tuple[int, Span]] = {}
 
     # names
+
+    def selection(self, name: ast.Name) -> Selection | None:
+        """Raises AttnError where it cannot be used."""
+        try:
+            return self.registered(name.id)
+        except AttnError as error:
+            raise AttnError(*(replace(d, span=name.span) for d in error.diagnostics)) from None
 
     def lookup(self, name: ast.Name, env: Scope, space: Space) -> Value:
         if name.id == "stream":
@@ -89,7 +96,7 @@ class Elaborator:
             return Num(ir.var(name.id))
         if name.id in self.definitions:
             return self.apply(name, (), env, space)
-        selection = self.selection(name.id)
+        selection = self.selection(name)
         if name.id in BUILT_IN or selection:
             written = usage(name.id, selection) if selection else SIGNATURES[name.id]
             raise fail(f"`{name.id}` needs its arguments", name.span, help=f"write `{written}`")

@@ -448,7 +448,7 @@ def on_call(el: Elaborator, e: ast.Call, env: Scope, space: Space) -> Value:
         raise fail(f"`{name}` stands in an `assert` alone", e.func.span)
     if name in COMBINATORS:
         return getattr(combinators, name)(el, e, env, space)  # type: ignore[no-any-return]
-    selection = el.selection(name)
+    selection = el.selection(e.func)
     if selection is not None:
         return leaves.leaf(el, name, selection, e, env, space)
     raise el.unknown(e.func, env)

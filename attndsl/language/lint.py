@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from attndsl import expr as ir
 from attndsl.attention import Attention, HeadGroup
 from attndsl.errors import AttnError, Diagnostic, Span
-from attndsl.expr import Expr
+from attndsl.expr import Expr, Selected
+from attndsl.features import FeatureForm, feature_form
 from attndsl.language.arguments import score_call
 from attndsl.language.elaborate import Elaborator
 from attndsl.language.values import TOKENS, AttentionOf, K, Pattern, Q, Scope
 from attndsl.language.vocabulary import BUILT_IN
 from attndsl.scores import never_negative
+from attndsl.selection import lists_of, origin_of
 from attndsl.streams import read_by_each, some_key
 from attndsl.syntax import nodes as ast
 
@@ -82,8 +84,10 @@ def _of_attention(item: ast.AttentionDef, elaborator: Elaborator, added: bool) -
             yield from _empty_rows(some_key(value.attention.streams, group.relation.mask), group.heads, span)
         yield from _shift_variance(group, item)
         yield from _vanishing(group, [c for c in _clauses_of(item, i) if c.word == "norm"])
+        yield from _weights(group, [c for c in _clauses_of(item, i) if c.word == "score"])
         yield from _alike(group, [c for c in _clauses_of(item, i) if c.word == "score"], elaborator)
         yield from _blindness(group, [c for c in _clauses_of(item, i) if c.word == "score"], elaborator)
+        yield from _crowded(group, [clause.value for clause in masks], span)
     yield from _leaking(value.attention, item)
     yield from _missing_heads(value.attention, item)
     yield from _inexact(value.attention, masks, elaborator)
@@ -308,6 +312,64 @@ def _vanishing(group: HeadGroup, norms: list[ast.Clause]) -> Iterator[Diagnostic
             norms[0].value.span,
             "use features that are never negative, such as `elu1` and `favor`, or `norm none`",
         )
+
+
+def _weights(group: HeadGroup, scores: list[ast.Clause]) -> Iterator[Diagnostic]:
+    """Inner products of features that are never negative are made to be weights, not logits."""
+    form = feature_form(group.score, None)
+    if (
+        group.norm.kind == "softmax"
+        and isinstance(form, FeatureForm)
+        and never_negative(form.phi_q)
+        and never_negative(form.phi_k)
+    ):
+        yield _warning(
+            "a softmax of what is a weight already: the features are never negative",
+            scores[-1].value.span,
+            "write `norm linear`, which divides by the sum",
+        )
+
+
+def _crowded(group: HeadGroup, masks: list[ast.Expression], span: Span) -> Iterator[Diagnostic]:
+    """Keys that a table cuts off take places of a choice: other documents, padding."""
+    from attndsl.relations.proofs import follows
+
+    mask = group.relation.mask
+    cut = ir.all_of(*(part for part in mask.args if _of_inputs(part)) if mask.op == "and" else ())
+    if "k" not in cut.free:
+        return
+    for leaf in lists_of(mask):
+        origin = origin_of(leaf)
+        # documents are of tokens, and blocks are cut by them after the choice
+        if origin.rows > 1 or origin.unit > 1 or follows(origin.of or ir.TRUE, cut):
+            continue
+        named = [node for e in masks for node in ast.walk(e) if _names_it(node, origin)]
+        message = f"keys that the mask cuts off take places of `{origin.selection}`"
+        if len(named) == 1 and isinstance(named[0], ast.Call):
+            yield _warning(message, named[0].span, _among(named[0], masks))
+        else:
+            yield _warning(message, span, "say in `of` what the mask says beside it")
+
+
+def _names_it(e: ast.Node, origin: Selected) -> bool:
+    return isinstance(e, ast.Call) and isinstance(e.func, ast.Name) and e.func.id == origin.selection
+
+
+def _of_inputs(part: Expr) -> bool:
+    given = [table for table in part.tables if table.known is None]
+    return bool(given) and not any(isinstance(table.origin, Selected) for table in given)
+
+
+def _among(call: ast.Call, masks: list[ast.Expression]) -> str:
+    """How a choice is written among what stands beside it."""
+    beside = [
+        part.span.text
+        for e in masks
+        for part in _operands(e)
+        if all(node is not call for node in ast.walk(part))
+    ]
+    of = [arg.value.span.text for arg in call.args if arg.name == "of"]
+    return f"choose among what is seen: `of = {' & '.join(dict.fromkeys([*of, *beside]))}`"
 
 
 def _alike(group: HeadGroup, scores: list[ast.Clause], elaborator: Elaborator) -> Iterator[Diagnostic]:

@@ -32,7 +32,7 @@ from attndsl.expr import (
 )
 from attndsl.meaning.pointwise import evaluate
 from attndsl.relations.relation import LEADING, Translation, domain, limited, quota, whole
-from attndsl.selection import narrowest
+from attndsl.selection import lists_of, narrowest, somewhere
 
 SEARCH_LENGTH = 16
 SEARCH_HEADS = 3
@@ -97,7 +97,12 @@ def every_row(mask: Expr, assuming: Expr = TRUE, given: Mapping[str, int] | None
     """Whether each query has a key."""
     key = var("?k")
     some = exists("?k", ZERO, var("n"), substitute(mask, {"k": key}))
-    return _never(all_of(assuming, negate(some)), ("n", "q"), given or {})
+    found = _never(all_of(assuming, negate(some)), ("n", "q"), given or {})
+    if found.status != "undecided" or not lists_of(mask):
+        return found
+    chosen = _never(all_of(assuming, negate(somewhere(mask))), ("n", "q"), given or {})
+    # where that is refuted a key may be chosen all the same
+    return chosen if chosen.status == "proved" else found
 
 
 def _never(formula: Expr, names: tuple[str, ...], given: Mapping[str, int]) -> Verdict:

@@ -189,8 +189,8 @@ class Abstraction:
         ranks = [t for t in terms if t.expr.op == "rank_of"]
         for a, b in combinations(ranks, 2):
             i, j = rows.get((a.expr.value, a.args)), rows.get((b.expr.value, b.args))
-            if a.function == b.function and i is not None and j is not None:
-                x, y = sub(var(a.name), var(b.name)), sub(a.args[0], b.args[0])
+            if a.function == b.function and a.args[:-1] == b.args[:-1] and i is not None and j is not None:
+                x, y = sub(var(a.name), var(b.name)), sub(a.args[-1], b.args[-1])
                 same = any_of(
                     all_of(le(ONE, x), le(x, y)),
                     all_of(eq(x, ZERO), eq(y, ZERO)),

@@ -92,7 +92,7 @@ class Hash:
         check_buckets(origin["buckets"])
 
     def rounds(self, origin: Selected) -> int:
-        return 1
+        return int(origin["buckets"])
 
     def relates(self, origin: Selected) -> None:
         return None
@@ -130,7 +130,8 @@ class Nearest:
         check_centers(origin["mu"])
 
     def rounds(self, origin: Selected) -> int:
-        return 1
+        centers = origin["mu"].dims[-2]
+        return centers if isinstance(centers, int) else LABELS
 
     def relates(self, origin: Selected) -> None:
         return None

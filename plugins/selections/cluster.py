@@ -18,7 +18,7 @@ from attndsl.expr import Selected, Table
 from attndsl.selection import First, Offered
 
 from .buckets import check_centers, products
-from .topk import greatest
+from .topk import compared, greatest
 
 
 class Cluster:
@@ -49,8 +49,11 @@ class Cluster:
         return "future"
 
     def counts(self, origin: Selected, problem: Problem) -> dict[str, float]:
-        scores = float(problem.batch * problem.heads * problem.length) * self.rounds(origin)
-        return {"products": scores * problem.head_dim, "sorted": scores}
+        n, rows = problem.length, problem.batch * problem.heads * self.rounds(origin)
+        return {
+            "products": float(rows * n * problem.head_dim),
+            "sorted": rows * compared(n, origin["width"]),
+        }
 
     def choose(self, origin: Selected, offered: Offered) -> Tensor:
         if offered.q_at != offered.k_at:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import lru_cache
 from itertools import product
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +18,8 @@ from attndsl.backend import Problem
 from attndsl.errors import fail
 from attndsl.execution.torch_eval import Env, broadcast_tensors, environment, evaluate
 from attndsl.expr import Expr, Selected
+from attndsl.meaning.pointwise import evaluate as pointwise
+from attndsl.meaning.pointwise import partial
 from attndsl.scores import by_head, by_pair
 from attndsl.selection import Offered
 
@@ -24,6 +28,8 @@ ALL = slice(None)
 SLAB, SCORES = 64, 2**20
 """Rows whose scores are made at once, or as many as have so many scores: those are still in cache when they
 are compared."""
+SAMPLED = 8
+"""Slabs that tell how many units all look at."""
 
 
 class TopK:
@@ -57,10 +63,16 @@ class TopK:
         return "of"
 
     def counts(self, origin: Selected, problem: Problem) -> dict[str, float]:
-        scores = (
-            problem.batch * problem.heads * (problem.q_length / origin.rows) * problem.length / origin.unit
-        )
-        return {"products": scores * problem.head_dim, "sorted": scores}
+        """Of the units from the first to the last that some row of a slab may choose."""
+        of, by = origin.of, origin["by"]
+        assert of is not None
+        heads = problem.heads if by_head(by) or "h" in of.free else 1
+        rows = problem.batch * heads * math.ceil(problem.q_length / origin.rows)
+        units = looked_at(of, origin.rows, origin.unit, problem.q_length, problem.length)
+        return {
+            "products": rows * units * multiplied(by, problem.head_dim),
+            "sorted": rows * compared(units, origin["r"]),
+        }
 
     def choose(self, origin: Selected, offered: Offered) -> Tensor:
         env, of, by = units(origin, offered), origin.of, origin["by"]
@@ -107,6 +119,48 @@ class TopK:
             groups = scores.view(shape[0], offered.k.shape[1], -1, rows, count)
             scores = groups.sum(2, keepdim=True).expand(groups.shape).flatten(1, 2)
         return best(scores, live, min(self.rounds(origin), count))
+
+
+@lru_cache(maxsize=256)
+def looked_at(of: Expr, rows: int, unit: int, nq: int, n: int) -> float:
+    """Units that are scored for a row, in the mean; of slabs here and there. What tables say, or a search, is
+    left out."""
+    known = ir.substitute(of, {"n": ir.const(n), "nq": ir.const(nq)})
+    parts = known.args if known.op == "and" else (known,)
+    known = ir.all_of(*(part for part in parts if part.free <= {"q", "k"} and not partial(part)))
+    if any(node.op == "exists" for node in ir.nodes(known)):
+        known = ir.TRUE
+    first, last, units = max(0, n - nq) // rows, math.ceil(n / rows), math.ceil(n / unit)
+    widths = []
+    for start in np.linspace(first, max(first, last - SLAB), SAMPLED, dtype=np.int64):
+        ends = np.unique([start, min(start + SLAB, last) - 1])
+        live = np.flatnonzero(pointwise(known, ends[:, None], np.arange(units)[None]).any(0))
+        widths.append(live[-1] - live[0] + 1 if len(live) else 0)
+    return float(np.mean(widths))
+
+
+def compared(width: float, r: int) -> float:
+    """Numbers of a row among which `greatest` looks for the greatest."""
+    if width <= r:
+        return 0.0
+    size = math.isqrt(int(width) // (r + 1))
+    return width if size < 2 else width / size + (r + 1) * size
+
+
+def multiplied(by: Expr, head_dim: int) -> float:
+    """Products of two numbers that the score of a pair takes."""
+
+    def width(vector: Expr) -> float:
+        found = ir.number(ir.substitute(vector.width, {"D": ir.const(head_dim)})) if vector.width else None
+        return float(found or head_dim)
+
+    total = 0.0
+    for node in filter(by_pair, ir.nodes(by)):
+        if node.op == "inner":
+            total += width(node.args[0])
+        elif node.op == "matvec":
+            total += width(node) * width(node.args[1])
+    return total
 
 
 def depth(by: Expr, head_dim: int) -> int:
