@@ -18,16 +18,17 @@ CAUSAL = ir.le(K, Q)
 class LinearForm:
     """What an attention asks for.
 
-    query, key      features, or their logarithms where `powers` holds
+    features        of the query and of the key, or their logarithms where `powers` holds
+    apart           numbers that stand beside those in the exponents
     log_q, log_k    of the decay, or None
     causal          whether a query sees keys up to itself, else all
     segments        pairs of integers of the query and of the key that are equal for what is related
     queries, keys   truths that hold for queries and keys that take part
     """
 
-    query: Expr
-    key: Expr
+    features: tuple[Expr, Expr]
     powers: tuple[bool, bool]
+    apart: tuple[Expr, Expr]
     log_q: Expr | None
     log_k: Expr | None
     causal: bool
@@ -42,8 +43,9 @@ class LinearForm:
 
     def width(self, head_dim: int) -> int | None:
         """Of the features; None where a table tells it."""
-        assert self.key.width is not None
-        found = ir.number(ir.substitute(self.key.width, {"D": ir.const(head_dim)}))
+        width = self.features[1].width
+        assert width is not None
+        found = ir.number(ir.substitute(width, {"D": ir.const(head_dim)}))
         return None if found is None else int(found)
 
 
@@ -77,14 +79,33 @@ def form_of(attention: Attention) -> LinearForm | str:
             return "its mask is neither full nor causal, nor that in segments"
     if any("h" in part.free for part in rest) or group.relation.count is not None:
         return "its mask differs from head to head"
+    sides = found.phi_q, found.phi_k
     powers = (found.phi_q.op == "exp", found.phi_k.op == "exp")
     query, key = (
-        phi.args[0] if of else phi for phi, of in zip((found.phi_q, found.phi_k), powers, strict=True)
+        _parted(phi.args[0]) if power else (phi, ir.ZERO) for phi, power in zip(sides, powers, strict=True)
     )
     return LinearForm(
-        query, key, powers, found.log_q, found.log_k, len(rest) < len(parts), tuple(segments),
-        ir.all_of(*queries), ir.all_of(*keys),
+        (query[0], key[0]), powers, (query[1], key[1]), found.log_q, found.log_k, len(rest) < len(parts),
+        tuple(segments), ir.all_of(*queries), ir.all_of(*keys),
     )  # fmt: skip
+
+
+def _parted(e: Expr) -> tuple[Expr, Expr]:
+    """A vector and a number whose sum it is."""
+    if e.op == "add":
+        vectors, numbers = [], []
+        for arg in e.args:
+            vector, number = _parted(arg) if arg.type == "vec" else (None, arg)
+            vectors += [vector] if vector is not None else []
+            numbers.append(number)
+        return ir.add(*vectors), ir.add(*numbers)
+    if e.op in ("mul", "div"):
+        for i, scale in enumerate(e.args):
+            if scale.type != "vec" and (i == 1 or e.op == "mul"):
+                vector, number = _parted(e.args[1 - i])
+                join = ir.mul if e.op == "mul" else ir.div
+                return join(vector, scale), ir.ZERO if number is ir.ZERO else join(number, scale)
+    return e, ir.ZERO
 
 
 def _segment(part: Expr) -> tuple[Expr, Expr] | None:

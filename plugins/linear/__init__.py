@@ -56,7 +56,7 @@ class Linear:
         heads = p.batch * p.heads
         queries, keys = float(heads * p.q_length), float(heads * p.length)
         formed = min(queries, keys) * min(CHUNK, p.length) if found.causal else 0.0
-        mapped = sum(node.op == "matvec" for phi in (found.query, found.key) for node in nodes(phi)) / 2
+        mapped = sum(node.op == "matvec" for phi in found.features for node in nodes(phi)) / 2
         decay = attention.groups[0].decay
         apart = found.powers[1] or (decay is not None and by_distance(decay) is None)
         products = (queries + keys) * m * (p.head_dim * (1 + mapped)) + formed * (m + p.head_dim)
