@@ -104,7 +104,13 @@ def _parted(e: Expr) -> tuple[Expr, Expr]:
             if scale.type != "vec" and (i == 1 or e.op == "mul"):
                 vector, number = _parted(e.args[1 - i])
                 join = ir.mul if e.op == "mul" else ir.div
-                return join(vector, scale), ir.ZERO if number is ir.ZERO else join(number, scale)
+                if vector.op == "matvec":
+                    # of the fewer numbers
+                    matrix, x = vector.args
+                    vector = ir.matvec(matrix, join(x, scale))
+                else:
+                    vector = join(vector, scale)
+                return vector, ir.ZERO if number is ir.ZERO else join(number, scale)
     return e, ir.ZERO
 
 

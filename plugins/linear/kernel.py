@@ -49,7 +49,7 @@ class LinearKernel:
             if self.group.norm.kind == "linear":
                 found = found / totals.masked_fill(totals == 0, torch.inf)[..., None]
             elif unit is not None:
-                found = found * unit.exp()[..., None]
+                found = found * unit.exp().to(found.dtype)[..., None]
             _put(out, rows, some, found)
             _put(lse, rows, some, log)
 
@@ -105,6 +105,7 @@ class _Back:
             x[:, :, some].flatten(0, 1).to(self.lse.dtype) for x in (self.out, self.grad, self.lse)
         )
         totals = (lse if unit is None else lse - unit).exp() if self.totals is None else self.totals[:, some]
+        totals = totals.to(lse.dtype)
         whole = totals.masked_fill(totals == 0, torch.inf)
         of_log: Tensor | float = 0.0
         if self.grad_lse is not None:
@@ -113,7 +114,7 @@ class _Back:
             return grad / whole[..., None], (of_log - (grad * out).sum(-1)) / whole
         # without a gradient of its own a sum is not looked at: it may be one that has no logarithm
         slope = torch.zeros_like(whole) if self.grad_lse is None else of_log / whole
-        return grad if unit is None else grad * unit.exp()[..., None], slope
+        return grad if unit is None else grad * unit.exp().to(grad.dtype)[..., None], slope
 
 
 @dataclass(frozen=True, eq=False)

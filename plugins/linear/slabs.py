@@ -137,12 +137,20 @@ class Piece:
 
 @dataclass(frozen=True, eq=False)
 class Slab:
-    """Some pieces; `counts` as in Rows, of its queries."""
+    """Some pieces.
+
+    counts      as in Rows, of its queries
+    edges       where the keys of each piece begin, and where those of the last end
+    of_queries, of_keys   which piece each is of
+    """
 
     keys: slice
     queries: slice
     pieces: tuple[Piece, ...]
     counts: slice | Tensor
+    edges: Tensor
+    of_queries: Tensor
+    of_keys: Tensor
 
 
 Place = tuple[int, int, int, int]
@@ -162,7 +170,10 @@ def slabs_of(rows: Rows, chunk: int, features: int) -> Iterator[Slab]:
             if single and q1 > q0:
                 counts = slice(int(rows.counts[q0]), int(rows.counts[q0]) + q1 - q0)
             pieces = tuple(_piece(rows, x, (k0, q0), single, triangles) for x in some)
-            yield Slab(slice(k0, k1), slice(q0, q1), pieces, counts)
+            edges = np.array([*(x[0] for x in some), k1])
+            of = (np.repeat(np.arange(len(some)), [x[i + 1] - x[i] for x in some]) for i in (2, 0))
+            which = map(torch.from_numpy, (edges, *of))
+            yield Slab(slice(k0, k1), slice(q0, q1), pieces, counts, *which)
             some = []
         if place is not None:
             some.append(place)

@@ -13,7 +13,7 @@ from attndsl.backend import Call
 from attndsl.errors import fail
 from attndsl.execution.operator import vjp
 from attndsl.execution.torch_eval import Env, evaluate
-from attndsl.expr import ZERO, Expr
+from attndsl.expr import Expr
 from attndsl.features import LinearForm
 from attndsl.scores import by_distance
 
@@ -105,29 +105,27 @@ class Part:
             totals[:, few].addcmul_(before, self.enter)
         return found, totals
 
-    def pull_queries(self, state: Sums, of_sums: Tensor, of_weights: Tensor, into: Tensor) -> None:
-        """Puts gradients of the features of queries there."""
-        torch.bmm(self.products(of_sums, of_weights), self.key, out=into)
-        into, slope = into[:, : self.piece.entering], self.entering(of_weights)
-        into.baddbmm_(self.entering(of_sums), state.values.mT).addcmul_(
-            slope[..., None], state.weights[:, None]
-        )
+    def pull_queries(self, state: Sums, of_sums: Tensor, of_weights: Tensor) -> Tensor:
+        """Gradients of the features of queries."""
+        found = torch.bmm(self.products(of_sums, of_weights), self.key)
+        some, slope = found[:, : self.piece.entering], self.entering(of_weights)
+        some.baddbmm_(self.entering(of_sums), state.values.mT)
+        some.addcmul_(slope[..., None], state.weights[:, None])
+        return found
 
-    def pull_keys(
-        self, later: Sums, of_sums: Tensor, of_weights: Tensor, into: Tensor, into_v: Tensor
-    ) -> None:
-        """Puts gradients of the features of keys and of values there."""
-        torch.bmm(self.products(of_sums, of_weights).mT, self.query, out=into)
-        torch.bmm(self.weights().mT, of_sums, out=into_v)
-        into, into_v = (x[:, self.piece.leaving :] for x in (into, into_v))
-        key = self.key[:, self.piece.leaving :]
-        into.baddbmm_(self.leaving(self.values), later.values.mT)
+    def pull_keys(self, later: Sums, of_sums: Tensor, of_weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of the features of keys and of values."""
+        found = torch.bmm(self.products(of_sums, of_weights).mT, self.query)
+        found_v = torch.bmm(self.weights().mT, of_sums)
+        key, some, some_v = (x[:, self.piece.leaving :] for x in (self.key, found, found_v))
+        some.baddbmm_(self.leaving(self.values), later.values.mT)
         if self.leave is None:
-            into.add_(later.weights[:, None])
-            into_v.baddbmm_(key, later.values)
+            some.add_(later.weights[:, None])
+            some_v.baddbmm_(key, later.values)
         else:
-            into.addcmul_(self.leave[..., None], later.weights[:, None])
-            into_v.addcmul_(torch.bmm(key, later.values), self.leave[..., None])
+            some.addcmul_(self.leave[..., None], later.weights[:, None])
+            some_v.addcmul_(torch.bmm(key, later.values), self.leave[..., None])
+        return found, found_v
 
     def absorb(self, state: Sums) -> None:
         key = self.key[:, self.piece.leaving :]
@@ -267,17 +265,19 @@ class Walk:
         divided by, float64."""
         of, form = "qk".index(side), self.form
         phi, power, apart = form.features[of], form.powers[of], form.apart[of]
-        found = self._made(phi, side, some, x, tables, self.env.dtype)
+        found, wide = self._made(phi, side, some, x, tables, self.env.dtype), torch.float64
         if not power:
             return found, None
         top = found.detach().amax(-1)
-        found, own = found - _finite(top)[..., None], top.to(torch.float64)
-        if exact and found.dtype != own.dtype and top.numel() and top.max() > STEEP:
-            steep, wide = top > STEEP, self._made(phi, side, some, x, tables, torch.float64)
-            own = torch.where(steep, wide.amax(-1), own)
-            found = torch.where(steep[..., None], (wide - own[..., None]).to(found.dtype), found)
-        if apart is not ZERO:
-            own = own + self._made(apart, side, some, x, tables, torch.float64)
+        beside = self._made(apart, side, some, x, tables, self.env.dtype)
+        found, own = found - _finite(top)[..., None], top.to(wide) + beside
+        if exact and found.dtype != wide:
+            steep = torch.maximum(top, beside.abs()) > STEEP
+            if steep.any():
+                precise, beside = (self._made(e, side, some, x, tables, wide) for e in (phi, apart))
+                top = precise.amax(-1)
+                own = torch.where(steep, top + beside, own)
+                found = torch.where(steep[..., None], (precise - _finite(top)[..., None]).to(found), found)
         return found.exp_(), own
 
     def _made(
@@ -330,7 +330,12 @@ class Walk:
             before = self.units[:, first, None]
             self.units[:, first + 1 : slab.keys.stop + 1] = self._running(slab.keys, log, before)
             unit = _finite(self.units[:, slab.counts])
-        for piece in slab.pieces:
+            edges = self.units[:, slab.edges]
+            starts, ends = edges[:, :-1], _finite(edges[:, 1:])
+            enter = (starts[:, slab.of_queries] - unit).to(dtype).exp()
+            leave = (log - ends[:, slab.of_keys]).to(dtype).exp()
+            onward = (starts - ends).to(dtype).exp()
+        for i, piece in enumerate(slab.pieces):
             q, (k, v) = query[:, piece.queries], (x[:, piece.keys] for x in (key, values))
             live = piece.live
             dead = ~live if careful and live is not None else None
@@ -338,13 +343,13 @@ class Walk:
                 inside = None if live is None else live.to(dtype)
                 found.append(Part(piece, q, k, v, inside, None, None, None, dead))
                 continue
-            log_i, unit_i = log[:, piece.keys], unit[:, piece.queries]
-            start, end = (self.units[:, first + x] for x in (piece.keys.start, piece.keys.stop))
-            end = _finite(end)
-            enter = (start[:, None] - unit_i[:, : piece.entering]).to(dtype).exp()
-            leave = (log_i[:, piece.leaving :] - end[:, None]).to(dtype).exp()
-            onward = (start - end).to(dtype).exp()
-            found.append(Part(piece, q, k, v, self._inside(piece, log_i, unit_i), enter, leave, onward, dead))
+            inside = self._inside(piece, log[:, piece.keys], unit[:, piece.queries])
+            factors = (
+                enter[:, piece.queries][:, : piece.entering],
+                leave[:, piece.keys][:, piece.leaving :],
+                onward[:, i],
+            )
+            found.append(Part(piece, q, k, v, inside, *factors, dead))
         if self.units is None or log is None:
             return found, own
         if self.logs is not None:
@@ -399,7 +404,7 @@ class Walk:
             of_sums, of_weights = slopes_of(some, unit)
             for part in parts:
                 here = part.piece.queries
-                part.pull_queries(state, of_sums[:, here], of_weights[:, here], slope[:, here])
+                slope[:, here] = part.pull_queries(state, of_sums[:, here], of_weights[:, here])
                 part.absorb(state)
             if some.stop > some.start:
                 if decaying:
@@ -419,7 +424,7 @@ class Walk:
             for part in reversed(parts):
                 back = of_sums[:, part.piece.queries], of_weights[:, part.piece.queries]
                 here = part.piece.keys
-                part.pull_keys(later, *back, slope[:, here], slope_v[:, here])
+                slope[:, here], slope_v[:, here] = part.pull_keys(later, *back)
                 part.absorb_slopes(later, *back)
             if some.stop > some.start:
                 if decaying:
