@@ -8,7 +8,7 @@ from functools import lru_cache
 from attndsl import expr as ir
 from attndsl.attention import Attention
 from attndsl.expr import Expr
-from attndsl.scores import BY_KEY, BY_QUERY, by_pair, total
+from attndsl.scores import BY_KEY, BY_QUERY, by_pair, never_negative, total
 
 Q, K = ir.var("q"), ir.var("k")
 CAUSAL = ir.le(K, Q)
@@ -24,6 +24,7 @@ class LinearForm:
     causal          whether a query sees keys up to itself, else all
     segments        pairs of integers of the query and of the key that are equal for what is related
     queries, keys   truths that hold for queries and keys that take part
+    signs           numbers of the query and of the key whose product has the sign of the decay
     """
 
     features: tuple[Expr, Expr]
@@ -35,6 +36,7 @@ class LinearForm:
     segments: tuple[tuple[Expr, Expr], ...]
     queries: Expr
     keys: Expr
+    signs: tuple[Expr, Expr]
 
     @property
     def constant_state(self) -> bool:
@@ -86,7 +88,7 @@ def form_of(attention: Attention) -> LinearForm | str:
     )
     return LinearForm(
         (query[0], key[0]), powers, (query[1], key[1]), found.log_q, found.log_k, len(rest) < len(parts),
-        tuple(segments), ir.all_of(*queries), ir.all_of(*keys),
+        tuple(segments), ir.all_of(*queries), ir.all_of(*keys), found.signs,
     )  # fmt: skip
 
 
@@ -128,10 +130,12 @@ class FeatureForm:
     """A weight that is exp(log_q + log_k) * inner(phi_q, phi_k), without its norm.
 
     phi_q, log_q depend on no key, phi_k, log_k on no query; the logarithms are None where there are none.
+    `signs` as in LinearForm.
     """
 
     phi_q: Expr
     phi_k: Expr
+    signs: tuple[Expr, Expr] = (ir.ONE, ir.ONE)
     log_q: Expr | None = None
     log_k: Expr | None = None
 
@@ -151,18 +155,25 @@ def feature_form(score: Expr, decay: Expr | None) -> FeatureForm | str:
             return "the score is no inner product of features of the query and features of the key"
     if len(vectors) != 2 or not (sides := _sides(*vectors)):
         return "the score is no inner product of features of the query and features of the key"
+    before = len(queries), len(keys)
     for factor in _factors(decay, []) if decay is not None else ():
         if not _sort(factor, queries, keys, logs):
             return "the decay is no product of factors of the query and factors of the key"
     phi_q, phi_k = sides
+    sign_q, sign_k = (_sign(own[i:]) for own, i in zip((queries, keys), before, strict=True))
     for own in queries:
         phi_q = ir.mul(own, phi_q)
     for own in keys:
         phi_k = ir.mul(own, phi_k)
-    if not logs:
-        return FeatureForm(phi_q, phi_k)
-    log_q, log_k = (total(part) for part in zip(*logs, strict=True))
-    return FeatureForm(phi_q, phi_k, log_q, log_k)
+    log_q, log_k = (total(part) for part in zip(*logs, strict=True)) if logs else (None, None)
+    return FeatureForm(phi_q, phi_k, (sign_q, sign_k), log_q, log_k)
+
+
+def _sign(factors: list[Expr]) -> Expr:
+    found: Expr = ir.ONE
+    for factor in factors:
+        found = found if never_negative(factor) else ir.mul(found, factor)
+    return found
 
 
 def _factors(e: Expr, vectors: list[Expr]) -> list[Expr]:

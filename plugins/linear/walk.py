@@ -12,8 +12,8 @@ from attndsl.attention import HeadGroup
 from attndsl.backend import Call
 from attndsl.errors import fail
 from attndsl.execution.operator import vjp
-from attndsl.execution.torch_eval import Env, evaluate
-from attndsl.expr import Expr
+from attndsl.execution.torch_eval import Env, evaluate, negative_decay
+from attndsl.expr import ONE, Expr
 from attndsl.features import LinearForm
 from attndsl.scores import by_distance
 
@@ -157,8 +157,8 @@ class Walk:
     even     whether factors inside one part are those inside another, where each query sees a key more than
              the last
     like     those, by the number of keys
-    careful  whether products of features may be infinite
     state    after the last slab
+    careful  whether products of features may be infinite
     """
 
     form: LinearForm
@@ -174,7 +174,7 @@ class Walk:
     even: bool
     like: dict[int, Tensor]
     state: Sums | None
-    careful: bool = False
+    careful: bool
 
     @staticmethod
     def of(
@@ -184,10 +184,11 @@ class Walk:
         env: Env,
         rows: Rows,
         chunk: int,
+        careful: bool,
         state: Sums | None = None,
         unit: Tensor | None = None,
     ) -> Walk:
-        """Raises AttnError for a decay without a logarithm."""
+        """Raises AttnError for a decay without a logarithm, and for a negative one."""
         q, k, v = (
             taken(x, rows.batch, entries).to(env.dtype)
             for x, entries in ((call.q, rows.q), (call.k, rows.k), (call.v, rows.k))
@@ -195,7 +196,8 @@ class Walk:
         at = {name: _cut(name, x, rows) for name, x in env.values.items()}
         slabs = [*slabs_of(rows, chunk, form.width(q.shape[3]) or q.shape[3])]
         starts = None if rows.starts is None else torch.from_numpy(rows.starts)
-        walk = Walk(form, env, q, k, v, at, slabs, starts, None, None, False, {}, state)
+        walk = Walk(form, env, q, k, v, at, slabs, starts, None, None, False, {}, state, careful)
+        walk.check_signs(rows, state is not None)
         walk.logs = walk.logarithms({})
         if walk.logs is None and not form.powers[1]:
             return walk
@@ -210,6 +212,25 @@ class Walk:
     @property
     def rows(self) -> int:
         return self.q.shape[0] * self.q.shape[1]
+
+    def check_signs(self, rows: Rows, begun: bool) -> None:
+        """Raises AttnError where a decay is negative; of the keys of a state none is taken for negative."""
+        if self.form.signs == (ONE, ONE):
+            return
+        query, key = (
+            self._numbers(e, side, slice(0, x.shape[2]), x, {}, self.env.dtype).sign()
+            for e, side, x in zip(self.form.signs, "qk", (self.q, _shared(self.k, self.q)), strict=True)
+        )
+        last = torch.from_numpy(rows.counts)
+        first = torch.zeros_like(last) if self.starts is None else self.starts[last - 1]
+        found = []
+        for sign in (1, -1):
+            seen = torch.nn.functional.pad((key == -sign).cumsum(1), (1, 0))
+            found.append((query == sign) & (seen[:, last] > seen[:, first]))
+        if begun:
+            found.append(query < 0)
+        if any(x.any() for x in found):
+            raise negative_decay()
 
     def logarithms(self, tables: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
         """Of the decay; `tables` stand for those of the call."""
@@ -265,22 +286,22 @@ class Walk:
         divided by, float64."""
         of, form = "qk".index(side), self.form
         phi, power, apart = form.features[of], form.powers[of], form.apart[of]
-        found, wide = self._made(phi, side, some, x, tables, self.env.dtype), torch.float64
+        found, wide = self._numbers(phi, side, some, x, tables, self.env.dtype), torch.float64
         if not power:
             return found, None
         top = found.detach().amax(-1)
-        beside = self._made(apart, side, some, x, tables, self.env.dtype)
+        beside = self._numbers(apart, side, some, x, tables, self.env.dtype)
         found, own = found - _finite(top)[..., None], top.to(wide) + beside
         if exact and found.dtype != wide:
             steep = torch.maximum(top, beside.abs()) > STEEP
             if steep.any():
-                precise, beside = (self._made(e, side, some, x, tables, wide) for e in (phi, apart))
+                precise, beside = (self._numbers(e, side, some, x, tables, wide) for e in (phi, apart))
                 top = precise.amax(-1)
                 own = torch.where(steep, top + beside, own)
                 found = torch.where(steep[..., None], (precise - _finite(top)[..., None]).to(found), found)
         return found.exp_(), own
 
-    def _made(
+    def _numbers(
         self, e: Expr, side: str, some: slice, x: Tensor, tables: Mapping[str, Tensor], dtype: torch.dtype
     ) -> Tensor:
         """A vector [X, L, m] or a number [X, L] of some queries or keys x [B, H, L, D]."""
