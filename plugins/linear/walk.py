@@ -422,7 +422,7 @@ class Walk:
             parts, unit = self._parts(slab, query, own, key, top)
             kept.append((query, own))
             state, slope = self._state(key), torch.empty_like(query)
-            of_sums, of_weights = slopes_of(some, unit)
+            of_sums, of_weights = self._slopes(slopes_of(some, unit))
             for part in parts:
                 here = part.piece.queries
                 slope[:, here] = part.pull_queries(state, of_sums[:, here], of_weights[:, here])
@@ -441,7 +441,7 @@ class Walk:
             if later is None:
                 state = self._state(key)
                 later = Sums(torch.zeros_like(state.values), torch.zeros_like(state.weights))
-            of_sums, of_weights = slopes_of(slab.queries, unit)
+            of_sums, of_weights = self._slopes(slopes_of(slab.queries, unit))
             for part in reversed(parts):
                 back = of_sums[:, part.piece.queries], of_weights[:, part.piece.queries]
                 here = part.piece.keys
@@ -454,6 +454,13 @@ class Walk:
                 put("k", some, pull(slope, tables))
         if decaying:
             self._pull_logs((slope_q, slope_k), decaying, leaves, tables)
+
+    def _slopes(self, found: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Where `careful`, infinite ones would make NaN of weights of 0."""
+        if not self.careful:
+            return found
+        most = torch.finfo(self.env.dtype).max
+        return found[0].clamp(-most, most), found[1].clamp(-most, most)
 
     def _pull_logs(
         self,
