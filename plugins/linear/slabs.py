@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -137,20 +138,29 @@ class Piece:
 
 @dataclass(frozen=True, eq=False)
 class Slab:
-    """Some pieces.
-
-    counts      as in Rows, of its queries
-    edges       where the keys of each piece begin, and where those of the last end
-    of_queries, of_keys   which piece each is of
-    """
+    """Some pieces; `counts` as in Rows, of its queries."""
 
     keys: slice
     queries: slice
     pieces: tuple[Piece, ...]
     counts: slice | Tensor
-    edges: Tensor
-    of_queries: Tensor
-    of_keys: Tensor
+
+    @cached_property
+    def edges(self) -> Tensor:
+        """Where the keys of each piece begin, and where those of the last end."""
+        ends = (self.keys.start + piece.keys.stop for piece in self.pieces)
+        return torch.tensor([self.keys.start, *ends])
+
+    @cached_property
+    def places(self) -> tuple[Tensor, Tensor]:
+        """Which piece each query, and which each key is of."""
+        sizes = (
+            [x.stop - x.start for x in side]
+            for side in zip(*((p.queries, p.keys) for p in self.pieces), strict=True)
+        )
+        which = torch.arange(len(self.pieces))
+        mine, other = (which.repeat_interleave(torch.tensor(x)) for x in sizes)
+        return mine, other
 
 
 Place = tuple[int, int, int, int]
@@ -160,20 +170,17 @@ Place = tuple[int, int, int, int]
 def slabs_of(rows: Rows, chunk: int, features: int) -> Iterator[Slab]:
     """In pieces of at most `chunk` keys where queries follow one another."""
     size = max(1, SLAB // features // chunk) * chunk
-    single = bool((np.diff(rows.counts) == 1).all())
+    ahead = int(rows.counts[0]) if (np.diff(rows.counts) == 1).all() else None
     triangles: dict[int, Tensor] = {}
     some: list[Place] = []
     for place in (*_places(rows.counts, chunk, size), None):
         if some and (place is None or max(place[1] - some[0][0], place[3] - some[0][2]) > size):
             (k0, _, q0, _), (_, k1, _, q1) = some[0], some[-1]
             counts: slice | Tensor = torch.from_numpy(rows.counts[q0:q1])
-            if single and q1 > q0:
-                counts = slice(int(rows.counts[q0]), int(rows.counts[q0]) + q1 - q0)
-            pieces = tuple(_piece(rows, x, (k0, q0), single, triangles) for x in some)
-            edges = np.array([*(x[0] for x in some), k1])
-            of = (np.repeat(np.arange(len(some)), [x[i + 1] - x[i] for x in some]) for i in (2, 0))
-            which = map(torch.from_numpy, (edges, *of))
-            yield Slab(slice(k0, k1), slice(q0, q1), pieces, counts, *which)
+            if ahead is not None:
+                counts = slice(ahead + q0, ahead + q1)
+            pieces = tuple(_piece(rows, x, (k0, q0), ahead, triangles) for x in some)
+            yield Slab(slice(k0, k1), slice(q0, q1), pieces, counts)
             some = []
         if place is not None:
             some.append(place)
@@ -210,28 +217,27 @@ def _places(counts: Array, chunk: int, size: int) -> Iterator[Place]:
 
 
 def _piece(
-    rows: Rows, place: Place, origin: tuple[int, int], single: bool, triangles: dict[int, Tensor]
+    rows: Rows, place: Place, origin: tuple[int, int], ahead: int | None, triangles: dict[int, Tensor]
 ) -> Piece:
-    k0, k1, q0, q1 = place
-    counts, starts, live = rows.counts[q0:q1], rows.starts, None
-    square = single and k1 - k0 == q1 - q0 > 0 and counts[0] == k0 + 1
-    entering, leaving = q1 - q0, 0
+    """Query i sees one key more than the last, the first of them `ahead`, where that is not None."""
+    (k0, k1, q0, q1), starts, live = place, rows.starts, None
+    square = ahead is not None and k1 - k0 == q1 - q0 and ahead + q0 == k0 + 1
+    entering, leaving, fresh = q1 - q0, 0, False
     if starts is not None:
-        first = starts[counts - 1]
+        first = starts[rows.counts[q0:q1] - 1]
         entering = int(np.searchsorted(first, k0))
-        leaving = max(0, int(starts[k1 - 1]) - k0) if k1 > k0 else 0
-    if entering == q1 - q0 and square:
-        if k1 - k0 not in triangles:
-            triangles[k1 - k0] = torch.ones(k1 - k0, k1 - k0, dtype=torch.bool).tril()
-        live = triangles[k1 - k0]
+        if k1 > k0:
+            begin = int(starts[k1 - 1])
+            leaving, fresh = max(0, begin - k0), begin >= k0
+    if square and entering == q1 - q0:
+        if q1 - q0 not in triangles:
+            triangles[q1 - q0] = torch.ones(q1 - q0, q1 - q0, dtype=torch.bool).tril()
+        live = triangles[q1 - q0]
     elif k1 > k0 and q1 > q0:
         keys = np.arange(k0, k1)
-        seen = counts[:, None] > keys
+        seen = rows.counts[q0:q1, None] > keys
         if starts is not None:
             seen &= first[:, None] <= keys
         live = None if seen.all() else torch.from_numpy(seen)
-    fresh = starts is not None and k1 > k0 and int(starts[k1 - 1]) >= k0
-    return Piece(
-        slice(k0 - origin[0], k1 - origin[0]), slice(q0 - origin[1], q1 - origin[1]),
-        live, entering, leaving, fresh, square,
-    )  # fmt: skip
+    here, mine = slice(k0 - origin[0], k1 - origin[0]), slice(q0 - origin[1], q1 - origin[1])
+    return Piece(here, mine, live, entering, leaving, fresh, square)

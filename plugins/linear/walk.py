@@ -99,7 +99,7 @@ class Part:
         before = (query * state.weights[:, None]).sum(-1)
         if self.enter is None:
             found[:, few].baddbmm_(query, state.values)
-            totals[:, few] += before
+            totals[:, few].add_(before)
         else:
             found[:, few].addcmul_(torch.bmm(query, state.values), self.enter[..., None])
             totals[:, few].addcmul_(before, self.enter)
@@ -172,7 +172,7 @@ class Walk:
     logs: tuple[Tensor, Tensor] | None
     units: Tensor | None
     even: bool
-    like: dict[int, Tensor]
+    like: dict[int, Tensor | None]
     state: Sums | None
     careful: bool
 
@@ -200,6 +200,7 @@ class Walk:
         walk.check_signs(rows, state is not None)
         walk.logs = walk.logarithms({})
         if walk.logs is None and not form.powers[1]:
+            walk.even = True
             return walk
         walk.units = q.new_full((walk.rows, k.shape[2] + 1), -torch.inf, dtype=torch.float64)
         if unit is not None:
@@ -353,15 +354,16 @@ class Walk:
             unit = _finite(self.units[:, slab.counts])
             edges = self.units[:, slab.edges]
             starts, ends = edges[:, :-1], _finite(edges[:, 1:])
-            enter = (starts[:, slab.of_queries] - unit).to(dtype).exp()
-            leave = (log - ends[:, slab.of_keys]).to(dtype).exp()
+            mine, other = slab.places
+            enter = (starts[:, mine] - unit).to(dtype).exp()
+            leave = (log - ends[:, other]).to(dtype).exp()
             onward = (starts - ends).to(dtype).exp()
         for i, piece in enumerate(slab.pieces):
             q, (k, v) = query[:, piece.queries], (x[:, piece.keys] for x in (key, values))
             live = piece.live
             dead = ~live if careful and live is not None else None
             if self.units is None or log is None:
-                inside = None if live is None else live.to(dtype)
+                inside = self._inside(piece, None, None)
                 found.append(Part(piece, q, k, v, inside, None, None, None, dead))
                 continue
             inside = self._inside(piece, log[:, piece.keys], unit[:, piece.queries])
@@ -395,15 +397,25 @@ class Walk:
             step *= 2
         return torch.where(behind > place - some.start, torch.maximum(log, before), log)
 
-    def _inside(self, piece: Piece, log: Tensor, unit: Tensor) -> Tensor:
+    def _inside(self, piece: Piece, log: Tensor | None, unit: Tensor | None) -> Tensor | None:
         if not (self.even and piece.square):
-            return _between(log, unit, piece.live).to(self.env.dtype).exp_()
-        size = log.shape[1]
+            return self._factors(log, unit, piece.live)
+        size = piece.keys.stop - piece.keys.start
         if size not in self.like:
             live = torch.ones(size, size, dtype=torch.bool).tril()
-            self.like[size] = _between(log, unit, live).to(self.env.dtype).exp_()
+            self.like[size] = self._factors(log, unit, live)
         found = self.like[size]
-        return found if piece.entering == size or piece.live is None else found * piece.live
+        return found if found is None or piece.live is None or piece.entering == size else found * piece.live
+
+    def _factors(self, log: Tensor | None, unit: Tensor | None, live: Tensor | None) -> Tensor | None:
+        """Of keys [X, C] in the unit of queries [X, L], 0 where not `live`."""
+        if log is None or unit is None:
+            return None if live is None else live.to(self.env.dtype)
+        found = log[:, None] - unit[..., None]
+        if live is not None:
+            # cheaper than to choose entry by entry
+            found += torch.where(live, 0.0, -torch.inf)
+        return found.to(self.env.dtype).exp_()
 
     def backward(self, slopes_of: SlopesOf, tables: dict[str, Tensor], put: Put) -> None:
         """Gives gradients of q, k [B, H, .., D] and v to `put`, slab by slab, and adds those of tables.
@@ -474,13 +486,6 @@ class Walk:
         (found,) = pull(tuple(slope.to(log.dtype) for log, slope in zip(logs, slopes, strict=True)))
         for name, grad in found.items():
             tables[name] += grad.to(tables[name].dtype)
-
-
-def _between(log: Tensor, unit: Tensor, live: Tensor | None) -> Tensor:
-    """Exponents of keys [X, C] in the unit of queries [X, L], -inf where not `live`."""
-    found = log[:, None] - unit[..., None]
-    # cheaper than to choose entry by entry
-    return found if live is None else found.add_(torch.where(live, 0.0, -torch.inf))
 
 
 def taken(x: Tensor, batch: slice, entries: Tensor | None) -> Tensor:
