@@ -81,34 +81,43 @@ class Part:
         found = torch.bmm(of_sums, self.values.mT)
         return self.weighed(found.add_(of_weights[..., None]))
 
+    def _first(self, x: Tensor) -> Tensor:
+        """Of the queries that look at the state before; a view of nothing less takes time too."""
+        few = self.piece.entering
+        return x if few == x.shape[1] else x[:, :few]
+
+    def _last(self, x: Tensor) -> Tensor:
+        """Of the keys that are in the state after."""
+        return x[:, self.piece.leaving :] if self.piece.leaving else x
+
     def entering(self, x: Tensor) -> Tensor:
         """Of the queries that look at the state before."""
-        x = x[:, : self.piece.entering]
+        x = self._first(x)
         return x if self.enter is None else x * _wide(self.enter, x)
 
     def leaving(self, x: Tensor) -> Tensor:
         """Of the keys that are in the state after."""
-        x = x[:, self.piece.leaving :]
+        x = self._last(x)
         return x if self.leave is None else x * _wide(self.leave, x)
 
     def sums(self, state: Sums) -> tuple[Tensor, Tensor]:
         """Weighed sums [X, L, Dv] and sums of weights [X, L]."""
         weights = self.weights()
         found, totals = torch.bmm(weights, self.values), weights.sum(-1)
-        query, few = self.query[:, : self.piece.entering], slice(self.piece.entering)
+        query, some, few = (self._first(x) for x in (self.query, found, totals))
         before = (query * state.weights[:, None]).sum(-1)
         if self.enter is None:
-            found[:, few].baddbmm_(query, state.values)
-            totals[:, few].add_(before)
+            some.baddbmm_(query, state.values)
+            few.add_(before)
         else:
-            found[:, few].addcmul_(torch.bmm(query, state.values), self.enter[..., None])
-            totals[:, few].addcmul_(before, self.enter)
+            some.addcmul_(torch.bmm(query, state.values), self.enter[..., None])
+            few.addcmul_(before, self.enter)
         return found, totals
 
     def pull_queries(self, state: Sums, of_sums: Tensor, of_weights: Tensor) -> Tensor:
         """Gradients of the features of queries."""
         found = torch.bmm(self.products(of_sums, of_weights), self.key)
-        some, slope = found[:, : self.piece.entering], self.entering(of_weights)
+        some, slope = self._first(found), self.entering(of_weights)
         some.baddbmm_(self.entering(of_sums), state.values.mT)
         some.addcmul_(slope[..., None], state.weights[:, None])
         return found
@@ -117,7 +126,7 @@ class Part:
         """Gradients of the features of keys and of values."""
         found = torch.bmm(self.products(of_sums, of_weights).mT, self.query)
         found_v = torch.bmm(self.weights().mT, of_sums)
-        key, some, some_v = (x[:, self.piece.leaving :] for x in (self.key, found, found_v))
+        key, some, some_v = (self._last(x) for x in (self.key, found, found_v))
         some.baddbmm_(self.leaving(self.values), later.values.mT)
         if self.leave is None:
             some.add_(later.weights[:, None])
@@ -128,14 +137,14 @@ class Part:
         return found, found_v
 
     def absorb(self, state: Sums) -> None:
-        key = self.key[:, self.piece.leaving :]
+        key = self._last(self.key)
         state.carry(self.onward, self.piece.fresh)
         state.values.baddbmm_(key.mT, self.leaving(self.values))
         state.weights += key.sum(1) if self.leave is None else torch.bmm(self.leave[:, None], key)[:, 0]
 
     def absorb_slopes(self, later: Sums, of_sums: Tensor, of_weights: Tensor) -> None:
         """As `absorb`, from the last part to the first, what comes back to the queries."""
-        query = self.query[:, : self.piece.entering]
+        query = self._first(self.query)
         later.carry(self.onward, self.piece.fresh)
         later.values.baddbmm_(query.mT, self.entering(of_sums))
         later.weights += torch.bmm(self.entering(of_weights)[:, None], query)[:, 0]
@@ -367,11 +376,9 @@ class Walk:
                 found.append(Part(piece, q, k, v, inside, None, None, None, dead))
                 continue
             inside = self._inside(piece, log[:, piece.keys], unit[:, piece.queries])
-            factors = (
-                enter[:, piece.queries][:, : piece.entering],
-                leave[:, piece.keys][:, piece.leaving :],
-                onward[:, i],
-            )
+            few = slice(piece.queries.start, piece.queries.start + piece.entering)
+            last = slice(piece.keys.start + piece.leaving, piece.keys.stop)
+            factors = enter[:, few], leave[:, last], onward[:, i]
             found.append(Part(piece, q, k, v, inside, *factors, dead))
         if self.units is None or log is None:
             return found, own
