@@ -236,8 +236,9 @@ def _width(e: Expr) -> Expr | None:
         return _axis(e.value.dims[-1])
     if e.op == "matvec":
         return _axis(cast(Table, e.args[0].value).dims[-2])
-    widths = [arg.width for arg in e.args if arg.width]
-    return add(*widths) if e.op == "concat" else widths[0]
+    if e.op == "concat":
+        return add(*(arg.width or ONE for arg in e.args))
+    return next(arg.width for arg in e.args if arg.width)
 
 
 def _axis(size: str | int) -> Expr:
@@ -622,6 +623,7 @@ def _between_bounds(x: Expr) -> tuple[Expr, Expr, Expr] | None:
 
 
 def concat(*vectors: Expr) -> Expr:
+    """One vector of all entries; a number is one."""
     return make("concat", vectors, None, "vec")
 
 

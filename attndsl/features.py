@@ -8,7 +8,7 @@ from functools import lru_cache
 from attndsl import expr as ir
 from attndsl.attention import Attention
 from attndsl.expr import Expr
-from attndsl.scores import BY_KEY, BY_QUERY, by_pair, total
+from attndsl.scores import BY_KEY, BY_QUERY, by_pair, never_negative, total
 
 Q, K = ir.var("q"), ir.var("k")
 CAUSAL = ir.le(K, Q)
@@ -18,22 +18,25 @@ CAUSAL = ir.le(K, Q)
 class LinearForm:
     """What an attention asks for.
 
-    query, key      features, or their logarithms where `powers` holds
+    features        of the query and of the key, or their logarithms where `powers` holds
+    apart           numbers that stand beside those in the exponents
     log_q, log_k    of the decay, or None
     causal          whether a query sees keys up to itself, else all
     segments        pairs of integers of the query and of the key that are equal for what is related
     queries, keys   truths that hold for queries and keys that take part
+    signs           numbers of the query and of the key whose product has the sign of the decay
     """
 
-    query: Expr
-    key: Expr
+    features: tuple[Expr, Expr]
     powers: tuple[bool, bool]
+    apart: tuple[Expr, Expr]
     log_q: Expr | None
     log_k: Expr | None
     causal: bool
     segments: tuple[tuple[Expr, Expr], ...]
     queries: Expr
     keys: Expr
+    signs: tuple[Expr, Expr]
 
     @property
     def constant_state(self) -> bool:
@@ -42,8 +45,9 @@ class LinearForm:
 
     def width(self, head_dim: int) -> int | None:
         """Of the features; None where a table tells it."""
-        assert self.key.width is not None
-        found = ir.number(ir.substitute(self.key.width, {"D": ir.const(head_dim)}))
+        width = self.features[1].width
+        assert width is not None
+        found = ir.number(ir.substitute(width, {"D": ir.const(head_dim)}))
         return None if found is None else int(found)
 
 
@@ -77,14 +81,39 @@ def form_of(attention: Attention) -> LinearForm | str:
             return "its mask is neither full nor causal, nor that in segments"
     if any("h" in part.free for part in rest) or group.relation.count is not None:
         return "its mask differs from head to head"
+    sides = found.phi_q, found.phi_k
     powers = (found.phi_q.op == "exp", found.phi_k.op == "exp")
     query, key = (
-        phi.args[0] if of else phi for phi, of in zip((found.phi_q, found.phi_k), powers, strict=True)
+        _parted(phi.args[0]) if power else (phi, ir.ZERO) for phi, power in zip(sides, powers, strict=True)
     )
     return LinearForm(
-        query, key, powers, found.log_q, found.log_k, len(rest) < len(parts), tuple(segments),
-        ir.all_of(*queries), ir.all_of(*keys),
+        (query[0], key[0]), powers, (query[1], key[1]), found.log_q, found.log_k, len(rest) < len(parts),
+        tuple(segments), ir.all_of(*queries), ir.all_of(*keys), found.signs,
     )  # fmt: skip
+
+
+def _parted(e: Expr) -> tuple[Expr, Expr]:
+    """A vector and a number whose sum it is."""
+    if e.op == "add":
+        vectors, numbers = [], []
+        for arg in e.args:
+            vector, number = _parted(arg) if arg.type == "vec" else (None, arg)
+            vectors += [vector] if vector is not None else []
+            numbers.append(number)
+        return ir.add(*vectors), ir.add(*numbers)
+    if e.op in ("mul", "div"):
+        for i, scale in enumerate(e.args):
+            if scale.type != "vec" and (i == 1 or e.op == "mul"):
+                vector, number = _parted(e.args[1 - i])
+                join = ir.mul if e.op == "mul" else ir.div
+                if vector.op == "matvec":
+                    # of the fewer numbers
+                    matrix, x = vector.args
+                    vector = ir.matvec(matrix, join(x, scale))
+                else:
+                    vector = join(vector, scale)
+                return vector, ir.ZERO if number is ir.ZERO else join(number, scale)
+    return e, ir.ZERO
 
 
 def _segment(part: Expr) -> tuple[Expr, Expr] | None:
@@ -101,10 +130,12 @@ class FeatureForm:
     """A weight that is exp(log_q + log_k) * inner(phi_q, phi_k), without its norm.
 
     phi_q, log_q depend on no key, phi_k, log_k on no query; the logarithms are None where there are none.
+    `signs` as in LinearForm.
     """
 
     phi_q: Expr
     phi_k: Expr
+    signs: tuple[Expr, Expr] = (ir.ONE, ir.ONE)
     log_q: Expr | None = None
     log_k: Expr | None = None
 
@@ -124,18 +155,25 @@ def feature_form(score: Expr, decay: Expr | None) -> FeatureForm | str:
             return "the score is no inner product of features of the query and features of the key"
     if len(vectors) != 2 or not (sides := _sides(*vectors)):
         return "the score is no inner product of features of the query and features of the key"
+    before = len(queries), len(keys)
     for factor in _factors(decay, []) if decay is not None else ():
         if not _sort(factor, queries, keys, logs):
             return "the decay is no product of factors of the query and factors of the key"
     phi_q, phi_k = sides
+    sign_q, sign_k = (_sign(own[i:]) for own, i in zip((queries, keys), before, strict=True))
     for own in queries:
         phi_q = ir.mul(own, phi_q)
     for own in keys:
         phi_k = ir.mul(own, phi_k)
-    if not logs:
-        return FeatureForm(phi_q, phi_k)
-    log_q, log_k = (total(part) for part in zip(*logs, strict=True))
-    return FeatureForm(phi_q, phi_k, log_q, log_k)
+    log_q, log_k = (total(part) for part in zip(*logs, strict=True)) if logs else (None, None)
+    return FeatureForm(phi_q, phi_k, (sign_q, sign_k), log_q, log_k)
+
+
+def _sign(factors: list[Expr]) -> Expr:
+    found: Expr = ir.ONE
+    for factor in factors:
+        found = found if never_negative(factor) else ir.mul(found, factor)
+    return found
 
 
 def _factors(e: Expr, vectors: list[Expr]) -> list[Expr]:

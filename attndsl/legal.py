@@ -63,7 +63,7 @@ LEGAL = {
     "inner": Rule(("vec", "vec"), "real"),
     "matvec": Rule(("mat", "vec"), "vec"),
     "sum": Rule(("vec",), "real"),
-    "concat": Rule(("vec",), "vec", more="vec"),
+    "concat": Rule(("entries",), "vec", more="entries"),
     "and": Rule(("bool", "bool"), "bool", more="bool"),
     "or": Rule(("bool", "bool"), "bool", more="bool"),
     "not": Rule(("truth",), "compared"),

@@ -312,8 +312,8 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "max": lambda *args: _reduce(np.maximum, args),
     "where": lambda cond, a, b: _chosen(cond, a, b),
     "sum": lambda x: x.data.sum(-1),
-    "concat": lambda *args: Vector(
-        np.concatenate([np.broadcast_to(x.data, (*_leading(args), x.data.shape[-1])) for x in args], -1)
+    "concat": lambda *args: _joined(
+        [x.data if isinstance(x, Vector) else np.asarray(x)[..., None] for x in args]
     ),
     "isqrt": np.vectorize(math.isqrt, otypes=[int]),
     "log2": np.vectorize(lambda x: int(x).bit_length() - 1, otypes=[int]),
@@ -339,8 +339,9 @@ def _chosen(cond: Any, a: Any, b: Any) -> Any:
     )
 
 
-def _leading(vectors: tuple[Vector, ...]) -> tuple[int, ...]:
-    return np.broadcast_shapes(*(x.data.shape[:-1] for x in vectors))
+def _joined(parts: list[Array]) -> Vector:
+    lead = np.broadcast_shapes(*(x.shape[:-1] for x in parts))
+    return Vector(np.concatenate([np.broadcast_to(x, (*lead, x.shape[-1])) for x in parts], -1))
 
 
 def look_up(data: Array, indices: list[Array]) -> Array:

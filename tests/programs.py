@@ -516,7 +516,7 @@ class Writer:
             lambda: f"where(causal[q, k], {sub()}, {sub()})",
             lambda: f"(tanh({sub()}) * tanh({sub()}))",
             lambda: f"(sum(max(0.5 * Q, {sub()} - K)) / D)",
-            lambda: f"(concat(Q, sin(K)) @ where(concat(K, Q) > {sub()}, 0.1, -concat(Q, K)) / D)",
+            lambda: f"(concat(Q, sin(K), 1) @ where(concat(K, 1, Q) > {sub()}, 0.1, -concat(Q, K, 2)) / D)",
             lambda: f"tanh(({self.table(FLOATS[3]).name} @ Q) @ ({self.table(FLOATS[3]).name} @ cos(K)) / D)",
         )
 

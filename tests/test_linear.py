@@ -264,6 +264,24 @@ def test_a_gate_is_a_recurrence() -> None:
     torch.testing.assert_close(found[0, 0], torch.stack(rows), rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("backend", ["reference", "torch", "linear"])
+def test_a_number_is_one_entry_beside_vectors(backend: str) -> None:
+    text = "mask causal score concat(1, Q, 0.5 * h) @ concat(k + 1, K, 2) norm none"
+    plan = attndsl.compile(
+        attndsl.parse(f"attention a {{ {text} }}")["a"], length=5, heads=2, head_dim=3, dtype="float64",
+        backend=backend, training=True,
+    )  # fmt: skip
+    given = [x.requires_grad_() for x in torch.randn(3, 1, 2, 5, 3, dtype=torch.float64).unbind()]
+    weight = given[0] @ given[1].mT + torch.arange(1, 6) + torch.arange(2)[:, None, None]
+    expected = weight.tril() @ given[2]
+    found = plan(*given)
+    torch.testing.assert_close(found, expected)
+    for mine, hand in zip(
+        *(torch.autograd.grad(x.square().sum(), given) for x in (found, expected)), strict=True
+    ):
+        torch.testing.assert_close(mine, hand)
+
+
 NO_FORM = {
     "a sum": ("score s + 1", None),
     "an exponential": ("score exp(s)", None),

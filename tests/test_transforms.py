@@ -191,6 +191,20 @@ def test_flops_are_those_of_live_pairs(name: str) -> None:
     assert counter.get_total_flops() == 10 * pairs * WIDTH
 
 
+@pytest.mark.parametrize("backend", ["reference", "torch", "linear"])
+def test_flops_of_gradients_below_the_dispatcher_are_told(backend: str) -> None:
+    """Where they are found by differentiating what the kernel does."""
+    text = "attention a { mask causal  score elu1(Q) @ elu1(K)  norm linear }"
+    plan = attndsl.compile(attndsl.parse(text)["a"], length=N, head_dim=WIDTH, backend=backend, training=True)
+    qkv = [torch.randn(1, 1, N, WIDTH, requires_grad=True) for _ in range(3)]
+    with FlopCounterMode(display=False) as counter:
+        out = plan(*qkv)
+        found = torch.autograd.grad(out.sum(), qkv)
+    assert counter.get_total_flops() == 14 * (N * (N + 1) // 2) * WIDTH
+    for mine, plain in zip(found, torch.autograd.grad(plan(*qkv).sum(), qkv), strict=True):
+        torch.testing.assert_close(mine, plain)
+
+
 def test_the_profiler_sees_the_operator() -> None:
     plan, qkv = plan_of("window"), tensors()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:

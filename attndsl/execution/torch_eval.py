@@ -18,7 +18,7 @@ from torch import Tensor
 from attndsl import expr as ir
 from attndsl.axis import Axis
 from attndsl.backend import Call, Features
-from attndsl.errors import fail
+from attndsl.errors import AttnError, fail
 from attndsl.expr import Expr, IntSet, Table
 from attndsl.meaning import pointwise
 from attndsl.scores import by_head, by_pair, linear_in_tables
@@ -166,8 +166,12 @@ def decay_factor(decay: Expr, env: Env, live: Tensor) -> Tensor:
     """
     found = torch.where(live, evaluate(decay, env, live).to(env.dtype), 0.0)
     if (found < 0).any():
-        raise fail("a decay is negative at a related pair", help="bound it from below: `max(..., 0.0)`")
+        raise negative_decay()
     return found
+
+
+def negative_decay() -> AttnError:
+    return fail("a decay is negative at a related pair", help="bound it from below: `max(..., 0.0)`")
 
 
 def singles(tables: Mapping[str, Tensor], wanted: Iterable[str]) -> dict[str, Tensor]:
@@ -606,7 +610,11 @@ class _Evaluation:
         return self.vector(node.args[0], live).sum(-1)
 
     def on_concat(self, node: Expr, live: Tensor | None) -> Tensor:
-        parts = [self.vector(arg, self.of_pairs(live)) for arg in node.args]
+        pairs = self.of_pairs(live)
+        parts = [
+            self.vector(arg, pairs) if arg.type == "vec" else self.real(arg, pairs).unsqueeze(-1)
+            for arg in node.args
+        ]
         shape = broadcast_shapes(*(part.shape[:-1] for part in parts))
         return torch.cat([part.expand(*shape, part.shape[-1]) for part in parts], -1)
 

@@ -476,9 +476,8 @@ def function(el: Elaborator, name: str, e: ast.Call, env: Scope, space: Space) -
         cond = el.value(args[0], env, space)
         holds = cond.expr if isinstance(cond, Truths) else truth_of(cond, args[0], env)
         return of_expr(ir.where(holds, *(el.quantity(arg, env, space) for arg in args[1:])))
-    if name in ("sum", "concat"):
-        vectors = [vector_of(el.value(arg, env, space), arg, env) for arg in args]
-        return of_expr(ir.total(*vectors) if name == "sum" else ir.concat(*vectors))
+    if name == "sum":
+        return of_expr(ir.total(vector_of(el.value(args[0], env, space), args[0], env)))
     if name == "mean":
         raise fail("`mean` is of the vectors of a block", args[0].span, "write `mean(K)` or `mean(Q)`")
     if name in ("isqrt", "floor"):
@@ -487,6 +486,10 @@ def function(el: Elaborator, name: str, e: ast.Call, env: Scope, space: Space) -
             raise not_integer(number, args[0])
         return Num(ir.call(name, number))
     numbers = [el.quantity(arg, env, space) for arg in args]
+    if name == "concat":
+        if not any(number.width for number in numbers):
+            raise fail("`concat` joins vectors, and none is among these", e.span)
+        return of_expr(ir.concat(*numbers))
     if name in ("min", "max"):
         return of_expr(functools.reduce(ir.minimum if name == "min" else ir.maximum, numbers))
     return of_expr(ir.call(name, numbers[0]))

@@ -25,7 +25,7 @@ SIGNATURES = (
         "max": "max(a, b)",
         "mean": "mean(K)",
         "sum": "sum(x)",
-        "concat": "concat(x, y)",
+        "concat": "concat(x, y, ...)",
     }
     | {name: f"{name}(x)" for name in ("isqrt", "floor", *ir.FUNCTIONS)}
     | {name: f"assert {name}(...)" for name in CLAIMS}

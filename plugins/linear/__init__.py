@@ -2,14 +2,15 @@
 
 With w_ij = exp(a_i + b_j) phi(q_i) . psi(k_j) a row is phi(q_i) . S_i, where S_i is the sum of exp(a_i +
 b_j) psi(k_j) v_j (Katharopoulos et al., 2020, section 3.2). Keys are taken in parts: inside a part weights
-are formed, and what came before is a state [m, Dv] of values and [m] of weights. Exponents, those of features
-that are exponentials too, are taken relative to the greatest that a query has seen, which cancels exactly and
-does not know of later keys. Nothing is kept for the backward pass, which walks forward for the queries and
-backward for the keys.
+are formed, and what came before is a state [m, Dv] of values and [m] of weights. Segments follow one another
+in one walk, and the state is of the last. Exponents, those of features that are exponentials too, are taken
+relative to the greatest that a query has seen, which cancels exactly and does not know of later keys. Nothing
+is kept for the backward pass, which walks forward for the queries and backward for the keys.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 from attndsl.attention import Attention
@@ -27,10 +28,6 @@ SECONDS = {"cpu": {"calls": 8e-4, "parts": 2e-5, "products": 4.2e-11, "features"
 """Of one core with AVX2, of the examples at 64 to 16,384."""
 TRAINING = 4.0
 """Forward and backward beside forward."""
-
-
-SEGMENT = 256
-"""Tokens of a segment that no table has told yet."""
 
 
 class Linear:
@@ -55,17 +52,18 @@ class Linear:
         m = found.width(p.head_dim) or p.head_dim
         heads = p.batch * p.heads
         queries, keys = float(heads * p.q_length), float(heads * p.length)
-        formed = min(queries, keys) * min(CHUNK, p.length) if found.causal else 0.0
-        mapped = sum(node.op == "matvec" for phi in (found.query, found.key) for node in nodes(phi)) / 2
+        formed = min(queries, keys) * min(CHUNK, p.length) if found.causal or found.segments else 0.0
+        mapped = sum(node.op == "matvec" for phi in found.features for node in nodes(phi)) / 2
         decay = attention.groups[0].decay
         apart = found.powers[1] or (decay is not None and by_distance(decay) is None)
         products = (queries + keys) * m * (p.head_dim * (1 + mapped)) + formed * (m + p.head_dim)
-        problems = p.batch * _segments(p, block_mask, found.causal) if found.segments else 1.0
+        read = {t for e in (*itertools.chain(*found.segments), found.queries, found.keys) for t in e.tables}
+        walks = p.batch if any(table.batched for table in read) else 1
         return {
-            "calls": problems,
+            "calls": walks,
             # as many as take these products
             "pairs": products / (2 * p.head_dim),
-            "parts": problems * (1 + (p.length + p.q_length) / problems / CHUNK),
+            "parts": walks * (1 + (p.length + p.q_length) / CHUNK),
             "products": products,
             "features": (queries + keys) * m,
             "exponents": formed * apart,
@@ -77,14 +75,6 @@ class Linear:
         assert isinstance(found, LinearForm)
         kind = StatefulLinear if found.constant_state else LinearKernel
         return kind(attention.groups[0], found)
-
-
-def _segments(p: Problem, block_mask: BlockMask | None, causal: bool) -> float:
-    """About how many there are, of one length each."""
-    if block_mask is None:
-        return max(1.0, p.length / SEGMENT)
-    pairs = block_mask.nnz / block_mask.index.size * (2 if causal else 1)
-    return max(1.0, p.q_length * p.length / max(pairs, 1.0))
 
 
 backend = Linear()

@@ -32,24 +32,22 @@ class LinearKernel:
         for careful in (False, True):
             out, lse = _empty(call)
             for rows in rows_of(self.form, call, env):
-                walk = self._walk(call, env, rows, CHUNK)
-                walk.careful = careful
-                self._attend(walk, rows, out, lse)
+                self._attend(self._walk(call, env, rows, CHUNK, careful), rows, out, lse)
             # features that overflow may be those of keys that a row does not see
             if finite([out]):
                 break
         return out, lse
 
-    def _walk(self, call: Call, env: Env, rows: Rows, chunk: int) -> Walk:
-        return Walk.of(self.group, self.form, call, env, rows, chunk)
+    def _walk(self, call: Call, env: Env, rows: Rows, chunk: int, careful: bool) -> Walk:
+        return Walk.of(self.group, self.form, call, env, rows, chunk, careful)
 
     def _attend(self, walk: Walk, rows: Rows, out: Tensor, lse: Tensor) -> None:
         for some, found, totals, unit in walk.forward():
-            log = totals.log() if unit is None else totals.log() + unit
+            log = totals.log() if unit is None else (totals.log() + unit).to(totals.dtype)
             if self.group.norm.kind == "linear":
                 found = found / totals.masked_fill(totals == 0, torch.inf)[..., None]
             elif unit is not None:
-                found = found * unit.exp()[..., None]
+                found = found * unit.exp().to(found.dtype)[..., None]
             _put(out, rows, some, found)
             _put(lse, rows, some, log)
 
@@ -61,6 +59,22 @@ class LinearKernel:
         lse: Tensor,
         grad_out: Tensor,
         grad_lse: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Mapping[str, Tensor]]:
+        found = self._gradient(call, wanted, out, lse, grad_out, grad_lse, careful=False)
+        if self.form.segments and not finite([*found[:3], *found[3].values()]):
+            # one segment may have spoiled another
+            found = self._gradient(call, wanted, out, lse, grad_out, grad_lse, careful=True)
+        return found
+
+    def _gradient(
+        self,
+        call: Call,
+        wanted: Sequence[str],
+        out: Tensor,
+        lse: Tensor,
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+        careful: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Mapping[str, Tensor]]:
         wide = torch.promote_types(call.q.dtype, torch.float32)
         grads = {
@@ -75,9 +89,10 @@ class LinearKernel:
             g_log = None if grad_lse is None else taken(grad_lse, rows.batch, rows.q)
             back = _Back(self.group.norm.kind == "linear", o, log, g, g_log)
             if back.unknown:
-                walk = self._walk(call, env, rows, chunk)
+                walk = self._walk(call, env, rows, chunk, careful)
                 back = replace(back, totals=torch.cat([totals for _, _, totals, _ in walk.forward()], 1))
-            self._walk(call, env, rows, chunk).backward(back.slopes, tables, partial(_add, grads, rows))
+            walk = self._walk(call, env, rows, chunk, careful)
+            walk.backward(back.slopes, tables, partial(_add, grads, rows))
         gq, gk, gv = (x.to(call.q.dtype) for x in grads.values())
         return gq, gk, gv, {name: x.to(call.tables[name].dtype) for name, x in tables.items()}
 
@@ -105,6 +120,7 @@ class _Back:
             x[:, :, some].flatten(0, 1).to(self.lse.dtype) for x in (self.out, self.grad, self.lse)
         )
         totals = (lse if unit is None else lse - unit).exp() if self.totals is None else self.totals[:, some]
+        totals = totals.to(lse.dtype)
         whole = totals.masked_fill(totals == 0, torch.inf)
         of_log: Tensor | float = 0.0
         if self.grad_lse is not None:
@@ -113,7 +129,7 @@ class _Back:
             return grad / whole[..., None], (of_log - (grad * out).sum(-1)) / whole
         # without a gradient of its own a sum is not looked at: it may be one that has no logarithm
         slope = torch.zeros_like(whole) if self.grad_lse is None else of_log / whole
-        return grad if unit is None else grad * unit.exp()[..., None], slope
+        return grad if unit is None else grad * unit.exp().to(grad.dtype)[..., None], slope
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,8 +147,7 @@ class StatefulLinear(LinearKernel):
         for rows in rows_of(self.form, call, env, state=True):
             before = None if state is None else [x[rows.batch].flatten(0, 1).clone() for x in state]
             given = (None, None) if before is None else (Sums(*before[:2]), before[2])
-            walk = Walk.of(self.group, self.form, call, env, rows, CHUNK, *given)
-            walk.careful = careful
+            walk = Walk.of(self.group, self.form, call, env, rows, CHUNK, careful, *given)
             self._attend(walk, rows, out, lse)
             assert walk.state is not None
             unit = walk.units[:, rows.counts[-1]] if walk.units is not None else out.new_zeros(walk.rows)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -23,16 +25,19 @@ Array = NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Some batch rows, all heads.
+    """Some batch rows, all heads; queries and keys by segments, in these by their positions.
 
-    q, k     entries that take part, in the order of their positions; None: all as they are
-    counts   of each query, how many of the keys it sees; they do not fall
+    q, k     entries that take part; None: all as they are
+    counts   of each query, up to how many keys it sees; they do not fall
+    starts   of each key, how many stand before its segment: a query sees those of the segment of the last;
+             None for one segment
     """
 
     batch: slice
     q: Tensor | None
     k: Tensor | None
     counts: Array
+    starts: Array | None
 
 
 def rows_of(form: LinearForm, call: Call, env: Env, state: bool = False) -> Iterator[Rows]:
@@ -55,16 +60,43 @@ def rows_of(form: LinearForm, call: Call, env: Env, state: bool = False) -> Iter
             joined = np.unique(labelled, axis=1, return_inverse=True)[1].reshape(-1)
             label = [joined[: len(some[0])], joined[len(some[0]) :]]
         order = [np.lexsort(keys) for keys in zip(at, label, strict=True)]
-        for segment in np.unique(label[0]):
-            mine, other = (o[of[o] == segment] for o, of in zip(order, label, strict=True))
-            counts = np.full(len(mine), len(other))
-            if form.causal:
-                counts = np.searchsorted(at[1][other], at[0][mine], side="right")
-            if not state:
-                mine, counts = mine[counts > 0], counts[counts > 0]
-            if not len(mine):
-                continue
-            yield Rows(slice(start, start + step), _some(some[0][mine], nq), _some(some[1][other], n), counts)
+        some, at, label = ([x[o] for x, o in zip(pair, order, strict=True)] for pair in (some, at, label))
+        begin, counts, starts = _seen(at, label, form.causal)
+        if not state:
+            seeing = counts > begin
+            some[0], begin, counts = some[0][seeing], begin[seeing], counts[seeing]
+        if not len(counts):
+            continue
+        # those that no query sees
+        ends = (np.bincount(x, minlength=len(starts) + 1) for x in (begin, counts))
+        wanted = np.cumsum(np.subtract(*ends))[: counts[-1]] > 0
+        if not wanted.all():
+            rank = np.concatenate([[0], np.cumsum(wanted)])
+            some[1], counts, starts = (
+                some[1][: len(wanted)][wanted],
+                rank[counts],
+                rank[starts[: len(wanted)][wanted]],
+            )
+        whole = not len(starts) or starts[0] == starts[-1]
+        yield Rows(
+            slice(start, start + step),
+            _some(some[0], nq),
+            _some(some[1], n),
+            counts,
+            None if whole else starts,
+        )
+
+
+def _seen(at: list[Array], label: list[Array], causal: bool) -> tuple[Array, Array, Array]:
+    """Of sorted queries how many keys stand before the first and up to the last that they see; of keys how
+    many stand before their segment."""
+    both = np.concatenate(at)
+    low, high = (both.min(), both.max()) if len(both) else (0, 0)
+    first = [x * (high - low + 1) for x in label]
+    here = [x + y - low for x, y in zip(first, at, strict=True)]
+    last = here[0] if causal else first[0] + high - low
+    begin, starts = (np.searchsorted(here[1], x) for x in first)
+    return begin, np.searchsorted(here[1], last, side="right"), starts
 
 
 def _sides(
@@ -84,69 +116,128 @@ def _some(entries: Array, size: int) -> Tensor | None:
 
 
 @dataclass(frozen=True, eq=False)
-class Slab:
-    """Keys, and the queries whose last key is among them, in `parts` of equal size; either may be missing.
+class Piece:
+    """Keys, and the queries whose last key is among them; either may be missing.
 
-    live     which keys of its part each query of it sees [queries, keys]; None: all
-    counts   how many keys each query sees in all
+    keys, queries   of those of the slab
+    live      which keys of it each query of it sees [queries, keys]; None: all
+    entering  how many of its first queries see keys before it
+    leaving   its first key that is of the segment of its last
+    fresh     whether that segment begins in it
+    square    whether each query sees one key more than the last
     """
 
     keys: slice
     queries: slice
-    parts: int
     live: Tensor | None
+    entering: int
+    leaving: int
+    fresh: bool
+    square: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Slab:
+    """Some pieces; `counts` as in Rows, of its queries."""
+
+    keys: slice
+    queries: slice
+    pieces: tuple[Piece, ...]
     counts: slice | Tensor
 
+    @cached_property
+    def edges(self) -> Tensor:
+        """Where the keys of each piece begin, and where those of the last end."""
+        ends = (self.keys.start + piece.keys.stop for piece in self.pieces)
+        return torch.tensor([self.keys.start, *ends])
 
-def slabs_of(counts: Array, chunk: int, features: int) -> Iterator[Slab]:
-    """In parts of `chunk` keys where queries follow one another."""
-    each = max(1, SLAB // features // chunk)
-    size = each * chunk
-    none, nq = int(np.searchsorted(counts, 0, side="right")), len(counts)
-    yield from _queries(0, none, 0, size)
-    if none == nq:
+    @cached_property
+    def places(self) -> tuple[Tensor, Tensor]:
+        """Which piece each query, and which each key is of."""
+        sizes = (
+            [x.stop - x.start for x in side]
+            for side in zip(*((p.queries, p.keys) for p in self.pieces), strict=True)
+        )
+        which = torch.arange(len(self.pieces))
+        mine, other = (which.repeat_interleave(torch.tensor(x)) for x in sizes)
+        return mine, other
+
+
+Place = tuple[int, int, int, int]
+"""Begin and end of keys and of queries."""
+
+
+def slabs_of(rows: Rows, chunk: int, features: int) -> Iterator[Slab]:
+    """In pieces of at most `chunk` keys where queries follow one another."""
+    size = max(1, SLAB // features // chunk) * chunk
+    ahead = int(rows.counts[0]) if (np.diff(rows.counts) == 1).all() else None
+    triangles: dict[int, Tensor] = {}
+    some: list[Place] = []
+    for place in (*_places(rows.counts, chunk, size), None):
+        if some and (place is None or max(place[1] - some[0][0], place[3] - some[0][2]) > size):
+            (k0, _, q0, _), (_, k1, _, q1) = some[0], some[-1]
+            counts: slice | Tensor = torch.from_numpy(rows.counts[q0:q1])
+            if ahead is not None:
+                counts = slice(ahead + q0, ahead + q1)
+            pieces = tuple(_piece(rows, x, (k0, q0), ahead, triangles) for x in some)
+            yield Slab(slice(k0, k1), slice(q0, q1), pieces, counts)
+            some = []
+        if place is not None:
+            some.append(place)
+
+
+def _places(counts: Array, chunk: int, size: int) -> Iterator[Place]:
+    """Queries of which more than a few see the same keys come after these."""
+    none = int(np.searchsorted(counts, 0, side="right"))
+    for i in range(0, none, size):
+        yield 0, 0, i, min(none, i + size)
+    found, first = np.unique(counts[none:], return_index=True)
+    ends, begins = found.tolist(), [*(none + first).tolist(), len(counts)]
+    if len(ends) == 1 and ends[0] <= 2 * chunk:
+        yield 0, ends[0], none, len(counts)
         return
-    first, last = int(counts[none]), int(counts[-1])
-    if first == last <= 2 * chunk:
-        seen = torch.from_numpy(counts[none:])
-        yield Slab(slice(0, last), slice(none, nq), 1, None, seen)
-    elif (np.diff(counts[none:]) == 1).all():
-        yield from _keys(0, first - 1, size)
-        yield from _squares(first - 1, last, none - first + 1, chunk, each)
-    elif first == last:
-        yield from _keys(0, last, size)
-        yield from _queries(none, nq, last, size)
-    else:
-        for start in range(0, last, chunk):
-            stop = min(last, start + chunk)
-            some = slice(*np.searchsorted(counts, (start, stop), side="right").tolist())
-            seen = torch.from_numpy(counts[some])
-            live = seen[:, None] > torch.arange(start, stop)
-            yield Slab(slice(start, stop), some, 1, live, seen)
+    many = np.flatnonzero(np.diff(begins) > 4 * chunk).tolist()
+    at = i = 0
+    while i < len(ends):
+        end, crowd = ends[i], bool(many) and many[0] == i
+        if crowd or end - at > chunk:
+            stop = end if crowd else end - 1
+            for j in range(at, stop, size):
+                yield j, min(stop, j + size), begins[i], begins[i]
+            at = stop
+            if crowd:
+                for j in range(begins[i], begins[i + 1], size):
+                    yield at, at, j, min(begins[i + 1], j + size)
+                i = many.pop(0) + 1
+            continue
+        stop = min(at + chunk, ends[many[0] if many else -1])
+        after = min(bisect_right(ends, stop, i), many[0] if many else len(ends))
+        yield at, stop, begins[i], begins[after]
+        at, i = stop, after
 
 
-def _keys(start: int, stop: int, size: int) -> Iterator[Slab]:
-    """Without queries."""
-    for i in range(start, stop, size):
-        yield Slab(slice(i, min(stop, i + size)), slice(0, 0), 1, None, slice(0, 0))
-
-
-def _queries(start: int, stop: int, count: int, size: int) -> Iterator[Slab]:
-    """That see the first `count` keys."""
-    for i in range(start, stop, size):
-        some = slice(i, min(stop, i + size))
-        seen = torch.full((some.stop - i,), count)
-        yield Slab(slice(count, count), some, 1, None, seen)
-
-
-def _squares(start: int, stop: int, queries: int, chunk: int, each: int) -> Iterator[Slab]:
-    """Keys each of which is the last of one query; that of key 0 would be number `queries`."""
-    whole = (stop - start) // chunk
-    sizes = [(min(each, whole - i), chunk) for i in range(0, whole, each)]
-    for parts, size in (*sizes, (1, (stop - start) % chunk)):
-        if size:
-            end = start + parts * size
-            live = torch.ones(size, size, dtype=torch.bool).tril()
-            mine = slice(start + queries, end + queries)
-            yield Slab(slice(start, end), mine, parts, live, slice(start + 1, end + 1))
-            start = end
+def _piece(
+    rows: Rows, place: Place, origin: tuple[int, int], ahead: int | None, triangles: dict[int, Tensor]
+) -> Piece:
+    """Query i sees one key more than the last, the first of them `ahead`, where that is not None."""
+    (k0, k1, q0, q1), starts, live = place, rows.starts, None
+    square = ahead is not None and k1 - k0 == q1 - q0 and ahead + q0 == k0 + 1
+    entering, leaving, fresh = q1 - q0, 0, False
+    if starts is not None:
+        first = starts[rows.counts[q0:q1] - 1]
+        entering = int(np.searchsorted(first, k0))
+        if k1 > k0:
+            begin = int(starts[k1 - 1])
+            leaving, fresh = max(0, begin - k0), begin >= k0
+    if square and entering == q1 - q0:
+        if q1 - q0 not in triangles:
+            triangles[q1 - q0] = torch.ones(q1 - q0, q1 - q0, dtype=torch.bool).tril()
+        live = triangles[q1 - q0]
+    elif k1 > k0 and q1 > q0:
+        keys = np.arange(k0, k1)
+        seen = rows.counts[q0:q1, None] > keys
+        if starts is not None:
+            seen &= first[:, None] <= keys
+        live = None if seen.all() else torch.from_numpy(seen)
+    here, mine = slice(k0 - origin[0], k1 - origin[0]), slice(q0 - origin[1], q1 - origin[1])
+    return Piece(here, mine, live, entering, leaving, fresh, square)

@@ -12,11 +12,15 @@ from attndsl.attention import HeadGroup
 from attndsl.backend import Call
 from attndsl.errors import fail
 from attndsl.execution.operator import vjp
-from attndsl.execution.torch_eval import Env, evaluate
+from attndsl.execution.torch_eval import Env, evaluate, negative_decay
+from attndsl.expr import ONE, Expr
 from attndsl.features import LinearForm
 from attndsl.scores import by_distance
 
-from .slabs import Rows, Slab, slabs_of
+from .slabs import Piece, Rows, Slab, slabs_of
+
+STEEP = 16.0
+"""An exponent beyond this is rounded in float32 to no less than a millionth: it is told in float64."""
 
 SlopesOf = Callable[[slice, "Tensor | None"], "tuple[Tensor, Tensor]"]
 Put = Callable[[str, slice, Tensor], None]
@@ -29,30 +33,31 @@ class Sums:
     values: Tensor
     weights: Tensor
 
-    def add(self, onward: Tensor | None, left: Tensor, right: Tensor, more: Tensor) -> None:
-        """In place: what was times `onward` [X], and left.T @ right and `more`."""
-        if onward is not None:
+    def carry(self, onward: Tensor | None, fresh: bool) -> None:
+        """In place: times `onward` [X], or nothing."""
+        if fresh:
+            self.values.zero_()
+            self.weights.zero_()
+        elif onward is not None:
             self.values *= onward[:, None, None]
             self.weights *= onward[:, None]
-        self.values.baddbmm_(left.mT, right)
-        self.weights += more
 
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """Keys and the queries whose last key is among them: features of queries [X, L, m] and of keys [X, C, m],
-    values [X, C, Dv], and factors, None for 1.
+    """A piece: features of queries [X, L, m] and keys [X, C, m], values [X, C, Dv], and factors, None for 1.
 
     Factors are in units of the greatest exponent among the keys that a query, or a state, has seen, so that
     none is above 1 and none is of later keys.
 
     inside   of the weights [X or none, L, C]
-    enter    of what each query finds in the state before [X, L]
-    leave    of each key in the state after [X, C]
+    enter    of what each query that looks there finds in the state before [X, entering]
+    leave    of each key in the state after [X, leaving]
     onward   of the state before in that after [X]
     dead     pairs whose products may be anything [L, C], None where all are finite
     """
 
+    piece: Piece
     query: Tensor
     key: Tensor
     values: Tensor
@@ -76,15 +81,77 @@ class Part:
         found = torch.bmm(of_sums, self.values.mT)
         return self.weighed(found.add_(of_weights[..., None]))
 
+    def _first(self, x: Tensor) -> Tensor:
+        """Of the queries that look at the state before; a view of nothing less takes time too."""
+        few = self.piece.entering
+        return x if few == x.shape[1] else x[:, :few]
+
+    def _last(self, x: Tensor) -> Tensor:
+        """Of the keys that are in the state after."""
+        return x[:, self.piece.leaving :] if self.piece.leaving else x
+
     def entering(self, x: Tensor) -> Tensor:
-        return x if self.enter is None else x * self.enter[..., None]
+        """Of the queries that look at the state before."""
+        x = self._first(x)
+        return x if self.enter is None else x * _wide(self.enter, x)
 
     def leaving(self, x: Tensor) -> Tensor:
-        return x if self.leave is None else x * self.leave[..., None]
+        """Of the keys that are in the state after."""
+        x = self._last(x)
+        return x if self.leave is None else x * _wide(self.leave, x)
+
+    def sums(self, state: Sums) -> tuple[Tensor, Tensor]:
+        """Weighed sums [X, L, Dv] and sums of weights [X, L]."""
+        weights = self.weights()
+        found, totals = torch.bmm(weights, self.values), weights.sum(-1)
+        query, some, few = (self._first(x) for x in (self.query, found, totals))
+        before = (query * state.weights[:, None]).sum(-1)
+        if self.enter is None:
+            some.baddbmm_(query, state.values)
+            few.add_(before)
+        else:
+            some.addcmul_(torch.bmm(query, state.values), self.enter[..., None])
+            few.addcmul_(before, self.enter)
+        return found, totals
+
+    def pull_queries(self, state: Sums, of_sums: Tensor, of_weights: Tensor) -> Tensor:
+        """Gradients of the features of queries."""
+        found = torch.bmm(self.products(of_sums, of_weights), self.key)
+        some, slope = self._first(found), self.entering(of_weights)
+        some.baddbmm_(self.entering(of_sums), state.values.mT)
+        some.addcmul_(slope[..., None], state.weights[:, None])
+        return found
+
+    def pull_keys(self, later: Sums, of_sums: Tensor, of_weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of the features of keys and of values."""
+        found = torch.bmm(self.products(of_sums, of_weights).mT, self.query)
+        found_v = torch.bmm(self.weights().mT, of_sums)
+        key, some, some_v = (self._last(x) for x in (self.key, found, found_v))
+        some.baddbmm_(self.leaving(self.values), later.values.mT)
+        if self.leave is None:
+            some.add_(later.weights[:, None])
+            some_v.baddbmm_(key, later.values)
+        else:
+            some.addcmul_(self.leave[..., None], later.weights[:, None])
+            some_v.addcmul_(torch.bmm(key, later.values), self.leave[..., None])
+        return found, found_v
 
     def absorb(self, state: Sums) -> None:
-        leaving = self.leaving(self.key)
-        state.add(self.onward, leaving, self.values, leaving.sum(1))
+        key = self._last(self.key)
+        state.carry(self.onward, self.piece.fresh)
+        state.values.baddbmm_(key.mT, self.leaving(self.values))
+        state.weights += key.sum(1) if self.leave is None else torch.bmm(self.leave[:, None], key)[:, 0]
+
+    def absorb_slopes(self, later: Sums, of_sums: Tensor, of_weights: Tensor) -> None:
+        """As `absorb`, from the last part to the first, what comes back to the queries."""
+        query = self._first(self.query)
+        later.carry(self.onward, self.piece.fresh)
+        later.values.baddbmm_(query.mT, self.entering(of_sums))
+        later.weights += torch.bmm(self.entering(of_weights)[:, None], query)[:, 0]
+
+
+def _wide(factor: Tensor, x: Tensor) -> Tensor:
+    return factor if x.dim() == 2 else factor[..., None]
 
 
 @dataclass(eq=False)
@@ -92,13 +159,15 @@ class Walk:
     """One problem; axes [B, H] are one, X.
 
     at       values of variables at the entries of the problem
+    starts   of each key how many stand before its segment, None for one segment
     logs     of the decay in float64, of queries [X, nq] and of keys [X, n]
-    units    the greatest exponent among the first keys, so many [X, n + 1]; they are found on the way
+    units    the greatest exponent in the segment of the last of the first keys, so many, float64 [X, n + 1];
+             they are found on the way
     even     whether factors inside one part are those inside another, where each query sees a key more than
              the last
-    like     those, by the numbers of queries and of keys
-    careful  whether products of features may be infinite
+    like     those, by the number of keys
     state    after the last slab
+    careful  whether products of features may be infinite
     """
 
     form: LinearForm
@@ -108,12 +177,13 @@ class Walk:
     v: Tensor
     at: dict[str, Tensor]
     slabs: list[Slab]
+    starts: Tensor | None
     logs: tuple[Tensor, Tensor] | None
     units: Tensor | None
     even: bool
-    like: dict[tuple[int, int], Tensor]
+    like: dict[int, Tensor | None]
     state: Sums | None
-    careful: bool = False
+    careful: bool
 
     @staticmethod
     def of(
@@ -123,22 +193,25 @@ class Walk:
         env: Env,
         rows: Rows,
         chunk: int,
+        careful: bool,
         state: Sums | None = None,
         unit: Tensor | None = None,
     ) -> Walk:
-        """Raises AttnError for a decay without a logarithm."""
+        """Raises AttnError for a decay without a logarithm, and for a negative one."""
         q, k, v = (
             taken(x, rows.batch, entries).to(env.dtype)
             for x, entries in ((call.q, rows.q), (call.k, rows.k), (call.v, rows.k))
         )
         at = {name: _cut(name, x, rows) for name, x in env.values.items()}
-        slabs = [*slabs_of(rows.counts, chunk, form.width(q.shape[3]) or q.shape[3])]
-        walk = Walk(form, env, q, k, v, at, slabs, None, None, False, {}, state)
+        slabs = [*slabs_of(rows, chunk, form.width(q.shape[3]) or q.shape[3])]
+        starts = None if rows.starts is None else torch.from_numpy(rows.starts)
+        walk = Walk(form, env, q, k, v, at, slabs, starts, None, None, False, {}, state, careful)
+        walk.check_signs(rows, state is not None)
         walk.logs = walk.logarithms({})
         if walk.logs is None and not form.powers[1]:
+            walk.even = True
             return walk
-        dtype = env.dtype if walk.logs is None else torch.float64
-        walk.units = q.new_full((walk.rows, k.shape[2] + 1), -torch.inf, dtype=dtype)
+        walk.units = q.new_full((walk.rows, k.shape[2] + 1), -torch.inf, dtype=torch.float64)
         if unit is not None:
             walk.units[:, 0] = unit
         decay, apart = group.decay, rows.q is not None or rows.k is not None or form.powers[1]
@@ -149,6 +222,25 @@ class Walk:
     @property
     def rows(self) -> int:
         return self.q.shape[0] * self.q.shape[1]
+
+    def check_signs(self, rows: Rows, begun: bool) -> None:
+        """Raises AttnError where a decay is negative; of the keys of a state none is taken for negative."""
+        if self.form.signs == (ONE, ONE):
+            return
+        query, key = (
+            self._numbers(e, side, slice(0, x.shape[2]), x, {}, self.env.dtype).sign()
+            for e, side, x in zip(self.form.signs, "qk", (self.q, _shared(self.k, self.q)), strict=True)
+        )
+        last = torch.from_numpy(rows.counts)
+        first = torch.zeros_like(last) if self.starts is None else self.starts[last - 1]
+        found = []
+        for sign in (1, -1):
+            seen = torch.nn.functional.pad((key == -sign).cumsum(1), (1, 0))
+            found.append((query == sign) & (seen[:, last] > seen[:, first]))
+        if begun:
+            found.append(query < 0)
+        if any(x.any() for x in found):
+            raise negative_decay()
 
     def logarithms(self, tables: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
         """Of the decay; `tables` stand for those of the call."""
@@ -174,23 +266,15 @@ class Walk:
         """Of some queries [X, L]: weighed sums [X, L, Dv], sums of weights, and the logarithm of the unit of
         both."""
         for slab in self.slabs:
-            query, own = self._features("q", slab.queries, self._queries(slab), {})
-            key, top = self._features("k", slab.keys, self._keys(slab), {})
+            query, own = self._features("q", slab.queries, self._queries(slab), {}, exact=True)
+            key, top = self._features("k", slab.keys, self._keys(slab), {}, exact=True)
             parts, unit = self._parts(slab, query, own, key, top)
             state = self._state(key)
-            for i, part in enumerate(parts):
-                size = part.query.shape[1]
-                if size:
-                    entering = part.entering(part.query)
-                    totals = (entering * state.weights[:, None]).sum(-1)
-                    found = torch.bmm(entering, state.values)
-                    if part.key.shape[1]:
-                        weights = part.weights()
-                        totals += weights.sum(-1)
-                        found.baddbmm_(weights, part.values)
-                    here = slice(i * size, i * size + size)
+            for part in parts:
+                here = part.piece.queries
+                if here.stop > here.start:
                     some = slice(slab.queries.start + here.start, slab.queries.start + here.stop)
-                    yield some, found, totals, None if unit is None else unit[:, here]
+                    yield some, *part.sums(state), None if unit is None else unit[:, here]
                 part.absorb(state)
 
     def _state(self, key: Tensor) -> Sums:
@@ -206,20 +290,40 @@ class Walk:
         return _shared(self.k[:, :, slab.keys], self.q)
 
     def _features(
-        self, side: str, some: slice, x: Tensor, tables: Mapping[str, Tensor]
+        self, side: str, some: slice, x: Tensor, tables: Mapping[str, Tensor], exact: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """[X, L, m] of some queries or keys x [B, H, L, D], and the logarithm of what each row of them is
-        divided by."""
-        axis, phi = (-2, self.form.query) if side == "q" else (-1, self.form.key)
-        place = self.at[side]
-        place = place.narrow(axis, some.start, some.stop - some.start) if place.shape[axis] > 1 else place
-        found = evaluate(phi, self._env(tables, {side.upper(): x, side: place}))
-        found = found.squeeze(-2 if side == "q" else -3)
-        found = found.expand(*x.shape[:3], found.shape[-1]).flatten(0, 1)
-        if not self.form.powers[side == "k"]:
+        divided by, float64."""
+        of, form = "qk".index(side), self.form
+        phi, power, apart = form.features[of], form.powers[of], form.apart[of]
+        found, wide = self._numbers(phi, side, some, x, tables, self.env.dtype), torch.float64
+        if not power:
             return found, None
         top = found.detach().amax(-1)
-        return (found - _finite(top)[..., None]).exp_(), top
+        beside = self._numbers(apart, side, some, x, tables, self.env.dtype)
+        found, own = found - _finite(top)[..., None], top.to(wide) + beside
+        if exact and found.dtype != wide:
+            steep = torch.maximum(top, beside.abs()) > STEEP
+            if steep.any():
+                precise, beside = (self._numbers(e, side, some, x, tables, wide) for e in (phi, apart))
+                top = precise.amax(-1)
+                own = torch.where(steep, top + beside, own)
+                found = torch.where(steep[..., None], (precise - _finite(top)[..., None]).to(found), found)
+        return found.exp_(), own
+
+    def _numbers(
+        self, e: Expr, side: str, some: slice, x: Tensor, tables: Mapping[str, Tensor], dtype: torch.dtype
+    ) -> Tensor:
+        """A vector [X, L, m] or a number [X, L] of some queries or keys x [B, H, L, D]."""
+        axis, place = -1 if side == "k" else -2, self.at[side]
+        place = place.narrow(axis, some.start, some.stop - some.start) if place.shape[axis] > 1 else place
+        env = self._env(tables, {side.upper(): x.to(dtype), side: place})
+        found = evaluate(e, replace(env, dtype=dtype)).to(dtype)
+        if e.type != "vec":
+            found = found.unsqueeze(-1)
+        found = found[(None,) * (5 - found.dim())].squeeze(-3 if side == "k" else -2)
+        found = found.expand(*x.shape[:3], found.shape[-1]).flatten(0, 1)
+        return found if e.type == "vec" else found.squeeze(-1)
 
     def _pulled(
         self, side: str, some: slice, x: Tensor, leaves: Mapping[str, Tensor]
@@ -233,9 +337,11 @@ class Walk:
         found, pull = vjp(features, x, leaves)
 
         def back(slope: Tensor, tables: dict[str, Tensor]) -> Tensor:
-            zeros = {name: torch.zeros_like(x) for name, x in found.items() if name == "own"}
+            slopes = {"features": slope}
+            if "own" in found:
+                slopes["own"] = (found["features"] * slope).sum(-1).to(found["own"].dtype)
             grad: Tensor
-            grad, others = pull({"features": slope, **zeros})
+            grad, others = pull(slopes)
             for name, other in others.items():
                 tables[name] += other
             return grad
@@ -245,50 +351,78 @@ class Walk:
     def _parts(
         self, slab: Slab, query: Tensor, own: Tensor | None, key: Tensor, top: Tensor | None
     ) -> tuple[list[Part], Tensor | None]:
-        """And the logarithm of the unit of each query [X, queries]."""
-        values = _shared(self.v[:, :, slab.keys], self.q).flatten(0, 1)
-        sides = [*zip(*(x.tensor_split(slab.parts, 1) for x in (query, key, values)), strict=True)]
-        dead = ~slab.live if self.careful and slab.live is not None else None
+        """And the logarithm of the unit of each query, float64 [X, queries]."""
+        values, careful = _shared(self.v[:, :, slab.keys], self.q).flatten(0, 1), self.careful
         log = top
         if self.logs is not None:
             log = self.logs[1][:, slab.keys] + (0 if top is None else top)
+        found, dtype, first = [], self.env.dtype, slab.keys.start
+        if self.units is not None and log is not None:
+            before = self.units[:, first, None]
+            self.units[:, first + 1 : slab.keys.stop + 1] = self._running(slab.keys, log, before)
+            unit = _finite(self.units[:, slab.counts])
+            edges = self.units[:, slab.edges]
+            starts, ends = edges[:, :-1], _finite(edges[:, 1:])
+            mine, other = slab.places
+            enter = (starts[:, mine] - unit).to(dtype).exp()
+            leave = (log - ends[:, other]).to(dtype).exp()
+            onward = (starts - ends).to(dtype).exp()
+        for i, piece in enumerate(slab.pieces):
+            q, (k, v) = query[:, piece.queries], (x[:, piece.keys] for x in (key, values))
+            live = piece.live
+            dead = ~live if careful and live is not None else None
+            if self.units is None or log is None:
+                inside = self._inside(piece, None, None)
+                found.append(Part(piece, q, k, v, inside, None, None, None, dead))
+                continue
+            inside = self._inside(piece, log[:, piece.keys], unit[:, piece.queries])
+            few = slice(piece.queries.start, piece.queries.start + piece.entering)
+            last = slice(piece.keys.start + piece.leaving, piece.keys.stop)
+            factors = enter[:, few], leave[:, last], onward[:, i]
+            found.append(Part(piece, q, k, v, inside, *factors, dead))
         if self.units is None or log is None:
-            inside = None if slab.live is None else slab.live.to(self.env.dtype)
-            return [Part(q, k, v, inside, None, None, None, dead) for q, k, v in sides], own
-        dtype, start, stop = self.env.dtype, slab.keys.start, slab.keys.stop
-        before, after = self.units[:, start, None], self.units[:, start + 1 : stop + 1]
-        if stop > start:
-            after.copy_(torch.maximum(log.cummax(1)[0], before))
-        ends = torch.stack(
-            [x[:, -1] if stop > start else before[:, 0] for x in after.tensor_split(slab.parts, 1)], 1
-        )
-        starts, unit = torch.cat([before, ends[:, :-1]], 1), _finite(self.units[:, slab.counts])
-        ends = _finite(ends)
-        onward = (starts - ends).to(dtype).exp()
-        found = []
-        for i, ((q, k, v), log_i, unit_i) in enumerate(
-            zip(sides, log.tensor_split(slab.parts, 1), unit.tensor_split(slab.parts, 1), strict=True)
-        ):
-            enter = (starts[:, i, None] - unit_i).to(dtype).exp()
-            leave = (log_i - ends[:, i, None]).to(dtype).exp()
-            found.append(Part(q, k, v, self._inside(slab, log_i, unit_i), enter, leave, onward[:, i], dead))
+            return found, own
         if self.logs is not None:
             unit = unit + self.logs[0][:, slab.queries]
-        unit = unit.to(dtype)
         return found, unit if own is None else unit + own
 
-    def _inside(self, slab: Slab, log: Tensor, unit: Tensor) -> Tensor:
-        even, sizes = self.even and isinstance(slab.counts, slice), (unit.shape[1], log.shape[1])
-        if even and sizes in self.like:
-            return self.like[sizes]
-        between = log[:, None] - unit[..., None]
-        if slab.live is not None:
+    def _running(self, some: slice, log: Tensor, before: Tensor) -> Tensor:
+        """The greatest so far in its segment, at each of some keys; `before` is that of the key before."""
+        if self.starts is None:
+            return torch.maximum(log.cummax(1)[0], before) if log.shape[1] else log
+        place = torch.arange(some.start, some.stop)
+        behind, step = place - self.starts[some], 1
+        while step <= behind.clamp_max(place - some.start).max():
+            reaching = behind[step:] >= step
+            log = torch.cat(
+                [
+                    log[:, :step],
+                    torch.where(reaching, torch.maximum(log[:, step:], log[:, :-step]), log[:, step:]),
+                ],
+                1,
+            )
+            step *= 2
+        return torch.where(behind > place - some.start, torch.maximum(log, before), log)
+
+    def _inside(self, piece: Piece, log: Tensor | None, unit: Tensor | None) -> Tensor | None:
+        if not (self.even and piece.square):
+            return self._factors(log, unit, piece.live)
+        size = piece.keys.stop - piece.keys.start
+        if size not in self.like:
+            live = torch.ones(size, size, dtype=torch.bool).tril()
+            self.like[size] = self._factors(log, unit, live)
+        found = self.like[size]
+        return found if found is None or piece.live is None or piece.entering == size else found * piece.live
+
+    def _factors(self, log: Tensor | None, unit: Tensor | None, live: Tensor | None) -> Tensor | None:
+        """Of keys [X, C] in the unit of queries [X, L], 0 where not `live`."""
+        if log is None or unit is None:
+            return None if live is None else live.to(self.env.dtype)
+        found = log[:, None] - unit[..., None]
+        if live is not None:
             # cheaper than to choose entry by entry
-            between += torch.where(slab.live, 0.0, -torch.inf)
-        found = between.to(self.env.dtype).exp_()
-        if even:
-            self.like[sizes] = found
-        return found
+            found += torch.where(live, 0.0, -torch.inf)
+        return found.to(self.env.dtype).exp_()
 
     def backward(self, slopes_of: SlopesOf, tables: dict[str, Tensor], put: Put) -> None:
         """Gives gradients of q, k [B, H, .., D] and v to `put`, slab by slab, and adds those of tables.
@@ -307,16 +441,10 @@ class Walk:
             parts, unit = self._parts(slab, query, own, key, top)
             kept.append((query, own))
             state, slope = self._state(key), torch.empty_like(query)
-            sides = zip(
-                *(x.tensor_split(slab.parts, 1) for x in (*slopes_of(some, unit), slope)), strict=True
-            )
-            for part, (of_sums, of_weights, into) in zip(parts, sides, strict=True):
-                if into.shape[1]:
-                    found = torch.bmm(of_sums, state.values.mT)
-                    found = part.entering(found.add_(of_weights[..., None] * state.weights[:, None]))
-                    if part.key.shape[1]:
-                        found = found.baddbmm_(part.products(of_sums, of_weights), part.key)
-                    into.copy_(found)
+            of_sums, of_weights = self._slopes(slopes_of(some, unit))
+            for part in parts:
+                here = part.piece.queries
+                slope[:, here] = part.pull_queries(state, of_sums[:, here], of_weights[:, here])
                 part.absorb(state)
             if some.stop > some.start:
                 if decaying:
@@ -330,25 +458,14 @@ class Walk:
             parts, unit = self._parts(slab, query, own, key, top)
             slope, slope_v = torch.empty_like(key), self.v.new_empty(self.rows, key.shape[1], self.v.shape[3])
             if later is None:
-                later = Sums(
-                    torch.zeros_like(self._state(key).values), torch.zeros_like(self._state(key).weights)
-                )
-            more = (*slopes_of(slab.queries, unit), slope, slope_v)
-            ends = [*zip(*(x.tensor_split(slab.parts, 1) for x in more), strict=True)]
-            for part, (of_sums, of_weights, into, into_v) in zip(
-                reversed(parts), reversed(ends), strict=True
-            ):
-                if into.shape[1]:
-                    found_v = torch.bmm(part.leaving(part.key), later.values)
-                    found = torch.bmm(part.values, later.values.mT).add_(later.weights[:, None])
-                    found = part.leaving(found)
-                    if of_sums.shape[1]:
-                        found_v.baddbmm_(part.weights().mT, of_sums)
-                        found = found.baddbmm_(part.products(of_sums, of_weights).mT, part.query)
-                    into.copy_(found)
-                    into_v.copy_(found_v)
-                entering = part.entering(part.query)
-                later.add(part.onward, entering, of_sums, (entering * of_weights[..., None]).sum(1))
+                state = self._state(key)
+                later = Sums(torch.zeros_like(state.values), torch.zeros_like(state.weights))
+            of_sums, of_weights = self._slopes(slopes_of(slab.queries, unit))
+            for part in reversed(parts):
+                back = of_sums[:, part.piece.queries], of_weights[:, part.piece.queries]
+                here = part.piece.keys
+                slope[:, here], slope_v[:, here] = part.pull_keys(later, *back)
+                part.absorb_slopes(later, *back)
             if some.stop > some.start:
                 if decaying:
                     slope_k[:, some] = (key * slope).sum(-1)
@@ -356,6 +473,13 @@ class Walk:
                 put("k", some, pull(slope, tables))
         if decaying:
             self._pull_logs((slope_q, slope_k), decaying, leaves, tables)
+
+    def _slopes(self, found: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Where `careful`, infinite ones would make NaN of weights of 0."""
+        if not self.careful:
+            return found
+        most = torch.finfo(self.env.dtype).max
+        return found[0].clamp(-most, most), found[1].clamp(-most, most)
 
     def _pull_logs(
         self,
