@@ -2,7 +2,8 @@
 
 Keys of several streams are one list, in the order of the text. An entry of it has a number, and masks and
 scores are written over that: tokens have their positions, what is before them the numbers below 0, what is
-behind them those from n on; where there are no tokens, numbers begin at 0.
+behind them those from n on. Where there are no tokens, the last memory ends at -1, as it does before tokens;
+without memory too, numbers begin at 0.
 """
 
 from __future__ import annotations
@@ -133,7 +134,8 @@ Streams = tuple[Stream, ...]
 
 def starts(streams: Streams) -> list[Expr]:
     """The number of the first entry of each stream, and the one behind the last."""
-    before = list(streams[: streams.index(Stretch())]) if Stretch() in streams else []
+    ends = [i + 1 for i, stream in enumerate(streams) if isinstance(stream, Stretch)]
+    before = streams[: streams.index(Stretch()) if Stretch() in streams else max(ends, default=0)]
     found = [neg(add(*(s.many for s in before))) if before else ZERO]
     for stream in streams:
         found.append(add(found[-1], stream.many))

@@ -109,11 +109,11 @@ def _find(subject: Subject) -> Costs:
     found = {
         name: _added({part: by_part[part][name] for part in parts}) for name in registry.names("backends")
     }
-    chosen = choosing(subject.attention.attended, subject.problem.attended(subject.attention))
-    made: Counter[str] = Counter()
+    chosen, made = Counter[str](), Counter[str]()
     for part in parts.values():
+        chosen.update(choosing(part.attention.attended, part.problem.attended(part.attention)))
         made.update(making(part.attention, part.problem))
-    return Costs(least.flops, least.bytes, found, chosen, made)
+    return Costs(least.flops, least.bytes, found, dict(chosen), dict(made))
 
 
 def _lowerings(part: Subject) -> dict[str, Lowering]:

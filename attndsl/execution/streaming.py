@@ -57,6 +57,30 @@ def held_of(attention: Attention, given: object) -> Pair | None:
     return k, v
 
 
+def held_of_parts(attention: Attention, given: object) -> dict[str, object]:
+    """Of a sum what its parts are given as memory, by name: pairs of their own, or the last keys and values
+    of one pair, which is as long as the longest. Raises AttnError for parts that have none."""
+    lengths = {p.attention.name: p.attention.held for p in attention.parts if p.attention.held}
+    if given is None:
+        return {}
+    if not lengths:
+        raise fail(f"`{attention.name}` has no part with memory", help="write `keys mem(m) ++ tokens` in one")
+    if isinstance(given, Mapping):
+        for name in given:
+            if name not in lengths:
+                listed = ", ".join(f"`{part}`" for part in lengths)
+                raise fail(f"`{attention.name}` has no part `{name}` with memory", help=f"there is {listed}")
+        return dict(given)
+    pair = given if isinstance(given, tuple | list) else ()
+    if not (pair and all(isinstance(x, Tensor) and x.dim() == 4 for x in pair)):
+        return dict.fromkeys(lengths, given)
+    most = max(lengths.values())
+    return {
+        name: [x[:, :, most - length :] if x.shape[2] == most else x for x in pair]
+        for name, length in lengths.items()
+    }
+
+
 def _checked(attention: Attention, k: Tensor, v: Tensor, held: Pair) -> Pair:
     length = memory(attention.streams)
     for name, x, beside in (("keys", held[0], k), ("values", held[1], v)):
