@@ -30,7 +30,9 @@ from attndsl.expr import (
     maximum,
     mul,
     neg,
+    nodes,
     number,
+    rebuild,
     sub,
     substitute,
     var,
@@ -212,6 +214,18 @@ def numbered(streams: Streams, e: Expr) -> Expr:
         inside = (le(start, K) if i else TRUE, TRUE if last else lt(K, ends[i + 1][0]))
         parts.append(all_of(*inside, here))
     return any_of(*parts)
+
+
+def of_stream(streams: Streams, e: Expr, i: int) -> Expr:
+    """Of an expression over the number `k` of an entry what it is for those of stream i, over `k` as their
+    slot: where streams begin, which `numbered` asks for, is decided."""
+    begins = starts(streams)
+    known = {le(start, K): TRUE if j <= i else FALSE for j, start in enumerate(begins)}
+    known |= {lt(K, start): TRUE if j > i else FALSE for j, start in enumerate(begins)}
+    for node in nodes(e):
+        if node not in known:
+            known[node] = rebuild(node, tuple([known[arg] for arg in node.args]))
+    return substitute(known[e], {"k": add(begins[i], K)})
 
 
 def _slots(streams: Streams, mask: Expr) -> Iterator[tuple[Stream, Expr]]:

@@ -225,8 +225,8 @@ class SumPlan:
         )
 
     def session(self, batch: int, capacity: int, **options: Any) -> SumSession:
-        """A session for each part, as of `Plan.session`. Raises AttnError as that does, and for a gate that
-        depends on the number of tokens."""
+        """A session for each part, as of `Plan.session`; `memory` is that of a call. Raises AttnError as that
+        does, and for a gate that depends on the number of tokens."""
         return SumSession(self, batch, capacity, **options)
 
     def module(self) -> nn.Module:
@@ -319,14 +319,20 @@ class SumSession:
     and v of new tokens, and three tensors of its own for a part under its name.
     """
 
-    def __init__(self, plan: SumPlan, batch: int, capacity: int, **options: Any) -> None:
+    def __init__(
+        self, plan: SumPlan, batch: int, capacity: int, *, memory: Any = None, **options: Any
+    ) -> None:
+        held = held_of_parts(plan.attention, memory)
         for name, gate in plan.gates.items():
             if not isinstance(gate, float) and gate.attention.groups[0].score.free & {"n", "nq"}:
                 said = f"the gate of `{name}` depends on the number of tokens"
                 raise fail(f"`{plan.attention.name}` has no sessions: {said}")
         self.plan = plan
         self.learned: Callable[[], Mapping[str, Tensor]] | None = None
-        self.parts = {name: part.session(batch, capacity, **options) for name, part in plan.parts.items()}
+        self.parts = {
+            name: part.session(batch, capacity, memory=held.get(name), **options)
+            for name, part in plan.parts.items()
+        }
 
     @property
     def lengths(self) -> tuple[int, ...]:
