@@ -402,6 +402,22 @@ def test_a_step_that_one_part_refuses_leaves_all_as_they_were():
         assert {part.lengths for part in session.parts.values()} == {(9, 9)}
 
 
+def test_what_one_part_held_lasts_where_another_refuses():
+    """Also where the new tokens would have taken the places of all that it held."""
+    text = "attention near { mask causal & last(3) } attention slots { keys pool(4)  mask causal }"
+    plan = plan_of(attndsl.parse(text + "attention both = near + slots")["both"], 40)
+    q, k, v = (x.detach() for x in tensors(20, 20, width=D))
+    wanted = plan(q, k, v)
+    for size in (1, 2, 9):
+        session = plan.session(B, 40, rewind=2)
+        found = [session.step(*(x[:, :, :6] for x in (q, k, v)))]
+        wrong = [torch.full_like(x[:, :, :size], 9.0) for x in (q, k, v)]
+        with pytest.raises(attndsl.AttnError):
+            session.step(*wrong, slots=(wrong[0], wrong[1], wrong[2][:, :1]))
+        found.append(session.step(*(x[:, :, 6:] for x in (q, k, v))))
+        torch.testing.assert_close(torch.cat(found, 2), wanted)
+
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
@@ -457,8 +473,8 @@ def test_native_sparse_attention_by_hand():
 
 
 def test_memorizing_transformers_by_hand():
-    """Wu et al. 2022, section 3.2: two softmaxes, of the best keys of a memory and of what is near, and a gate
-    for each head."""
+    """Wu et al. 2022, section 3.2: the best keys of a memory and what is near, each in a softmax, and a gate
+    of each head."""
     n, m, w, top = 21, 13, 4, 3
     bound = attndsl.load(EXAMPLES / "memorizing.attn")["memorizing"](m=m, w=w, top=top)
     module = plan_of(bound, n).module().double()
@@ -741,8 +757,42 @@ def test_the_analyzer_tells_of_sums_with_keys_of_their_own():
     assert told.making == part.making
     (other,) = (attndsl.analyze(program[name], length=64, heads=H) for name in ("window",))
     assert told.flops.forward == part.flops.forward + other.flops.forward
-    with pytest.raises(attndsl.AttnError, match="`compressed` has no sessions: its keys are streams"):
-        attndsl.compile(program["few"], length=64).session(1, 64)
+
+
+def test_sessions_of_sums_whose_parts_have_streams():
+    """NSA, and a memory beside what is near: step by step what the whole gives; other rows, and back."""
+    n = 40
+    text = """
+    attention far { keys pool(3, of = mem(6)) ++ mem(2) }
+    attention best { keys mem(5)  mask topk(2, of = { q, k : k < 0 }) }
+    attention held(l = learn[H](0.3)) = far - l * best + window
+    """
+    program = attndsl.parse(STREAMS + text)
+    q, k, v = (x.detach() for x in tensors(n, n))
+    _, mk, mv = (x.detach() for x in tensors(1, 8, 9))
+    gate = torch.rand(B, H, 3, n, dtype=torch.float64)
+    for name, tables, memory in (("nsa", {"gate": gate}, None), ("held", {}, (mk, mv))):
+        module = plan_of(program[name], n).module().double()
+        with torch.no_grad():
+            wanted = module(q, k, v, memory=memory, **tables)
+            session = module.session(B, n, rewind=3, v_dim=DV, memory=memory)
+
+            def taken(a, b, session=session, tables=tables, **more):
+                given = {name: x[..., :b] for name, x in tables.items()}
+                return session.step(*(x[:, :, a:b] for x in (q, k, v)), **given, **more)
+
+            torch.testing.assert_close(taken(0, 17, chunk=5), wanted[:, :, :17])
+            for i in range(17, 30):
+                torch.testing.assert_close(taken(i, i + 1), wanted[:, :, i : i + 1])
+            other = session.copy()
+            draft = {name: x[..., :33] for name, x in tables.items()}
+            session.step(*(x[:, :, :3] for x in (q, v.new_zeros(k.shape), v)), **draft)
+            session.truncate(30)
+            torch.testing.assert_close(taken(30, n), wanted[:, :, 30:])
+            other.reorder([1, 0])
+            swapped = {name: x.flip(0) for name, x in tables.items()}
+            new = (x[:, :, 30:].flip(0) for x in (q, k, v))
+            torch.testing.assert_close(other.step(*new, **swapped), wanted[:, :, 30:].flip(0))
 
 
 def test_commands_take_sums_with_keys_of_their_own(tmp_path):

@@ -358,13 +358,14 @@ class SumSession:
         self.plan.check_names(given)
         self.plan.check_learned(learned)
         starts = self.lengths
-        with self._together():
+        new = {name: own(name, given[name]) if name in given else (q, k, v) for name in self.parts}
+        sizes = [x.shape[2] for _, x, _ in new.values() if isinstance(x, Tensor) and x.dim() == 4]
+        with self._together(max(sizes, default=0)):
             found = {}
             for name, session in self.parts.items():
-                new = own(name, given[name]) if name in given else (q, k, v)
                 mine = None if learned is None else under(name, learned)
                 tables = of(session.plan, given)
-                found[name] = session.prefill(*new, chunk=chunk, tokens=tokens, learned=mine, **tables)
+                found[name] = session.prefill(*new[name], chunk=chunk, tokens=tokens, learned=mine, **tables)
             at = following(starts, q.shape[2])
             at = np.minimum(at, np.maximum(np.array(self.lengths) - 1, 0)[:, None])
 
@@ -399,14 +400,18 @@ class SumSession:
                 session.truncate(lengths)
 
     @contextmanager
-    def _together(self) -> Iterator[None]:
-        """Where one part refuses, all are as before."""
-        before = [(session, dict(vars(session))) for session in self.parts.values()]
+    def _together(self, tokens: int = 0) -> Iterator[None]:
+        """Where one part refuses, all are as before. New tokens may have taken the places of earlier ones, of
+        as many as a session goes back; where more come, what it held is put by."""
+        before = [
+            (s, dict(vars(s.copy() if s.ring and tokens > s.rewind else s))) for s in self.parts.values()
+        ]
         try:
             yield
         except AttnError:
             for session, fields in before:
-                vars(session).update(fields)
+                reached = session.reached if fields["k"] is session.k and tokens else fields["reached"]
+                vars(session).update(fields, reached=reached)
             raise
 
 
