@@ -134,6 +134,13 @@ Stream = Stretch | Pool | Projection
 Streams = tuple[Stream, ...]
 
 
+def many_at(stream: Stream, n: int) -> int:
+    """How many entries it has where there are n tokens."""
+    many = number(substitute(stream.many, {"n": const(n)}))
+    assert isinstance(many, int)
+    return many
+
+
 def starts(streams: Streams) -> list[Expr]:
     """The number of the first entry of each stream, and the one behind the last."""
     ends = [i + 1 for i, stream in enumerate(streams) if isinstance(stream, Stretch)]
@@ -272,8 +279,7 @@ def listed(streams: Streams, n: int) -> str:
     """In words, with the places of their entries: a line, and none where there are no streams."""
     parts, place = [], 0
     for stream in streams:
-        many = number(substitute(stream.many, {"n": const(n)}))
-        assert isinstance(many, int)
+        many = many_at(stream, n)
         if many:
             parts.append(f"{place:,}..{place + many - 1:,} {_kind(stream)}")
         place += many

@@ -752,7 +752,8 @@ def test_what_a_sum_relates_are_the_tokens_that_keys_are_made_of():
 def test_the_analyzer_tells_of_sums_with_keys_of_their_own():
     program = attndsl.parse(STREAMS)
     told, part = (attndsl.analyze(program[name], length=64, heads=H) for name in ("few", "compressed"))
-    assert {*told.reasons} == {*part.reasons} == {"kv_cache", "shards"}
+    assert {*told.reasons} == {*part.reasons} == {"shards"}
+    assert told.kv_cache.by_stream == {"tokens": 6, "slots of 4 tokens, one every 2": 31}
     assert told.parts["compressed"] == part.nnz
     assert told.making == part.making
     (other,) = (attndsl.analyze(program[name], length=64, heads=H) for name in ("window",))

@@ -16,9 +16,9 @@ from attndsl.attention import Attention
 from attndsl.backend import DTYPES, Counting, Problem
 from attndsl.errors import asking, fail
 from attndsl.execution import choice, registry
-from attndsl.expr import Table, const, number, substitute
+from attndsl.expr import Table
 from attndsl.pictures import Drawing, drawn
-from attndsl.streams import Projection, Stretch, described
+from attndsl.streams import Projection, Stretch, described, many_at
 from attndsl.tiles import lowering
 from attndsl.tiles.blockmask import BlockMask
 
@@ -153,8 +153,7 @@ def making(attention: Attention, problem: Problem) -> dict[str, float]:
     for stream in attention.streams:
         if isinstance(stream, Stretch):
             continue
-        slots = number(substitute(stream.many, {"n": const(problem.length)}))
-        assert isinstance(slots, int)
+        slots = many_at(stream, problem.length)
         vector = 0
         for by in stream.made_by:
             if isinstance(stream, Projection):

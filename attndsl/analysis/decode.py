@@ -53,6 +53,9 @@ class Cache:
     formula     `minimum` in n where that is a constant or n itself, as sympy reads it
     valid_for   the lengths for which it holds
     state       numbers, of all heads, that stand for all keys in a session; None where keys are kept
+    by_stream   of an attention with `keys` what `minimum` is made of, in words. There memory is held from the
+                first step on, a slot from the last of its tokens on, and a token until all slots of it are
+                made too; `full` are tokens, memory and slots
     """
 
     minimum: int
@@ -66,6 +69,7 @@ class Cache:
     formula: str | None = None
     valid_for: str | None = None
     state: int | None = None
+    by_stream: Mapping[str, int] | None = None
 
 
 def kv_cache(
@@ -73,22 +77,27 @@ def kv_cache(
 ) -> Cache:
     """What decoding `length` tokens keeps; of the inputs those that the mask reads are needed.
 
-    Raises AttnError as `attention.block_mask` does.
+    Raises AttnError as `attention.block_mask` does, and for streams that are not proved to be causal.
     """
+    if attention.of_streams:
+        from attndsl.analysis.streamcache import cache_of_streams
+
+        return cache_of_streams(attention, length, heads, inputs)
     tiles = mask_tiles(attention, length, heads, inputs)
     last = np.stack([last_reads(grid) for grid in tiles.grids])
-    peaks = [_peak(row) for row in last]
-    by_head = [max((peaks[i] for i in column), key=_size) for column in tiles.index.T]
-    widest = max(by_head, key=_size)
+    peaks = [peak(np.arange(len(row)), row) for row in last]
+    by_head = [max((peaks[i] for i in column), key=first_most) for column in tiles.index.T]
+    widest = max(by_head, key=first_most)
     unions = {tuple(set(row.tolist())) for row in tiles.index}
-    union = max((_peak(last[list(i)].max(axis=0)) if len(i) > 1 else peaks[i[0]])[0] for i in unions)
+    key = np.arange(length)
+    union = max((peak(key, last[list(i)].max(axis=0)) if len(i) > 1 else peaks[i[0]])[0] for i in unions)
     evictions = _evictions(attention, length, heads)
     bounded, formula, valid_for = _growth(list(dict(evictions).items()))
     return Cache(
         widest[0],
         length,
         widest[1] if widest[0] else None,
-        _by_head([found.rule for _, found in evictions]),
+        by_head_of([found.rule for _, found in evictions]),
         tuple(peak for peak, _ in by_head),
         union,
         not any(reads_ahead(grid) for grid in tiles.grids),
@@ -99,13 +108,11 @@ def kv_cache(
 
 
 def mask_tiles(attention: Attention, length: int, heads: int, inputs: Mapping[str, ArrayLike]) -> BlockMask:
-    """The tiles of self attention; tables that no mask reads may be missing.
+    """The tiles of self attention, of streams those of entries; tables that no mask reads may be missing.
 
     Raises AttnError where queries stand at other positions than keys.
     """
     length, heads = (lowering.checked_length(*given) for given in (("length", length), ("heads", heads)))
-    if attention.of_streams:
-        raise fail(f"a cache is of tokens, and the keys of `{attention.name}` are streams")
     sizes = lowering.sizes(attention, length, length, heads)
     if sizes.q.starts != (0,):
         raise fail(f"queries of `{attention.name}` start at position {sizes.q.span(0)[0]}, and keys at 0")
@@ -179,17 +186,19 @@ def reads_ahead(grid: TileGrid) -> bool:
     return bool((grid.masks[on_diagonal] & later).any())
 
 
-def _peak(last: Array) -> tuple[int, int]:
-    """Most keys held at one step, and the first such step, given the last reader of each key."""
-    key = np.arange(len(last))
-    held = key <= last
-    ends = np.bincount(last[held] + 1, minlength=len(last) + 1)
-    counts = np.cumsum(held - ends[:-1])
-    step = int(counts.argmax()) if len(counts) else 0
-    return int(counts[step]) if len(counts) else 0, step
+def peak(start: Array, last: Array) -> tuple[int, int]:
+    """Most keys held at one step, and the first such step, given the step from which on each can be held and
+    its last reader."""
+    held = start <= last
+    steps = int(last.max(initial=0)) + 2
+    counts = np.cumsum(
+        np.bincount(start[held], minlength=steps) - np.bincount(last[held] + 1, minlength=steps)
+    )
+    step = int(counts.argmax())
+    return int(counts[step]), step
 
 
-def _size(peak: tuple[int, int]) -> tuple[int, int]:
+def first_most(peak: tuple[int, int]) -> tuple[int, int]:
     """More keys first, then sooner."""
     return peak[0], -peak[1]
 
@@ -219,23 +228,23 @@ def _limit(mask: Expr, horizon: int | None) -> tuple[int, int] | None:
     if horizon is None or horizon > HORIZON:
         return None
 
-    def peak(n: int) -> tuple[int, int]:
+    def peak_at(n: int) -> tuple[int, int]:
         at = substitute(mask, {"n": const(n)})
-        return _peak(last_reads(tile(at, n, n, BLOCK_SIZE, n=n)))
+        return peak(np.arange(n), last_reads(tile(at, n, n, BLOCK_SIZE, n=n)))
 
-    most, at = peak(horizon)
+    most, at = peak_at(horizon)
     low, high = at + 1 if most else 0, horizon
     while low < high:
         # mostly the query at the peak reads all that is held
         middle = low if low == at + 1 else (low + high) // 2
-        if peak(middle)[0] == most:
+        if peak_at(middle)[0] == most:
             high = middle
         else:
             low = middle + 1
     return most, low
 
 
-def _by_head(rules: list[str]) -> str:
+def by_head_of(rules: list[str]) -> str:
     """Rules with the heads that follow them, unless all follow one."""
     if len(set(rules)) == 1:
         return rules[0]
@@ -250,13 +259,15 @@ def _by_head(rules: list[str]) -> str:
 
 def _evictions(attention: Attention, n: int, heads: int) -> list[tuple[Expr, Eviction]]:
     """The mask of each head, over q, k and maybe n, and how long it holds keys."""
+    return [(mask, eviction(mask, n if "n" in mask.free else 0)) for mask in masks_by_head(attention, heads)]
+
+
+def masks_by_head(attention: Attention, heads: int) -> Iterator[Expr]:
+    """Over q, k and maybe n."""
     masks = [lowering.quantifier_free(group.relation.mask) for group in attention.groups]
-    found = []
     for head, group in enumerate(lowering.head_groups(attention, heads)):
         constants = {"b": ZERO, "h": const(head), "H": const(heads), "nq": var("n")}
-        mask = lowering.alone(substitute(masks[group], constants))
-        found.append((mask, eviction(mask, n if "n" in mask.free else 0)))
-    return found
+        yield lowering.alone(substitute(masks[group], constants))
 
 
 def state_of(attention: Attention, problem: Problem) -> int | None:
@@ -277,6 +288,8 @@ def _find(subject: Subject) -> Cache:
 def _text(found: Cache) -> Iterator[str]:
     yield "\nKV cache when decoding"
     yield line("keys", f"{found.minimum:,} at most, of {found.full:,}")
+    if found.by_stream is not None:
+        yield line("of these", ", ".join(f"{keys:,} {name}" for name, keys in found.by_stream.items()))
     yield line("rule", found.rule)
     if found.bounded is not None:
         yield line("bounded", "yes, for every n" if found.bounded else "no, it grows with n")
@@ -297,6 +310,10 @@ CARDS = """
 SECTION = """
 {% set it = report.kv_cache %}
 <p>The smallest key-value cache holds {{ fact("kv_cache", "minimum") }} of {{ fact("kv_cache", "full") }} keys
+{%- if it.by_stream %} (
+{%- for name, keys in it.by_stream.items() %}{{ "{:,}".format(keys) }} {{ name }}{{ ", " if not loop.last }}
+{%- endfor %})
+{%- endif %}
 {%- if it.at is not none %}, first at position {{ fact("kv_cache", "at") }}{% endif %}
 {%- if it.formula %}; for {{ it.valid_for | relation }} it is
 <span data-field="/kv_cache/formula">{{ it.formula | math }}</span>{% endif %}.
@@ -310,4 +327,6 @@ In place of keys {{ fact("kv_cache", "state") }} numbers of all heads do, whatev
 <p class="rule" data-field="/kv_cache/rule">{{ it.rule }}</p>
 """
 
-part = Part(_find, _text, settled=False, place=80, title="Decoding", section=SECTION, cards=CARDS)
+part = Part(
+    _find, _text, settled=False, place=80, title="Decoding", section=SECTION, cards=CARDS, streams=True
+)

@@ -16,8 +16,7 @@ from attndsl.axis import Axis
 from attndsl.errors import fail
 from attndsl.execution.session import Session, following, picked
 from attndsl.execution.streaming import Pair, checked_memory, made_of, repeated
-from attndsl.expr import const, number, substitute
-from attndsl.streams import Pool, Stream, Stretch, memory
+from attndsl.streams import Pool, Stream, Stretch, many_at, memory
 
 if TYPE_CHECKING:
     from attndsl.execution.plan import Plan
@@ -53,7 +52,7 @@ class StreamSession(Session):
                 f"`{attention.name}` has no sessions: its tables tell of every token, and keys of more than "
                 "one stream come with these"
             )
-        self.firsts = [0, *accumulate(_many(stream, capacity) for stream in self.streams)]
+        self.firsts = [0, *accumulate(many_at(stream, capacity) for stream in self.streams)]
         self.held = held and checked_memory(attention, self.k, self.v, held)
         heads = p.heads if attention.made_by_head else p.kv_heads
         keys, values = (x.new_zeros(batch, heads, self.firsts[-1], x.shape[3]) for x in (self.k, self.v))
@@ -99,7 +98,7 @@ class StreamSession(Session):
                 self._make(stream, first, (k, v), starts, ends, tables)
             self.held = None
             last, first = self.streams[-1], self.firsts[-2]
-            there = first + _many(last, int(ends.max()))
+            there = first + many_at(last, int(ends.max()))
             return self.entries[0][:, :, :there], self.entries[1][:, :, :there]
 
         assert self.most is not None
@@ -164,9 +163,3 @@ class StreamSession(Session):
         )
         for cache, x in zip(self.entries, new, strict=True):
             cache[row, :, place] = x[row, :, source].detach()
-
-
-def _many(stream: Stream, n: int) -> int:
-    many = number(substitute(stream.many, {"n": const(n)}))
-    assert isinstance(many, int)
-    return many
