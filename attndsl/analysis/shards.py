@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attndsl.analysis.decode import mask_tiles
+from attndsl.analysis.holding import mask_tiles
 from attndsl.analysis.part import Part, Subject
 from attndsl.analysis.text import table
 from attndsl.analysis.units import scaled

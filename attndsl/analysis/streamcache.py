@@ -9,8 +9,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attndsl.analysis.decode import Cache, by_head_of, first_most, last_reads, mask_tiles, masks_by_head, peak
 from attndsl.analysis.eviction import eviction
+from attndsl.analysis.holding import (
+    Cache,
+    by_head_of,
+    first_most,
+    last_reads,
+    mask_tiles,
+    masks_by_head,
+    peak,
+)
 from attndsl.attention import Attention
 from attndsl.errors import fail
 from attndsl.expr import ZERO, Expr, all_of, any_of, const, eq, floordiv, le, lt, mod, sub, substitute, var
