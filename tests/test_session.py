@@ -258,6 +258,20 @@ def test_rows_of_streams_give_what_their_sequences_give_alone(name: str) -> None
         grow(s, alone, random, generator, 5, ragged=False)
 
 
+@pytest.mark.parametrize("name", ["compressed", "pooled", "pools first"])
+def test_slots_are_made_again_where_a_draft_is_taken_back(name: str) -> None:
+    """As far back as it goes, at every place in a slot."""
+    plan, new = compiled(STREAMS[name]), drawn(torch.Generator().manual_seed(0), 2, 40, torch.float64)
+    memory = Alone(plan, 2).memory
+    wanted = plan(*new, memory=memory)
+    for start in range(8, 22):
+        s = plan.session(2, LENGTH, rewind=REWIND, v_dim=V_WIDTH, memory=memory)
+        s.prefill(*(x[:, :, :start] for x in new))
+        s.step(*(x[:, :, :REWIND] for x in new))
+        s.truncate(start)
+        close(s.step(*(x[:, :, start:] for x in new)), wanted[:, :, start:])
+
+
 def test_a_session_of_pools_holds_slots_and_the_tokens_of_the_next() -> None:
     plan = compiled(STREAMS["compressed"], length=400)
     s = plan.session(2, 400, rewind=3)
