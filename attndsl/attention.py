@@ -22,7 +22,7 @@ from attndsl.expr import (
     substitute,
     var,
 )
-from attndsl.streams import Numbers, Streams, memory, tokens_read
+from attndsl.streams import Numbers, Streams, memory, some_key, tokens_read
 
 HEADS_TRIED = 256
 
@@ -158,10 +158,17 @@ class Attention:
         """Whether keys are streams, its own or those of a part."""
         return bool(self.streams) or any(part.attention.streams for part in self.parts)
 
+    @property
+    def held(self) -> int:
+        """How many keys of memory a call is given, for itself or the part that has most."""
+        return max([memory(self.streams), *(part.attention.held for part in self.parts)])
+
     @functools.cached_property
     def selected(self) -> tuple[Table, ...]:
-        """The tables of its choices, by name."""
-        return tuple(sorted((t for t in self.read if isinstance(t.origin, Selected)), key=lambda t: t.name))
+        """The tables of its choices and of its parts', by name."""
+        of_parts = (table for part in self.parts for table in part.attention.selected)
+        found = {*of_parts, *(table for table in self.read if isinstance(table.origin, Selected))}
+        return tuple(sorted(found, key=lambda table: table.name))
 
     @functools.cached_property
     def read(self) -> frozenset[Table]:
@@ -192,15 +199,23 @@ class Attention:
     def over_tokens(self) -> Attention:
         """The same with relations of queries and the tokens that they read. Raises AttnError where a query
         reads memory, which is no token."""
+        if self.held:
+            raise fail(f"`{self.name}` reads memory, which is no token here")
         if not self.streams:
             return self
-        if memory(self.streams):
-            raise fail(f"`{self.name}` reads memory, which is no token here")
         groups = tuple(
             replace(group, relation=Relation(tokens_read(self.streams, group.relation.mask)))
             for group in self.groups
         )
         return replace(self, groups=groups, streams=())
+
+    def keyed(self) -> tuple[tuple[Expr, Expr], ...]:
+        """What holds just where a query has a key, of any stream, with the heads of which that is said. Of a
+        sum it is a key of some part."""
+        if not self.parts:
+            return tuple([(some_key(self.streams, g.relation.mask), g.heads) for g in self.groups])
+        some = (all_of(mask, heads) for part in self.parts for mask, heads in part.attention.keyed())
+        return ((any_of(*some), TRUE),)
 
     def enough_heads(self) -> int:
         """The least number of heads at which every group holds one; claims are about that many or more."""

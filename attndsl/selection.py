@@ -5,7 +5,7 @@ A choice is data. It is made once per call, of q and k, and every backend sees i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
@@ -231,13 +231,10 @@ def _without(e: Expr, instead: Expr) -> Expr:
 
 def bounds(attention: Attention) -> tuple[Attention, Attention]:
     """Without choices: what is related whatever is chosen, and all that may be."""
-    narrow, wide = (
-        replace(
-            attention,
-            groups=tuple(
-                replace(group, relation=Relation(bound(group.relation.mask))) for group in attention.groups
-            ),
-        )
-        for bound in (narrowest, widest)
-    )
-    return narrow, wide
+
+    def bounded(attention: Attention, bound: Callable[[Expr], Expr]) -> Attention:
+        groups = (replace(group, relation=Relation(bound(group.relation.mask))) for group in attention.groups)
+        parts = (replace(part, attention=bounded(part.attention, bound)) for part in attention.parts)
+        return replace(attention, groups=tuple(groups), parts=tuple(parts))
+
+    return bounded(attention, narrowest), bounded(attention, widest)

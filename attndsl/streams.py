@@ -2,7 +2,8 @@
 
 Keys of several streams are one list, in the order of the text. An entry of it has a number, and masks and
 scores are written over that: tokens have their positions, what is before them the numbers below 0, what is
-behind them those from n on; where there are no tokens, numbers begin at 0.
+behind them those from n on. Where there are no tokens, the last memory ends at -1, as it does before tokens;
+without memory too, numbers begin at 0.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ from attndsl.expr import (
     maximum,
     mul,
     neg,
+    nodes,
     number,
+    rebuild,
     sub,
     substitute,
     var,
@@ -131,9 +134,17 @@ Stream = Stretch | Pool | Projection
 Streams = tuple[Stream, ...]
 
 
+def many_at(stream: Stream, n: int) -> int:
+    """How many entries it has where there are n tokens."""
+    many = number(substitute(stream.many, {"n": const(n)}))
+    assert isinstance(many, int)
+    return many
+
+
 def starts(streams: Streams) -> list[Expr]:
     """The number of the first entry of each stream, and the one behind the last."""
-    before = list(streams[: streams.index(Stretch())]) if Stretch() in streams else []
+    ends = [i + 1 for i, stream in enumerate(streams) if isinstance(stream, Stretch)]
+    before = streams[: streams.index(Stretch()) if Stretch() in streams else max(ends, default=0)]
     found = [neg(add(*(s.many for s in before))) if before else ZERO]
     for stream in streams:
         found.append(add(found[-1], stream.many))
@@ -212,6 +223,18 @@ def numbered(streams: Streams, e: Expr) -> Expr:
     return any_of(*parts)
 
 
+def of_stream(streams: Streams, e: Expr, i: int) -> Expr:
+    """Of an expression over the number `k` of an entry what it is for those of stream i, over `k` as their
+    slot: where streams begin, which `numbered` asks for, is decided."""
+    begins = starts(streams)
+    known = {le(start, K): TRUE if j <= i else FALSE for j, start in enumerate(begins)}
+    known |= {lt(K, start): TRUE if j > i else FALSE for j, start in enumerate(begins)}
+    for node in nodes(e):
+        if node not in known:
+            known[node] = rebuild(node, tuple([known[arg] for arg in node.args]))
+    return substitute(known[e], {"k": add(begins[i], K)})
+
+
 def _slots(streams: Streams, mask: Expr) -> Iterator[tuple[Stream, Expr]]:
     """Each stream with the mask at its slot SLOT."""
     for stream, start in zip(streams, starts(streams), strict=False):
@@ -256,8 +279,7 @@ def listed(streams: Streams, n: int) -> str:
     """In words, with the places of their entries: a line, and none where there are no streams."""
     parts, place = [], 0
     for stream in streams:
-        many = number(substitute(stream.many, {"n": const(n)}))
-        assert isinstance(many, int)
+        many = many_at(stream, n)
         if many:
             parts.append(f"{place:,}..{place + many - 1:,} {_kind(stream)}")
         place += many

@@ -17,7 +17,8 @@ from programs import program
 
 import attndsl
 from attndsl.analysis import eviction
-from attndsl.analysis.decode import Cache, kv_cache
+from attndsl.analysis.decode import kv_cache
+from attndsl.analysis.holding import Cache
 from attndsl.analysis.shards import SCHEMES, shards
 from attndsl.attention import Attention
 from attndsl.bound import Bound

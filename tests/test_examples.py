@@ -106,8 +106,9 @@ FACTS: dict[str, Callable[[Program], bool]] = {
     "rfa": lambda p: rows(p, "rfa") == rows(p, "gated_rfa") == {(64, "D")},
     "compressive": lambda p: memory(p["compressive"].attention.streams) == 768 + 3 * 1152 == 4224,
     "memorizing": lambda p: (
-        memory(p["memorizing"].attention.streams) == 65_536
-        and pairs(p["memorizing"], 600, 16) == 16 * (512 + 32)
+        p["memorizing"].attention.held == p["joint"].attention.held == 65_536
+        and each(p["memorizing"], 4) == [4 * 32, 10]
+        and pairs(p["joint"], 600, 16) == 16 * (512 + 32)
     ),
     "retnet": lambda p: [slowest(p, h) for h in range(8)] == [1 - 2.0 ** -(5 + h) for h in range(8)],
     "vsa": lambda p: (

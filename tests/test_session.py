@@ -18,6 +18,7 @@ from attndsl.analysis.lasting import kept
 from attndsl.backend import Problem
 from attndsl.execution import statesession
 from attndsl.execution.session import Session
+from attndsl.execution.streamsession import StreamSession
 
 HEADS, KV_HEADS, WIDTH, V_WIDTH, LENGTH = 4, 2, 8, 6, 96
 TEXTS = {
@@ -48,6 +49,27 @@ STATES = {
     "padded": "inputs pad : int[B]  mask causal & { q, k : k >= pad }  score elu1(Q) @ exp(K)  norm linear",
     "learned": "mask causal  score elu1(Q) @ elu1(K) * sigmoid(0.01 * k)  decay 0.3 ** (q - k)  norm linear",
 }
+STREAMS = {
+    "xl": "keys mem(9) ++ tokens  mask causal  score s - 0.1 * (q - k)",
+    "held window": "keys mem(4) ++ tokens  mask causal & last(6)",
+    "best held": "keys mem(7) ++ tokens  mask causal & ({ q, k : k >= 0 } | topk(2, of = { q, k : k < 0 }))",
+    "memory alone": "keys mem(5)  mask topk(2, of = { q, k : k < 0 })",
+    "compressive": "keys pool(3, of = mem(12)) ++ mem(5) ++ tokens  mask causal",
+    "compressed": "keys pool(6, stride = 4)  mask causal",
+    "greatest": "keys pool(3, by = max)  mask causal & last(20)",
+    "pooled": "keys mem(3) ++ tokens ++ pool(4)"
+    "  mask causal & { q, k : stream == 0 or stream == 2 or q // 4 == k // 4 }  score s + 0.1 * stream",
+    "pools first": "keys pool(3) ++ pool(5, stride = 2) ++ tokens"
+    "  mask causal & { q, k : stream < 2 or q - k < 3 }",
+    "learned pools": "keys pool(3, by = learn[H, 3, D], values = learn[3])  mask causal",
+    "mixed": "keys tokens ++ pool(2, by = learn[2, D, D], values = mean)  mask causal & last(9)",
+    "documents of streams": "inputs doc : int[B, n]  keys mem(4) ++ tokens"
+    "  mask causal & { q, k : stream == 0 or doc[q] == doc[k] }",
+    "documents of slots": "inputs doc : int[B, n]  keys pool(4, stride = 2)"
+    "  mask causal & { q, k : doc[q] == doc[k] }",
+    "padded slots": "inputs pad : int[B]  keys mem(2) ++ tokens ++ pool(3)"
+    "  mask causal & { q, k : k >= pad - 1 }",
+}  # fmt: skip
 ROLLING = {
     "per head": (2, 65),
     "window": (0, 7),
@@ -81,6 +103,8 @@ class Alone:
         empty = [torch.zeros(heads, 0, width, dtype=dtype) for heads, width in SHAPES]
         self.rows = [[*empty, []] for _ in range(batch)]
         self.bias = torch.from_numpy(np.random.default_rng(0).normal(size=(HEADS, LENGTH)))
+        generator, held = torch.Generator().manual_seed(7), plan.attention.held
+        self.memory = drawn(generator, batch, held, dtype)[1:] if held else None
 
     @property
     def lengths(self) -> list[int]:
@@ -99,6 +123,7 @@ class Alone:
 
     def reorder(self, chosen: list[int]) -> None:
         self.rows = [self.rows[b] for b in chosen]
+        self.memory = self.memory and [x[chosen] for x in self.memory]
 
     def tables(self, rows: list[int], n: int) -> dict[str, Tensor]:
         """Of these rows, as long as the longest; what stands behind a row is of no document."""
@@ -110,7 +135,9 @@ class Alone:
     def given(self, b: int) -> Tensor:
         """[H, n, Dv]"""
         q, k, v, docs = self.rows[b]
-        return self.plan(q[None], k[None], v[None], **self.tables([b], len(docs)))[0]  # type: ignore[no-any-return]
+        held = self.memory and [x[b : b + 1] for x in self.memory]
+        more = {**self.tables([b], len(docs)), **({"memory": held} if held else {})}
+        return self.plan(q[None], k[None], v[None], **more)[0]  # type: ignore[no-any-return]
 
 
 SHAPES = ((HEADS, WIDTH), (KV_HEADS, WIDTH), (KV_HEADS, V_WIDTH))
@@ -189,6 +216,96 @@ def test_rows_give_what_their_sequences_give_alone(case: tuple[str, int]) -> Non
             s.v.fill_(torch.nan)
             s = other
     assert s.slots == (sum(ROLLING[name]) - 1 + REWIND if name in ROLLING else LENGTH)
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_rows_of_streams_give_what_their_sequences_give_alone(name: str) -> None:
+    random, generator = Random(name), torch.Generator().manual_seed(0)
+    plan = compiled(STREAMS[name], ("reference", "torch", None)[len(name) % 3])
+    alone = Alone(plan, 3)
+    s = plan.session(3, LENGTH, rewind=REWIND, v_dim=V_WIDTH, memory=alone.memory)
+    assert isinstance(s, StreamSession)
+    s.k.fill_(torch.nan)
+    s.v.fill_(torch.nan)
+    while max(alone.lengths) < LENGTH - 20:
+        grow(s, alone, random, generator, random.choice([1, 1, 2, 4, 5, 15]), ragged=random.random() < 0.4)
+        deed = random.choice(["truncate", "start anew", "reorder", "copy", "", ""])
+        if deed == "truncate":
+            lengths = [random.randint(max(n - 4, furthest_back(s, b)), n) for b, n in enumerate(s.lengths)]
+            s.truncate(lengths)
+            alone.truncate(lengths)
+        elif deed == "start anew" and max(s.lengths) > 40:
+            s.truncate([0, *s.lengths[1:]])
+            alone.truncate([0, *alone.lengths[1:]])
+        elif deed == "reorder" and "pad" not in STREAMS[name]:
+            rows = [random.randrange(3) for _ in range(3)]
+            s.reorder(torch.tensor(rows))
+            alone.reorder(rows)
+        elif deed == "copy":
+            other = s.copy()
+            for x in (s.k, s.v, *s.entries):
+                x.fill_(torch.nan)
+            s = other
+    row = max(range(3), key=lambda b: s.reached[b])
+    back = s.reached[row] - REWIND
+    lengths = [back - 1 if b == row else n for b, n in enumerate(s.lengths)]
+    if s.ring:
+        with pytest.raises(attndsl.AttnError, match=f"goes back to {back}, not to {back - 1}"):
+            s.truncate(lengths)
+    else:
+        s.truncate(lengths)
+        alone.truncate(lengths)
+        grow(s, alone, random, generator, 5, ragged=False)
+
+
+@pytest.mark.parametrize("name", ["compressed", "pooled", "pools first"])
+def test_slots_are_made_again_where_a_draft_is_taken_back(name: str) -> None:
+    """As far back as it goes, at every place in a slot."""
+    plan, new = compiled(STREAMS[name]), drawn(torch.Generator().manual_seed(0), 2, 40, torch.float64)
+    memory = Alone(plan, 2).memory
+    wanted = plan(*new, memory=memory)
+    for start in range(8, 22):
+        s = plan.session(2, LENGTH, rewind=REWIND, v_dim=V_WIDTH, memory=memory)
+        s.prefill(*(x[:, :, :start] for x in new))
+        s.step(*(x[:, :, :REWIND] for x in new))
+        s.truncate(start)
+        close(s.step(*(x[:, :, start:] for x in new)), wanted[:, :, start:])
+
+
+def test_a_session_of_pools_holds_slots_and_the_tokens_of_the_next() -> None:
+    plan = compiled(STREAMS["compressed"], length=400)
+    s = plan.session(2, 400, rewind=3)
+    assert s.k.shape == s.v.shape == (2, KV_HEADS, 6 - 1 + 3, WIDTH)
+    assert [x.shape for x in s.entries] == [(2, KV_HEADS, (400 - 6) // 4 + 1, WIDTH)] * 2
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("keys proj(learn[4, n])", "`E` makes keys of all tokens, later ones too"),
+        ("keys pool(4)", "it is not proved that no query reads a key after it"),
+        ("keys tokens ++ pool(4) mask { q, k : stream == 1 or k <= q }", "it is not proved that no query"),
+        ("keys pool(4) mask causal & { q, k : k >= n - 9 }", "it is not proved that its mask stays"),
+        ("keys pool(4) mask causal score s + 0.1 * (n - k)", "its scores depend on `n`"),
+        ("keys mem(4) ++ tokens mask { q, k : k < 4 - n or k == q }", "it is not proved that its mask stays"),
+        (
+            "inputs R : bool[n, n] keys pool(4) mask causal & { q, k : R[q, k + 4] }",
+            "an entry of `R` is read",
+        ),
+        (
+            "inputs d : int[n] keys tokens ++ pool(4) mask causal & { q, k : d[k] == d[q] }",
+            "its tables tell of",
+        ),
+        ("keys mem(4) ++ tokens mask causal & topk(3)", "what `topk` chooses may change with later tokens"),
+    ],
+)
+def test_sessions_of_streams_are_refused_where_keys_do_not_last(text: str, why: str) -> None:
+    plan = compiled(text)
+    held = plan.attention.held
+    memory = [torch.zeros(1, KV_HEADS, held, WIDTH, dtype=torch.float64)] * 2 if held else None
+    with pytest.raises(attndsl.AttnError) as caught:
+        plan.session(1, LENGTH, memory=memory)
+    one_diagnostic(caught, f"`a` has no sessions: {why}")
 
 
 @pytest.mark.parametrize("held", [3, 64])

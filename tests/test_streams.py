@@ -444,6 +444,23 @@ def entries(name: str, n: int) -> tuple[np.ndarray, list[tuple[int, int]]]:
     return np.hstack([np.ones((n, 9), bool), over(made)]), [(0, -1)] * 9 + made
 
 
+def held(live: np.ndarray, made: list[tuple[int, int]], n: int) -> list[int]:
+    """How many tokens, slots and memories that are there at each step are needed then or later."""
+    readers = [np.flatnonzero(column).max(initial=-1) for column in live.T]
+    counts = []
+    for step in range(n):
+        tokens, others = set(), 0
+        for (first, last), reader in zip(made, readers, strict=True):
+            if first == last:
+                tokens |= {first} if first <= step <= reader else set()
+            elif last < first or last <= step:
+                others += step <= reader
+            if first < last and step <= last <= reader:
+                tokens |= {*range(first, step + 1)}
+        counts.append(len(tokens) + others)
+    return counts
+
+
 @pytest.mark.parametrize("n", [1, 5, 14, 60, 300])
 @pytest.mark.parametrize("name", PROGRAM.names)
 def test_analyses_are_of_entries_and_of_the_tokens_in_them(name: str, n: int) -> None:
@@ -470,8 +487,40 @@ def test_analyses_are_of_entries_and_of_the_tokens_in_them(name: str, n: int) ->
         reached = read | np.eye(n, dtype=bool)
         assert found.reach.per_layer[0].pairs == reached.sum()
         assert {*bound.graph(n).edges} == {(k, q) for q, k in np.argwhere(read).tolist()}
-    for part in ("kv_cache", "shards"):
-        assert found.reasons[part] == "it is about keys that are tokens, and here they are streams"
+    assert found.reasons["shards"] == f"ranks hold tokens, and the keys of `{name}` are streams"
+    if found.causal:
+        assert found.kv_cache.minimum == found.kv_cache.union == max(held(live, made, n))
+        assert sum(found.kv_cache.by_stream.values()) == found.kv_cache.minimum
+        assert found.kv_cache.bounded == (name == "xl")
+    else:
+        assert found.reasons["kv_cache"] in (
+            "`E` makes keys of all tokens, later ones too",
+            "it is not proved that no query of `greedy` reads a key after it",
+        )
+
+
+def test_what_is_kept_is_told_by_stream() -> None:
+    text = """
+    attention near(w) { keys pool(4) ++ mem(6) ++ tokens  mask causal & last(w) }
+    attention short = near(10)
+    attention best { keys mem(5)  mask topk(2, of = { q, k : k < 0 }) }
+    attention by_head { keys tokens ++ pool(4)  mask causal & { q, k : stream == 1 or q - k < 3 + 4 * h } }
+    attention all = short + best + by_head
+    """
+    program, told = attndsl.parse(text), {}
+    for name in ("short", "best", "by_head", "all"):
+        report = attndsl.analyze(program[name], length=50, heads=2, parts=["kv_cache"])
+        told[name] = report.kv_cache
+        assert "of these" in str(report)
+    assert told["short"].by_stream == {"tokens": 10, "slots of 4 tokens": 3}
+    assert told["short"].rule == (
+        "tokens: keep the last 10 keys; slots of 4 tokens: those in the last 10 tokens; "
+        "tokens of a slot that is not over: at most 3; memory: until step 8"
+    )
+    assert told["best"].by_stream == {"memory": 5}
+    assert (told["by_head"].per_head, told["by_head"].union) == ((16, 19), 19)
+    assert told["all"].by_stream == {"tokens": 10, "slots of 4 tokens": 12, "memory": 5}
+    assert [told[name].bounded for name in told] == [True, True, False, False]
 
 
 def test_costs_are_of_what_is_made_too() -> None:

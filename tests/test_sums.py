@@ -402,6 +402,22 @@ def test_a_step_that_one_part_refuses_leaves_all_as_they_were():
         assert {part.lengths for part in session.parts.values()} == {(9, 9)}
 
 
+def test_what_one_part_held_lasts_where_another_refuses():
+    """Also where the new tokens would have taken the places of all that it held."""
+    text = "attention near { mask causal & last(3) } attention slots { keys pool(4)  mask causal }"
+    plan = plan_of(attndsl.parse(text + "attention both = near + slots")["both"], 40)
+    q, k, v = (x.detach() for x in tensors(20, 20, width=D))
+    wanted = plan(q, k, v)
+    for size in (1, 2, 9):
+        session = plan.session(B, 40, rewind=2)
+        found = [session.step(*(x[:, :, :6] for x in (q, k, v)))]
+        wrong = [torch.full_like(x[:, :, :size], 9.0) for x in (q, k, v)]
+        with pytest.raises(attndsl.AttnError):
+            session.step(*wrong, slots=(wrong[0], wrong[1], wrong[2][:, :1]))
+        found.append(session.step(*(x[:, :, 6:] for x in (q, k, v))))
+        torch.testing.assert_close(torch.cat(found, 2), wanted)
+
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
@@ -454,6 +470,135 @@ def test_native_sparse_attention_by_hand():
     branches = softmax_of(over, q, *slots), softmax_of(live, q, k, v), softmax_of(window, q, k, v)
     wanted = sum(gate[:, :, j, :, None] * branch for j, branch in enumerate(branches))
     torch.testing.assert_close(plan(q, k, v, gate=gate), wanted)
+
+
+def test_memorizing_transformers_by_hand():
+    """Wu et al. 2022, section 3.2: the best keys of a memory and what is near, each in a softmax, and a gate
+    of each head."""
+    n, m, w, top = 21, 13, 4, 3
+    bound = attndsl.load(EXAMPLES / "memorizing.attn")["memorizing"](m=m, w=w, top=top)
+    module = plan_of(bound, n).module().double()
+    with torch.no_grad():
+        module.b.normal_()
+    (q, k, v), (_, mk, mv) = tensors(n, n), tensors(1, m, 5)
+    scores = q @ mk.repeat_interleave(H // KV, 1).mT
+    best = torch.zeros_like(scores).scatter(-1, scores.topk(top).indices, 1.0).bool()
+    i, j = torch.arange(n)[:, None], torch.arange(n)
+    gate = torch.sigmoid(module.b)[:, None, None]
+    near = softmax_of((j <= i) & (i - j < w), q, k, v)
+    wanted = gate * softmax_of(best, q, mk, mv) + (1 - gate) * near
+    out = module(q, k, v, memory=(mk, mv))
+    torch.testing.assert_close(out, wanted)
+    leaves = [q, k, v, mk, mv, module.b]
+    slope = torch.randn_like(out)
+    ours, theirs = (torch.autograd.grad(x, leaves, slope) for x in (out, wanted))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q, k, v, memory=(mk, mv)), out)
+
+
+HELD = """
+attention far(m) { keys mem(m) }
+attention long = far(7)
+attention short = far(3)
+attention past { keys pool(2, of = mem(4)) ++ mem(2) ++ tokens  mask causal }
+attention near { mask causal & last(2) }
+attention all = long + 2 * short - past + near
+"""
+
+
+def test_parts_take_their_memory_together_or_by_name():
+    """Of one pair the last keys, as far back as each goes."""
+    n = 6
+    plan = plan_of(attndsl.parse(HELD)["all"], n)
+    q, k, v = tensors(n, n)
+    _, mk, mv = tensors(1, 7, 8)
+    held = {
+        name: [x[:, :, 7 - m :] for x in (mk, mv)] for name, m in (("long", 7), ("short", 3), ("past", 6))
+    }
+    parts = {name: plan.parts[name](q, k, v, memory=held.get(name)) for name in plan.parts}
+    wanted = parts["long"] + 2 * parts["short"] - parts["past"] + parts["near"]
+    torch.testing.assert_close(parts["short"], softmax_of(torch.ones(n, 3).bool(), q, *held["short"]))
+    torch.testing.assert_close(plan(q, k, v, memory=(mk, mv)), wanted)
+    torch.testing.assert_close(plan(q, k, v, memory=held), wanted)
+    other = {**held, "short": [x[:, :, :3] for x in (mk, mv)]}
+    assert (plan(q, k, v, memory=other) - wanted).abs().max() > 0.01
+
+
+def test_memory_is_no_token_in_a_sum(tmp_path):
+    (tmp_path / "held.attn").write_text(
+        HELD + "assert every_row(long)  assert every_row(all)  assert all <= causal"
+    )
+    done = attn("check", tmp_path / "held.attn")
+    assert done.stdout.count(": proved: ") == 3
+    assert done.stderr == ""
+    program = attndsl.parse(HELD + "attention both = long + short")
+    assert not program["both"].mask(5).any()
+    told = attndsl.analyze(program["both"], length=5, heads=2)
+    assert told.empty_rows == 0
+    assert {name: count.value for name, count in told.parts.items()} == {"long": 70, "short": 30}
+    assert told.reasons["reach"] == "`both` reads memory, which is no token here"
+    ran = json.loads(
+        attn("run", f"{tmp_path}/held.attn", "all", "--length", 9, "--backward", "--json").stdout
+    )
+    assert ran["verified_rows"] == 9
+
+
+def test_one_attention_is_several_parts_by_names_of_their_own():
+    text = """
+    attention local(w, t = learn[3](0.5)) { mask causal & last(w)  score s + t[min(q - k, 2)] }
+    attention first = local(5)
+    attention second = local(w = 9)
+    attention diff(l = learn[H](0.8)) = first - l * second
+    """
+    program = attndsl.parse(text)
+    assert isinstance(plan_of(program["first"], 12), attndsl.Plan)
+    plan = plan_of(program["diff"], 12)
+    module = plan.module().double()
+    assert [*module.state_dict()] == ["l", "first.t", "second.t"]
+    mine, theirs = tensors(12, 12), tensors(12, 12, 3)
+    with torch.no_grad():
+        module.second.t.normal_()
+    out = module(*mine, second=theirs)
+    parts = [
+        plan.parts[name](*own, learned={"t": getattr(module, name).t})
+        for name, own in (("first", mine), ("second", theirs))
+    ]
+    torch.testing.assert_close(out, parts[0] - 0.8 * parts[1])
+    i, j = torch.arange(12)[:, None], torch.arange(12)
+    bias = module.second.t[(i - j).clamp(0, 2)]
+    q, k, v = theirs
+    s = q @ k.repeat_interleave(H // KV, 1).mT / D**0.5 + bias
+    weights = s.masked_fill(~((j <= i) & (i - j < 9)), -torch.inf).softmax(-1)
+    torch.testing.assert_close(parts[1], weights @ v.repeat_interleave(H // KV, 1))
+
+
+def test_a_sum_under_another_name_is_that_sum():
+    program = attndsl.parse(TEXT + "attention again = nsa")
+    again = program["again"].attention
+    assert [part.attention.name for part in again.parts] == ["first", "second", "window"]
+    assert again.name == "again"
+    assert {table.name for table in again.inputs} == {"gate", "pad"}
+
+
+def test_choosing_of_all_parts_is_counted():
+    """Also of what the union of parts does not read."""
+    text = """
+    attention near { mask causal }
+    attention far { mask causal & topk(3, of = causal) }
+    attention held { keys mem(5) ++ tokens  mask topk(2, of = { q, k : k < 0 }) | causal }
+    attention all = near + far + held
+    """
+    program = attndsl.parse(text)
+    told = {
+        name: attndsl.analyze(program[name], length=16, heads=2, parts=["cost"]) for name in program.names
+    }
+    parts = [told[name].choosing["topk"] for name in ("far", "held")]
+    assert parts == [2 * 2 * 16 * 16 * 64, 2 * 2 * 16 * 21 * 64]
+    assert told["all"].choosing == {"topk": sum(parts)}
+    seconds = [told[name].lowerings["reference"].seconds_estimate for name in ("all", "near", "far", "held")]
+    assert seconds[0] == pytest.approx(sum(seconds[1:]))
 
 
 def test_etc_with_its_own_projections_by_hand():
@@ -607,13 +752,48 @@ def test_what_a_sum_relates_are_the_tokens_that_keys_are_made_of():
 def test_the_analyzer_tells_of_sums_with_keys_of_their_own():
     program = attndsl.parse(STREAMS)
     told, part = (attndsl.analyze(program[name], length=64, heads=H) for name in ("few", "compressed"))
-    assert {*told.reasons} == {*part.reasons} == {"kv_cache", "shards"}
+    assert {*told.reasons} == {*part.reasons} == {"shards"}
+    assert told.kv_cache.by_stream == {"tokens": 6, "slots of 4 tokens, one every 2": 31}
     assert told.parts["compressed"] == part.nnz
     assert told.making == part.making
     (other,) = (attndsl.analyze(program[name], length=64, heads=H) for name in ("window",))
     assert told.flops.forward == part.flops.forward + other.flops.forward
-    with pytest.raises(attndsl.AttnError, match="`compressed` has no sessions: its keys are streams"):
-        attndsl.compile(program["few"], length=64).session(1, 64)
+
+
+def test_sessions_of_sums_whose_parts_have_streams():
+    """NSA, and a memory beside what is near: step by step what the whole gives; other rows, and back."""
+    n = 40
+    text = """
+    attention far { keys pool(3, of = mem(6)) ++ mem(2) }
+    attention best { keys mem(5)  mask topk(2, of = { q, k : k < 0 }) }
+    attention held(l = learn[H](0.3)) = far - l * best + window
+    """
+    program = attndsl.parse(STREAMS + text)
+    q, k, v = (x.detach() for x in tensors(n, n))
+    _, mk, mv = (x.detach() for x in tensors(1, 8, 9))
+    gate = torch.rand(B, H, 3, n, dtype=torch.float64)
+    for name, tables, memory in (("nsa", {"gate": gate}, None), ("held", {}, (mk, mv))):
+        module = plan_of(program[name], n).module().double()
+        with torch.no_grad():
+            wanted = module(q, k, v, memory=memory, **tables)
+            session = module.session(B, n, rewind=3, v_dim=DV, memory=memory)
+
+            def taken(a, b, session=session, tables=tables, **more):
+                given = {name: x[..., :b] for name, x in tables.items()}
+                return session.step(*(x[:, :, a:b] for x in (q, k, v)), **given, **more)
+
+            torch.testing.assert_close(taken(0, 17, chunk=5), wanted[:, :, :17])
+            for i in range(17, 30):
+                torch.testing.assert_close(taken(i, i + 1), wanted[:, :, i : i + 1])
+            other = session.copy()
+            draft = {name: x[..., :33] for name, x in tables.items()}
+            session.step(*(x[:, :, :3] for x in (q, v.new_zeros(k.shape), v)), **draft)
+            session.truncate(30)
+            torch.testing.assert_close(taken(30, n), wanted[:, :, 30:])
+            other.reorder([1, 0])
+            swapped = {name: x.flip(0) for name, x in tables.items()}
+            new = (x[:, :, 30:].flip(0) for x in (q, k, v))
+            torch.testing.assert_close(other.step(*new, **swapped), wanted[:, :, 30:].flip(0))
 
 
 def test_commands_take_sums_with_keys_of_their_own(tmp_path):

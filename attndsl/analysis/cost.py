@@ -16,9 +16,9 @@ from attndsl.attention import Attention
 from attndsl.backend import DTYPES, Counting, Problem
 from attndsl.errors import asking, fail
 from attndsl.execution import choice, registry
-from attndsl.expr import Table, const, number, substitute
+from attndsl.expr import Table
 from attndsl.pictures import Drawing, drawn
-from attndsl.streams import Projection, Stretch, described
+from attndsl.streams import Projection, Stretch, described, many_at
 from attndsl.tiles import lowering
 from attndsl.tiles.blockmask import BlockMask
 
@@ -109,11 +109,11 @@ def _find(subject: Subject) -> Costs:
     found = {
         name: _added({part: by_part[part][name] for part in parts}) for name in registry.names("backends")
     }
-    chosen = choosing(subject.attention.attended, subject.problem.attended(subject.attention))
-    made: Counter[str] = Counter()
+    chosen, made = Counter[str](), Counter[str]()
     for part in parts.values():
+        chosen.update(choosing(part.attention.attended, part.problem.attended(part.attention)))
         made.update(making(part.attention, part.problem))
-    return Costs(least.flops, least.bytes, found, chosen, made)
+    return Costs(least.flops, least.bytes, found, dict(chosen), dict(made))
 
 
 def _lowerings(part: Subject) -> dict[str, Lowering]:
@@ -153,8 +153,7 @@ def making(attention: Attention, problem: Problem) -> dict[str, float]:
     for stream in attention.streams:
         if isinstance(stream, Stretch):
             continue
-        slots = number(substitute(stream.many, {"n": const(problem.length)}))
-        assert isinstance(slots, int)
+        slots = many_at(stream, problem.length)
         vector = 0
         for by in stream.made_by:
             if isinstance(stream, Projection):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import cast
 
 from attndsl.analysis.eviction import eviction
@@ -15,6 +16,7 @@ from attndsl.execution.leaks import stable
 from attndsl.execution.selecting import parts as scores_of
 from attndsl.expr import ONE, Expr, Selected, Table, add, all_of, any_of, le, make, nodes, substitute, var
 from attndsl.relations.proofs import follows
+from attndsl.streams import Pool, Projection, Stretch, memory, of_stream
 from attndsl.tiles.tiling import replaced
 
 Q, K, N, LATER = var("q"), var("k"), var("n"), var("?n")
@@ -23,13 +25,13 @@ CAUSAL = le(K, Q)
 
 def kept(attention: Attention, problem: Problem) -> tuple[int, int] | None:
     """Numbers a and b such that no query reads other keys than the first a and the last b of those up to it,
-    proved for every length and table; None where there are no such numbers.
+    proved for every length and table; None where there are no such numbers, and where keys are streams.
 
     Raises AttnError where more tokens could change what one gets: then a cache does not do.
     """
     for reason in _changes(attention, problem):
         raise fail(f"`{attention.name}` has no sessions: {reason}")
-    read = _read(attention)
+    read = None if attention.streams else _read(attention)
     if read is None:
         return None
     found = [eviction(mask, 0).enough for mask in masks_of(read, problem)]
@@ -65,9 +67,9 @@ def _changes(attention: Attention, problem: Problem) -> Iterator[str]:
     ]
     weights += [e for table in attention.selected for e in scores_of(table)]
     parts = [*(group.relation.mask for group in attention.groups), *weights]
-    if attention.streams:
-        yield "its keys are streams, which are made of all tokens at every call"
-        return
+    for stream in attention.streams:
+        if isinstance(stream, Projection):
+            yield f"`{stream.keys.name}` makes keys of all tokens, later ones too"
     if attention.approx is not None:
         yield f"`{attention.approx.kind}` is computed of all tokens at once"
     if attention.offset is not None:
@@ -79,16 +81,29 @@ def _changes(attention: Attention, problem: Problem) -> Iterator[str]:
     for table in attention.selected:
         if not stable(table, attention):
             yield f"what `{table.name.partition('#')[0]}` chooses may change with later tokens"
-    for table in (table for e in parts for table in _read_ahead(e)):
-        yield f"an entry of `{table.name}` is read that may come later"
-    for mask in map(_drawn_once, masks_of(attention, problem)):
-        if not follows(mask, CAUSAL):
-            yield "it is not proved that no query reads a key after it"
-        grown = substitute(mask, {"n": LATER})
-        if grown is not mask and not (_same(mask, grown) and _same(grown, mask)):
-            yield "it is not proved that its mask stays as it is while `n` grows"
-    if any("n" in _drawn_once(e).free for e in weights):
-        yield "its scores depend on `n`"
+    masks = [_drawn_once(mask) for mask in masks_of(attention, problem)]
+    for stream, here in _by_stream(attention):
+        # a key stands where the last token of it does, and memory before them all
+        seen = le(stream.position(K), Q)
+        for table in (table for e in parts for table in _read_ahead(here(e), seen)):
+            yield f"an entry of `{table.name}` is read that may come later"
+        for mask in map(here, masks):
+            if not (memory((stream,)) or follows(mask, seen)):
+                yield "it is not proved that no query reads a key after it"
+            grown = substitute(mask, {"n": LATER})
+            if grown is not mask and not (_same(mask, grown) and _same(grown, mask)):
+                yield "it is not proved that its mask stays as it is while `n` grows"
+        if any("n" in here(_drawn_once(e)).free for e in weights):
+            yield "its scores depend on `n`"
+
+
+def _by_stream(attention: Attention) -> Iterator[tuple[Stretch | Pool, Callable[[Expr], Expr]]]:
+    """Each stream that has places, and of an expression what it is for its keys, over `k` as their number."""
+    if not attention.streams:
+        yield Stretch(), lambda e: e
+    for i, stream in enumerate(attention.streams):
+        if not isinstance(stream, Projection):
+            yield stream, partial(lambda i, e: of_stream(attention.streams, e, i), i)
 
 
 def _same(mask: Expr, other: Expr) -> bool:
@@ -107,12 +122,13 @@ def _drawn_once(e: Expr) -> Expr:
     return replaced(e, drawn)
 
 
-def _read_ahead(e: Expr) -> Iterator[Table]:
-    """Tables where an entry beyond the end is false, maybe at positions after the query."""
+def _read_ahead(e: Expr, seen: Expr) -> Iterator[Table]:
+    """Tables where an entry beyond the end is false, maybe at positions after the query, of keys that are
+    `seen`."""
     for node in nodes(e):
         table = node.value
         if isinstance(table, Table) and (table.dtype == "bool" or node.op == "intable"):
             indices = node.args[int(node.op == "intable") + len(table.implicit) :]
             for index, axis in zip(indices, table.explicit, strict=False):
-                if axis == "n" and not follows(CAUSAL, le(index, Q)):
+                if axis == "n" and not follows(seen, le(index, Q)):
                     yield table

@@ -257,8 +257,11 @@ def subject_of(
     lowering.checked_tables(attention, inputs, subject.sizes, problem.batch, needed=())
     if all(table.name in inputs for table in attention.selected):
         return subject
+    chosen: dict[str, Any] = {}
     try:
-        chosen = drawn(attention, subject.sizes, problem.kv_heads, head_dim, inputs)
+        # keys are other ones in each part
+        for part in subject.parts.values():
+            chosen |= drawn(part.attention, part.sizes, problem.kv_heads, head_dim, part.inputs)
     except AttnError as error:
         return replace(subject, drawn=True, undrawn=error)
     return replace(subject, inputs={**chosen, **inputs}, drawn=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 
@@ -36,13 +37,18 @@ def rows(subject: Subject) -> Rows:
 
 def _empty_rows(subject: Subject) -> int:
     """Over all heads and batch rows."""
+    p = subject.problem
+    if subject.attention.parts and subject.attention.held:
+        # its tiles are of tokens alone
+        empty = (part.block_mask.empty_rows() for part in subject.parts.values())
+        return int(reduce(np.logical_and, empty, np.ones((p.batch, p.heads, p.q_length), bool)).sum())
     if (
         subject.attention.streams
         or not subject.square
         or not all(counting.is_exact(mask) for mask in subject.masks)
     ):
         return int(subject.block_mask.empty_rows().sum()) * subject.times
-    n, total = subject.problem.length, 0
+    n, total = p.length, 0
     for mask, times in subject.masks.items():
         some = substitute(quantifier_free(exists("k", ZERO, var("n"), mask)), {"n": const(n)})
         total += times * (n - int(evaluate(some, np.arange(n), np.arange(n)).sum()))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attndsl.analysis.decode import mask_tiles
+from attndsl.analysis.holding import mask_tiles
 from attndsl.analysis.part import Part, Subject
 from attndsl.analysis.text import table
 from attndsl.analysis.units import scaled
@@ -127,6 +127,8 @@ def shards(
         raise fail("`ranks` is 0, and must be positive")
     if ranks * length > BITS_LIMIT:
         raise fail(f"{ranks:,} ranks times {length:,} keys; the limit is {BITS_LIMIT:,}")
+    if attention.of_streams:
+        raise fail(f"ranks hold tokens, and the keys of `{attention.name}` are streams")
     tiles = mask_tiles(attention, length, heads, inputs)
     pairs = [grid.row_counts() for grid in tiles.grids]
     live = np.sum([pairs[i] for i in tiles.index.ravel()], axis=0)
@@ -257,4 +259,4 @@ SECTION = """
 <p class="hint">Balance is the largest number of live pairs of a rank over the mean: 1 is even.</p>
 """
 
-part = Part(_find, _text, settled=False, place=90, title="Sharding", section=SECTION)
+part = Part(_find, _text, settled=False, place=90, title="Sharding", section=SECTION, streams=True)

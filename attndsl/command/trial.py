@@ -17,7 +17,6 @@ from attndsl.execution.lowered import lower
 from attndsl.execution.plan import AnyPlan, Plan, compile
 from attndsl.execution.sums import SumPlan
 from attndsl.expr import var
-from attndsl.streams import memory as memory_of
 from attndsl.tiles import lowering
 
 if TYPE_CHECKING:
@@ -70,7 +69,7 @@ def memory(plan: AnyPlan, seed: int = 0) -> dict[str, Any]:
     """What the plan takes of it, normal numbers."""
     import torch
 
-    p, length = plan.problem, memory_of(plan.attention.streams)
+    p, length = plan.problem, plan.attention.held
     generator = torch.Generator().manual_seed(seed + 1)
     shape, wide = (p.batch, p.kv_heads, length, p.head_dim), getattr(torch, p.dtype)
     pair = tuple(torch.randn(shape, generator=generator).to(p.device, wide) for _ in "kv")

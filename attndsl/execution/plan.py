@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -24,6 +24,7 @@ from attndsl.execution.operator import check_tangents, run, step
 from attndsl.execution.session import REWIND, Session
 from attndsl.execution.statesession import StateSession, stateful
 from attndsl.execution.streaming import Pair, begun, held_of, keys_and_values
+from attndsl.execution.streamsession import StreamSession
 from attndsl.execution.sums import SumPlan, gate_of, of_part
 from attndsl.expr import Learned, Table
 from attndsl.program import bound_of
@@ -224,6 +225,27 @@ class Plan:
         sizes = lowered.sizes(q, k, (None, q_at, None, k_at, None))
         return step(lowered, q, k, v, lowered.tensors(given), sizes, state)
 
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        made: Callable[[Mapping[str, Tensor]], Pair],
+        q_at: Axis,
+        n: int,
+        *,
+        learned: Mapping[str, Tensor] | None = None,
+        **inputs: Any,
+    ) -> Tensor:
+        """The output of q at `q_at`, where the keys and values of its streams are those that `made` gives of
+        the tables of the call, the first of them where there are `n` tokens. k and v are those that came."""
+        self._check(q, k, v)
+        lowered = self._served(q.dtype, self.backend)
+        given = self._given(q, learned, inputs)
+        keys, values = made(given)
+        out, _ = run(lowered, q, keys, values, lowered.tensors(given), (None, q_at, None, None, n))
+        return out
+
     def _given(
         self, q: Tensor, learned: Mapping[str, Tensor] | None, inputs: Mapping[str, Any]
     ) -> dict[str, Tensor]:
@@ -291,13 +313,19 @@ class Plan:
         rewind: int = REWIND,
         v_dim: int | None = None,
         dtype: str | None = None,
+        memory: Pair | None = None,
     ) -> Session:
         """An empty cache for `batch` sequences of up to `capacity` tokens, see `Session`; for `rewind` see
         its `truncate`. Values have `v_dim` features, by default as many as keys; `dtype` is by default the
-        plan's. Raises AttnError for an attention where later tokens could change what earlier ones give.
+        plan's; `memory` is that of a call. Raises AttnError for an attention where later tokens could change
+        what earlier ones give, and for memory that does not fit.
 
-        Where the kernel keeps a state in place of keys (`linear`) it is a StateSession, which does not grow.
+        Where the kernel keeps a state in place of keys (`linear`) it is a StateSession, which does not grow,
+        and where keys are streams a StreamSession.
         """
+        held = held_of(self.attention, memory)
+        if self.attention.streams:
+            return StreamSession(self, batch, capacity, rewind=rewind, v_dim=v_dim, dtype=dtype, held=held)
         kind = StateSession if stateful(self, rewind) else Session
         return kind(self, batch, capacity, rewind=rewind, v_dim=v_dim, dtype=dtype)
 

@@ -33,6 +33,7 @@ class Session:
              queries read only the first `first` keys and some last ones, and no table is over n, there are
              `ring` slots for all positions from `first` on: p has slot first + (p - first) mod ring, and
              sequences have no end
+    most     tokens that a row may have; None: as many as come
     lengths  tokens of each row
     reached  and how many it ever had: those behind may have taken the slots of earlier ones
     """
@@ -56,6 +57,7 @@ class Session:
                 f"the cache has {self.slots} slots, and the plan serves up to {p.length} keys",
                 help=f"compile with `length={self.slots}`",
             )
+        self.most = None if self.ring else self.slots
         self.at_once = min(p.q_length, max(rewind, p.length - self.slots) if self.ring else p.length)
         name = str(dtype or p.dtype).removeprefix("torch.")
         if name not in DTYPES:
@@ -202,9 +204,9 @@ class Session:
         for row, (length, count) in enumerate(zip(self.lengths, counts, strict=True)):
             if count > size:
                 raise fail(f"row {row} has {count} new tokens, and {size} are given")
-            if not self.ring and length + count > self.slots:
+            if self.most is not None and length + count > self.most:
                 raise fail(
-                    f"row {row} has {length} tokens and gets {count} more, and the capacity is {self.slots}"
+                    f"row {row} has {length} tokens and gets {count} more, and the capacity is {self.most}"
                 )
         return counts
 
@@ -308,6 +310,16 @@ class Session:
 def following(starts: Sequence[int] | Array, size: int) -> Array:
     """int64 [rows, size]"""
     return np.array(starts)[:, None] + np.arange(size)
+
+
+def picked(x: Tensor, entries: Array) -> Tensor:
+    """Of each batch row [B, H, n, D]; those beyond the last are never read."""
+    first, size = entries[0], entries.shape[1]
+    if (entries == first).all() and (np.diff(first) == 1).all():
+        start = int(first[0]) if size else 0
+        return x[:, :, start : start + size].clone()
+    at = torch.from_numpy(np.minimum(entries, x.shape[2] - 1)).to(x.device)
+    return x.gather(2, at[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
 
 def _integers(name: str, given: Any) -> tuple[int, ...]:

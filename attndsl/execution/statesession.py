@@ -13,7 +13,7 @@ from torch import Tensor
 from attndsl.analysis.lasting import kept, over_length
 from attndsl.axis import Axis
 from attndsl.backend import State, Stateful
-from attndsl.execution.session import Session, following
+from attndsl.execution.session import Session, following, picked
 
 if TYPE_CHECKING:
     from attndsl.execution.plan import Plan
@@ -92,7 +92,7 @@ class StateSession(Session):
             entries - np.array(self.taken)[:, None],
             entries - starts[:, None] + held,
         )
-        self.k, self.v = (_entries(x, entries) for x in (keys, values))
+        self.k, self.v = (picked(x, entries) for x in (keys, values))
         self.lengths, self.taken = tuple(grown.tolist()), tuple(taken.tolist())
         self.reached = tuple(map(max, self.reached, self.lengths))
         behind = torch.tensor(counts)[:, None] <= torch.arange(size)
@@ -113,13 +113,3 @@ class StateSession(Session):
             query, keys, values, Axis.of(ends[:, None] - 1), Axis.of(at), state, **call
         )
         return found
-
-
-def _entries(x: Tensor, entries: NDArray[np.int64]) -> Tensor:
-    """Of each batch row [B, H, n, D]; those beyond the last are never read."""
-    first, size = entries[0], entries.shape[1]
-    if (entries == first).all() and (np.diff(first) == 1).all():
-        start = int(first[0]) if size else 0
-        return x[:, :, start : start + size].clone()
-    at = torch.from_numpy(np.minimum(entries, x.shape[2] - 1)).to(x.device)
-    return x.gather(2, at[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,15 +29,16 @@ def keys_and_values(
     """Of k [B, Hkv, n, D], v [B, Hkv, n, Dv] and what is `held` in memory, a pair of [B, Hkv, m, D] and
     [B, Hkv, m, Dv], the entries [B, Hkv or H, entries, D and Dv]. Raises AttnError for memory of another
     length, and tables that do not fit."""
-    remembered = held and _checked(attention, k, v, held)
+    remembered = held and checked_memory(attention, k, v, held)
     if attention.made_by_head:
-        (k, v), remembered = _repeated((k, v), heads), remembered and _repeated(remembered, heads)
-    made = [_made(stream, attention, (k, v), remembered, tables) for stream in attention.streams]
+        (k, v), remembered = repeated((k, v), heads), remembered and repeated(remembered, heads)
+    made = [made_of(stream, attention, (k, v), remembered, tables) for stream in attention.streams]
     keys, values = zip(*made, strict=True)
     return (keys[0], values[0]) if len(made) == 1 else (torch.cat(keys, 2), torch.cat(values, 2))
 
 
-def _repeated(pair: Pair, heads: int) -> Pair:
+def repeated(pair: Pair, heads: int) -> Pair:
+    """For each query head."""
     k, v = (x.repeat_interleave(heads // x.shape[1], 1) for x in pair)
     return k, v
 
@@ -57,7 +59,32 @@ def held_of(attention: Attention, given: object) -> Pair | None:
     return k, v
 
 
-def _checked(attention: Attention, k: Tensor, v: Tensor, held: Pair) -> Pair:
+def held_of_parts(attention: Attention, given: object) -> dict[str, Any]:
+    """Of a sum what its parts are given as memory, by name: pairs of their own, or the last keys and values
+    of one pair, which is as long as the longest. Raises AttnError for parts that have none."""
+    lengths = {p.attention.name: p.attention.held for p in attention.parts if p.attention.held}
+    if given is None:
+        return {}
+    if not lengths:
+        raise fail(f"`{attention.name}` has no part with memory", help="write `keys mem(m) ++ tokens` in one")
+    if isinstance(given, Mapping):
+        for name in given:
+            if name not in lengths:
+                listed = ", ".join(f"`{part}`" for part in lengths)
+                raise fail(f"`{attention.name}` has no part `{name}` with memory", help=f"there is {listed}")
+        return dict(given)
+    pair = given if isinstance(given, tuple | list) else ()
+    if not (pair and all(isinstance(x, Tensor) and x.dim() == 4 for x in pair)):
+        return dict.fromkeys(lengths, given)
+    most = max(lengths.values())
+    return {
+        name: [x[:, :, most - length :] if x.shape[2] == most else x for x in pair]
+        for name, length in lengths.items()
+    }
+
+
+def checked_memory(attention: Attention, k: Tensor, v: Tensor, held: Pair) -> Pair:
+    """What is held, if it is memory of such keys and values. Raises AttnError."""
     length = memory(attention.streams)
     for name, x, beside in (("keys", held[0], k), ("values", held[1], v)):
         wanted = [*beside.shape[:2], length, beside.shape[3]]
@@ -74,9 +101,10 @@ def _checked(attention: Attention, k: Tensor, v: Tensor, held: Pair) -> Pair:
     return held
 
 
-def _made(
+def made_of(
     stream: Stream, attention: Attention, given: Pair, held: Pair | None, tables: Mapping[str, Tensor]
 ) -> Pair:
+    """The keys and values of one stream, of those that are given and held."""
     if isinstance(stream, Stretch):
         return _of(stream, attention, given, held)
     if isinstance(stream, Pool):

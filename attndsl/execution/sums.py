@@ -18,6 +18,7 @@ from attndsl.backend import Problem
 from attndsl.errors import AttnError, fail, suggest
 from attndsl.execution import choice
 from attndsl.execution.session import following
+from attndsl.execution.streaming import held_of_parts
 from attndsl.expr import TRUE, Given, Table, number
 from attndsl.tiles import lowering
 from attndsl.tiles.blockmask import BlockMask
@@ -103,6 +104,7 @@ class SumPlan:
         q_positions: Any = None,
         k_positions: Any = None,
         n: int | None = None,
+        memory: Any = None,
         learned: Mapping[str, Tensor] | None = None,
         return_lse: bool = False,
         return_weights: bool = False,
@@ -111,6 +113,9 @@ class SumPlan:
         """The sum, [B, H, nq, Dv], of what each part gives of q, k and v, or of three tensors of its own that
         are given under its name: `plan(q, k, v, global_=(q2, k2, v2))`. Of those q2 has the batch rows and
         queries of q, and all outputs are equally wide; k2 and v2 may be longer or shorter than k and v.
+
+        `memory` is one pair for all parts that have some, of which a part that has less takes the last keys,
+        or a pair of each by its name: `memory={"far": (keys, values)}`.
 
         Inputs go to all that have them, and all else is as in a call of a Plan, once for all parts. `learned`
         are parameters of gates by name, and those of parts as `part.name`. There is no log-sum-exp of a sum,
@@ -134,12 +139,16 @@ class SumPlan:
             "k_positions": k_positions,
             "n": n,
         }
+        held = held_of_parts(self.attention, memory)
 
         def outputs() -> Iterator[tuple[str, Tensor]]:
             for name, plan in self.parts.items():
-                mine = None if learned is None else under(name, learned)
+                mine = {
+                    "learned": None if learned is None else under(name, learned),
+                    "memory": held.get(name),
+                }
                 tensors = own(name, given[name]) if name in given else (q, k, v)
-                yield name, _told(name, plan, tensors, {**places, **of(plan, given), "learned": mine})
+                yield name, _told(name, plan, tensors, {**places, **of(plan, given), **mine})
 
         def weight(gate: Plan) -> Tensor | float:
             return self.gate(gate, q, k.shape[2], places, learned, given) if k.shape[2] else 1.0
@@ -191,11 +200,13 @@ class SumPlan:
         AttnError where two parts make the same choice of other q and k: one name would stand for both."""
         placed = {name: x for name, x in call.items() if name in lowering.ARGUMENTS}
         given = {name: x for name, x in call.items() if name not in placed}
+        held = held_of_parts(self.attention, placed.pop("memory", None))
         self.check_names(given)
         found: dict[str, Tensor] = {}
         for name, plan in self.parts.items():
             own_q, own_k, _ = own(name, given[name]) if name in given else (q, k, None)
-            for choice_name, made in plan.choices(own_q, own_k, **placed, **of(plan, given)).items():
+            call = {**placed, "memory": held.get(name), **of(plan, given)}
+            for choice_name, made in plan.choices(own_q, own_k, **call).items():
                 if not torch.equal(found.setdefault(choice_name, made), made):
                     help = f"ask each part: `plan.parts[{name!r}].choices(q, k)`"
                     raise fail(f"`{name}` and a part before it choose alike, of other q and k", help=help)
@@ -214,8 +225,8 @@ class SumPlan:
         )
 
     def session(self, batch: int, capacity: int, **options: Any) -> SumSession:
-        """A session for each part, as of `Plan.session`. Raises AttnError as that does, and for a gate that
-        depends on the number of tokens."""
+        """A session for each part, as of `Plan.session`; `memory` is that of a call. Raises AttnError as that
+        does, and for a gate that depends on the number of tokens."""
         return SumSession(self, batch, capacity, **options)
 
     def module(self) -> nn.Module:
@@ -308,14 +319,20 @@ class SumSession:
     and v of new tokens, and three tensors of its own for a part under its name.
     """
 
-    def __init__(self, plan: SumPlan, batch: int, capacity: int, **options: Any) -> None:
+    def __init__(
+        self, plan: SumPlan, batch: int, capacity: int, *, memory: Any = None, **options: Any
+    ) -> None:
+        held = held_of_parts(plan.attention, memory)
         for name, gate in plan.gates.items():
             if not isinstance(gate, float) and gate.attention.groups[0].score.free & {"n", "nq"}:
                 said = f"the gate of `{name}` depends on the number of tokens"
                 raise fail(f"`{plan.attention.name}` has no sessions: {said}")
         self.plan = plan
         self.learned: Callable[[], Mapping[str, Tensor]] | None = None
-        self.parts = {name: part.session(batch, capacity, **options) for name, part in plan.parts.items()}
+        self.parts = {
+            name: part.session(batch, capacity, memory=held.get(name), **options)
+            for name, part in plan.parts.items()
+        }
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -341,13 +358,14 @@ class SumSession:
         self.plan.check_names(given)
         self.plan.check_learned(learned)
         starts = self.lengths
-        with self._together():
+        new = {name: own(name, given[name]) if name in given else (q, k, v) for name in self.parts}
+        sizes = [x.shape[2] for _, x, _ in new.values() if isinstance(x, Tensor) and x.dim() == 4]
+        with self._together(max(sizes, default=0)):
             found = {}
             for name, session in self.parts.items():
-                new = own(name, given[name]) if name in given else (q, k, v)
                 mine = None if learned is None else under(name, learned)
                 tables = of(session.plan, given)
-                found[name] = session.prefill(*new, chunk=chunk, tokens=tokens, learned=mine, **tables)
+                found[name] = session.prefill(*new[name], chunk=chunk, tokens=tokens, learned=mine, **tables)
             at = following(starts, q.shape[2])
             at = np.minimum(at, np.maximum(np.array(self.lengths) - 1, 0)[:, None])
 
@@ -382,14 +400,18 @@ class SumSession:
                 session.truncate(lengths)
 
     @contextmanager
-    def _together(self) -> Iterator[None]:
-        """Where one part refuses, all are as before."""
-        before = [(session, dict(vars(session))) for session in self.parts.values()]
+    def _together(self, tokens: int = 0) -> Iterator[None]:
+        """Where one part refuses, all are as before. New tokens may have taken the places of earlier ones, of
+        as many as a session goes back; where more come, what it held is put by."""
+        before = [
+            (s, dict(vars(s.copy() if s.ring and tokens > s.rewind else s))) for s in self.parts.values()
+        ]
         try:
             yield
         except AttnError:
             for session, fields in before:
-                vars(session).update(fields)
+                reached = session.reached if fields["k"] is session.k and tokens else fields["reached"]
+                vars(session).update(fields, reached=reached)
             raise
 
 

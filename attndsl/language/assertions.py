@@ -14,7 +14,7 @@ from attndsl.language.arguments import bind_arguments_of
 from attndsl.language.elaborate import Elaborator
 from attndsl.language.mistakes import quoted
 from attndsl.language.values import TOKENS, AttentionOf, K, Pattern, Q, Scope
-from attndsl.streams import Streams, some_key, tokens_read
+from attndsl.streams import tokens_read
 from attndsl.syntax import nodes as ast
 
 if TYPE_CHECKING:
@@ -107,7 +107,12 @@ def _claims(e: ast.Expression, elaborator: Elaborator) -> list[Claim]:
     if isinstance(e, ast.Nary) and e.op == "and":
         return [claim for arg in e.args for claim in _claims(arg, elaborator)]
     if _called(e) == "every_row":
-        return [EveryRow(_heads(_arguments(e)["of"], elaborator, some_key))]
+        of = _arguments(e)["of"]
+        attention = _attention(of, elaborator)
+        if attention is None:
+            return [EveryRow(_heads(of, elaborator))]
+        enough = _enough(of, elaborator)
+        return [EveryRow(PerHead(tuple([(m, ir.all_of(enough, heads)) for m, heads in attention.keyed()])))]
     if isinstance(e, ast.Compare):
         return [
             _compared(op, left, right, e, elaborator)
@@ -239,15 +244,12 @@ def _enough(e: ast.Expression, elaborator: Elaborator) -> Expr:
     return ir.le(ir.const(least), ir.var("H")) if least > 1 else ir.TRUE
 
 
-def _heads(
-    e: ast.Expression, elaborator: Elaborator, relates: Callable[[Streams, Expr], Expr] = tokens_read
-) -> PerHead:
-    """`relates` makes a relation of tokens of a mask."""
+def _heads(e: ast.Expression, elaborator: Elaborator) -> PerHead:
     attention, enough = _attention(e, elaborator), _enough(e, elaborator)
     if attention is not None:
         return PerHead(
             tuple(
-                (relates(attention.streams, group.relation.mask), ir.all_of(enough, group.heads))
+                (tokens_read(attention.streams, group.relation.mask), ir.all_of(enough, group.heads))
                 for group in attention.groups
             )
         )

@@ -15,7 +15,7 @@ from attndsl.language.values import TOKENS, AttentionOf, K, Pattern, Q, Scope
 from attndsl.language.vocabulary import BUILT_IN
 from attndsl.scores import never_negative
 from attndsl.selection import lists_of, origin_of
-from attndsl.streams import read_by_each, some_key
+from attndsl.streams import read_by_each
 from attndsl.syntax import nodes as ast
 
 Definition = ast.Definition | ast.AttentionDef
@@ -79,9 +79,10 @@ def _of_attention(item: ast.AttentionDef, elaborator: Elaborator, added: bool) -
     empty = [warning for clause in alone for warning in _empty_parts(clause.value, elaborator)]
     yield from empty
     span = masks[0].value.span if len(masks) == 1 else item.name_span
-    for i, group in enumerate(value.attention.groups):
-        if not (group.relation.mask.tables or empty or added) and value.attention.offset is None:
-            yield from _empty_rows(some_key(value.attention.streams, group.relation.mask), group.heads, span)
+    keyed = value.attention.keyed()
+    for i, (group, (some, heads)) in enumerate(zip(value.attention.groups, keyed, strict=True)):
+        if not (some.tables or empty or added) and value.attention.offset is None:
+            yield from _empty_rows(some, heads, span)
         yield from _shift_variance(group, item)
         yield from _vanishing(group, [c for c in _clauses_of(item, i) if c.word == "norm"])
         yield from _weights(group, [c for c in _clauses_of(item, i) if c.word == "score"])

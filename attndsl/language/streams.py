@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
@@ -13,6 +13,7 @@ from attndsl.expr import Expr, Table
 from attndsl.language.arguments import bind_arguments_of
 from attndsl.language.mistakes import expected
 from attndsl.language.values import TOKENS, Scope, TableOf, as_table, is_whole
+from attndsl.relations.proofs import follows
 from attndsl.streams import Pool, Projection, Stream, Streams, Stretch, memory, numbered, over
 from attndsl.syntax import nodes as ast
 
@@ -166,9 +167,10 @@ def over_entries(streams: Streams, group: HeadGroup, clauses: Sequence[ast.Claus
         ("decay", group.decay),
     )
     for word, e in parts:
-        written = [clause.value.span for clause in clauses if clause.word == word]
+        written = [clause.value for clause in clauses if clause.word == word]
         if e is not None and written:
-            _check(streams, e, written[0].to(written[-1]))
+            _check(streams, e, written[0].span.to(written[-1].span))
+            _check_look_ups(streams, e, relation.mask if word != "mask" else ir.TRUE, written)
 
     def at(e: Expr | None) -> Expr | None:
         return None if e is None else numbered(streams, e)
@@ -198,3 +200,50 @@ def _check(streams: Streams, e: Expr, span: Span) -> None:
         origin = table.origin
         if isinstance(origin, ir.Selected) and origin.of is not None and "stream" in origin.of.free:
             raise fail("`of` says by position among which keys is chosen", span, "write `k < 0` for memory")
+
+
+def _check_look_ups(streams: Streams, e: Expr, live: Expr, written: Sequence[ast.Expression]) -> None:
+    """Raises AttnError where a table of tokens is looked up at the place of a memory, of pairs that are
+    `live`: at the end of a stretch, unless what stands before the look-up keeps all queries from it."""
+    for i, stream in enumerate(streams):
+        if isinstance(stream, Projection) or not memory((stream,)):
+            continue
+        last = ir.sub(stream.many, ir.ONE)
+        for place in {stream.position(slot) for slot in (ir.ZERO, last)}:
+            here, guarded = (ir.substitute(x, {"stream": ir.const(i), "k": place}) for x in (e, live))
+            for table, guard in _look_ups(here, guarded, {}):
+                if not guard.tables and not follows(guard, ir.FALSE):
+                    said = f"`{table.name}` has an entry for each token, and none for memory"
+                    form = "stream == {} or ..." if e.type == "bool" else "where(stream == {}, 0.0, ...)"
+                    help = f"leave memory out of it: `{form.format(i)}`"
+                    raise fail(said, _look_up_span(table, written), help)
+
+
+def _look_ups(e: Expr, guard: Expr, done: dict[tuple[Expr, Expr], None]) -> Iterator[tuple[Table, Expr]]:
+    """The tables that are read before their first entry, each with what holds where it is."""
+    if guard is ir.FALSE or (e, guard) in done or not e.tables:
+        return
+    done[e, guard] = None
+    table, guards = e.value, [guard] * len(e.args)
+    if isinstance(table, Table) and table.dtype != "bool":
+        indices = e.args[(e.op == "intable") + len(table.implicit) :]
+        places = [ir.number(x) for x, axis in zip(indices, table.explicit, strict=False) if axis == "n"]
+        if any(place is not None and place < 0 for place in places):
+            yield table, guard
+    if e.op == "and":
+        guards = [ir.all_of(guard, *e.args[:j]) for j in range(len(e.args))]
+    if e.op == "where":
+        guards[1:] = ir.all_of(guard, e.args[0]), ir.all_of(guard, ir.negate(e.args[0]))
+    for arg, known in zip(e.args, guards, strict=True):
+        yield from _look_ups(arg, known, done)
+
+
+def _look_up_span(table: Table, written: Sequence[ast.Expression]) -> Span:
+    """Where it is looked up, if that is written once, else all that is written."""
+    inside = [
+        node.span
+        for e in written
+        for node in ast.walk(e)
+        if isinstance(node, ast.Index) and isinstance(node.base, ast.Name) and node.base.id == table.name
+    ]
+    return inside[0] if len(inside) == 1 else written[0].span.to(written[-1].span)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import combinations
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,6 @@ from attndsl.errors import Span, fail
 from attndsl.expr import Expr, Given, Table
 from attndsl.language.mistakes import expected, number_of
 from attndsl.language.values import TOKENS, AttentionOf, K, Num, Q, Scope, Value
-from attndsl.streams import memory
 from attndsl.syntax import nodes as ast
 
 if TYPE_CHECKING:
@@ -31,21 +31,21 @@ def sum_of(el: Elaborator, definition: ast.AttentionDef, env: Scope, inputs: tup
     all of them.
     """
     assert definition.sum is not None
+    if not inputs and (one := _another(el, definition.sum, env)) is not None:
+        return replace(one, name=definition.name)
     terms: dict[str, Written] = {}
     for part, span in _terms(el, definition.sum, env.bind(q=Num(Q), k=Num(K)), None):
         name = part.attention.name
         if name in terms:
             known, _ = terms[name]
             if known.attention != part.attention:
-                help = "give each a definition of its own: a call knows them by their names"
+                help = f"give one a name of its own: `attention other = {name}(...)`, and add `other`"
                 raise fail(f"two parts are named `{name}`", span, help)
             part = Summand(known.attention, ir.add(known.gate, part.gate))
         terms[name] = part, span
     _check_heads(list(terms.values()))
     tables = {table.name: (table, definition.name) for table in inputs}
     for part, span in terms.values():
-        if memory(part.attention.streams):
-            raise fail(f"`{part.attention.name}` has memory, and a call of a sum is given none", span)
         first, _ = next(iter(terms.values()))
         if part.attention.offset is not first.attention.offset:
             said = f"`{part.attention.name}` and `{first.attention.name}` have queries at other positions"
@@ -67,6 +67,15 @@ def sum_of(el: Elaborator, definition: ast.AttentionDef, env: Scope, inputs: tup
     parts = tuple(part for part, _ in terms.values())
     joined = tuple(table for table, _ in tables.values())
     return Attention.of_sum(definition.name, parts, joined, tuple(learned.values()))
+
+
+def _another(el: Elaborator, e: ast.Expression, env: Scope) -> Attention | None:
+    """The attention that `e` names, where it adds and multiplies nothing: then the definition is that, with
+    its parameters bound and what it learns its own, under another name."""
+    if not isinstance(e, ast.Name | ast.Call) or not _speaks(el, e, env):
+        return None
+    value = el.value(e, env, TOKENS)
+    return value.attention if isinstance(value, AttentionOf) else None
 
 
 def _terms(el: Elaborator, e: ast.Expression, env: Scope, gate: Expr | None) -> Iterator[Written]:
