@@ -84,6 +84,15 @@ class Problem:
         block_size = lowering.checked_block_size(BLOCK_SIZE if block_size is None else block_size)
         return Problem(**sizes, dtype=dtype, device=str(device), block_size=block_size, training=training)
 
+    def __str__(self) -> str:
+        """Sizes as in print(plan): those that follow from others are left out."""
+        own = {"q_length": self.length, "batch": 1, "heads": None, "kv_heads": self.heads, "head_dim": None}
+        sizes = {"length": self.length} | {
+            name: size for name, usual in own.items() if (size := getattr(self, name)) != usual
+        }
+        listed = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
+        return f"{listed}, {self.dtype} on {self.device}{', training' if self.training else ''}"
+
     def attended(self, attention: Attention) -> Problem:
         """What is left of it where keys of streams are made: that of `attention.attended`."""
         if not attention.streams:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Never
 
 from attndsl.attention import Attention
-from attndsl.errors import fail
+from attndsl.errors import AttnError, fail
 from attndsl.expr import Table
 
 if TYPE_CHECKING:
@@ -23,13 +23,13 @@ class Bound:
     """An attention, or a pattern standing alone, with its parameters bound.
 
     attention:  its meaning, all that plans and analyses read.
-    parameters: the names that it takes.
+    parameters: the names that it takes, each with its value as it is written.
     rebind:     gives it with other parameters: what `bound(w=256)` calls.
     """
 
     attention: Attention
-    parameters: tuple[str, ...] = field(default=(), compare=False, repr=False)
-    rebind: Callable[..., Bound] | None = field(default=None, compare=False, repr=False)
+    parameters: Mapping[str, str] = field(default_factory=dict, compare=False)
+    rebind: Callable[..., Bound] | None = field(default=None, compare=False)
 
     @property
     def name(self) -> str:
@@ -45,6 +45,15 @@ class Bound:
         """Trainable parameters, in the order of their first use; of a sum its gates' and then its parts'."""
         each = (self.attention, *(part.attention for part in self.attention.parts))
         return tuple(table for attention in each for table in attention.learned if table.learned)
+
+    @property
+    def written(self) -> str:
+        """`longformer(w = 512)`."""
+        values = ", ".join(f"{name} = {value}" for name, value in self.parameters.items())
+        return f"{self.name}({values})" if values else self.name
+
+    def __repr__(self) -> str:
+        return f"<attention {self.written}{self.attention.described}>"
 
     def __call__(self, *args: Any, **params: Any) -> Bound:
         if self.rebind is None:
@@ -151,7 +160,8 @@ class Bound:
 
 @dataclass(frozen=True)
 class Unbound:
-    """An attention or pattern that needs parameters: call it with them.
+    """An attention or pattern that needs parameters: call it with them. Nothing else is known of it, and
+    whatever is asked of it as of a Bound raises AttnError.
 
     written:  how a call is written.
     """
@@ -162,6 +172,16 @@ class Unbound:
 
     def __call__(self, *args: Any, **params: Any) -> Bound:
         return self.bind(*args, **params)
+
+    def __getattr__(self, name: str) -> Never:
+        if name.startswith("_") or name not in dir(Bound):
+            raise AttributeError(f"`{self.name}` needs parameters, and has no attribute `{name}`")
+        raise self.refusal
+
+    @property
+    def refusal(self) -> AttnError:
+        """What is raised where its parameters are needed."""
+        return fail(f"`{self.name}` needs parameters", help=f"call it with them: `{self.written}`")
 
     def __repr__(self) -> str:
         return f"<{self.name} needs parameters: {self.written}>"

@@ -51,14 +51,22 @@ class Report:
             raise AttributeError(f"a report has no field `{name}`")
         return known[name]
 
+    def __repr__(self) -> str:
+        known = f"; {', '.join(self.findings)}" if self.findings else ""
+        unknown = f"; not known: {', '.join(self.reasons)}" if self.reasons else ""
+        return f"<report {self._heading()}{known}{unknown}>"
+
     def __str__(self) -> str:
         """All that is known, by part, then what is not and why."""
         return "\n".join(self._lines())
 
-    def _lines(self) -> Iterator[str]:
+    def _heading(self) -> str:
         many = [f"{self.q_length:,} x {self.length:,}"]
         many += [f"{self.heads} heads"] * (self.heads > 1) + [f"batch {self.batch}"] * (self.batch > 1)
-        yield f"{self.name}: queries x keys = {', '.join(many)}"
+        return f"{self.name}: queries x keys = {', '.join(many)}"
+
+    def _lines(self) -> Iterator[str]:
+        yield self._heading()
         headed = False
         for name, part in usable().items():
             if name in self.findings:

@@ -6,7 +6,7 @@ import inspect
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 import numpy as np
 import torch
@@ -140,6 +140,51 @@ class Plan:
         """The other backends: seconds, or why not."""
         return {name: verdict for name, verdict in self.considered.items() if name != self.backend}
 
+    @overload
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        q_offset: Offset = None,
+        k_offset: Offset = None,
+        q_positions: ArrayLike | Tensor | None = None,
+        k_positions: ArrayLike | Tensor | None = None,
+        n: int | None = None,
+        memory: tuple[Tensor, Tensor] | None = None,
+        learned: Mapping[str, Tensor] | None = None,
+        return_lse: Literal[False] = False,
+        return_weights: Literal[False] = False,
+        **inputs: Any,
+    ) -> Tensor: ...
+    @overload
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        return_lse: Literal[True],
+        return_weights: Literal[True],
+        **call: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+    @overload
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[True], **call: Any
+    ) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, return_weights: Literal[True], **call: Any
+    ) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool, **call: Any
+    ) -> Tensor | tuple[Tensor, ...]: ...
+    @overload
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, return_weights: bool, **call: Any
+    ) -> Tensor | tuple[Tensor, ...]: ...
     def __call__(
         self,
         q: Tensor,
@@ -156,7 +201,7 @@ class Plan:
         return_lse: bool = False,
         return_weights: bool = False,
         **inputs: Any,
-    ) -> Any:
+    ) -> Tensor | tuple[Tensor, ...]:
         """Attention of q [B, H, nq, D], k [B, Hkv, n, D], v [B, Hkv, n, Dv] -> [B, H, nq, Dv], all of one of
         DTYPES; autocast converts them as it does for torch's own attention.
 
@@ -301,7 +346,7 @@ class Plan:
         kind = StateSession if stateful(self, rewind) else Session
         return kind(self, batch, capacity, rewind=rewind, v_dim=v_dim, dtype=dtype)
 
-    def module(self) -> nn.Module:
+    def module(self) -> PlanModule:
         """An nn.Module that owns the learned parameters under the names they are bound to."""
         return PlanModule(self)
 
@@ -450,12 +495,13 @@ class Plan:
         dtype = {"int": "int64", "bool": "bool", "float": wide}[table.dtype]
         return torch.from_numpy(np.array(array, dtype, order="C")).to(self.problem.device)
 
+    def __repr__(self) -> str:
+        return f"<plan {self.attention.name}: {self.backend}, {self.problem}>"
+
     def __str__(self) -> str:
+        """What was chosen and why, on some lines."""
         p, blocks = self.problem, self.block_masks
-        lines = [
-            f"{self.attention.name}: length {p.length:,}, q_length {p.q_length:,}, heads {p.heads}, "
-            f"head_dim {p.head_dim}, {p.dtype} on {p.device}"
-        ]
+        lines = [f"{self.attention.name}: {p}"]
         if self.attention.approx is not None:
             lines.append(f"  tiles     none: `{self.attention.approx.kind}` has no weights of pairs")
         elif blocks is None and self.attention.selected:
@@ -489,6 +535,10 @@ class PlanModule(nn.Module):
     `forward` takes what `Plan.__call__` takes.
     """
 
+    if TYPE_CHECKING:
+        __call__: Plan
+        """What it takes and gives is what the plan does."""
+
     def __init__(self, plan: Plan) -> None:
         super().__init__()
         self.plan = plan
@@ -505,6 +555,11 @@ class PlanModule(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, **call: Any) -> Any:
         return self.plan(q, k, v, learned=self._learned(), **call)
+
+    def extra_repr(self) -> str:
+        """Its line in print(model)."""
+        owned = "".join(f", {name}={[*x.shape]}" for name, x in self._learned().items())
+        return f"{self.plan.attention.name}, {self.plan.backend}, {self.plan.problem}{owned}"
 
     def _learned(self) -> dict[str, Tensor]:
         # by attribute: parametrizations and functional_call put plain tensors there

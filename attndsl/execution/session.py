@@ -77,8 +77,21 @@ class Session:
                 return first, last - 1 + self.rewind
         return capacity, 0
 
+    def __repr__(self) -> str:
+        rows = f"{len(self.lengths)} row{'s' * (len(self.lengths) != 1)}"
+        listed = ", ".join([*map(str, self.lengths[:8]), *["..."] * (len(self.lengths) > 8)])
+        dtype = str(self.k.dtype).removeprefix("torch.")
+        held = f"{rows} of {listed or 'no'} tokens, {self._room()}, {dtype} on {self.k.device}"
+        return f"<session of {self.plan.attention.name}: {held}>"
+
+    def _room(self) -> str:
+        """How many keys there is room for."""
+        first = f"the first {self.first} and " if self.first else "the "
+        return f"{first}last {self.ring} kept" if self.ring else f"capacity {self.slots}"
+
     @property
     def slots(self) -> int:
+        """Keys that there is room for."""
         return self.first + self.ring
 
     def step(

@@ -47,6 +47,9 @@ class StateSession(Session):
         kept(self.plan.attention, self.plan.problem)
         return 0, self.rewind + HELD
 
+    def _room(self) -> str:
+        return "a state in place of keys"
+
     def _take(self, rows: Sequence[int], at: Tensor) -> None:
         super()._take(rows, at)
         self.taken = tuple([self.taken[row] for row in rows])

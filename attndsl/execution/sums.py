@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
 
 import numpy as np
 import torch
@@ -92,6 +92,31 @@ class SumPlan:
         checked = lowering.checked_tables(self.attention, tables, sizes, head_dim=p.head_dim)
         return lowering.block_mask(self.attention, sizes, checked, p.block_size)
 
+    @overload
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[True], **call: Any
+    ) -> NoReturn: ...
+    @overload
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, return_weights: Literal[True], **call: Any
+    ) -> NoReturn: ...
+    @overload
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        q_offset: Any = None,
+        k_offset: Any = None,
+        q_positions: Any = None,
+        k_positions: Any = None,
+        n: int | None = None,
+        learned: Mapping[str, Tensor] | None = None,
+        return_lse: bool = False,
+        return_weights: bool = False,
+        **given: Any,
+    ) -> Tensor: ...
     def __call__(
         self,
         q: Tensor,
@@ -218,7 +243,7 @@ class SumPlan:
         depends on the number of tokens."""
         return SumSession(self, batch, capacity, **options)
 
-    def module(self) -> nn.Module:
+    def module(self) -> SumModule:
         """An nn.Module that owns what is learned: gates under their names, and for each part that learns a
         module of its own under the part's."""
         return SumModule(self)
@@ -244,11 +269,13 @@ class SumPlan:
                 there = ", ".join(f"`{name}`" for name in sorted(known)) or "none"
                 raise fail(f"`learned` has `{name}`, and there are {there}")
 
+    def __repr__(self) -> str:
+        return f"<plan {self.attention.name}: {self.backend}; {self.problem}>"
+
     def __str__(self) -> str:
-        p = self.problem
+        """What was chosen and why, part by part."""
         count = f"{len(self.parts)} part{'s' * (len(self.parts) > 1)}"
-        sizes = f"length {p.length:,}, heads {p.heads}, head_dim {p.head_dim}, {p.dtype} on {p.device}"
-        return "\n".join([f"{self.attention.name}: {count}, {sizes}", *map(str, self.parts.values())])
+        return "\n".join([f"{self.attention.name}: {count}, {self.problem}", *map(str, self.parts.values())])
 
 
 class SumModule(nn.Module):
@@ -256,6 +283,10 @@ class SumModule(nn.Module):
 
     `forward` takes what `SumPlan.__call__` takes.
     """
+
+    if TYPE_CHECKING:
+        __call__: SumPlan
+        """What it takes and gives is what the plan does."""
 
     def __init__(self, plan: SumPlan) -> None:
         super().__init__()
@@ -280,6 +311,11 @@ class SumModule(nn.Module):
                     one = shared.setdefault(table, getattr(module, table.name))
                     module.register_parameter(table.name, one)
             self.add_module(name, module)
+
+    def extra_repr(self) -> str:
+        """Its line in print(model)."""
+        owned = "".join(f", {t.name}={[*getattr(self, t.name).shape]}" for t in self.plan.attention.learned)
+        return f"{self.plan.attention.name}, {self.plan.backend}, {self.plan.problem}{owned}"
 
     def _gated(self, name: str) -> bool:
         return any(table.name == name for table in self.plan.attention.learned)
@@ -316,6 +352,9 @@ class SumSession:
         self.plan = plan
         self.learned: Callable[[], Mapping[str, Tensor]] | None = None
         self.parts = {name: part.session(batch, capacity, **options) for name, part in plan.parts.items()}
+
+    def __repr__(self) -> str:
+        return f"<session of {self.plan.attention.name}: {', '.join(map(repr, self.parts.values()))}>"
 
     @property
     def lengths(self) -> tuple[int, ...]:

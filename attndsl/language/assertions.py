@@ -93,8 +93,12 @@ class Assertion:
     span: Span
     claims: tuple[Claim, ...]
 
+    def __repr__(self) -> str:
+        return f"<assert {self.text}>"
+
     @property
     def text(self) -> str:
+        """As it is written, on one line."""
         return " ".join(self.span.text.split())
 
 

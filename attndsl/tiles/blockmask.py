@@ -54,6 +54,10 @@ class TileGrid:
     part_mask: NDArray[np.int32]
     masks: NDArray[np.uint8]
 
+    def __repr__(self) -> str:
+        tiles = f"{self.tiles.full:,} full, {self.tiles.partial:,} partial ({len(self.masks):,} distinct)"
+        return f"<tile grid {self.nq:,} x {self.n:,}; tiles of {self.block_size:,}: {tiles}>"
+
     @property
     def shape(self) -> tuple[int, int]:
         """Rows and columns of tiles."""
@@ -184,6 +188,9 @@ class Rows:
     n: int
     block_size: int
     spans: tuple[Spans, ...]
+
+    def __repr__(self) -> str:
+        return f"<rows {len(self.spans):,} x {self.n:,}, {self.nnz:,} live>"
 
     @staticmethod
     def of_dense(live: NDArray[np.bool_], block_size: int) -> Rows:
@@ -373,7 +380,11 @@ class BlockMask:
             seq_lengths=(self.nq, self.n),
         )
 
+    def __repr__(self) -> str:
+        return f"<block mask {self}>"
+
     def __str__(self) -> str:
+        """Sizes, density, tiles and bytes."""
         full, partial, empty, unique = self.tiles
         return (
             f"{self.nq:,} x {self.n:,}, density {100 * self.density:.3g} %; tiles of {self.block_size:,}: "

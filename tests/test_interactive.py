@@ -1,0 +1,148 @@
+"""What a reader sees in a REPL, a notebook and an editor."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import user
+from torch import nn
+
+import attndsl
+from attndsl.errors import AttnError
+
+ROOT = Path(__file__).parent.parent
+TEXT = """
+let g = learn[H](0.3)
+score scaled(g) = g * s
+attention lm(w = 4) { mask causal & last(w) }
+attention best { mask topk(2, of = causal) }
+attention learns { inputs doc : int[n]  mask causal & documents(doc)  score scaled(g) }
+attention both = lm + g * best
+attention long(w) { mask last(w) }
+pattern wide(b = 2) = radius(b)
+assert lm <= causal
+assert causal <= lm
+"""
+
+
+@pytest.fixture(scope="module")
+def program():
+    return attndsl.parse(TEXT, "some.attn")
+
+
+def test_the_package_lists_what_it_has():
+    assert attndsl.__version__ in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert {"compile", "spans", "__version__", "Session"} <= {*dir(attndsl)}
+    assert all(getattr(attndsl, name) is not None for name in dir(attndsl))
+    with pytest.raises(AttributeError, match="no attribute 'complie'"):
+        attndsl.complie  # noqa: B018
+
+
+def test_names_of_attentions_are_completed(program):
+    keys = program._ipython_key_completions_()
+    assert keys == ["lm", "best", "learns", "both", "long", "wide"]
+    assert all(program[name] for name in keys)
+
+
+def compiled(program, name, **sizes):
+    return attndsl.compile(program[name], length=64, heads=2, head_dim=8, **sizes)
+
+
+SHOWN = {
+    "program": ("<program some.attn: lm, best, learns, both, long, wide>", lambda p: p),
+    "bound": ("<attention lm(w = 9)>", lambda p: p["lm"](w=9)),
+    "pattern": ("<attention wide(b = 2)>", lambda p: p["wide"]),
+    "list": ("<attention wide(b = [1, 2, 3, 4, 5, 6, ...])>", lambda p: attndsl.parse(
+        "pattern wide(b = [0]) = { q, k : k in b }")["wide"](list(range(1, 99)))),
+    "attention": ("<attention lm>", lambda p: p["lm"].attention),
+    "chosen": ("<attention best: chosen by topk>", lambda p: p["best"]),
+    "tables": (
+        "<attention learns: score; inputs doc : int[n]; learned g : float[H]>", lambda p: p["learns"]
+    ),
+    "sum": ("<attention both: sum of lm, best; chosen by topk; learned g : float[H]>", lambda p: p["both"]),
+    "unbound": ("<long needs parameters: long(w)>", lambda p: p["long"]),
+    "plan": (
+        "<plan lm: reference, length 64, heads 2, head_dim 8, float32 on cpu>",
+        lambda p: compiled(p, "lm", backend="reference"),
+    ),
+    "sizes": (
+        "<plan lm: reference, length 64, q_length 16, batch 3, heads 2, kv_heads 1, head_dim 8, "
+        "float64 on cpu, training>",
+        lambda p: compiled(p, "lm", q_length=16, batch=3, kv_heads=1, dtype="float64", training=True,
+                           backend="reference"),
+    ),
+    "plan of a sum": (
+        "<plan both: lm: reference, best: reference; length 64, heads 2, head_dim 8, float32 on cpu>",
+        lambda p: compiled(p, "both", backend="reference"),
+    ),
+    "session": (
+        "<session of lm: 2 rows of 0, 0 tokens, the last 4 kept, float32 on cpu>",
+        lambda p: compiled(p, "lm").session(2, 32),
+    ),
+    "session of a sum": (
+        "<session of both: <session of lm: 1 row of 0 tokens, the last 4 kept, float32 on cpu>, "
+        "<session of best: 1 row of 0 tokens, capacity 32, float32 on cpu>>",
+        lambda p: compiled(p, "both").session(1, 32),
+    ),
+    "state": (
+        "<session of a: 1 row of 0 tokens, a state in place of keys, float32 on cpu>",
+        lambda p: attndsl.compile(
+            attndsl.parse("attention a { mask causal  norm linear  score elu1(Q) @ elu1(K) }")["a"],
+            length=256, backend="linear",
+        ).session(1, 32),
+    ),
+    "report": (
+        "<report lm: queries x keys = 64 x 64; nnz, rows>",
+        lambda p: attndsl.analyze(p["lm"], length=64, parts=["nnz", "rows"]),
+    ),
+    "assertion": ("<assert causal <= lm>", lambda p: p.assertions[1]),
+    "proved": ("<proved>", lambda p: attndsl.prove(p.assertions[0])),
+    "refuted": ("<refuted (n = 5, q = 4, k = 0)>", lambda p: attndsl.prove(p.assertions[1])),
+    "block mask": (
+        "<block mask 64 x 64, density 6.1 %; tiles of 16: 0 full, 7 partial (2 distinct), 9 empty; "
+        "164 bytes>",
+        lambda p: p["lm"].block_mask(64, 16),
+    ),
+    "tile grid": (
+        "<tile grid 64 x 64; tiles of 16: 0 full, 7 partial (2 distinct)>",
+        lambda p: p["lm"].block_mask(64, 16).grids[0],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("said", "made"), SHOWN.values(), ids=SHOWN)
+def test_a_value_is_shown_on_one_line(program, said, made):
+    assert repr(made(program)) == said
+
+
+def test_a_long_program_is_shown_short():
+    many = attndsl.parse("\n".join(f"pattern p{i} = causal" for i in range(100)))
+    assert len(repr(many)) < 200
+
+
+def test_a_module_says_what_it_computes_and_owns(program):
+    model = nn.ModuleDict(
+        {"a": compiled(program, "learns").module(), "b": compiled(program, "both").module()}
+    )
+    assert "(a): PlanModule(learns, " in str(model)
+    assert "length 64, heads 2, head_dim 8, float32 on cpu, g=[2])" in str(model)
+    assert "both, lm: " in str(model)
+
+
+def test_what_needs_parameters_says_so_whatever_is_asked(program):
+    with pytest.raises(AttnError, match=r"`long` needs parameters\n  help: call it with them: `long\(w\)`"):
+        program["long"].block_mask(64)
+    with pytest.raises(AttributeError, match="no attribute `nothing`"):
+        program["long"].nothing  # noqa: B018
+
+
+def test_the_program_of_a_user_runs():
+    assert "['proved']" in user.main()
+
+
+@pytest.mark.slow
+def test_the_program_of_a_user_is_typed():
+    command = [sys.executable, "-m", "mypy", "--strict", "tests/user.py"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "Success: no issues found in 1 source file\n")
