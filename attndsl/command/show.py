@@ -81,7 +81,7 @@ def show(
             where = listed(attention.streams, sizes["length"])
             return f"{heading(title, block_mask, sizes['length'])}\n{picture}\n{where}"
         stage("drawing", None)
-        return pictures.render(pictures.mask(block_mask, title, first=first), form)
+        return pictures.render(pictures.mask(block_mask, title, first=first), form, transparent=form == "svg")
 
     drawn = child.run(work)
     if output is not None:
