@@ -6,16 +6,22 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Never
 
+import numpy as np
+
 from attndsl.attention import Attention
 from attndsl.errors import AttnError, fail
-from attndsl.expr import Table
+from attndsl.expr import Selected, Table, nodes, number
+from attndsl.pictures import notebook
 
 if TYPE_CHECKING:
     import networkx as nx
-    import numpy as np
     from numpy.typing import ArrayLike, NDArray
 
     from attndsl.tiles.blockmask import BlockMask
+
+
+DRAWN_WIDTH = 64
+"""Features of the q and k that a choice is drawn of for a picture."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,21 @@ class Bound:
 
     def __repr__(self) -> str:
         return f"<attention {self.written}{self.attention.described}>"
+
+    def _repr_html_(self) -> str:
+        return notebook.shown([self.pictured()])
+
+    def pictured(self) -> str:
+        """Its mask for a notebook, at a length that shows its parts; or why there is no picture."""
+        try:
+            n = _telling(self.attention)
+            blocks = _example(self.attention, n)
+            rows = np.flatnonzero(blocks.row_counts().any((0, 1)))
+            if len(rows) and 2 * rows[-1] < n:
+                blocks = _example(self.attention, int(rows[-1]) + 1)
+        except AttnError as error:
+            return notebook.text(f"{self!r}\nno picture: {error.diagnostics[0].message}")
+        return notebook.figures(blocks, self.written, ", one drawn choice" if self.attention.selected else "")
 
     def __call__(self, *args: Any, **params: Any) -> Bound:
         if self.rebind is None:
@@ -156,6 +177,36 @@ class Bound:
         from attndsl.analysis.graph import graph, tiles_of
 
         return graph(tiles_of(self.attention, length, by, block_size, heads, head, inputs), by, self.name)
+
+
+def _example(attention: Attention, n: int) -> BlockMask:
+    """The tiles of n tokens, of a choice that is drawn where keys are chosen by content."""
+    from attndsl.execution.selecting import drawn
+    from attndsl.tiles import lowering
+
+    attention.require_pairs()
+    heads = attention.enough_heads()
+    sizes = lowering.sizes(attention, n, n, heads)
+    chosen = drawn(attention, sizes, heads, DRAWN_WIDTH, {}) if attention.selected else {}
+    tables = lowering.checked_tables(attention, chosen, sizes)
+    return lowering.block_mask(attention, sizes, tables, 8 if n < 1024 else 128)
+
+
+def _telling(attention: Attention) -> int:
+    """A power of two: four times the greatest number in a mask, of divisors sixteen times; less where masks
+    cost their area."""
+    masks = [node for group in attention.groups for node in nodes(group.relation.mask)]
+    divisors = {node.args[1] for node in masks if node.op in ("floordiv", "mod")}
+    numbers = [
+        abs(value) * (4 if node in divisors else 1)
+        for node in masks
+        if isinstance(value := number(node), int)
+    ]
+    chosen = [t.origin for t in attention.selected if isinstance(t.origin, Selected)]
+    numbers += [value for one in chosen for _, value in one.arguments if isinstance(value, int)]
+    scattered = bool(attention.selected) or any(node.op == "random" for node in masks)
+    longest = 2**10 if scattered else 2**16
+    return min(max(64, 1 << (4 * max(numbers, default=1) - 1).bit_length()), longest)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from attndsl.language.elaborate import STEP_LIMIT, Elaborator
 from attndsl.language.mistakes import out_of_place
 from attndsl.language.values import TOKENS, AttentionOf, K, Num, Pattern, Q, Scope, SetOf, Space, Value, Vec
 from attndsl.language.vocabulary import BUILT_IN, RESERVED
+from attndsl.pictures import notebook
 from attndsl.selection import Selection
 from attndsl.syntax import nodes as ast
 from attndsl.syntax.format import render
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
 
 Definition = ast.Definition | ast.AttentionDef
 FILE_LIMIT = 64
-LISTED = 20
-"""Names that are shown of a program."""
+LISTED, PICTURED = 20, 8
+"""Names and masks that are shown of a program."""
 DEFINITION_LIMIT = 20_000
 
 
@@ -264,6 +265,12 @@ class Program:
     def __repr__(self) -> str:
         listed = [*self.names[:LISTED], *["..."] * (len(self.names) > LISTED)]
         return f"<program {self.name}: {', '.join(listed) or 'no attention or pattern'}>"
+
+    def _repr_html_(self) -> str:
+        bound = [self[name] for name in self.names[:PICTURED]]
+        parts = [notebook.text(repr(b)) if isinstance(b, Unbound) else b.pictured() for b in bound]
+        more = len(self.names) - PICTURED
+        return notebook.shown([*parts, *[notebook.text(f"and {more:,} more")] * (more > 0)])
 
     def _ipython_key_completions_(self) -> list[str]:
         return [*self.names]

@@ -1,15 +1,19 @@
 """What a reader sees in a REPL, a notebook and an editor."""
 
+import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import user
 from torch import nn
 
 import attndsl
 from attndsl.errors import AttnError
+from attndsl.pictures.style import DARK, LIGHT
 
 ROOT = Path(__file__).parent.parent
 TEXT = """
@@ -114,6 +118,78 @@ SHOWN = {
 @pytest.mark.parametrize(("said", "made"), SHOWN.values(), ids=SHOWN)
 def test_a_value_is_shown_on_one_line(program, said, made):
     assert repr(made(program)) == said
+
+
+def squares(html):
+    """The level of each cell of the pictures in an output, by the outlines."""
+    for columns, rows, drawn in re.findall(r'<svg viewBox="0 0 (\d+) (\d+)".*?>(.*?)</svg>', html):
+        found = np.zeros((int(rows), int(columns)), int)
+        for level, d in re.findall(r'<path class="l(\d)" .*? d="(.*?)"', drawn):
+            inside = np.zeros_like(found)
+            for x, y, sides in re.findall(r"M(\d+) (\d+)(.*?)z", d):
+                at, steps = [int(x), int(y)], re.findall(r"([hv])(-?\d+)", sides)
+                down = sum(int(step) for side, step in steps if side == "v")
+                for side, step in [*steps, ("v", -down)]:
+                    at[side == "v"] += int(step)
+                    if side == "v":
+                        low, high = sorted((at[1], at[1] - int(step)))
+                        inside[low:high, : at[0]] += 1 if int(step) > 0 else -1
+            found[inside == 1] = int(level)
+        yield found
+
+
+@pytest.mark.parametrize("name", ["lm", "wide"])
+def test_a_notebook_draws_the_mask(program, name):
+    bound = program[name]
+    (drawn,) = squares(bound._repr_html_())
+    assert (drawn == 5 * bound.mask(64)[0]).all()
+    for other in (attndsl.compile(bound, length=64), attndsl.analyze(bound, length=64, parts=["nnz"])):
+        (again,) = squares(other._repr_html_())
+        assert (again == drawn).all()
+        assert str(other).splitlines()[1] in other._repr_html_()
+
+
+def test_a_notebook_draws_a_program(program):
+    html = program._repr_html_()
+    assert len([*squares(html)]) == 4
+    assert "needs its input `doc`" in html
+    assert "long needs parameters" in html
+    assert "one drawn choice" in html
+    assert "<img" not in attndsl.parse("pattern a = causal", "<img src=x>")._repr_html_()
+
+
+def test_a_picture_ends_where_the_mask_does():
+    (drawn,) = squares(attndsl.parse("pattern a = { q, k : q < 96 and k < 96 }")["a"]._repr_html_())
+    assert drawn[-1].any()
+
+
+def test_a_notebook_tells_light_from_dark(program):
+    html = program["lm"]._repr_html_()
+    for page, theme in (('[data-jp-theme-light="true"]', LIGHT), ('[data-jp-theme-light="false"]', DARK)):
+        (rule,) = re.findall(rf"{re.escape(page)} .attndsl[^{{]*{{(.*?)}}", html)
+        assert f"--attndsl-0:{theme.levels[0]}" in rule
+
+
+def test_a_copy_of_a_report_is_as_good(program):
+    report = attndsl.analyze(program["lm"], length=64, parts=["nnz"])
+    again = pickle.loads(pickle.dumps(report))
+    assert again == report
+    assert "<svg" not in again._repr_html_()
+    assert "live pairs" in again._repr_html_()
+
+
+def test_ipython_shows_the_own_way_of_the_reader_and_carets_under_the_mistake():
+    def mine():
+        attndsl.parse("pattern a = causal & lst(3)")
+
+    with pytest.raises(AttnError) as caught:
+        mine()
+    lines = caught.value._render_traceback_()
+    assert not any("attndsl/program.py" in line for line in lines)
+    assert any(line.endswith("in mine") for line in lines)
+    text = next(line for line in lines if line.startswith("1 |"))
+    carets = lines[lines.index(text) + 1]
+    assert text[carets.index("^") : carets.rindex("^") + 1] == "lst"
 
 
 def test_a_long_program_is_shown_short():

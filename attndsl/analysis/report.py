@@ -15,6 +15,7 @@ from attndsl.bound import Bound
 from attndsl.errors import AttnError, asking, fail, suggest
 from attndsl.execution import registry
 from attndsl.execution.selecting import drawn
+from attndsl.pictures import notebook
 from attndsl.program import bound_of
 from attndsl.selection import bounds
 from attndsl.tiles import lowering
@@ -32,6 +33,7 @@ class Report:
     reasons   why not, by part
     choice    where keys are chosen by content, whose choice it is about; some parts are about all that may be
               chosen
+    subject   what it is about, for the picture of it; a copy has none
     """
 
     name: str
@@ -44,6 +46,7 @@ class Report:
     choice: Literal["drawn", "given"] | None = None
     findings: Mapping[str, Any] = field(default_factory=dict)
     reasons: Mapping[str, str] = field(default_factory=dict)
+    subject: Subject | None = field(default=None, compare=False)
 
     def __getattr__(self, name: str) -> Any:
         known = {} if name.startswith("_") else self._fields()
@@ -55,6 +58,16 @@ class Report:
         known = f"; {', '.join(self.findings)}" if self.findings else ""
         unknown = f"; not known: {', '.join(self.reasons)}" if self.reasons else ""
         return f"<report {self._heading()}{known}{unknown}>"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "subject": None}
+
+    def _repr_html_(self) -> str:
+        try:
+            drawn = [] if self.subject is None else [notebook.figures(self.subject.block_mask, self.name)]
+        except AttnError:
+            drawn = []
+        return notebook.shown([*drawn, notebook.text(str(self))])
 
     def __str__(self) -> str:
         """All that is known, by part, then what is not and why."""
@@ -106,9 +119,12 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, the fields of `analyze --json`."""
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("findings", "reasons")}
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in NESTED}
         found: dict[str, Any] = plain(own | self._fields() | {"reasons": self.reasons})
         return found
+
+
+NESTED = ("findings", "reasons", "subject")
 
 
 def plain(value: Any) -> Any:
@@ -217,6 +233,7 @@ def blank(subject: Subject) -> Report:
         subject.layers,
         p.block_size,
         subject.choice,
+        subject=subject,
     )
 
 

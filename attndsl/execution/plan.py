@@ -26,6 +26,7 @@ from attndsl.execution.statesession import StateSession, stateful
 from attndsl.execution.streaming import Pair, begun, held_of, keys_and_values
 from attndsl.execution.sums import SumPlan, gate_of, of_part
 from attndsl.expr import Learned, Table
+from attndsl.pictures import notebook
 from attndsl.program import bound_of
 from attndsl.streams import described
 from attndsl.tiles import lowering
@@ -497,6 +498,11 @@ class Plan:
 
     def __repr__(self) -> str:
         return f"<plan {self.attention.name}: {self.backend}, {self.problem}>"
+
+    def _repr_html_(self) -> str:
+        blocks = self.block_masks
+        drawn = [] if blocks is None else [notebook.figures(blocks, self.attention.name)]
+        return notebook.shown([*drawn, notebook.text(str(self))])
 
     def __str__(self) -> str:
         """What was chosen and why, on some lines."""
