@@ -35,6 +35,10 @@ HORIZON = 2**20
 """Most tokens that are tiled to find where a peak stops growing."""
 
 
+WITHOUT = "if no query read a key after it, as decoding cannot"
+"""What is assumed of a pattern that is not causal."""
+
+
 @dataclass(frozen=True)
 class Cache:
     """The smallest KV cache that decoding needs: counts are of keys, of one layer, head and batch row.
@@ -276,6 +280,8 @@ def _find(subject: Subject) -> Cache:
 
 def _text(found: Cache) -> Iterator[str]:
     yield "\nKV cache when decoding"
+    if not found.causal:
+        yield line("not causal", f"this is what would be kept {WITHOUT}")
     yield line("keys", f"{found.minimum:,} at most, of {found.full:,}")
     yield line("rule", found.rule)
     if found.bounded is not None:
@@ -284,17 +290,17 @@ def _text(found: Cache) -> Iterator[str]:
         yield line("by head", ", ".join(f"{keys:,}" for keys in found.per_head))
     if found.state is not None:
         yield line("state", f"{found.state:,} numbers of all heads in place of keys, whatever n")
-    if not found.causal:
-        yield line("note", "reads of keys after the query are left out: decoding cannot do them")
 
 
 CARDS = """
 {% call card("keys kept to decode") %}
-{{ fact("kv_cache", "minimum") }}<small>of {{ fact("kv_cache", "full") }}</small>
+{{ fact("kv_cache", "minimum") }}<small>of {{ fact("kv_cache", "full") }}
+{%- if not report.kv_cache.causal %}, if no query read a key after it{% endif %}</small>
 {% endcall %}
 """
 
-SECTION = """
+SECTION = (
+    """
 {% set it = report.kv_cache %}
 <p>The smallest key-value cache holds {{ fact("kv_cache", "minimum") }} of {{ fact("kv_cache", "full") }} keys
 {%- if it.at is not none %}, first at position {{ fact("kv_cache", "at") }}{% endif %}
@@ -306,8 +312,12 @@ SECTION = """
 {% if it.state is not none %}
 In place of keys {{ fact("kv_cache", "state") }} numbers of all heads do, whatever n.
 {% endif %}
-{% if not it.causal %}Reads of later keys do not count.{% endif %}</p>
-<p class="rule" data-field="/kv_cache/rule">{{ it.rule }}</p>
+{% if not it.causal %}The pattern is not causal: this is what would be kept
 """
+    + f"""{WITHOUT}.{{% endif %}}</p>
+"""
+    + """<p class="rule" data-field="/kv_cache/rule">{{ it.rule }}</p>
+"""
+)
 
 part = Part(_find, _text, settled=False, place=80, title="Decoding", section=SECTION, cards=CARDS)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import click
+import numpy as np
 
 from attndsl import pictures
 from attndsl.attention import Attention
@@ -23,7 +24,7 @@ from attndsl.tiles.blockmask import BlockMask
 TILES = 1024
 """Tiles on a side of a mask to draw, about."""
 DRAWN_WIDTH = 64
-"""Features of the q and k that a choice is drawn of."""
+"""Features of the q and k that a choice is drawn of, where no table says how many."""
 SUFFIXES: dict[str, Literal["term", "svg", "png"]] = {
     "": "term",
     ".txt": "term",
@@ -103,7 +104,11 @@ def chosen(attention: Attention, given: dict[str, Any], sizes: dict[str, Any]) -
     if not attention.selected:
         return {}
     found = lowering.sizes_of(attention, sizes["length"], sizes["q_length"], sizes["heads"])
-    return drawn(attention, found, sizes["heads"], DRAWN_WIDTH, given)
+    sides = zip(
+        attention.inputs, (np.shape(given.get(table.name)) for table in attention.inputs), strict=True
+    )
+    widths = [shape[-1] for table, shape in sides if shape and table.dims[-1] == "D"]
+    return drawn(attention, found, sizes["heads"], widths[0] if widths else DRAWN_WIDTH, given)
 
 
 def coarse(attention: Attention, length: int) -> int:
