@@ -117,7 +117,7 @@ class Attention:
 
     @staticmethod
     def of_pattern(name: str, relation: Relation) -> Attention:
-        """A pattern as an attention of its own: no score, one group of heads."""
+        """A pattern as an attention of its own, called `name`: `relation`, no score, one group of heads."""
         decay = None if relation.count is None else mul(const(1.0), relation.count)
         return Attention(name, (HeadGroup(relation, var("s"), decay),))
 
@@ -128,7 +128,7 @@ class Attention:
         inputs: tuple[Table, ...],
         learned: tuple[Table, ...],
     ) -> Attention:
-        """A sum of parts, which have one offset; see the fields."""
+        """A sum of parts, which have one offset; `name`, `inputs` and `learned` are as the fields."""
         some = any_of(
             *(
                 all_of(group.heads, tokens_read(part.attention.streams, group.relation.mask))

@@ -39,6 +39,7 @@ class Bound:
 
     @property
     def name(self) -> str:
+        """Under which the program defines it."""
         return self.attention.name
 
     @property
@@ -77,6 +78,13 @@ class Bound:
         return notebook.figures(blocks, self.written, ", one drawn choice" if self.attention.selected else "")
 
     def __call__(self, *args: Any, **params: Any) -> Bound:
+        """The same with other parameters; those that are not given keep their values.
+
+        params  numbers, lists or ranges of integers, or texts of the language: `bound(w=256)`,
+                `bound(globals=[0, 8])`, `bound(w="2 * 128")`. By place too, in the order of the text
+
+        Raises AttnError for a parameter that it does not take, or with which the definition means nothing.
+        """
         if self.rebind is None:
             raise fail(
                 f"`{self.name}` is a copy that cannot be bound anew",
@@ -106,9 +114,18 @@ class Bound:
     ) -> NDArray[np.bool_]:
         """The meaning, pointwise: bool [H or 1, nq, n], or [B, H or 1, nq, n] with batched tables.
 
-        Queries and keys stand where offsets or positions ([nq], [length], or one row for each batch row) say;
-        n is the greatest position of a key + 1. Raises AttnError for sizes, positions and tables that do not
-        fit.
+        length       keys, in tokens
+        q_length     queries; as many as keys if not given
+        q_offset     position of the first query; if not given what the text says, or else n - nq
+        k_offset     position of the first key, 0 if not given
+        q_positions  where each query stands, [nq] or [B, nq], in place of an offset
+        k_positions  where each key stands, [length] or [B, length], likewise
+        n            what `n` means in the text; the greatest position of a key + 1 if not given
+        heads        query heads H
+        inputs       run-time tables by name, with the axes that they are declared with; choices too, as
+                     `Plan.choices` gives them
+
+        Raises AttnError for sizes, positions and tables that do not fit.
         """
         from attndsl.tiles import lowering
 
@@ -129,7 +146,21 @@ class Bound:
         heads: int = 1,
         **inputs: ArrayLike,
     ) -> NDArray[np.int64]:
-        """Multiplicities, int64, as `mask`."""
+        """How many times a pair is related: int64 of the shape of `mask`, positive where that holds.
+
+        length       keys, in tokens
+        q_length     queries; as many as keys if not given
+        q_offset     position of the first query; if not given what the text says, or else n - nq
+        k_offset     position of the first key, 0 if not given
+        q_positions  where each query stands, [nq] or [B, nq], in place of an offset
+        k_positions  where each key stands, [length] or [B, length], likewise
+        n            what `n` means in the text; the greatest position of a key + 1 if not given
+        heads        query heads H
+        inputs       run-time tables by name, with the axes that they are declared with; choices too, as
+                     `Plan.choices` gives them
+
+        Raises AttnError as `mask`.
+        """
         from attndsl.tiles import lowering
 
         places = q_offset, k_offset, q_positions, k_positions, n
@@ -150,7 +181,22 @@ class Bound:
         heads: int = 1,
         **inputs: ArrayLike,
     ) -> BlockMask:
-        """The tiles of `block_size` (a multiple of 8) tokens on a side, of what `mask` takes."""
+        """The mask in tiles, made without its n x n pairs.
+
+        block_size   tokens on a side of a tile, a multiple of 8
+        length       keys, in tokens
+        q_length     queries; as many as keys if not given
+        q_offset     position of the first query; if not given what the text says, or else n - nq
+        k_offset     position of the first key, 0 if not given
+        q_positions  where each query stands, [nq] or [B, nq], in place of an offset
+        k_positions  where each key stands, [length] or [B, length], likewise
+        n            what `n` means in the text; the greatest position of a key + 1 if not given
+        heads        query heads H
+        inputs       run-time tables by name, with the axes that they are declared with; choices too, as
+                     `Plan.choices` gives them
+
+        Raises AttnError as `mask`, and for a block size that is none.
+        """
         from attndsl.tiles import lowering
 
         places = q_offset, k_offset, q_positions, k_positions, n
@@ -169,10 +215,18 @@ class Bound:
         head: int | None = None,
         **inputs: ArrayLike,
     ) -> nx.DiGraph:
-        """The graph with an edge from each key to each query that sees it, in `head` or in some head.
+        """The graph with an edge from each key to each query that sees it.
 
-        A node is a token (0 .. n - 1, up to 8192) or a block of tokens, with its `first` and `last`; an edge
-        between blocks has its live `pairs` and whether it is `full`.
+        length      tokens; by token up to 8192
+        by          what a node is: a `token`, 0 .. n - 1, or a `block` of them with its `first` and `last`;
+                    an edge between blocks has its live `pairs` and whether it is `full`
+        block_size  tokens of a block, a multiple of 8; if not given as few as leave a graph of a good size
+        heads       query heads H
+        head        the one that it is about; if not given a query sees what it does in some head
+        inputs      run-time tables by name
+
+        Raises AttnError for more nodes than there may be, for tables of several batch rows, and for queries
+        that do not begin at position 0.
         """
         from attndsl.analysis.graph import graph, tiles_of
 
@@ -222,6 +276,7 @@ class Unbound:
     bind: Callable[..., Bound] = field(compare=False, repr=False)
 
     def __call__(self, *args: Any, **params: Any) -> Bound:
+        """With these `params`, as of `Bound.__call__`; those without a default are needed."""
         return self.bind(*args, **params)
 
     def __getattr__(self, name: str) -> Never:

@@ -100,6 +100,7 @@ class AttnError(Exception):
 
     @property
     def diagnostics(self) -> tuple[Diagnostic, ...]:
+        """All that is wrong: message, place and help of each."""
         return self.args
 
     def __str__(self) -> str:

@@ -47,14 +47,16 @@ def prelude() -> Mapping[str, Definition]:
 
 
 def parse(text: str, name: str = "<text>") -> Program:
-    """The program of a text. Raises AttnError with everything that is wrong in it."""
+    """The program of a text; `name` stands for it in messages. Raises AttnError with everything that is wrong
+    in it."""
     if not isinstance(text, str):
         raise fail(f"a program is a text, not {type(text).__name__}", help="a file is read by attndsl.load")
     return _program(Source(name, text), None)
 
 
 def load(path: str | Path) -> Program:
-    """The program of a file and of the files that it uses, which lie in its folder or below."""
+    """The program of the file at `path` and of the files that it uses, which lie in its folder or below, or
+    in a library. Raises AttnError for a file that cannot be read, and with everything that is wrong in it."""
     if not isinstance(path, str | Path) or "\0" in str(path):
         raise fail(f"a path is expected, not {path!r}")
     path = Path(path)

@@ -1,5 +1,7 @@
 """What a reader sees in a REPL, a notebook and an editor."""
 
+import functools
+import inspect
 import pickle
 import re
 import subprocess
@@ -178,6 +180,16 @@ def test_a_copy_of_a_report_is_as_good(program):
     assert "live pairs" in again._repr_html_()
 
 
+def test_a_report_says_what_it_assumes(program):
+    wide = str(attndsl.analyze(program["wide"], length=64, parts=["kv_cache", "block_sizes", "cost"]))
+    told = " ".join(wide.split())
+    assert "what would be kept if no query read a key after it" in told
+    assert "recommended 64: fewest pairs, where starting a tile costs as much as 4,096 of them" in told
+    assert "the last query alone" in told
+    assert all(len(line) <= 80 for line in wide.splitlines())
+    assert "would be kept" not in str(attndsl.analyze(program["lm"], length=64, parts=["kv_cache"]))
+
+
 def test_ipython_shows_the_own_way_of_the_reader_and_carets_under_the_mistake():
     def mine():
         attndsl.parse("pattern a = causal & lst(3)")
@@ -222,3 +234,47 @@ def test_the_program_of_a_user_is_typed():
     command = [sys.executable, "-m", "mypy", "--strict", "tests/user.py"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "Success: no issues found in 1 source file\n")
+
+
+def reachable():
+    """All that a user calls or reads: of the package, and of the classes of what its functions give."""
+    from attndsl.bound import Unbound
+    from attndsl.execution.statesession import StateSession
+    from attndsl.execution.sums import SumModule, SumSession
+    from attndsl.tiles.blockmask import Rows, TileGrid
+
+    classes = [Unbound, StateSession, SumModule, SumSession, Rows, TileGrid]
+    for name in attndsl.__all__:
+        value = getattr(attndsl, name)
+        if isinstance(value, type):
+            classes.append(value)
+        else:
+            yield name, value
+    yield from (("spans.penalty", attndsl.spans.penalty), ("spans.clamp", attndsl.spans.clamp))
+    for cls in classes:
+        yield cls.__name__, cls
+        for owner in cls.__mro__:
+            if not owner.__module__.startswith("attndsl"):
+                continue
+            for name, value in vars(owner).items():
+                if not name.startswith("_") or name in ("__call__", "__getitem__"):
+                    yield f"{cls.__name__}.{name}", getattr(value, "__func__", value)
+
+
+DOCUMENTED = dict(reachable())
+
+
+@pytest.mark.parametrize("value", DOCUMENTED.values(), ids=DOCUMENTED)
+def test_help_explains_every_argument(value):
+    if isinstance(value, functools.cached_property):
+        value = value.func
+    if not (callable(value) or isinstance(value, property)):
+        return
+    said = value.__doc__ or ""
+    assert said.strip()
+    if inspect.isfunction(value):
+        named = [
+            p.name for p in inspect.signature(value).parameters.values() if p.kind not in (p.VAR_POSITIONAL,)
+        ]
+        missing = [name for name in named if name != "self" and not re.search(rf"\b{name}\b", said)]
+        assert not missing

@@ -353,6 +353,15 @@ def test_show_draws_vectors_without_a_ground(program, tmp_path):
     assert "one cell is one token" in text
 
 
+def test_show_chooses_among_centres_of_any_width(tmp_path):
+    centres = tmp_path / "mu.npy"
+    np.save(centres, np.random.default_rng(0).normal(size=(2, 48, 24)).astype(np.float32))
+    file = str(EXAMPLES / "routing.attn")
+    sizes = ["--length", "64", "--set", "w=16", "--input", f"mu={centres}"]
+    done = CliRunner().invoke(main, ["show", file, "routing_safe", *sizes])
+    assert (done.exit_code, done.output.count("┌")) == (0, 2)
+
+
 def test_show_titles_the_picture(program, tmp_path):
     out = tmp_path / "a.svg"
     sizes = ["--length", "64", "--q-length", "16", "--heads", "2", "--head", "1", "--set", "w=9"]

@@ -189,7 +189,14 @@ def analyze(
 ) -> Report:
     """What `attention` costs and sees at `length` keys, and where it can be had for every n.
 
-    heads       as many as the attention speaks of, if not given
+    length      keys n, in tokens
+    q_length    queries; `length` if not given
+    batch       batch rows
+    heads       query heads; as many as the attention speaks of, if not given
+    kv_heads    heads of keys and values; as many if not given
+    head_dim    features D of queries, keys and values
+    dtype       float16, bfloat16, float32 or float64: bytes and rooflines go by it
+    block_size  tokens on a side of a tile, a multiple of 8
     layers      how many of it are stacked
     ranks       processes that a sequence is divided among
     parts       their names; all if not given

@@ -104,11 +104,10 @@ def chosen(attention: Attention, given: dict[str, Any], sizes: dict[str, Any]) -
     if not attention.selected:
         return {}
     found = lowering.sizes_of(attention, sizes["length"], sizes["q_length"], sizes["heads"])
-    sides = zip(
-        attention.inputs, (np.shape(given.get(table.name)) for table in attention.inputs), strict=True
-    )
-    widths = [shape[-1] for table, shape in sides if shape and table.dims[-1] == "D"]
-    return drawn(attention, found, sizes["heads"], widths[0] if widths else DRAWN_WIDTH, given)
+    by_feature = [t.name for t in attention.inputs if t.dims[-1:] == ("D",) and t.name in given]
+    shapes = (np.shape(given[name]) for name in by_feature)
+    width = next((shape[-1] for shape in shapes if shape), DRAWN_WIDTH)
+    return drawn(attention, found, sizes["heads"], width, given)
 
 
 def coarse(attention: Attention, length: int) -> int:

@@ -54,6 +54,19 @@ def compile(
     """The attention lowered by the cheapest backend that supports it, or by `backend` alone; a sum of
     attentions part by part.
 
+    attention   one of a program, its parameters bound
+    length      keys, in tokens: the most of a call
+    q_length    queries, the most of a call; `length` if not given
+    batch       batch rows that costs are predicted for; a call may have any number
+    heads       query heads H
+    kv_heads    heads of keys and values Hkv, a divisor of `heads`; as many if not given
+    head_dim    features D of queries and keys; values may have more or fewer
+    dtype       of q, k and v: float16, bfloat16, float32 or float64
+    device      torch's name of it, such as cpu, cuda or cuda:1
+    block_size  tokens on a side of a tile, a multiple of 8; 128 if not given
+    backend     the only one to be taken; if not given the cheapest, in seconds that are predicted
+    training    whether gradients are asked for: what has none declines, and costs are of both passes
+
     A plan serves every length up to `length` without recompiling. Raises AttnError for sizes that do not
     fit, an unknown backend, or a `backend` that declines: then no other is tried.
     """
@@ -206,9 +219,10 @@ class Plan:
         """Attention of q [B, H, nq, D], k [B, Hkv, n, D], v [B, Hkv, n, Dv] -> [B, H, nq, Dv], all of one of
         DTYPES; autocast converts them as it does for torch's own attention.
 
-        Where queries stand is an offset, an int or one per batch row, or positions [nq] or [B, nq], in any
-        order; keys likewise. Tensors of them are on q's device, and are read inside the operator, once. `n`,
-        which positions end at, is the greatest of a key + 1 where it is not given.
+        Where queries stand is `q_offset`, an int or one per batch row, or `q_positions` [nq] or [B, nq], in
+        any order; if neither is given, as the text says or else from n - nq on. Keys likewise by `k_offset`,
+        0 if not given, or `k_positions`. Tensors of them are on q's device, and are read inside the operator,
+        once. `n`, which positions end at, is the greatest of a key + 1 where it is not given.
 
         Where keys are streams, k and v are those of the tokens, and `memory` the keys [B, Hkv, m, D] and
         values [B, Hkv, m, Dv] before them, the oldest first.
@@ -218,8 +232,10 @@ class Plan:
         them, and gradients of both are those of `reference`, which forms all pairs, and B H n max(nq, n) is
         at most WEIGHTS. Where `approx` stands in place of pairs there is no log-sum-exp, and weights are what
         each value is multiplied by all the same. `learned` are the values of parameters, by name, which
-        `module` owns; without it they have their first ones. Raises AttnError for tensors, positions and
-        tables that do not fit the plan, and where parameters without values are to be trained.
+        `module` owns; without it they have their first ones. `inputs` are run-time tables by name, arrays or
+        tensors with the axes that they are declared with; those that are bound may be left out. Raises
+        AttnError for tensors, positions and tables that do not fit the plan, and where parameters without
+        values are to be trained.
         """
         if learned is None and self.problem.training and any(t.learned for t in self.attention.learned):
             names = ", ".join(f"`{table.name}`" for table in self.attention.learned if table.learned)
@@ -263,7 +279,13 @@ class Plan:
         **inputs: Any,
     ) -> tuple[Tensor, State]:
         """The output of a call whose keys come after those that `state` stands for, and the state after those
-        that the last query of each row sees. The kernel is `Stateful`."""
+        that the last query of each row sees. The kernel is `Stateful`: this is what its sessions call.
+
+        q, k, v     [B, H, m, D], [B, Hkv, n, D] and [B, Hkv, n, Dv], as of a call
+        q_at, k_at  where they stand
+        state       what the call before gave; None where there was none
+        learned     values of parameters by name; `inputs` run-time tables by name
+        """
         self._check(q, k, v)
         lowered = self._served(q.dtype, self.backend)
         given = self._given(q, learned, inputs)
@@ -292,7 +314,14 @@ class Plan:
         **inputs: Any,
     ) -> dict[str, Tensor]:
         """What a call with these arguments chooses by content: int64 tensors by the names of their tables,
-        which `mask`, `block_mask` and `analyze` take as they take inputs."""
+        which `mask`, `block_mask` and `analyze` take as they take inputs.
+
+        q, k          [B, H, nq, D] and [B, Hkv, n, D]
+        q_offset, k_offset, q_positions, k_positions, n, memory   as in a call
+        inputs        run-time tables by name
+
+        Raises AttnError as a call does.
+        """
         self._check(q, k, k)
         lowered = self._served(q.dtype, self.backend)
         given = self._tensors({**self.tables, **inputs}, q) | self._learned(None)
@@ -307,7 +336,12 @@ class Plan:
         return {table.name: x for table, x in zip(lowered.selected, found, strict=True)}
 
     def bind(self, **inputs: Any) -> Plan:
-        """The plan with these tables in place, tiled once if the mask needs them: `n` is then its length."""
+        """The plan with these tables in place, tiled once if the mask needs them: `n` is then its length.
+
+        inputs  run-time tables by name, arrays or tensors; a call may give another in place of one
+
+        Raises AttnError for a table that it does not have, and one that does not fit its axes.
+        """
         start = time.perf_counter()
         self._refuse_made(inputs)
         lowering.check_names(self.attention, inputs)
@@ -338,9 +372,16 @@ class Plan:
         v_dim: int | None = None,
         dtype: str | None = None,
     ) -> Session:
-        """An empty cache for `batch` sequences of up to `capacity` tokens, see `Session`; for `rewind` see
-        its `truncate`. Values have `v_dim` features, by default as many as keys; `dtype` is by default the
-        plan's. Raises AttnError for an attention where later tokens could change what earlier ones give.
+        """An empty cache of keys and values, see `Session`.
+
+        batch     sequences, one a batch row
+        capacity  the most tokens of one
+        rewind    how many tokens `truncate` can take back where the cache is used round and round
+        v_dim     features of values; as many as of keys if not given
+        dtype     of what is kept; the plan's if not given
+
+        Raises AttnError for an attention where later tokens could change what earlier ones give, and for a
+        capacity that the plan does not serve.
 
         Where the kernel keeps a state in place of keys (`linear`) it is a StateSession, which does not grow.
         """
@@ -560,6 +601,7 @@ class PlanModule(nn.Module):
                 self.register_buffer(table.name, plan.initial(table).clone())
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, **call: Any) -> Any:
+        """The plan's call of q, k and v, with the parameters as they are; `call` is what else that takes."""
         return self.plan(q, k, v, learned=self._learned(), **call)
 
     def extra_repr(self) -> str:
@@ -572,7 +614,8 @@ class PlanModule(nn.Module):
         return {table.name: getattr(self, table.name) for table in self.plan.attention.learned}
 
     def session(self, batch: int, capacity: int, **more: Any) -> Session:
-        """As `Plan.session`; a step takes the parameters as they are then."""
+        """As `Plan.session` of `batch`, `capacity` and `more`: `rewind`, `v_dim`, `dtype`. A step takes the
+        parameters as they are then."""
         made = self.plan.session(batch, capacity, **more)
         made.learned = self._learned
         return made

@@ -57,6 +57,8 @@ class StateSession(Session):
             self.state = tuple([x[at] for x in self.state])
 
     def truncate(self, lengths: Any) -> None:
+        """As of a Session: `lengths` are left. A row goes back to where its state ends, `rewind` tokens or
+        more. Raises AttnError beyond that."""
         super().truncate(lengths)
         self.taken = tuple(map(min, self.taken, self.lengths))
 

@@ -74,6 +74,7 @@ class SumPlan:
 
     @property
     def compile_seconds(self) -> float:
+        """Seconds that making all its plans took."""
         return sum(plan.compile_seconds for plan in self.plans.values())
 
     @property
@@ -137,7 +138,8 @@ class SumPlan:
         are given under its name: `plan(q, k, v, global_=(q2, k2, v2))`. Of those q2 has the batch rows and
         queries of q, and all outputs are equally wide; k2 and v2 may be longer or shorter than k and v.
 
-        Inputs go to all that have them, and all else is as in a call of a Plan, once for all parts. `learned`
+        Inputs go to all that have them, and all else (`q_offset`, `k_offset`, `q_positions`, `k_positions`,
+        `n`) is as in a call of a Plan, once for all parts; `given` are inputs and parts by name. `learned`
         are parameters of gates by name, and those of parts as `part.name`. There is no log-sum-exp of a sum,
         and no weights: AttnError is raised for `return_lse` and `return_weights`, and as by a Plan.
         """
@@ -174,7 +176,8 @@ class SumPlan:
     def added(
         self, q: Tensor, outputs: Iterable[tuple[str, Tensor]], weight: Callable[[Plan], Tensor | float]
     ) -> Tensor:
-        """What parts gave for q, by name, each times its gate; `weight` gives those that are no numbers."""
+        """What parts gave for q, `outputs` by name, each times its gate; `weight` gives those that are no
+        numbers."""
         total: Tensor | None = None
         wanted: tuple[list[int], torch.dtype] | None = None
         for name, out in outputs:
@@ -200,8 +203,9 @@ class SumPlan:
         learned: Mapping[str, Tensor] | None,
         given: Mapping[str, Any],
     ) -> Tensor:
-        """[B, H, nq, 1], in float32 or wider. One key stands for all of them, where the last does: so n is as
-        for the parts."""
+        """The values of `gate` for q, [B, H, nq, 1], in float32 or wider. One key stands for all `keys`,
+        where the last does: so n is as for the parts. `places` say where they are, `learned` and `given` are
+        those of the call."""
         wide = q.detach().to(torch.promote_types(q.dtype, torch.float32))
         key, value = wide.new_zeros(len(q), 1, 1, q.shape[3]), wide.new_ones(len(q), 1, 1, 1)
         names = [table.name for table in gate.attention.learned]
@@ -212,8 +216,9 @@ class SumPlan:
         return found
 
     def choices(self, q: Tensor, k: Tensor, **call: Any) -> dict[str, Tensor]:
-        """What parts choose by content, as `Plan.choices`; a part's own (q, k, v) under its name. Raises
-        AttnError where two parts make the same choice of other q and k: one name would stand for both."""
+        """What parts choose by content of q and k, as `Plan.choices`; `call` is what else that takes, and a
+        part's own (q, k, v) under its name. Raises AttnError where two parts make the same choice of other q
+        and k: one name would stand for both."""
         placed = {name: x for name, x in call.items() if name in lowering.ARGUMENTS}
         given = {name: x for name, x in call.items() if name not in placed}
         self.check_names(given)
@@ -227,7 +232,7 @@ class SumPlan:
         return found
 
     def bind(self, **inputs: Any) -> SumPlan:
-        """The plan with these tables in place, in every part that has them."""
+        """The plan with these tables in place, in every part that has them; `inputs` as of `Plan.bind`."""
         lowering.check_names(self.attention, inputs)
         return replace(
             self,
@@ -239,7 +244,8 @@ class SumPlan:
         )
 
     def session(self, batch: int, capacity: int, **options: Any) -> SumSession:
-        """A session for each part, as of `Plan.session`. Raises AttnError as that does, and for a gate that
+        """A session for each part, as of `Plan.session`, of `batch` rows and up to `capacity` tokens each;
+        `options` are `rewind`, `v_dim` and `dtype`. Raises AttnError as that does, and for a gate that
         depends on the number of tokens."""
         return SumSession(self, batch, capacity, **options)
 
@@ -249,11 +255,12 @@ class SumPlan:
         return SumModule(self)
 
     def initial(self, table: Table) -> Tensor:
-        """A gate's parameter's first value."""
+        """The first value of a gate's parameter, `table`."""
         plan = next(plan for plan in self.plans.values() if table in plan.attention.learned)
         return plan.initial(table)
 
     def check_names(self, given: Mapping[str, Any]) -> None:
+        """Raises AttnError where `given` names what is no part and no input."""
         inputs = [table.name for table in self.attention.inputs]
         for name in given:
             if name not in (*inputs, *self.parts):
@@ -262,6 +269,7 @@ class SumPlan:
                 raise fail(f"`{self.attention.name}` has no part or input `{name}`", help=near or listed)
 
     def check_learned(self, given: Mapping[str, Tensor] | None) -> None:
+        """Raises AttnError where `given` names what is no parameter."""
         known = {table.name for table in self.attention.learned}
         known |= {f"{name}.{table.name}" for name, p in self.parts.items() for table in p.attention.learned}
         for name in given or ():
@@ -321,6 +329,7 @@ class SumModule(nn.Module):
         return any(table.name == name for table in self.plan.attention.learned)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, **call: Any) -> Any:
+        """The plan's call of q, k and v, with the parameters as they are; `call` is what else that takes."""
         return self.plan(q, k, v, learned=self._learned(), **call)
 
     def _learned(self) -> dict[str, Tensor]:
@@ -331,7 +340,8 @@ class SumModule(nn.Module):
         return learned
 
     def session(self, batch: int, capacity: int, **options: Any) -> SumSession:
-        """As `SumPlan.session`; a step takes the parameters as they are then."""
+        """As `SumPlan.session` of `batch`, `capacity` and `options`; a step takes the parameters as they are
+        then."""
         made = self.plan.session(batch, capacity, **options)
         made.learned = self._learned
         return made
@@ -362,6 +372,8 @@ class SumSession:
         return next(iter(self.parts.values())).lengths
 
     def step(self, q: Tensor, k: Tensor, v: Tensor, **call: Any) -> Tensor:
+        """The next tokens of every row, q [B, H, m, D], k [B, Hkv, m, D], v [B, Hkv, m, Dv] ->
+        [B, H, m, Dv]; `call` as of `prefill`."""
         return self.prefill(q, k, v, **call)
 
     def prefill(
@@ -375,6 +387,9 @@ class SumSession:
         learned: Mapping[str, Tensor] | None = None,
         **given: Any,
     ) -> Tensor:
+        """As `step`, of many tokens: `chunk`, `tokens` and `learned` as of a Session, the last with the names
+        of `SumPlan.__call__`; `given` are inputs, and (q, k, v) of a part under its name. Raises AttnError as
+        a Session does; then no part has got a token."""
         if learned is None and self.learned is not None:
             learned = self.learned()
         self.plan.check_names(given)
@@ -406,16 +421,20 @@ class SumSession:
             return self.plan.added(q, found.items(), weight if some else lambda gate: 1.0)
 
     def copy(self) -> SumSession:
+        """Another one that has its own memory."""
         made = copy.copy(self)
         made.parts = {name: session.copy() for name, session in self.parts.items()}
         return made
 
     def reorder(self, rows: Any) -> None:
+        """Row i becomes what row `rows[i]` was, in every part."""
         with self._together():
             for session in self.parts.values():
                 session.reorder(rows)
 
     def truncate(self, lengths: Any) -> None:
+        """Only the first `lengths` tokens are left, one number for each row or one for all. Raises AttnError
+        as a Session does; then all is as before."""
         with self._together():
             for session in self.parts.values():
                 session.truncate(lengths)

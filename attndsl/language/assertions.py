@@ -261,7 +261,8 @@ def _heads(
 def prove(assertion: Assertion) -> Verdict:
     """Proved for every n, head and table, refuted at the smallest point found, or undecided.
 
-    Quantities are stated at one n and simply computed.
+    `assertion` is one of `program.assertions`. Quantities are stated at one n and simply computed. Raises
+    AttnError for what is no assertion.
     """
     if not isinstance(assertion, Assertion):
         raise fail(f"an assertion of a program is proved, not {type(assertion).__name__}")
