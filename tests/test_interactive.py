@@ -149,6 +149,8 @@ def test_a_notebook_draws_the_mask(program, name):
         (again,) = squares(other._repr_html_())
         assert (again == drawn).all()
         assert str(other).splitlines()[1] in other._repr_html_()
+        # JupyterLab gives a <pre> the letters of its own text
+        assert "monospace!important" in other._repr_html_()
 
 
 def test_a_notebook_draws_a_program(program):

@@ -30,7 +30,8 @@ STYLE = (
     ".attndsl figure{margin:0;width:16em;max-width:100%}"
     ".attndsl figcaption{line-height:1.35;margin-bottom:.4em;overflow-wrap:anywhere}"
     ".attndsl svg{display:block;width:100%}"
-    ".attndsl pre{margin:0;max-width:100%;overflow-x:auto;white-space:pre;line-height:1.25}"
+    ".attndsl pre{margin:0;max-width:100%;overflow-x:auto;white-space:pre;line-height:1.25;"
+    "font-family:ui-monospace,Menlo,Consolas,'DejaVu Sans Mono',monospace!important}"
     + "".join(f".attndsl .l{i}{{fill:var(--attndsl-{i})}}" for i in range(len(LIGHT.levels)))
 )
 
