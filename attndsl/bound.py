@@ -249,6 +249,8 @@ def _example(attention: Attention, n: int) -> BlockMask:
 def _telling(attention: Attention) -> int:
     """A power of two: four times the greatest number in a mask, of divisors sixteen times; less where masks
     cost their area."""
+    from attndsl.relations.relation import is_affine
+
     masks = [node for group in attention.groups for node in nodes(group.relation.mask)]
     divisors = {node.args[1] for node in masks if node.op in ("floordiv", "mod")}
     numbers = [
@@ -258,8 +260,8 @@ def _telling(attention: Attention) -> int:
     ]
     chosen = [t.origin for t in attention.selected if isinstance(t.origin, Selected)]
     numbers += [value for one in chosen for _, value in one.arguments if isinstance(value, int)]
-    scattered = bool(attention.selected) or any(node.op == "random" for node in masks)
-    longest = 2**10 if scattered else 2**16
+    affine = not attention.selected and all(is_affine(group.relation.mask) for group in attention.groups)
+    longest = 2**15 if affine else 2**10
     return min(max(64, 1 << (4 * max(numbers, default=1) - 1).bit_length()), longest)
 
 
