@@ -239,7 +239,9 @@ def test_the_program_of_a_user_is_typed():
 
 
 def reachable():
-    """All that a user calls or reads: of the package, and of the classes of what its functions give."""
+    """All that a user calls or reads: of the package, of the classes of what its functions give, and of what
+    plugins are written against."""
+    from attndsl import backend, conformance, selection
     from attndsl.bound import Unbound
     from attndsl.execution.statesession import StateSession
     from attndsl.execution.sums import SumModule, SumSession
@@ -252,6 +254,12 @@ def reachable():
             classes.append(value)
         else:
             yield name, value
+    for module in (backend, selection):
+        own = [
+            value for value in vars(module).values() if getattr(value, "__module__", "") == module.__name__
+        ]
+        classes += [value for value in own if isinstance(value, type)]
+    yield from ((name, getattr(conformance, name)) for name in ("check", "supported", "declined"))
     yield from (("spans.penalty", attndsl.spans.penalty), ("spans.clamp", attndsl.spans.clamp))
     for cls in classes:
         yield cls.__name__, cls
