@@ -176,10 +176,11 @@ def _text(found: Costs) -> Iterator[str]:
         traffic = scaled(work.bytes.forward) if work.bytes else "-"
         predicted = "-" if work.seconds_estimate is None else seconds(work.seconds_estimate)
         rows.append([name, *done, traffic, predicted])
-    rows += [[f"choosing, {name}", scaled(done), "0", "", ""] for name, done in found.choosing.items()]
-    rows += [[f"making {name}", scaled(done), "", "", ""] for name, done in found.making.items()]
     yield "\ncost"
     yield table(["", "FLOP forward", "backward", "bytes", "predicted"], rows)
+    for label, before in (("choosing", found.choosing), ("making", found.making)):
+        for name, done in before.items():
+            yield line(label, f"{name}: {scaled(done, 'FLOP')} before each forward pass")
     for name, work in found.lowerings.items():
         if work.reason:
             yield line(name, work.reason)
