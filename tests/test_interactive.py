@@ -288,3 +288,10 @@ def test_help_explains_every_argument(value):
         ]
         missing = [name for name in named if name != "self" and not re.search(rf"\b{name}\b", said)]
         assert not missing
+
+
+def test_a_choice_is_drawn_without_tables_that_it_does_not_read():
+    text = "attention a { inputs bias : float[n]  mask topk(2, of = causal)  score s + bias[k] }"
+    bound = attndsl.parse(text)["a"]
+    assert "<svg" in bound._repr_html_()
+    assert attndsl.analyze(bound, length=64, parts=["block_sizes"]).best_block_size == 64
