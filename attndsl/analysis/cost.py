@@ -179,8 +179,8 @@ def _text(found: Costs) -> Iterator[str]:
     yield "\ncost"
     yield table(["", "FLOP forward", "backward", "bytes", "predicted"], rows)
     for label, before in (("choosing", found.choosing), ("making", found.making)):
-        for name, done in before.items():
-            yield line(label, f"{name}: {scaled(done, 'FLOP')} before each forward pass")
+        for name, work_before in before.items():
+            yield line(label, f"{name}: {scaled(work_before, 'FLOP')} before each forward pass")
     for name, work in found.lowerings.items():
         if work.reason:
             yield line(name, work.reason)
