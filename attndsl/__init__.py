@@ -1,6 +1,7 @@
 """attndsl: a compiler for attention mechanisms."""
 
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from attndsl.attention import Attention
@@ -10,17 +11,29 @@ from attndsl.language.assertions import Assertion, prove
 from attndsl.program import Program, load, parse
 
 if TYPE_CHECKING:
+    from attndsl import spans as spans
     from attndsl.analysis.report import Report, analyze
-    from attndsl.execution.plan import Plan, compile
+    from attndsl.execution.plan import Plan, PlanModule, compile
+    from attndsl.execution.session import Session
+    from attndsl.execution.sums import SumPlan
+    from attndsl.relations.proofs import Verdict
+    from attndsl.tiles.blockmask import BlockMask
+
+    __version__: str
 
 __all__ = [
     "Assertion",
     "Attention",
     "AttnError",
+    "BlockMask",
     "Bound",
     "Plan",
+    "PlanModule",
     "Program",
     "Report",
+    "Session",
+    "SumPlan",
+    "Verdict",
     "analyze",
     "compile",
     "load",
@@ -28,19 +41,28 @@ __all__ = [
     "prove",
 ]
 LAZY = {
+    "BlockMask": "attndsl.tiles.blockmask",
     "Plan": "attndsl.execution.plan",
+    "PlanModule": "attndsl.execution.plan",
     "Report": "attndsl.analysis.report",
+    "Session": "attndsl.execution.session",
+    "SumPlan": "attndsl.execution.sums",
+    "Verdict": "attndsl.relations.proofs",
     "analyze": "attndsl.analysis.report",
     "compile": "attndsl.execution.plan",
+    "spans": "attndsl.spans",
 }
 """What checking a file does not need is imported on first use: a check is to feel instant."""
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return [*__all__, "__version__", "spans"]
 
 
 def __getattr__(name: str) -> object:
+    if name == "__version__":
+        return version("attndsl")
     if name not in LAZY:
         raise AttributeError(f"module 'attndsl' has no attribute '{name}'")
-    return getattr(import_module(LAZY[name]), name)
+    module = import_module(LAZY[name])
+    return module if LAZY[name] == f"attndsl.{name}" else getattr(module, name)

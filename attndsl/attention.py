@@ -22,7 +22,7 @@ from attndsl.expr import (
     substitute,
     var,
 )
-from attndsl.streams import Numbers, Streams, memory, some_key, tokens_read
+from attndsl.streams import Numbers, Streams, described, memory, some_key, tokens_read
 
 HEADS_TRIED = 256
 
@@ -117,7 +117,7 @@ class Attention:
 
     @staticmethod
     def of_pattern(name: str, relation: Relation) -> Attention:
-        """A pattern as an attention of its own: no score, one group of heads."""
+        """A pattern as an attention of its own, called `name`: `relation`, no score, one group of heads."""
         decay = None if relation.count is None else mul(const(1.0), relation.count)
         return Attention(name, (HeadGroup(relation, var("s"), decay),))
 
@@ -128,7 +128,7 @@ class Attention:
         inputs: tuple[Table, ...],
         learned: tuple[Table, ...],
     ) -> Attention:
-        """A sum of parts, which have one offset; see the fields."""
+        """A sum of parts, which have one offset; `name`, `inputs` and `learned` are as the fields."""
         some = any_of(
             *(
                 all_of(group.heads, tokens_read(part.attention.streams, group.relation.mask))
@@ -141,6 +141,33 @@ class Attention:
         return Attention(
             name, (HeadGroup(Relation(some), var("s")),), inputs, learned, offset, least, parts=parts
         )
+
+    def __repr__(self) -> str:
+        return f"<attention {self.name}{self.described}>"
+
+    @property
+    def described(self) -> str:
+        """What there is beside a mask and a softmax: `: score, sink; inputs doc : int[n]`."""
+        first = self.groups[0]
+        beside = {
+            f"sum of {', '.join(part.attention.name for part in self.parts)}": self.parts,
+            "" if self.approx is None else f"approx {self.approx.kind}": self.approx,
+            f"keys {described(self.streams)}": self.streams,
+            f"{len(self.groups)} groups of heads": len(self.groups) > 1,
+            "score": any(group.score is not var("s") for group in self.groups),
+            "weights counted or decayed": any(group.decay is not None for group in self.groups),
+            f"norm {first.norm.kind}": first.norm.kind != "softmax",
+            "sink": any(group.norm.sink is not None for group in self.groups),
+        }
+        chosen = (t.origin.selection for t in self.selected if isinstance(t.origin, Selected))
+        listed = {
+            "": [name for name, there in beside.items() if there],
+            "chosen by ": dict.fromkeys(chosen),
+            "inputs ": map(str, self.inputs),
+            "learned ": [str(table) for table in self.learned if table.learned],
+        }
+        said = [what + ", ".join(names) for what, each in listed.items() if (names := [*each])]
+        return f": {'; '.join(said)}" if said else ""
 
     def require_pairs(self) -> None:
         """Raises AttnError where there are no weights of pairs."""

@@ -55,7 +55,8 @@ class Problem:
         block_size: int | None = None,
         training: bool = False,
     ) -> Problem:
-        """As users write it: `q_length` is `length`, `kv_heads` is `heads` if not given.
+        """As users write it: `q_length` is `length`, `kv_heads` is `heads`, `block_size` is BLOCK_SIZE if not
+        given. `batch`, `head_dim`, `dtype`, `device` and `training` are as of `attndsl.compile`.
 
         Raises AttnError for what is no size, heads or lengths that do not fit one another or the attention,
         and a dtype that is none of DTYPES.
@@ -83,6 +84,15 @@ class Problem:
         lowering.check_places(attention, sizes["length"] == sizes["q_length"])
         block_size = lowering.checked_block_size(BLOCK_SIZE if block_size is None else block_size)
         return Problem(**sizes, dtype=dtype, device=str(device), block_size=block_size, training=training)
+
+    def __str__(self) -> str:
+        """Sizes as in print(plan): those that follow from others are left out."""
+        own = {"q_length": self.length, "batch": 1, "heads": None, "kv_heads": self.heads, "head_dim": None}
+        sizes = {"length": self.length} | {
+            name: size for name, usual in own.items() if (size := getattr(self, name)) != usual
+        }
+        listed = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
+        return f"{listed}, {self.dtype} on {self.device}{', training' if self.training else ''}"
 
     def attended(self, attention: Attention) -> Problem:
         """What is left of it where keys of streams are made: that of `attention.attended`."""
@@ -158,6 +168,7 @@ class Call:
 
     @property
     def block_mask(self) -> BlockMask:
+        """The tiles of this call."""
         return self.tiles()
 
     @property
@@ -183,7 +194,7 @@ class Differentiable(Protocol):
     """A kernel that gives its own gradients; any other is differentiated by running it again."""
 
     def __call__(self, call: Call) -> tuple[Tensor, Tensor]:
-        """As `Kernel`."""
+        """Output and log-sum-exp of a call, as `Kernel`."""
 
     def gradient(
         self,
@@ -194,7 +205,13 @@ class Differentiable(Protocol):
         grad_out: Tensor,
         grad_lse: Tensor | None,
     ) -> Gradients:
-        """Gradients of q, k, v and, by name, of the wanted tables."""
+        """Gradients of q, k, v and, by name, of the `wanted` tables.
+
+        call            the same as in the forward pass
+        out, lse        what that gave
+        grad_out        gradient of the output, [B, H, nq, Dv]
+        grad_lse        gradient of the log-sum-exp, [B, H, nq]; None where nothing depends on it
+        """
 
 
 State: TypeAlias = "tuple[Tensor, ...]"
@@ -206,7 +223,7 @@ class Stateful(Protocol):
     """A kernel whose later queries need no earlier keys: a state stands for all of them."""
 
     def __call__(self, call: Call) -> tuple[Tensor, Tensor]:
-        """As `Kernel`."""
+        """Output and log-sum-exp of a call, as `Kernel`."""
 
     def step(self, call: Call, state: State | None) -> tuple[Tensor, Tensor, State]:
         """What the call gives if the keys of `state` came before its own, none where it is None, and the
@@ -221,14 +238,17 @@ class Backend(Protocol):
         """What it knows; whatever asks for more is declined, and it is not asked."""
 
     def supports(self, attention: Attention, problem: Problem) -> str | None:
-        """None, or the reason why it declines what it knows all features of."""
+        """None, or the reason why it declines this attention on this problem, all of whose features it
+        knows."""
 
     def cost(self, attention: Attention, problem: Problem, block_mask: BlockMask | None) -> float | None:
-        """Estimated seconds of one forward pass (and backward, if training), None where it knows none of the
-        device; `block_mask` is None where tables are not bound yet, then an upper bound."""
+        """Estimated seconds of one forward pass of the attention (and backward, if the problem is training),
+        None where it knows none of the device; `block_mask` is None where tables are not bound yet, then an
+        upper bound."""
 
     def lower(self, attention: Attention, problem: Problem) -> Kernel:
-        """The kernel. It must be differentiable by torch's autograd where `problem.training`."""
+        """The kernel of an attention. It must be differentiable by torch's autograd where
+        `problem.training`."""
 
 
 @runtime_checkable
@@ -245,8 +265,9 @@ class Counting(Protocol):
     def counts(
         self, attention: Attention, problem: Problem, block_mask: BlockMask | None
     ) -> Mapping[str, float]:
-        """What a forward pass does, over all heads and batch rows. Among others `pairs`: the (q, k) that
-        are computed, live or not; `written`: numbers that go through memory in between, such as weights."""
+        """What a forward pass of the attention on the problem does, over all heads and batch rows;
+        `block_mask` is None as of `cost`. Among others `pairs`: the (q, k) that are computed, live or not;
+        `written`: numbers that go through memory in between, such as weights."""
 
 
 def weighed(seconds: Mapping[str, float], counts: Mapping[str, float]) -> float:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Never
+
+import numpy as np
 
 from attndsl.attention import Attention
-from attndsl.errors import fail
-from attndsl.expr import Table
+from attndsl.errors import AttnError, fail
+from attndsl.expr import Selected, Table, nodes, number
+from attndsl.pictures import notebook
 
 if TYPE_CHECKING:
     import networkx as nx
-    import numpy as np
     from numpy.typing import ArrayLike, NDArray
 
     from attndsl.tiles.blockmask import BlockMask
+
+
+DRAWN_WIDTH = 64
+"""Features of the q and k that a choice is drawn of for a picture."""
 
 
 @dataclass(frozen=True)
@@ -23,16 +29,17 @@ class Bound:
     """An attention, or a pattern standing alone, with its parameters bound.
 
     attention:  its meaning, all that plans and analyses read.
-    parameters: the names that it takes.
+    parameters: the names that it takes, each with its value as it is written.
     rebind:     gives it with other parameters: what `bound(w=256)` calls.
     """
 
     attention: Attention
-    parameters: tuple[str, ...] = field(default=(), compare=False, repr=False)
-    rebind: Callable[..., Bound] | None = field(default=None, compare=False, repr=False)
+    parameters: Mapping[str, str] = field(default_factory=dict, compare=False)
+    rebind: Callable[..., Bound] | None = field(default=None, compare=False)
 
     @property
     def name(self) -> str:
+        """Under which the program defines it."""
         return self.attention.name
 
     @property
@@ -46,7 +53,38 @@ class Bound:
         each = (self.attention, *(part.attention for part in self.attention.parts))
         return tuple(table for attention in each for table in attention.learned if table.learned)
 
+    @property
+    def written(self) -> str:
+        """`longformer(w = 512)`."""
+        values = ", ".join(f"{name} = {value}" for name, value in self.parameters.items())
+        return f"{self.name}({values})" if values else self.name
+
+    def __repr__(self) -> str:
+        return f"<attention {self.written}{self.attention.described}>"
+
+    def _repr_html_(self) -> str:
+        return notebook.shown([self.pictured()])
+
+    def pictured(self) -> str:
+        """Its mask for a notebook, at a length that shows its parts; or why there is no picture."""
+        try:
+            n = _telling(self.attention)
+            blocks = _example(self.attention, n)
+            rows = np.flatnonzero(blocks.row_counts().any((0, 1)))
+            if len(rows) and 2 * rows[-1] < n:
+                blocks = _example(self.attention, int(rows[-1]) + 1)
+        except AttnError as error:
+            return notebook.text(f"{self!r}\nno picture: {error.diagnostics[0].message}")
+        return notebook.figures(blocks, self.written, ", one drawn choice" if self.attention.selected else "")
+
     def __call__(self, *args: Any, **params: Any) -> Bound:
+        """The same with other parameters; those that are not given keep their values.
+
+        params  numbers, lists or ranges of integers, or texts of the language: `bound(w=256)`,
+                `bound(globals=[0, 8])`, `bound(w="2 * 128")`. By place too, in the order of the text
+
+        Raises AttnError for a parameter that it does not take, or with which the definition means nothing.
+        """
         if self.rebind is None:
             raise fail(
                 f"`{self.name}` is a copy that cannot be bound anew",
@@ -76,9 +114,18 @@ class Bound:
     ) -> NDArray[np.bool_]:
         """The meaning, pointwise: bool [H or 1, nq, n], or [B, H or 1, nq, n] with batched tables.
 
-        Queries and keys stand where offsets or positions ([nq], [length], or one row for each batch row) say;
-        n is the greatest position of a key + 1. Raises AttnError for sizes, positions and tables that do not
-        fit.
+        length       keys, in tokens
+        q_length     queries; as many as keys if not given
+        q_offset     position of the first query; if not given what the text says, or else n - nq
+        k_offset     position of the first key, 0 if not given
+        q_positions  where each query stands, [nq] or [B, nq], in place of an offset
+        k_positions  where each key stands, [length] or [B, length], likewise
+        n            what `n` means in the text; the greatest position of a key + 1 if not given
+        heads        query heads H
+        inputs       run-time tables by name, with the axes that they are declared with; choices too, as
+                     `Plan.choices` gives them
+
+        Raises AttnError for sizes, positions and tables that do not fit.
         """
         from attndsl.tiles import lowering
 
@@ -99,7 +146,21 @@ class Bound:
         heads: int = 1,
         **inputs: ArrayLike,
     ) -> NDArray[np.int64]:
-        """Multiplicities, int64, as `mask`."""
+        """How many times a pair is related: int64 of the shape of `mask`, positive where that holds.
+
+        length       keys, in tokens
+        q_length     queries; as many as keys if not given
+        q_offset     position of the first query; if not given what the text says, or else n - nq
+        k_offset     position of the first key, 0 if not given
+        q_positions  where each query stands, [nq] or [B, nq], in place of an offset
+        k_positions  where each key stands, [length] or [B, length], likewise
+        n            what `n` means in the text; the greatest position of a key + 1 if not given
+        heads        query heads H
+        inputs       run-time tables by name, with the axes that they are declared with; choices too, as
+                     `Plan.choices` gives them
+
+        Raises AttnError as `mask`.
+        """
         from attndsl.tiles import lowering
 
         places = q_offset, k_offset, q_positions, k_positions, n
@@ -120,7 +181,22 @@ class Bound:
         heads: int = 1,
         **inputs: ArrayLike,
     ) -> BlockMask:
-        """The tiles of `block_size` (a multiple of 8) tokens on a side, of what `mask` takes."""
+        """The mask in tiles, made without its n x n pairs.
+
+        block_size   tokens on a side of a tile, a multiple of 8
+        length       keys, in tokens
+        q_length     queries; as many as keys if not given
+        q_offset     position of the first query; if not given what the text says, or else n - nq
+        k_offset     position of the first key, 0 if not given
+        q_positions  where each query stands, [nq] or [B, nq], in place of an offset
+        k_positions  where each key stands, [length] or [B, length], likewise
+        n            what `n` means in the text; the greatest position of a key + 1 if not given
+        heads        query heads H
+        inputs       run-time tables by name, with the axes that they are declared with; choices too, as
+                     `Plan.choices` gives them
+
+        Raises AttnError as `mask`, and for a block size that is none.
+        """
         from attndsl.tiles import lowering
 
         places = q_offset, k_offset, q_positions, k_positions, n
@@ -139,19 +215,60 @@ class Bound:
         head: int | None = None,
         **inputs: ArrayLike,
     ) -> nx.DiGraph:
-        """The graph with an edge from each key to each query that sees it, in `head` or in some head.
+        """The graph with an edge from each key to each query that sees it.
 
-        A node is a token (0 .. n - 1, up to 8192) or a block of tokens, with its `first` and `last`; an edge
-        between blocks has its live `pairs` and whether it is `full`.
+        length      tokens; by token up to 8192
+        by          what a node is: a `token`, 0 .. n - 1, or a `block` of them with its `first` and `last`;
+                    an edge between blocks has its live `pairs` and whether it is `full`
+        block_size  tokens of a block, a multiple of 8; if not given as few as leave a graph of a good size
+        heads       query heads H
+        head        the one that it is about; if not given a query sees what it does in some head
+        inputs      run-time tables by name
+
+        Raises AttnError for more nodes than there may be, for tables of several batch rows, and for queries
+        that do not begin at position 0.
         """
         from attndsl.analysis.graph import graph, tiles_of
 
         return graph(tiles_of(self.attention, length, by, block_size, heads, head, inputs), by, self.name)
 
 
+def _example(attention: Attention, n: int) -> BlockMask:
+    """The tiles of n tokens, of a choice that is drawn where keys are chosen by content."""
+    from attndsl.execution.selecting import drawn
+    from attndsl.tiles import lowering
+
+    attention.require_pairs()
+    heads = attention.enough_heads()
+    sizes = lowering.sizes(attention, n, n, heads)
+    chosen = drawn(attention, sizes, heads, DRAWN_WIDTH, {}) if attention.selected else {}
+    tables = lowering.checked_tables(attention, chosen, sizes)
+    return lowering.block_mask(attention, sizes, tables, 8 if n < 1024 else 128)
+
+
+def _telling(attention: Attention) -> int:
+    """A power of two: four times the greatest number in a mask, of divisors sixteen times; less where masks
+    cost their area."""
+    from attndsl.relations.relation import is_affine
+
+    masks = [node for group in attention.groups for node in nodes(group.relation.mask)]
+    divisors = {node.args[1] for node in masks if node.op in ("floordiv", "mod")}
+    numbers = [
+        abs(value) * (4 if node in divisors else 1)
+        for node in masks
+        if isinstance(value := number(node), int)
+    ]
+    chosen = [t.origin for t in attention.selected if isinstance(t.origin, Selected)]
+    numbers += [value for one in chosen for _, value in one.arguments if isinstance(value, int)]
+    affine = not attention.selected and all(is_affine(group.relation.mask) for group in attention.groups)
+    longest = 2**15 if affine else 2**10
+    return min(max(64, 1 << (4 * max(numbers, default=1) - 1).bit_length()), longest)
+
+
 @dataclass(frozen=True)
 class Unbound:
-    """An attention or pattern that needs parameters: call it with them.
+    """An attention or pattern that needs parameters: call it with them. Nothing else is known of it, and
+    whatever is asked of it as of a Bound raises AttnError.
 
     written:  how a call is written.
     """
@@ -161,7 +278,18 @@ class Unbound:
     bind: Callable[..., Bound] = field(compare=False, repr=False)
 
     def __call__(self, *args: Any, **params: Any) -> Bound:
+        """With these `params`, as of `Bound.__call__`; those without a default are needed."""
         return self.bind(*args, **params)
+
+    def __getattr__(self, name: str) -> Never:
+        if name.startswith("_") or name not in dir(Bound):
+            raise AttributeError(f"`{self.name}` needs parameters, and has no attribute `{name}`")
+        raise self.refusal
+
+    @property
+    def refusal(self) -> AttnError:
+        """What is raised where its parameters are needed."""
+        return fail(f"`{self.name}` needs parameters", help=f"call it with them: `{self.written}`")
 
     def __repr__(self) -> str:
         return f"<{self.name} needs parameters: {self.written}>"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import traceback
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -87,6 +88,10 @@ def excerpt(span: Span, width: int = 76) -> str:
     )
 
 
+BETWEEN = ("attndsl", "IPython", "contextlib", "torch")
+"""Packages whose frames tell a reader nothing of their mistake."""
+
+
 class AttnError(Exception):
     """A user's mistake, of `Diagnostic`s. `str(error)` is their text, all that were found in one run.
 
@@ -95,10 +100,21 @@ class AttnError(Exception):
 
     @property
     def diagnostics(self) -> tuple[Diagnostic, ...]:
+        """All that is wrong: message, place and help of each."""
         return self.args
 
     def __str__(self) -> str:
         return "\n\n".join(map(str, self.diagnostics))
+
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows: the way to the call through the reader's own code, then the text."""
+        frames = [
+            frame
+            for frame in traceback.walk_tb(self.__traceback__)
+            if frame[0].f_globals.get("__name__", "").partition(".")[0] not in BETWEEN
+        ]
+        way = traceback.StackSummary.extract(iter(frames)).format()
+        return [*"".join(way).splitlines(), *str(self).splitlines()]
 
 
 @contextlib.contextmanager

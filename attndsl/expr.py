@@ -111,6 +111,10 @@ class Table:
         dtype: Literal["int", "float"] = "float" if origin.array.dtype.kind == "f" else "int"
         return Table(f"[{shown}]", dtype, (len(entries),), origin)
 
+    def __str__(self) -> str:
+        """`doc : int[n]`, as a text declares it."""
+        return f"{self.name} : {self.dtype}[{', '.join(map(str, self.dims))}]"
+
     @property
     def learned(self) -> bool:
         return isinstance(self.origin, Learned)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import gc
+import reprlib
 from collections import ChainMap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from attndsl import expr as ir
 from attndsl import syntax
@@ -23,14 +24,18 @@ from attndsl.language.elaborate import STEP_LIMIT, Elaborator
 from attndsl.language.mistakes import out_of_place
 from attndsl.language.values import TOKENS, AttentionOf, K, Num, Pattern, Q, Scope, SetOf, Space, Value, Vec
 from attndsl.language.vocabulary import BUILT_IN, RESERVED
+from attndsl.pictures import notebook
 from attndsl.selection import Selection
 from attndsl.syntax import nodes as ast
+from attndsl.syntax.format import render
 
 if TYPE_CHECKING:
     from attndsl.relations.proofs import Verdict
 
 Definition = ast.Definition | ast.AttentionDef
 FILE_LIMIT = 64
+LISTED, PICTURED = 20, 8
+"""Names and masks that are shown of a program."""
 DEFINITION_LIMIT = 20_000
 
 
@@ -42,14 +47,16 @@ def prelude() -> Mapping[str, Definition]:
 
 
 def parse(text: str, name: str = "<text>") -> Program:
-    """The program of a text. Raises AttnError with everything that is wrong in it."""
+    """The program of a text; `name` stands for it in messages. Raises AttnError with everything that is wrong
+    in it."""
     if not isinstance(text, str):
         raise fail(f"a program is a text, not {type(text).__name__}", help="a file is read by attndsl.load")
     return _program(Source(name, text), None)
 
 
 def load(path: str | Path) -> Program:
-    """The program of a file and of the files that it uses, which lie in its folder or below."""
+    """The program of the file at `path` and of the files that it uses, which lie in its folder or below, or
+    in a library. Raises AttnError for a file that cannot be read, and with everything that is wrong in it."""
     if not isinstance(path, str | Path) or "\0" in str(path):
         raise fail(f"a path is expected, not {path!r}")
     path = Path(path)
@@ -108,7 +115,7 @@ def _program(source: Source, path: Path | None) -> Program:
     program = Program(source.name, definitions)
     program.elaborator.broken |= unread
     program.elaborator.whole = not any(isinstance(item, ast.Use) for item in items)
-    problems += program.check_definitions()
+    problems += program._check_definitions()
     for assertion in assertions:
         try:
             program.assertions.append(typed(assertion.expr, program.elaborator))
@@ -239,7 +246,6 @@ def _selections() -> tuple[str, ...]:
 class Program:
     """Definitions by name. `program["longformer"]` is a Bound with the defaults bound.
 
-    names       the program's own attentions and patterns, in order
     assertions  its `assert`s, typed, for `prove`
     """
 
@@ -259,17 +265,34 @@ class Program:
         return len(self.names)
 
     def __repr__(self) -> str:
-        return f"<program {self.name}: {', '.join(self.names) or 'no attention or pattern'}>"
+        listed = [*self.names[:LISTED], *["..."] * (len(self.names) > LISTED)]
+        return f"<program {self.name}: {', '.join(listed) or 'no attention or pattern'}>"
+
+    def _repr_html_(self) -> str:
+        bound = [self[name] for name in self.names[:PICTURED]]
+        parts = [notebook.text(repr(b)) if isinstance(b, Unbound) else b.pictured() for b in bound]
+        more = len(self.names) - PICTURED
+        return notebook.shown([*parts, *[notebook.text(f"and {more:,} more")] * (more > 0)])
+
+    def _ipython_key_completions_(self) -> list[str]:
+        return [*self.names]
 
     @property
     def names(self) -> tuple[str, ...]:
+        """Its own attentions and patterns, in the order of the text."""
         return tuple(name for name, item in self.own.items() if _compilable(item))
 
     @property
     def attentions(self) -> tuple[str, ...]:
+        """Its own attentions alone."""
         return tuple(name for name, item in self.own.items() if isinstance(item, ast.AttentionDef))
 
-    def __getitem__(self, name: str) -> Bound | Unbound:
+    def __getitem__(self, name: str) -> Bound:
+        """An attention or pattern, of this program or of the prelude, with its defaults bound.
+
+        One without a default is an Unbound: call it with its parameters. Raises AttnError for an unknown
+        `name`, and for that of a score, a number or a function.
+        """
         item = self.elaborator.definitions.get(name)
         if item is None:
             known = suggest(str(name), self.own)
@@ -278,8 +301,9 @@ class Program:
         if not _compilable(item):
             raise fail(f"`{name}` is a {item.word}, neither an attention nor a pattern", item.name_span)  # type: ignore[union-attr]
         if any(param.default is None for param in item.params):
-            return Unbound(item.name, signature(item), lambda *a, **kw: self.bind(item, a, kw))
-        return self.bind(item, (), {})
+            unbound = Unbound(item.name, signature(item), lambda *a, **kw: self._bind(item, a, kw))
+            return cast(Bound, unbound)
+        return self._bind(item, (), {})
 
     def default(self) -> str:
         """The name meant where none is given: the only attention, or the one named like the file."""
@@ -292,7 +316,7 @@ class Program:
         listed = ", ".join(self.names) or "nothing that can be compiled"
         raise fail(f"`{self.name}` defines {listed}", help="give the name of one")
 
-    def bind(self, item: Definition, args: tuple[Any, ...], params: Mapping[str, Any]) -> Bound:
+    def _bind(self, item: Definition, args: tuple[Any, ...], params: Mapping[str, Any]) -> Bound:
         """An attention, or a pattern as an attention of its own, with parameters from Python."""
         names = [param.name for param in item.params]
         if len(args) > len(names):
@@ -307,12 +331,14 @@ class Program:
                 raise fail(f"`{item.name}` has no parameter `{name}`", help=help)
         given |= params
         self.elaborator.steps = 0
-        values = {name: self.argument(name, value) for name, value in given.items()}
+        values = {name: self._argument(name, value) for name, value in given.items()}
         value = self.elaborator.instance(item, values, Scope({}), item.name_span)
         attention = _as_attention(item.name, value)
-        return Bound(attention, tuple(names), lambda *a, **kw: self.bind(item, a, {**given, **kw}))
+        defaults = {param.name: param.default for param in item.params if param.default is not None}
+        written = {name: _shown(given[name]) if name in given else render(defaults[name]) for name in names}
+        return Bound(attention, written, lambda *a, **kw: self._bind(item, a, {**given, **kw}))
 
-    def argument(self, name: str, value: Any) -> Value:
+    def _argument(self, name: str, value: Any) -> Value:
         """A Python number, a list or range of integers, a text of the language, or a number left open."""
         if isinstance(value, ir.Expr):
             return Num(value)
@@ -327,7 +353,7 @@ class Program:
             raise fail(f"`{name}` is a number, a list of numbers or a text, not {type(value).__name__}")
         return Num(ir.const(value))
 
-    def check_definitions(self) -> list[Diagnostic]:
+    def _check_definitions(self) -> list[Diagnostic]:
         """Everything wrong in the program's own definitions, each definition tried on its own."""
         problems: list[Diagnostic] = []
         for name, item in self.own.items():
@@ -374,6 +400,11 @@ class Program:
             value.at(Q, K, TOKENS)
 
 
+def _shown(value: Any) -> str:
+    """A parameter from Python, on one short line."""
+    return " ".join((value if isinstance(value, str) else reprlib.repr(value)).split())
+
+
 def _listed(name: str, value: range | list[Any] | tuple[Any, ...] | set[Any]) -> SetOf:
     """A list from Python: a set, and a table unless it has no order."""
     members: ir.IntSet | None = None
@@ -403,7 +434,7 @@ def bound_of(value: object) -> Bound:
     if isinstance(value, Attention):
         return Bound(value)
     if isinstance(value, Unbound):
-        raise fail(f"`{value.name}` needs parameters", help=f"call it with them: `{value.written}`")
+        raise value.refusal
     if isinstance(value, Program):
         names = ", ".join(value.names)
         raise fail("a program is taken one attention at a time", help=f'write program["..."]: {names}')

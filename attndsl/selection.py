@@ -71,35 +71,38 @@ class Selection(Protocol):
     kind: Literal["labels", "order", "list"]
 
     def signature(self, *arguments: Any, **named: Any) -> None:
-        """Never called. Raises nothing: `check` says what does not fit."""
+        """Never called: its `arguments`, and those `named`, are what a text gives. Raises nothing: `check`
+        says what does not fit."""
 
     def check(self, origin: Selected) -> None:
-        """Raises AttnError for arguments, rows or units that make no sense."""
+        """Raises AttnError for arguments, rows or units of `origin` that make no sense."""
 
     def rounds(self, origin: Selected) -> int:
-        """Of an order: rows of ranks. Of a list: entries of a row, if there are as many to choose among. Of
-        labels: how many there are at most, LABELS where that is not known."""
+        """How many there are by `origin`. Of an order: rows of ranks. Of a list: entries of a row, if there
+        are as many to choose among. Of labels: how many there are at most, LABELS where that is not known."""
 
     def relates(self, origin: Selected) -> Chunks | First | None:
-        """Of an order: how ranks relate."""
+        """Of an order: how ranks relate, by the arguments of `origin`."""
 
     def reads(self, origin: Selected) -> Literal["past", "of", "future"]:
-        """On which keys the choice of a query depends: those up to it, those that `of` holds, or any."""
+        """On which keys the choice of a query by `origin` depends: those up to it, those that `of` holds, or
+        any."""
 
     def counts(self, origin: Selected, problem: Problem) -> Mapping[str, float]:
-        """What choosing takes, over all heads and batch rows: `products`, of two numbers each, and `sorted`,
-        numbers that are sorted, or among which the greatest are looked for."""
+        """What choosing by `origin` on a problem takes, over all heads and batch rows: `products`, of two
+        numbers each, and `sorted`, numbers that are sorted, or among which the greatest are looked for."""
 
     def choose(self, origin: Selected, offered: Offered) -> Tensor:
-        """Integers: labels [B, H, n] or ranks [B, H, rounds, n] of the keys, or what is chosen for each row
-        [B, H, rows, r], r at most the number of keys or blocks: places among the keys, or numbers of blocks,
-        each once, -1 where `of` holds fewer. H are the query heads; those that share a key head have equal
-        labels and ranks. Equal on equal input; of equal scores the first comes first; NaN is the largest
-        score."""
+        """What `origin` makes of what is `offered`. Integers: labels [B, H, n] or ranks [B, H, rounds, n] of
+        the keys, or what is chosen for each row [B, H, rows, r], r at most the number of keys or blocks:
+        places among the keys, or numbers of blocks, each once, -1 where `of` holds fewer. H are the query
+        heads; those that share a key head have equal labels and ranks. Equal on equal input; of equal scores
+        the first comes first; NaN is the largest score."""
 
     def reference(self, origin: Selected, offered: Offered) -> Tensor:
-        """The same by the plainest code: what conformance checks `choose` against. It is offered float64
-        where `choose` is offered float32, so that what is not exact must be computed in float64 by both."""
+        """The same of `origin` and `offered` by the plainest code: what conformance checks `choose` against.
+        It is offered float64 where `choose` is offered float32, so that what is not exact must be computed in
+        float64 by both."""
 
 
 def table(name: str, origin: Selected, kind: str, rounds: int) -> Table:

@@ -25,7 +25,8 @@ def penalty(module: nn.Module, name: str, longest: float) -> Tensor:
 
 
 def clamp(module: nn.Module, name: str) -> None:
-    """The same parameters put back into 0..1, where a step took them out. Raises AttnError as `penalty`."""
+    """The parameters of this `name` in the `module` or below put back into 0..1, where a step took them out.
+    Raises AttnError as `penalty`."""
     with torch.no_grad():
         for span in _spans(module, name):
             span.clamp_(0.0, 1.0)

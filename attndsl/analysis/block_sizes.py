@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attndsl.analysis.part import Part, Subject
-from attndsl.analysis.text import table
+from attndsl.analysis.text import line, table
 from attndsl.analysis.work import over_all
 from attndsl.attention import Attention
 from attndsl.backend import Problem
@@ -22,6 +22,10 @@ ENTRIES = 2**21
 """Runs and partial tiles that a block size may take to be looked at."""
 PAIRS_PER_TILE = 64**2
 """What a tile costs beside its pairs, in pairs: at a side of 64 half of the time."""
+
+
+WHY = f"fewest pairs, where starting a tile costs as much as {PAIRS_PER_TILE:,} of them"
+"""What is best about the best size."""
 
 
 @dataclass(frozen=True)
@@ -121,11 +125,12 @@ def _text(found: BlockSizes) -> Iterator[str]:
                 f"{row.tiles.partial:,}",
                 f"{row.pairs:,}",
                 f"{row.waste:.3g} x",
-                "recommended" if row.block_size == found.best_block_size else "",
+                "*" if row.block_size == found.best_block_size else "",
             ]
             for row in found.block_sizes
         ],
     )
+    yield line("recommended", f"{found.best_block_size}: {WHY}")
     least = found.block_sizes[0].block_size
     if least > min(BLOCK_SIZES):
         yield f"  not counted: below {least}, where there may be more than {ENTRIES:,} entries"
@@ -133,11 +138,14 @@ def _text(found: BlockSizes) -> Iterator[str]:
 
 CARDS = """
 {% if at("best_block_size") %}
-{% call card("best block size") %}{{ fact("best_block_size") }}{% endcall %}
+{% call card("best block size") %}
+{{ fact("best_block_size") }}<small>fewest pairs and tiles to start</small>
+{% endcall %}
 {% endif %}
 """
 
-SECTION = """
+SECTION = (
+    """
 {% call table("Block sizes") %}
 {{ heads(["tokens", "full tiles", "partial tiles", "pairs computed", "of the live"]) }}
 <tbody>
@@ -153,6 +161,9 @@ SECTION = """
 </tbody>
 {% endcall %}
 """
+    + f"""<p class="hint">Best is what has the {WHY}.</p>
+"""
+)
 
 part = Part(
     _find, _text, ("block_sizes", "best_block_size"), place=50, title="Cost", section=SECTION, cards=CARDS,

@@ -175,15 +175,19 @@ def _text(found: Costs) -> Iterator[str]:
         traffic = scaled(work.bytes.forward) if work.bytes else "-"
         predicted = "-" if work.seconds_estimate is None else seconds(work.seconds_estimate)
         rows.append([name, *done, traffic, predicted])
-    rows += [[f"choosing, {name}", scaled(done), "0", "", ""] for name, done in found.choosing.items()]
-    rows += [[f"making {name}", scaled(done), "", "", ""] for name, done in found.making.items()]
     yield "\ncost"
-    yield table(["", "FLOP forward", "backward", "bytes forward", "predicted"], rows)
+    yield table(["", "FLOP forward", "backward", "bytes", "predicted"], rows)
+    for label, before in (("choosing", found.choosing), ("making", found.making)):
+        for name, work_before in before.items():
+            yield line(label, f"{name}: {scaled(work_before, 'FLOP')} before each forward pass")
     for name, work in found.lowerings.items():
         if work.reason:
             yield line(name, work.reason)
     if isinstance(flops, Steps) and isinstance(moved, Steps):
-        yield line("decode step", f"{scaled(flops.decode, 'FLOP')}, {scaled(moved.decode, 'B')}")
+        yield line(
+            "decode step",
+            f"{scaled(flops.decode, 'FLOP')}, {scaled(moved.decode, 'B')}: the last query alone",
+        )
 
 
 def _draw(subject: Subject, found: Costs) -> Drawing:
@@ -224,7 +228,7 @@ def _draw(subject: Subject, found: Costs) -> Drawing:
 
 
 SECTION = """
-{% set passes = {"forward": "forward", "backward": "backward", "decode": "decode step"} %}
+{% set passes = {"forward": "forward", "backward": "backward", "decode": "decode step, the last query"} %}
 {% set pairs = at("flops", "decode") is not none %}
 {% call table("Live pairs only" if pairs else "Products only") %}
 {{ heads(["", "work", "memory moved"]) }}

@@ -42,6 +42,10 @@ HORIZON = 2**20
 """Most tokens that are tiled to find where a peak stops growing."""
 
 
+WITHOUT = "if no query read a key after it, as decoding cannot"
+"""What is assumed of a pattern that is not causal."""
+
+
 def kv_cache(
     attention: Attention, length: int, *, heads: int = 1, inputs: Mapping[str, ArrayLike] = lowering.NO_TABLES
 ) -> Cache:
@@ -152,6 +156,8 @@ def _find(subject: Subject) -> Cache:
 
 def _text(found: Cache) -> Iterator[str]:
     yield "\nKV cache when decoding"
+    if not found.causal:
+        yield line("not causal", f"this is what would be kept {WITHOUT}")
     yield line("keys", f"{found.minimum:,} at most, of {found.full:,}")
     if found.by_stream is not None:
         yield line("of these", ", ".join(f"{keys:,} {name}" for name, keys in found.by_stream.items()))
@@ -162,17 +168,17 @@ def _text(found: Cache) -> Iterator[str]:
         yield line("by head", ", ".join(f"{keys:,}" for keys in found.per_head))
     if found.state is not None:
         yield line("state", f"{found.state:,} numbers of all heads in place of keys, whatever n")
-    if not found.causal:
-        yield line("note", "reads of keys after the query are left out: decoding cannot do them")
 
 
 CARDS = """
 {% call card("keys kept to decode") %}
-{{ fact("kv_cache", "minimum") }}<small>of {{ fact("kv_cache", "full") }}</small>
+{{ fact("kv_cache", "minimum") }}<small>of {{ fact("kv_cache", "full") }}
+{%- if not report.kv_cache.causal %}, if no query read a key after it{% endif %}</small>
 {% endcall %}
 """
 
-SECTION = """
+SECTION = (
+    """
 {% set it = report.kv_cache %}
 <p>The smallest key-value cache holds {{ fact("kv_cache", "minimum") }} of {{ fact("kv_cache", "full") }} keys
 {%- if it.by_stream %} (
@@ -188,9 +194,13 @@ SECTION = """
 {% if it.state is not none %}
 In place of keys {{ fact("kv_cache", "state") }} numbers of all heads do, whatever n.
 {% endif %}
-{% if not it.causal %}Reads of later keys do not count.{% endif %}</p>
-<p class="rule" data-field="/kv_cache/rule">{{ it.rule }}</p>
+{% if not it.causal %}The pattern is not causal: this is what would be kept
 """
+    + f"""{WITHOUT}.{{% endif %}}</p>
+"""
+    + """<p class="rule" data-field="/kv_cache/rule">{{ it.rule }}</p>
+"""
+)
 
 part = Part(
     _find, _text, settled=False, place=80, title="Decoding", section=SECTION, cards=CARDS, streams=True

@@ -484,7 +484,7 @@ def _text(found: GraphMeasures) -> Iterator[str]:
     if found.by == "block":
         yield line("note", "paths are those of the blocks, degrees those of the tokens")
     for label, d in (("keys seen", found.in_degree), ("seen by", found.out_degree)):
-        yield line(label, f"{d.min:,} to {d.max:,}, mean {d.mean:.4g}")
+        yield line(label, f"{d.min:,} to {d.max:,}, mean {d.mean:,.4g}")
     if found.average_shortest_path is not None:
         yield line("distances", f"{found.average_shortest_path:.4g} in the mean, {found.diameter} at most")
     if found.joined is not None:

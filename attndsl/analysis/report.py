@@ -15,6 +15,7 @@ from attndsl.bound import Bound
 from attndsl.errors import AttnError, asking, fail, suggest
 from attndsl.execution import registry
 from attndsl.execution.selecting import drawn
+from attndsl.pictures import notebook
 from attndsl.program import bound_of
 from attndsl.selection import bounds
 from attndsl.tiles import lowering
@@ -32,6 +33,7 @@ class Report:
     reasons   why not, by part
     choice    where keys are chosen by content, whose choice it is about; some parts are about all that may be
               chosen
+    subject   what it is about, for the picture of it; a copy has none
     """
 
     name: str
@@ -44,6 +46,7 @@ class Report:
     choice: Literal["drawn", "given"] | None = None
     findings: Mapping[str, Any] = field(default_factory=dict)
     reasons: Mapping[str, str] = field(default_factory=dict)
+    subject: Subject | None = field(default=None, compare=False)
 
     def __getattr__(self, name: str) -> Any:
         known = {} if name.startswith("_") else self._fields()
@@ -51,14 +54,32 @@ class Report:
             raise AttributeError(f"a report has no field `{name}`")
         return known[name]
 
+    def __repr__(self) -> str:
+        known = f"; {', '.join(self.findings)}" if self.findings else ""
+        unknown = f"; not known: {', '.join(self.reasons)}" if self.reasons else ""
+        return f"<report {self._heading()}{known}{unknown}>"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "subject": None}
+
+    def _repr_html_(self) -> str:
+        try:
+            drawn = [] if self.subject is None else [notebook.figures(self.subject.block_mask, self.name)]
+        except AttnError:
+            drawn = []
+        return notebook.shown([*drawn, notebook.text(str(self))])
+
     def __str__(self) -> str:
         """All that is known, by part, then what is not and why."""
         return "\n".join(self._lines())
 
-    def _lines(self) -> Iterator[str]:
+    def _heading(self) -> str:
         many = [f"{self.q_length:,} x {self.length:,}"]
         many += [f"{self.heads} heads"] * (self.heads > 1) + [f"batch {self.batch}"] * (self.batch > 1)
-        yield f"{self.name}: queries x keys = {', '.join(many)}"
+        return f"{self.name}: queries x keys = {', '.join(many)}"
+
+    def _lines(self) -> Iterator[str]:
+        yield self._heading()
         headed = False
         for name, part in usable().items():
             if name in self.findings:
@@ -98,9 +119,12 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, the fields of `analyze --json`."""
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("findings", "reasons")}
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in NESTED}
         found: dict[str, Any] = plain(own | self._fields() | {"reasons": self.reasons})
         return found
+
+
+NESTED = ("findings", "reasons", "subject")
 
 
 def plain(value: Any) -> Any:
@@ -165,7 +189,14 @@ def analyze(
 ) -> Report:
     """What `attention` costs and sees at `length` keys, and where it can be had for every n.
 
-    heads       as many as the attention speaks of, if not given
+    length      keys n, in tokens
+    q_length    queries; `length` if not given
+    batch       batch rows
+    heads       query heads; as many as the attention speaks of, if not given
+    kv_heads    heads of keys and values; as many if not given
+    head_dim    features D of queries, keys and values
+    dtype       float16, bfloat16, float32 or float64: bytes and rooflines go by it
+    block_size  tokens on a side of a tile, a multiple of 8
     layers      how many of it are stacked
     ranks       processes that a sequence is divided among
     parts       their names; all if not given
@@ -209,6 +240,7 @@ def blank(subject: Subject) -> Report:
         subject.layers,
         p.block_size,
         subject.choice,
+        subject=subject,
     )
 
 

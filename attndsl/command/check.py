@@ -45,7 +45,8 @@ def report_lines(report: dict[str, Any]) -> list[str]:
     if not report["assertions"]:
         return [f"{file}: {'fine' if report['fine'] else 'not checked further'}"]
     return [
-        f"{found['file']}:{found['line']}: {found['status']}: {found['assertion']}{detail(found)}"
+        f"{found['file']}:{found['line']}: {found['status']}: {found['assertion']}"
+        + proofs.detail(found["at"], found["counter_example"], found["tables"], found["reason"])
         for found in report["assertions"]
     ]
 
@@ -176,25 +177,6 @@ def decided(assertion: Assertion, time_limit: float) -> Verdict:
         return child.run(work)
     except child.TimeLimitError as limit:
         return Verdict("undecided", reason=limit.diagnostics[0].message)
-
-
-def detail(found: dict[str, Any]) -> str:
-    """What there is to say about a verdict besides its status."""
-    tables = {name: elided(entries) for name, entries in (found["tables"] or {}).items()}
-    point = {**(found["counter_example"] or {}), **tables}
-    parts = [found["at"], ", ".join(f"{name} = {value}" for name, value in point.items()), found["reason"]]
-    said = "; ".join(part for part in parts if part)
-    return f" ({said})" if said else ""
-
-
-def elided(entries: Any) -> str:
-    """A table on one line: of a long one the first and last entries."""
-    import numpy as np
-
-    text = np.array2string(
-        np.asarray(entries), separator=", ", threshold=12, edgeitems=3, max_line_width=10**9
-    )
-    return " ".join(text.split())
 
 
 @click.command()

@@ -66,6 +66,7 @@ def row(report: Report, swept: Mapping[str, str]) -> dict[str, Any]:
     return {
         "name": report.name,
         "length": report.length,
+        "heads": report.heads,
         **{name: value for name, value in swept.items() if name != "n"},
         **{name: line.value(report) for name, line in LINES.items()},
         **{f"{name}_seconds": work.seconds_estimate for name, work in (report.lowerings or {}).items()},

@@ -11,7 +11,7 @@ import click
 
 from attndsl import syntax
 from attndsl.attention import Attention
-from attndsl.bound import Bound
+from attndsl.bound import Bound, Unbound
 from attndsl.errors import AttnError, Source, fail
 from attndsl.program import Program, load, parse
 from attndsl.syntax.format import render
@@ -38,7 +38,7 @@ def titled(file: str, name: str | None, params: dict[str, str]) -> tuple[Bound, 
     name = name or program.default()
     definition = program[name]
     attention = definition(**params) if params else definition
-    if not isinstance(attention, Bound):
+    if isinstance(attention, Unbound):
         raise fail(str(attention).strip("<>"), help="give them with --set name=value")
     return attention, title(program, name, params)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import click
+import numpy as np
 
 from attndsl import pictures
 from attndsl.attention import Attention
@@ -23,7 +24,7 @@ from attndsl.tiles.blockmask import BlockMask
 TILES = 1024
 """Tiles on a side of a mask to draw, about."""
 DRAWN_WIDTH = 64
-"""Features of the q and k that a choice is drawn of."""
+"""Features of the q and k that a choice is drawn of, where no table says how many."""
 SUFFIXES: dict[str, Literal["term", "svg", "png"]] = {
     "": "term",
     ".txt": "term",
@@ -81,7 +82,7 @@ def show(
             where = listed(attention.streams, sizes["length"])
             return f"{heading(title, block_mask, sizes['length'])}\n{picture}\n{where}"
         stage("drawing", None)
-        return pictures.render(pictures.mask(block_mask, title, first=first), form)
+        return pictures.render(pictures.mask(block_mask, title, first=first), form, transparent=form == "svg")
 
     drawn = child.run(work)
     if output is not None:
@@ -103,7 +104,10 @@ def chosen(attention: Attention, given: dict[str, Any], sizes: dict[str, Any]) -
     if not attention.selected:
         return {}
     found = lowering.sizes_of(attention, sizes["length"], sizes["q_length"], sizes["heads"])
-    return drawn(attention, found, sizes["heads"], DRAWN_WIDTH, given)
+    by_feature = [t.name for t in attention.inputs if t.dims[-1:] == ("D",) and t.name in given]
+    shapes = (np.shape(given[name]) for name in by_feature)
+    width = next((shape[-1] for shape in shapes if shape), DRAWN_WIDTH)
+    return drawn(attention, found, sizes["heads"], width, given)
 
 
 def coarse(attention: Attention, length: int) -> int:

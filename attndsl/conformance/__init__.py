@@ -59,7 +59,8 @@ FAR = -1000
 
 
 def check(backend: str, case: Case) -> str | None:
-    """None where the backend agrees, or the reason that it gave for declining. Raises AssertionError."""
+    """None where the backend of this name agrees on a `case`, one of CASES, or the reason that it gave for
+    declining. Raises AssertionError where it does not agree."""
     training = declined(backend, case, training=True) is None
     if not training and (reason := declined(backend, case)):
         return reason
@@ -99,7 +100,7 @@ def supported(backend: str) -> list[Case]:
 
 
 def declined(backend: str, case: Case, training: bool = False) -> str | None:
-    """The reason that the backend gives for declining the case, or None."""
+    """The reason that the backend gives for declining the case, with gradients if `training`, or None."""
     problem = _problem(case, training)
     plugin = registry.plugin("backends", backend)
     attention = _attention(case.mechanism)

@@ -6,7 +6,7 @@ import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from attndsl.execution.streaming import Pair, begun, held_of, keys_and_values
 from attndsl.execution.streamsession import StreamSession
 from attndsl.execution.sums import SumPlan, gate_of, of_part
 from attndsl.expr import Learned, Table
+from attndsl.pictures import notebook
 from attndsl.program import bound_of
 from attndsl.streams import described
 from attndsl.tiles import lowering
@@ -53,6 +54,19 @@ def compile(
 ) -> AnyPlan:
     """The attention lowered by the cheapest backend that supports it, or by `backend` alone; a sum of
     attentions part by part.
+
+    attention   one of a program, its parameters bound
+    length      keys, in tokens: the most of a call
+    q_length    queries, the most of a call; `length` if not given
+    batch       batch rows that costs are predicted for; a call may have any number
+    heads       query heads H
+    kv_heads    heads of keys and values Hkv, a divisor of `heads`; as many if not given
+    head_dim    features D of queries and keys; values may have more or fewer
+    dtype       of q, k and v: float16, bfloat16, float32 or float64
+    device      torch's name of it, such as cpu, cuda or cuda:1
+    block_size  tokens on a side of a tile, a multiple of 8; 128 if not given
+    backend     the only one to be taken; if not given the cheapest, in seconds that are predicted
+    training    whether gradients are asked for: what has none declines, and costs are of both passes
 
     A plan serves every length up to `length` without recompiling. Raises AttnError for sizes that do not
     fit, an unknown backend, or a `backend` that declines: then no other is tried.
@@ -141,6 +155,51 @@ class Plan:
         """The other backends: seconds, or why not."""
         return {name: verdict for name, verdict in self.considered.items() if name != self.backend}
 
+    @overload
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        q_offset: Offset = None,
+        k_offset: Offset = None,
+        q_positions: ArrayLike | Tensor | None = None,
+        k_positions: ArrayLike | Tensor | None = None,
+        n: int | None = None,
+        memory: tuple[Tensor, Tensor] | None = None,
+        learned: Mapping[str, Tensor] | None = None,
+        return_lse: Literal[False] = False,
+        return_weights: Literal[False] = False,
+        **inputs: Any,
+    ) -> Tensor: ...
+    @overload
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        return_lse: Literal[True],
+        return_weights: Literal[True],
+        **call: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+    @overload
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[True], **call: Any
+    ) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, return_weights: Literal[True], **call: Any
+    ) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool, **call: Any
+    ) -> Tensor | tuple[Tensor, ...]: ...
+    @overload
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, return_weights: bool, **call: Any
+    ) -> Tensor | tuple[Tensor, ...]: ...
     def __call__(
         self,
         q: Tensor,
@@ -157,13 +216,14 @@ class Plan:
         return_lse: bool = False,
         return_weights: bool = False,
         **inputs: Any,
-    ) -> Any:
+    ) -> Tensor | tuple[Tensor, ...]:
         """Attention of q [B, H, nq, D], k [B, Hkv, n, D], v [B, Hkv, n, Dv] -> [B, H, nq, Dv], all of one of
         DTYPES; autocast converts them as it does for torch's own attention.
 
-        Where queries stand is an offset, an int or one per batch row, or positions [nq] or [B, nq], in any
-        order; keys likewise. Tensors of them are on q's device, and are read inside the operator, once. `n`,
-        which positions end at, is the greatest of a key + 1 where it is not given.
+        Where queries stand is `q_offset`, an int or one per batch row, or `q_positions` [nq] or [B, nq], in
+        any order; if neither is given, as the text says or else from n - nq on. Keys likewise by `k_offset`,
+        0 if not given, or `k_positions`. Tensors of them are on q's device, and are read inside the operator,
+        once. `n`, which positions end at, is the greatest of a key + 1 where it is not given.
 
         Where keys are streams, k and v are those of the tokens, and `memory` the keys [B, Hkv, m, D] and
         values [B, Hkv, m, Dv] before them, the oldest first.
@@ -173,8 +233,10 @@ class Plan:
         them, and gradients of both are those of `reference`, which forms all pairs, and B H n max(nq, n) is
         at most WEIGHTS. Where `approx` stands in place of pairs there is no log-sum-exp, and weights are what
         each value is multiplied by all the same. `learned` are the values of parameters, by name, which
-        `module` owns; without it they have their first ones. Raises AttnError for tensors, positions and
-        tables that do not fit the plan, and where parameters without values are to be trained.
+        `module` owns; without it they have their first ones. `inputs` are run-time tables by name, arrays or
+        tensors with the axes that they are declared with; those that are bound may be left out. Raises
+        AttnError for tensors, positions and tables that do not fit the plan, and where parameters without
+        values are to be trained.
         """
         if learned is None and self.problem.training and any(t.learned for t in self.attention.learned):
             names = ", ".join(f"`{table.name}`" for table in self.attention.learned if table.learned)
@@ -268,7 +330,14 @@ class Plan:
         **inputs: Any,
     ) -> dict[str, Tensor]:
         """What a call with these arguments chooses by content: int64 tensors by the names of their tables,
-        which `mask`, `block_mask` and `analyze` take as they take inputs."""
+        which `mask`, `block_mask` and `analyze` take as they take inputs.
+
+        q, k          [B, H, nq, D] and [B, Hkv, n, D]
+        q_offset, k_offset, q_positions, k_positions, n, memory   as in a call
+        inputs        run-time tables by name
+
+        Raises AttnError as a call does.
+        """
         self._check(q, k, k)
         lowered = self._served(q.dtype, self.backend)
         given = self._tensors({**self.tables, **inputs}, q) | self._learned(None)
@@ -283,7 +352,12 @@ class Plan:
         return {table.name: x for table, x in zip(lowered.selected, found, strict=True)}
 
     def bind(self, **inputs: Any) -> Plan:
-        """The plan with these tables in place, tiled once if the mask needs them: `n` is then its length."""
+        """The plan with these tables in place, tiled once if the mask needs them: `n` is then its length.
+
+        inputs  run-time tables by name, arrays or tensors; a call may give another in place of one
+
+        Raises AttnError for a table that it does not have, and one that does not fit its axes.
+        """
         start = time.perf_counter()
         self._refuse_made(inputs)
         lowering.check_names(self.attention, inputs)
@@ -315,10 +389,17 @@ class Plan:
         dtype: str | None = None,
         memory: Pair | None = None,
     ) -> Session:
-        """An empty cache for `batch` sequences of up to `capacity` tokens, see `Session`; for `rewind` see
-        its `truncate`. Values have `v_dim` features, by default as many as keys; `dtype` is by default the
-        plan's; `memory` is that of a call. Raises AttnError for an attention where later tokens could change
-        what earlier ones give, and for memory that does not fit.
+        """An empty cache of keys and values, see `Session`.
+
+        batch     sequences, one a batch row
+        capacity  the most tokens of one
+        rewind    how many tokens `truncate` can take back where the cache is used round and round
+        v_dim     features of values; as many as of keys if not given
+        dtype     of what is kept; the plan's if not given
+        memory    that of a call
+
+        Raises AttnError for an attention where later tokens could change what earlier ones give, for a
+        capacity that the plan does not serve, and for memory that does not fit.
 
         Where the kernel keeps a state in place of keys (`linear`) it is a StateSession, which does not grow,
         and where keys are streams a StreamSession.
@@ -329,7 +410,7 @@ class Plan:
         kind = StateSession if stateful(self, rewind) else Session
         return kind(self, batch, capacity, rewind=rewind, v_dim=v_dim, dtype=dtype)
 
-    def module(self) -> nn.Module:
+    def module(self) -> PlanModule:
         """An nn.Module that owns the learned parameters under the names they are bound to."""
         return PlanModule(self)
 
@@ -478,12 +559,18 @@ class Plan:
         dtype = {"int": "int64", "bool": "bool", "float": wide}[table.dtype]
         return torch.from_numpy(np.array(array, dtype, order="C")).to(self.problem.device)
 
+    def __repr__(self) -> str:
+        return f"<plan {self.attention.name}: {self.backend}, {self.problem}>"
+
+    def _repr_html_(self) -> str:
+        blocks = self.block_masks
+        drawn = [] if blocks is None else [notebook.figures(blocks, self.attention.name)]
+        return notebook.shown([*drawn, notebook.text(str(self))])
+
     def __str__(self) -> str:
+        """What was chosen and why, on some lines."""
         p, blocks = self.problem, self.block_masks
-        lines = [
-            f"{self.attention.name}: length {p.length:,}, q_length {p.q_length:,}, heads {p.heads}, "
-            f"head_dim {p.head_dim}, {p.dtype} on {p.device}"
-        ]
+        lines = [f"{self.attention.name}: {p}"]
         if self.attention.approx is not None:
             lines.append(f"  tiles     none: `{self.attention.approx.kind}` has no weights of pairs")
         elif blocks is None and self.attention.selected:
@@ -517,6 +604,10 @@ class PlanModule(nn.Module):
     `forward` takes what `Plan.__call__` takes.
     """
 
+    if TYPE_CHECKING:
+        __call__: Plan
+        """What it takes and gives is what the plan does."""
+
     def __init__(self, plan: Plan) -> None:
         super().__init__()
         self.plan = plan
@@ -532,14 +623,21 @@ class PlanModule(nn.Module):
                 self.register_buffer(table.name, plan.initial(table).clone())
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, **call: Any) -> Any:
+        """The plan's call of q, k and v, with the parameters as they are; `call` is what else that takes."""
         return self.plan(q, k, v, learned=self._learned(), **call)
+
+    def extra_repr(self) -> str:
+        """Its line in print(model)."""
+        owned = "".join(f", {name}={[*x.shape]}" for name, x in self._learned().items())
+        return f"{self.plan.attention.name}, {self.plan.backend}, {self.plan.problem}{owned}"
 
     def _learned(self) -> dict[str, Tensor]:
         # by attribute: parametrizations and functional_call put plain tensors there
         return {table.name: getattr(self, table.name) for table in self.plan.attention.learned}
 
     def session(self, batch: int, capacity: int, **more: Any) -> Session:
-        """As `Plan.session`; a step takes the parameters as they are then."""
+        """As `Plan.session` of `batch`, `capacity` and `more`: `rewind`, `v_dim`, `dtype`. A step takes the
+        parameters as they are then."""
         made = self.plan.session(batch, capacity, **more)
         made.learned = self._learned
         return made

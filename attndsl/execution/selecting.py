@@ -34,7 +34,7 @@ def drawn(
     """
     import torch
 
-    lowering.check_names(attention, tables, attention.inputs)
+    lowering.check_names(attention, tables, [t for t in attention.inputs if t in _read(attention)])
     pairs = sizes.q.length * sizes.k.length * sizes.heads
     if pairs > DRAWN_PAIRS:
         raise fail(
@@ -87,6 +87,14 @@ def parts(table: Table) -> list[Expr]:
     """The scores that a choice goes by."""
     assert isinstance(table.origin, Selected)
     return [value for _, value in table.origin.arguments if isinstance(value, Expr)]
+
+
+def _read(attention: Attention) -> set[Table]:
+    """What its choices look up."""
+    origins = [table.origin for table in attention.selected if isinstance(table.origin, Selected)]
+    given = [x for origin in origins for x in (*(value for _, value in origin.arguments), origin.of)]
+    looked_up = (x.tables if isinstance(x, Expr) else [x] if isinstance(x, Table) else [] for x in given)
+    return {table for tables in looked_up for table in tables}
 
 
 def _choice(table: Table, offered: Offered) -> Tensor:

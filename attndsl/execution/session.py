@@ -79,8 +79,21 @@ class Session:
                 return first, last - 1 + self.rewind
         return capacity, 0
 
+    def __repr__(self) -> str:
+        rows = f"{len(self.lengths)} row{'s' * (len(self.lengths) != 1)}"
+        listed = ", ".join([*map(str, self.lengths[:8]), *["..."] * (len(self.lengths) > 8)])
+        dtype = str(self.k.dtype).removeprefix("torch.")
+        held = f"{rows} of {listed or 'no'} tokens, {self._room()}, {dtype} on {self.k.device}"
+        return f"<session of {self.plan.attention.name}: {held}>"
+
+    def _room(self) -> str:
+        """How many keys there is room for."""
+        first = f"the first {self.first} and " if self.first else "the "
+        return f"{first}last {self.ring} kept" if self.ring else f"capacity {self.slots}"
+
     @property
     def slots(self) -> int:
+        """Keys that there is room for."""
         return self.first + self.ring
 
     def step(
@@ -96,7 +109,7 @@ class Session:
         """The next tokens of every row, q [B, H, m, D], k [B, Hkv, m, D], v [B, Hkv, m, Dv] -> [B, H, m, Dv].
 
         Where rows have fewer, `tokens` says how many each: what stands behind them is not read, and gives 0.
-        `learned` and tables are as in a call of the plan, `n` being the length of the longest row then.
+        `learned` and `inputs` are as in a call of the plan, `n` being the length of the longest row then.
         Raises AttnError for what does not fit, also beyond the capacity; then no token has been added.
         """
         return self.prefill(q, k, v, tokens=tokens, learned=learned, **inputs)
@@ -112,7 +125,15 @@ class Session:
         learned: Mapping[str, Tensor] | None = None,
         **inputs: Any,
     ) -> Tensor:
-        """As `step`, in chunks of so many tokens, by default of as many as the plan serves."""
+        """As `step`, of many tokens at once.
+
+        q, k, v  [B, H, m, D], [B, Hkv, m, D] and [B, Hkv, m, Dv] -> [B, H, m, Dv]
+        chunk    tokens that are attended to at a time; as many as the plan serves if not given
+        tokens   how many there are of each row, or one number for all; m if not given
+        learned  values of parameters by name; `inputs` run-time tables by name
+
+        Raises AttnError as `step`.
+        """
         size = self.at_once if chunk is None else min(checked_length("chunk", chunk), self.at_once)
         if size == 0:
             raise fail("`chunk` is 0, and must be positive")
@@ -148,7 +169,7 @@ class Session:
         self.lengths, self.reached = (tuple([x[row] for row in rows]) for x in (self.lengths, self.reached))
 
     def truncate(self, lengths: Any) -> None:
-        """Only the first tokens are left, so many of each row, or one number for all.
+        """Only the first tokens are left: `lengths` of them, one number for each row or one for all.
 
         Where slots are used again, at most `rewind` back from the most that the row ever had. Raises
         AttnError beyond that, and for more tokens than there are.

@@ -47,6 +47,9 @@ class StateSession(Session):
         kept(self.plan.attention, self.plan.problem)
         return 0, self.rewind + HELD
 
+    def _room(self) -> str:
+        return "a state in place of keys"
+
     def _take(self, rows: Sequence[int], at: Tensor) -> None:
         super()._take(rows, at)
         self.taken = tuple([self.taken[row] for row in rows])
@@ -54,6 +57,8 @@ class StateSession(Session):
             self.state = tuple([x[at] for x in self.state])
 
     def truncate(self, lengths: Any) -> None:
+        """As of a Session: `lengths` are left. A row goes back to where its state ends, `rewind` tokens or
+        more. Raises AttnError beyond that."""
         super().truncate(lengths)
         self.taken = tuple(map(min, self.taken, self.lengths))
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
 
 import numpy as np
 import torch
@@ -75,6 +75,7 @@ class SumPlan:
 
     @property
     def compile_seconds(self) -> float:
+        """Seconds that making all its plans took."""
         return sum(plan.compile_seconds for plan in self.plans.values())
 
     @property
@@ -93,6 +94,31 @@ class SumPlan:
         checked = lowering.checked_tables(self.attention, tables, sizes, head_dim=p.head_dim)
         return lowering.block_mask(self.attention, sizes, checked, p.block_size)
 
+    @overload
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[True], **call: Any
+    ) -> NoReturn: ...
+    @overload
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, return_weights: Literal[True], **call: Any
+    ) -> NoReturn: ...
+    @overload
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        q_offset: Any = None,
+        k_offset: Any = None,
+        q_positions: Any = None,
+        k_positions: Any = None,
+        n: int | None = None,
+        learned: Mapping[str, Tensor] | None = None,
+        return_lse: bool = False,
+        return_weights: bool = False,
+        **given: Any,
+    ) -> Tensor: ...
     def __call__(
         self,
         q: Tensor,
@@ -117,7 +143,8 @@ class SumPlan:
         `memory` is one pair for all parts that have some, of which a part that has less takes the last keys,
         or a pair of each by its name: `memory={"far": (keys, values)}`.
 
-        Inputs go to all that have them, and all else is as in a call of a Plan, once for all parts. `learned`
+        Inputs go to all that have them, and all else (`q_offset`, `k_offset`, `q_positions`, `k_positions`,
+        `n`) is as in a call of a Plan, once for all parts; `given` are inputs and parts by name. `learned`
         are parameters of gates by name, and those of parts as `part.name`. There is no log-sum-exp of a sum,
         and no weights: AttnError is raised for `return_lse` and `return_weights`, and as by a Plan.
         """
@@ -158,7 +185,8 @@ class SumPlan:
     def added(
         self, q: Tensor, outputs: Iterable[tuple[str, Tensor]], weight: Callable[[Plan], Tensor | float]
     ) -> Tensor:
-        """What parts gave for q, by name, each times its gate; `weight` gives those that are no numbers."""
+        """What parts gave for q, `outputs` by name, each times its gate; `weight` gives those that are no
+        numbers."""
         total: Tensor | None = None
         wanted: tuple[list[int], torch.dtype] | None = None
         for name, out in outputs:
@@ -184,8 +212,9 @@ class SumPlan:
         learned: Mapping[str, Tensor] | None,
         given: Mapping[str, Any],
     ) -> Tensor:
-        """[B, H, nq, 1], in float32 or wider. One key stands for all of them, where the last does: so n is as
-        for the parts."""
+        """The values of `gate` for q, [B, H, nq, 1], in float32 or wider. One key stands for all `keys`,
+        where the last does: so n is as for the parts. `places` say where they are, `learned` and `given` are
+        those of the call."""
         wide = q.detach().to(torch.promote_types(q.dtype, torch.float32))
         key, value = wide.new_zeros(len(q), 1, 1, q.shape[3]), wide.new_ones(len(q), 1, 1, 1)
         names = [table.name for table in gate.attention.learned]
@@ -196,8 +225,9 @@ class SumPlan:
         return found
 
     def choices(self, q: Tensor, k: Tensor, **call: Any) -> dict[str, Tensor]:
-        """What parts choose by content, as `Plan.choices`; a part's own (q, k, v) under its name. Raises
-        AttnError where two parts make the same choice of other q and k: one name would stand for both."""
+        """What parts choose by content of q and k, as `Plan.choices`; `call` is what else that takes, and a
+        part's own (q, k, v) under its name. Raises AttnError where two parts make the same choice of other q
+        and k: one name would stand for both."""
         placed = {name: x for name, x in call.items() if name in lowering.ARGUMENTS}
         given = {name: x for name, x in call.items() if name not in placed}
         held = held_of_parts(self.attention, placed.pop("memory", None))
@@ -213,7 +243,7 @@ class SumPlan:
         return found
 
     def bind(self, **inputs: Any) -> SumPlan:
-        """The plan with these tables in place, in every part that has them."""
+        """The plan with these tables in place, in every part that has them; `inputs` as of `Plan.bind`."""
         lowering.check_names(self.attention, inputs)
         return replace(
             self,
@@ -225,21 +255,23 @@ class SumPlan:
         )
 
     def session(self, batch: int, capacity: int, **options: Any) -> SumSession:
-        """A session for each part, as of `Plan.session`; `memory` is that of a call. Raises AttnError as that
-        does, and for a gate that depends on the number of tokens."""
+        """A session for each part, as of `Plan.session`, of `batch` rows and up to `capacity` tokens each;
+        `options` are `rewind`, `v_dim`, `dtype` and `memory`, which is that of a call. Raises AttnError as
+        that does, and for a gate that depends on the number of tokens."""
         return SumSession(self, batch, capacity, **options)
 
-    def module(self) -> nn.Module:
+    def module(self) -> SumModule:
         """An nn.Module that owns what is learned: gates under their names, and for each part that learns a
         module of its own under the part's."""
         return SumModule(self)
 
     def initial(self, table: Table) -> Tensor:
-        """A gate's parameter's first value."""
+        """The first value of a gate's parameter, `table`."""
         plan = next(plan for plan in self.plans.values() if table in plan.attention.learned)
         return plan.initial(table)
 
     def check_names(self, given: Mapping[str, Any]) -> None:
+        """Raises AttnError where `given` names what is no part and no input."""
         inputs = [table.name for table in self.attention.inputs]
         for name in given:
             if name not in (*inputs, *self.parts):
@@ -248,6 +280,7 @@ class SumPlan:
                 raise fail(f"`{self.attention.name}` has no part or input `{name}`", help=near or listed)
 
     def check_learned(self, given: Mapping[str, Tensor] | None) -> None:
+        """Raises AttnError where `given` names what is no parameter."""
         known = {table.name for table in self.attention.learned}
         known |= {f"{name}.{table.name}" for name, p in self.parts.items() for table in p.attention.learned}
         for name in given or ():
@@ -255,11 +288,13 @@ class SumPlan:
                 there = ", ".join(f"`{name}`" for name in sorted(known)) or "none"
                 raise fail(f"`learned` has `{name}`, and there are {there}")
 
+    def __repr__(self) -> str:
+        return f"<plan {self.attention.name}: {self.backend}; {self.problem}>"
+
     def __str__(self) -> str:
-        p = self.problem
+        """What was chosen and why, part by part."""
         count = f"{len(self.parts)} part{'s' * (len(self.parts) > 1)}"
-        sizes = f"length {p.length:,}, heads {p.heads}, head_dim {p.head_dim}, {p.dtype} on {p.device}"
-        return "\n".join([f"{self.attention.name}: {count}, {sizes}", *map(str, self.parts.values())])
+        return "\n".join([f"{self.attention.name}: {count}, {self.problem}", *map(str, self.parts.values())])
 
 
 class SumModule(nn.Module):
@@ -267,6 +302,10 @@ class SumModule(nn.Module):
 
     `forward` takes what `SumPlan.__call__` takes.
     """
+
+    if TYPE_CHECKING:
+        __call__: SumPlan
+        """What it takes and gives is what the plan does."""
 
     def __init__(self, plan: SumPlan) -> None:
         super().__init__()
@@ -292,10 +331,16 @@ class SumModule(nn.Module):
                     module.register_parameter(table.name, one)
             self.add_module(name, module)
 
+    def extra_repr(self) -> str:
+        """Its line in print(model)."""
+        owned = "".join(f", {t.name}={[*getattr(self, t.name).shape]}" for t in self.plan.attention.learned)
+        return f"{self.plan.attention.name}, {self.plan.backend}, {self.plan.problem}{owned}"
+
     def _gated(self, name: str) -> bool:
         return any(table.name == name for table in self.plan.attention.learned)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, **call: Any) -> Any:
+        """The plan's call of q, k and v, with the parameters as they are; `call` is what else that takes."""
         return self.plan(q, k, v, learned=self._learned(), **call)
 
     def _learned(self) -> dict[str, Tensor]:
@@ -306,7 +351,8 @@ class SumModule(nn.Module):
         return learned
 
     def session(self, batch: int, capacity: int, **options: Any) -> SumSession:
-        """As `SumPlan.session`; a step takes the parameters as they are then."""
+        """As `SumPlan.session` of `batch`, `capacity` and `options`; a step takes the parameters as they are
+        then."""
         made = self.plan.session(batch, capacity, **options)
         made.learned = self._learned
         return made
@@ -334,12 +380,17 @@ class SumSession:
             for name, part in plan.parts.items()
         }
 
+    def __repr__(self) -> str:
+        return f"<session of {self.plan.attention.name}: {', '.join(map(repr, self.parts.values()))}>"
+
     @property
     def lengths(self) -> tuple[int, ...]:
         """Tokens of each row."""
         return next(iter(self.parts.values())).lengths
 
     def step(self, q: Tensor, k: Tensor, v: Tensor, **call: Any) -> Tensor:
+        """The next tokens of every row, q [B, H, m, D], k [B, Hkv, m, D], v [B, Hkv, m, Dv] ->
+        [B, H, m, Dv]; `call` as of `prefill`."""
         return self.prefill(q, k, v, **call)
 
     def prefill(
@@ -353,6 +404,9 @@ class SumSession:
         learned: Mapping[str, Tensor] | None = None,
         **given: Any,
     ) -> Tensor:
+        """As `step`, of many tokens: `chunk`, `tokens` and `learned` as of a Session, the last with the names
+        of `SumPlan.__call__`; `given` are inputs, and (q, k, v) of a part under its name. Raises AttnError as
+        a Session does; then no part has got a token."""
         if learned is None and self.learned is not None:
             learned = self.learned()
         self.plan.check_names(given)
@@ -385,16 +439,20 @@ class SumSession:
             return self.plan.added(q, found.items(), weight if some else lambda gate: 1.0)
 
     def copy(self) -> SumSession:
+        """Another one that has its own memory."""
         made = copy.copy(self)
         made.parts = {name: session.copy() for name, session in self.parts.items()}
         return made
 
     def reorder(self, rows: Any) -> None:
+        """Row i becomes what row `rows[i]` was, in every part."""
         with self._together():
             for session in self.parts.values():
                 session.reorder(rows)
 
     def truncate(self, lengths: Any) -> None:
+        """Only the first `lengths` tokens are left, one number for each row or one for all. Raises AttnError
+        as a Session does; then all is as before."""
         with self._together():
             for session in self.parts.values():
                 session.truncate(lengths)

@@ -93,8 +93,12 @@ class Assertion:
     span: Span
     claims: tuple[Claim, ...]
 
+    def __repr__(self) -> str:
+        return f"<assert {self.text}>"
+
     @property
     def text(self) -> str:
+        """As it is written, on one line."""
         return " ".join(self.span.text.split())
 
 
@@ -259,7 +263,8 @@ def _heads(e: ast.Expression, elaborator: Elaborator) -> PerHead:
 def prove(assertion: Assertion) -> Verdict:
     """Proved for every n, head and table, refuted at the smallest point found, or undecided.
 
-    Quantities are stated at one n and simply computed.
+    `assertion` is one of `program.assertions`. Quantities are stated at one n and simply computed. Raises
+    AttnError for what is no assertion.
     """
     if not isinstance(assertion, Assertion):
         raise fail(f"an assertion of a program is proved, not {type(assertion).__name__}")

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attndsl.errors import fail
+from attndsl.pictures.outlines import outlines
 from attndsl.pictures.style import MARGIN, SMALL, TEXT, WIDTH, Theme, high, legend, note, sheet, styled, theme
 from attndsl.tiles import cells
 from attndsl.tiles.blockmask import BlockMask, TileGrid
@@ -17,9 +18,12 @@ from attndsl.tiles.blockmask import BlockMask, TileGrid
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.path import Path
 
-EXACT = 256
-"""Longest sequence of which each token is a cell."""
+EXACT = 512
+"""Longest sequence of which each token is a cell, where one mask is drawn."""
+CELLS = 256
+"""Cells on a side of a longer one."""
 PANELS = 4
 LEGIBLE = 7.0
 """Least points between the lines of the tile grid."""
@@ -144,11 +148,11 @@ def _sheet(
 
 def _scale(grid: TileGrid, across: float, down: float, columns: int, by: Literal["token", "tile"]) -> Scale:
     size = grid.block_size
-    room = EXACT // columns
+    room = CELLS // columns
     queries, keys = (
         cells.side(length, room * share, size) for length, share in ((grid.nq, down / across), (grid.n, 1))
     )
-    if max(grid.nq, grid.n) <= EXACT:
+    if max(grid.nq, grid.n) <= EXACT // columns:
         queries = keys = 1
     if by == "tile":
         queries, keys = max(queries, size), max(keys, size)
@@ -177,15 +181,19 @@ def _draw(
 ) -> None:
     """One mask; labels of an axis where it is the outer one."""
     from matplotlib.collections import LineCollection
-    from matplotlib.colors import ListedColormap
+    from matplotlib.patches import PathPatch, Rectangle
+    from matplotlib.transforms import Affine2D
 
     grid = panel.grid
     image = level_image(grid, scale)
     rows, columns = image.shape
-    axes.imshow(
-        image, cmap=ListedColormap(colours.levels), vmin=0, vmax=FULL, interpolation="none", aspect="auto",
-        extent=(0, columns * scale.keys, first + rows * scale.queries, first),
-    )  # fmt: skip
+    cell = Affine2D().scale(scale.keys, scale.queries).translate(0, first) + axes.transData
+    axes.add_artist(Rectangle((0, 0), columns, rows, linewidth=0, color=colours.levels[0], transform=cell))
+    for level in np.unique(image[image > 0]):
+        # each lies on the one below it: no gap shows between two
+        region = _region(image >= level)
+        patch = PathPatch(region, linewidth=0, color=colours.levels[level], transform=cell, snap=True)
+        axes.add_artist(patch)
     axes.set_xlim(0, grid.n)
     axes.set_ylim(first + grid.nq, first)
     if scale.lines:
@@ -205,6 +213,15 @@ def _draw(
     axes.spines[:].set_visible(False)
     if panel.label:
         axes.set_title(panel.label, loc="left", fontsize=TEXT, color=colours.ink, pad=4)
+
+
+def _region(cells: NDArray[np.bool_]) -> Path:
+    """The outlines of the cells."""
+    from matplotlib.path import Path
+
+    found = outlines(cells)
+    codes = [code for one in found for code in (Path.MOVETO, *[Path.LINETO] * (len(one) - 1), Path.CLOSEPOLY)]
+    return Path(np.concatenate([part for one in found for part in (one, one[:1])]), codes)
 
 
 def _legend(figure: Figure, scale: Scale, up: float, colours: Theme) -> None:

@@ -61,6 +61,25 @@ class Verdict:
     reason: str = ""
     at: str = ""
 
+    def __repr__(self) -> str:
+        return f"<{self.status}{detail(self.at, self.counter_example, self.tables, self.reason)}>"
+
+
+def detail(at: str, point: Point | None, tables: Mapping[str, Any] | None, reason: str) -> str:
+    """What there is to say about a verdict besides its status, in brackets."""
+    told = {**(point or {}), **{name: _elided(entries) for name, entries in (tables or {}).items()}}
+    parts = [at, ", ".join(f"{name} = {value}" for name, value in told.items()), reason]
+    said = "; ".join(part for part in parts if part)
+    return f" ({said})" if said else ""
+
+
+def _elided(entries: Any) -> str:
+    """A table on one line: of a long one the first and last entries."""
+    text = np.array2string(
+        np.asarray(entries), separator=", ", threshold=12, edgeitems=3, max_line_width=10**9
+    )
+    return " ".join(text.split())
+
 
 def subset(left: Expr, right: Expr, assuming: Expr = TRUE, given: Mapping[str, int] | None = None) -> Verdict:
     """Whether `left` implies `right` wherever `assuming` holds; `given` fixes n or H."""

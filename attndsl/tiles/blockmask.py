@@ -54,6 +54,10 @@ class TileGrid:
     part_mask: NDArray[np.int32]
     masks: NDArray[np.uint8]
 
+    def __repr__(self) -> str:
+        tiles = f"{self.tiles.full:,} full, {self.tiles.partial:,} partial ({len(self.masks):,} distinct)"
+        return f"<tile grid {self.nq:,} x {self.n:,}; tiles of {self.block_size:,}: {tiles}>"
+
     @property
     def shape(self) -> tuple[int, int]:
         """Rows and columns of tiles."""
@@ -76,11 +80,13 @@ class TileGrid:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all its arrays."""
         arrays = (self.run_ptr, self.run_start, self.run_end, self.part_ptr, self.part_col, self.part_mask)
         return sum(array.nbytes for array in (*arrays, self.masks))
 
     @cached_property
     def tiles(self) -> Tiles:
+        """How many there are of each kind."""
         full = int((self.run_end.astype(np.int64) - self.run_start).sum())
         rows, cols = self.shape
         return Tiles(full, len(self.part_col), rows * cols - full - len(self.part_col), len(self.masks))
@@ -185,9 +191,12 @@ class Rows:
     block_size: int
     spans: tuple[Spans, ...]
 
+    def __repr__(self) -> str:
+        return f"<rows {len(self.spans):,} x {self.n:,}, {self.nnz:,} live>"
+
     @staticmethod
     def of_dense(live: NDArray[np.bool_], block_size: int) -> Rows:
-        """live [nq, n]"""
+        """live bool [nq, n]; block_size is that of the tiles that may be made of it."""
         return Rows(live.shape[1], block_size, tuple([intervals(row) for row in live]))
 
     @property
@@ -335,7 +344,8 @@ class BlockMask:
         return np.stack([grid.to_dense(start, stop) for grid in self.grids])[self.index]
 
     def to_flex(self, device: str = "cpu") -> flex_attention.BlockMask:
-        """The same mask for FlexAttention: lists of tiles, and a mask_mod that reads the tile bits.
+        """The same mask for FlexAttention, on `device`: lists of tiles, and a mask_mod that reads the tile
+        bits.
 
         Takes 8 bytes for each of the ceil(nq / B) * ceil(n / B) tiles, live or not, as torch's does.
         """
@@ -373,7 +383,11 @@ class BlockMask:
             seq_lengths=(self.nq, self.n),
         )
 
+    def __repr__(self) -> str:
+        return f"<block mask {self}>"
+
     def __str__(self) -> str:
+        """Sizes, density, tiles and bytes."""
         full, partial, empty, unique = self.tiles
         return (
             f"{self.nq:,} x {self.n:,}, density {100 * self.density:.3g} %; tiles of {self.block_size:,}: "
