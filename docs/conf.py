@@ -1,4 +1,4 @@
-"""What Sphinx reads: the site is README.md, docs/, CONTRIBUTING.md, CHANGELOG.md and a page for each example."""
+"""What Sphinx reads: the site is README.md, docs/, CONTRIBUTING.md, CHANGELOG.md one page an example."""
 
 from __future__ import annotations
 

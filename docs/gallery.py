@@ -1,4 +1,4 @@
-"""Pages of the site that are made from others' files: one for each example, with its picture, and one with all.
+"""Pages of the site that are made of other files: one for each example, with its picture, and one of all.
 
 `make docs` writes them to docs/gallery/.
 """
@@ -18,7 +18,6 @@ from attndsl.analysis import units
 from attndsl.analysis.report import Report
 from attndsl.command.given import heads_of, title
 from attndsl.command.show import chosen, drawable
-from attndsl.errors import AttnError
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
@@ -39,6 +38,7 @@ def normal(*shape: int) -> np.ndarray[Any, Any]:
     return np.random.default_rng(0).standard_normal(shape, np.float32)
 
 
+CUBES = [[[[i, (5 * i + 3) % 16, (7 * i + 9) % 16] for i in range(16)]]]
 DOCUMENTS = np.repeat(np.arange(5), [150, 60, 110, 32, 160])
 SHOWN = {
     "adaptive_span": Shown(32_768),
@@ -46,9 +46,11 @@ SHOWN = {
     "blockbert": Shown(512),
     "compressive": Shown(768),
     "dsa": Shown(
-        512, {"top": "64"}, {"iq": normal(1, 512, 64, 128), "ik": normal(1, 512, 128), "w": normal(1, 512, 64)},
+        512,
+        {"top": "64"},
+        {"iq": normal(1, 512, 64, 128), "ik": normal(1, 512, 128), "w": normal(1, 512, 64)},
         "a random indexer",
-    ),  # fmt: skip
+    ),
     "flamingo": Shown(256, {}, {"lo": [0, 48, 96, 180], "hi": [48, 96, 180, 256]}, "four images"),
     "gemma2": Shown(16_384),
     "knn": Shown(2048),
@@ -65,11 +67,10 @@ SHOWN = {
     "prefix_lm": Shown(256, {}, {"prefix": [90]}, "a prefix of 90 tokens"),
     "quest": Shown(2048, {"top": "16"}),
     "routing": Shown(1024, {}, {"mu": normal(5, 48, 64)}, "random centres"),
-    "shared_prefix": Shown(512, {}, {"doc": DOCUMENTS, "parent": [0, 0, 0, 3, 3]}, "two prompts, three answers"),
+    "shared_prefix": Shown(512, {}, {"doc": DOCUMENTS, "parent": [0, 0, 0, 3, 3]}, "5 documents"),
     "streaming_llm": Shown(8192),
-    "vsa": Shown(1024, {}, {"chosen": [[[[i, (5 * i + 3) % 16, (7 * i + 9) % 16] for i in range(16)]]]},
-                 "three cubes chosen for each"),
-}  # fmt: skip
+    "vsa": Shown(1024, {}, {"chosen": CUBES}, "three cubes chosen for each"),
+}
 
 
 @dataclass(frozen=True)
@@ -137,29 +138,49 @@ def picture(shown: Example) -> str:
 
 def page(shown: Example) -> str:
     at = SHOWN.get(shown.file, Shown())
-    given = " ".join(f"--set {name}={value}" for name, value in at.parameters.items())
-    files = " ".join(f"--input {name}={name}.npy" for name in at.tables)
-    command = " ".join(filter(None, ["attndsl report", f"examples/{shown.file}.attn:{shown.name}",
-                                     f"--length {at.length}", given, files, f"-o {shown.file}.html"]))  # fmt: skip
+    words = ["attndsl report", f"examples/{shown.file}.attn:{shown.name}", f"--length {at.length}"]
+    words += [f"--set {name}={value}" for name, value in at.parameters.items()]
+    words += [f"--input {name}={name}.npy" for name in at.tables]
+    command = " ".join([*words, f"-o {shown.file}.html"])
     return (
         f"# {shown.file}\n\n{shown.source}.\n\n{picture(shown)}\n{shown.cost}.\n\n"
         f"```attn\n{shown.text}```\n\nAll that the analyzer says of it, on one page:\n\n    {command}\n"
     )
 
 
-def overview(all_shown: list[Example], packages: list[str]) -> str:
-    cards = "".join(
-        f"::::{{container}} card\n[{shown.file}]({shown.file}.md)\n\n{picture(shown)}\n{shown.source}\n::::\n\n"
-        for shown in all_shown
+OVERVIEW = """# Gallery
+
+The files of `examples/`, each from a publication: what it claims is proved, the published numbers are pinned,
+and tests hold its mask to a definition in numpy. Pictures are of n = {length:,} where nothing else is said.
+
+:::::{{container}} gallery
+{cards}
+:::::
+
+## Packages
+
+Distributions that add to attndsl:
+
+{packages}
+
+```{{toctree}}
+:hidden:
+
+{pages}
+prelude
+```
+"""
+
+
+def overview(shown: list[Example], packages: list[str]) -> str:
+    """The page with all pictures."""
+    cards = "\n".join(
+        f"::::{{container}} card\n[{one.file}]({one.file}.md)\n\n{picture(one)}\n{one.source}\n::::\n"
+        for one in shown
     )
     listed = "\n".join(f"- [{name}]({name}.md)" for name in packages)
-    return (
-        "# Gallery\n\nThe files of `examples/`, each from a publication: what it claims is proved, the published "
-        "numbers are pinned, and tests hold its mask to a definition in numpy. Pictures are of "
-        f"n = {LENGTH:,} where nothing else is said.\n\n"
-        f":::::{{container}} gallery\n{cards}:::::\n\n## Packages\n\nDistributions that add to attndsl:\n\n{listed}\n\n"
-        f"```{{toctree}}\n:hidden:\n\n{chr(10).join(e.file for e in all_shown)}\n{chr(10).join(packages)}\nprelude\n```\n"
-    )
+    pages = "\n".join([*(one.file for one in shown), *packages])
+    return OVERVIEW.format(length=LENGTH, cards=cards, packages=listed, pages=pages)
 
 
 def package(folder: Path) -> str:
@@ -175,7 +196,7 @@ def package(folder: Path) -> str:
 
 
 def write(folder: Path) -> None:
-    """All pages and pictures into a folder; what is as it was is not touched, so that it is not built anew."""
+    """All pages and pictures into a folder; what is as it was is not touched, and not built anew."""
     folder.mkdir(exist_ok=True)
     packages = [path.parent for path in sorted(EXAMPLES.glob("*/pyproject.toml"))]
     shown = [example(path) for path in sorted(EXAMPLES.glob("*.attn"))]
