@@ -56,6 +56,7 @@ NAVIGATION["Reference"] += sorted({path.stem for path in HERE.glob("*.md")} - NA
 MADE = [
     (r"(?:\.\./)?examples/(\w+)\.attn", r"gallery/\1.md"),
     (r"(?:\.\./)?examples/([\w-]+)", r"gallery/\1.md"),
+    (r"(?:\.\./)?examples", "gallery/index.md"),
     (r"(?:\.\./)?grammar/prelude\.attn", "gallery/prelude.md"),
 ]
 """Links to files that have a page on the site."""
