@@ -126,12 +126,13 @@ def cost(report: Report, shown: Shown) -> str:
     return "; ".join(said)
 
 
-def picture(shown: Example) -> str:
-    """Two images, of which a style shows one."""
+def picture(shown: Example, target: str = "") -> str:
+    """Two images, of which a style shows one; a click on it leads to `target`."""
     if shown.drawing is None:
         return "*It has no weights of pairs to draw.*\n"
+    leads = f":target: {target}\n" if target else ""
     return "".join(
-        f"```{{image}} {shown.file}-{kind}.svg\n:class: only-{kind}\n:alt: {shown.drawing.alt}\n```\n"
+        f"```{{image}} {shown.file}-{kind}.svg\n:class: only-{kind}\n:alt: {shown.drawing.alt}\n{leads}```\n"
         for kind in ("light", "dark")
     )
 
@@ -175,7 +176,8 @@ prelude
 def overview(shown: list[Example], packages: list[str]) -> str:
     """The page with all pictures."""
     cards = "\n".join(
-        f"::::{{container}} card\n[{one.file}]({one.file}.md)\n\n{picture(one)}\n{one.source}\n::::\n"
+        f"::::{{container}} card\n[{one.file}]({one.file}.md)\n\n"
+        f"{picture(one, f'{one.file}.html')}\n{one.source}\n::::\n"
         for one in shown
     )
     listed = "\n".join(f"- [{name}]({name}.md)" for name in packages)

@@ -145,7 +145,7 @@ def refusal(code: str, names: dict[str, Any]) -> str:
 def page() -> str:
     names, lines = namespace(), [ABOUT, f"```attn\n{PROGRAM.strip()}\n```\n"]
     for section, rows in SECTIONS.items():
-        lines.append(f"## {section}\n\n| refused | message | |\n|---|---|---|")
+        lines.append(f"## {section}\n\n| refused | message | why |\n|---|---|---|")
         for code, why in rows:
             cells = f"`{code}`", refusal(code, names), why
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
