@@ -46,9 +46,9 @@ SHOWN = {
     "blockbert": Shown(512),
     "compressive": Shown(768),
     "dsa": Shown(
-        512,
-        {"top": "64"},
-        {"iq": normal(1, 512, 64, 128), "ik": normal(1, 512, 128), "w": normal(1, 512, 64)},
+        256,
+        {"top": "32"},
+        {"iq": normal(1, 256, 64, 128), "ik": normal(1, 256, 128), "w": normal(1, 256, 64)},
         "a random indexer",
     ),
     "flamingo": Shown(256, {}, {"lo": [0, 48, 96, 180], "hi": [48, 96, 180, 256]}, "four images"),

@@ -26,7 +26,6 @@ attention drawn { mask causal & random(4) }
 attention half { mask causal & { q, k : k < n // 2 } }
 attention kept { mask causal & topk(4, of = causal) }
 attention ahead { mask causal & topk(4) }
-attention xl { keys mem(16) ++ tokens  mask causal }
 attention duo { heads 0..5 { mask causal } else { mask last(8) } }
 """
 SECTIONS: dict[str, list[tuple[str, str]]] = {
