@@ -220,12 +220,16 @@ def test_refusals_are_raised_as_they_are_shown():
 @pytest.mark.parametrize("name", PAGES)
 def test_links_inside_the_repository_lead_somewhere(name):
     text = re.sub(r"`[^`\n]+`", "code", FENCED.sub("", PAGES[name]))
-    headings = {
-        re.sub(r"[^\w -]", "", line).strip().lower().replace(" ", "-")
-        for line in re.findall(r"^#+ (.*)$", text, re.M)
-    }
+    folder = ROOT / "docs" if name in DOCS else ROOT
     for target in re.findall(r"\]\(([^)]+)\)", text):
-        if target.startswith("#"):
-            assert target[1:] in headings
-        elif "://" not in target:
-            assert (ROOT / ("docs" if name in DOCS else "") / target.partition("#")[0]).exists()
+        if "://" not in target:
+            file, _, heading = target.partition("#")
+            assert (folder / file).exists()
+            if heading:
+                assert heading in headings((folder / (file or name)).read_text(encoding="utf-8"))
+
+
+def headings(text):
+    """As they are named in links."""
+    titles = re.findall(r"^#+ (.*)$", FENCED.sub("", text), re.M)
+    return {re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-") for title in titles}
