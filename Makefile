@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALL = $(BIN)/pip install --quiet --constraint constraints.txt --editable
 
-.PHONY: run test slow bench lint types clean
+.PHONY: run test slow bench docs lint types clean
 
 run: $(VENV)/run
 	$(BIN)/attndsl run examples/longformer.attn --length 4096 --heads 12 --text examples/data/us-constitution.txt
@@ -18,6 +18,9 @@ slow: $(VENV)/oracle
 bench: $(VENV)/run
 	for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done
 
+docs: $(VENV)/docs
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --conf-dir docs . build/site
+
 lint: $(VENV)/test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -26,7 +29,7 @@ types: $(VENV)/test
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist docs/gallery *.egg-info
 
 $(VENV)/bin/pip:
 	$(PYTHON) -m venv $(VENV)
@@ -40,5 +43,9 @@ $(VENV)/test: pyproject.toml constraints.txt | $(VENV)/bin/pip
 	touch $@
 
 $(VENV)/oracle: pyproject.toml constraints.txt | $(VENV)/bin/pip
-	$(INSTALL) '.[test,oracle]'
+	$(INSTALL) '.[test,oracle,docs]'
+	touch $@
+
+$(VENV)/docs: pyproject.toml constraints.txt | $(VENV)/bin/pip
+	$(INSTALL) '.[docs]'
 	touch $@

@@ -28,6 +28,7 @@ ROOMS = (
     "pictures",
     "layers",  # what stacks of relations reach
     "language",  # tree to attention, assertions, warnings
+    "highlight",  # for Pygments
     "backend",  # the contract of a backend
     "analysis.part",  # the contract of an analysis
     "execution.registry",

@@ -1,8 +1,12 @@
-"""What docs/ shows is so: its programs, pictures, limits, links and the list of the prelude."""
+"""What README, CONTRIBUTING and docs/ show is so: programs, code, commands, pictures, messages, limits."""
 
 import re
+import runpy
 import shlex
+import subprocess
+import sys
 import textwrap
+import tomllib
 
 import pytest
 from click.testing import CliRunner
@@ -23,9 +27,13 @@ from attndsl.syntax.parse import ERROR_LIMIT, NESTING_LIMIT, SIZE_LIMIT, TEXT_LI
 from attndsl.tiles import lowering, tiling
 
 DOCS = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
-FENCED = re.compile(r"^```(\w+)(.*)\n((?:(?!```).*\n)*)```$", re.M)
-BLOCKS = [(name, *block) for name, text in DOCS.items() for block in FENCED.findall(text)]
+PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md")} | DOCS
+FENCED = re.compile(r"^```([\w-]*)(.*)\n((?:(?!```).*\n)*)```$", re.M)
+INDENTED = re.compile(r"(?<=\n\n)(?: {4}.*\n|\n(?= {4}))+")
+BLOCKS = [(name, *block) for name, text in PAGES.items() for block in FENCED.findall(text)]
 PROGRAMS = [(name, text) for name, kind, _, text in BLOCKS if kind == "attn"]
+NOT_RUN = "not run: "
+"""Begins, behind the language of a block, the reason why it is not run."""
 LIMITS = {
     "characters of a text": TEXT_LIMIT,
     "words and signs of a definition": SIZE_LIMIT,
@@ -116,32 +124,115 @@ def test_every_part_and_field_of_a_report_is_described():
         assert [field for field in part.names(name) if f"`{field}" not in DOCS["analysis.md"]] in ([], [name])
 
 
-def test_the_code_about_choices_runs():
-    (code,) = (text for name, kind, _, text in BLOCKS if kind == "python" and "plan.choices" in text)
-    exec(code, {})
+@pytest.mark.parametrize("name", sorted({name for name, kind, *_ in BLOCKS if kind == "python"}))
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_code_runs(name, monkeypatch):
+    """Block after block, as a reader would who goes through the page."""
+    monkeypatch.chdir(ROOT)
+    page = {"__name__": name}
+    for of, kind, why, code in BLOCKS:
+        if (of, kind) == (name, "python") and not why.strip().startswith(NOT_RUN):
+            exec(compile(code, name, "exec"), page)
 
 
-def test_the_code_about_streams_runs():
-    (code,) = (text for name, kind, _, text in BLOCKS if (name, kind) == ("streams.md", "python"))
-    exec(code, {})
-
-
-def test_the_code_about_sums_runs():
-    codes = [text for name, kind, _, text in BLOCKS if (name, kind) == ("sums.md", "python")]
-    assert len(codes) == 2
-    for code in codes:
-        exec(code, {})
-
-
-@pytest.mark.parametrize("name", DOCS)
-def test_links_inside_the_repository_lead_somewhere(name):
-    text = re.sub(r"`[^`\n]+`", "code", FENCED.sub("", DOCS[name]))
-    headings = {
-        re.sub(r"[^\w -]", "", line).strip().lower().replace(" ", "-")
-        for line in re.findall(r"^#+ (.*)$", text, re.M)
+def test_every_block_is_of_a_kind_that_is_tested():
+    kinds = {(name, kind) for name, kind, *_ in BLOCKS}
+    assert {kind for _, kind in kinds if kind} <= {
+        "python",
+        "attn",
+        "show",
+        "prelude",
+        "console",
+        "toml",
+        "text",
     }
+    assert {name for name, kind in kinds if not kind} == {"api.md"}  # what Sphinx fills in
+    assert {name for name, kind in kinds if kind == "text"} == {"language.md"}  # the clauses, as a sketch
+    unrun = [why.strip().removeprefix(NOT_RUN) for *_, why, _ in BLOCKS if NOT_RUN in why]
+    assert all(unrun)
+    assert len(unrun) <= 3
+
+
+def commands():
+    """Lines of commands, and what is shown below; a line `...` stands for any others."""
+    for name, kind, _, text in BLOCKS:
+        if kind == "console":
+            for shown in re.split(r"^\$ ", text, flags=re.M)[1:]:
+                line, _, output = shown.partition("\n")
+                yield name, line, output
+    for name, text in PAGES.items():
+        for block in INDENTED.findall(FENCED.sub("", text)):
+            for line in block.strip("\n").split("\n"):
+                yield name, re.split(r" {2,}", line.strip())[0], ""
+
+
+COMMANDS = [*commands()]
+PAIR = [(f"{name}.attn", "attention lm { mask causal & last(64) }") for name in "ab"]
+FAST = ("check", "show", "fmt")
+OURS = [
+    pytest.param(line, shown, id=line, marks=[pytest.mark.slow] * (line.split()[1] not in FAST))
+    for _, line, shown in COMMANDS
+    if line.startswith("attndsl ")
+]
+
+
+def matches(output, shown):
+    wanted = "".join(
+        r"(?:.*\n)*" if line.strip() == "..." else re.escape(line) + "\n" for line in shown.splitlines()
+    )
+    return re.fullmatch(wanted, re.sub(r" +$", "", output, flags=re.M))
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("line", "shown"), OURS)
+def test_commands_run(line, shown, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    for file, text in [(of.strip(), text) for _, kind, of, text in BLOCKS if kind == "attn" and of] + PAIR:
+        (tmp_path / file).write_text(text, encoding="utf-8")
+    command = [sys.executable, "-m", *shlex.split(line)]
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False, encoding="utf-8"
+    )
+    assert done.returncode == 0, done.stdout
+    assert not shown or matches(done.stdout, shown), done.stdout
+
+
+def test_other_commands_are_there():
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+    for _, line, _ in COMMANDS:
+        word, *rest = line.split()
+        if word == "make":
+            assert rest[0] in targets
+        elif word == "attention":
+            assert attndsl.parse(line).names
+        else:
+            assert word in ("attndsl", "pip") or (ROOT / word).exists()
+
+
+@pytest.mark.parametrize("text", [text for _, kind, _, text in BLOCKS if kind == "toml"])
+def test_tables_are_toml(text):
+    assert tomllib.loads(text)
+
+
+def test_refusals_are_raised_as_they_are_shown():
+    """After another message: python docs/refused.py"""
+    assert runpy.run_path(str(ROOT / "docs" / "refused.py"))["page"]() == DOCS["refused.md"]
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_inside_the_repository_lead_somewhere(name):
+    text = re.sub(r"`[^`\n]+`", "code", FENCED.sub("", PAGES[name]))
+    folder = ROOT / "docs" if name in DOCS else ROOT
     for target in re.findall(r"\]\(([^)]+)\)", text):
-        if target.startswith("#"):
-            assert target[1:] in headings
-        elif "://" not in target:
-            assert (ROOT / "docs" / target).exists()
+        if "://" not in target:
+            file, _, heading = target.partition("#")
+            assert (folder / file).exists()
+            if heading:
+                assert heading in headings((folder / (file or name)).read_text(encoding="utf-8"))
+
+
+def headings(text):
+    """As they are named in links."""
+    titles = re.findall(r"^#+ (.*)$", FENCED.sub("", text), re.M)
+    return {re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-") for title in titles}
