@@ -29,16 +29,15 @@ def keys_and_values(
     [B, Hkv, m, Dv], the entries [B, Hkv or H, entries, D and Dv]. Raises AttnError for memory of another
     length, and tables that do not fit."""
     remembered = held and _checked(attention, k, v, held)
+    made = [_made(stream, attention, heads, (k, v), remembered, tables) for stream in attention.streams]
     if attention.made_by_head:
-        (k, v), remembered = _repeated((k, v), heads), remembered and _repeated(remembered, heads)
-    made = [_made(stream, attention, (k, v), remembered, tables) for stream in attention.streams]
+        made = [(_repeated(keys, heads), _repeated(values, heads)) for keys, values in made]
     keys, values = zip(*made, strict=True)
     return (keys[0], values[0]) if len(made) == 1 else (torch.cat(keys, 2), torch.cat(values, 2))
 
 
-def _repeated(pair: Pair, heads: int) -> Pair:
-    k, v = (x.repeat_interleave(heads // x.shape[1], 1) for x in pair)
-    return k, v
+def _repeated(x: Tensor, heads: int) -> Tensor:
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
 
 
 def held_of(attention: Attention, given: object) -> Pair | None:
@@ -75,15 +74,21 @@ def _checked(attention: Attention, k: Tensor, v: Tensor, held: Pair) -> Pair:
 
 
 def _made(
-    stream: Stream, attention: Attention, given: Pair, held: Pair | None, tables: Mapping[str, Tensor]
+    stream: Stream,
+    attention: Attention,
+    heads: int,
+    given: Pair,
+    held: Pair | None,
+    tables: Mapping[str, Tensor],
 ) -> Pair:
+    """Of each key head, or of each of the `heads`."""
     if isinstance(stream, Stretch):
         return _of(stream, attention, given, held)
     if isinstance(stream, Pool):
         k, v = _of(stream.of, attention, given, held)
-        return _pooled(k, stream, stream.by, tables), _pooled(v, stream, stream.values, tables)
+        return _pooled(k, stream, stream.by, heads, tables), _pooled(v, stream, stream.values, heads, tables)
     k, v = given
-    return _projected(k, stream.keys, tables), _projected(v, stream.values, tables)
+    return _projected(k, stream.keys, heads, tables), _projected(v, stream.values, heads, tables)
 
 
 def _of(stretch: Stretch, attention: Attention, given: Pair, held: Pair | None) -> Pair:
@@ -95,13 +100,15 @@ def _of(stretch: Stretch, attention: Attention, given: Pair, held: Pair | None) 
     return k, v
 
 
-def _pooled(x: Tensor, pool: Pool, by: str | Table, tables: Mapping[str, Tensor]) -> Tensor:
+def _pooled(x: Tensor, pool: Pool, by: str | Table, heads: int, tables: Mapping[str, Tensor]) -> Tensor:
     if x.shape[2] < pool.size:
         return x[:, :, :0]
+    if isinstance(by, Table) and "H" in by.dims:
+        x = _repeated(x, heads)
     windows = x.unfold(2, pool.size, pool.stride)  # [B, H, m, D, b]
     if not isinstance(by, Table):
         return windows.mean(4) if by == "mean" else windows.amax(4)
-    w = _content(by, x, tables)
+    w = _content(by, x, heads, tables)
     if w.shape[-1] != x.shape[3] and len(by.explicit) > 1:
         raise fail(f"`{by.name}` is of {w.shape[-1]} features, and there are {x.shape[3]}")
     wide = torch.promote_types(x.dtype, w.dtype)
@@ -109,8 +116,8 @@ def _pooled(x: Tensor, pool: Pool, by: str | Table, tables: Mapping[str, Tensor]
     return torch.einsum(form, windows.to(wide), _spread(w, by).to(wide)).to(x.dtype)
 
 
-def _projected(x: Tensor, table: Table, tables: Mapping[str, Tensor]) -> Tensor:
-    e, n = _content(table, x, tables), x.shape[2]
+def _projected(x: Tensor, table: Table, heads: int, tables: Mapping[str, Tensor]) -> Tensor:
+    e, n = _content(table, x, heads, tables), x.shape[2]
     if e.shape[-1] < n or (e.shape[-1] != n and table.dims[-1] == "n" and not table.learned):
         raise fail(
             f"`{table.name}` projects {e.shape[-1]:,} tokens, and there are {n:,}",
@@ -118,11 +125,16 @@ def _projected(x: Tensor, table: Table, tables: Mapping[str, Tensor]) -> Tensor:
         )
     wide = torch.promote_types(x.dtype, e.dtype)
     # a slice of all has gradients that are copied
-    rows = _spread(e, table) if e.shape[-1] == n else _spread(e, table)[..., :n]
-    return (rows.to(wide) @ x.to(wide)).to(x.dtype)
+    e = e if e.shape[-1] == n else e[..., :n]
+    form = "b" * ("B" in table.dims)
+    if "H" not in table.dims:
+        return torch.einsum(f"{form}mn,bhnd->bhmd", e.to(wide), x.to(wide)).to(x.dtype)
+    # by key head, and the heads that share it
+    e = e.view(*e.shape[:-3], x.shape[1], heads // x.shape[1], *e.shape[-2:])
+    return torch.einsum(f"{form}hsmn,bhnd->bhsmd", e.to(wide), x.to(wide)).flatten(1, 2).to(x.dtype)
 
 
-def _content(table: Table, x: Tensor, tables: Mapping[str, Tensor]) -> Tensor:
+def _content(table: Table, x: Tensor, heads: int, tables: Mapping[str, Tensor]) -> Tensor:
     """Raises AttnError where it is given with other axes."""
     if table.known is not None:
         return torch.from_numpy(table.known).to(x)
@@ -130,7 +142,7 @@ def _content(table: Table, x: Tensor, tables: Mapping[str, Tensor]) -> Tensor:
     if found.dim() != len(table.dims):
         shape, axes = ", ".join(map(str, table.dims)), [*found.shape]
         raise fail(f"`{table.name}` is float[{shape}], and was given as {axes}")
-    sizes = {"B": x.shape[0], "H": x.shape[1]}
+    sizes = {"B": x.shape[0], "H": heads}
     for axis, size in zip(table.dims, found.shape, strict=True):
         wanted = axis if isinstance(axis, int) else sizes.get(axis, size)
         if size != wanted:
