@@ -29,7 +29,7 @@ def heads(x: Tensor) -> Tensor:
 
 def plan(name: str, n: int, text: str, **params: int) -> attndsl.Plan:
     bound = attndsl.parse(text)[name](g=GLOBALS, **params)
-    q_length = GLOBALS if name == "global_" else n
+    q_length = GLOBALS if name == "pegasus_x_global" else n
     found = attndsl.compile(
         bound, length=n, q_length=q_length, batch=BATCH, heads=HEADS, head_dim=WIDTH, dtype="float64",
         training=True,
@@ -60,12 +60,12 @@ def test_layers_agree(staggered: bool, padded: bool) -> None:
         "mask {", "mask { q, k : stream == 0 or seen[k] } & {"
     )
     text = text.replace("++ tokens }", "++ tokens  mask { q, k : stream == 0 or seen[k] } }")
-    name = "local_staggered" if staggered else "local"
+    name = "pegasus_x_staggered" if staggered else "pegasus_x"
     q, k, v = (heads(project(x)) for project in (layer.q_proj, layer.k_proj, layer.v_proj))
     of_q, of_k, of_v = (heads(project(beside)) for project in (layer.q_proj, layer.k_proj, layer.v_proj))
     found = [
         plan(name, n, text, b=BLOCK)(q, k, v, memory=(of_k, of_v), seen=seen),
-        plan("global_", n, text)(of_q, k, v, memory=(of_k, of_v), seen=seen, q_offset=0),
+        plan("pegasus_x_global", n, text)(of_q, k, v, memory=(of_k, of_v), seen=seen, q_offset=0),
     ]
     found = [layer.out_proj(out.transpose(1, 2).flatten(2)) for out in found]
     for mine, other in zip(found, (wanted, wanted_beside), strict=True):
