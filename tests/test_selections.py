@@ -17,6 +17,7 @@ from attndsl.conformance.selections import check
 from attndsl.execution import leaks
 from attndsl.execution.selecting import drawn
 from attndsl.meaning.normals import normals
+from attndsl.plugins.torch import blocklists, slabs
 from attndsl.tiles import lowering
 
 TEXT = """
@@ -647,6 +648,29 @@ def test_pairs_of_buckets_and_pieces_are_bounded(mask: str) -> None:
 def test_heads_that_choose_alike_choose_once(by: str, share: str, r: int) -> None:
     text = "inputs iq : float[B, n, 3, 5]  ik : float[B, n, 5]  w : float[B, n, 3]"
     check(f"{text} mask topk({r}, of = causal, by = {by}{share})", 17)
+
+
+@pytest.mark.parametrize("score", ["", "score alibi"])
+def test_heads_that_choose_alike_attend_together(score: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of four heads, whose logits differ all the same; some of a chosen block is out of reach."""
+    chosen = "topk(2, of = blocks(8, causal - radius(0)), by = Q @ mean(K))"
+    bound = attndsl.parse(f"attention a {{ mask causal & last(70) & (block(8) | {chosen}) {score} }}")["a"]
+    sizes = {"length": 150, "heads": 4, "kv_heads": 1, "head_dim": 8, "dtype": "float64", "training": True}
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, h, 150, 8, dtype=torch.float64, generator=generator) for h in (4, 1, 1))
+    q[:, 1] = 2 * q[:, 0]
+    leaves, slope = [x.requires_grad_() for x in (q, k, v)], torch.randn(q.shape, dtype=torch.float64)
+    together = []
+    monkeypatch.setattr(
+        blocklists, "Chosen", lambda *given: together.append(given[3]) or slabs.Chosen(*given)
+    )
+    found = []
+    for backend in ("reference", "torch"):
+        out = attndsl.compile(bound, **sizes, backend=backend)(*leaves)
+        found.append([out, *torch.autograd.grad(out, leaves, slope)])
+    assert together == [2, 1, 1] * 2
+    for mine, exact in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(mine, exact, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("how", ["max", "min"])

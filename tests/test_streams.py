@@ -14,6 +14,7 @@ import pytest
 import sympy
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import attndsl
 from attndsl.attention import Attention
@@ -321,6 +322,33 @@ def test_best_of_a_memory_is_chosen_by_position() -> None:
     plan = compiled(text.format(1), 9)
     best = (q @ shared(held[0]).mT).argmax(-1) - 6
     assert torch.equal(plan.choices(q, k, memory=held)["topk#0"][..., 0], best)
+
+
+class Truths(TorchDispatchMode):
+    """The bytes of the largest tensor of truths that is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if isinstance(found, Tensor) and found.dtype == torch.bool:
+            self.largest = max(self.largest, found.untyped_storage().nbytes())
+        return found
+
+
+def test_a_rectangle_of_candidates_costs_nothing_per_pair() -> None:
+    """A memory is the same for all queries."""
+    q, k, _ = qkv(30)
+    held = tuple(x[:, :, :400] for x in qkv(400, seed=1)[1:])
+    text = "keys mem(400) ++ tokens  mask causal & ({{ q, k : k >= 0 }} | topk(3, of = {}))"
+    largest = []
+    for of in ("{ q, k : k < 0 }", "{ q, k : k < 0 and (q + k) mod 2 == 0 }"):
+        with Truths() as seen:
+            compiled(text.format(of), 30).choices(q, k, memory=held)
+        largest.append(seen.largest)
+    assert largest[0] < 30 * 400 <= largest[1]
 
 
 def test_queries_may_stand_elsewhere() -> None:

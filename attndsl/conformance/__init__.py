@@ -46,7 +46,7 @@ from attndsl.conformance.cases import (
     leaves_of,
     make_odd,
 )
-from attndsl.conformance.formula import attend, related
+from attndsl.conformance.formula import Inputs, attend, related
 from attndsl.conformance.mechanisms import MECHANISMS, Mechanism
 from attndsl.execution import choice, registry
 
@@ -160,7 +160,7 @@ def _exact(case: Case) -> Exact:
         places = {"out": rows, "gradient of q": rows, "gradient of k": keys, "gradient of v": keys}
         reached |= {name: x[..., None].expand_as(exact[name]) for name, x in places.items()}
     far = ROUNDINGS * torch.finfo(torch.promote_types(getattr(torch, case.dtype), torch.float32)).eps
-    return Exact(odd, exact, reached, masked, _allowed(case, inputs, mask, sizes), far)
+    return Exact(odd, exact, reached, masked, _allowed(case, plain, inputs["grad_out"], mask, sizes), far)
 
 
 def _without(rows: Tensor, inputs: Named, value: float) -> Named:
@@ -262,29 +262,29 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, out: Tensor, grad_out:
     return [(slope @ k).double(), (slope.mT @ q).double()]
 
 
-def _allowed(case: Case, inputs: Named, mask: Tensor, sizes: Tensor) -> dict[str, float]:
+def _allowed(case: Case, given: Inputs, grad_out: Tensor, mask: Tensor, sizes: Tensor) -> dict[str, float]:
     """Twice the error of SDPA over the same mask without the score: of its math path and, but for 16 bits,
     of the backward pass of fused kernels."""
-    share = case.heads // case.kv_heads
+    share = case.heads // given.k.shape[1]
     results = []
     # in float64 both sides would be the same: there float32's error stands for it, in units of epsilon
     measured = torch.float32 if case.dtype == "float64" else getattr(torch, case.dtype)
     for kind in (torch.float64, measured):
-        q, k, v = (inputs[name].to(kind).requires_grad_() for name in ("q", "k", "v"))
+        q, k, v = (x.to(kind).requires_grad_() for x in (given.q, given.k, given.v))
         many_k, many_v = (x.repeat_interleave(share, 1) for x in (k, v))
         out, _ = torch.ops.aten._scaled_dot_product_attention_math(q, many_k, many_v, mask)
         out = torch.where(mask.any(-1, keepdim=True), out, 0.0)
-        grad_out = inputs["grad_out"].to(kind)
-        grads = torch.autograd.grad(out, (q, k, v), grad_out)
+        slope = grad_out.to(kind)
+        grads = torch.autograd.grad(out, (q, k, v), slope)
         results.append([out.detach().double(), *(g.double().nan_to_num() for g in grads)])
         if case.dtype != "bfloat16":
-            results[-1] += _fused(q, many_k, many_v, mask, out, grad_out)
+            results[-1] += _fused(q, many_k, many_v, mask, out, slope)
     errors = [_relative(mine, value) for value, mine in zip(*results, strict=True)]
     eps, measured_eps = (torch.finfo(kind).eps for kind in (getattr(torch, case.dtype), measured))
     # the exact results of float64 are off by as much again
     factor = (4 if case.dtype == "float64" else 2) * eps / measured_eps
     # a logit of size S is off by S roundings of the arithmetic, and its weight in proportion
-    logits = inputs["q"] @ inputs["k"].repeat_interleave(share, 1).transpose(-1, -2) / case.head_dim**0.5
+    logits = given.q @ given.k.repeat_interleave(share, 1).transpose(-1, -2) / case.head_dim**0.5
     known = [logits] if case.mechanism.exact else [logits, sizes]
     size = max(float(x.detach().nan_to_num().abs().max()) if x.numel() else 0.0 for x in known)
     off = size * torch.finfo(torch.promote_types(getattr(torch, case.dtype), torch.float32)).eps

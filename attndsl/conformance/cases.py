@@ -17,7 +17,7 @@ import attndsl
 from attndsl.attention import Attention
 from attndsl.bound import Bound
 from attndsl.conformance.formula import Inputs
-from attndsl.conformance.mechanisms import MECHANISMS, WIDE, Mechanism, normal
+from attndsl.conformance.mechanisms import MECHANISMS, STREAMS, WIDE, Mechanism, normal
 from attndsl.expr import Learned, Table
 
 Named = dict[str, Tensor]
@@ -163,7 +163,7 @@ hold, without memory for it; the others have the same values."""
 def _draw(mechanism: Mechanism, dtype: str, turn: int = 0, odd: Odd = "", apart: Apart = "") -> Case:
     """Sizes that differ from case to case and from run to run never."""
     rng = random.Random(zlib.crc32(f"{mechanism.name} {dtype} {turn} {odd}".encode()))
-    if mechanism.memory:
+    if mechanism.memory or mechanism.made:
         n = rng.choice([1, 60, 300])
         heads, kv_heads = rng.choice([(2, 2), (4, 2), (3, 1)])
         return Case(
@@ -297,6 +297,11 @@ CASES = (
         if mechanism.name in WITH_MEMORY
         for dtype, turn in (("float32", 0), ("float64", 1))
     )
+    + tuple(
+        _draw(mechanism, dtype, turn)
+        for mechanism in STREAMS
+        for dtype, turn in (("float32", 0), ("float64", 1))
+    )
 )
 
 
@@ -372,7 +377,10 @@ def given_of(attention: Attention, case: Case, inputs: Named) -> Inputs:
     for table in (*attention.inputs, *attention.learned):
         x = inputs[table.name]
         tables[table.name] = x.expand(case.batch, *x.shape[1:]) if table.batched else x
-    return Inputs(inputs["q"], inputs["k"], inputs["v"], tables, *case.positions, arithmetic)
+    q_at, k_at, n = case.positions
+    keys = inputs["k"], inputs["v"], k_at
+    k, v, k_at = case.mechanism.made(*keys, tables) if case.mechanism.made else keys
+    return Inputs(inputs["q"], k, v, tables, q_at, k_at, n, arithmetic)
 
 
 def attention_of(mechanism: Mechanism) -> Attention:

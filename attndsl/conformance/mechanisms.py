@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 Draw = Callable[[np.random.Generator, tuple[int, ...], "Case"], Array]
+Made = Callable[[Tensor, Tensor, Tensor, Mapping[str, Tensor]], tuple[Tensor, Tensor, Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +32,8 @@ class Mechanism:
     exact   logits that float32 holds, in whatever order they are summed, for rows that are masked by
             adding a large number: their logits are what that leaves of them
     memory  how many of the keys stand before position 0
+    streams, made  what else the keys are, in the language, and by hand: of keys and values that are given
+            [B, Hkv, n, D and Dv], where they stand [B, n], and tables, those that are attended to
     """
 
     name: str
@@ -42,10 +45,13 @@ class Mechanism:
     start: Callable[[int, int], int] = at_the_end
     exact: bool = False
     memory: int = 0
+    streams: str = ""
+    made: Made | None = None
 
     @property
     def text(self) -> str:
         keys = f"keys mem({self.memory}) ++ tokens  " if self.memory else ""
+        keys = f"keys {self.streams}  " if self.streams else keys
         return f"attention a{self.params} {{ {keys}{self.clauses} }}"
 
 
@@ -1098,6 +1104,83 @@ FLOORS = (
         exact=True,
     ),
 )
+
+
+def slots(x: Tensor, size: int, stride: int, weights: Tensor) -> Tensor:
+    """Sums of every `stride`-th `size` vectors of x [B, H, n, D] with weights [size, D or 1]."""
+    starts = range(0, x.shape[2] - size + 1, stride)
+    made = [(x[:, :, start : start + size] * weights).sum(2) for start in starts]
+    return torch.stack(made, 2) if made else x[:, :, :0]
+
+
+def means(k: Tensor, v: Tensor, at: Tensor, tables: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    quarter = torch.full((4, 1), 0.25, dtype=k.dtype)
+    return slots(k, 4, 2, quarter), slots(v, 4, 2, quarter), at[:, 3::2]
+
+
+def beside_means(
+    k: Tensor, v: Tensor, at: Tensor, tables: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    more_k, more_v, more_at = means(k, v, at, tables)
+    return torch.cat([k, more_k], 2), torch.cat([v, more_v], 2), torch.cat([at, more_at], 1)
+
+
+def weighed(k: Tensor, v: Tensor, at: Tensor, tables: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    return slots(k, 3, 3, tables["w"]), slots(v, 3, 3, tables["u"][:, None]), at[:, 2::3]
+
+
+def projected(
+    k: Tensor, v: Tensor, at: Tensor, tables: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Behind what is projected for all heads alike, which every query reads, the tokens."""
+    made = (torch.stack([(row[:, None] * x).sum(2) for row in tables["E"]], 2) for x in (k, v))
+    more_k, more_v = made
+    before = at.new_full((len(at), len(tables["E"])), -1)
+    return torch.cat([more_k, k], 2), torch.cat([more_v, v], 2), torch.cat([before, at], 1)
+
+
+def projected_by_head(
+    k: Tensor, v: Tensor, at: Tensor, tables: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    E, F = tables["E"], tables["F"]
+    k, v = (x.repeat_interleave(len(E) // x.shape[1], 1) for x in (k, v))
+    made_k = torch.stack([(E[:, i, :, None] * k).sum(2) for i in range(4)], 2)
+    made_v = torch.stack([(F[:, None, i, :, None] * v).sum(2) for i in range(4)], 2)
+    return made_k, made_v, at.new_zeros((len(at), 4))
+
+
+def small(rng: np.random.Generator, shape: tuple[int, ...], case: Case) -> Array:
+    return normal(rng, shape, case) / math.sqrt(max(1, shape[-1]))
+
+
+STREAMS = (
+    replace(mechanism("pools", "mask causal", causal), streams="pool(4, stride = 2)", made=means),
+    replace(
+        mechanism("tokens-and-pools", "mask causal", causal),
+        streams="tokens ++ pool(4, stride = 2)",
+        made=beside_means,
+    ),
+    replace(
+        with_inputs("w : float[3, D]  u : float[3]", mechanism("weighed", "mask causal", causal)),
+        streams="pool(3, by = w, values = u)",
+        made=weighed,
+    ),
+    replace(
+        with_inputs(
+            "E : float[4, n]", mechanism("projected", "mask { q, k : stream == 0 or k <= q }", causal)
+        ),
+        tables={"E": small},
+        streams="proj(E) ++ tokens",
+        made=projected,
+    ),
+    replace(
+        with_inputs("E : float[H, 4, n]  F : float[B, 4, n]", mechanism("projected-by-head", "", full)),
+        tables={"E": small, "F": small},
+        streams="proj(E, F)",
+        made=projected_by_head,
+    ),
+)
+"""Keys that are made of those given; of slots that stand nowhere the formula reads all."""
 
 WIDE = (
     *VECTORS,

@@ -347,7 +347,10 @@ class Plan:
             None if n is None else lowering.checked_length("n", n),
         )
         held = held_of(self.attention, memory)
-        k, _, places = self._keys(k, k, held and (held[0], held[0]), given, places)
+        if not lowered.selected:
+            return {}
+        # no value is read: those without features are made of nothing
+        k, _, places = self._keys(k, k[..., :0], held and (held[0], held[0][..., :0]), given, places)
         found = chosen(lowered, q, k, lowered.tensors(given), places, watched=False)
         return {table.name: x for table, x in zip(lowered.selected, found, strict=True)}
 

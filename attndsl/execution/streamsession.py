@@ -15,7 +15,7 @@ from attndsl.analysis.lasting import kept, over_length
 from attndsl.axis import Axis
 from attndsl.errors import fail
 from attndsl.execution.session import Session, following, picked
-from attndsl.execution.streaming import Pair, checked_memory, made_of, repeated
+from attndsl.execution.streaming import Pair, checked_memory, made_of
 from attndsl.streams import Pool, Stream, Stretch, many_at, memory
 
 if TYPE_CHECKING:
@@ -125,15 +125,13 @@ class StreamSession(Session):
         attention, heads = self.plan.attention, self.plan.problem.heads
         if memory((stream,)):
             if self.held is not None:
-                held = repeated(self.held, heads) if attention.made_by_head else self.held
-                keys, values = made_of(stream, attention, held, held, tables)
+                keys, values = made_of(stream, attention, heads, self.held, self.held, tables)
                 self._put(first, (keys, values), 0 * starts, 0 * starts + keys.shape[2])
             return
         if isinstance(stream, Pool):
             starts, ends, new = self._unfinished(stream, new, starts, ends)
         if (ends > starts).any():
-            new = repeated(new, heads) if attention.made_by_head else new
-            self._put(first, made_of(stream, attention, new, None, tables), starts, ends)
+            self._put(first, made_of(stream, attention, heads, new, None, tables), starts, ends)
 
     def _unfinished(self, pool: Pool, new: Pair, starts: Array, ends: Array) -> tuple[Array, Array, Pair]:
         """The slots that are over with these tokens, from the first to before the last of each row, and the

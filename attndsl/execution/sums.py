@@ -196,9 +196,13 @@ class SumPlan:
                 raise fail(f"`{name}` gives {given_by}, and is added to {_described(*wanted)}")
             out = out.to(torch.promote_types(out.dtype, torch.float32))
             factor = gate if isinstance(gate, float) else weight(gate)
-            if not isinstance(factor, float) or factor != 1:
-                out = out * factor
-            total = out if total is None else total + out
+            if total is None:
+                total = out if isinstance(factor, float) and factor == 1 else out * factor
+            elif isinstance(factor, float):
+                total = torch.add(total, out, alpha=factor)
+            else:
+                # without an intermediate of the size of an output, whose memory is new
+                total = torch.addcmul(total, out, factor)
         assert total is not None
         assert wanted is not None
         return total.to(wanted[1])

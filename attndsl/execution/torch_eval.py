@@ -384,7 +384,7 @@ class _Evaluation:
 
     def vector(self, node: Expr, live: Tensor | None) -> Tensor:
         """What a number at each pair is made of, [.., nq, n, D] with axes of size 1 where it is the same."""
-        if live is None:
+        if live is None or node.op == "var":
             return self.of(node, None)
         wide = self.derive(live, "entries", lambda: live.unsqueeze(-1))
         return self.of(node, self.around(node, wide))

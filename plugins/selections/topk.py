@@ -16,7 +16,7 @@ from torch import Tensor
 from attndsl import expr as ir
 from attndsl.backend import Problem
 from attndsl.errors import fail
-from attndsl.execution.torch_eval import Env, broadcast_tensors, environment, evaluate
+from attndsl.execution.torch_eval import Env, broadcast_shapes, environment, evaluate
 from attndsl.expr import Expr, Selected
 from attndsl.meaning.pointwise import evaluate as pointwise
 from attndsl.meaning.pointwise import partial
@@ -30,6 +30,9 @@ SLAB, SCORES = 64, 2**20
 are compared."""
 SAMPLED = 8
 """Slabs that tell how many units all look at."""
+GROUP, ALIGNED = 8, 16
+"""Members of a group whose greatest stands for it, and of how many there are groups a multiple: those of a
+cache line take a third less."""
 
 
 class TopK:
@@ -87,18 +90,21 @@ class TopK:
         deep = depth(by, offered.q.shape[3])
         for some in slabs(rows, max(1, SLAB // deep, SCORES // max(1, count * deep))):
             here = part(env, rows=some)
-            every = torch.ones((), dtype=torch.bool).expand(1, 1, some.stop - some.start, count)
-            live, _ = broadcast_tensors(evaluate(of, here), every)
+            # axes of size 1 stay: what holds for a rectangle is not asked pair by pair
+            live = evaluate(of, here)
+            live = live.expand(broadcast_shapes(live.shape, (1, 1, 1, count)))
             columns = span(live)
             here, live = part(here, columns=columns), live[..., columns]
+            shape = some.stop - some.start, columns.stop - columns.start
             hidden = span(~live)
-            if not live.numel():
+            if not shape[1]:
                 continue
-            at_once = max(1, SCORES // (live[0, 0].numel() * together)) * together
+            at_once = max(1, SCORES // (math.prod(shape) * together)) * together
             for b, few in product(range(batch), slabs(heads if apart else 1, at_once)):
                 there = cut(live, {0: slice(b, b + 1), 1: few})
-                scores = evaluate(by, part(here, b, few), there).to(env.dtype)
-                scores = scores.expand(1, few.stop - few.start, *live.shape[2:]).squeeze(0)
+                partly = there if hidden.stop else None
+                scores = evaluate(by, part(here, b, few), partly).to(env.dtype)
+                scores = scores.expand(1, few.stop - few.start, *shape).squeeze(0)
                 if together > 1:
                     scores = scores.view(-1, together, *scores.shape[1:]).sum(1)
                     there = cut(there, {1: slice(None, None, together)})
@@ -176,10 +182,7 @@ def depth(by: Expr, head_dim: int) -> int:
 
 def greatest(scores: Tensor, live: Tensor, hidden: slice, r: int) -> Tensor:
     """As `best` in any order, of scores [X, rows, units], which may be overwritten, and live [X or 1, rows,
-    units]; what is not is among the units `hidden`.
-
-    Each of the greatest is in one of as many groups that have the greatest maxima.
-    """
+    units]; what is not is among the units `hidden`."""
     width = scores.shape[-1]
     if width <= r:
         every = torch.arange(width, device=scores.device)
@@ -188,23 +191,35 @@ def greatest(scores: Tensor, live: Tensor, hidden: slice, r: int) -> Tensor:
     scores = scores.contiguous()
     scores[..., hidden].masked_fill_(~live[..., hidden], -torch.inf)
     # one more than are chosen tells whether the last is equal to it: then the first of all equal ones count
-    size = math.isqrt(width // (r + 1))
-    groups = width // max(1, size)
-    if size < 2:
-        values, places = scores.topk(r + 1)
-    else:
-        maxima = scores[..., : size * groups].reshape(*scores.shape[:-1], size, groups).amax(-2)
-        members = torch.arange(0, size * groups, groups, device=scores.device)[:, None]
-        places = (maxima.topk(r + 1, sorted=False).indices[..., None, :] + members).flatten(-2)
-        left = torch.arange(size * groups, width, device=scores.device).expand(*places.shape[:-1], -1)
-        places = torch.cat([places, left], -1)
-        values, which = scores.gather(-1, places).topk(r + 1)
-        places = places.gather(-1, which)
+    values, places = most(scores, r + 1)
     tied = ~(values[..., r] < values[..., r - 1])
     places = places[..., :r].masked_fill(values[..., :r] == -torch.inf, -1)
     if tied.any():
         places[tied] = best(scores[tied], live.expand_as(scores)[tied], r)
     return places
+
+
+def most(scores: Tensor, count: int, sorted: bool = True) -> tuple[Tensor, Tensor]:
+    """The greatest along the last axis, and their places; of equal ones any.
+
+    Each of them is in one of as many groups that have the greatest maxima.
+    """
+    width = scores.shape[-1]
+    balanced = math.isqrt(width // count)
+    if balanced < 2:
+        return scores.topk(count, sorted=sorted)
+    size = min(GROUP, balanced)
+    groups = width // size
+    if size < balanced:
+        groups -= groups % ALIGNED
+    maxima = scores[..., : size * groups].reshape(*scores.shape[:-1], size, groups).amax(-2)
+    found = most(maxima, count, sorted=False) if size < balanced else maxima.topk(count, sorted=False)
+    members = torch.arange(0, size * groups, groups, device=scores.device)[:, None]
+    places = (found[1][..., None, :] + members).flatten(-2)
+    left = torch.arange(size * groups, width, device=scores.device).expand(*places.shape[:-1], -1)
+    places = torch.cat([places, left], -1)
+    values, which = scores.gather(-1, places).topk(count, sorted=sorted)
+    return values, places.gather(-1, which)
 
 
 def best(scores: Tensor, live: Tensor, r: int) -> Tensor:
@@ -221,25 +236,29 @@ def units(origin: Selected, offered: Offered) -> Env:
     """Every row and unit: axes [B, H, rows, units]; vectors are those of tokens, or what stands for those of
     a block."""
     env = environment(offered)
-    share = offered.q.shape[1] // offered.k.shape[1]
     values = dict(env.values)
     for name, place, x, axis, size in (
         ("Q", "q", offered.q, offered.q_at, origin.rows),
-        ("K", "k", offered.k.repeat_interleave(share, 1), offered.k_at, origin.unit),
+        ("K", "k", offered.k, offered.k_at, origin.unit),
     ):
+        share = offered.q.shape[1] // x.shape[1]
         if size == 1:
-            values[name] = x
+            values[name] = by_query_head(x, share)
             continue
         if axis.starts != (0,):
             raise fail("blocks are chosen among keys from position 0 on")
         for how in ("mean", "min", "max"):
             if f"{how}({name})" in origin["by"].free:
-                values[f"{how}({name})"] = pooled(x, size, how)
+                values[f"{how}({name})"] = by_query_head(pooled(x, size, how), share)
         count = (x.shape[2] + size - 1) // size
         values[place] = torch.arange(count, device=x.device).view(
             (1, 1, -1, 1) if place == "q" else (1, 1, 1, -1)
         )
     return replace(env, values=values)
+
+
+def by_query_head(x: Tensor, share: int) -> Tensor:
+    return x if share == 1 else x.repeat_interleave(share, 1)
 
 
 def part(env: Env, b: int | None = None, heads: slice = ALL, rows: slice = ALL, columns: slice = ALL) -> Env:

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from weakref import WeakKeyDictionary
 
+import torch
+
 from attndsl import expr as ir
 from attndsl.attention import Attention, Relation
 from attndsl.backend import BLOCK_SIZE, Call
@@ -124,25 +126,41 @@ class BlockLists:
         return some and call.k_at.starts == (0,) and fitting
 
     def lanes(self, call: Call) -> Iterator[Lane]:
-        """Every (batch row, query head) once, each with what it chose."""
+        """Every (batch row, query head) once, with what it chose; heads that chose alike of one key head
+        together."""
         (batch, heads, nq, _), n = call.q.shape, call.k.shape[2]
         static, chosen = self.tiles(call)
         groups, share = head_groups(self.attention, heads), heads // call.k.shape[1]
-        for b, head in product(range(batch), range(heads)):
-            group, kv_head = groups[head], head // share
-            grid, opened = (
-                x.grids[x.index[b % len(x.index), head % x.index.shape[1]]] for x in (static, chosen)
-            )
-            lane = Lane(
-                self.attention.groups[group], grid, b, slice(head, head + 1), slice(kv_head, kv_head + 1)
-            )
-            split = self.splits[group]
-            if split.table is not None and split.unit > 1:
-                blocks = call.tables[split.table.name][b, head].repeat_interleave(split.rows, 0)[:nq]
-                if opened not in self.openings:
-                    self.openings[opened] = Openings.of(opened, split.unit)
-                lane = replace(lane, chosen=Chosen(blocks, self.openings[opened], n))
-            yield lane
+        for b, kv_head in product(range(batch), range(heads // share)):
+            first, stop = kv_head * share, (kv_head + 1) * share
+            while first < stop:
+                group = groups[first]
+                split = self.splits[group]
+                places = [
+                    [x.index[b % len(x.index), head % x.index.shape[1]] for x in (static, chosen)]
+                    for head in range(first, stop)
+                ]
+                blocks = None
+                if split.table is not None and split.unit > 1:
+                    blocks = call.tables[split.table.name][b, first:stop]
+                alike = 1
+                while (
+                    first + alike < stop
+                    and groups[first + alike] == group
+                    and places[alike] == places[0]
+                    and (blocks is None or torch.equal(blocks[alike], blocks[0]))
+                ):
+                    alike += 1
+                grid, opened = (x.grids[i] for x, i in zip((static, chosen), places[0], strict=True))
+                some = slice(first, first + alike), slice(kv_head, kv_head + 1)
+                lane = Lane(self.attention.groups[group], grid, b, *some)
+                if blocks is not None:
+                    if opened not in self.openings:
+                        self.openings[opened] = Openings.of(opened, split.unit)
+                    each = blocks[0].repeat_interleave(split.rows, 0)[:nq]
+                    lane = replace(lane, chosen=Chosen(each, self.openings[opened], n, alike))
+                yield lane
+                first += alike
 
     def tiles(self, call: Call) -> tuple[BlockMask, BlockMask]:
         """Those of what is static, and of what may be chosen."""

@@ -97,7 +97,8 @@ class Gathers:
 
     @property
     def count(self) -> int:
-        return len(self.rows)
+        # of a tensor `len` takes twenty times as long
+        return self.rows.shape[0]
 
     @property
     def q_len(self) -> int:
@@ -114,12 +115,12 @@ class Gathers:
         return self.cols
 
     def queries(self, x: Tensor) -> Tensor:
-        return x.index_select(1, self.rows.flatten()).view(len(x), *self.rows.shape, *x.shape[2:])
+        return x.index_select(1, self.rows.flatten()).view(x.shape[0], *self.rows.shape, *x.shape[2:])
 
     def keys(self, x: Tensor) -> Tensor:
         if self.first is not None:
             return x[:, None, self.first : self.first + self.k_len]
-        return x.index_select(1, self.cols.flatten()).view(len(x), *self.cols.shape, *x.shape[2:])
+        return x.index_select(1, self.cols.flatten()).view(x.shape[0], *self.cols.shape, *x.shape[2:])
 
     def put_queries(self, x: Tensor, value: Tensor) -> None:
         x.index_copy_(1, self.rows.flatten(), value.flatten(1, 2).to(x.dtype))

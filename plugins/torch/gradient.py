@@ -82,7 +82,7 @@ def part_gradient(work: Work, chunk: Chunk, addend: Addend | None, back: Back) -
     else:
         gq, gk, gv = general_gradient(work, chunk, back.rows, back.tables)
     for total, g in ((back.keys, gk), (back.values, gv)):
-        chunk.add_keys(total, g.sum(0, keepdim=True) if len(total) < len(g) else g)
+        chunk.add_keys(total, g.sum(0, keepdim=True) if total.shape[0] < g.shape[0] else g)
     return gq
 
 
@@ -121,7 +121,7 @@ def simple_gradient(
     where a weight vanishes. Query heads that share a key head are rows of one product."""
     assert work.simple is not None
     q, k, v = work.sources(chunk)
-    shape, groups, scale = (*q.shape[:3], k.shape[2]), len(k), work.simple.scale
+    shape, groups, scale = (*q.shape[:3], k.shape[2]), k.shape[0], work.simple.scale
     q, grad_out = (folded(x, groups) for x in (q * scale, chunk.queries(rows.grad_out)))
     k, v = k.flatten(0, 1), v.flatten(0, 1)
     weight, slope = (x[: math.prod(shape)].view(-1, q.shape[1], shape[3]) for x in room)
@@ -166,11 +166,11 @@ def sink_gradient(work: Work, rows: Rows, tables: dict[str, Tensor]) -> None:
 
 def folded(x: Tensor, groups: int) -> Tensor:
     """[X, C, R, D] -> [groups * C, X / groups * R, D]"""
-    return x.view(groups, len(x) // groups, *x.shape[1:]).transpose(1, 2).flatten(0, 1).flatten(1, 2)
+    return x.view(groups, x.shape[0] // groups, *x.shape[1:]).transpose(1, 2).flatten(0, 1).flatten(1, 2)
 
 
 def unfolded(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     """The other way round, `shape` being the one of the result."""
     heads, count, rows, width = shape
-    groups = len(x) // count
+    groups = x.shape[0] // count
     return x.view(groups, count, heads // groups, rows, width).transpose(1, 2).flatten(0, 1)

@@ -19,6 +19,7 @@ from .blocklists import BlockLists
 from .chunks import Kept
 from .gradient import Back, Rows, bias_gradient, part_gradient, room_of, sink_gradient, slopes_of
 from .lanes import Lane, Simple, lanes
+from .slabs import rooms
 from .work import Work, normalise
 
 
@@ -132,8 +133,8 @@ class BlockSparse:
         lse[:, work.schedule.empty] = -torch.inf if work.lane.group.norm.kind == "softmax" else 0.0
         for chunk, addend in work.schedule.chunks:
             work.merge(chunk, out, lse, *work.part(chunk, addend))
-        for slab in work.slabs:
-            work.merge_slab(slab, out, lse)
+        for slab, room in rooms(work.slabs, out):
+            work.merge_slab(slab, room, out, lse)
         work.finish(out, lse)
 
     def totals(self, work: Work, lse: Tensor) -> Tensor:
@@ -247,11 +248,10 @@ class BlockSparse:
             for chunk, addend in work.schedule.chunks:
                 gq = part_gradient(work, chunk, addend, back)
                 (chunk.put_queries if chunk.fresh else chunk.add_queries)(dq, gq)
-            for slab in work.slabs:
-                found = slab.room(dq)
+            for slab, found in rooms(work.slabs, dq):
                 for piece, some in slab.pieces():
-                    found[some] = part_gradient(work, piece, None, back)[0, 0]
-                dq[0, slab.rows] += slab.sums(found)
+                    found[:, some] = part_gradient(work, piece, None, back)[:, 0]
+                dq[:, slab.rows] += slab.sums(found)
             bias_gradient(work, slopes, tables)
             sink_gradient(work, rows, tables)
         return totals[0], totals[1], totals[2], tables

@@ -25,8 +25,8 @@ FORWARD_UNIT, BACKWARD_UNIT, FORMED_UNIT = 32, 128, 64
 
 @dataclass(frozen=True, eq=False)
 class Lane:
-    """Query heads of one batch row that share a grid and read the same key heads, or one each; of a single
-    one, which blocks of keys it chose beside what is in the grid."""
+    """Query heads of one batch row that share a grid and read the same key heads, or one each; of those with
+    one key head, which blocks of keys all of them chose beside what is in the grid."""
 
     group: HeadGroup
     grid: TileGrid

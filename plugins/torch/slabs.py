@@ -20,7 +20,7 @@ from attndsl.tiles.blockmask import TileGrid
 from .chunks import FORMED, Gathers
 
 PAIRS = 2**16
-"""Queries that have chosen a block, counted for each block, whose results are held at once."""
+"""Queries that have chosen a block, counted for each block, whose results are held at once for each head."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,11 +76,10 @@ class Slab:
     chunks: Sequence[Gathers]
     places: Tensor
 
-    def room(self, x: Tensor) -> Tensor:
-        """For a result [D] of each query of each chunk, as x [.., D], and zeros in the end."""
-        found = x.new_empty((sum(chunk.q_len for chunk in self.chunks) + 1, x.shape[-1]))
-        found[-1] = 0.0
-        return found
+    @property
+    def results(self) -> int:
+        """One for each query of each chunk, and one for none."""
+        return sum(chunk.q_len for chunk in self.chunks) + 1
 
     def pieces(self) -> Iterator[tuple[Gathers, slice]]:
         """The chunks, and where their results stand."""
@@ -90,17 +89,32 @@ class Slab:
             start += chunk.q_len
 
     def sums(self, results: Tensor, weights: Tensor | None = None) -> Tensor:
-        """Of each row [rows, D]; weights [rows, r]."""
-        return embedding_bag(self.places, results, mode="sum", per_sample_weights=weights)
+        """Of each row [X, rows, D]; weights [X, rows, r]."""
+        found = results.new_empty((len(results), len(self.places), results.shape[-1]))
+        for head, mine in enumerate(results):
+            weight = None if weights is None else weights[head]
+            found[head] = embedding_bag(self.places, mine, mode="sum", per_sample_weights=weight)
+        return found
+
+
+def rooms(slabs: Sequence[Slab], x: Tensor) -> Iterator[tuple[Slab, Tensor]]:
+    """Each with room for its results [X, results, D], as x [X, .., D], the last of them 0: the same for all,
+    for memory that is new costs more than what is done in it."""
+    room = x.new_empty((x.shape[0], max((slab.results for slab in slabs), default=0), x.shape[-1]))
+    for slab in slabs:
+        found = room[:, : slab.results]
+        found[:, -1] = 0.0
+        yield slab, found
 
 
 @dataclass(frozen=True, eq=False)
 class Chosen:
-    """The blocks [nq, r] that the queries of one head chose of n keys."""
+    """The blocks [nq, r] that the queries of so many heads chose of n keys."""
 
     blocks: Tensor
     openings: Openings
     n: int
+    heads: int
 
     def slabs(self) -> Iterator[Slab]:
         nq, r = self.blocks.shape
@@ -126,11 +140,12 @@ class Chosen:
         for turn, (start, stop) in enumerate(pairwise([0, *ends[:-1]])):
             block = turn // 2
             keys = torch.arange(block * unit, min((block + 1) * unit, self.n))
-            step = max(1, FORMED // len(keys))
+            size = keys.shape[0]
+            step = max(1, FORMED // (size * self.heads))
             for first in range(start, stop, step):
                 those = rows[first : min(first + step, stop)]
-                mask = self.openings.keys(those, block)[None, :, : len(keys)] if turn % 2 else None
-                chunks.append(Gathers(those[None], keys[None], len(keys), mask, False, block * unit))
+                mask = self.openings.keys(those, block)[None, :, :size] if turn % 2 else None
+                chunks.append(Gathers(those[None], keys[None], size, mask, False, block * unit))
         places, pairs = torch.full_like(turns, ends[-2]), order[: ends[-2]]
         places[pairs] = torch.arange(len(pairs))
         return Slab(some, chunks, places.view(blocks.shape))

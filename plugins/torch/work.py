@@ -160,7 +160,7 @@ class Work:
         """As many key heads as query heads and equal head dimensions, which the fused kernel wants: the
         narrower are padded with zeros."""
         width = max(q.shape[3], v.shape[3])
-        return [fused_rows(x, width).expand(len(q), -1, -1, -1) for x in (q, k, v)]
+        return [fused_rows(x, width).expand(q.shape[0], -1, -1, -1) for x in (q, k, v)]
 
     def part(self, chunk: Chunk, addend: Addend | None) -> tuple[Tensor, Tensor]:
         """Output [X, C, q_len, Dv] and log-sum-exp [X, C, q_len] of these pairs alone; without a softmax the
@@ -170,8 +170,14 @@ class Work:
             return normalise(*self.weights(chunk, q, k, {}), v, self.lane.group.norm.kind)
         assert self.simple is not None
         mask, dead = self.additive(chunk) if addend is None else addend
-        q, k, v = self.fused_inputs(chunk.queries(self.q), chunk.keys(self.k), chunk.keys(self.v))
-        out, lse = flash(q, k, v, attn_mask=mask, scale=self.simple.scale)
+        q, k, v = chunk.queries(self.q), chunk.keys(self.k), chunk.keys(self.v)
+        shape = q.shape[:3]
+        if shape[1] == k.shape[0] == 1 and q.is_contiguous():
+            # heads that share keys are rows of one product
+            q = q.view(1, 1, -1, q.shape[3])
+            mask = mask if mask is None else mask.expand(*shape, -1).reshape(1, 1, q.shape[2], -1)
+        out, lse = flash(*self.fused_inputs(q, k, v), attn_mask=mask, scale=self.simple.scale)
+        out, lse = out.view(*shape, -1), lse.view(shape)
         if dead is not None:
             lse = lse.masked_fill(dead, -torch.inf)
         return out[..., : self.v.shape[2]], lse
@@ -216,23 +222,23 @@ class Work:
         chunk.blend_queries(out, o.to(out.dtype), share[..., None])
         chunk.put_queries(lse, both)
 
-    def merge_slab(self, slab: Slab, out: Tensor, lse: Tensor) -> None:
-        """The parts of a slab."""
-        found, totals = slab.room(out), slab.room(lse[..., None])[:, 0]
+    def merge_slab(self, slab: Slab, found: Tensor, out: Tensor, lse: Tensor) -> None:
+        """The parts of a slab, in the room for them."""
+        totals = lse.new_empty(found.shape[:2])
         softmax = self.lane.group.norm.kind == "softmax"
-        totals[-1] = -torch.inf if softmax else 0.0
+        totals[:, -1] = -torch.inf if softmax else 0.0
         for chunk, some in slab.pieces():
             o, more = self.part(chunk, None)
-            found[some], totals[some] = o[0, 0], more[0, 0]
-        parts, out, lse = totals[slab.places], out[0, slab.rows], lse[0, slab.rows]
+            found[:, some], totals[:, some] = o[:, 0], more[:, 0]
+        parts, out, lse = totals[:, slab.places], out[:, slab.rows], lse[:, slab.rows]
         if not softmax:
             out += slab.sums(found)
             lse += parts.sum(-1)
             return
         both = torch.logaddexp(lse, parts.logsumexp(-1))
         base = both.masked_fill(both == -torch.inf, 0.0)
-        out *= torch.exp(lse - base)[:, None]
-        out += slab.sums(found, torch.exp(parts - base[:, None]))
+        out *= torch.exp(lse - base)[..., None]
+        out += slab.sums(found, torch.exp(parts - base[..., None]))
         lse.copy_(both)
 
     def finish(self, out: Tensor, lse: Tensor) -> None:
