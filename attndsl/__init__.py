@@ -1,7 +1,14 @@
 """attndsl: a compiler for attention mechanisms."""
 
+import os.path
 from importlib import import_module
 from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if not os.path.isdir(os.path.join(__path__[0], "grammar")):
+    # in a clone, grammar and plugins lie beside this folder, not in it as where they are installed
+    __path__.append(os.path.dirname(__path__[0]))
 
 from attndsl.attention import Attention
 from attndsl.bound import Bound
