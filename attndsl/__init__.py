@@ -10,6 +10,7 @@ if not os.path.isdir(os.path.join(__path__[0], "grammar")):
     # in a clone, grammar and plugins lie beside this folder, not in it as where they are installed
     __path__.append(os.path.dirname(__path__[0]))
 
+from attndsl import examples
 from attndsl.attention import Attention
 from attndsl.bound import Bound
 from attndsl.errors import AttnError
@@ -28,8 +29,10 @@ __all__ = [
     "Plan",
     "Program",
     "Report",
+    "__version__",
     "analyze",
     "compile",
+    "examples",
     "load",
     "parse",
     "prove",

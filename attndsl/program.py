@@ -24,6 +24,7 @@ from attndsl.language.mistakes import out_of_place
 from attndsl.language.values import TOKENS, AttentionOf, K, Num, Pattern, Q, Scope, SetOf, Space, Value, Vec
 from attndsl.language.vocabulary import BUILT_IN, RESERVED
 from attndsl.selection import Selection
+from attndsl.shipped import located
 from attndsl.syntax import nodes as ast
 
 if TYPE_CHECKING:
@@ -49,11 +50,14 @@ def parse(text: str, name: str = "<text>") -> Program:
 
 
 def load(path: str | Path) -> Program:
-    """The program of a file and of the files that it uses, which lie in its folder or below."""
+    """The program of a file and of the files that it uses, which lie in its folder or below.
+
+    `load("example:longformer")` is an example that comes with attndsl.
+    """
     if not isinstance(path, str | Path) or "\0" in str(path):
         raise fail(f"a path is expected, not {path!r}")
-    path = Path(path)
-    return _program(_read(path, str(path), None), path.resolve())
+    place = located(path) if isinstance(path, str) else path
+    return _program(_read(place, str(path), None), place.resolve())
 
 
 @dataclass(frozen=True)
@@ -283,7 +287,7 @@ class Program:
 
     def default(self) -> str:
         """The name meant where none is given: the only attention, or the one named like the file."""
-        stem = Path(self.name).stem
+        stem = Path(self.name).stem.rpartition(":")[2]
         for names in (self.attentions, self.names):
             if len(names) == 1:
                 return names[0]
