@@ -136,12 +136,14 @@ def test_the_code_about_sums_runs():
 @pytest.mark.parametrize("name", DOCS)
 def test_links_inside_the_repository_lead_somewhere(name):
     text = re.sub(r"`[^`\n]+`", "code", FENCED.sub("", DOCS[name]))
-    headings = {
-        re.sub(r"[^\w -]", "", line).strip().lower().replace(" ", "-")
-        for line in re.findall(r"^#+ (.*)$", text, re.M)
-    }
     for target in re.findall(r"\]\(([^)]+)\)", text):
-        if target.startswith("#"):
-            assert target[1:] in headings
-        elif "://" not in target:
-            assert (ROOT / "docs" / target).exists()
+        if "://" not in target:
+            file, _, heading = target.partition("#")
+            assert (ROOT / "docs" / file).exists()
+            assert not heading or heading in headings(DOCS[file or name])
+
+
+def headings(text):
+    """As they are named in links."""
+    titles = re.findall(r"^#+ (.*)$", FENCED.sub("", text), re.M)
+    return {re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-") for title in titles}

@@ -190,6 +190,8 @@ def report(
     path = file if name else file_and_name(file)[0]
     source = None if path == "-" else read(path)
     write(output, render(found.to_dict(), masks=shown_masks, figures=drawings, source=source))
+    for why in dict.fromkeys(undrawn.values()):
+        click.echo(f"note: not all is drawn: {why}", err=True)
     if not (shown_masks or drawings):
         demand_known([found])
 
