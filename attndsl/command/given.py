@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -115,4 +114,6 @@ def first_query(attention: Attention, length: int, nq: int, heads: int) -> int:
 
 
 def echo_json(data: dict[str, Any]) -> None:
+    import json
+
     click.echo(json.dumps(data, indent=2))
