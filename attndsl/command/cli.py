@@ -56,6 +56,6 @@ class Commands(click.Group):
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(__version__)
+@click.version_option(__version__, prog_name="attndsl")
 def main() -> None:
     """Attention patterns as text: run, inspect and check them."""
