@@ -152,7 +152,7 @@ def test_tests_pass_in_an_sdist(built, tmp_path):
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path, filter="data")
     (root,) = tmp_path.iterdir()
-    files = [f"tests/test_{name}.py" for name in ("architecture", "repository", "libraries", "features")]
+    files = [f"tests/test_{name}.py" for name in ("architecture", "repository", "libraries")]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", *files]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
