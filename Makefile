@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALL = $(BIN)/pip install --quiet --constraint constraints.txt --editable
 
-.PHONY: run test slow bench docs lint types clean
+.PHONY: run test slow bench docs lint types dist clean
 
 run: $(VENV)/run
 	$(BIN)/attndsl run examples/longformer.attn --length 4096 --heads 12 --text examples/data/us-constitution.txt
@@ -27,6 +27,12 @@ lint: $(VENV)/test
 
 types: $(VENV)/test
 	$(BIN)/mypy
+
+dist: $(VENV)/test
+	$(BIN)/pip install --quiet --constraint constraints.txt build twine
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
 
 clean:
 	rm -rf $(VENV) build dist docs/gallery *.egg-info

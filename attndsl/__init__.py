@@ -1,9 +1,16 @@
 """attndsl: a compiler for attention mechanisms."""
 
+import os.path
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING
 
+__version__ = "0.1.0"
+
+if not os.path.isdir(os.path.join(__path__[0], "grammar")):
+    # in a clone, grammar and plugins lie beside this folder, not in it as where they are installed
+    __path__.append(os.path.dirname(__path__[0]))
+
+from attndsl import examples
 from attndsl.attention import Attention
 from attndsl.bound import Bound
 from attndsl.errors import AttnError
@@ -34,8 +41,10 @@ __all__ = [
     "Session",
     "SumPlan",
     "Verdict",
+    "__version__",
     "analyze",
     "compile",
+    "examples",
     "load",
     "parse",
     "prove",
@@ -56,12 +65,10 @@ LAZY = {
 
 
 def __dir__() -> list[str]:
-    return [*__all__, "__version__", "spans"]
+    return [*__all__, "spans"]
 
 
 def __getattr__(name: str) -> object:
-    if name == "__version__":
-        return version("attndsl")
     if name not in LAZY:
         raise AttributeError(f"module 'attndsl' has no attribute '{name}'")
     module = import_module(LAZY[name])

@@ -26,6 +26,7 @@ from attndsl.language.values import TOKENS, AttentionOf, K, Num, Pattern, Q, Sco
 from attndsl.language.vocabulary import BUILT_IN, RESERVED
 from attndsl.pictures import notebook
 from attndsl.selection import Selection
+from attndsl.shipped import located
 from attndsl.syntax import nodes as ast
 from attndsl.syntax.format import render
 
@@ -56,11 +57,12 @@ def parse(text: str, name: str = "<text>") -> Program:
 
 def load(path: str | Path) -> Program:
     """The program of the file at `path` and of the files that it uses, which lie in its folder or below, or
-    in a library. Raises AttnError for a file that cannot be read, and with everything that is wrong in it."""
+    in a library. `load("example:longformer")` is an example that comes with attndsl. Raises AttnError for a
+    file that cannot be read, and with everything that is wrong in it."""
     if not isinstance(path, str | Path) or "\0" in str(path):
         raise fail(f"a path is expected, not {path!r}")
-    path = Path(path)
-    return _program(_read(path, str(path), None), path.resolve())
+    place = located(path) if isinstance(path, str) else path
+    return _program(_read(place, str(path), None), place.resolve())
 
 
 @dataclass(frozen=True)
@@ -307,7 +309,7 @@ class Program:
 
     def default(self) -> str:
         """The name meant where none is given: the only attention, or the one named like the file."""
-        stem = Path(self.name).stem
+        stem = Path(self.name).stem.rpartition(":")[2]
         for names in (self.attentions, self.names):
             if len(names) == 1:
                 return names[0]

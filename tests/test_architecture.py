@@ -12,6 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "attndsl"
 ROOMS = (
     "errors",  # diagnostics
+    "shipped",  # where the examples lie
     "expr",  # the typed core
     "legal",  # its nodes in a table
     "scores",  # what they depend on
@@ -38,6 +39,7 @@ ROOMS = (
     "analysis",  # one question a file
     "bound",  # what users hold
     "program",
+    "examples",  # as programs
     "analysis.report",
     "execution",  # plans and the operator
     "spans",  # adaptive spans in training

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 import torch
@@ -24,7 +25,8 @@ from attndsl.command.cli import COMMANDS, main
 from attndsl.errors import AttnError, fail
 from attndsl.tiles import tiling
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 GOOD = """pattern near(w = 3) = causal & last(w)
 pattern far = causal
 attention lm(w = 4) { mask near(w) }
@@ -764,3 +766,111 @@ def test_streams_are_not_compared(tmp_path):
     done = attn("diff", f"{file}:xl", f"{file}:pooled")
     assert done.exit_code != 0
     assert "the keys of `xl` are streams, and relations of tokens are compared" in done.stderr
+
+
+def test_an_example_stands_wherever_a_file_may(tmp_path):
+    page = tmp_path / "page.html"
+    for command in (
+        ["check", "example:mistral"],
+        ["fmt", "--check", "example:mistral"],
+        ["show", "example:mistral", "--length", 8],
+        ["show", "example:bigbird", "sparse", "--length", 8],
+        ["analyze", "example:mistral:mistral", "--length", 8, "--only", "nnz"],
+        ["compare", "example:mistral", "example:longformer:longformer", "--length", 8],
+        ["diff", "example:mistral:mistral", "example:longformer:longformer"],
+        ["report", "example:mistral", "--length", 8, "-o", page],
+    ):
+        done = attn(*command)
+        assert (done.exit_code, done.stderr) == (0, ""), command
+    assert "Jiang et al." in page.read_text(encoding="utf-8")
+    assert attn("check", "example:mistral").stdout.startswith("example:mistral:")
+
+
+@pytest.mark.parametrize(
+    "command", ["check", "fmt", "show", "compile", "run", "analyze", "compare", "report"]
+)
+def test_a_misspelt_example_is_one_line_with_the_nearest(command, tmp_path):
+    more = [] if command in ("check", "fmt") else ["--length", 8]
+    done = attn(
+        command, "example:longfromer", *more, *(["-o", tmp_path / "x"] if command == "report" else [])
+    )
+    assert done.exit_code == 1
+    assert done.stderr == "error: no example `longfromer`: did you mean `longformer`?\n"
+
+
+def test_examples_in_python(tmp_path, monkeypatch):
+    names = dir(attndsl.examples)
+    assert names == sorted(path.stem for path in (ROOT / "examples").glob("*.attn"))
+    assert attndsl.examples.longformer.names == attndsl.load("example:longformer").names
+    with pytest.raises(AttributeError, match="no example `longfromer`: did you mean `longformer`"):
+        _ = attndsl.examples.longfromer
+    with pytest.raises(AttnError, match=f"no example `x`: there are {', '.join(names)}"):
+        attndsl.load("example:x")
+    monkeypatch.chdir(tmp_path)
+    Path("example:mistral").write_text("pattern p = causal", encoding="utf-8")
+    assert attndsl.load("./example:mistral").names == attndsl.load(Path("example:mistral")).names == ("p",)
+
+
+def test_every_argument_and_option_is_explained():
+    for name in COMMANDS:
+        command = main.get_command(None, name)
+        said = " ".join(attn(name, "--help").stdout.split())
+        for param in command.params:
+            if isinstance(param, click.Option):
+                assert param.help or "--only" in param.opts, (name, param.opts)
+            else:
+                words = re.findall("FILE|NAME", param.human_readable_name.upper())
+                assert all(f"{word} " in said for word in words), (name, param.name)
+
+
+def test_the_version_is_said_once():
+    assert attn("--version").stdout == f"attndsl, version {attndsl.__version__}\n"
+
+
+def test_drawing_without_matplotlib_names_the_extra(good, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    said = "drawing takes matplotlib: pip install 'attndsl[pictures]'\n"
+    done = attn("show", good, "lm", "--length", 8, "-o", tmp_path / "mask.svg")
+    assert (done.exit_code, done.stderr) == (1, f"error: {said}")
+    done = attn("report", good, "lm", "--length", 8, "-o", tmp_path / "page.html")
+    assert (done.exit_code, done.stderr) == (0, f"note: not all is drawn: {said}")
+
+
+def completed(line, tmp_path, shell="bash"):
+    """What bash, with its words ended at colons, or another shell is given."""
+    words = re.findall("[:=]|[^ :=]+|(?<= )$", line) if shell == "bash" else line.split(" ")
+    joined = ("\n" if shell == "bash" else " ").join(words)
+    told = {"COMP_WORDS": joined, "COMP_CWORD": str(len(words) - 1), "_ATTNDSL_COMPLETE": f"{shell}_complete"}
+    if shell == "fish":
+        told["COMP_CWORD"] = words[-1]
+    with contextlib.chdir(tmp_path):
+        done = CliRunner().invoke(main, [], prog_name="attndsl", env=told)
+    return done.stdout.split()
+
+
+def test_names_of_examples_complete(tmp_path):
+    write(tmp_path / "exam.attn", "pattern p = causal")
+    assert completed("attndsl sho", tmp_path) == ["plain,show"]
+    assert completed("attndsl show example:mis", tmp_path) == ["plain,mistral"]
+    assert completed("attndsl show --set w=3 example:mis", tmp_path) == ["plain,mistral"]
+    assert len(completed("attndsl check example:mistral example:", tmp_path)) == len(dir(attndsl.examples))
+    assert completed("attndsl show exa", tmp_path) == ["file,exa"]
+    assert completed("attndsl show ", tmp_path) == ["file,"]
+    assert "plain,example:mistral" in completed("attndsl show exampl", tmp_path)
+    assert completed("attndsl show example:mis", tmp_path, "fish") == ["plain,example:mistral"]
+    assert completed("attndsl show example:mis", tmp_path, "zsh") == ["plain", "example:mistral", "_"]
+
+
+def test_bash_itself_completes_the_name_of_an_example(tmp_path):
+    source = (
+        CliRunner().invoke(main, [], prog_name="attndsl", env={"_ATTNDSL_COMPLETE": "bash_source"}).stdout
+    )
+    words = (
+        "COMP_WORDS=(attndsl show example : mis); COMP_CWORD=4; _attndsl_completion attndsl; echo $COMPREPLY"
+    )
+    folder = Path(sys.executable).parent
+    run = {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", "-c", f"{source}\n{words}"], env=run, capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "mistral\n"

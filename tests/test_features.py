@@ -28,10 +28,10 @@ P = Problem(8, 8)
 
 
 def example(name: str) -> Any:
-    """The backend of the example, or the one of this name in CONTRIBUTING."""
+    """The backend of the example, or the one of this name in docs/plugins.md."""
     if name == "numpy-backend":
         return runpy.run_path(str(ROOT / "examples/numpy-backend/attndsl_numpy/__init__.py"))["backend"]
-    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs/plugins.md").read_text(encoding="utf-8")
     (source,) = (
         block
         for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL)

@@ -145,8 +145,8 @@ def test_a_part_of_another_party(registered: Callable[..., str]) -> None:
     assert attndsl.analyze(attention, length=8, parts=["rows"]).to_dict()[name] is None
 
 
-def test_the_analysis_in_contributing(registered: Callable[..., str]) -> None:
-    text = (EXAMPLES.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+def test_the_analysis_that_is_shown(registered: Callable[..., str]) -> None:
+    text = (EXAMPLES.parent / "docs/plugins.md").read_text(encoding="utf-8")
     (source,) = (block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "Part(" in block)
     name = registered(source.replace("part = ", "backend = "))
     report = attndsl.analyze(attndsl.parse("pattern p = last(3)")["p"], length=8, parts=[name])

@@ -1,10 +1,9 @@
-"""What holds of the repository as a whole: who imports what, what a wheel holds, what the README shows."""
+"""What holds of the repository as a whole: who imports what, what the README shows."""
 
 import re
-import shutil
 import subprocess
 import sys
-import zipfile
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -39,6 +38,12 @@ def test_commands_that_only_read_text_load_nothing_heavy(command, readme_file):
     assert not [name for name in found if name.startswith(("attndsl.analysis", "attndsl.html"))]
 
 
+def test_what_a_selection_is_takes_nothing_heavy():
+    found = imported("-m", "attndsl", "check", "example:nsa")
+    assert "attndsl.execution.registry" in found
+    assert not found & HEAVY
+
+
 def test_importing_attndsl_loads_nothing_heavy():
     assert not imported("-c", "import attndsl") & HEAVY
 
@@ -70,29 +75,28 @@ def test_the_linter_holds_the_architecture(file, line, rule):
     assert f" {rule} " in done.stdout
 
 
-@pytest.mark.slow
-def test_a_wheel_holds_the_grammar_and_the_plugins(tmp_path):
-    source = tmp_path / "source"
-    source.mkdir()
-    for name in ("attndsl", "grammar", "plugins"):
-        shutil.copytree(ROOT / name, source / name)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", source]
-    subprocess.run([*command, "--wheel-dir", tmp_path], check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    held = set(zipfile.ZipFile(wheel).namelist())
-    wanted = {
-        str(Path("attndsl", *(path.parts if path.parts[0] != "attndsl" else path.parts[1:])))
-        for folder in ("attndsl", "grammar", "plugins")
-        for path in (file.relative_to(ROOT) for file in (ROOT / folder).rglob("*") if file.is_file())
-        if path.suffix in (".py", ".lark", ".attn", ".typed", ".jinja", ".css", ".js")
-    }
-    assert wanted <= held
-
-
 def test_what_attndsl_gives_is_seen_and_nothing_else():
     assert dir(attndsl) == sorted([*attndsl.__all__, "__version__", "spans"])
     assert {"analyze", "compile", "load", "parse"} <= {*dir(attndsl)}
-    assert {getattr(attndsl, name).__module__.partition(".")[0] for name in attndsl.__all__} == {"attndsl"}
+    held = [getattr(attndsl, name) for name in attndsl.__all__ if name not in ("__version__", "examples")]
+    assert {value.__module__.partition(".")[0] for value in held} == {"attndsl"}
     assert set(re.findall(r"\battndsl\.(\w+)\(", README)) <= {*attndsl.__all__}
+
+
+def test_the_code_of_the_readme_runs_anywhere(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    codes = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert codes
+    for code in codes:
+        exec(code, {})
+    assert "lm" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="git is asked what belongs to the project")
+def test_what_belongs_to_the_project_is_in_the_sdist():
+    tracked = subprocess.run(["git", "ls-files"], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"][
+        "sdist"
+    ]
+    always = {".gitignore", "LICENSE", "pyproject.toml"}
+    assert {line.partition("/")[0] for line in tracked.splitlines()} == {*listed["only-include"], *always}

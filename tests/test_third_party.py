@@ -109,8 +109,8 @@ def test_the_library_is_read_where_it_is_used(environment, tmp_path):
 @pytest.mark.parametrize(
     ("file", "name", "shown", "passing"),
     [
-        ("CONTRIBUTING.md", "tiny", "backend = Tiny", 120),
-        ("CONTRIBUTING.md", "tiny", "backend = Scored", 200),
+        ("docs/plugins.md", "tiny", "backend = Tiny", 120),
+        ("docs/plugins.md", "tiny", "backend = Scored", 200),
         ("docs/selections.md", "longest", "longest, alike = Longest(), Alike", 15),
     ],
 )

@@ -13,7 +13,7 @@ from attndsl.analysis.part import Subject
 from attndsl.analysis.report import Report, blank, chosen, extended, subject_of, usable
 from attndsl.command import child, comparison
 from attndsl.command.given import bound, echo_json, file_and_name, read, tables, titled, write
-from attndsl.command.options import ANALYSIS, INPUTS, JSON, LENGTH, SET, TARGET, Whole
+from attndsl.command.options import ANALYSIS, FILE, INPUTS, JSON, LENGTH, SET, TARGET, Whole, argument
 from attndsl.errors import AttnError, Diagnostic, fail, suggest
 from attndsl.execution.registry import names
 from attndsl.html.masks import Mask, masks
@@ -102,7 +102,13 @@ def analyzed(named: list[tuple[Subject, str]], parts: list[str] | None, time_lim
 
 
 @click.command()
-@click.argument("targets", metavar="FILE[:NAME]...", nargs=-1, required=True)
+@argument(
+    "targets",
+    f"{FILE}, and NAME an attention or pattern in it.",
+    metavar="FILE[:NAME]...",
+    nargs=-1,
+    required=True,
+)
 @click.option("--length", type=Whole(0, 65536), help="Number of keys, n.")
 @click.option(
     "--sweep",
@@ -119,6 +125,7 @@ def analyzed(named: list[tuple[Subject, str]], parts: list[str] | None, time_lim
     type=click.Choice(["text", "markdown", "csv", "json"]),
     default="text",
     show_default=True,
+    help="How the table is written.",
 )
 @ANALYSIS
 def compare(
@@ -183,6 +190,8 @@ def report(
     path = file if name else file_and_name(file)[0]
     source = None if path == "-" else read(path)
     write(output, render(found.to_dict(), masks=shown_masks, figures=drawings, source=source))
+    for why in dict.fromkeys(undrawn.values()):
+        click.echo(f"note: not all is drawn: {why}", err=True)
     if not (shown_masks or drawings):
         demand_known([found])
 

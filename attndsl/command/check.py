@@ -13,7 +13,7 @@ import click
 from attndsl.bound import Bound
 from attndsl.command import child
 from attndsl.command.given import bound, echo_json, file_and_name, program_of
-from attndsl.command.options import JSON, LIMIT
+from attndsl.command.options import FILE, JSON, LIMIT, argument, files
 from attndsl.errors import AttnError, Diagnostic, fail
 from attndsl.expr import Expr, Selected, Table, all_of, any_of
 from attndsl.language.assertions import Assertion, prove
@@ -23,15 +23,15 @@ from attndsl.relations.proofs import Verdict
 
 
 @click.command()
-@click.argument("files", nargs=-1, required=True)
+@argument("paths", f"{FILE}.", metavar="FILE...", nargs=-1, required=True)
 @JSON
 @LIMIT
-def check(files: tuple[str, ...], as_json: bool, time_limit: float) -> None:
-    """Parse, type-check and prove the assertions of FILES (`-`: stdin).
+def check(paths: tuple[str, ...], as_json: bool, time_limit: float) -> None:
+    """Parse, type-check and prove the assertions of files.
 
     Exit 1 on any error or refuted assertion.
     """
-    reports = [check_file(file, time_limit, as_json) for file in files]
+    reports = [check_file(file, time_limit, as_json) for file in paths]
     if as_json:
         echo_json({"files": reports})
     else:
@@ -180,8 +180,8 @@ def decided(assertion: Assertion, time_limit: float) -> Verdict:
 
 
 @click.command()
-@click.argument("left", metavar="FILE:NAME")
-@click.argument("right", metavar="FILE:NAME")
+@argument("left", f"{FILE}, and NAME an attention or pattern in it.", metavar="FILE:NAME")
+@click.argument("right", metavar="FILE:NAME", shell_complete=files)
 @JSON
 @LIMIT
 def diff(left: str, right: str, as_json: bool, time_limit: float) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import Any
 
 import click
 
+from attndsl import __version__
 from attndsl.errors import AttnError
 
 COMMANDS = {
@@ -27,6 +29,15 @@ COMMANDS = {
 class Commands(click.Group):
     """A user's mistake is its diagnostics on stderr and exit code 1; wrong usage is click's, with 2."""
 
+    def main(self, *args: Any, **settings: Any) -> Any:
+        if "_ATTNDSL_COMPLETE" in os.environ:  # click's own; what it needs is slow to import
+            from click.shell_completion import add_completion_class
+
+            from attndsl.command.completion import Bash
+
+            add_completion_class(Bash)
+        return super().main(*args, **settings)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
@@ -45,6 +56,6 @@ class Commands(click.Group):
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(package_name="attndsl")
+@click.version_option(__version__, prog_name="attndsl")
 def main() -> None:
     """Attention patterns as text: run, inspect and check them."""

@@ -6,14 +6,15 @@ import click
 
 from attndsl import syntax
 from attndsl.command.given import read, write
+from attndsl.command.options import FILE, argument
 from attndsl.errors import Source
 
 
 @click.command()
-@click.argument("files", nargs=-1, required=True)
+@argument("files", f"{FILE}.", metavar="FILE...", nargs=-1, required=True)
 @click.option("--check", "only_check", is_flag=True, help="Change nothing; exit 1 if a file would change.")
 def fmt(files: tuple[str, ...], only_check: bool) -> None:
-    """Rewrite FILES in the one layout; `-` is stdin, written to stdout."""
+    """Rewrite files in the one layout; what stdin has goes to stdout."""
     changed = False
     for file in files:
         text, shown = read(file), "<stdin>" if file == "-" else file

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from attndsl.attention import Attention
 from attndsl.bound import Bound, Unbound
 from attndsl.errors import AttnError, Source, fail
 from attndsl.program import Program, load, parse
+from attndsl.shipped import PREFIX, located
 from attndsl.syntax.format import render
 
 
@@ -73,7 +73,7 @@ def tables(inputs: dict[str, str]) -> dict[str, Any]:
 def read(file: str) -> str:
     """The text of a file, or of stdin for `-`."""
     try:
-        data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+        data = sys.stdin.buffer.read() if file == "-" else located(file).read_bytes()
         return data.decode()
     except OSError as error:
         raise unreadable(file, error) from None
@@ -93,8 +93,10 @@ def write(file: str, text: str | bytes) -> None:
 
 
 def file_and_name(target: str) -> tuple[str, str | None]:
-    """FILE:NAME or FILE, whose own name may have a colon."""
+    """FILE:NAME or FILE, whose own name may have a colon, as that of an example has."""
     file, _, name = target.rpartition(":")
+    if f"{file}:" == PREFIX:
+        return target, None
     return (file, name or None) if file and not Path(target).exists() else (target, None)
 
 
@@ -112,4 +114,6 @@ def first_query(attention: Attention, length: int, nq: int, heads: int) -> int:
 
 
 def echo_json(data: dict[str, Any]) -> None:
+    import json
+
     click.echo(json.dumps(data, indent=2))

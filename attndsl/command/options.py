@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 Command = Callable[..., Any]
 
@@ -32,6 +36,22 @@ def options(*decorators: Callable[[Command], Command]) -> Callable[[Command], Co
     return add
 
 
+def files(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem[str]]:
+    from attndsl.command import completion
+
+    return completion.files(incomplete)
+
+
+def argument(name: str, said: str, **settings: Any) -> Callable[[Command], Command]:
+    """An argument that is a file, and a paragraph about it at the end of the command's help."""
+
+    def add(command: Command) -> Command:
+        command.__doc__ = f"{inspect.cleandoc(command.__doc__ or '')}\n\n{said}"
+        return click.argument(name, shell_complete=files, **settings)(command)
+
+    return add
+
+
 class Whole(click.IntRange):
     """A whole number, at least `least`; `example` stands in the message about what is none."""
 
@@ -49,6 +69,7 @@ class Whole(click.IntRange):
 
 LENGTH = Whole(1, 65536)
 COUNT = Whole(1, 64)
+FILE = "FILE is a file of patterns, `-` for stdin, or `example:longformer` for one that comes with attndsl"
 JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 LIMIT = click.option(
     "--time-limit", type=click.FloatRange(min=0, min_open=True), default=60.0, show_default=True,
@@ -60,18 +81,24 @@ INPUTS = click.option(
 HEADS = click.option(
     "--heads", type=COUNT, help="Query heads; else as many as the attention and its tables speak of."
 )
+BATCH = click.option("--batch", type=COUNT, default=1, show_default=True, help="Sequences in a batch.")
 SHAPE = options(
     click.option("--kv-heads", type=COUNT, help="Number of key heads, if not that of query heads."),
-    click.option("--head-dim", type=COUNT, default=64, show_default=True),
+    click.option("--head-dim", type=COUNT, default=64, show_default=True, help="Features of a head."),
     click.option("--dtype", type=click.Choice(["float64", "float32", "bfloat16", "float16"]),
-                 default="float32", show_default=True),
+                 default="float32", show_default=True, help="Of q, k and v."),
 )  # fmt: skip
 SET = click.option(
     "--set", "params", metavar="P=V", multiple=True, callback=pair,
     help="A parameter, as the language writes it: 4, [0, 8], 0..3.",
 )  # fmt: skip
 TARGET = options(
-    click.argument("file", metavar="FILE[:NAME]"),
+    argument(
+        "file",
+        f"{FILE}, and NAME an attention or pattern in it: `FILE:NAME` or `FILE NAME`. It may be left out "
+        "where the file has one attention, or one named like the file.",
+        metavar="FILE[:NAME]",
+    ),
     click.argument("name", required=False),
     SET,
     INPUTS,
@@ -80,21 +107,21 @@ SIZES = options(
     click.option("--length", type=LENGTH, required=True, help="Number of keys, n."),
     click.option("--q-length", type=LENGTH, help="Number of queries, if not n."),
     HEADS,
-    click.option("--batch", type=COUNT, default=1, show_default=True),
+    BATCH,
     click.option("--block-size", type=COUNT, help="Tokens on the side of a tile."),
     LIMIT,
 )  # fmt: skip
 PROBLEM = options(
     SIZES,
     SHAPE,
-    click.option("--device", default="cpu", show_default=True),
+    click.option("--device", default="cpu", show_default=True, help="Where it runs, as torch names it."),
     click.option("--backend", help="Take this one or fail; the default is the cheapest that can."),
 )  # fmt: skip
 ANALYSIS = options(
     click.option("--q-length", type=Whole(0, 65536), help="Number of queries, if not n."),
     HEADS,
     SHAPE,
-    click.option("--batch", type=COUNT, default=1, show_default=True),
+    BATCH,
     click.option("--block-size", type=COUNT, default=128, show_default=True,
                  help="Tokens on the side of a tile."),
     click.option("--layers", type=COUNT, default=1, show_default=True, help="Layers that are stacked."),

@@ -58,7 +58,7 @@ def compile(
     type=click.Path(path_type=Path),
     help="Take q, k and v from the bytes of this file, not from random numbers.",
 )
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the random numbers.")
 @JSON
 def run(
     file: str,

@@ -59,6 +59,8 @@ def show(
     form = form or SUFFIXES[suffix]
     if form != "term" and output is None:
         raise fail(f"a picture in {form} does not go to the terminal", help=f"name a file: -o mask.{form}")
+    if form != "term":
+        pictures.demand()
     found, shown = titled(file, name, params)
     attention, given = found.attention, tables(inputs)
     heads = sizes["heads"] = heads_of(attention, given, sizes["heads"])

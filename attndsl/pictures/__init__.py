@@ -4,5 +4,6 @@ from attndsl.pictures.curves import cost as cost
 from attndsl.pictures.masks import mask as mask
 from attndsl.pictures.masks import receptive_field as receptive_field
 from attndsl.pictures.style import Drawing as Drawing
+from attndsl.pictures.style import demand as demand
 from attndsl.pictures.style import drawn as drawn
 from attndsl.pictures.style import render as render

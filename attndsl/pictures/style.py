@@ -11,7 +11,10 @@ import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal
+
+from attndsl.errors import fail
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -62,9 +65,16 @@ DARK = Theme(
 )
 
 
+def demand() -> None:
+    """Raises AttnError where matplotlib is not installed: it comes with an extra."""
+    if find_spec("matplotlib") is None:
+        raise fail("drawing takes matplotlib: pip install 'attndsl[pictures]'")
+
+
 @contextmanager
 def styled() -> Iterator[None]:
     """Matplotlib's own defaults and ours, whatever the reader's settings; they return afterwards."""
+    demand()
     import matplotlib.style
 
     with matplotlib.style.context(["default", RC]):

@@ -5,16 +5,16 @@ No other token changes the label of a key, so that these never look ahead.
 
 from __future__ import annotations
 
-from typing import Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from attndsl.backend import Problem
 from attndsl.errors import fail
 from attndsl.expr import Selected, Table
 from attndsl.meaning.normals import normals
 from attndsl.selection import LABELS, Offered
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FACTORED = 64
 """Buckets from which on a label is a pair of two smaller ones: then products grow with the square root."""
@@ -30,6 +30,8 @@ def factors(buckets: int) -> tuple[int, ...]:
 
 def rotations(seed: int, rounds: int, kv_heads: int, width: int, buckets: int) -> list[Tensor]:
     """[rounds, Hkv, width, factor / 2] for each factor; one draw, cut."""
+    import torch
+
     halves = [factor // 2 for factor in factors(buckets)]
     drawn = torch.tensor(normals(seed, rounds, kv_heads, width, sum(halves)))
     return list(torch.split(drawn, halves, -1))
@@ -38,6 +40,8 @@ def rotations(seed: int, rounds: int, kv_heads: int, width: int, buckets: int) -
 def labels(k: Tensor, seed: int, rounds: int, buckets: int) -> Tensor:
     """[B, Hkv, rounds, n] of k [B, Hkv, n, D]: which of the vectors r, -r is nearest in angle (Kitaev et al.,
     Reformer, 2020, section 2; factors as in its code)."""
+    import torch
+
     drawn = rotations(seed, rounds, k.shape[1], k.shape[3], buckets)
     # one product for all rounds, tokens last: then the greatest is told for many at a time
     rows = torch.cat([x.permute(1, 0, 3, 2) for x in drawn], 2).flatten(1, 2)
@@ -52,6 +56,8 @@ def labels(k: Tensor, seed: int, rounds: int, buckets: int) -> Tensor:
 def nearest_of(along: Tensor) -> Tensor:
     """Of products [.., m, n] with m vectors, which of those and of their opposites is the greatest, int32
     [.., n]: of equal ones the first, 0 where there is NaN."""
+    import torch
+
     count = along.shape[-2]
     top = torch.maximum(along.amax(-2), along.amin(-2).neg_())
     found = torch.zeros_like(top, dtype=torch.int32)
@@ -109,6 +115,8 @@ class Hash:
         return found.repeat_interleave(offered.q.shape[1] // offered.k.shape[1], 1)
 
     def reference(self, origin: Selected, offered: Offered) -> Tensor:
+        import torch
+
         k, share = offered.k, offered.q.shape[1] // offered.k.shape[1]
         rotation = rotations(origin["seed"], 1, k.shape[1], k.shape[3], origin["buckets"])
         found = torch.zeros(k.shape[:3], dtype=torch.int64)
@@ -154,6 +162,8 @@ class Nearest:
         return along.argmax(-2)
 
     def reference(self, origin: Selected, offered: Offered) -> Tensor:
+        import torch
+
         along = products(offered.k, origin["mu"], offered).transpose(-1, -2)
         rows = [max(range(len(row)), key=lambda i: (row[i].item(), -i)) for row in along.flatten(0, 2)]
         return torch.tensor(rows, dtype=torch.int64).view(along.shape[:3])

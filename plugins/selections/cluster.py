@@ -7,10 +7,7 @@ what this relates, and the two are equal where each token is in one cluster.
 
 from __future__ import annotations
 
-from typing import Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from attndsl.backend import Problem
 from attndsl.errors import fail
@@ -19,6 +16,9 @@ from attndsl.selection import First, Offered
 
 from .buckets import check_centers, products
 from .topk import compared, greatest
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Cluster:
@@ -56,6 +56,8 @@ class Cluster:
         }
 
     def choose(self, origin: Selected, offered: Offered) -> Tensor:
+        import torch
+
         if offered.q_at != offered.k_at:
             raise fail("`cluster` ranks all queries, and these are not those of all keys")
         scores, width = affinities(origin["mu"], offered), min(origin["width"], offered.k.shape[2])
@@ -64,6 +66,8 @@ class Cluster:
         return torch.full(scores.shape, origin["width"], device=scores.device).scatter_(-1, members, 0)
 
     def reference(self, origin: Selected, offered: Offered) -> Tensor:
+        import torch
+
         scores = affinities(origin["mu"], offered)
         found = torch.full(scores.shape, origin["width"])
         for row, out in zip(scores.flatten(0, -2), found.view(-1, scores.shape[-1]), strict=True):
@@ -74,6 +78,8 @@ class Cluster:
 
 def affinities(mu: Table, offered: Offered) -> Tensor:
     """[B, H, 2 c, n]: of queries, then of keys, brought to length 1, with the centers."""
+    import torch
+
     units = (torch.nn.functional.normalize(x, dim=-1) for x in (offered.q, offered.k))
     return torch.cat([products(x, mu, offered) for x in units], -2)
 

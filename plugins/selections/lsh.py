@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from attndsl.backend import Problem
 from attndsl.errors import fail
@@ -13,6 +10,9 @@ from attndsl.expr import Selected
 from attndsl.selection import Chunks, Offered
 
 from .buckets import check_buckets, factors, labels, naive_label, rotations
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Lsh:
@@ -61,6 +61,8 @@ class Lsh:
         return {"products": keys * problem.head_dim * sum(factors(buckets)) / 2, "sorted": keys}
 
     def choose(self, origin: Selected, offered: Offered) -> Tensor:
+        import torch
+
         k = offered.k
         buckets = buckets_at(origin, k.shape[2])
         check_buckets(buckets)
@@ -69,6 +71,8 @@ class Lsh:
         return ranks.repeat_interleave(offered.q.shape[1] // k.shape[1], 1)
 
     def reference(self, origin: Selected, offered: Offered) -> Tensor:
+        import torch
+
         k, rounds = offered.k, origin["rounds"]
         (batch, kv_heads, n, width), share = k.shape, offered.q.shape[1] // offered.k.shape[1]
         rotation = rotations(origin["seed"], rounds, kv_heads, width, buckets_at(origin, n))
@@ -91,6 +95,8 @@ def buckets_at(origin: Selected, n: int) -> int:
 
 def rank(order: Tensor) -> Tensor:
     """The place of each position in an order of positions."""
+    import torch
+
     places = torch.arange(order.shape[-1], device=order.device).expand(order.shape)
     return torch.empty_like(order).scatter_(-1, order, places)
 

@@ -7,21 +7,23 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import lru_cache
 from itertools import product
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from attndsl import expr as ir
 from attndsl.backend import Problem
 from attndsl.errors import fail
-from attndsl.execution.torch_eval import Env, broadcast_shapes, environment, evaluate
 from attndsl.expr import Expr, Selected
 from attndsl.meaning.pointwise import evaluate as pointwise
 from attndsl.meaning.pointwise import partial
 from attndsl.scores import by_head, by_pair
 from attndsl.selection import Offered
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from attndsl.execution.torch_eval import Env
 
 Score = Expr | None
 ALL = slice(None)
@@ -78,6 +80,10 @@ class TopK:
         }
 
     def choose(self, origin: Selected, offered: Offered) -> Tensor:
+        import torch
+
+        from attndsl.execution.torch_eval import broadcast_shapes, evaluate
+
         env, of, by = units(origin, offered), origin.of, origin["by"]
         (batch, heads), kv_heads = offered.q.shape[:2], offered.k.shape[1]
         rows, count = env.values["q"].shape[2], env.values["k"].shape[3]
@@ -114,6 +120,8 @@ class TopK:
         return found
 
     def reference(self, origin: Selected, offered: Offered) -> Tensor:
+        from attndsl.execution.torch_eval import evaluate
+
         by = origin["by"]
         env = units(origin, replace(offered, q=offered.q.double(), k=offered.k.double()))
         rows, count = env.values["q"].shape[2], env.values["k"].shape[3]
@@ -183,6 +191,8 @@ def depth(by: Expr, head_dim: int) -> int:
 def greatest(scores: Tensor, live: Tensor, hidden: slice, r: int) -> Tensor:
     """As `best` in any order, of scores [X, rows, units], which may be overwritten, and live [X or 1, rows,
     units]; what is not is among the units `hidden`."""
+    import torch
+
     width = scores.shape[-1]
     if width <= r:
         every = torch.arange(width, device=scores.device)
@@ -204,6 +214,8 @@ def most(scores: Tensor, count: int, sorted: bool = True) -> tuple[Tensor, Tenso
 
     Each of them is in one of as many groups that have the greatest maxima.
     """
+    import torch
+
     width = scores.shape[-1]
     balanced = math.isqrt(width // count)
     if balanced < 2:
@@ -225,6 +237,8 @@ def most(scores: Tensor, count: int, sorted: bool = True) -> tuple[Tensor, Tenso
 def best(scores: Tensor, live: Tensor, r: int) -> Tensor:
     """The places of the r greatest along the last axis that are live, -1 where there are fewer. NaN is the
     greatest; of equal ones the first come first."""
+    import torch
+
     # a stable sort of those that are live, then of those by score, so that no score need be below all others
     order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
     dead = torch.sort(~live.gather(-1, order), dim=-1, stable=True)
@@ -235,6 +249,10 @@ def best(scores: Tensor, live: Tensor, r: int) -> Tensor:
 def units(origin: Selected, offered: Offered) -> Env:
     """Every row and unit: axes [B, H, rows, units]; vectors are those of tokens, or what stands for those of
     a block."""
+    import torch
+
+    from attndsl.execution.torch_eval import environment
+
     env = environment(offered)
     values = dict(env.values)
     for name, place, x, axis, size in (
@@ -280,6 +298,8 @@ def cut(x: Tensor, axes: Mapping[int, slice]) -> Tensor:
 
 def span(truths: Tensor) -> slice:
     """From the first to the last unit for which some is true."""
+    import torch
+
     # of bytes the greatest takes a fortieth of the time of `any`
     found = truths.flatten(0, -2).view(torch.uint8).amax(0).nonzero().flatten().tolist()
     return slice(found[0], found[-1] + 1) if found else slice(0, 0)
@@ -291,6 +311,8 @@ def slabs(count: int, size: int) -> Iterator[slice]:
 
 def pooled(x: Tensor, size: int, how: str) -> Tensor:
     """The mean, min or max [.., n / size, D] of pieces of x [.., n, D]; the last has what is there."""
+    import torch
+
     n = x.shape[-2]
     missing = -n % size
     fill = {"mean": 0.0, "min": torch.inf, "max": -torch.inf}[how]

@@ -1,0 +1,16 @@
+"""The examples, each a Program: `attndsl.examples.longformer`. `dir(attndsl.examples)` lists their names."""
+
+from __future__ import annotations
+
+from attndsl import shipped
+from attndsl.program import Program, load
+
+
+def __dir__() -> list[str]:
+    return shipped.names()
+
+
+def __getattr__(name: str) -> Program:
+    if name not in shipped.names():
+        raise AttributeError(shipped.missing(name))
+    return load(shipped.PREFIX + name)
