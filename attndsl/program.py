@@ -107,7 +107,7 @@ def _program(source: Source, path: Path | None) -> Program:
         raise fail(f"more than {DEFINITION_LIMIT:,} definitions in a program")
     program = Program(source.name, definitions)
     program.elaborator.broken |= unread
-    program.elaborator.whole = not any(isinstance(item, ast.Use) for item in items)
+    program.elaborator.whole = "use" not in unread and not any(isinstance(item, ast.Use) for item in items)
     problems += program.check_definitions()
     for assertion in assertions:
         try:
@@ -331,10 +331,15 @@ class Program:
         """Everything wrong in the program's own definitions, each definition tried on its own."""
         problems: list[Diagnostic] = []
         for name, item in self.own.items():
+            # one that was read in part is looked at itself, and stays silent at its uses
+            partly = name in self.elaborator.broken
+            self.elaborator.broken.discard(name)
             try:
                 self._check(item)
             except AttnError as error:
                 problems += error.diagnostics
+                partly = True
+            if partly:
                 self.elaborator.broken.add(name)
             if self.elaborator.steps > STEP_LIMIT:
                 break

@@ -76,7 +76,7 @@ class Elaborator:
     def lookup(self, name: ast.Name, env: Scope, space: Space) -> Value:
         if name.id == "stream":
             if name.id not in env.names:
-                raise out_of_place(name)
+                raise AttnError() if "stream" in self.broken else out_of_place(name)
             if space.n is not TOKENS.n:
                 raise fail("`stream` is of a key, and this is text of another space", name.span)
         if name.id in env.names:

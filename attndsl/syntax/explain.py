@@ -9,9 +9,22 @@ from difflib import get_close_matches
 from lark import Token, UnexpectedCharacters, UnexpectedInput, UnexpectedToken
 
 from attndsl.errors import Diagnostic, Source, Span
-from attndsl.syntax.tokens import CLAUSES, DEFINITIONS, LOOSE, OPERATORS, STARTS, absolute_bars, extent
+from attndsl.syntax.prelude import word_of
+from attndsl.syntax.tokens import (
+    CLAUSES,
+    DEFINITIONS,
+    ENDS,
+    LOOSE,
+    OPENERS,
+    OPERATORS,
+    STARTS,
+    absolute_bars,
+    extent,
+)
 
-LATER = ("stack", "approx")
+LATER = ("stack",)
+Cut = tuple[int, int]
+"""Characters that are left out so that reading may go on."""
 FOREIGN = (
     (r"&&", "write `and` between truths, `&` between patterns"),
     (r"\|\|", "write `or` between truths, `|` between patterns"),
@@ -25,7 +38,42 @@ FOREIGN = (
     (r"=<", "write `<=`"),
     (r"<>", "write `!=`"),
     (r"\.\.\.", "write `a..b`, both ends included"),
+    (r"\.\.[=<]", "write `a..b`, both ends included"),
+    (r"[-+*/|&]=", "there is no assignment: a definition holds for good"),
 )
+ELSEWHERE = {
+    "def": "a pattern is written `pattern NAME = { q, k : condition }`",
+    "lambda": "a pattern is written `pattern NAME = { q, k : condition }`",
+    "import": 'another file is read by `use "FILE.attn"`',
+    "from": 'another file is read by `use "FILE.attn"`',
+    "include": 'another file is read by `use "FILE.attn"`',
+    "const": "write `let`",
+    "var": "write `let`",
+    "class": "write `attention NAME { ... }`",
+    "mechanism": "write `attention NAME { ... }`",
+    "attn": "write `attention`",
+    "relation": "write `pattern`",
+    "function": "write `let NAME(x) = ...`",
+}
+"""Words that begin definitions in other languages."""
+DTYPES = ("int", "bool", "float")
+TYPES = {
+    **dict.fromkeys(("long", "int64", "int32", "int16", "int8", "integer", "index"), "int"),
+    **dict.fromkeys(("float16", "float32", "float64", "bfloat16", "double", "half", "real"), "float"),
+    **dict.fromkeys(("boolean", "mask"), "bool"),
+}
+MODULES = frozenset("torch math np numpy F jnp jax".split())
+NO_CLAUSES = {
+    "dropout": "leave it out: weights are not dropped, and `torch.nn.Dropout` is for the output",
+    "scale": "write it into the score: `score Q @ K * 0.125`",
+    "bias": "write it into the score: `score s + ...`",
+    "softmax": "write `norm softmax`",
+    "window": "write `mask causal & last(128)`",
+    "head": "write `heads 0 { ... } else { ... }`",
+    "input": "write `inputs`",
+}
+"""What stands in other tools where a clause does here."""
+
 LOOKALIKES = {
     "\u2212": "-", "\u2013": "-", "\u00d7": "*", "\u00b7": "*", "\u2264": "<=", "\u2265": ">=",
     "\u2260": "!=", "\u2227": "and",
@@ -41,55 +89,152 @@ WORD = re.compile(r"[A-Za-z_][A-Za-z_0-9]*")
 
 
 def explain(
-    source: Source, start: int, tokens: list[Token], error: UnexpectedInput, accepts: Set[str]
-) -> Diagnostic:
-    """What is wrong after `tokens`, whose positions count from `start`; `accepts` could have followed."""
-    text = source.text
+    source: Source, start: int, text: str, tokens: list[Token], error: UnexpectedInput, accepts: Set[str]
+) -> tuple[Diagnostic, Cut | None]:
+    """What is wrong after `tokens` in a text that stands at `start`; `accepts` could have followed.
+
+    And what to leave out of the text so that the next mistake can be told; None for the whole clause.
+    """
     end = extent(tokens[-1])[1] if tokens else 0
 
-    def at(first: int, last: int, message: str, help: str = "") -> Diagnostic:
-        return Diagnostic(message, Span(source, start + first, start + last), help)
+    def at(
+        first: int, last: int, message: str, help: str = "", cut: Cut | None = None
+    ) -> tuple[Diagnostic, Cut | None]:
+        return Diagnostic(message, Span(source, start + first, start + last), help), cut
 
     if isinstance(error, UnexpectedToken):
         bad = error.token if error.token.type != "$END" else Token("$END", "", end, end_pos=end)
     else:
         assert isinstance(error, UnexpectedCharacters)
         position = error.pos_in_stream or 0
-        bad = Token("", text[start + position], position, end_pos=position + 1)
+        bad = Token("", text[position], position, end_pos=position + 1)
     here, there = extent(bad)
     shown = f"`{bad if len(bad) <= SHOWN else bad[:SHOWN] + '...'}`"
     complete = "PLUS" in accepts
     clauses_due = "MASK" in accepts
+    next_clause = following(text, here)
 
+    if (comment := foreign_comment(text, tokens, bad)) is not None:
+        mark, line_end = comment
+        return at(
+            mark,
+            mark + 2,
+            f"unexpected `{text[mark : mark + 2]}`",
+            "a comment begins with `#`",
+            (mark, line_end),
+        )
     for operator, help in FOREIGN:
         for first in range(max(here - 2, 0), here + 1):
-            match = re.compile(operator).match(text, start + first)
-            if match and (match.end() > start + here or (match[0] == "%" and tokens[-1].type == "PERCENT")):
-                return at(first, first + len(match[0]), f"unexpected `{match[0]}`", help)
+            match = re.compile(operator).match(text, first)
+            if match and (match.end() > here or (match[0] == "%" and tokens[-1].type == "PERCENT")):
+                cut = (first, match.end()) if match[0] == ";" else None
+                return at(first, match.end(), f"unexpected `{match[0]}`", help, cut)
     bars, unclosed = absolute_bars(tokens)
     if unclosed is not None:
         bar, after = extent(tokens[unclosed])
-        if text[start + bar - 1] == "|" and unclosed - 1 not in bars:
+        if text[bar - 1] == "|" and unclosed - 1 not in bars:
             return at(bar - 1, after, "unexpected `||`", dict(FOREIGN)[r"\|\|"])
         if bad.type in LOOSE and complete:
             return at(here, there, f"`{bad}` inside of `|x|`", "put parentheses around it: `|(...)|`")
         if complete and bad.type not in STARTS:
             return at(bar, after, "`|` is never closed")
+    if bad == "." and (attribute := WORD.match(text, there)) and tokens and tokens[-1].type == "NAME":
+        return at(
+            here,
+            attribute.end(),
+            f"`.{attribute[0]}`: names have no parts",
+            part_of(tokens[-1], attribute[0]),
+        )
     if bad.type == "":
         return at(here, there, *strange(bad))
+    if bad.type == "COLON" and (colon := stray_colon(text, tokens, here)):
+        return at(*colon)
+    if bad.type in ("ASSIGN", "COLON") and tokens and tokens[-1].type in CLAUSE_TYPES and not complete:
+        return at(
+            here,
+            there,
+            f"`{bad}` after `{tokens[-1]}`",
+            f"leave it out: write `{tokens[-1]} ...`",
+            (here, there),
+        )
     if bad.type == "ASSIGN" and complete:
         return at(here, there, "unexpected `=`", "write `==` to compare")
     if bad.type == "COMMA" and clauses_due:
-        return at(here, there, "`,` between clauses", "leave it out: every clause begins with a word")
+        return at(
+            here, there, "`,` between clauses", "leave it out: every clause begins with a word", (here, there)
+        )
+    if tokens and tokens[-1].type == "USE" and bad.type == "NAME":
+        path = re.compile(r"\S+").match(text, here)
+        assert path is not None
+        return at(here, path.end(), 'expected a string in `"`', f'write `use "{path[0]}"`')
+    if accepts == {"LSQB"} and tokens[-2].type == "COLON":
+        name, kind = tokens[-3], tokens[-1]
+        return at(
+            *extent(kind),
+            f"`{name}` has no axes",
+            f"write `{name} : {TYPES.get(kind, kind if kind in DTYPES else 'int')}[n]`",
+        )
+    if accepts == {"COLON"} and bad.type in ("NAME", "ASSIGN") and tokens[-1].type == "NAME":
+        if tokens[-2].type in ("INPUTS", "RSQB"):
+            help = f"a table is declared with its type and axes: `{tokens[-1]} : int[n]`"
+            return at(here, there, f"expected `:`, not {shown}", help)
+    if bad.type == "DOTS" and complete and "DOTS" in (before := same_level(tokens)):
+        if "BAR" in before:
+            return at(here, there, "`|` is tighter than `..`", "a union of ranges is a list: `[0..3, 8..9]`")
+        return at(
+            here, there, "a range has two ends", "with a step it is `{ p : p in a..b and p mod step == 0 }`"
+        )
 
-    first_on_line = not text[text.rfind("\n", 0, start + here) + 1 : start + here].strip()
-    begins = not complete or (first_on_line and is_head(text, start + there))
+    first_on_line = not text[text.rfind("\n", 0, here) + 1 : here].strip()
+    begins = not complete or (first_on_line and is_head(text, there))
     if bad.type == "NAME" and "$END" in accepts and begins:
+        if word_of(source.text, bad) in ("pattern", "attention"):
+            return at(here, there, f"{DEFINITION} {shown}", "a pattern is written `pattern NAME = ...`")
+        if bad in CLAUSES:
+            clause = f"a clause stands in the braces of an attention: `attention NAME {{ {bad} ... }}`"
+            return at(here, there, f"{DEFINITION} {shown}", clause)
         return at(here, there, *unknown(DEFINITION, bad, shown, DEFINITIONS))
     if not tokens and "PATTERN" in accepts:
+        if bad in CLAUSES:
+            clause = f"a clause stands in the braces of an attention: `attention NAME {{ {bad} ... }}`"
+            return at(here, there, "expected a definition", clause)
         return at(here, there, "expected a definition", listing(DEFINITIONS))
-    if clauses_due and bad.type == "NAME" and (begins or bad in LATER or close(bad, CLAUSES)):
-        return at(here, there, *unknown(CLAUSE, bad, shown, CLAUSES))
+    if len(tokens) == 1 and tokens[0] in DEFINITIONS and bad.type == "LBRACE":
+        return at(here, there, "expected a name, not `{`", f"write `{tokens[0]} NAME {{ ... }}`")
+    if len(tokens) == 2 and bad.type == "MINUS" and (rest := WORD.match(text, there)):
+        joined = f"{tokens[1]}_{rest[0]}"
+        return at(here, there, "a name is made of letters, digits and `_`", f"write `{joined}`")
+    if clauses_due and bad.type == "NAME" and bad in CLAUSES and (colon := COLON.match(text, there)):
+        mark = colon.end() - 1
+        return at(mark, mark + 1, f"`:` after `{bad}`", f"leave it out: write `{bad} ...`", (mark, mark + 1))
+    if clauses_due and bad.type == "NAME":
+        called = word_of(source.text, bad)
+        alone = ALONE.match(text, there) is not None
+        argument = ARGUMENT.match(text, there)
+        if called == "score" and (begins or argument or alone or text[there:].lstrip().startswith("(")):
+            written = f"{bad}({argument[1]})" if argument else call_of(text, here)
+            return at(
+                here,
+                there,
+                f"the score {shown} without its clause",
+                f"write `score {written}`",
+                (here, next_clause),
+            )
+        if bad in NO_CLAUSES and not text[there:].lstrip().startswith("("):
+            return at(here, there, f"unknown clause {shown}", NO_CLAUSES[bad], (here, next_clause))
+        if begins or bad in LATER or close(bad, CLAUSES):
+            return at(here, there, *unknown(CLAUSE, bad, shown, CLAUSES), (here, next_clause))
+    if bad.type in ("LET", "PATTERN", "ATTENTION", "ASSERT", "USE") and (clauses_due or "RBRACE" in accepts):
+        help = f"write `{bad}` before `{tokens[0]} {tokens[1]}`" if len(tokens) > 1 else ""
+        return at(here, there, f"`{bad}` inside of an attention", help, (here, next_clause))
+    if bad.type == "SCORE" and tokens and tokens[-1].type == "SCORE":
+        return at(
+            here,
+            there,
+            "`score` is the word of the clause",
+            "the logit so far is `s`: write `score s ...`",
+            (extent(tokens[-1])[0], next_clause),
+        )
     if bad.lower() in CLAUSES and bad.type in CLAUSE_TYPES and (complete or clauses_due):
         if clauses_due:
             return at(here, there, f"`{bad}` cannot stand inside of `heads`")
@@ -104,6 +249,11 @@ def explain(
             "write `0..3 { ... }` or `else { ... }`",
         )
     if in_builder_head(tokens) and bad.type != "$END":
+        head = max(i for i, token in enumerate(tokens) if token.type == "LBRACE")
+        if tokens[0].type == "ATTENTION" and tokens[head - 1].type == "ASSIGN" and "COLON" in accepts:
+            sign = extent(tokens[head - 1])
+            help = f"leave it out: write `attention {tokens[1]} {{ ... }}`"
+            return at(*sign, "`=` before clauses", help, sign)
         if "NAME" in accepts and bad.type in STARTS:
             return at(here, there, "expected a bound name", "a list of positions is written `[0, 5..9]`")
         if "COLON" in accepts:
@@ -116,6 +266,13 @@ def explain(
             )
     if complete and bad.type == "NOT":
         return at(here, there, "two expressions side by side", "write `not (x in s)`")
+    if complete and bad.type in STARTS and tokens[-1] in CLAUSES and tokens[0].type == "ATTENTION":
+        word, _ = extent(tokens[-1])
+        if not text[text.rfind("\n", 0, word) + 1 : word].strip():
+            about = clause_around(tokens, text, word)
+            begun = about[0] if about else word
+            message = f"expected an expression, not the clause `{tokens[-1]}`"
+            return at(*extent(tokens[-1]), message, "", (begun, word))
     if complete and bad.type in STARTS:
         if tokens[-1].type == "INT" and bad.type == "NAME" and here == end:
             return at(here, there, "a name cannot begin with a digit", "write `2 * x` for a product")
@@ -124,10 +281,149 @@ def explain(
             help = "write `where(condition, a, b)`"
         elif tokens[-1] == "lambda":
             help = "a pattern is written `{ q, k : condition }`"
+        elif tokens[-1].type == "NAME" and bad.type in ("INT", "FLOAT", "MINUS", "NAME"):
+            if word_of(source.text, tokens[-1]):
+                help = f"arguments stand in parentheses: `{tokens[-1]}({bad})`"
+        elif bad.type == "NAME" and word_of(source.text, bad) == "pattern" and clauses_due:
+            help = f"join patterns by an operator: `& {bad}`, `| {bad}`"
         return at(here, there, "two expressions side by side", help)
     if bad.type == "$END":
         return at(here, there, f"expected {wanted(accepts)}, not the end")
     return at(here, there, f"expected {wanted(accepts)}, not {shown}")
+
+
+COLON = re.compile(r"\s*:")
+ALONE = re.compile(r"\s*(?:\}|$)")
+ARGUMENT = re.compile(r"[ \t]+(-?[\w.]+)")
+TYPE = re.compile(r"\s*[A-Za-z_]\w*(?:\[[^\]\n]*\])?")
+CLAUSE_WORDS = re.compile(
+    rf"\n|#[^\n]*|\"[^\"\n]*\"?|[(){{}}\[\]]|\b(?:{'|'.join(CLAUSES)})\b(?!\s*[:=,)\]])"
+)
+OPEN, CLOSE = "([{", ")]}"
+
+
+def following(text: str, position: int, level: int = 0) -> int:
+    """Where the next clause begins after `position`, or the brace around these clauses is closed; `level`
+    brackets that are open there end before."""
+    for match in CLAUSE_WORDS.finditer(text, position):
+        if match[0] in OPEN:
+            level += 1
+        elif match[0] in CLOSE:
+            level -= 1
+            if level < 0:
+                return match.start()
+        elif match[0][0].isalpha() and level == 0 and match.start() > position:
+            return match.start()
+    return len(text)
+
+
+def clause_around(tokens: list[Token], text: str, position: int) -> Cut | None:
+    """The clause that a mistake at `position` is in; None where that is in no clause of an attention."""
+    level, begun = 0, dict[int, int]()
+    for token in tokens:
+        if token.type in OPENERS:
+            level += 1
+            if level == 1 and tokens[0].type == "ATTENTION" and token.type == "LBRACE":
+                begun[1] = extent(token)[1]
+        elif token.type in OPENERS.values():
+            begun.pop(level, None)
+            level -= 1
+        elif token.type in CLAUSE_TYPES and level:
+            begun[level] = extent(token)[0]
+    if not begun or tokens[0].type != "ATTENTION":
+        return None
+    inner = max(begun)
+    word = CLAUSE_WORDS.match(text, position)
+    if word and word[0][0].isalpha() and level == inner and position > begun[inner]:
+        return begun[inner], position
+    return begun[inner], following(text, position, level - inner)
+
+
+def foreign_comment(text: str, tokens: list[Token], bad: Token) -> Cut | None:
+    """A comment as other languages write it: words after a mark on the line of the mistake; its extent."""
+    here, _ = extent(bad)
+    line = text.rfind("\n", 0, here) + 1
+    line_end = text.find("\n", here)
+    line_end = len(text) if line_end < 0 else line_end
+    for match in re.compile(r"//|--|/\*").finditer(text, line, min(here + 2, line_end)):
+        between = [token for token in tokens if extent(token)[0] >= match.end()]
+        worded = all(token.type == "NAME" for token in between)
+        after = text[match.end() : line_end].strip()
+        if any(
+            after.count(opener) != after.count(closer) for opener, closer in zip(OPEN, CLOSE, strict=True)
+        ):
+            continue
+        starts = match.start() == here or bad.type in ("NAME", "") or not between
+        if worded and starts and bad.type != "ASSIGN" and after[:1].isalpha():
+            return match.start(), line_end
+    return None
+
+
+def part_of(name: str, part: str) -> str:
+    if name in MODULES:
+        return f"write `{TYPES.get(part, part)}`"
+    if part == "T":
+        return f"the transpose is `T({name})`"
+    return ""
+
+
+def stray_colon(
+    text: str, tokens: list[Token], here: int
+) -> tuple[int, int, str, str, Cut | None] | tuple[int, int, str, str] | None:
+    """What is wrong with the `:` at `here`, where other languages have one: types, slices, blocks."""
+    if not tokens or in_builder_head(tokens):
+        return None
+    kinds = [token.type for token in tokens]
+    first, depth = tokens[-1], sum((kind in OPENERS) - (kind in OPENERS.values()) for kind in kinds)
+    header = kinds[0] in ("PATTERN", "SCORE", "LET", "ATTENTION") and kinds[1:2] == ["NAME"]
+    parameters = kinds[2:3] == ["LPAR"] and depth == 1 and "RPAR" not in kinds
+    if (
+        header
+        and kinds[-1] == "NAME"
+        and (len(kinds) == 2 or parameters)
+        and (kinds[0] != "ATTENTION" or parameters)
+    ):
+        end = match.end() if (match := TYPE.match(text, here + 1)) else here + 1
+        what = "parameter" if parameters else "definition"
+        return here, end, f"a {what} has no type", "leave it out: what it is says its value", (here, end)
+    if header and kinds[0] == "ATTENTION" and depth == 0:
+        return (
+            here,
+            here + 1,
+            "unexpected `:`",
+            f"write the clauses in braces: `attention {tokens[1]} {{ ... }}`",
+        )
+    last = re.compile(r"\s*(\d+)").match(text, here + 1)
+    if first.type == "INT" and last:
+        start, help = extent(first)[0], f"write `{first}..{int(last[1]) - 1}`, both ends included"
+        return start, last.end(), f"unexpected `{text[start : last.end()]}`", help
+    if first.type == "NAME" and kinds[-2:-1] in (["LPAR"], ["COMMA"]) and depth:
+        return here, here + 1, "unexpected `:`", f"a named argument is written `{first} = ...`"
+    if (first.type in ENDS and depth) or first.type == "LSQB":
+        return here, here + 1, "unexpected `:`", "a range is written `a..b`, both ends included"
+    return None
+
+
+def same_level(tokens: list[Token]) -> list[str]:
+    """The kinds of the tokens before, back to the bracket or comma that they stand after."""
+    found, level = list[str](), 0
+    for token in reversed(tokens):
+        if token.type in OPENERS.values():
+            level += 1
+        elif token.type in OPENERS:
+            level -= 1
+        if level < 0 or (level == 0 and token.type in ("COMMA", "COLON", *CLAUSE_TYPES)):
+            break
+        if level == 0:
+            found.append(token.type)
+    return found
+
+
+def call_of(text: str, position: int) -> str:
+    """The name at `position`, with its arguments where they are short."""
+    match = re.compile(r"\w+(?:\([^()\n]{0,30}\))?").match(text, position)
+    assert match is not None
+    return match[0]
 
 
 CLAUSE_TYPES = frozenset(word.upper() for word in CLAUSES)
@@ -179,6 +475,8 @@ def close(word: str, words: Iterable[str]) -> str:
 def unknown(kind: str, word: str, shown: str, words: tuple[str, ...]) -> tuple[str, str]:
     if word in LATER:
         return f"`{word}` is not supported yet", ""
+    if kind == DEFINITION and word in ELSEWHERE:
+        return f"{kind} {shown}", ELSEWHERE[word]
     return f"{kind} {shown}", f"did you mean `{near}`?" if (near := close(word, words)) else listing(words)
 
 
