@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from attndsl.attention import Attention
 from attndsl.errors import fail
 from attndsl.expr import Table
+from attndsl.language.lookups import placed
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -84,7 +85,8 @@ class Bound:
 
         places = q_offset, k_offset, q_positions, k_positions, n
         sizes = lowering.sizes_of(self.attention, length, q_length, heads, *places)
-        return lowering.written_out(self.attention, sizes, inputs, counts=False)
+        with placed(self.attention):
+            return lowering.written_out(self.attention, sizes, inputs, counts=False)
 
     def counts(
         self,
@@ -104,7 +106,8 @@ class Bound:
 
         places = q_offset, k_offset, q_positions, k_positions, n
         sizes = lowering.sizes_of(self.attention, length, q_length, heads, *places)
-        return lowering.written_out(self.attention, sizes, inputs, counts=True)
+        with placed(self.attention):
+            return lowering.written_out(self.attention, sizes, inputs, counts=True)
 
     def block_mask(
         self,
@@ -127,7 +130,8 @@ class Bound:
         sizes = lowering.sizes_of(self.attention, length, q_length, heads, *places)
         lowering.checked_block_size(block_size)
         tables = lowering.checked_tables(self.attention, inputs, sizes)
-        return lowering.block_mask(self.attention, sizes, tables, block_size)
+        with placed(self.attention):
+            return lowering.block_mask(self.attention, sizes, tables, block_size)
 
     def graph(
         self,

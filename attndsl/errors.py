@@ -123,5 +123,6 @@ def suggest(name: str, known: Iterable[str]) -> str:
     """A help line with the known name that was probably meant, or an empty one."""
     names = sorted(known)
     same = [other for other in names if other.lower() == name.lower()]
-    near = same or get_close_matches(name, names, 1, cutoff=0.75)
+    near = same or get_close_matches(name, names, 3, cutoff=0.76)
+    near.sort(key=lambda other: other[0] != name[:1])
     return f"did you mean `{near[0]}`?" if near else ""

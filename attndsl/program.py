@@ -7,7 +7,7 @@ import gc
 from collections import ChainMap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -309,7 +309,7 @@ class Program:
         self.elaborator.steps = 0
         values = {name: self.argument(name, value) for name, value in given.items()}
         value = self.elaborator.instance(item, values, Scope({}), item.name_span)
-        attention = _as_attention(item.name, value)
+        attention = replace(_as_attention(item.name, value), written=item.span)
         return Bound(attention, tuple(names), lambda *a, **kw: self.bind(item, a, {**given, **kw}))
 
     def argument(self, name: str, value: Any) -> Value:
@@ -456,7 +456,7 @@ def _name_problems(item: Definition, elaborator: Elaborator) -> list[Diagnostic]
             known = BUILT_IN | elaborator.definitions.keys() | elaborator.broken
             if node.id not in names and node.id not in known and not elaborator.selection(node.id):
                 hidden = node.id in RESERVED
-                env = Scope(dict.fromkeys(names, Num(ir.ZERO)))
+                env = Scope(dict.fromkeys(names, Num(ir.ZERO)), calls=(item.name,))
                 problems.extend((out_of_place(node) if hidden else elaborator.unknown(node, env)).diagnostics)
             return
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id not in names:

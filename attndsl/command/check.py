@@ -151,7 +151,9 @@ def looking_ahead(program: Program) -> Iterator[Diagnostic]:
 def _safe(origin: Selected) -> str:
     """How what looks ahead is written so that it does not."""
     if origin.of is None:
-        return "`within(hash(...), last(w))` does not: no token changes the bucket of another"
+        centers = [value.name for _, value in origin.arguments if isinstance(value, Table)]
+        labels, group = (f"nearest({centers[0]})", "center") if centers else ("hash(...)", "bucket")
+        return f"`within({labels}, last(w))` does not: no token changes the {group} of another"
     b = max(origin.rows, origin.unit)
     over = f"`{origin.selection}(..., of = blocks({b}, causal - radius(0)))`"
     if origin.rows > 1:

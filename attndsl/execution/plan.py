@@ -26,6 +26,7 @@ from attndsl.execution.statesession import StateSession, stateful
 from attndsl.execution.streaming import Pair, begun, held_of, keys_and_values
 from attndsl.execution.sums import SumPlan, gate_of, of_part
 from attndsl.expr import Learned, Table
+from attndsl.language.lookups import placed
 from attndsl.program import bound_of
 from attndsl.streams import described
 from attndsl.tiles import lowering
@@ -72,7 +73,8 @@ def compile(
     blocks = None
     if attention.approx is None and not lowering.mask_tables(attention):
         sizes = lowering.sizes(attention, problem.length, problem.q_length, problem.heads)
-        blocks = lowering.block_mask(attention, sizes, {}, problem.block_size)
+        with placed(attention):
+            blocks = lowering.block_mask(attention, sizes, {}, problem.block_size)
     seconds = time.perf_counter() - start
     left = attention.attended, problem.attended(attention)
     considered = choice.considered(*left, blocks)
@@ -279,7 +281,8 @@ class Plan:
                 self.attention, self.problem.length, self.problem.q_length, self.problem.heads
             )
             tables = lowering.checked_tables(self.attention, bound, sizes, head_dim=self.problem.head_dim)
-            blocks = lowering.block_mask(self.attention, sizes, tables, self.problem.block_size)
+            with placed(self.attention):
+                blocks = lowering.block_mask(self.attention, sizes, tables, self.problem.block_size)
         seconds = self.compile_seconds + time.perf_counter() - start
         return replace(self, tables=bound, block_masks=blocks, compile_seconds=seconds)
 

@@ -60,9 +60,12 @@ def attention_of(elaborator: Elaborator, definition: ast.AttentionDef, env: Scop
                     raise fail(f"`{decl.name}` is {what}", name_span(decl), "choose another name")
                 inputs[decl.name] = input_table(decl)
     env = env.bind(**{name: TableOf(table) for name, table in inputs.items()})
+    tables = tuple(inputs.values())
     if definition.sum is not None:
-        return sum_of(elaborator, definition, env, tuple(inputs.values()))
-    return AttentionBuilder(elaborator, definition, env).build(tuple(inputs.values()))
+        found = sum_of(elaborator, definition, env, tables)
+    else:
+        found = AttentionBuilder(elaborator, definition, env).build(tables)
+    return replace(found, written=definition.span)
 
 
 class AttentionBuilder:

@@ -352,7 +352,7 @@ def on_index(el: Elaborator, e: ast.Index, env: Scope, space: Space) -> Value:
     if isinstance(e.base, ast.Name) and e.base.id == "learn":
         return learn(el, e, None, env, space)
     if isinstance(e.base, ast.Name) and not el.means(e.base.id, env):
-        raise el.undeclared(e.base, env)
+        raise el.unknown(e.base, env, looked_up=True)
     base = as_table(el.value(e.base, env, space))
     if isinstance(base, Pattern):
         if len(e.indices) != 2:
@@ -473,9 +473,7 @@ def function(el: Elaborator, name: str, e: ast.Call, env: Scope, space: Space) -
         extra = e.args[most].span if len(e.args) > most else e.span
         raise fail(f"`{name}` takes {wanted}, not {len(e.args)}", extra, f"write `{SIGNATURES[name]}`")
     if name == "where":
-        cond = el.value(args[0], env, space)
-        holds = cond.expr if isinstance(cond, Truths) else truth_of(cond, args[0], env)
-        return of_expr(ir.where(holds, *(el.quantity(arg, env, space) for arg in args[1:])))
+        return choice(el, args, env, space)
     if name in ("sum", "concat"):
         vectors = [vector_of(el.value(arg, env, space), arg, env) for arg in args]
         return of_expr(ir.total(*vectors) if name == "sum" else ir.concat(*vectors))
@@ -490,6 +488,36 @@ def function(el: Elaborator, name: str, e: ast.Call, env: Scope, space: Space) -
     if name in ("min", "max"):
         return of_expr(functools.reduce(ir.minimum if name == "min" else ir.maximum, numbers))
     return of_expr(ir.call(name, numbers[0]))
+
+
+def choice(el: Elaborator, args: list[ast.Expression], env: Scope, space: Space) -> Value:
+    """`where(cond, a, b)`: of numbers and vectors, of truths, of sets or of patterns. Of the last three it is
+    what `cond and a or not cond and b` says, so that the condition guards `a`."""
+    cond = el.value(args[0], env, space)
+    if isinstance(cond, Truths):
+        return of_expr(ir.where(cond.expr, *(el.quantity(arg, env, space) for arg in args[1:])))
+    holds = truth_of(cond, args[0], env)
+    otherwise = ir.negate(holds)
+    one, other = values = [el.value(arg, env, space) for arg in args[1:]]
+    if isinstance(one, Pattern) and isinstance(other, Pattern):
+        return el.memoised(
+            lambda q, k, sp: union(
+                [restrict(one.at(q, k, sp), holds), restrict(other.at(q, k, sp), otherwise)]
+            )
+        )
+    if all(isinstance(as_number(value), Truth) for value in values):
+        yes, no = (truth_of(value, arg, env) for value, arg in zip(values, args[1:], strict=True))
+        return Truth(ir.any_of(ir.all_of(holds, yes), ir.all_of(otherwise, no)))
+    some, rest = map(as_set, values)
+    if isinstance(some, SetOf) and isinstance(rest, SetOf):
+        return el.members(
+            lambda p, sp: ir.any_of(
+                ir.all_of(holds, some.contains(p, sp)), ir.all_of(otherwise, rest.contains(p, sp))
+            )
+        )
+    if isinstance(one, Pattern | SetOf) or isinstance(as_number(one), Truth):
+        raise expected(as_number(one).noun, other, args[2])
+    return of_expr(ir.where(holds, *(el.quantity(arg, env, space) for arg in args[1:])))
 
 
 COMPARISONS: dict[str, Callable[[Expr, Expr], Expr]] = {

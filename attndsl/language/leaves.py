@@ -112,7 +112,7 @@ def _elsewhere(name: str, e: ast.Call) -> AttnError:
     return fail(
         f"`{name}` chooses keys for a query, and may not stand here",
         e.span,
-        help="it may under `|`, `&`, `+`, left of `-` and inside `blocks`; "
+        help="it stands under `|`, `&`, `+`, `where`, left of `-` and inside `blocks`; "
         "not in `~`, right of `-`, in `of =`, `within`, `grid`, `random`, `@` or `R[i, j]`",
     )
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from attndsl.errors import AttnError, Diagnostic, Span, fail
-from attndsl.expr import Expr, nodes
+from attndsl.expr import Expr, Selected, nodes
 from attndsl.language.values import Num, Pattern, Scope, SetOf, TableOf, Truth, Value, Vec, as_number, as_set
 from attndsl.syntax import nodes as ast
 
@@ -80,7 +80,9 @@ def expected(noun: str, value: Value, e: ast.Expression, help: str = "") -> Attn
             value = as_set(value)
         elif listed and noun == "a pattern":
             name = quoted(e)
-            help = help or f"write `documents({name})`, or `columns({name})` for the keys it lists"
+            own = f"write `within({name}, full)`: each key with those of its own label"
+            lists = f"write `documents({name})`, or `columns({name})` for the keys it lists"
+            help = help or (own if isinstance(value.table.origin, Selected) else lists)
     if isinstance(value, TableOf):
         left = value.left
         more = f"{quoted(e)}[{('q', 'q, k')[left - 1] if left <= 2 else '...'}]"

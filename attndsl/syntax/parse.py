@@ -170,7 +170,7 @@ def grammar() -> Lark:
 
 @dataclass(frozen=True)
 class Mistake:
-    """What is told of a text, and the characters of it that are left out to read on; None where it ends there."""
+    """What is told of a text, and what is left out of it to read on; None where nothing helps."""
 
     told: Diagnostic
     cut: Cut | None = None
@@ -187,8 +187,9 @@ def parse_chunk(source: Source, chunk: Chunk) -> None:
         tree = read(source, chunk, text, "module")
         if isinstance(tree, Module):
             for item in tree.items:
-                documented = chunk.doc and isinstance(item, Definition | AttentionDef)
-                chunk.item = replace(item, doc=chunk.doc) if documented else item  # type: ignore[type-var]
+                chunk.item = item
+                if chunk.doc and isinstance(item, Definition | AttentionDef):
+                    chunk.item = replace(item, doc=chunk.doc)
             return
         assert isinstance(tree, Mistake)
         span = tree.told.span
@@ -339,8 +340,8 @@ def cut(source: Source) -> Iterator[Chunk]:
 
     The words of definitions are reserved: one begins a definition wherever it stands outside of brackets, and
     inside of them where it begins a line no further right than the one before, since then a bracket above was
-    never closed. `score` is a clause too, a definition word straight after another is a name badly chosen, and
-    words after `//` are a comment of another language.
+    never closed. `score` is a clause too, a definition word straight after another is a name badly chosen,
+    and words after `//` are a comment of another language.
     """
     text = source.text
     chunk = Chunk(1 if text.startswith("\ufeff") else 0, len(text))

@@ -1,0 +1,237 @@
+"""What an unknown name was meant to be: a word of other tools, or what its place in the text asks for."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+
+from attndsl.language.arguments import signature
+from attndsl.language.vocabulary import BUILT_IN, FUNCTIONS
+from attndsl.selection import Selection
+from attndsl.syntax import nodes as ast
+
+Definition = ast.Definition | ast.AttentionDef
+Selections = Callable[[str], Selection | None]
+
+LOGIT = "the logit so far is `s`"
+QUERY = "the query's position is `q`"
+KEY = "the key's position is `k`"
+HEAD_DIM = "the head dimension is `D`"
+LENGTH = "the number of positions is `n`"
+HEADS = "the number of heads is `H`"
+OUT = "a pair is taken out by `mask`, or by `decay where(condition, 1.0, 0.0)`"
+INNER = "the inner product of two vectors is `Q @ K`"
+ROTARY = "rotary embedding is done before the call: q and k arrive ready"
+WINDOW = "write `last(w)` for w keys up to the query, `radius(r)` for r on each side, or `band(a..b)`"
+CASTS = "round down by `floor(x)`; `x * 1.0` is real"
+HABITS = {
+    **dict.fromkeys(("window", "sliding_window", "sliding", "local"), WINDOW),
+    "abs": "write `|x|`",
+    "b": "the batch stands only in the axes of `inputs`, first: `int[B, n]`",
+    "batch": "the batch stands only in the axes of `inputs`, first: `int[B, n]`",
+    "true": "write `0 == 0`, or the pattern `full`",
+    "false": "write `0 == 1`, or the pattern `none`",
+    **dict.fromkeys(("inf", "infinity", "neg_inf", "nan", "masked_fill"), OUT),
+    "softmax": "write the clause `norm softmax`; features that are softmaxes are `approx shen`",
+    "dropout": "leave it out: weights are not dropped",
+    **dict.fromkeys(
+        ("logit", "logits", "score", "scores", "attn", "attn_scores", "qk", "sim", "dots"), LOGIT
+    ),
+    **dict.fromkeys(("q_idx", "query_idx", "q_pos", "i", "row"), QUERY),
+    **dict.fromkeys(("kv_idx", "k_idx", "key_idx", "k_pos", "j", "col"), KEY),
+    **dict.fromkeys(("head", "head_idx", "h_idx"), "the query head is `h`"),
+    **dict.fromkeys(("head_dim", "d_k", "dk", "d_head", "dim", "head_size"), HEAD_DIM),
+    **dict.fromkeys(("seq_len", "seqlen", "length", "kv_len", "l", "len", "size"), LENGTH),
+    **dict.fromkeys(("q_len", "num_queries"), "the number of queries is `nq`"),
+    **dict.fromkeys(("num_heads", "n_heads", "nheads", "heads"), HEADS),
+    **dict.fromkeys(
+        ("tril", "causal_mask", "is_causal", "lower_triangular", "autoregressive"), "write `causal`"
+    ),
+    "triu": "write `T(causal)`",
+    **dict.fromkeys(("ones", "all", "everything", "dense"), "write `full`"),
+    **dict.fromkeys(("zeros", "empty", "nothing"), "write `none`"),
+    **dict.fromkeys(("eye", "diag", "diagonal", "identity"), "write `radius(0)`"),
+    **dict.fromkeys(("range", "arange"), "write `a..b`, both ends included"),
+    **dict.fromkeys(("int", "float", "round"), CASTS),
+    "ceil": "write `-floor(-x)`, of integers `-(-a // b)`",
+    **dict.fromkeys(("clip", "clamp_"), "write `clamp(x, lo, hi)`"),
+    **dict.fromkeys(("pow", "power"), "write `a ** b`"),
+    "if": "write `where(condition, a, b)`",
+    **dict.fromkeys(("v", "value", "values"), "values have no part in a mask or a score"),
+    **dict.fromkeys(("matmul", "dot", "einsum", "bmm"), INNER),
+    "transpose": "write `T(R)`",
+    "cat": "write `concat(x, y)`",
+    **dict.fromkeys(("rope", "rotary", "apply_rotary", "rotary_emb"), ROTARY),
+    "pi": "write `3.141592653589793`",
+    "elu": "write `elu1(x)`, which is elu(x) + 1",
+}
+"""Names of other tools, in lower case, and what is written here."""
+
+
+def habit(name: str) -> str:
+    """What is written in place of a word of other tools; empty for others."""
+    return HABITS.get(name) or HABITS.get(name.lower(), "")
+
+
+def wanted(
+    name: ast.Name, inside: Definition, definitions: Mapping[str, Definition], selection: Selections
+) -> str:
+    """What a name is to be where it stands in a definition: a type with its axes, `pattern`, `number`, or what
+    is called; empty where it does not stand there."""
+    path = _path(inside, name)
+    if len(path) < 2:
+        return ""
+    if isinstance(path[-2], ast.Call) and path[-2].func is name:
+        return "pattern(x)" if _kind(path[:-1], "", definitions, selection, 8) == "pattern" else "let(x)"
+    return _kind(path, name.id, definitions, selection, 8)
+
+
+def remedy(name: str, kind: str, real: bool, inside: Definition) -> str:
+    """How a name that nothing defines is declared in a definition where it is to be of a kind."""
+    if not kind:
+        return ""
+    if kind.endswith("(x)"):
+        return f"define it: `{kind[:-3]} {name}(x) = ...`"
+    if isinstance(inside, ast.Definition):
+        params = ", ".join([*(param.name for param in inside.params), name])
+        return f"make it a parameter: `{inside.word} {inside.name}({params}) = ...`"
+    if kind == "pattern":
+        return f"define it: `pattern {name} = ...`"
+    if kind == "number" and inside.sum is not None:
+        return f"make it a parameter: `{_with(inside, f'{name} = learn[H](0.5)')}`"
+    if kind == "number":
+        return f"make it a parameter: `{_with(inside, f'{name} = {0.5 if real else 128}')}`"
+    if inside.sum is not None:
+        return f"declare the gate: `attention {inside.name} {{ inputs {name} : {kind} }} = ...`"
+    return f"declare the table: `inputs {name} : {kind}`"
+
+
+def fitting(kind: str, definitions: Mapping[str, Definition]) -> Callable[[str], bool]:
+    """Whether a known name may be meant where something of a kind is wanted."""
+
+    def fits(name: str) -> bool:
+        definition = definitions.get(name)
+        word = definition.word if isinstance(definition, ast.Definition) else ""
+        if kind.startswith("pattern"):
+            return word in ("pattern", "") and name not in FUNCTIONS
+        if kind.endswith("]"):
+            return word in ("let", "") and name not in BUILT_IN
+        return True
+
+    return fits
+
+
+def _with(inside: ast.AttentionDef, param: str) -> str:
+    known = signature(inside)
+    return f"attention {known[:-1]}, {param})" if known.endswith(")") else f"attention {known}({param})"
+
+
+def _path(root: ast.Node, name: ast.Name) -> tuple[ast.Node, ...]:
+    """The nodes from `root` down to a name, that name last."""
+    if root is name:
+        return (name,)
+    for child in ast.children(root):
+        if path := _path(child, name):
+            return (root, *path)
+    return ()
+
+
+def _kind(
+    path: tuple[ast.Node, ...],
+    name: str,
+    definitions: Mapping[str, Definition],
+    selection: Selections,
+    depth: int,
+) -> str:
+    """A type with axes, `pattern` or `number`: what a name is where it stands."""
+    parents = [node for node in reversed(path[:-1]) if not isinstance(node, ast.Argument)]
+    parent = parents[0] if parents else None
+    match parent:
+        case ast.Index(base, indices) if base is path[-1]:
+            return f"{_entry(path, parents[1:])}[{', '.join(map(_axis, indices))}]"
+        case ast.Compare(ops, args) if args[-1] is path[-1] and ops[-1] == "in":
+            return "bool[n]"
+        case ast.Binary("@", left, right) if {"Q", "K"} & {
+            n.id for n in ast.walk(parent) if isinstance(n, ast.Name)
+        } or _vectors(path):
+            inner = isinstance(parents[1], ast.Binary | ast.Call) and left is path[-1]
+            return "float[m, D]" if inner and _wants_vector(parents[1]) else "float[D]"
+        case ast.Nary("|" | "&") | ast.Unary("~"):
+            return "pattern"
+        case ast.Clause("mask"):
+            return "pattern"
+        case ast.Nary("and" | "or") | ast.Unary("not") | ast.Builder():
+            return "bool[n]"
+        case ast.Call(ast.Name(called), args) if depth:
+            values = [arg.value for arg in args]
+            position = next((i for i, value in enumerate(values) if value is path[-1]), None)
+            if position is not None:
+                return _argument(called, args[position].name, position, definitions, selection, depth)
+    return "number"
+
+
+def _argument(
+    called: str,
+    named: str,
+    position: int,
+    definitions: Mapping[str, Definition],
+    selection: Selections,
+    depth: int,
+) -> str:
+    """What is wanted as an argument of what is called so."""
+    if called == "within" and position == 0:
+        return "int[n]"
+    if (called in ("blocks", "within", "grid") and position) or named in ("of", "R"):
+        return "pattern"
+    if (chosen := selection(called)) is not None:
+        parameters = inspect.signature(chosen.signature).parameters
+        names = [*parameters]
+        wanted = named or (names[position] if position < len(names) else "")
+        taken = str(parameters[wanted].annotation) if wanted in parameters else ""
+        return "float[H, 8, D]" if taken == "Table" else "number"
+    definition = definitions.get(called)
+    if not isinstance(definition, ast.Definition) or position >= len(definition.params):
+        return "number"
+    param = named or definition.params[position].name
+    uses = [node for node in ast.walk(definition.body) if isinstance(node, ast.Name) and node.id == param]
+    kinds = [_kind(_path(definition, use), param, definitions, selection, depth - 1) for use in uses]
+    return next((kind for kind in kinds if kind != "number"), "number")
+
+
+def _entry(path: tuple[ast.Node, ...], above: list[ast.Node]) -> str:
+    """Of what type the entries of a table are that is looked up so."""
+    if (
+        any(isinstance(node, ast.Clause) and node.word != "mask" for node in path)
+        or (isinstance(path[0], ast.AttentionDef)
+        and path[0].sum is not None)
+    ):
+        return "float"
+    match above[0] if above else None:
+        case ast.Nary("and" | "or") | ast.Unary("not") | ast.Builder():
+            return "bool"
+    return "int"
+
+
+def _axis(index: ast.Expression) -> str:
+    match index:
+        case ast.Number(value):
+            return str(int(value) + 1)
+        case ast.Name("D"):
+            return "D"
+    return "n"
+
+
+def _vectors(path: tuple[ast.Node, ...]) -> bool:
+    """Whether this is text of a function of vectors, as `favor(x, W)` is: `@` of what is no pattern."""
+    return isinstance(path[0], ast.Definition) and path[0].word != "pattern"
+
+
+def _wants_vector(node: ast.Node) -> bool:
+    match node:
+        case ast.Binary("@"):
+            return True
+        case ast.Call(ast.Name(name)):
+            return name in ("exp", "sin", "cos", "concat", "tanh", "sigmoid", "sum")
+        case ast.Binary("/" | "*"):
+            return True
+    return False
