@@ -119,6 +119,11 @@ def fail(message: str, span: Span | None = None, help: str = "") -> AttnError:
     return AttnError(Diagnostic(message, span, help))
 
 
+def quantity(number: int, one: str, many: str = "") -> str:
+    """`1 axis`, `2,048 axes`."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """A help line with the known name that was probably meant, or an empty one."""
     names = sorted(known)

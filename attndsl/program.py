@@ -412,7 +412,12 @@ def bound_of(value: object) -> Bound:
     if isinstance(value, Program):
         names = ", ".join(value.names)
         raise fail("a program is taken one attention at a time", help=f'write program["..."]: {names}')
-    raise fail(f"expected an attention, not {type(value).__name__}")
+    help = (
+        'write `attndsl.load(...)["NAME"]`, or `attndsl.parse(text)["NAME"]`'
+        if isinstance(value, str | Path)
+        else ""
+    )
+    raise fail(f"expected an attention, not {type(value).__name__}", help=help)
 
 
 def _name_problems(item: Definition, elaborator: Elaborator) -> list[Diagnostic]:

@@ -48,7 +48,7 @@ def at_lookup(told: Diagnostic, parts: Iterable[ast.Node]) -> Diagnostic:
         and (node.span.text.startswith(f"{name}[") or quoted(node.base) == name)
     ]
     # at a position itself nothing can be outside of a table of positions
-    moved = [one for one in lookups if not all(isinstance(i, ast.Name) for i in one[0].indices)]  # type: ignore[attr-defined]
+    moved = [one for one in lookups if not all(isinstance(i, ast.Name) for i in one[0].indices)]
     for node, parents in moved or lookups:
         return replace(told, span=node.span, help=_guarded(node, parents) or told.help)
     return told

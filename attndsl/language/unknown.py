@@ -76,8 +76,8 @@ def habit(name: str) -> str:
 def wanted(
     name: ast.Name, inside: Definition, definitions: Mapping[str, Definition], selection: Selections
 ) -> str:
-    """What a name is to be where it stands in a definition: a type with its axes, `pattern`, `number`, or what
-    is called; empty where it does not stand there."""
+    """What a name is to be where it stands in a definition: a type with its axes, `pattern`, `number`, or one of
+    the first and last that is called, as `let(x)`; empty where it does not stand there."""
     path = _path(inside, name)
     if len(path) < 2:
         return ""
@@ -151,9 +151,7 @@ def _kind(
             return f"{_entry(path, parents[1:])}[{', '.join(map(_axis, indices))}]"
         case ast.Compare(ops, args) if args[-1] is path[-1] and ops[-1] == "in":
             return "bool[n]"
-        case ast.Binary("@", left, right) if {"Q", "K"} & {
-            n.id for n in ast.walk(parent) if isinstance(n, ast.Name)
-        } or _vectors(path):
+        case ast.Binary("@", left) if _of_vectors(parent, path[0]):
             inner = isinstance(parents[1], ast.Binary | ast.Call) and left is path[-1]
             return "float[m, D]" if inner and _wants_vector(parents[1]) else "float[D]"
         case ast.Nary("|" | "&") | ast.Unary("~"):
@@ -200,10 +198,8 @@ def _argument(
 
 def _entry(path: tuple[ast.Node, ...], above: list[ast.Node]) -> str:
     """Of what type the entries of a table are that is looked up so."""
-    if (
-        any(isinstance(node, ast.Clause) and node.word != "mask" for node in path)
-        or (isinstance(path[0], ast.AttentionDef)
-        and path[0].sum is not None)
+    if any(isinstance(node, ast.Clause) and node.word != "mask" for node in path) or (
+        isinstance(path[0], ast.AttentionDef) and path[0].sum is not None
     ):
         return "float"
     match above[0] if above else None:
@@ -221,9 +217,10 @@ def _axis(index: ast.Expression) -> str:
     return "n"
 
 
-def _vectors(path: tuple[ast.Node, ...]) -> bool:
-    """Whether this is text of a function of vectors, as `favor(x, W)` is: `@` of what is no pattern."""
-    return isinstance(path[0], ast.Definition) and path[0].word != "pattern"
+def _of_vectors(product: ast.Binary, root: ast.Node) -> bool:
+    """Whether `@` is between vectors: with `Q` or `K`, or in the text of a function, as of `favor(x, W)`."""
+    named = {node.id for node in ast.walk(product) if isinstance(node, ast.Name)}
+    return bool(named & {"Q", "K"}) or (isinstance(root, ast.Definition) and root.word != "pattern")
 
 
 def _wants_vector(node: ast.Node) -> bool:

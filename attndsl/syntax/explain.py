@@ -147,8 +147,8 @@ def explain(
         )
     if bad.type == "":
         return at(here, there, *strange(bad))
-    if bad.type == "COLON" and (colon := stray_colon(text, tokens, here)):
-        return at(*colon)
+    if bad.type == "COLON" and (stray := stray_colon(text, tokens, here)):
+        return at(*stray)
     if bad.type in ("ASSIGN", "COLON") and tokens and tokens[-1].type in CLAUSE_TYPES and not complete:
         return at(
             here,
@@ -174,10 +174,9 @@ def explain(
             f"`{name}` has no axes",
             f"write `{name} : {TYPES.get(kind, kind if kind in DTYPES else 'int')}[n]`",
         )
-    if accepts == {"COLON"} and bad.type in ("NAME", "ASSIGN") and tokens[-1].type == "NAME":
-        if tokens[-2].type in ("INPUTS", "RSQB"):
-            help = f"a table is declared with its type and axes: `{tokens[-1]} : int[n]`"
-            return at(here, there, f"expected `:`, not {shown}", help)
+    if accepts == {"COLON"} and bad.type in ("NAME", "ASSIGN") and tokens[-2].type in ("INPUTS", "RSQB"):
+        help = f"a table is declared with its type and axes: `{tokens[-1]} : int[n]`"
+        return at(here, there, f"expected `:`, not {shown}", help)
     if bad.type == "DOTS" and complete and "DOTS" in (before := same_level(tokens)):
         if "BAR" in before:
             return at(here, there, "`|` is tighter than `..`", "a union of ranges is a list: `[0..3, 8..9]`")
@@ -383,7 +382,7 @@ def stray_colon(
         and (len(kinds) == 2 or parameters)
         and (kinds[0] != "ATTENTION" or parameters)
     ):
-        end = match.end() if (match := TYPE.match(text, here + 1)) else here + 1
+        end = kind.end() if (kind := TYPE.match(text, here + 1)) else here + 1
         what = "parameter" if parameters else "definition"
         return here, end, f"a {what} has no type", "leave it out: what it is says its value", (here, end)
     if header and kinds[0] == "ATTENTION" and depth == 0:

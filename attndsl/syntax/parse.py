@@ -53,8 +53,8 @@ class Chunk:
     """Characters [start, end), from one definition word to the next.
 
     `doc` is the `##` text above it, `errors` what is wrong, `left` the brackets that are open at its end.
-    `item` and `tokens` are what the parser made of it, of what is wrong all but the clauses that are; positions
-    of tokens count from `start`. `lost` are names that those clauses may have declared.
+    `item` and `tokens` are what the parser made of it, without the clauses that are wrong, which may have
+    declared the names `lost`; positions of tokens count from `start`.
     """
 
     start: int
