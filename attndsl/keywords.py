@@ -53,7 +53,7 @@ RENAMED = {
 
 
 def instead(name: str, known: Iterable[str]) -> str:
-    """The help for an argument that there is not: what it is called here, where it is said, or one like it."""
+    """The help for an argument that there is not: its name here, where else it is said, or one like it."""
     known = set(known)
     if RENAMED.get(name) in known:
         return f"write `{RENAMED[name]}=`"

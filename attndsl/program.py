@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import math
 from collections import ChainMap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -32,6 +33,14 @@ if TYPE_CHECKING:
 Definition = ast.Definition | ast.AttentionDef
 FILE_LIMIT = 64
 DEFINITION_LIMIT = 20_000
+
+
+IN_SIGHT = {"pattern": ("q", "k"), "score": ("s", "q", "k", "Q", "K")}
+HEADS_OF = {
+    "pattern": "write `pattern {} = {{ q, k : ... }}`",
+    "score": "leave it out: a score sees it as it is",
+}
+"""What is written in place of parameters that are in sight anyway."""
 
 
 @functools.cache
@@ -217,8 +226,13 @@ def _declare(item: Definition, definitions: dict[str, Definition]) -> list[Diagn
         allowed = {"h"} if score else {"h", "s"}
         if param.name in RESERVED - allowed or param.name in BUILT_IN:
             what = "reserved" if param.name in RESERVED else "built in"
-            problems.append(Diagnostic(f"`{param.name}` is {what}", name_span(param), "choose another name"))
+            help = "choose another name"
+            if isinstance(item, ast.Definition) and param.name in IN_SIGHT.get(item.word, ()):
+                help = HEADS_OF[item.word].format(item.name)
+            problems.append(Diagnostic(f"`{param.name}` is {what}", name_span(param), help))
         seen.add(param.name)
+    if isinstance(item, ast.Definition) and [param.name for param in item.params] == ["q", "k"]:
+        problems.pop()
     definitions.setdefault(name, item)
     return problems
 
@@ -325,6 +339,8 @@ class Program:
             return _listed(name, value)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise fail(f"`{name}` is a number, a list of numbers or a text, not {type(value).__name__}")
+        if not math.isfinite(value):
+            raise fail(f"`{name}` is {value}, and must be a finite number")
         return Num(ir.const(value))
 
     def check_definitions(self) -> list[Diagnostic]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from attndsl.command.given import COLUMNS
 from attndsl.errors import AttnError
 
 COMMANDS = {
@@ -31,7 +32,7 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except AttnError as error:
-            click.echo(str(error), err=True)
+            click.echo(error.shown(COLUMNS), err=True)
             ctx.exit(1)
 
     def list_commands(self, ctx: click.Context) -> list[str]:

@@ -16,6 +16,9 @@ from attndsl.errors import AttnError, Source, fail
 from attndsl.program import Program, load, parse
 from attndsl.syntax.format import render
 
+COLUMNS = 80
+"""Of what is told of mistakes."""
+
 
 def program_of(file: str) -> Program:
     """The program of a file, or of stdin for `-`."""

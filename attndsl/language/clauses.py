@@ -178,7 +178,10 @@ class AttentionBuilder:
         if not which.free <= {"h", "H"} or which.tables:
             raise fail("a set of heads depends on h and H alone", e.span)
         if "H" not in which.free and not listed_heads(which):
-            raise fail("this set of heads is empty", e.span)
+            help = ""
+            if isinstance(e, ast.Binary) and e.op == "-":
+                help = f"write `{quoted(e.left)}..{quoted(e.right)}`"
+            raise fail("this set of heads is empty", e.span, help)
         return which
 
     def once(self, word: str, clauses: list[ast.Clause]) -> None:
@@ -302,7 +305,8 @@ class AttentionBuilder:
             if func.id != "softmax":
                 raise fail(f"`{func.id}` takes no arguments", arg.span, help="only `softmax` has a sink")
             if arg.name != "sink" or len(args) > 1:
-                raise fail("`softmax` takes one argument, `sink = ...`", arg.span)
+                help = "leave it out: the softmax is over the keys of a query"
+                raise fail("`softmax` takes one argument, `sink = ...`", arg.span, help)
             sink = self.real(arg.value, replace(env, binding="sink"))
             if not sink.free <= {"b", "h", "H", "n", "nq", "D"}:
                 raise fail("a sink is one logit per head", arg.value.span)

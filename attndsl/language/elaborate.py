@@ -27,7 +27,7 @@ from attndsl.language.mistakes import (
     quoted,
     truth_of,
 )
-from attndsl.language.unknown import fitting, habit, remedy, wanted
+from attndsl.language.unknown import condition_around, fitting, habit, remedy, wanted
 from attndsl.language.values import (
     TOKENS,
     AttentionOf,
@@ -86,7 +86,8 @@ class Elaborator:
         if name.id == "n":
             return Num(space.n)
         if name.id in POSITIONS or name.id == "layer" or (name.id == "D" and env.integral):
-            raise out_of_place(name, env.units)
+            inside = self.definitions.get(env.calls[-1]) if env.calls else None
+            raise out_of_place(name, env.units, condition_around(name, inside) if inside else None)
         if name.id in ("nq", "h", "H", "D"):
             return Num(ir.var(name.id))
         if name.id in self.definitions:
@@ -104,10 +105,9 @@ class Elaborator:
         if (comment := _comment_before(name.span)) is not None:
             return fail("unexpected `//`", comment, "a comment begins with `#`")
         inside = self.definitions.get(env.calls[-1]) if env.calls else None
-        others = (*BUILT_IN, *self.selections(), "n", "nq", "h", "H", "D")
         kind = wanted(name, inside, self.definitions, self.selection) if inside else ""
         known = {*env.names, *self.definitions, *BUILT_IN, *self.selections(), "n", "nq", "h", "H", "D"}
-        help = "" if looked_up else habit(name.id)
+        help = "" if looked_up or kind == "attention" else habit(name.id)
         help = help or suggest(name.id, filter(fitting(kind, self.definitions), known))
         if not help and inside is not None and name.id in {param.name for param in inside.params}:
             help = "a default sees only the parameters before its own"

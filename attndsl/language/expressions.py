@@ -80,7 +80,7 @@ def on_number(el: Elaborator, e: ast.Number, env: Scope, space: Space) -> Value:
 
 
 def on_text(el: Elaborator, e: ast.Text, env: Scope, space: Space) -> Value:
-    raise fail("a string has no meaning here", e.span)
+    raise fail("a string has no meaning here", e.span, "leave the quotes out")
 
 
 def on_abs(el: Elaborator, e: ast.Abs, env: Scope, space: Space) -> Value:
@@ -298,8 +298,7 @@ def on_setlist(el: Elaborator, e: ast.SetList, env: Scope, space: Space) -> Valu
             if isinstance(item, ast.Range):
                 found.append((el.integer(item.lo, env, sp), el.integer(item.hi, env, sp)))
             else:
-                axes = "lists have one axis, and " if isinstance(item, ast.SetList) else ""
-                found.append((el.num(item, env, sp, f"{axes}sets are joined with `|`"),) * 2)
+                found.append((member_of_list(el, item, env, sp),) * 2)
         return found
 
     def contains(p: Expr, sp: Space) -> Expr:
@@ -329,6 +328,14 @@ def on_setlist(el: Elaborator, e: ast.SetList, env: Scope, space: Space) -> Valu
     else:
         items(space)
     return replace(el.members(contains), listed=listed)
+
+
+def member_of_list(el: Elaborator, item: ast.Expression, env: Scope, space: Space) -> Expr:
+    value = el.value(item, env, space)
+    if isinstance(value, Pattern):
+        raise expected("a number", value, item, "patterns are joined with `|` or `&`")
+    axes = "lists have one axis, and " if isinstance(item, ast.SetList) else ""
+    return number_of(value, item, f"{axes}sets are joined with `|`" if isinstance(value, SetOf) else "")
 
 
 def on_builder(el: Elaborator, e: ast.Builder, env: Scope, space: Space) -> Value:

@@ -41,7 +41,8 @@ def leaf(el: Elaborator, name: str, selection: Selection, e: ast.Call, env: Scop
         help = "claim it of the pattern or the attention that chooses"
         raise fail(f"a claim is about every choice: it cannot name `{name}`", e.span, help)
     if not env.integral and not env.claims:
-        raise fail(f"`{name}` chooses keys, and stands in a mask alone", e.span)
+        help = f"write `mask {quoted(e)}`"
+        raise fail(f"`{name}` chooses keys, and stands in a mask alone", e.span, help)
     parameters = inspect.signature(selection.signature).parameters
     required = tuple(p.name for p in parameters.values() if p.default is inspect.Parameter.empty)
     optional = tuple(p for p in parameters if p not in required) + ("of",) * (selection.kind == "list")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Mapping
 
+from attndsl.errors import Span
 from attndsl.language.arguments import signature
 from attndsl.language.vocabulary import BUILT_IN, FUNCTIONS
 from attndsl.selection import Selection
@@ -19,6 +21,7 @@ KEY = "the key's position is `k`"
 HEAD_DIM = "the head dimension is `D`"
 LENGTH = "the number of positions is `n`"
 HEADS = "the number of heads is `H`"
+BATCH = "the batch is an axis of `inputs` alone, the first: `int[B, n]`; its index is left out"
 OUT = "a pair is taken out by `mask`, or by `decay where(condition, 1.0, 0.0)`"
 INNER = "the inner product of two vectors is `Q @ K`"
 ROTARY = "rotary embedding is done before the call: q and k arrive ready"
@@ -27,8 +30,9 @@ CASTS = "round down by `floor(x)`; `x * 1.0` is real"
 HABITS = {
     **dict.fromkeys(("window", "sliding_window", "sliding", "local"), WINDOW),
     "abs": "write `|x|`",
-    "b": "the batch stands only in the axes of `inputs`, first: `int[B, n]`",
-    "batch": "the batch stands only in the axes of `inputs`, first: `int[B, n]`",
+    **dict.fromkeys(("b", "batch"), BATCH),
+    "even": "every second is `{ p : p mod 2 == 0 }`",
+    "odd": "every second is `{ p : p mod 2 == 1 }`",
     "true": "write `0 == 0`, or the pattern `full`",
     "false": "write `0 == 1`, or the pattern `none`",
     **dict.fromkeys(("inf", "infinity", "neg_inf", "nan", "masked_fill"), OUT),
@@ -76,8 +80,8 @@ def habit(name: str) -> str:
 def wanted(
     name: ast.Name, inside: Definition, definitions: Mapping[str, Definition], selection: Selections
 ) -> str:
-    """What a name is to be where it stands in a definition: a type with its axes, `pattern`, `number`, or one of
-    the first and last that is called, as `let(x)`; empty where it does not stand there."""
+    """What a name is to be where it stands in a definition: a type with its axes, `pattern`, `attention`, `number`,
+    where it is called `pattern(x)` or `let(x)`; empty where that is not known."""
     path = _path(inside, name)
     if len(path) < 2:
         return ""
@@ -97,6 +101,8 @@ def remedy(name: str, kind: str, real: bool, inside: Definition) -> str:
         return f"make it a parameter: `{inside.word} {inside.name}({params}) = ...`"
     if kind == "pattern":
         return f"define it: `pattern {name} = ...`"
+    if kind == "attention":
+        return f"define it: `attention {name} {{ ... }}`"
     if kind == "number" and inside.sum is not None:
         return f"make it a parameter: `{_with(inside, f'{name} = learn[H](0.5)')}`"
     if kind == "number":
@@ -114,11 +120,31 @@ def fitting(kind: str, definitions: Mapping[str, Definition]) -> Callable[[str],
         word = definition.word if isinstance(definition, ast.Definition) else ""
         if kind.startswith("pattern"):
             return word in ("pattern", "") and name not in FUNCTIONS
+        if kind == "attention":
+            return isinstance(definition, ast.AttentionDef)
         if kind.endswith("]"):
             return word in ("let", "") and name not in BUILT_IN
         return True
 
     return fits
+
+
+def condition_around(name: ast.Name, inside: Definition) -> Span | None:
+    """The whole condition that a position is part of, without patterns beside it; None where it is part of none."""
+    found: Span | None = None
+    for node in reversed(_path(inside, name)[:-1]):
+        match node:
+            case ast.Compare(_, args):
+                first, last = args[0], args[-1]
+                # `causal & q < 3`: the comparison is looser than `&`
+                first = first.args[-1] if isinstance(first, ast.Nary) and first.op in "&|" else first
+                last = last.args[0] if isinstance(last, ast.Nary) and last.op in "&|" else last
+                found = first.span.to(last.span)
+            case ast.Nary("and" | "or") | ast.Unary("not"):
+                found = node.span
+            case _ if found is not None:
+                break
+    return found
 
 
 def _with(inside: ast.AttentionDef, param: str) -> str:
@@ -147,8 +173,18 @@ def _kind(
     parents = [node for node in reversed(path[:-1]) if not isinstance(node, ast.Argument)]
     parent = parents[0] if parents else None
     match parent:
-        case ast.Index(base, indices) if base is path[-1]:
-            return f"{_entry(path, parents[1:])}[{', '.join(map(_axis, indices))}]"
+        case ast.Index(base) if base is path[-1]:
+            chain = list(itertools.takewhile(lambda node: isinstance(node, ast.Index), parents))
+            axes = [_axis(index) for node in chain if isinstance(node, ast.Index) for index in node.indices]
+            return f"{_entry(path, parents[len(chain) :])}[{', '.join(axes)}]"
+        case ast.HeadClauses():
+            return ""
+        case ast.AttentionDef():
+            return "attention"
+        case ast.Nary("+") | ast.Binary("-") if (
+            isinstance(path[0], ast.AttentionDef) and path[0].sum is not None
+        ):
+            return "attention"
         case ast.Compare(ops, args) if args[-1] is path[-1] and ops[-1] == "in":
             return "bool[n]"
         case ast.Binary("@", left) if _of_vectors(parent, path[0]):

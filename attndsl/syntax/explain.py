@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from lark import Token, UnexpectedCharacters, UnexpectedInput, UnexpectedToken
 
 from attndsl.errors import Diagnostic, Source, Span
-from attndsl.syntax.prelude import word_of
+from attndsl.syntax.prelude import takes, word_of
 from attndsl.syntax.tokens import (
     CLAUSES,
     DEFINITIONS,
@@ -159,14 +159,18 @@ def explain(
         )
     if bad.type == "ASSIGN" and complete:
         return at(here, there, "unexpected `=`", "write `==` to compare")
-    if bad.type == "COMMA" and clauses_due:
+    if bad.type == "ASSIGN" and tokens and tokens[-1].type == "ASSIGN" and end == here:
+        return at(here - 1, there, "unexpected `==`", "a definition is written with `=`")
+    if bad.type == "COMMA" and (clauses_due or (last_clause(tokens) == "heads" and complete)):
+        if COMMA_CLAUSE.match(text, there):
+            help = "leave it out: every clause begins with a word"
+            return at(here, there, "`,` between clauses", help, (here, there))
         return at(
-            here, there, "`,` between clauses", "leave it out: every clause begins with a word", (here, there)
+            here,
+            there,
+            "unexpected `,`",
+            JOINED.get(last_clause(tokens), "join what stands here by an operator"),
         )
-    if tokens and tokens[-1].type == "USE" and bad.type == "NAME":
-        path = re.compile(r"\S+").match(text, here)
-        assert path is not None
-        return at(here, path.end(), 'expected a string in `"`', f'write `use "{path[0]}"`')
     if accepts == {"LSQB"} and tokens[-2].type == "COLON":
         name, kind = tokens[-3], tokens[-1]
         return at(
@@ -192,6 +196,8 @@ def explain(
         if bad in CLAUSES:
             clause = f"a clause stands in the braces of an attention: `attention NAME {{ {bad} ... }}`"
             return at(here, there, f"{DEFINITION} {shown}", clause)
+        if text[there:].lstrip()[:1] == "=":
+            return at(here, there, f"{DEFINITION} {shown}", f"a value is defined by `let {bad} = ...`")
         return at(here, there, *unknown(DEFINITION, bad, shown, DEFINITIONS))
     if not tokens and "PATTERN" in accepts:
         if bad in CLAUSES:
@@ -200,6 +206,17 @@ def explain(
         return at(here, there, "expected a definition", listing(DEFINITIONS))
     if len(tokens) == 1 and tokens[0] in DEFINITIONS and bad.type == "LBRACE":
         return at(here, there, "expected a name, not `{`", f"write `{tokens[0]} NAME {{ ... }}`")
+    if len(tokens) == 1 and tokens[0] in DEFINITIONS and bad.type in ("STRING", "INT", "FLOAT"):
+        help = f"write `{tokens[0]} {bad[1:-1]}`" if bad.type == "STRING" else "a name begins with a letter"
+        return at(here, there, f"expected a name, not {shown}", help)
+    if len(tokens) == 2 and tokens[1].type == "NAME" and bad.type == "LSQB":
+        help = f"parameters stand in parentheses: `{tokens[0]} {tokens[1]}(...)`"
+        return at(here, there, "unexpected `[`", help)
+    if bad.type == "LSQB" and tokens and tokens[-1].type == "RSQB" and last_clause(tokens) == "inputs":
+        help = "all axes stand in one pair of brackets: `int[B, n]`"
+        return at(here, there, "unexpected `[`", help)
+    if bad.type == "COMMA" and complete and tokens[-1] == "q":
+        return at(here, there, "unexpected `,`", "a pattern is written `{ q, k : condition }`")
     if len(tokens) == 2 and bad.type == "MINUS" and (rest := WORD.match(text, there)):
         joined = f"{tokens[1]}_{rest[0]}"
         return at(here, there, "a name is made of letters, digits and `_`", f"write `{joined}`")
@@ -237,7 +254,13 @@ def explain(
     if bad.lower() in CLAUSES and bad.type in CLAUSE_TYPES and (complete or clauses_due):
         if clauses_due:
             return at(here, there, f"`{bad}` cannot stand inside of `heads`")
+        if last_clause(tokens) == "heads" and "LBRACE" in accepts:
+            help = f"a group of heads has braces: write `heads 0..3 {{ {bad} ... }}`"
+            return at(here, there, f"expected `{{`, not {shown}", help)
         return at(here, there, f"the clause `{bad}` stands only in the braces of an attention")
+    if [token.type for token in tokens[-2:]] == ["HEADS", "LBRACE"] and bad in CLAUSES:
+        help = "write `0..3 { ... }` or `else { ... }`"
+        return at(*extent(tokens[-1]), "expected the heads of this group", help)
     if "NAME" in accepts and "INT" not in accepts and not clauses_due and WORD.fullmatch(bad):
         return at(here, there, f"{shown} is a reserved word", "choose another name")
 
@@ -274,23 +297,45 @@ def explain(
             return at(*extent(tokens[-1]), message, "", (begun, word))
     if complete and bad.type in STARTS:
         if tokens[-1].type == "INT" and bad.type == "NAME" and here == end:
-            return at(here, there, "a name cannot begin with a digit", "write `2 * x` for a product")
-        help = "put an operator between them"
-        if "if" in (bad, tokens[-1]):
-            help = "write `where(condition, a, b)`"
-        elif tokens[-1] == "lambda":
-            help = "a pattern is written `{ q, k : condition }`"
-        elif tokens[-1].type == "NAME" and bad.type in ("INT", "FLOAT", "MINUS", "NAME"):
-            if word_of(source.text, tokens[-1]):
-                help = f"arguments stand in parentheses: `{tokens[-1]}({bad})`"
-        elif bad.type == "NAME" and word_of(source.text, bad) == "pattern" and clauses_due:
-            help = f"join patterns by an operator: `& {bad}`, `| {bad}`"
-        return at(here, there, "two expressions side by side", help)
+            return at(
+                extent(tokens[-1])[0], there, "a name cannot begin with a digit", numeral(tokens[-1], bad)
+            )
+        help = beside(source.text, tokens[-1], bad, clauses_due)
+        cut = clause_around(tokens, text, here, by_line=True)
+        return at(here, there, "two expressions side by side", help, cut)
+    heads = last_clause(tokens) == "heads" and "LBRACE" in accepts and complete
+    if heads and bad.type != "$END":
+        help = "a group of heads is written `0..3 { mask ... }`"
+        return at(here, there, f"expected {wanted(accepts)}, not {shown}", help)
     if bad.type == "$END":
         return at(here, there, f"expected {wanted(accepts)}, not the end")
     return at(here, there, f"expected {wanted(accepts)}, not {shown}")
 
 
+COMMA_CLAUSE = re.compile(rf"\s*(?:\}}|(?:{'|'.join(CLAUSES)})\b)")
+JOINED = {
+    "mask": "join patterns by an operator: `&` for what all relate, `|` for what some do",
+    "keys": "join streams by `++`",
+    "heads": "several heads are a range or a list: `0..3` or `[0, 1]`",
+}
+"""What stands in place of a comma in a clause."""
+WORDS = {
+    "if": "write `where(condition, a, b)`",
+    "then": "write `where(condition, a, b)`",
+    "between": "write `a <= x <= b`",
+    "is": "write `==`",
+    "equals": "write `==`",
+    "isin": "write `in`",
+    "where": "join conditions by `and`, patterns by `&`",
+    "when": "join conditions by `and`, patterns by `&`",
+    "with": "join conditions by `and`, patterns by `&`",
+    "subset": "write `<=`",
+    "subsetof": "write `<=`",
+    "implies": "write `not a or b`",
+    "xor": "write `(a or b) and not (a and b)`",
+    "to": "write `a..b`, both ends included",
+}
+"""Operators of other languages."""
 COLON = re.compile(r"\s*:")
 ALONE = re.compile(r"\s*(?:\}|$)")
 ARGUMENT = re.compile(r"[ \t]+(-?[\w.]+)")
@@ -301,9 +346,46 @@ CLAUSE_WORDS = re.compile(
 OPEN, CLOSE = "([{", ")]}"
 
 
-def following(text: str, position: int, level: int = 0) -> int:
-    """Where the next clause begins after `position`, or the brace around these clauses is closed; `level`
-    brackets that are open there end before."""
+def last_clause(tokens: list[Token]) -> str:
+    return next((str(token) for token in reversed(tokens) if token.type in CLAUSE_TYPES), "")
+
+
+def numeral(digits: str, rest: str) -> str:
+    """What is written for digits with letters behind."""
+    if re.fullmatch(r"(?:_\d+)+", rest):
+        return f"write `{digits}{rest.replace('_', '')}`"
+    if digits == "0" and re.fullmatch(r"x[0-9a-fA-F]+", rest):
+        return f"write `{int(digits + rest, 16)}`"
+    if rest.lower() in ("k", "m", "g"):
+        return f"write `{int(digits) * 1024 ** ('kmg'.index(rest.lower()) + 1)}`"
+    return "write `2 * x` for a product"
+
+
+def beside(text: str, left: Token, right: Token, clauses_due: bool) -> str:
+    """What is written where two expressions stand side by side."""
+    if help := WORDS.get(right) or WORDS.get(left):
+        return help
+    if left == "lambda":
+        return "a pattern is written `{ q, k : condition }`"
+    if left == "forall":
+        return "a claim is about all positions and lengths: write `A <= B`"
+    if left.type in ("INT", "FLOAT") and right.type == "NAME":
+        return f"write `{left} * {right}`"
+    if (
+        right.type == "NAME"
+        and word_of(text, right) == "pattern"
+        and not (takes(text, left) and not clauses_due)
+    ):
+        return f"join patterns by an operator: `& {right}`, `| {right}`"
+    if left.type == "NAME" and right.type in ("INT", "FLOAT", "NAME") and takes(text, left) is not False:
+        either = "" if takes(text, left) else "put an operator between them; "
+        return f"{either}arguments stand in parentheses: `{left}({right})`"
+    return "put an operator between them"
+
+
+def following(text: str, position: int, level: int = 0, by_line: bool = False) -> int:
+    """Where the next clause begins after `position` or the brace around these clauses is closed; `level` brackets
+    that are open there end before. With `by_line` the clause begins a line."""
     for match in CLAUSE_WORDS.finditer(text, position):
         if match[0] in OPEN:
             level += 1
@@ -312,12 +394,15 @@ def following(text: str, position: int, level: int = 0) -> int:
             if level < 0:
                 return match.start()
         elif match[0][0].isalpha() and level == 0 and match.start() > position:
-            return match.start()
+            line = text.rfind("\n", 0, match.start()) + 1
+            if not by_line or not text[line : match.start()].strip():
+                return match.start()
     return len(text)
 
 
-def clause_around(tokens: list[Token], text: str, position: int) -> Cut | None:
-    """The clause that a mistake at `position` is in; None where that is in no clause of an attention."""
+def clause_around(tokens: list[Token], text: str, position: int, by_line: bool = False) -> Cut | None:
+    """The clause that a mistake at `position` is in, up to the next, with `by_line` up to the next that begins a
+    line; None where that is in no clause of an attention."""
     level, begun = 0, dict[int, int]()
     for token in tokens:
         if token.type in OPENERS:
@@ -335,7 +420,7 @@ def clause_around(tokens: list[Token], text: str, position: int) -> Cut | None:
     word = CLAUSE_WORDS.match(text, position)
     if word and word[0][0].isalpha() and level == inner and position > begun[inner]:
         return begun[inner], position
-    return begun[inner], following(text, position, level - inner)
+    return begun[inner], following(text, position, level - inner, by_line)
 
 
 def foreign_comment(text: str, tokens: list[Token], bad: Token) -> Cut | None:
@@ -382,7 +467,10 @@ def stray_colon(
         and (len(kinds) == 2 or parameters)
         and (kinds[0] != "ATTENTION" or parameters)
     ):
-        end = kind.end() if (kind := TYPE.match(text, here + 1)) else here + 1
+        kind = TYPE.match(text, here + 1)
+        if kind is None:
+            return here, here + 1, "unexpected `:`", "a value is written with `=`"
+        end = kind.end()
         what = "parameter" if parameters else "definition"
         return here, end, f"a {what} has no type", "leave it out: what it is says its value", (here, end)
     if header and kinds[0] == "ATTENTION" and depth == 0:

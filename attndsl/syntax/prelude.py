@@ -6,7 +6,7 @@ import re
 from functools import cache
 from importlib.resources import files
 
-HEAD = r"^[ \t]*(pattern|score|let|attention)[ \t]+([A-Za-z_]\w*)"
+HEAD = r"^[ \t]*(pattern|score|let|attention)[ \t]+([A-Za-z_]\w*)(\(?)"
 
 
 @cache
@@ -17,10 +17,19 @@ def prelude_text() -> str:
 @cache
 def prelude_words() -> dict[str, str]:
     """The names that the prelude defines, each with its word: `score` for `alibi`."""
-    return {name: word for word, name in re.findall(HEAD, prelude_text(), re.MULTILINE)}
+    return {name: word for word, name, _ in re.findall(HEAD, prelude_text(), re.MULTILINE)}
 
 
 def word_of(text: str, name: str) -> str:
     """The word that defines a name in a text or, if it does not, in the prelude; empty if neither does."""
-    own = {found: word for word, found in re.findall(HEAD, text, re.MULTILINE)}
+    own = {found: word for word, found, _ in re.findall(HEAD, text, re.MULTILINE)}
     return own.get(name) or prelude_words().get(name, "")
+
+
+def takes(text: str, name: str) -> bool | None:
+    """Whether what is defined so has parameters; None for a name that neither defines."""
+    for source in (text, prelude_text()):
+        for _, found, parameters in re.findall(HEAD, source, re.MULTILINE):
+            if found == name:
+                return bool(parameters)
+    return None

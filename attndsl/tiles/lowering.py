@@ -55,7 +55,8 @@ class Sizes:
 
 def checked_length(name: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise fail(f"`{name}` is an integer, not {type(value).__name__}")
+        help = f"write `{int(value)}`" if isinstance(value, float) and value.is_integer() else ""
+        raise fail(f"`{name}` is an integer, not {type(value).__name__}", help=help)
     if value < 0:
         raise fail(f"`{name}` is {value}, and must not be negative")
     if value > LENGTH_LIMIT:
@@ -354,6 +355,8 @@ def check_kind(table: Table, array: Any) -> None:
     """Raises AttnError where an array or a tensor is of another kind than the table."""
     dtype = str(array.dtype).removeprefix("torch.")
     kind = next((kind for kind, names in KINDS.items() if dtype.startswith(names)), dtype)
+    if kind not in KINDS and hasattr(array, "item") and dtype.startswith(("<U", "object")):
+        raise fail(f"`{table.name}` is no array of numbers or truths", help="a file is read by `numpy.load`")
     if kind != table.dtype:
         cast = CASTS[table.dtype][hasattr(array, "detach")]
         help = f"pass `{table.name}{cast}`" if kind in KINDS else ""
