@@ -11,7 +11,7 @@ import numpy as np
 
 from attndsl import expr as ir
 from attndsl.attention import Approx, Attention, HeadGroup, Norm, Relation
-from attndsl.errors import AttnError, fail
+from attndsl.errors import AttnError, fail, suggest
 from attndsl.expr import Expr, Table
 from attndsl.language.approx import approx_of, refuse_beside, refuse_mask
 from attndsl.language.arguments import bind_arguments, input_table, name_span, score_call
@@ -305,7 +305,8 @@ class AttentionBuilder:
             if func.id != "softmax":
                 raise fail(f"`{func.id}` takes no arguments", arg.span, help="only `softmax` has a sink")
             if arg.name != "sink" or len(args) > 1:
-                help = "leave it out: the softmax is over the keys of a query"
+                meant = suggest(arg.name, ("sink",))
+                help = meant or "leave it out: the softmax is over the keys of a query"
                 raise fail("`softmax` takes one argument, `sink = ...`", arg.span, help)
             sink = self.real(arg.value, replace(env, binding="sink"))
             if not sink.free <= {"b", "h", "H", "n", "nq", "D"}:

@@ -107,10 +107,12 @@ class Elaborator:
         inside = self.definitions.get(env.calls[-1]) if env.calls else None
         kind = wanted(name, inside, self.definitions, self.selection) if inside else ""
         known = {*env.names, *self.definitions, *BUILT_IN, *self.selections(), "n", "nq", "h", "H", "D"}
-        help = "" if looked_up or kind == "attention" else habit(name.id)
-        help = help or suggest(name.id, filter(fitting(kind, self.definitions), known))
-        if not help and inside is not None and name.id in {param.name for param in inside.params}:
+        help = ""
+        if inside is not None and name.id in {param.name for param in inside.params}:
             help = "a default sees only the parameters before its own"
+        if not (help or looked_up or kind == "attention"):
+            help = habit(name.id)
+        help = help or suggest(name.id, filter(fitting(kind, self.definitions), known))
         if not help and env.claims and any(name.id in _inputs(item) for item in self.definitions.values()):
             help = "a claim is about every table: it cannot name one"
         if not help and inside is not None:

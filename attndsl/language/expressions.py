@@ -522,7 +522,7 @@ def choice(el: Elaborator, args: list[ast.Expression], env: Scope, space: Space)
                 ir.all_of(holds, some.contains(p, sp)), ir.all_of(otherwise, rest.contains(p, sp))
             )
         )
-    if isinstance(one, Pattern | SetOf) or isinstance(as_number(one), Truth):
+    if env.integral and (isinstance(one, Pattern | SetOf) or isinstance(as_number(one), Truth)):
         raise expected(as_number(one).noun, other, args[2])
     return of_expr(ir.where(holds, *(el.quantity(arg, env, space) for arg in args[1:])))
 

@@ -275,7 +275,7 @@ def _meaning(e: ast.Expression, elaborator: Elaborator) -> str:
     definition = elaborator.definitions.get(called.id) if isinstance(called, ast.Name) else None
     if definition is None or not definition.doc:
         return ""
-    return f"`{signature(definition)}` is: {' '.join(definition.doc.split())}"
+    return f"`{signature(definition)}` is {' '.join(definition.doc.split())}"
 
 
 def _operands(e: ast.Expression) -> tuple[ast.Expression, ...]:

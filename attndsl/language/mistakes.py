@@ -111,8 +111,7 @@ def not_integer(number: Expr, e: ast.Expression, help: str = "") -> AttnError:
         return fail("a power is real where its exponent may be negative", powers[0].span, bounded)
     if isinstance(e, ast.Binary) and e.op == "/":
         return fail("`/` is real where an integer is needed", e.span, "write `//` to round down")
-    whole = isinstance(e, ast.Number) and float(e.value).is_integer()
-    help = help or (f"write `{int(e.value)}`" if isinstance(e, ast.Number) and whole else "")
+    help = help or (f"write `{int(e.value)}`" if isinstance(e, ast.Number) and e.value >= 1 else "")
     help = help or f"round it down: `floor({quoted(e)})`"
     return fail("expected an integer, and this is a real number", e.span, help)
 

@@ -80,8 +80,8 @@ def habit(name: str) -> str:
 def wanted(
     name: ast.Name, inside: Definition, definitions: Mapping[str, Definition], selection: Selections
 ) -> str:
-    """What a name is to be where it stands in a definition: a type with its axes, `pattern`, `attention`, `number`,
-    where it is called `pattern(x)` or `let(x)`; empty where that is not known."""
+    """What a name is to be where it stands in a definition: a type with its axes, `pattern`, `attention`,
+    `number`, where it is called `pattern(x)` or `let(x)`; empty where that is not known."""
     path = _path(inside, name)
     if len(path) < 2:
         return ""
@@ -130,7 +130,7 @@ def fitting(kind: str, definitions: Mapping[str, Definition]) -> Callable[[str],
 
 
 def condition_around(name: ast.Name, inside: Definition) -> Span | None:
-    """The whole condition that a position is part of, without patterns beside it; None where it is part of none."""
+    """The whole condition around a position, without patterns beside it; None where there is none."""
     found: Span | None = None
     for node in reversed(_path(inside, name)[:-1]):
         match node:

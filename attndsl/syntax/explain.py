@@ -171,6 +171,8 @@ def explain(
             "unexpected `,`",
             JOINED.get(last_clause(tokens), "join what stands here by an operator"),
         )
+    if tokens and tokens[-1].type == "USE" and bad.type == "NAME" and (path := PATH.match(text, here)):
+        return at(here, path.end(), 'expected a string in `"`', f'write `use "{path[0]}"`')
     if accepts == {"LSQB"} and tokens[-2].type == "COLON":
         name, kind = tokens[-3], tokens[-1]
         return at(
@@ -336,6 +338,7 @@ WORDS = {
     "to": "write `a..b`, both ends included",
 }
 """Operators of other languages."""
+PATH = re.compile(r"\S+")
 COLON = re.compile(r"\s*:")
 ALONE = re.compile(r"\s*(?:\}|$)")
 ARGUMENT = re.compile(r"[ \t]+(-?[\w.]+)")
@@ -378,14 +381,15 @@ def beside(text: str, left: Token, right: Token, clauses_due: bool) -> str:
     ):
         return f"join patterns by an operator: `& {right}`, `| {right}`"
     if left.type == "NAME" and right.type in ("INT", "FLOAT", "NAME") and takes(text, left) is not False:
-        either = "" if takes(text, left) else "put an operator between them; "
-        return f"{either}arguments stand in parentheses: `{left}({right})`"
+        if takes(text, left):
+            return f"an argument stands in parentheses: `{left}({right})`"
+        return f"put an operator between them, or parentheses around an argument: `{left}({right})`"
     return "put an operator between them"
 
 
 def following(text: str, position: int, level: int = 0, by_line: bool = False) -> int:
-    """Where the next clause begins after `position` or the brace around these clauses is closed; `level` brackets
-    that are open there end before. With `by_line` the clause begins a line."""
+    """Where the next clause begins after `position` or the brace around these clauses is closed; `level`
+    brackets that are open there end before. With `by_line` the clause begins a line."""
     for match in CLAUSE_WORDS.finditer(text, position):
         if match[0] in OPEN:
             level += 1
@@ -401,8 +405,8 @@ def following(text: str, position: int, level: int = 0, by_line: bool = False) -
 
 
 def clause_around(tokens: list[Token], text: str, position: int, by_line: bool = False) -> Cut | None:
-    """The clause that a mistake at `position` is in, up to the next, with `by_line` up to the next that begins a
-    line; None where that is in no clause of an attention."""
+    """The clause that a mistake at `position` is in, up to the next as in `following`; None where that is in
+    no clause of an attention."""
     level, begun = 0, dict[int, int]()
     for token in tokens:
         if token.type in OPENERS:

@@ -360,8 +360,6 @@ def check_kind(table: Table, array: Any) -> None:
     if kind != table.dtype:
         cast = CASTS[table.dtype][hasattr(array, "detach")]
         help = f"pass `{table.name}{cast}`" if kind in KINDS else ""
-        if kind == "float" and table.dtype != "float":
-            help += f", or declare it `{table.name} : {_shape_text(replace(table, dtype='float'))}`"
         raise fail(f"`{table.name}` is {_shape_text(table)}, and was given as {dtype}", help=help)
     if dtype == "uint64":
         raise fail(f"`{table.name}` is uint64, and integers have 63 bits and a sign", help="give it as int64")
