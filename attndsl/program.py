@@ -304,7 +304,8 @@ class Program:
             if stem in names:
                 return stem
         listed = ", ".join(self.names) or "nothing that can be compiled"
-        raise fail(f"`{self.name}` defines {listed}", help="give the name of one")
+        help = f"give the name of one: `{self.name}:{self.names[0]}`" if self.names else ""
+        raise fail(f"`{self.name}` defines {listed}", help=help)
 
     def bind(self, item: Definition, args: tuple[Any, ...], params: Mapping[str, Any]) -> Bound:
         """An attention, or a pattern as an attention of its own, with parameters from Python."""

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from attndsl.command.given import COLUMNS
-from attndsl.errors import AttnError
+from attndsl.errors import AttnError, suggest
 
 COMMANDS = {
     "check": "check",
@@ -34,6 +34,14 @@ class Commands(click.Group):
         except AttnError as error:
             click.echo(error.shown(COLUMNS), err=True)
             ctx.exit(1)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in COMMANDS:
+            help = suggest(args[0], COMMANDS) or f"there are {', '.join(COMMANDS)}"
+            ctx.fail(f"no command is named `{args[0]}`: {help}")
+        return super().resolve_command(ctx, args)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
