@@ -142,6 +142,8 @@ def condition_around(name: ast.Name, inside: Definition) -> Span | None:
                 found = first.span.to(last.span)
             case ast.Nary("and" | "or") | ast.Unary("not"):
                 found = node.span
+            case ast.Call(ast.Name("where")):
+                return None  # what it chooses between is no part of a condition
             case _ if found is not None:
                 break
     return found

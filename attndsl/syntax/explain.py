@@ -39,7 +39,7 @@ FOREIGN = (
     (r"<>", "write `!=`"),
     (r"\.\.\.", "write `a..b`, both ends included"),
     (r"\.\.[=<]", "write `a..b`, both ends included"),
-    (r"[-+*/|&]=", "there is no assignment: a definition holds for good"),
+    (r"[-+*/|&]=", "there is no assignment: write the new value, as in `score s + 1`"),
 )
 ELSEWHERE = {
     "def": "a pattern is written `pattern NAME = { q, k : condition }`",
@@ -142,7 +142,7 @@ def explain(
         return at(
             here,
             attribute.end(),
-            f"`.{attribute[0]}`: names have no parts",
+            f"unexpected `.{attribute[0]}`",
             part_of(tokens[-1], attribute[0]),
         )
     if bad.type == "":
@@ -436,6 +436,9 @@ def foreign_comment(text: str, tokens: list[Token], bad: Token) -> Cut | None:
     for match in re.compile(r"//|--|/\*").finditer(text, line, min(here + 2, line_end)):
         between = [token for token in tokens if extent(token)[0] >= match.end()]
         worded = all(token.type == "NAME" for token in between)
+        closed = text.find("*/", match.end(), line_end)
+        if match[0] == "/*" and closed >= 0:
+            line_end = closed + 2
         after = text[match.end() : line_end].strip()
         if any(
             after.count(opener) != after.count(closer) for opener, closer in zip(OPEN, CLOSE, strict=True)
@@ -452,7 +455,7 @@ def part_of(name: str, part: str) -> str:
         return f"write `{TYPES.get(part, part)}`"
     if part == "T":
         return f"the transpose is `T({name})`"
-    return ""
+    return "names have no attributes"
 
 
 def stray_colon(
@@ -476,7 +479,7 @@ def stray_colon(
             return here, here + 1, "unexpected `:`", "a value is written with `=`"
         end = kind.end()
         what = "parameter" if parameters else "definition"
-        return here, end, f"a {what} has no type", "leave it out: what it is says its value", (here, end)
+        return here, end, f"a {what} has no type", "leave it out: the value says what it is", (here, end)
     if header and kinds[0] == "ATTENTION" and depth == 0:
         return (
             here,
