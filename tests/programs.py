@@ -244,6 +244,7 @@ class Writer:
                     lambda: f"({sub()} and {sub()})",
                     lambda: f"({sub()} or {sub()} or {sub()})",
                     lambda: f"(not {sub()})",
+                    lambda: f"where({sub()}, {sub()}, {sub()})",
                 )
                 if depth > 0
                 else ()
@@ -296,6 +297,7 @@ class Writer:
                     lambda: f"({sub()} & {sub()})",
                     lambda: f"({sub()} - {sub()})",
                     lambda: f"(~{sub()})",
+                    lambda: f"where({self.truth(scope, depth - 1)}, {sub()}, {sub()})",
                     lambda: f"{{ p : {self.truth(inner, depth - 1)} }}",
                 )
                 if depth > 0
@@ -388,6 +390,7 @@ class Writer:
             lambda: f"({sub()} - {sub()})",
             lambda: f"(~{sub()})",
             lambda: f"({sub()} + {sub()})",
+            lambda: f"where({self.truth(scope, 1)}, {sub()}, {sub()})",
             lambda: f"T({sub()})",
             lambda: f"sym({sub()})",
             lambda: f"shift({self.small(-3, 3)}, {sub()})",

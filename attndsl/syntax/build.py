@@ -8,8 +8,7 @@ from typing import Any
 from lark import Token, Transformer
 
 from attndsl.errors import Source, Span, fail
-from attndsl.syntax import nodes
-from attndsl.syntax.explain import DTYPES, TYPES
+from attndsl.syntax import habits, nodes
 from attndsl.syntax.nodes import (
     Abs,
     Argument,
@@ -39,7 +38,7 @@ from attndsl.syntax.nodes import (
     Unary,
     Use,
 )
-from attndsl.syntax.tokens import extent
+from attndsl.syntax.tokens import DTYPES, extent
 
 INTEGER_LIMIT = 2**63 - 1
 
@@ -148,7 +147,7 @@ class Build(Transformer[Token, Any]):
     def input(self, children: list[Any]) -> InputDecl:
         name, dtype, *sizes, end = children
         if dtype not in DTYPES:
-            known = TYPES.get(dtype)
+            known = habits.TYPES.get(dtype)
             help = f"write `{known}`" if known else "an input is `int`, `bool` or `float`"
             raise fail(f"unknown type `{dtype}`", span_of(dtype), help)
         return InputDecl(str(name), str(dtype), tuple(sizes), span=around(name, end))

@@ -17,8 +17,9 @@ from lark import Lark, Token, UnexpectedInput, UnexpectedToken
 from platformdirs import user_cache_path
 
 from attndsl.errors import AttnError, Diagnostic, Source, Span, fail
+from attndsl.syntax.boundaries import CLAUSE_WORDS, Cut, clause_around
 from attndsl.syntax.build import Build, place
-from attndsl.syntax.explain import CLAUSE_WORDS, DEFINITION, Cut, clause_around, explain
+from attndsl.syntax.explain import DEFINITION, explain
 from attndsl.syntax.nodes import Argument, AttentionDef, Definition, Expression, Item, Module, Node
 from attndsl.syntax.tokens import CLAUSES, extent
 
