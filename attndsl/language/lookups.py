@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -34,24 +34,56 @@ def told_at_its_place(told: Diagnostic, written: Span | None) -> Diagnostic:
     return at_lookup(at_lookup(told, own), module.items)
 
 
-def at_lookup(told: Diagnostic, parts: Iterable[ast.Node]) -> Diagnostic:
-    """What is told of a look-up that leaves a table, at the one in these parts that may."""
+def at_lookup(told: Diagnostic, parts: Sequence[ast.Node]) -> Diagnostic:
+    """What is told of a look-up that leaves a table, at the one in these parts that may. A list is called
+    by the name that it has there."""
     found = LEFT.match(told.message)
     if told.span is not None or found is None:
         return told
-    name = found[1]
+    names = _names(found[1], parts)
     lookups = [
         (node, parents)
         for part in parts
         for node, parents in _below(part, ())
-        if isinstance(node, ast.Index)
-        and (node.span.text.startswith(f"{name}[") or quoted(node.base) == name)
+        if isinstance(node, ast.Index) and quoted(node.base) in names
     ]
     # at a position itself nothing can be outside of a table of positions
     moved = [one for one in lookups if not all(isinstance(i, ast.Name) for i in one[0].indices)]
     for node, parents in moved or lookups:
-        return replace(told, span=node.span, help=_guarded(node, parents) or told.help)
+        message = told.message
+        if found[1].startswith("[") and isinstance(node.base, ast.Name):
+            message = f"`{node.base.id}`{message.removeprefix(f'`{found[1]}`')}"
+        return replace(told, message=message, span=node.span, help=_guarded(node, parents) or told.help)
     return told
+
+
+def _names(table: str, parts: Sequence[ast.Node]) -> set[str]:
+    """What a table is called in these parts: its own name, and those of parameters that it is given to; a list
+    that none of them writes came from Python, and may be any parameter that is a list."""
+    nodes = list(ast.walk(tuple(parts)))
+    definitions = {node.name: node for node in nodes if isinstance(node, ast.Definition | ast.AttentionDef)}
+    names = {table}
+    while True:
+        more = {param.name for param in _params(nodes) if param.default and quoted(param.default) in names}
+        more |= {
+            x.name for x in definitions.values() if isinstance(x, ast.Definition) and quoted(x.body) in names
+        }
+        for call in nodes:
+            if isinstance(call, ast.Call) and (called := definitions.get(quoted(call.func))):
+                params = [param.name for param in called.params]
+                for position, arg in enumerate(call.args[: len(params)]):
+                    if quoted(arg.value) in names:
+                        more.add(arg.name or params[position])
+        if more <= names:
+            break
+        names |= more
+    if names == {table} and table.startswith("["):
+        names |= {param.name for param in _params(nodes) if isinstance(param.default, ast.SetList)}
+    return names
+
+
+def _params(nodes: Iterable[ast.Node]) -> Iterator[ast.Param]:
+    return (node for node in nodes if isinstance(node, ast.Param))
 
 
 def _below(node: ast.Node, parents: tuple[ast.Node, ...]) -> Iterator[tuple[ast.Node, tuple[ast.Node, ...]]]:
