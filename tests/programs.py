@@ -520,7 +520,12 @@ class Writer:
             lambda: f"(tanh({sub()}) * tanh({sub()}))",
             lambda: f"(sum(max(0.5 * Q, {sub()} - K)) / D)",
             lambda: f"(concat(Q, sin(K)) @ where(concat(K, Q) > {sub()}, 0.1, -concat(Q, K)) / D)",
-            lambda: f"tanh(({self.table(FLOATS[3]).name} @ Q) @ ({self.table(FLOATS[3]).name} @ cos(K)) / D)",
+            *[
+                lambda: (
+                    f"tanh(({self.table(FLOATS[3]).name} @ Q) @ ({self.table(FLOATS[3]).name} @ cos(K)) / D)"
+                )
+            ]
+            * 2,
         )
 
     def score(self) -> str:

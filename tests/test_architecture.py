@@ -12,6 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "attndsl"
 ROOMS = (
     "errors",  # diagnostics
+    "keywords",  # arguments by the names that they have elsewhere
     "expr",  # the typed core
     "legal",  # its nodes in a table
     "scores",  # what they depend on

@@ -12,7 +12,7 @@ import click
 
 from attndsl.bound import Bound
 from attndsl.command import child
-from attndsl.command.given import COLUMNS, bound, echo_json, file_and_name, program_of
+from attndsl.command.given import bound, columns, echo_json, file_and_name, program_of
 from attndsl.command.options import JSON, LIMIT
 from attndsl.errors import AttnError, Diagnostic, fail
 from attndsl.expr import Expr, Selected, Table, all_of, any_of
@@ -63,7 +63,7 @@ def check_file(file: str, time_limit: float, quiet: bool) -> dict[str, Any]:
     except AttnError as error:
         errors = error.diagnostics
     if not quiet and (errors or warned):
-        said = [told.shown(COLUMNS) for told in (errors or warned)]
+        said = [told.shown(columns()) for told in (errors or warned)]
         click.echo(("\n\n" if errors else "\n").join(said), err=True)
     assertions = [
         {

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from attndsl.command.given import COLUMNS
+from attndsl.command.given import columns
 from attndsl.errors import AttnError, suggest
 
 COMMANDS = {
@@ -32,7 +32,7 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except AttnError as error:
-            click.echo(error.shown(COLUMNS), err=True)
+            click.echo(error.shown(columns()), err=True)
             ctx.exit(1)
 
     def resolve_command(

@@ -116,7 +116,7 @@ class Elaborator:
         if not help and env.claims and any(name.id in _inputs(item) for item in self.definitions.values()):
             help = "a claim is about every table: it cannot name one"
         if not help and inside is not None:
-            help = remedy(name.id, kind, not env.integral, inside)
+            help = remedy(name.id, kind, inside)
         return fail(f"unknown name `{name.id}`", name.span, help)
 
     def means(self, name: str, env: Scope) -> bool:

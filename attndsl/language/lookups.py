@@ -58,8 +58,8 @@ def at_lookup(told: Diagnostic, parts: Sequence[ast.Node]) -> Diagnostic:
 
 
 def _names(table: str, parts: Sequence[ast.Node]) -> set[str]:
-    """What a table is called in these parts: its own name, and those of parameters that it is given to; a list
-    that none of them writes came from Python, and may be any parameter that is a list."""
+    """What a table is called in these parts: its own name, and parameters that it is given to; a list that
+    none of them writes came from Python, and may be any parameter that is a list."""
     nodes = list(ast.walk(tuple(parts)))
     definitions = {node.name: node for node in nodes if isinstance(node, ast.Definition | ast.AttentionDef)}
     names = {table}

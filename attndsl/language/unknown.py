@@ -72,6 +72,10 @@ HABITS = {
 """Names of other tools, in lower case, and what is written here."""
 
 
+NUMBERS = {"number": "128", "real": "0.5", "gate": "learn[H](0.5)"}
+"""Kinds of numbers, each with one."""
+
+
 def habit(name: str) -> str:
     """What is written in place of a word of other tools; empty for others."""
     return HABITS.get(name) or HABITS.get(name.lower(), "")
@@ -80,8 +84,8 @@ def habit(name: str) -> str:
 def wanted(
     name: ast.Name, inside: Definition, definitions: Mapping[str, Definition], selection: Selections
 ) -> str:
-    """What a name is to be where it stands in a definition: a type with its axes, `pattern`, `attention`,
-    `number`, where it is called `pattern(x)` or `let(x)`; empty where that is not known."""
+    """What a name is to be where it stands in a definition: a type with its axes, `pattern`, `attention`, one
+    of NUMBERS, where it is called `pattern(x)` or `let(x)`; empty where that is not known."""
     path = _path(inside, name)
     if len(path) < 2:
         return ""
@@ -90,7 +94,7 @@ def wanted(
     return _kind(path, name.id, definitions, selection, 8)
 
 
-def remedy(name: str, kind: str, real: bool, inside: Definition) -> str:
+def remedy(name: str, kind: str, inside: Definition) -> str:
     """How a name that nothing defines is declared in a definition where it is to be of a kind."""
     if not kind:
         return ""
@@ -103,10 +107,8 @@ def remedy(name: str, kind: str, real: bool, inside: Definition) -> str:
         return f"define it: `pattern {name} = ...`"
     if kind == "attention":
         return f"define it: `attention {name} {{ ... }}`"
-    if kind == "number" and inside.sum is not None:
-        return f"make it a parameter: `{_with(inside, f'{name} = learn[H](0.5)')}`"
-    if kind == "number":
-        return f"make it a parameter: `{_with(inside, f'{name} = {0.5 if real else 128}')}`"
+    if kind in NUMBERS:
+        return f"make it a parameter: `{_with(inside, f'{name} = {NUMBERS[kind]}')}`"
     if inside.sum is not None:
         return f"declare the gate: `attention {inside.name} {{ inputs {name} : {kind} }} = ...`"
     return f"declare the table: `inputs {name} : {kind}`"
@@ -171,7 +173,7 @@ def _kind(
     selection: Selections,
     depth: int,
 ) -> str:
-    """A type with axes, `pattern` or `number`: what a name is where it stands."""
+    """As `wanted`, of the last of a path."""
     parents = [node for node in reversed(path[:-1]) if not isinstance(node, ast.Argument)]
     parent = parents[0] if parents else None
     match parent:
@@ -183,9 +185,7 @@ def _kind(
             return ""
         case ast.AttentionDef():
             return "attention"
-        case ast.Nary("+") | ast.Binary("-") if (
-            isinstance(path[0], ast.AttentionDef) and path[0].sum is not None
-        ):
+        case ast.Nary("+") | ast.Binary("-") | ast.Binary("*", ast.Number()) if _in_sum(path):
             return "attention"
         case ast.Compare(ops, args) if args[-1] is path[-1] and ops[-1] == "in":
             return "bool[n]"
@@ -199,11 +199,19 @@ def _kind(
         case ast.Nary("and" | "or") | ast.Unary("not") | ast.Builder():
             return "bool[n]"
         case ast.Call(ast.Name(called), args) if depth:
-            values = [arg.value for arg in args]
-            position = next((i for i, value in enumerate(values) if value is path[-1]), None)
+            position = next((i for i, arg in enumerate(args) if arg.value is path[-1]), None)
             if position is not None:
-                return _argument(called, args[position].name, position, definitions, selection, depth)
-    return "number"
+                named = args[position].name
+                argument = _argument(called, named, position, definitions, selection, depth)
+                return argument or _number(path)
+    return _number(path)
+
+
+def _number(path: tuple[ast.Node, ...]) -> str:
+    if _in_sum(path):
+        return "gate"
+    words = [node.word for node in path if isinstance(node, ast.Clause)]
+    return "real" if set(words) & {"score", "decay", "norm"} else "number"
 
 
 def _argument(
@@ -214,9 +222,11 @@ def _argument(
     selection: Selections,
     depth: int,
 ) -> str:
-    """What is wanted as an argument of what is called so."""
+    """What is wanted as an argument of what is called so; empty for a number."""
     if called == "within" and position == 0:
         return "int[n]"
+    if called == "proj":
+        return "float[8, n]"
     if (called in ("blocks", "within", "grid") and position) or named in ("of", "R"):
         return "pattern"
     if (chosen := selection(called)) is not None:
@@ -224,14 +234,14 @@ def _argument(
         names = [*parameters]
         wanted = named or (names[position] if position < len(names) else "")
         taken = str(parameters[wanted].annotation) if wanted in parameters else ""
-        return "float[H, 8, D]" if taken == "Table" else "number"
+        return "float[H, 8, D]" if taken == "Table" else ""
     definition = definitions.get(called)
     if not isinstance(definition, ast.Definition) or position >= len(definition.params):
-        return "number"
+        return ""
     param = named or definition.params[position].name
     uses = [node for node in ast.walk(definition.body) if isinstance(node, ast.Name) and node.id == param]
     kinds = [_kind(_path(definition, use), param, definitions, selection, depth - 1) for use in uses]
-    return next((kind for kind in kinds if kind != "number"), "number")
+    return next((kind for kind in kinds if kind not in NUMBERS), "")
 
 
 def _entry(path: tuple[ast.Node, ...], above: list[ast.Node]) -> str:
@@ -246,8 +256,14 @@ def _entry(path: tuple[ast.Node, ...], above: list[ast.Node]) -> str:
     return "int"
 
 
+def _in_sum(path: tuple[ast.Node, ...]) -> bool:
+    return isinstance(path[0], ast.AttentionDef) and path[0].sum is not None
+
+
 def _axis(index: ast.Expression) -> str:
     match index:
+        case ast.Name("h"):
+            return "H"
         case ast.Number(value):
             return str(int(value) + 1)
         case ast.Name("D"):

@@ -35,9 +35,10 @@ LONG = 20_000
 STACK_LIMIT = 10 * NESTING_LIMIT
 """Entries on the parser's stack; a level of nesting takes fewer than ten."""
 
-CLAUSE = rf"^[ \t]*(?:{'|'.join(CLAUSES)})\b(?=[ \t]+(?!(?:and|or|in|mod)\b)[A-Za-z{{~\d])"
+LINE = rf"^[ \t]*(?:else\b|(?:{'|'.join(CLAUSES)})\b(?=[ \t]+(?!(?:and|or|in|mod)\b)[A-Za-z{{~\d]))"
+"""A clause, or the last group of heads, at the start of a line."""
 SCAN = re.compile(
-    rf'\n|#[^\n]*|"[^"\n]*"?|[(){{}}\[\]]|{CLAUSE}|\b(?:pattern|score|let|attention|assert|use)\b',
+    rf'\n|#[^\n]*|"[^"\n]*"?|[(){{}}\[\]]|{LINE}|\b(?:pattern|score|let|attention|assert|use)\b',
     re.MULTILINE,
 )
 BUILDER = re.compile(r"\{\s*\(?\s*[A-Za-z_]\w*\s*[,:]")
@@ -225,6 +226,8 @@ def mended(chunk: Chunk, text: str) -> str:
     at = error.span.start - chunk.start
     if text[at] in CLOSER.values():
         return without(chunk, text, (at, at + 1))
+    if text[at] == "{" and not BUILDER.match(text, at):
+        return ""  # of a group of heads: what is in it cannot be told from what is not
     words = [match.start() for match in CLAUSE_WORDS.finditer(text) if match[0] in CLAUSES]
     start = max((word for word in words if word <= at), default=None)
     if start is None:
@@ -395,6 +398,9 @@ def cut(source: Source) -> Iterator[Chunk]:
             word_end = end
             while len(brackets) > 1 and (brackets[-1][0] != "{" or BUILDER.match(text, brackets[-1][1])):
                 unclosed(brackets.pop())
+        elif found == "else":
+            while len(brackets) > 1:
+                unclosed(brackets.pop())
         elif found in CLAUSES and found != "score":
             continue
         elif not found[0].isalpha():
@@ -408,7 +414,8 @@ def cut(source: Source) -> Iterator[Chunk]:
             named = blank and word_end > line
             clause = found == "score" and any(bracket == "{" for bracket, _ in brackets)
             # with more space before it than the definition has it is written inside of it
-            inside = brackets and (not blank or start - line > indent)
+            nested = found == "attention" and BEGUN.match(text, end)
+            inside = brackets and not nested and (not blank or start - line > indent)
             remark = before.lstrip().startswith(("//", "--", "/*")) and not BEGUN.match(text, end)
             if named or clause or inside or remark:
                 word_end = end
