@@ -340,7 +340,7 @@ class Program:
             return _listed(name, value)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise fail(f"`{name}` is a number, a list of numbers or a text, not {type(value).__name__}")
-        if not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):
             raise fail(f"`{name}` is {value}, and must be a finite number")
         return Num(ir.const(value))
 

@@ -226,8 +226,8 @@ def result_text(found: dict[str, Any]) -> str:
     which = "all" if rows == found["q_length"] else f"{rows:,} sampled"
     error = "not verified: the pattern depends on nq, and reference does not fit"
     if rows:
-        error = f"{found['max_abs_error']:.3g} at most of outputs up to {found['max_abs_output']:.3g}, "
-        error += f"against reference in float64 on {which} rows"
+        error = f"{found['max_abs_error']:.3g} at most, outputs up to {found['max_abs_output']:.3g}, "
+        error += f"on {which} rows of reference"
     lines.append(("error", error))
     return "\n".join(f"  {title:17} {said}" for title, said in lines)
 
