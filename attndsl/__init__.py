@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from attndsl.relations.proofs import Verdict
     from attndsl.tiles.blockmask import BlockMask
 
-    __version__: str
 
 __all__ = [
     "Assertion",

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from attndsl.errors import fail
+from attndsl.errors import Span, fail
 from attndsl.expr import (
     TRUE,
     ZERO,
@@ -102,6 +102,7 @@ class Attention:
               number of an entry, as streams.py says.
     numbered: of such an attention without its streams: which numbers entries have. Where they stand is all
               in its expressions.
+    written:  where its definition is, for what is told of it later; no part of what it is.
     """
 
     name: str
@@ -114,6 +115,7 @@ class Attention:
     parts: tuple[Summand, ...] = ()
     streams: Streams = ()
     numbered: Numbers | None = None
+    written: Span | None = field(default=None, compare=False, repr=False)
 
     @staticmethod
     def of_pattern(name: str, relation: Relation) -> Attention:

@@ -74,7 +74,8 @@ class Problem:
             if sizes[name] == 0:
                 raise fail(f"`{name}` is 0, and must be positive")
         if sizes["heads"] % sizes["kv_heads"]:
-            raise fail(f"{sizes['heads']} heads cannot share {sizes['kv_heads']} key heads evenly")
+            said = f"{sizes['heads']} heads cannot share {sizes['kv_heads']} key heads evenly"
+            raise fail(said, help="`kv_heads` divides `heads`")
         if head_dim > lowering.HEAD_DIM_LIMIT:
             raise fail(f"`head_dim` is {head_dim}, and the limit is {lowering.HEAD_DIM_LIMIT}")
         dtype = str(dtype).removeprefix("torch.")

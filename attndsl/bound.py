@@ -11,6 +11,7 @@ import numpy as np
 from attndsl.attention import Attention
 from attndsl.errors import AttnError, fail
 from attndsl.expr import Selected, Table, nodes, number
+from attndsl.language.lookups import placed
 from attndsl.pictures import notebook
 
 if TYPE_CHECKING:
@@ -131,7 +132,8 @@ class Bound:
 
         places = q_offset, k_offset, q_positions, k_positions, n
         sizes = lowering.sizes_of(self.attention, length, q_length, heads, *places)
-        return lowering.written_out(self.attention, sizes, inputs, counts=False)
+        with placed(self.attention):
+            return lowering.written_out(self.attention, sizes, inputs, counts=False)
 
     def counts(
         self,
@@ -165,7 +167,8 @@ class Bound:
 
         places = q_offset, k_offset, q_positions, k_positions, n
         sizes = lowering.sizes_of(self.attention, length, q_length, heads, *places)
-        return lowering.written_out(self.attention, sizes, inputs, counts=True)
+        with placed(self.attention):
+            return lowering.written_out(self.attention, sizes, inputs, counts=True)
 
     def block_mask(
         self,
@@ -203,7 +206,8 @@ class Bound:
         sizes = lowering.sizes_of(self.attention, length, q_length, heads, *places)
         lowering.checked_block_size(block_size)
         tables = lowering.checked_tables(self.attention, inputs, sizes)
-        return lowering.block_mask(self.attention, sizes, tables, block_size)
+        with placed(self.attention):
+            return lowering.block_mask(self.attention, sizes, tables, block_size)
 
     def graph(
         self,

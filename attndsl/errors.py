@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import textwrap
 import traceback
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -63,10 +64,26 @@ class Diagnostic:
     severity: Severity = "error"
 
     def __str__(self) -> str:
-        head = f"{self.severity}: {self.message}"
+        return self.shown(None)
+
+    def shown(self, width: int | None) -> str:
+        """With message and help in lines of `width` columns, which break nothing in backticks."""
+        parts = [wrapped(f"{self.severity}: ", self.message, width)]
         if self.span is not None:
-            head += "\n" + excerpt(self.span)
-        return head + (f"\n  help: {self.help}" if self.help else "")
+            parts.append(excerpt(self.span))
+        if self.help:
+            parts.append(wrapped("  help: ", self.help, width))
+        return "\n".join(parts)
+
+
+def wrapped(label: str, text: str, width: int | None) -> str:
+    """Text behind a label, further lines under the text. What stands in backticks stays on one line."""
+    if width is None or len(label) + len(text) <= width:
+        return label + text
+    parts = text.split("`")
+    parts[1::2] = [code.replace(" ", "\0") for code in parts[1::2]]
+    lines = textwrap.wrap("`".join(parts), width - len(label), break_long_words=False, break_on_hyphens=False)
+    return label + f"\n{' ' * len(label)}".join(lines).replace("\0", " ")
 
 
 def excerpt(span: Span, width: int = 76) -> str:
@@ -104,7 +121,11 @@ class AttnError(Exception):
         return self.args
 
     def __str__(self) -> str:
-        return "\n\n".join(map(str, self.diagnostics))
+        return self.shown(None)
+
+    def shown(self, width: int | None) -> str:
+        """As `Diagnostic.shown`."""
+        return "\n\n".join(told.shown(width) for told in self.diagnostics)
 
     def _render_traceback_(self) -> list[str]:
         """What IPython shows: the way to the call through the reader's own code, then the text."""
@@ -135,9 +156,15 @@ def fail(message: str, span: Span | None = None, help: str = "") -> AttnError:
     return AttnError(Diagnostic(message, span, help))
 
 
+def quantity(number: int, one: str, many: str = "") -> str:
+    """`1 axis`, `2,048 axes`."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """A help line with the known name that was probably meant, or an empty one."""
     names = sorted(known)
     same = [other for other in names if other.lower() == name.lower()]
-    near = same or get_close_matches(name, names, 1, cutoff=0.75)
+    near = same or get_close_matches(name, names, 3, cutoff=0.76)
+    near.sort(key=lambda other: other[0] != name[:1])
     return f"did you mean `{near[0]}`?" if near else ""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import gc
+import math
 import reprlib
 from collections import ChainMap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -38,6 +39,14 @@ FILE_LIMIT = 64
 LISTED, PICTURED = 20, 8
 """Names and masks that are shown of a program."""
 DEFINITION_LIMIT = 20_000
+
+
+IN_SIGHT = {"pattern": ("q", "k"), "score": ("s", "q", "k", "Q", "K")}
+HEADS_OF = {
+    "pattern": "write `pattern {} = {{ q, k : ... }}`",
+    "score": "leave it out: a score sees it as it is",
+}
+"""What is written in place of parameters that are in sight anyway."""
 
 
 @functools.cache
@@ -116,7 +125,7 @@ def _program(source: Source, path: Path | None) -> Program:
         raise fail(f"more than {DEFINITION_LIMIT:,} definitions in a program")
     program = Program(source.name, definitions)
     program.elaborator.broken |= unread
-    program.elaborator.whole = not any(isinstance(item, ast.Use) for item in items)
+    program.elaborator.whole = "use" not in unread and not any(isinstance(item, ast.Use) for item in items)
     problems += program._check_definitions()
     for assertion in assertions:
         try:
@@ -226,8 +235,13 @@ def _declare(item: Definition, definitions: dict[str, Definition]) -> list[Diagn
         allowed = {"h"} if score else {"h", "s"}
         if param.name in RESERVED - allowed or param.name in BUILT_IN:
             what = "reserved" if param.name in RESERVED else "built in"
-            problems.append(Diagnostic(f"`{param.name}` is {what}", name_span(param), "choose another name"))
+            help = "choose another name"
+            if isinstance(item, ast.Definition) and param.name in IN_SIGHT.get(item.word, ()):
+                help = HEADS_OF[item.word].format(item.name)
+            problems.append(Diagnostic(f"`{param.name}` is {what}", name_span(param), help))
         seen.add(param.name)
+    if isinstance(item, ast.Definition) and [param.name for param in item.params] == ["q", "k"]:
+        problems.pop()
     definitions.setdefault(name, item)
     return problems
 
@@ -316,7 +330,8 @@ class Program:
             if stem in names:
                 return stem
         listed = ", ".join(self.names) or "nothing that can be compiled"
-        raise fail(f"`{self.name}` defines {listed}", help="give the name of one")
+        help = f"give the name of one: `{self.name}:{self.names[0]}`" if self.names else ""
+        raise fail(f"`{self.name}` defines {listed}", help=help)
 
     def _bind(self, item: Definition, args: tuple[Any, ...], params: Mapping[str, Any]) -> Bound:
         """An attention, or a pattern as an attention of its own, with parameters from Python."""
@@ -335,7 +350,7 @@ class Program:
         self.elaborator.steps = 0
         values = {name: self._argument(name, value) for name, value in given.items()}
         value = self.elaborator.instance(item, values, Scope({}), item.name_span)
-        attention = _as_attention(item.name, value)
+        attention = replace(_as_attention(item.name, value), written=item.span)
         defaults = {param.name: param.default for param in item.params if param.default is not None}
         written = {name: _shown(given[name]) if name in given else render(defaults[name]) for name in names}
         return Bound(attention, written, lambda *a, **kw: self._bind(item, a, {**given, **kw}))
@@ -353,16 +368,23 @@ class Program:
             return _listed(name, value)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise fail(f"`{name}` is a number, a list of numbers or a text, not {type(value).__name__}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise fail(f"`{name}` is {value}, and must be a finite number")
         return Num(ir.const(value))
 
     def _check_definitions(self) -> list[Diagnostic]:
         """Everything wrong in the program's own definitions, each definition tried on its own."""
         problems: list[Diagnostic] = []
         for name, item in self.own.items():
+            # one that was read in part is looked at itself, and stays silent at its uses
+            partly = name in self.elaborator.broken
+            self.elaborator.broken.discard(name)
             try:
                 self._check(item)
             except AttnError as error:
                 problems += error.diagnostics
+                partly = True
+            if partly:
                 self.elaborator.broken.add(name)
             if self.elaborator.steps > STEP_LIMIT:
                 break
@@ -440,7 +462,12 @@ def bound_of(value: object) -> Bound:
     if isinstance(value, Program):
         names = ", ".join(value.names)
         raise fail("a program is taken one attention at a time", help=f'write program["..."]: {names}')
-    raise fail(f"expected an attention, not {type(value).__name__}")
+    help = (
+        'write `attndsl.load(...)["NAME"]`, or `attndsl.parse(text)["NAME"]`'
+        if isinstance(value, str | Path)
+        else ""
+    )
+    raise fail(f"expected an attention, not {type(value).__name__}", help=help)
 
 
 def _name_problems(item: Definition, elaborator: Elaborator) -> list[Diagnostic]:
@@ -484,7 +511,7 @@ def _name_problems(item: Definition, elaborator: Elaborator) -> list[Diagnostic]
             known = BUILT_IN | elaborator.definitions.keys() | elaborator.broken
             if node.id not in names and node.id not in known and not elaborator.selection(node):
                 hidden = node.id in RESERVED
-                env = Scope(dict.fromkeys(names, Num(ir.ZERO)))
+                env = Scope(dict.fromkeys(names, Num(ir.ZERO)), calls=(item.name,))
                 problems.extend((out_of_place(node) if hidden else elaborator.unknown(node, env)).diagnostics)
             return
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id not in names:

@@ -332,6 +332,13 @@ def _reduce(join: Callable[[Any, Any], Any], args: tuple[Any, ...]) -> Any:
 
 
 def _chosen(cond: Any, a: Any, b: Any) -> Any:
+    if isinstance(a, Kind) and a.noun == "pattern":
+        return Kind("pattern", lambda n: np.where(cond, a.at(n), b.at(n)))
+    if isinstance(a, Kind) or isinstance(b, Kind):
+        one, other = (
+            Kind("set", lambda n, p, x=x: look_up(x.data, [p])) if isinstance(x, Table) else x for x in (a, b)
+        )
+        return Kind("set", lambda n, p: np.where(cond, one.at(n, p), other.at(n, p)))
     if not any(isinstance(x, Vector) for x in (cond, a, b)):
         return np.where(cond, a, b)
     return Vector(

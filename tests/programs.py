@@ -244,6 +244,7 @@ class Writer:
                     lambda: f"({sub()} and {sub()})",
                     lambda: f"({sub()} or {sub()} or {sub()})",
                     lambda: f"(not {sub()})",
+                    lambda: f"where({sub()}, {sub()}, {sub()})",
                 )
                 if depth > 0
                 else ()
@@ -296,6 +297,7 @@ class Writer:
                     lambda: f"({sub()} & {sub()})",
                     lambda: f"({sub()} - {sub()})",
                     lambda: f"(~{sub()})",
+                    lambda: f"where({self.truth(scope, depth - 1)}, {sub()}, {sub()})",
                     lambda: f"{{ p : {self.truth(inner, depth - 1)} }}",
                 )
                 if depth > 0
@@ -388,6 +390,7 @@ class Writer:
             lambda: f"({sub()} - {sub()})",
             lambda: f"(~{sub()})",
             lambda: f"({sub()} + {sub()})",
+            lambda: f"where({self.truth(scope, 1)}, {sub()}, {sub()})",
             lambda: f"T({sub()})",
             lambda: f"sym({sub()})",
             lambda: f"shift({self.small(-3, 3)}, {sub()})",
@@ -517,7 +520,12 @@ class Writer:
             lambda: f"(tanh({sub()}) * tanh({sub()}))",
             lambda: f"(sum(max(0.5 * Q, {sub()} - K)) / D)",
             lambda: f"(concat(Q, sin(K), 1) @ where(concat(K, 1, Q) > {sub()}, 0.1, -concat(Q, K, 2)) / D)",
-            lambda: f"tanh(({self.table(FLOATS[3]).name} @ Q) @ ({self.table(FLOATS[3]).name} @ cos(K)) / D)",
+            *[
+                lambda: (
+                    f"tanh(({self.table(FLOATS[3]).name} @ Q) @ ({self.table(FLOATS[3]).name} @ cos(K)) / D)"
+                )
+            ]
+            * 2,
         )
 
     def score(self) -> str:

@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "attndsl"
 ROOMS = (
     "errors",  # diagnostics
     "shipped",  # where the examples lie
+    "keywords",  # arguments by the names that they have elsewhere
     "expr",  # the typed core
     "legal",  # its nodes in a table
     "scores",  # what they depend on

@@ -93,7 +93,7 @@ def attn_process(*arguments):
         (["show", "FILE", "lm", "--length", "8", "--set", "w"], 2, "name=value"),
         (["show", "nowhere.attn", "--length", "8"], 1, "read `nowhere.attn`: no such file"),
         (["show", "FILE", "lm", "--length", "8", "--block-size", "12"], 1, "multiple of 8"),
-        (["undo", "FILE"], 2, "No such command"),
+        (["undo", "FILE"], 2, "no command is named `undo`"),
         (["show", "FILE", "lm", "--length", "8", "-o", "/nowhere/x"], 1, "cannot write `/nowhere/x`"),
         (["fmt", __file__ + "c"], 1, "no such file"),
         (["diff", "FILE:lm", "FILE:nothing"], 1, "defines no `nothing`"),
@@ -601,13 +601,14 @@ def test_run_verifies_and_times(good):
         "seconds",
         "gflops_live",
         "max_abs_error",
+        "max_abs_output",
         "verified_rows",
         "dense_masked_work",
     }
     assert found["seconds"].keys() == {"forward", "backward", "dense", "dense_masked"}
     assert all(taken > 0 for taken in found["seconds"].values())
     assert found["verified_rows"] == 200
-    assert 0 < found["max_abs_error"] < 1e-5
+    assert 0 < found["max_abs_error"] < 1e-5 < found["max_abs_output"] < 10
     assert found["nnz"] == 2 * attndsl.load(good)["lm"].mask(200).sum()
     assert found["gflops_live"] == pytest.approx(4 * found["nnz"] * 16 / found["seconds"]["forward"] / 1e9)
 

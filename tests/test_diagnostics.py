@@ -92,6 +92,85 @@ def test_mutations_are_legal_or_refused_where_they_were_written(stem: str) -> No
                 assert diagnostic.span.source.name == "test.attn", (diagnostic, mutated)
 
 
+EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.attn"))
+SIGNS = (
+    *(
+        "(",
+        ")",
+        "{",
+        "}",
+        "[",
+        "]",
+        ":",
+        "=",
+        ",",
+        ";",
+        ".",
+        "..",
+        "//",
+        "#",
+        '"',
+        "&&",
+        "|",
+        "\n",
+        "@",
+        "%",
+        "\\",
+    ),
+    *(
+        " let ",
+        " mask ",
+        " score ",
+        "attention",
+        "heads ",
+        "inputs ",
+        "keys ",
+        " else ",
+        "use ",
+        "0:4",
+        "1.",
+        "x y",
+    ),
+)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_examples_while_they_are_edited_are_legal_or_refused_where_they_were_written(seed: int) -> None:
+    """Characters deleted, put in, turned round and doubled, ends cut off: as in an editor."""
+    rng = random.Random(seed)
+    for _ in range(100):
+        text = rng.choice(EXAMPLES).read_text()
+        for _ in range(rng.randint(1, 3)):
+            start = rng.randrange(len(text) + 1)
+            end = min(len(text), start + rng.randint(1, 12))
+            text = rng.choice(
+                (
+                    text[:start] + text[end:],
+                    text[:start] + rng.choice(SIGNS) + text[start:],
+                    text[:start] + rng.choice(SIGNS) + text[end:],
+                    text[:start] + text[start:end][::-1] + text[end:],
+                    text[:end] + text[start:],
+                    text[:start],
+                )
+            )
+        for diagnostic in problems(text):
+            assert diagnostic.span is not None, (diagnostic, text)
+            assert diagnostic.span.source.name == "test.attn", (diagnostic, text)
+            code = re.findall(r"`[^`]*`", f"{diagnostic.message} {diagnostic.help}")
+            assert all(piece in diagnostic.shown(40) for piece in code), diagnostic
+
+
+def test_what_a_terminal_shows_is_as_wide_as_it_and_breaks_no_code() -> None:
+    told = Diagnostic(
+        "refused `a b c`, and no less " * 8, None, "write `where(condition, a, b)` instead " * 6
+    )
+    for width in (50, 80, 120):
+        shown = told.shown(width)
+        assert max(map(len, shown.split("\n"))) <= width
+        assert shown.count("`where(condition, a, b)`") == 6
+        assert " ".join(shown.split()) == " ".join(str(told).split())
+
+
 @pytest.mark.parametrize("fixture", cases("warnings"))
 def test_warnings(fixture: Fixture) -> None:
     program = attndsl.parse(fixture.input, name="test.attn")

@@ -23,7 +23,7 @@ from attndsl.meaning import links
 from attndsl.program import prelude
 from attndsl.relations import relation
 from attndsl.syntax.format import render
-from attndsl.syntax.parse import ERROR_LIMIT, NESTING_LIMIT, SIZE_LIMIT, TEXT_LIMIT
+from attndsl.syntax.parse import ERROR_LIMIT, LONG, MISTAKES, NESTING_LIMIT, SIZE_LIMIT, TEXT_LIMIT
 from attndsl.tiles import lowering, tiling
 
 DOCS = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
@@ -39,6 +39,8 @@ LIMITS = {
     "words and signs of a definition": SIZE_LIMIT,
     "levels of brackets and operators": NESTING_LIMIT,
     "errors reported in one run": ERROR_LIMIT,
+    "errors reported of one definition": MISTAKES,
+    "characters of a definition of which more than one error is": LONG,
     "files of a program": program.FILE_LIMIT,
     "definitions of a program": program.DEFINITION_LIMIT,
     "definitions inside one another": elaborate.CALL_DEPTH,

@@ -20,7 +20,7 @@ def test_definitions_are_parsed_when_asked_for():
     assert isinstance(definitions["d"], ast.AttentionDef)
     assert definitions["b"].doc == "the rest"
     assert definitions["b"] is definitions["b"]
-    with pytest.raises(AssertionError, match="expected an expression"):
+    with pytest.raises(AssertionError, match="never closed"):
         definitions["c"]
 
 

@@ -15,6 +15,7 @@ from attndsl.bound import Bound
 from attndsl.errors import AttnError, asking, fail, suggest
 from attndsl.execution import registry
 from attndsl.execution.selecting import drawn
+from attndsl.keywords import by_name
 from attndsl.pictures import notebook
 from attndsl.program import bound_of
 from attndsl.selection import bounds
@@ -170,6 +171,7 @@ def _foreign(name: str) -> bool:
     return bool(name) and registry.owner("analyses", name) != "attndsl"
 
 
+@by_name
 def analyze(
     attention: Bound | Attention,
     *,

@@ -12,7 +12,7 @@ import click
 
 from attndsl.bound import Bound
 from attndsl.command import child
-from attndsl.command.given import bound, echo_json, file_and_name, program_of
+from attndsl.command.given import bound, columns, echo_json, file_and_name, program_of
 from attndsl.command.options import FILE, JSON, LIMIT, argument, files
 from attndsl.errors import AttnError, Diagnostic, fail
 from attndsl.expr import Expr, Selected, Table, all_of, any_of
@@ -64,7 +64,8 @@ def check_file(file: str, time_limit: float, quiet: bool) -> dict[str, Any]:
     except AttnError as error:
         errors = error.diagnostics
     if not quiet and (errors or warned):
-        click.echo("\n\n".join(map(str, errors)) or "\n".join(map(str, warned)), err=True)
+        said = [told.shown(columns()) for told in (errors or warned)]
+        click.echo(("\n\n" if errors else "\n").join(said), err=True)
     assertions = [
         {
             "file": assertion.span.source.name,
@@ -156,7 +157,9 @@ COUNTED = "in `within` `n` counts the bucket, later tokens too: write a number, 
 def _safe(origin: Selected) -> str:
     """How what looks ahead is written so that it does not."""
     if origin.of is None:
-        return "`within(hash(...), last(w))` does not: no token changes the bucket of another"
+        centers = [value.name for _, value in origin.arguments if isinstance(value, Table)]
+        labels, group = (f"nearest({centers[0]})", "center") if centers else ("hash(...)", "bucket")
+        return f"`within({labels}, last(w))` does not: no token changes the {group} of another"
     b = max(origin.rows, origin.unit)
     over = f"`{origin.selection}(..., of = blocks({b}, causal - radius(0)))`"
     if origin.rows > 1:

@@ -9,7 +9,8 @@ from typing import Any
 import click
 
 from attndsl import __version__
-from attndsl.errors import AttnError
+from attndsl.command.given import columns
+from attndsl.errors import AttnError, suggest
 
 COMMANDS = {
     "check": "check",
@@ -42,8 +43,16 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except AttnError as error:
-            click.echo(str(error), err=True)
+            click.echo(error.shown(columns()), err=True)
             ctx.exit(1)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in COMMANDS:
+            help = suggest(args[0], COMMANDS) or f"there are {', '.join(COMMANDS)}"
+            ctx.fail(f"no command is named `{args[0]}`: {help}")
+        return super().resolve_command(ctx, args)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)

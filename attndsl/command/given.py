@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,11 @@ from attndsl.errors import AttnError, Source, fail
 from attndsl.program import Program, load, parse
 from attndsl.shipped import PREFIX, located
 from attndsl.syntax.format import render
+
+
+def columns() -> int | None:
+    """Of what is told of mistakes; None where no terminal shows them."""
+    return min(80, shutil.get_terminal_size().columns) if sys.stderr.isatty() else None
 
 
 def program_of(file: str) -> Program:

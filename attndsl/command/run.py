@@ -154,7 +154,7 @@ def of_run(
     if verified is not None and not verified.error <= verified.tolerance:
         raise fail(
             f"`{plan.backend}` differs from `reference` by {verified.error:.3g}, "
-            f"more than {verified.tolerance:.3g}",
+            f"more than {verified.tolerance:.3g}, where outputs reach {verified.largest:.3g}",
             help=_why(plan.attention),
         )
     stage(f"timing {plan.backend} and dense attention", None)
@@ -172,6 +172,7 @@ def of_run(
         "dense_masked_work": trial.masked_work(plan),
         "gflops_live": None if nnz is None else 4 * nnz * problem.head_dim / seconds["forward"] / 1e9,
         "max_abs_error": None if verified is None else verified.error,
+        "max_abs_output": None if verified is None else verified.largest,
         "verified_rows": 0 if verified is None else verified.rows,
     }
 
@@ -225,7 +226,8 @@ def result_text(found: dict[str, Any]) -> str:
     which = "all" if rows == found["q_length"] else f"{rows:,} sampled"
     error = "not verified: the pattern depends on nq, and reference does not fit"
     if rows:
-        error = f"{found['max_abs_error']:.3g} at most, against reference in float64 on {which} rows"
+        error = f"{found['max_abs_error']:.3g} at most, outputs up to {found['max_abs_output']:.3g}, "
+        error += f"on {which} rows of reference"
     lines.append(("error", error))
     return "\n".join(f"  {title:17} {said}" for title, said in lines)
 

@@ -18,6 +18,7 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
+from attndsl.errors import quantity as quantity
 from attndsl.tiles import cells
 from attndsl.tiles.blockmask import BlockMask
 
@@ -62,11 +63,6 @@ def picture(block_mask: BlockMask, width: int = 80, first: int = 0) -> str:
         size = f"{quantity(keys, 'key')} x {quantity(queries, 'query', 'queries')}"
         lines += [f"one character = {size}", *textwrap.wrap(LEGEND, width)]
     return "\n".join(lines)
-
-
-def quantity(number: int, one: str, many: str = "") -> str:
-    """`1 key`, `2,048 keys`."""
-    return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
 def span(one: str, many: str, first: int, count: int) -> str:

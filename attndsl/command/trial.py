@@ -78,10 +78,11 @@ def memory(plan: AnyPlan, seed: int = 0) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Verified:
-    """`rows` of the queries differ from `reference` in float64 by at most `error`; `tolerance` is what
-    rounding in the plan's dtype explains."""
+    """`rows` of the queries differ from `reference` in float64, whose greatest magnitude is `largest`, by at
+    most `error`; `tolerance` is what rounding in the plan's dtype explains."""
 
     rows: int
+    largest: float
     error: float
     tolerance: float
 
@@ -132,7 +133,7 @@ def verify(
         error = max(error, float(torch.where(gap.isnan(), torch.inf, gap).max()))
         largest = max(largest, float(wanted.abs().max()))
         covered.update(range(start, min(start + rows, p.q_length)))
-    return Verified(len(covered), error, 64 * torch.finfo(out.dtype).eps * max(1.0, largest))
+    return Verified(len(covered), largest, error, 64 * torch.finfo(out.dtype).eps * max(1.0, largest))
 
 
 def _depends_on_nq(attention: Attention) -> bool:

@@ -117,7 +117,9 @@ def used(attention: Attention, problem: Problem) -> Features:
 
 
 def _clauses(attention: Attention) -> Iterator[tuple[str, Any]]:
-    yield from _set(attention, "name groups inputs learned offset least_heads approx streams numbered")
+    yield from _set(
+        attention, "name groups inputs learned offset least_heads approx streams numbered written"
+    )
     for group in attention.groups:
         yield from _set(group, "relation norm")
         yield from _set(group.relation, "mask")

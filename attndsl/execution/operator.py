@@ -26,6 +26,7 @@ from attndsl.errors import AttnError, asking, fail
 from attndsl.execution import lowered, spoiled
 from attndsl.execution.choosing import chosen
 from attndsl.execution.lowered import At, Lowered, Places
+from attndsl.language.lookups import placed
 from attndsl.tiles.lowering import Sizes
 
 RECORDING = torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView
@@ -133,7 +134,7 @@ def _rounds(q: Tensor) -> bool:
 
 
 def _forward(found: Lowered, call: Call) -> tuple[Tensor, Tensor]:
-    with asking(f"the backend `{found.backend}`"):
+    with placed(found.attention), asking(f"the backend `{found.backend}`"):
         result = found.kernel(call)
     return _checked(found.backend, call, result)
 

@@ -16,7 +16,7 @@ from attndsl.attention import Attention
 from attndsl.axis import Axis
 from attndsl.backend import DTYPES, Problem, State, device_kind
 from attndsl.bound import Bound
-from attndsl.errors import AttnError, fail
+from attndsl.errors import AttnError, fail, quantity
 from attndsl.execution import choice
 from attndsl.execution.choosing import chosen
 from attndsl.execution.lowered import At, Lowered, Places, lower
@@ -27,6 +27,8 @@ from attndsl.execution.streaming import Pair, begun, held_of, keys_and_values
 from attndsl.execution.streamsession import StreamSession
 from attndsl.execution.sums import SumPlan, gate_of, of_part
 from attndsl.expr import Learned, Table
+from attndsl.keywords import by_name
+from attndsl.language.lookups import placed
 from attndsl.pictures import notebook
 from attndsl.program import bound_of
 from attndsl.streams import described
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
 
+@by_name
 def compile(
     attention: Bound | Attention,
     *,
@@ -87,7 +90,8 @@ def compile(
     blocks = None
     if attention.approx is None and not lowering.mask_tables(attention):
         sizes = lowering.sizes(attention, problem.length, problem.q_length, problem.heads)
-        blocks = lowering.block_mask(attention, sizes, {}, problem.block_size)
+        with placed(attention):
+            blocks = lowering.block_mask(attention, sizes, {}, problem.block_size)
     seconds = time.perf_counter() - start
     left = attention.attended, problem.attended(attention)
     considered = choice.considered(*left, blocks)
@@ -378,7 +382,8 @@ class Plan:
                 self.attention, self.problem.length, self.problem.q_length, self.problem.heads
             )
             tables = lowering.checked_tables(self.attention, bound, sizes, head_dim=self.problem.head_dim)
-            blocks = lowering.block_mask(self.attention, sizes, tables, self.problem.block_size)
+            with placed(self.attention):
+                blocks = lowering.block_mask(self.attention, sizes, tables, self.problem.block_size)
         seconds = self.compile_seconds + time.perf_counter() - start
         return replace(self, tables=bound, block_masks=blocks, compile_seconds=seconds)
 
@@ -507,11 +512,13 @@ class Plan:
         }
         for name, (tensor, heads, length, width) in wanted.items():
             if not isinstance(tensor, torch.Tensor):
-                raise fail(f"`{name}` must be a torch tensor, and is of type {type(tensor).__name__}")
+                raise _no_tensor(name, tensor)
             _check_strided(name, tensor)
             shape = tensor.shape
             if len(shape) != 4:
-                raise fail(f"`{name}` has {len(shape)} axes, and needs 4: [batch, heads, length, head_dim]")
+                help = f"one batch row: pass `{name}[None]`" if len(shape) == 3 else ""
+                said = f"`{name}` has {quantity(len(shape), 'axis', 'axes')}, and needs 4"
+                raise fail(f"{said}: [batch, heads, length, head_dim]", help=help)
             if shape[1] != heads:
                 size = "heads" if name == "q" else "kv_heads"
                 help = f"compile with `{size}={shape[1]}`"
@@ -519,23 +526,28 @@ class Plan:
                     help = f"the axes are [batch, heads, length, head_dim]: pass `{name}.transpose(1, 2)`"
                 raise fail(f"`{name}` has {shape[1]} heads, and the plan is for {heads}", help=help)
             if width is not None and shape[3] != width:
-                raise fail(f"`{name}` has head_dim {shape[3]}, and the plan is for {width}")
+                help = f"compile with `head_dim={shape[3]}`"
+                raise fail(f"`{name}` has head_dim {shape[3]}, and the plan is for {width}", help=help)
             if shape[2] > length:
                 size = "q_length" if name == "q" and p.q_length != p.length else "length"
                 help = f"compile with `{size}={shape[2]}`"
                 raise fail(f"`{name}` has length {shape[2]}, and the plan serves up to {length}", help=help)
             if tensor.dtype not in FLOATS:
                 dtype = str(tensor.dtype).removeprefix("torch.")
-                raise fail(f"`{name}` is {dtype}, and must be one of {', '.join(DTYPES)}")
+                said = f"`{name}` is {dtype}, and must be one of {', '.join(DTYPES)}"
+                raise fail(said, help=f"pass `{name}.float()`")
             if tensor.dtype != q.dtype:
                 here, of_q = (str(x.dtype).removeprefix("torch.") for x in (tensor, q))
                 raise fail(f"`{name}` is {here}", help=f"`q` is {of_q}: pass `{name}.to(q.dtype)`")
             if tensor.device.type not in (device_kind(p), "meta"):
-                raise fail(f"`{name}` is on {tensor.device}, and the plan is for {p.device}")
+                help = f"pass `{name}.to('{p.device}')`, or compile with `device='{tensor.device}'`"
+                raise fail(f"`{name}` is on {tensor.device}, and the plan is for {p.device}", help=help)
             if tensor.is_meta != q.is_meta:
                 raise fail(f"`{name}` is on {tensor.device}, and `q` is on {q.device}")
             if shape[0] != q.shape[0]:
-                raise fail(f"`{name}` has {shape[0]} batch rows, and `q` has {q.shape[0]}")
+                help = f"pass `{name}.expand({q.shape[0]}, -1, -1, -1)`" if shape[0] == 1 else ""
+                said = f"`{name}` has {quantity(shape[0], 'batch row')}, and `q` has {q.shape[0]}"
+                raise fail(said, help=help)
         if k.shape[2] != v.shape[2]:
             raise fail(f"`k` has length {k.shape[2]}, and `v` has {v.shape[2]}")
 
@@ -708,6 +720,11 @@ def _check_place(name: str, at: Tensor, x: Tensor) -> None:
         raise fail(f"`{name}` holds positions, and was given as {str(at.dtype).removeprefix('torch.')}")
     if at.device != x.device:
         raise fail(f"`{name}` is on {at.device}, and the queries and keys are on {x.device}")
+
+
+def _no_tensor(name: str, value: object) -> AttnError:
+    help = f"pass `torch.as_tensor({name})`" if hasattr(value, "__array__") else ""
+    return fail(f"`{name}` must be a torch tensor, and is of type {type(value).__name__}", help=help)
 
 
 def _check_strided(name: str, tensor: Tensor) -> None:

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from attndsl.attention import Attention, HeadGroup, Norm, Relation, Summand
 from attndsl.backend import Problem
-from attndsl.errors import AttnError, fail, suggest
+from attndsl.errors import AttnError, fail
 from attndsl.execution import choice
 from attndsl.execution.session import following
 from attndsl.execution.streaming import held_of_parts
 from attndsl.expr import TRUE, Given, Table, number
+from attndsl.keywords import instead
 from attndsl.tiles import lowering
 from attndsl.tiles.blockmask import BlockMask
 
@@ -279,7 +280,7 @@ class SumPlan:
         inputs = [table.name for table in self.attention.inputs]
         for name in given:
             if name not in (*inputs, *self.parts):
-                near = suggest(name, {*inputs, *self.parts, *lowering.ARGUMENTS} - {name})
+                near = instead(name, {*inputs, *self.parts, *lowering.ARGUMENTS})
                 listed = f"its parts: {', '.join(self.parts)}; its inputs: {', '.join(inputs) or 'none'}"
                 raise fail(f"`{self.attention.name}` has no part or input `{name}`", help=near or listed)
 

@@ -28,6 +28,14 @@ BESIDE = {
 }
 """Clauses that mean nothing beside any approximation, and why."""
 
+ELSEWHERE = {
+    "linformer": "write `keys proj(learn[256, n])`",
+    **dict.fromkeys(("performer", "favor"), "write `score favor(Q, W) @ favor(K, W)` and `norm linear`"),
+    **dict.fromkeys(("linear", "elu"), "write `score elu1(Q) @ elu1(K)` and `norm linear`"),
+    **dict.fromkeys(("reformer", "lsh"), "write `mask lsh(...)`"),
+}
+"""What other clauses say."""
+
 
 def approx_of(el: Elaborator, e: ast.Expression, env: Scope) -> Approx:
     func, args = (e.func, e.args) if isinstance(e, ast.Call) else (e, ())
@@ -37,7 +45,7 @@ def approx_of(el: Elaborator, e: ast.Expression, env: Scope) -> Approx:
             raise fail("`shen` takes no arguments", args[0].span)
         return Approx("shen")
     if kind != "nystrom":
-        help = suggest(kind, ("nystrom", "shen")) if kind else ""
+        help = ELSEWHERE.get(kind.lower()) or (suggest(kind, ("nystrom", "shen")) if kind else "")
         raise fail(f"an approximation is `{USAGE}` or `shen`", e.span, help)
     call = e if isinstance(e, ast.Call) else ast.Call(e, (), span=e.span)
     given = bind_arguments_of(kind, ("landmarks",), ("iterations",), call, USAGE)

@@ -83,6 +83,11 @@ def score_call(
 def check_builder(e: ast.Builder) -> None:
     if len(e.vars) > 2:
         raise fail("a pattern relates two positions, a query and a key", e.vars[2][0].span)
+    if len(e.vars) == 1 and len(e.vars[0]) > 1:
+        here = e.vars[0][0].span.to(e.vars[0][-1].span)
+        names = ", ".join(name.id for name in e.vars[0])
+        help = "write `{ q, k : ... }`" if len(e.vars[0]) == 2 else ""
+        raise fail(f"one position, and it has {len(e.vars[0])} coordinates: `({names})`", here, help)
     if len({len(group) for group in e.vars}) > 1:
         first, second = map(len, e.vars)
         here = e.vars[1][0].span.to(e.vars[1][-1].span)

@@ -11,7 +11,7 @@ import numpy as np
 
 from attndsl import expr as ir
 from attndsl.attention import Approx, Attention, HeadGroup, Norm, Relation
-from attndsl.errors import AttnError, fail
+from attndsl.errors import AttnError, fail, suggest
 from attndsl.expr import Expr, Table
 from attndsl.language.approx import approx_of, refuse_beside, refuse_mask
 from attndsl.language.arguments import bind_arguments, input_table, name_span, score_call
@@ -60,9 +60,12 @@ def attention_of(elaborator: Elaborator, definition: ast.AttentionDef, env: Scop
                     raise fail(f"`{decl.name}` is {what}", name_span(decl), "choose another name")
                 inputs[decl.name] = input_table(decl)
     env = env.bind(**{name: TableOf(table) for name, table in inputs.items()})
+    tables = tuple(inputs.values())
     if definition.sum is not None:
-        return sum_of(elaborator, definition, env, tuple(inputs.values()))
-    return AttentionBuilder(elaborator, definition, env).build(tuple(inputs.values()))
+        found = sum_of(elaborator, definition, env, tables)
+    else:
+        found = AttentionBuilder(elaborator, definition, env).build(tables)
+    return replace(found, written=definition.span)
 
 
 class AttentionBuilder:
@@ -175,7 +178,10 @@ class AttentionBuilder:
         if not which.free <= {"h", "H"} or which.tables:
             raise fail("a set of heads depends on h and H alone", e.span)
         if "H" not in which.free and not listed_heads(which):
-            raise fail("this set of heads is empty", e.span)
+            help = ""
+            if isinstance(e, ast.Binary) and e.op == "-":
+                help = f"write `{quoted(e.left)}..{quoted(e.right)}`"
+            raise fail("this set of heads is empty", e.span, help)
         return which
 
     def once(self, word: str, clauses: list[ast.Clause]) -> None:
@@ -299,7 +305,9 @@ class AttentionBuilder:
             if func.id != "softmax":
                 raise fail(f"`{func.id}` takes no arguments", arg.span, help="only `softmax` has a sink")
             if arg.name != "sink" or len(args) > 1:
-                raise fail("`softmax` takes one argument, `sink = ...`", arg.span)
+                meant = suggest(arg.name, ("sink",))
+                help = meant or "leave it out: the softmax is over the keys of a query"
+                raise fail("`softmax` takes one argument, `sink = ...`", arg.span, help)
             sink = self.real(arg.value, replace(env, binding="sink"))
             if not sink.free <= {"b", "h", "H", "n", "nq", "D"}:
                 raise fail("a sink is one logit per head", arg.value.span)

@@ -27,6 +27,7 @@ from attndsl.language.mistakes import (
     quoted,
     truth_of,
 )
+from attndsl.language.unknown import condition_around, fitting, habit, remedy, wanted
 from attndsl.language.values import (
     TOKENS,
     AttentionOf,
@@ -40,9 +41,10 @@ from attndsl.language.values import (
     Vec,
     as_number,
 )
-from attndsl.language.vocabulary import BUILT_IN, POSITIONS, RESERVED, RETIRED, SIGNATURES
+from attndsl.language.vocabulary import BUILT_IN, POSITIONS, RESERVED, SIGNATURES
 from attndsl.selection import Selection
 from attndsl.syntax import nodes as ast
+from attndsl.syntax.prelude import prelude_words
 
 CALL_DEPTH = 64
 STEP_LIMIT = 200_000
@@ -83,7 +85,7 @@ class Elaborator:
     def lookup(self, name: ast.Name, env: Scope, space: Space) -> Value:
         if name.id == "stream":
             if name.id not in env.names:
-                raise out_of_place(name)
+                raise AttnError() if "stream" in self.broken else out_of_place(name)
             if space.n is not TOKENS.n:
                 raise fail("`stream` is of a key, and this is text of another space", name.span)
         if name.id in env.names:
@@ -91,7 +93,8 @@ class Elaborator:
         if name.id == "n":
             return Num(space.n)
         if name.id in POSITIONS or name.id == "layer" or (name.id == "D" and env.integral):
-            raise out_of_place(name, env.units)
+            inside = self.definitions.get(env.calls[-1]) if env.calls else None
+            raise out_of_place(name, env.units, condition_around(name, inside) if inside else None)
         if name.id in ("nq", "h", "H", "D"):
             return Num(ir.var(name.id))
         if name.id in self.definitions:
@@ -102,31 +105,26 @@ class Elaborator:
             raise fail(f"`{name.id}` needs its arguments", name.span, help=f"write `{written}`")
         raise self.unknown(name, env)
 
-    def unknown(self, name: ast.Name, env: Scope, help: str = "") -> AttnError:
+    def unknown(self, name: ast.Name, env: Scope, looked_up: bool = False) -> AttnError:
+        """For a name without a meaning; `looked_up` as a table is."""
         if name.id in self.broken or not self.whole:
             return AttnError()
-        others = (*BUILT_IN, *self.selections(), "n", "nq", "h", "H", "D")
-        candidates = {*env.names, *self.definitions, *others}
-        near = RETIRED.get(name.id) or RETIRED.get(name.id.lower()) or suggest(name.id, candidates)
-        if env.calls and name.id in {param.name for param in self.definitions[env.calls[-1]].params}:
+        if (comment := _comment_before(name.span)) is not None:
+            return fail("unexpected `//`", comment, "a comment begins with `#`")
+        inside = self.definitions.get(env.calls[-1]) if env.calls else None
+        kind = wanted(name, inside, self.definitions, self.registered) if inside else ""
+        known = {*env.names, *self.definitions, *BUILT_IN, *self.selections(), "n", "nq", "h", "H", "D"}
+        help = ""
+        if inside is not None and name.id in {param.name for param in inside.params}:
             help = "a default sees only the parameters before its own"
-        inside = self.definitions.get(env.calls[-1]) if env.calls else None
-        if isinstance(inside, ast.AttentionDef):
-            help = help or f"a table is declared: `inputs {name.id} : int[n]`"
-        if env.claims and any(name.id in _inputs(item) for item in self.definitions.values()):
+        if not (help or looked_up or kind == "attention"):
+            help = habit(name.id)
+        help = help or suggest(name.id, filter(fitting(kind, self.definitions), known))
+        if not help and env.claims and any(name.id in _inputs(item) for item in self.definitions.values()):
             help = "a claim is about every table: it cannot name one"
-        return fail(f"unknown name `{name.id}`", name.span, near or help)
-
-    def undeclared(self, name: ast.Name, env: Scope) -> AttnError:
-        """For an unknown name that is looked up as a table is."""
-        inside = self.definitions.get(env.calls[-1]) if env.calls else None
-        if isinstance(inside, ast.Definition):
-            written = f"{inside.word} {inside.name}({name.id}) = ..."
-            return self.unknown(name, env, f"make it a parameter: `{written}`")
-        if inside is not None and inside.sum is not None:
-            written = f"attention {inside.name} {{ inputs {name.id} : float[n] }} = ..."
-            return self.unknown(name, env, f"declare the gate: `{written}`")
-        return self.unknown(name, env, f"declare the table: `inputs {name.id} : int[n]`")
+        if not help and inside is not None:
+            help = remedy(name.id, kind, inside)
+        return fail(f"unknown name `{name.id}`", name.span, help)
 
     def means(self, name: str, env: Scope) -> bool:
         return name in env.names or name in self.definitions or name in RESERVED or name in BUILT_IN
@@ -178,7 +176,9 @@ class Elaborator:
             raise AttnError()
         if definition.name in env.calls:
             cycle = " -> ".join((*env.calls[env.calls.index(definition.name) :], definition.name))
-            raise fail(f"`{definition.name}` is defined by itself: {cycle}", span)
+            hidden = prelude_words().get(definition.name)
+            help = f"it hides the {hidden} `{definition.name}` of the prelude: give it another name"
+            raise fail(f"`{definition.name}` is defined by itself: {cycle}", span, help if hidden else "")
         if len(env.calls) >= CALL_DEPTH:
             self.broken.update(env.calls)
             raise fail(f"definitions use each other more than {CALL_DEPTH} deep", span)
@@ -339,6 +339,17 @@ def operands(e: ast.Expression) -> tuple[ast.Expression, ...]:
         case ast.Call(ast.Name(name), args) if name in ir.FUNCTIONS:
             return tuple(arg.value for arg in args)
     return ()
+
+
+def _comment_before(span: Span) -> Span | None:
+    """The `//` before a name that ends its line: a comment of one word, as other languages write it."""
+    line, column = span.source.position(span.start)
+    text = span.source.line(line)
+    before = text[: column - 1].rstrip()
+    if not before.endswith("//") or text[column - 1 + span.end - span.start :].strip():
+        return None
+    start = span.start - (column - 1) + len(before) - 2
+    return Span(span.source, start, start + 2)
 
 
 def _inputs(definition: ast.Definition | ast.AttentionDef) -> set[str]:

@@ -80,7 +80,7 @@ def on_number(el: Elaborator, e: ast.Number, env: Scope, space: Space) -> Value:
 
 
 def on_text(el: Elaborator, e: ast.Text, env: Scope, space: Space) -> Value:
-    raise fail("a string has no meaning here", e.span)
+    raise fail("a string has no meaning here", e.span, "leave the quotes out")
 
 
 def on_abs(el: Elaborator, e: ast.Abs, env: Scope, space: Space) -> Value:
@@ -298,8 +298,7 @@ def on_setlist(el: Elaborator, e: ast.SetList, env: Scope, space: Space) -> Valu
             if isinstance(item, ast.Range):
                 found.append((el.integer(item.lo, env, sp), el.integer(item.hi, env, sp)))
             else:
-                axes = "lists have one axis, and " if isinstance(item, ast.SetList) else ""
-                found.append((el.num(item, env, sp, f"{axes}sets are joined with `|`"),) * 2)
+                found.append((member_of_list(el, item, env, sp),) * 2)
         return found
 
     def contains(p: Expr, sp: Space) -> Expr:
@@ -331,6 +330,14 @@ def on_setlist(el: Elaborator, e: ast.SetList, env: Scope, space: Space) -> Valu
     return replace(el.members(contains), listed=listed)
 
 
+def member_of_list(el: Elaborator, item: ast.Expression, env: Scope, space: Space) -> Expr:
+    value = el.value(item, env, space)
+    if isinstance(value, Pattern):
+        raise expected("a number", value, item, "patterns are joined with `|` or `&`")
+    axes = "lists have one axis, and " if isinstance(item, ast.SetList) else ""
+    return number_of(value, item, f"{axes}sets are joined with `|`" if isinstance(value, SetOf) else "")
+
+
 def on_builder(el: Elaborator, e: ast.Builder, env: Scope, space: Space) -> Value:
     check_builder(e)
     inside = replace(env, integral=True)
@@ -352,7 +359,7 @@ def on_index(el: Elaborator, e: ast.Index, env: Scope, space: Space) -> Value:
     if isinstance(e.base, ast.Name) and e.base.id == "learn":
         return learn(el, e, None, env, space)
     if isinstance(e.base, ast.Name) and not el.means(e.base.id, env):
-        raise el.undeclared(e.base, env)
+        raise el.unknown(e.base, env, looked_up=True)
     base = as_table(el.value(e.base, env, space))
     if isinstance(base, Pattern):
         if len(e.indices) != 2:
@@ -473,9 +480,7 @@ def function(el: Elaborator, name: str, e: ast.Call, env: Scope, space: Space) -
         extra = e.args[most].span if len(e.args) > most else e.span
         raise fail(f"`{name}` takes {wanted}, not {len(e.args)}", extra, f"write `{SIGNATURES[name]}`")
     if name == "where":
-        cond = el.value(args[0], env, space)
-        holds = cond.expr if isinstance(cond, Truths) else truth_of(cond, args[0], env)
-        return of_expr(ir.where(holds, *(el.quantity(arg, env, space) for arg in args[1:])))
+        return choice(el, args, env, space)
     if name == "sum":
         return of_expr(ir.total(vector_of(el.value(args[0], env, space), args[0], env)))
     if name == "mean":
@@ -493,6 +498,36 @@ def function(el: Elaborator, name: str, e: ast.Call, env: Scope, space: Space) -
     if name in ("min", "max"):
         return of_expr(functools.reduce(ir.minimum if name == "min" else ir.maximum, numbers))
     return of_expr(ir.call(name, numbers[0]))
+
+
+def choice(el: Elaborator, args: list[ast.Expression], env: Scope, space: Space) -> Value:
+    """`where(cond, a, b)`: of numbers and vectors, of truths, of sets or of patterns. Of the last three it is
+    what `cond and a or not cond and b` says, so that the condition guards `a`."""
+    cond = el.value(args[0], env, space)
+    if isinstance(cond, Truths):
+        return of_expr(ir.where(cond.expr, *(el.quantity(arg, env, space) for arg in args[1:])))
+    holds = truth_of(cond, args[0], env)
+    otherwise = ir.negate(holds)
+    one, other = values = [el.value(arg, env, space) for arg in args[1:]]
+    if isinstance(one, Pattern) and isinstance(other, Pattern):
+        return el.memoised(
+            lambda q, k, sp: union(
+                [restrict(one.at(q, k, sp), holds), restrict(other.at(q, k, sp), otherwise)]
+            )
+        )
+    if all(isinstance(as_number(value), Truth) for value in values):
+        yes, no = (truth_of(value, arg, env) for value, arg in zip(values, args[1:], strict=True))
+        return Truth(ir.any_of(ir.all_of(holds, yes), ir.all_of(otherwise, no)))
+    some, rest = map(as_set, values)
+    if isinstance(some, SetOf) and isinstance(rest, SetOf):
+        return el.members(
+            lambda p, sp: ir.any_of(
+                ir.all_of(holds, some.contains(p, sp)), ir.all_of(otherwise, rest.contains(p, sp))
+            )
+        )
+    if env.integral and (isinstance(one, Pattern | SetOf) or isinstance(as_number(one), Truth)):
+        raise expected(as_number(one).noun, other, args[2])
+    return of_expr(ir.where(holds, *(el.quantity(arg, env, space) for arg in args[1:])))
 
 
 COMPARISONS: dict[str, Callable[[Expr, Expr], Expr]] = {

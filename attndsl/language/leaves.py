@@ -41,7 +41,8 @@ def leaf(el: Elaborator, name: str, selection: Selection, e: ast.Call, env: Scop
         help = "claim it of the pattern or the attention that chooses"
         raise fail(f"a claim is about every choice: it cannot name `{name}`", e.span, help)
     if not env.integral and not env.claims:
-        raise fail(f"`{name}` chooses keys, and stands in a mask alone", e.span)
+        help = f"write `mask {quoted(e)}`"
+        raise fail(f"`{name}` chooses keys, and stands in a mask alone", e.span, help)
     parameters = inspect.signature(selection.signature).parameters
     required = tuple(p.name for p in parameters.values() if p.default is inspect.Parameter.empty)
     optional = tuple(p for p in parameters if p not in required) + ("of",) * (selection.kind == "list")
@@ -112,7 +113,7 @@ def _elsewhere(name: str, e: ast.Call) -> AttnError:
     return fail(
         f"`{name}` chooses keys for a query, and may not stand here",
         e.span,
-        help="it may under `|`, `&`, `+`, left of `-` and inside `blocks`; "
+        help="it stands under `|`, `&`, `+`, `where`, left of `-` and inside `blocks`; "
         "not in `~`, right of `-`, in `of =`, `within`, `grid`, `random`, `@` or `R[i, j]`",
     )
 

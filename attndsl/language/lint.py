@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from attndsl import expr as ir
 from attndsl.attention import Attention, HeadGroup
 from attndsl.errors import AttnError, Diagnostic, Span
-from attndsl.expr import Expr, Selected
+from attndsl.expr import Expr, Selected, Table
 from attndsl.features import FeatureForm, feature_form
-from attndsl.language.arguments import score_call
+from attndsl.language.arguments import score_call, signature
 from attndsl.language.elaborate import Elaborator
+from attndsl.language.lookups import at_lookup
 from attndsl.language.values import TOKENS, AttentionOf, K, Pattern, Q, Scope
 from attndsl.language.vocabulary import BUILT_IN
 from attndsl.scores import never_negative
@@ -27,8 +32,9 @@ def warnings(definitions: list[Definition], elaborator: Elaborator) -> list[Diag
     used = {name.id for item in definitions for name in ast.walk(item) if isinstance(name, ast.Name)}
     sums = [item.sum for item in definitions if isinstance(item, ast.AttentionDef) and item.sum is not None]
     added = {name.id for e in sums for name in ast.walk(e) if isinstance(name, ast.Name)}
+    placed = _placed(definitions)
     for item in definitions:
-        found += _of_text(item)
+        found += _of_text(item, placed)
         if not all(param.default is not None for param in item.params):
             continue
         if isinstance(item, ast.AttentionDef):
@@ -41,20 +47,44 @@ def warnings(definitions: list[Definition], elaborator: Elaborator) -> list[Diag
     return found
 
 
+def _placed(definitions: list[Definition]) -> set[str]:
+    """The attentions with a clause `offset`, and what they alone use."""
+    users: dict[str, set[str]] = {item.name: set() for item in definitions}
+    for item in definitions:
+        for name in ast.walk(item):
+            if isinstance(name, ast.Name) and name.id in users:
+                users[name.id].add(item.name)
+    found = {
+        item.name
+        for item in definitions
+        if isinstance(item, ast.AttentionDef)
+        and any(isinstance(clause, ast.Clause) and clause.word == "offset" for clause in item.clauses)
+    }
+    while more := {name for name, by in users.items() if by and by <= found} - found:
+        found |= more
+    return found
+
+
 def _warning(message: str, span: Span, help: str = "") -> Diagnostic:
     return Diagnostic(message, span, help, "warning")
 
 
-def _of_text(item: Definition) -> Iterator[Diagnostic]:
+def _of_text(item: Definition, placed: Set[str]) -> Iterator[Diagnostic]:
+    """`placed` are names of attentions that say where their queries stand, and of what they use."""
+    read = [
+        name
+        for builder in ast.walk(item)
+        if isinstance(builder, ast.Builder)
+        for name in ast.walk(builder.pred)
+        if isinstance(name, ast.Name) and name.id == "nq"
+    ]
+    if read and item.name not in placed:
+        yield _warning(
+            "`nq` in a pattern: its meaning changes with the number of queries",
+            read[0].span,
+            "positions are absolute, from `offset` on; an attention that writes `offset` may read `nq`",
+        )
     for node in ast.walk(item):
-        if isinstance(node, ast.Builder):
-            for name in ast.walk(node.pred):
-                if isinstance(name, ast.Name) and name.id == "nq":
-                    yield _warning(
-                        "`nq` in a pattern: its meaning changes with the number of queries",
-                        name.span,
-                        "positions are absolute: `q` counts from `offset`",
-                    )
         match node:
             case ast.Range(lo=ast.Number(value=lo), hi=ast.Number(value=hi)) if lo > hi:
                 yield _warning(f"the range {lo}..{hi} is empty", node.span, f"write `{hi}..{lo}`")
@@ -114,23 +144,34 @@ def _undefined(attention: Attention, parts: list[ast.Expression], name: Span) ->
     from attndsl.tiles.lowering import sizes_of, tiles_of, written_out
 
     masks = [group.relation.mask for group in attention.groups]
-    told_later = any(mask.tables for mask in masks) or attention.offset is not None
-    if told_later or not any(map(partial, masks)):
+    read = {table for mask in masks for table in mask.tables}
+    told_later = (
+        attention.offset is not None or (read and attention.of_streams) or not read <= {*attention.inputs}
+    )
+    if told_later or not (read or any(map(partial, masks))):
         return
     heads = attention.enough_heads()
-    for n in (*SHORT, TRIED):
+    for n in SHORT if read else (*SHORT, TRIED):
         try:
             if n in SHORT:
-                written_out(attention, sizes_of(attention, n, None, heads), {}, counts=False)
+                tables = {table.name: _blank(table, n, heads) for table in read}
+                written_out(attention, sizes_of(attention, n, None, heads), tables, counts=False)
             else:
                 tiles_of(attention, n, heads=heads)
         except AttnError as error:
-            (told,) = error.diagnostics
+            told = at_lookup(error.diagnostics[0], parts)
             message = f"refused at n = {n}: {told.message}"
             spans = [node.span for part in parts for node in ast.walk(part) if _reads(node, told.message)]
             span = spans[0] if len(spans) == 1 else parts[0].span if len(parts) == 1 else name
-            yield _warning(message, span, told.help)
+            yield _warning(message, told.span or span, told.help)
             return
+
+
+def _blank(table: Table, n: int, heads: int) -> NDArray[Any]:
+    """Zeros, of axes with a name of their own more than positions can ask for."""
+    sizes = {"n": n, "nq": n, "B": 1, "H": heads}
+    shape = [axis if isinstance(axis, int) else sizes.get(axis, 4 * n + 64) for axis in table.dims]
+    return np.zeros(shape, {"int": np.int64, "bool": np.bool_, "float": np.float32}[table.dtype])
 
 
 def _reads(node: ast.Node, message: str) -> bool:
@@ -141,7 +182,7 @@ def _reads(node: ast.Node, message: str) -> bool:
         case ast.Binary("**"):
             return message.startswith("a power")
         case ast.Index():
-            return " entries on axis " in message
+            return " on axis " in message
     return False
 
 
@@ -230,7 +271,16 @@ def _empty_parts(e: ast.Expression, elaborator: Elaborator) -> Iterator[Diagnost
     for part in _operands(e):
         mask = _standing_alone(part, elaborator)
         if mask is not None and not mask.tables and subset(mask, ir.FALSE).status == "proved":
-            yield _warning("no pair satisfies this", part.span)
+            yield _warning("no pair satisfies this", part.span, _meaning(part, elaborator))
+
+
+def _meaning(e: ast.Expression, elaborator: Elaborator) -> str:
+    """What the definition says that is called, in its own words."""
+    called = e.func if isinstance(e, ast.Call) else e
+    definition = elaborator.definitions.get(called.id) if isinstance(called, ast.Name) else None
+    if definition is None or not definition.doc:
+        return ""
+    return f"`{signature(definition)}` is {' '.join(definition.doc.split())}"
 
 
 def _operands(e: ast.Expression) -> tuple[ast.Expression, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from attndsl.errors import AttnError, Diagnostic, Span, fail
-from attndsl.expr import Expr, nodes
+from attndsl.expr import Expr, Selected, nodes
 from attndsl.language.values import Num, Pattern, Scope, SetOf, TableOf, Truth, Value, Vec, as_number, as_set
 from attndsl.syntax import nodes as ast
 
@@ -80,7 +80,9 @@ def expected(noun: str, value: Value, e: ast.Expression, help: str = "") -> Attn
             value = as_set(value)
         elif listed and noun == "a pattern":
             name = quoted(e)
-            help = help or f"write `documents({name})`, or `columns({name})` for the keys it lists"
+            own = f"write `within({name}, full)`: each key with those of its own label"
+            lists = f"write `documents({name})`, or `columns({name})` for the keys it lists"
+            help = help or (own if isinstance(value.table.origin, Selected) else lists)
     if isinstance(value, TableOf):
         left = value.left
         more = f"{quoted(e)}[{('q', 'q, k')[left - 1] if left <= 2 else '...'}]"
@@ -109,18 +111,23 @@ def not_integer(number: Expr, e: ast.Expression, help: str = "") -> AttnError:
         return fail("a power is real where its exponent may be negative", powers[0].span, bounded)
     if isinstance(e, ast.Binary) and e.op == "/":
         return fail("`/` is real where an integer is needed", e.span, "write `//` to round down")
-    help = help or (f"write `{int(e.value)}`" if isinstance(e, ast.Number) else "")
+    help = help or (f"write `{int(e.value)}`" if isinstance(e, ast.Number) and e.value >= 1 else "")
     help = help or f"round it down: `floor({quoted(e)})`"
     return fail("expected an integer, and this is a real number", e.span, help)
 
 
-def out_of_place(name: ast.Name, units: tuple[int, int] | None = None) -> AttnError:
+def out_of_place(
+    name: ast.Name, units: tuple[int, int] | None = None, condition: Span | None = None
+) -> AttnError:
+    """For a reserved name where it means nothing; `condition` is the whole one that it is part of."""
     if units and name.id in ("Q", "K"):
         return other_unit(name.id, name.span, units)
     if units and name.id in ("q", "k"):
         return fail(f"`{name.id}` is the position of a token, and this is a choice of blocks", name.span)
     if name.id in ("q", "k"):
         help = "write `{ q, k : ... }` around it"
+        if condition is not None and len(condition.text) <= SHOWN and "\n" not in condition.text:
+            help = f"write `{{ q, k : {condition.text} }}`"
         return fail(f"`{name.id}` has no meaning outside a pattern or a score", name.span, help)
     if name.id == "stream":
         help = "an attention with `keys` may name it, and give it to a pattern as an argument"
@@ -145,7 +152,11 @@ def other_unit(vector: str, span: Span, units: tuple[int, int]) -> AttnError:
     return fail(f"`{vector}` is of a block, and keys are chosen here one by one", span, help)
 
 
-def quoted(e: ast.Expression, tight: bool = False, most: int = 40) -> str:
+SHOWN = 40
+"""Characters of a program that a help repeats."""
+
+
+def quoted(e: ast.Expression, tight: bool = False, most: int = SHOWN) -> str:
     """What was written, for a help line: without the parentheses around it, unless it is to stand `tight`."""
     text = e.span.text
     if len(text) > most or "\n" in text:
@@ -190,6 +201,12 @@ def blame(
     if len(used) != 1:
         return replace(d, message=message, span=span, help="" if text in help else help)
     inner = re.compile(rf"(?<!\w){re.escape(text)}(?!\w)")
+    if (
+        isinstance(used[0], ast.Number)
+        and help.startswith("round it down")
+        and float(used[0].value).is_integer()
+    ):
+        help = f"write `{int(used[0].value)}`"
     parts = help.split("`")
     parts[1::2] = [inner.sub(lambda _: quoted(used[0]), code) for code in parts[1::2]]
     return replace(d, message=message, span=used[0].span, help="`".join(parts))

@@ -13,6 +13,7 @@ from attndsl.expr import Expr, Table
 from attndsl.language.arguments import bind_arguments_of
 from attndsl.language.mistakes import expected
 from attndsl.language.values import TOKENS, Scope, TableOf, as_table, is_whole
+from attndsl.language.vocabulary import FUNCTIONS
 from attndsl.relations.proofs import follows
 from attndsl.streams import Pool, Projection, Stream, Streams, Stretch, memory, numbered, over
 from attndsl.syntax import nodes as ast
@@ -103,6 +104,8 @@ def _by(
             return "mean"
         case ast.Name("max"):
             return "max"
+        case ast.Name(word) if word in FUNCTIONS:
+            raise fail(f"a pool is by `mean`, by `max` or by a table of numbers, not by `{word}`", e.span)
     table = _table(el, e, env, name, "`mean`, `max` or a table of numbers")
     shape = table.explicit
     if not (len(shape) <= 3 and shape[:1] == (size,) and all(axis == "D" for axis in shape[1:])):

@@ -30,10 +30,3 @@ SIGNATURES = (
     | {name: f"{name}(x)" for name in ("isqrt", "floor", *ir.FUNCTIONS)}
     | {name: f"assert {name}(...)" for name in CLAIMS}
 )
-RETIRED = {
-    "window": "write `last(w)` for w keys up to the query, `radius(r)` for r on each side, or `band(a..b)`",
-    "abs": "write `|x|`",
-    "B": "the batch stands only in the axes of `inputs`, first",
-    "true": "write `0 == 0`, or the pattern `full`",
-    "false": "write `0 == 1`, or the pattern `none`",
-}

@@ -206,7 +206,9 @@ def outside(
         if bad.any():
             entry = np.broadcast_to(index, bad.shape)[bad][0]
             return fail(
-                f"`{table.name}` has {size} entries on axis {axis}, but entry {entry} is read", help=help
+                f"`{table.name}` has {size} entr{'y' if size == 1 else 'ies'} on axis {axis}, "
+                f"but entry {entry} is read",
+                help=help,
             )
     raise AssertionError
 

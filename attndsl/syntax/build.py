@@ -8,7 +8,7 @@ from typing import Any
 from lark import Token, Transformer
 
 from attndsl.errors import Source, Span, fail
-from attndsl.syntax import nodes
+from attndsl.syntax import habits, nodes
 from attndsl.syntax.nodes import (
     Abs,
     Argument,
@@ -38,10 +38,9 @@ from attndsl.syntax.nodes import (
     Unary,
     Use,
 )
-from attndsl.syntax.tokens import extent
+from attndsl.syntax.tokens import DTYPES, extent
 
 INTEGER_LIMIT = 2**63 - 1
-DTYPES = ("int", "bool", "float")
 
 place: ContextVar[tuple[Source, int]] = ContextVar("place")
 """The source being parsed and the offset in it that tokens count from."""
@@ -148,7 +147,9 @@ class Build(Transformer[Token, Any]):
     def input(self, children: list[Any]) -> InputDecl:
         name, dtype, *sizes, end = children
         if dtype not in DTYPES:
-            raise fail(f"unknown type `{dtype}`", span_of(dtype), "an input is `int`, `bool` or `float`")
+            known = habits.TYPES.get(dtype)
+            help = f"write `{known}`" if known else "an input is `int`, `bool` or `float`"
+            raise fail(f"unknown type `{dtype}`", span_of(dtype), help)
         return InputDecl(str(name), str(dtype), tuple(sizes), span=around(name, end))
 
     def group(self, children: list[Any]) -> HeadClauses:

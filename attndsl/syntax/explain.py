@@ -3,134 +3,459 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Set
+from collections.abc import Callable, Iterable, Set
+from dataclasses import dataclass
 from difflib import get_close_matches
 
 from lark import Token, UnexpectedCharacters, UnexpectedInput, UnexpectedToken
 
 from attndsl.errors import Diagnostic, Source, Span
-from attndsl.syntax.tokens import CLAUSES, DEFINITIONS, LOOSE, OPERATORS, STARTS, absolute_bars, extent
-
-LATER = ("stack", "approx")
-FOREIGN = (
-    (r"&&", "write `and` between truths, `&` between patterns"),
-    (r"\|\|", "write `or` between truths, `|` between patterns"),
-    (r"!(?!=)", "write `not` before a truth, `~` before a pattern"),
-    (r"%", "write `mod`"),
-    (r"\^", "write `**` for a power"),
-    (r";", "leave it out: nothing stands between clauses or definitions"),
-    (r"'", 'write a string in `"`'),
-    (r"\?", "write `where(condition, a, b)`"),
-    (r"=>", "write `>=`"),
-    (r"=<", "write `<=`"),
-    (r"<>", "write `!=`"),
-    (r"\.\.\.", "write `a..b`, both ends included"),
+from attndsl.syntax import habits
+from attndsl.syntax.boundaries import (
+    CLAUSE_TYPES,
+    CLOSE,
+    OPEN,
+    Cut,
+    clause_around,
+    first_on_line,
+    following,
+    last_clause,
 )
-LOOKALIKES = {
-    "\u2212": "-", "\u2013": "-", "\u00d7": "*", "\u00b7": "*", "\u2264": "<=", "\u2265": ">=",
-    "\u2260": "!=", "\u2227": "and",
-    "\u2228": "or", "\u00ac": "not", "\u2208": "in", "\u222a": "|", "\u2229": "&",
-    "\u201c": '"', "\u201d": '"', "\u2026": "..",
-}  # fmt: skip
-OF_PATTERNS = {"and": "&", "or": "|", "not": "~"}
+from attndsl.syntax.prelude import takes, word_of
+from attndsl.syntax.tokens import (
+    CLAUSES,
+    DEFINITIONS,
+    DTYPES,
+    ENDS,
+    LOOSE,
+    OPENERS,
+    OPERATORS,
+    STARTS,
+    absolute_bars,
+    extent,
+)
+
+LATER = ("stack",)
 DEFINITION = "unknown definition"
 CLAUSE = "unknown clause"
 SHOWN = 40
 """Characters of a token that a message repeats."""
 WORD = re.compile(r"[A-Za-z_][A-Za-z_0-9]*")
+HEAD = re.compile(r'\s*[A-Za-z_"]')
+"""A name or a string, as after the word of a definition."""
+CALL = re.compile(r"\w+(?:\([^()\n]{0,30}\))?")
+PATH = re.compile(r"\S+")
+COLON = re.compile(r"\s*:")
+DIGITS = re.compile(r"\s*(\d+)")
+ALONE = re.compile(r"\s*(?:\}|\(|$)")
+ARGUMENT = re.compile(r"[ \t]+(-?[\w.]+)")
+TYPE = re.compile(r"\s*[A-Za-z_]\w*(?:\[[^\]\n]*\])?")
+ENDED = re.compile(rf"\s*(?:\}}|(?:{'|'.join(CLAUSES)})\b)")
+"""The end of a clause."""
+COMMENT = re.compile(r"//|--|/\*")
+
+Explained = tuple[Diagnostic, Cut | None]
+"""What is told, and what to leave out of the text to read on; None for the whole clause."""
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A text that stands at `start` of the source, and the token in it that could not follow those before it;
+    `accepts` are kinds of those that could."""
+
+    source: Source
+    start: int
+    text: str
+    tokens: list[Token]
+    bad: Token
+    accepts: Set[str]
+
+    @property
+    def here(self) -> int:
+        return extent(self.bad)[0]
+
+    @property
+    def there(self) -> int:
+        return extent(self.bad)[1]
+
+    @property
+    def shown(self) -> str:
+        return f"`{self.bad if len(self.bad) <= SHOWN else self.bad[:SHOWN] + '...'}`"
+
+    @property
+    def complete(self) -> bool:
+        """Whether an expression may end here."""
+        return "PLUS" in self.accepts
+
+    @property
+    def clauses_due(self) -> bool:
+        return "MASK" in self.accepts
+
+    @property
+    def begins(self) -> bool:
+        """Whether something new may have been meant to begin here."""
+        return not self.complete or bool(
+            first_on_line(self.text, self.here) and HEAD.match(self.text, self.there)
+        )
+
+    def kind(self, back: int) -> str:
+        """Of the token so far back, 1 for the last; empty where there is none."""
+        return self.tokens[-back].type if back <= len(self.tokens) else ""
+
+    def at(self, first: int, last: int, message: str, help: str = "", cut: Cut | None = None) -> Explained:
+        return Diagnostic(message, Span(self.source, self.start + first, self.start + last), help), cut
+
+    def it(self, message: str, help: str = "", cut: Cut | None = None) -> Explained:
+        """Of the refused token."""
+        return self.at(self.here, self.there, message, help, cut)
+
+    def without_it(self, message: str, help: str) -> Explained:
+        return self.it(message, help, (self.here, self.there))
+
+    def up_to_next_clause(self, message: str, help: str) -> Explained:
+        return self.it(message, help, (self.here, following(self.text, self.here)))
 
 
 def explain(
-    source: Source, start: int, tokens: list[Token], error: UnexpectedInput, accepts: Set[str]
-) -> Diagnostic:
-    """What is wrong after `tokens`, whose positions count from `start`; `accepts` could have followed."""
-    text = source.text
-    end = extent(tokens[-1])[1] if tokens else 0
-
-    def at(first: int, last: int, message: str, help: str = "") -> Diagnostic:
-        return Diagnostic(message, Span(source, start + first, start + last), help)
-
+    source: Source, start: int, text: str, tokens: list[Token], error: UnexpectedInput, accepts: Set[str]
+) -> Explained:
+    """What is wrong after `tokens` in a text that stands at `start`; `accepts` could have followed."""
     if isinstance(error, UnexpectedToken):
+        end = extent(tokens[-1])[1] if tokens else 0
         bad = error.token if error.token.type != "$END" else Token("$END", "", end, end_pos=end)
     else:
         assert isinstance(error, UnexpectedCharacters)
         position = error.pos_in_stream or 0
-        bad = Token("", text[start + position], position, end_pos=position + 1)
-    here, there = extent(bad)
-    shown = f"`{bad if len(bad) <= SHOWN else bad[:SHOWN] + '...'}`"
-    complete = "PLUS" in accepts
-    clauses_due = "MASK" in accepts
-
-    for operator, help in FOREIGN:
-        for first in range(max(here - 2, 0), here + 1):
-            match = re.compile(operator).match(text, start + first)
-            if match and (match.end() > start + here or (match[0] == "%" and tokens[-1].type == "PERCENT")):
-                return at(first, first + len(match[0]), f"unexpected `{match[0]}`", help)
-    bars, unclosed = absolute_bars(tokens)
-    if unclosed is not None:
-        bar, after = extent(tokens[unclosed])
-        if text[start + bar - 1] == "|" and unclosed - 1 not in bars:
-            return at(bar - 1, after, "unexpected `||`", dict(FOREIGN)[r"\|\|"])
-        if bad.type in LOOSE and complete:
-            return at(here, there, f"`{bad}` inside of `|x|`", "put parentheses around it: `|(...)|`")
-        if complete and bad.type not in STARTS:
-            return at(bar, after, "`|` is never closed")
-    if bad.type == "":
-        return at(here, there, *strange(bad))
-    if bad.type == "ASSIGN" and complete:
-        return at(here, there, "unexpected `=`", "write `==` to compare")
-    if bad.type == "COMMA" and clauses_due:
-        return at(here, there, "`,` between clauses", "leave it out: every clause begins with a word")
-
-    first_on_line = not text[text.rfind("\n", 0, start + here) + 1 : start + here].strip()
-    begins = not complete or (first_on_line and is_head(text, start + there))
-    if bad.type == "NAME" and "$END" in accepts and begins:
-        return at(here, there, *unknown(DEFINITION, bad, shown, DEFINITIONS))
-    if not tokens and "PATTERN" in accepts:
-        return at(here, there, "expected a definition", listing(DEFINITIONS))
-    if clauses_due and bad.type == "NAME" and (begins or bad in LATER or close(bad, CLAUSES)):
-        return at(here, there, *unknown(CLAUSE, bad, shown, CLAUSES))
-    if bad.lower() in CLAUSES and bad.type in CLAUSE_TYPES and (complete or clauses_due):
-        if clauses_due:
-            return at(here, there, f"`{bad}` cannot stand inside of `heads`")
-        return at(here, there, f"the clause `{bad}` stands only in the braces of an attention")
-    if "NAME" in accepts and "INT" not in accepts and not clauses_due and WORD.fullmatch(bad):
-        return at(here, there, f"{shown} is a reserved word", "choose another name")
-
-    if [token.type for token in tokens[-3:-1]] == ["HEADS", "LBRACE"] and tokens[-1] in CLAUSES:
-        return at(
-            *extent(tokens[-2]),
-            "expected the heads of this group",
-            "write `0..3 { ... }` or `else { ... }`",
-        )
-    if in_builder_head(tokens) and bad.type != "$END":
-        if "NAME" in accepts and bad.type in STARTS:
-            return at(here, there, "expected a bound name", "a list of positions is written `[0, 5..9]`")
-        if "COLON" in accepts:
-            if bad.type == "COMMA":
-                return at(here, there, "a builder binds one position or two")
-            if bad.type == "RBRACE":
-                return at(here, there, "expected `:`", "a list of positions is written `[0, 5..9]`")
-            return at(
-                here, there, "expected `:`", "write `{ p : ... }` for a set, `{ q, k : ... }` for a pattern"
-            )
-    if complete and bad.type == "NOT":
-        return at(here, there, "two expressions side by side", "write `not (x in s)`")
-    if complete and bad.type in STARTS:
-        if tokens[-1].type == "INT" and bad.type == "NAME" and here == end:
-            return at(here, there, "a name cannot begin with a digit", "write `2 * x` for a product")
-        help = "put an operator between them"
-        if "if" in (bad, tokens[-1]):
-            help = "write `where(condition, a, b)`"
-        elif tokens[-1] == "lambda":
-            help = "a pattern is written `{ q, k : condition }`"
-        return at(here, there, "two expressions side by side", help)
-    if bad.type == "$END":
-        return at(here, there, f"expected {wanted(accepts)}, not the end")
-    return at(here, there, f"expected {wanted(accepts)}, not {shown}")
+        bad = Token("", text[position], position, end_pos=position + 1)
+    refused = Refused(source, start, text, tokens, bad, accepts)
+    for rule in RULES:
+        if (explained := rule(refused)) is not None:
+            return explained
+    return refused.it(f"expected {wanted(accepts)}, not {'the end' if bad.type == '$END' else refused.shown}")
 
 
-CLAUSE_TYPES = frozenset(word.upper() for word in CLAUSES)
+def comment(r: Refused) -> Explained | None:
+    """Words after a mark on the line of the mistake."""
+    line_end = r.text.find("\n", r.here)
+    line_end = len(r.text) if line_end < 0 else line_end
+    for mark in COMMENT.finditer(r.text, r.text.rfind("\n", 0, r.here) + 1, min(r.here + 2, line_end)):
+        between = [token for token in r.tokens if extent(token)[0] >= mark.end()]
+        closed = r.text.find("*/", mark.end(), line_end) if mark[0] == "/*" else -1
+        end = closed + 2 if closed >= 0 else line_end
+        after = r.text[mark.end() : end].strip()
+        paired = all(after.count(a) == after.count(b) for a, b in zip(OPEN, CLOSE, strict=True))
+        worded = all(token.type == "NAME" for token in between) and after[:1].isalpha()
+        if paired and worded and (r.bad.type in ("NAME", "") or not between) and r.bad.type != "ASSIGN":
+            message, help = f"unexpected `{mark[0]}`", "a comment begins with `#`"
+            return r.at(mark.start(), mark.end(), message, help, (mark.start(), end))
+    return None
+
+
+def operator(r: Refused) -> Explained | None:
+    for sign, help in habits.OPERATORS:
+        for first in range(max(r.here - 2, 0), r.here + 1):
+            match = re.compile(sign).match(r.text, first)
+            if match and (match.end() > r.here or (match[0] == "%" and r.kind(1) == "PERCENT")):
+                cut = match.span() if match[0] == ";" else None
+                return r.at(*match.span(), f"unexpected `{match[0]}`", help, cut)
+    return None
+
+
+def bar(r: Refused) -> Explained | None:
+    bars, unclosed = absolute_bars(r.tokens)
+    if unclosed is None:
+        return None
+    first, last = extent(r.tokens[unclosed])
+    if r.text[first - 1] == "|" and unclosed - 1 not in bars:
+        return r.at(first - 1, last, "unexpected `||`", dict(habits.OPERATORS)[r"\|\|"])
+    if r.bad.type in LOOSE and r.complete:
+        return r.it(f"`{r.bad}` inside of `|x|`", "put parentheses around it: `|(...)|`")
+    if r.complete and r.bad.type not in STARTS:
+        return r.at(first, last, "`|` is never closed")
+    return None
+
+
+def character(r: Refused) -> Explained | None:
+    if r.bad == "." and r.kind(1) == "NAME" and (part := WORD.match(r.text, r.there)):
+        help = habits.attribute(r.tokens[-1], part[0])
+        return r.at(r.here, part.end(), f"unexpected `.{part[0]}`", help)
+    return r.it(*habits.character(r.bad)) if r.bad.type == "" else None
+
+
+def colon(r: Refused) -> Explained | None:
+    """Where other languages have one: types, slices, blocks, named arguments."""
+    if r.bad.type != "COLON" or not r.tokens or in_builder_head(r.tokens):
+        return None
+    kinds = [token.type for token in r.tokens]
+    depth = sum((kind in OPENERS) - (kind in OPENERS.values()) for kind in kinds)
+    header = kinds[0] in ("PATTERN", "SCORE", "LET", "ATTENTION") and kinds[1:2] == ["NAME"]
+    parameter = header and kinds[2:3] == ["LPAR"] and depth == 1 and "RPAR" not in kinds
+    if header and kinds[0] == "ATTENTION" and depth == 0:
+        return r.it("unexpected `:`", f"write the clauses in braces: `attention {r.tokens[1]} {{ ... }}`")
+    if header and kinds[-1] == "NAME" and (len(kinds) == 2 or parameter):
+        kind = TYPE.match(r.text, r.there)
+        if kind is None:
+            return r.it("unexpected `:`", "a value is written with `=`")
+        message = f"a {'parameter' if parameter else 'definition'} has no type"
+        cut = r.here, kind.end()
+        return r.at(*cut, message, "leave it out: the value says what it is", cut)
+    first, last = r.tokens[-1], DIGITS.match(r.text, r.there)
+    if first.type == "INT" and last:
+        start, help = extent(first)[0], f"write `{first}..{int(last[1]) - 1}`, both ends included"
+        return r.at(start, last.end(), f"unexpected `{r.text[start : last.end()]}`", help)
+    if first.type == "NAME" and depth and r.kind(2) in ("LPAR", "COMMA"):
+        return r.it("unexpected `:`", f"a named argument is written `{first} = ...`")
+    if (first.type in ENDS and depth) or first.type == "LSQB":
+        return r.it("unexpected `:`", "a range is written `a..b`, both ends included")
+    return None
+
+
+def sign_after_clause_word(r: Refused) -> Explained | None:
+    if r.bad.type in ("ASSIGN", "COLON") and r.kind(1) in CLAUSE_TYPES and not r.complete:
+        word = r.tokens[-1]
+        return r.without_it(f"`{r.bad}` after `{word}`", f"leave it out: write `{word} ...`")
+    if r.bad.type == "NAME" and r.clauses_due and r.bad in CLAUSES and (sign := COLON.match(r.text, r.there)):
+        cut = sign.end() - 1, sign.end()
+        return r.at(*cut, f"`:` after `{r.bad}`", f"leave it out: write `{r.bad} ...`", cut)
+    return None
+
+
+def equals(r: Refused) -> Explained | None:
+    if r.bad.type == "ASSIGN" and r.complete:
+        return r.it("unexpected `=`", "write `==` to compare")
+    if r.bad.type == "ASSIGN" and r.kind(1) == "ASSIGN" and extent(r.tokens[-1])[1] == r.here:
+        return r.at(r.here - 1, r.there, "unexpected `==`", "a definition is written with `=`")
+    return None
+
+
+def comma(r: Refused) -> Explained | None:
+    if r.bad.type != "COMMA" or not r.complete:
+        return None
+    word = last_clause(r.tokens)
+    if r.clauses_due and ENDED.match(r.text, r.there):
+        return r.without_it("`,` between clauses", "leave it out: every clause begins with a word")
+    if r.clauses_due or word == "heads":
+        return r.it("unexpected `,`", habits.COMMAS.get(word, "join what stands here by an operator"))
+    if r.tokens[-1] == "q":
+        return r.it("unexpected `,`", "a pattern is written `{ q, k : condition }`")
+    return None
+
+
+def declaration(r: Refused) -> Explained | None:
+    """Of a file and of a table."""
+    if r.kind(1) == "USE" and r.bad.type == "NAME" and (path := PATH.match(r.text, r.here)):
+        return r.at(r.here, path.end(), 'expected a string in `"`', f'write `use "{path[0]}"`')
+    if r.accepts == {"LSQB"} and r.kind(2) == "COLON":
+        name, dtype = r.tokens[-3], r.tokens[-1]
+        meant = habits.TYPES.get(dtype, dtype if dtype in DTYPES else "int")
+        return r.at(*extent(dtype), f"`{name}` has no axes", f"write `{name} : {meant}[n]`")
+    if r.accepts == {"COLON"} and r.bad.type in ("NAME", "ASSIGN") and r.kind(2) in ("INPUTS", "RSQB"):
+        help = f"a table is declared with its type and axes: `{r.tokens[-1]} : int[n]`"
+        return r.it(f"expected `:`, not {r.shown}", help)
+    if r.bad.type == "LSQB" and r.kind(1) == "RSQB" and last_clause(r.tokens) == "inputs":
+        return r.it("unexpected `[`", "all axes stand in one pair of brackets: `int[B, n]`")
+    return None
+
+
+def dots(r: Refused) -> Explained | None:
+    if r.bad.type != "DOTS" or not r.complete or "DOTS" not in (before := same_level(r.tokens)):
+        return None
+    if "BAR" in before:
+        return r.it("`|` is tighter than `..`", "a union of ranges is a list: `[0..3, 8..9]`")
+    return r.it("a range has two ends", "with a step it is `{ p : p in a..b and p mod step == 0 }`")
+
+
+def definition(r: Refused) -> Explained | None:
+    in_braces = f"a clause stands in the braces of an attention: `attention NAME {{ {r.bad} ... }}`"
+    if r.bad.type == "NAME" and "$END" in r.accepts and r.begins:
+        if word_of(r.source.text, r.bad) in ("pattern", "attention"):
+            return r.it(f"{DEFINITION} {r.shown}", "a pattern is written `pattern NAME = ...`")
+        if r.bad in CLAUSES:
+            return r.it(f"{DEFINITION} {r.shown}", in_braces)
+        if r.text[r.there :].lstrip().startswith("="):
+            return r.it(f"{DEFINITION} {r.shown}", f"a value is defined by `let {r.bad} = ...`")
+        return r.it(*unknown(DEFINITION, r.bad, r.shown, DEFINITIONS))
+    if not r.tokens and "PATTERN" in r.accepts:
+        return r.it("expected a definition", in_braces if r.bad in CLAUSES else listing(DEFINITIONS))
+    return None
+
+
+def header(r: Refused) -> Explained | None:
+    """The name of a definition, and what follows it."""
+    if len(r.tokens) == 1 and r.tokens[0] in DEFINITIONS:
+        word = r.tokens[0]
+        helps = {
+            "LBRACE": f"write `{word} NAME {{ ... }}`",
+            "STRING": f"write `{word} {r.bad[1:-1]}`",
+            **dict.fromkeys(("INT", "FLOAT"), "a name begins with a letter"),
+        }
+        if r.bad.type in helps:
+            return r.it(f"expected a name, not {r.shown}", helps[r.bad.type])
+    if len(r.tokens) == 2 and r.bad.type == "LSQB" and r.kind(1) == "NAME":
+        help = f"parameters stand in parentheses: `{r.tokens[0]} {r.tokens[1]}(...)`"
+        return r.it("unexpected `[`", help)
+    if len(r.tokens) == 2 and r.bad.type == "MINUS" and (rest := WORD.match(r.text, r.there)):
+        joined = f"write `{r.tokens[1]}_{rest[0]}`"
+        return r.it("a name is made of letters, digits and `_`", joined)
+    return None
+
+
+def clause(r: Refused) -> Explained | None:
+    if r.bad.type != "NAME" or not r.clauses_due:
+        return None
+    called = ALONE.match(r.text, r.there)
+    argument = ARGUMENT.match(r.text, r.there)
+    if word_of(r.source.text, r.bad) == "score" and (r.begins or argument or called):
+        written = CALL.match(r.text, r.here)
+        assert written is not None
+        meant = f"{r.bad}({argument[1]})" if argument else written[0]
+        return r.up_to_next_clause(f"the score {r.shown} without its clause", f"write `score {meant}`")
+    if r.bad in habits.CLAUSES and not r.text[r.there :].lstrip().startswith("("):
+        return r.up_to_next_clause(f"{CLAUSE} {r.shown}", habits.CLAUSES[r.bad])
+    if r.begins or r.bad in LATER or close(r.bad, CLAUSES):
+        return r.up_to_next_clause(*unknown(CLAUSE, r.bad, r.shown, CLAUSES))
+    return None
+
+
+def word_out_of_place(r: Refused) -> Explained | None:
+    """Of definitions and clauses."""
+    inside = len(r.tokens) > 1 and (r.clauses_due or "RBRACE" in r.accepts)
+    if inside and r.bad.type in ("LET", "PATTERN", "ATTENTION", "ASSERT", "USE"):
+        help = f"write `{r.bad}` before `{r.tokens[0]} {r.tokens[1]}`"
+        return r.up_to_next_clause(f"`{r.bad}` inside of an attention", help)
+    if r.bad.type == "SCORE" and r.kind(1) == "SCORE":
+        cut = extent(r.tokens[-1])[0], following(r.text, r.here)
+        return r.it("`score` is the word of the clause", "the logit so far is `s`: write `score s ...`", cut)
+    if r.bad in CLAUSES and r.bad.type in CLAUSE_TYPES and (r.complete or r.clauses_due):
+        if r.clauses_due:
+            return r.it(f"`{r.bad}` cannot stand inside of `heads`")
+        if last_clause(r.tokens) == "heads" and "LBRACE" in r.accepts:
+            help = f"a group of heads has braces: write `heads 0..3 {{ {r.bad} ... }}`"
+            return r.it(f"expected `{{`, not {r.shown}", help)
+        return r.it(f"the clause `{r.bad}` stands only in the braces of an attention")
+    return None
+
+
+def no_heads(r: Refused) -> Explained | None:
+    """A clause straight after `heads {`: its word is refused, or read as the name of a position."""
+    for tokens, word in ((r.tokens, r.bad), (r.tokens[:-1], r.tokens[-1] if r.tokens else r.bad)):
+        if [token.type for token in tokens[-2:]] == ["HEADS", "LBRACE"] and word in CLAUSES:
+            help = "write `0..3 { ... }` or `else { ... }`"
+            return r.at(*extent(tokens[-1]), "expected the heads of this group", help)
+    return None
+
+
+def reserved(r: Refused) -> Explained | None:
+    if "NAME" in r.accepts and "INT" not in r.accepts and not r.clauses_due and WORD.fullmatch(r.bad):
+        return r.it(f"{r.shown} is a reserved word", "choose another name")
+    return None
+
+
+def builder(r: Refused) -> Explained | None:
+    if not in_builder_head(r.tokens) or r.bad.type == "$END":
+        return None
+    brace = max(i for i, token in enumerate(r.tokens) if token.type == "LBRACE")
+    before = r.tokens[brace - 1]
+    if r.tokens[0].type == "ATTENTION" and before.type == "ASSIGN" and "COLON" in r.accepts:
+        help = f"leave it out: write `attention {r.tokens[1]} {{ ... }}`"
+        return r.at(*extent(before), "`=` before clauses", help, extent(before))
+    listed = "a list of positions is written `[0, 5..9]`"
+    if "NAME" in r.accepts and r.bad.type in STARTS:
+        return r.it("expected a bound name", listed)
+    if "COLON" not in r.accepts:
+        return None
+    if r.bad.type == "COMMA":
+        return r.it("a builder binds one position or two")
+    both = "write `{ p : ... }` for a set, `{ q, k : ... }` for a pattern"
+    return r.it("expected `:`", listed if r.bad.type == "RBRACE" else both)
+
+
+def side_by_side(r: Refused) -> Explained | None:
+    if not r.complete or r.bad.type not in STARTS:
+        return None
+    left, message = r.tokens[-1], "two expressions side by side"
+    start, end = extent(left)
+    if r.bad.type == "NOT":
+        return r.it(message, "write `not (x in s)`")
+    if left in CLAUSES and r.tokens[0].type == "ATTENTION" and first_on_line(r.text, start):
+        # it was read as a name, since an operator before it lacks an operand
+        begun, _ = clause_around(r.tokens, r.text, start) or (start, start)
+        return r.at(start, end, f"expected an expression, not the clause `{left}`", "", (begun, start))
+    if left.type == "INT" and r.bad.type == "NAME" and r.here == end:
+        return r.at(start, r.there, "a name cannot begin with a digit", habits.numeral(left, r.bad))
+    return r.it(message, between(r, left), clause_around(r.tokens, r.text, r.here, by_line=True))
+
+
+def between(r: Refused, left: Token) -> str:
+    """What is written between two expressions."""
+    text, right = r.source.text, r.bad
+    if help := habits.WORDS.get(right) or habits.WORDS.get(left):
+        return help
+    if left.type in ("INT", "FLOAT") and right.type == "NAME":
+        return f"write `{left} * {right}`"
+    called = takes(text, left) if left.type == "NAME" else False
+    if right.type == "NAME" and word_of(text, right) == "pattern" and (r.clauses_due or not called):
+        return f"join patterns by an operator: `& {right}`, `| {right}`"
+    if called is False or right.type not in ("INT", "FLOAT", "NAME"):
+        return "put an operator between them"
+    if called:
+        return f"an argument stands in parentheses: `{left}({right})`"
+    return f"put an operator between them, or parentheses around an argument: `{left}({right})`"
+
+
+def group_of_heads(r: Refused) -> Explained | None:
+    if (
+        last_clause(r.tokens) != "heads"
+        or "LBRACE" not in r.accepts
+        or not r.complete
+        or r.bad.type == "$END"
+    ):
+        return None
+    return r.it(
+        f"expected {wanted(r.accepts)}, not {r.shown}", "a group of heads is written `0..3 { mask ... }`"
+    )
+
+
+Rule = Callable[[Refused], Explained | None]
+RULES: tuple[Rule, ...] = (
+    comment,
+    operator,
+    bar,
+    character,
+    colon,
+    sign_after_clause_word,
+    equals,
+    comma,
+    declaration,
+    dots,
+    definition,
+    header,
+    clause,
+    word_out_of_place,
+    no_heads,
+    reserved,
+    builder,
+    side_by_side,
+    group_of_heads,
+)
+"""The first that has something to say does."""
+
+
+def same_level(tokens: list[Token]) -> list[str]:
+    """The kinds of the tokens before, back to the bracket or comma that they stand after."""
+    found, level = list[str](), 0
+    for token in reversed(tokens):
+        if token.type in OPENERS.values():
+            level += 1
+        elif token.type in OPENERS:
+            level -= 1
+        if level < 0 or (level == 0 and token.type in ("COMMA", "COLON", *CLAUSE_TYPES)):
+            break
+        if level == 0:
+            found.append(token.type)
+    return found
+
+
 PHRASES = {
     "NAME": "a name", "STRING": 'a string in `"`', "ASSIGN": "`=`", "COLON": "`:`", "COMMA": "`,`",
     "LPAR": "`(`", "RPAR": "`)`", "LSQB": "`[`", "RSQB": "`]`", "LBRACE": "`{`", "RBRACE": "`}`",
@@ -156,22 +481,6 @@ def wanted(accepts: Set[str]) -> str:
     return " or ".join([", ".join(phrases[:-1]), phrases[-1]]) if len(phrases) > 1 else phrases[0]
 
 
-def strange(bad: str) -> tuple[str, str]:
-    if bad == ".":
-        return "`.` without digits on both sides", "write `0.5` or `2.0`"
-    shown = f"`{bad}` (U+{ord(bad):04X})" if bad.isprintable() else f"U+{ord(bad):04X}"
-    if bad == '"':
-        return "control character in a string", ""
-    if bad in LOOKALIKES:
-        word = LOOKALIKES[bad]
-        sign = f", for patterns `{OF_PATTERNS[word]}`" if word in OF_PATTERNS else ""
-        return f"unknown character {shown}", f"write `{word}`{sign}"
-    return (
-        f"unknown character {shown}",
-        "names are made of the letters a to z, digits and `_`" if bad.isalpha() else "",
-    )
-
-
 def close(word: str, words: Iterable[str]) -> str:
     return next(iter(get_close_matches(word.lower(), words, 1)), "")
 
@@ -179,16 +488,13 @@ def close(word: str, words: Iterable[str]) -> str:
 def unknown(kind: str, word: str, shown: str, words: tuple[str, ...]) -> tuple[str, str]:
     if word in LATER:
         return f"`{word}` is not supported yet", ""
+    if kind == DEFINITION and word in habits.DEFINITIONS:
+        return f"{kind} {shown}", habits.DEFINITIONS[word]
     return f"{kind} {shown}", f"did you mean `{near}`?" if (near := close(word, words)) else listing(words)
 
 
 def listing(words: tuple[str, ...]) -> str:
     return f"the words are {', '.join(words[:-1])} and {words[-1]}"
-
-
-def is_head(text: str, position: int) -> bool:
-    """Whether a name or a string follows, as after the word of a definition."""
-    return re.compile(r'\s*[A-Za-z_"]').match(text, position) is not None
 
 
 def in_builder_head(tokens: list[Token]) -> bool:

@@ -83,7 +83,7 @@ def format(text: str | Source) -> str:
     """
     source = text if isinstance(text, Source) else Source("<text>", text)
     parsed = list(chunks(source))
-    if errors := [chunk.error for chunk in parsed if chunk.error is not None]:
+    if errors := [error for chunk in parsed for error in chunk.errors]:
         raise AttnError(*errors)
     written: list[Leaf] = []
     for leaves, one_line in definitions(source, parsed):

@@ -232,3 +232,14 @@ def walk(node: object) -> Iterator[Node]:
         yield node
         for child in fields(node):
             yield from walk(getattr(node, child.name))
+
+
+def children(node: Node) -> Iterator[Node]:
+    """The nodes straight below, members of tuples too."""
+    values = [getattr(node, child.name) for child in reversed(fields(node))]
+    while values:
+        value = values.pop()
+        if isinstance(value, Node):
+            yield value
+        elif isinstance(value, tuple):
+            values.extend(reversed(value))

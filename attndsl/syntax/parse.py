@@ -17,21 +17,35 @@ from lark import Lark, Token, UnexpectedInput, UnexpectedToken
 from platformdirs import user_cache_path
 
 from attndsl.errors import AttnError, Diagnostic, Source, Span, fail
+from attndsl.syntax.boundaries import CLAUSE_WORDS, Cut, clause_around
 from attndsl.syntax.build import Build, place
 from attndsl.syntax.explain import DEFINITION, explain
 from attndsl.syntax.nodes import Argument, AttentionDef, Definition, Expression, Item, Module, Node
-from attndsl.syntax.tokens import extent
+from attndsl.syntax.tokens import CLAUSES, extent
 
 TEXT_LIMIT = 2_000_000
 SIZE_LIMIT = 100_000
 """Words and signs in one definition."""
 NESTING_LIMIT = 100
 ERROR_LIMIT = 100
+MISTAKES = 10
+"""That are told of one definition."""
+LONG = 20_000
+"""Characters of a definition of which the first mistake alone is told: each reads it again."""
 STACK_LIMIT = 10 * NESTING_LIMIT
 """Entries on the parser's stack; a level of nesting takes fewer than ten."""
 
-SCAN = re.compile(r'\n|#[^\n]*|"[^"\n]*"?|[(){}\[\]]|\b(?:pattern|score|let|attention|assert|use)\b')
+LINE = rf"^[ \t]*(?:else\b|(?:{'|'.join(CLAUSES)})\b(?=[ \t]+(?!(?:and|or|in|mod)\b)[A-Za-z{{~\d]))"
+"""A clause, or the last group of heads, at the start of a line."""
+SCAN = re.compile(
+    rf'\n|#[^\n]*|"[^"\n]*"?|[(){{}}\[\]]|{LINE}|\b(?:pattern|score|let|attention|assert|use)\b',
+    re.MULTILINE,
+)
+BUILDER = re.compile(r"\{\s*\(?\s*[A-Za-z_]\w*\s*[,:]")
 NAMED = re.compile(r"\b(?:pattern|score|let|attention)\s+([A-Za-z_]\w*)")
+INNER = re.compile(r"\b(?:pattern|let|attention|score(?=\s+\w+\s*(?:\([^()]*\)\s*)?=(?!=)))\s+([A-Za-z_]\w*)")
+"""A definition in the middle of a text: `score NAME` may be a clause there."""
+BEGUN = re.compile(r"[ \t]+[A-Za-z_]\w*[ \t]*[=({]")
 GAP = re.compile(r"(?:\s|#[^\n]*+)*+")
 CLOSER = {"(": ")", "[": "]", "{": "}"}
 
@@ -40,16 +54,19 @@ CLOSER = {"(": ")", "[": "]", "{": "}"}
 class Chunk:
     """Characters [start, end), from one definition word to the next.
 
-    `doc` is the `##` text above it, `error` the first mistake in its brackets. `item` and `tokens` are what
-    the parser made of it; positions of tokens count from `start`.
+    `doc` is the `##` text above it, `errors` what is wrong, `left` the brackets that are open at its end.
+    `item` and `tokens` are what the parser made of it, without the clauses that are wrong, which may have
+    declared the names `lost`; positions of tokens count from `start`.
     """
 
     start: int
     end: int
     doc: str = ""
-    error: Diagnostic | None = None
+    errors: list[Diagnostic] = field(default_factory=list)
+    left: str = ""
     item: Item | None = None
     tokens: list[Token] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
 
 
 def parse(text: str, name: str = "<text>") -> Module:
@@ -68,9 +85,12 @@ def parse_partial(source: Source) -> tuple[Module, list[Diagnostic]]:
     for chunk in chunks(source):
         if chunk.item is not None:
             items.append(chunk.item)
-        if chunk.error is not None:
-            diagnostics.append(chunk.error)
-            unread += NAMED.findall(source.text, chunk.start, chunk.end)
+        if chunk.errors:
+            diagnostics += chunk.errors
+            named = NAMED.match(source.text, chunk.start)
+            unread += [named[1]] if named else []
+            unread += INNER.findall(source.text, chunk.start, chunk.end) + chunk.lost
+            unread += ["use"] * source.text.startswith("use", chunk.start)
     return Module(tuple(items), tuple(unread), source=source), diagnostics
 
 
@@ -87,7 +107,7 @@ class Definitions(Mapping[str, Definition | AttentionDef]):
         chunk = self.chunks[name]
         if chunk.item is None:
             parse_chunk(self.source, chunk)
-        assert isinstance(chunk.item, Definition | AttentionDef), chunk.error
+        assert isinstance(chunk.item, Definition | AttentionDef), chunk.errors
         return chunk.item
 
     def __iter__(self) -> Iterator[str]:
@@ -105,29 +125,30 @@ def parse_expression(source: Source) -> Expression:
     if len(source.text) > TEXT_LIMIT:
         raise AttnError(too_long(source))
     chunk, *others = cut(source)
-    expression = read(source, chunk, "expr") if chunk.error is None else None
-    if chunk.error is None and others:
+    expression = None if chunk.errors else read(source, chunk, source.text[chunk.start : chunk.end], "expr")
+    if not chunk.errors and others:
         word = Span(source, others[0].start, others[0].start + 1)
         raise fail("expected an expression, not a definition", word)
-    if not isinstance(expression, Expression):
-        assert chunk.error is not None
-        raise AttnError(chunk.error)
-    return expression
+    if isinstance(expression, Expression):
+        return expression
+    if isinstance(expression, Mistake):
+        chunk.errors.append(expression.told)
+    raise AttnError(*chunk.errors)
 
 
 def chunks(source: Source) -> Iterator[Chunk]:
     """The definitions of a text one after the other, parsed; ends with an error where a limit is reached."""
     if len(source.text) > TEXT_LIMIT:
-        yield Chunk(0, 0, error=too_long(source))
+        yield Chunk(0, 0, errors=[too_long(source)])
         return
     errors = 0
     for chunk in cut(source):
-        if chunk.error is None:
-            parse_chunk(source, chunk)
+        parse_chunk(source, chunk)
+        chunk.errors = chunk.errors[: ERROR_LIMIT - errors]
         yield chunk
-        errors += chunk.error is not None
+        errors += len(chunk.errors)
         if errors == ERROR_LIMIT:
-            yield Chunk(chunk.end, chunk.end, error=Diagnostic(f"stopped after {ERROR_LIMIT} errors"))
+            yield Chunk(chunk.end, chunk.end, errors=[Diagnostic(f"stopped after {ERROR_LIMIT} errors")])
             return
 
 
@@ -149,20 +170,88 @@ def grammar() -> Lark:
     )
 
 
+@dataclass(frozen=True)
+class Mistake:
+    """What is told of a text, and what is left out of it to read on; None where nothing helps."""
+
+    told: Diagnostic
+    cut: Cut | None = None
+
+
 def parse_chunk(source: Source, chunk: Chunk) -> None:
-    """Fill in `item`, `tokens` and `error`."""
-    module = read(source, chunk, "module")
-    if isinstance(module, Module):
-        for item in module.items:
-            chunk.item = item
-            if chunk.doc and isinstance(item, Definition | AttentionDef):
-                chunk.item = replace(item, doc=chunk.doc)
+    """Fill in `item` and `errors`. What is wrong is told and left out, and the rest is read again."""
+    text = source.text[chunk.start : chunk.end]
+    if chunk.errors:
+        text = mended(chunk, text)
+    for _ in range(MISTAKES):
+        if not text:
+            return
+        tree = read(source, chunk, text, "module")
+        if isinstance(tree, Module):
+            for item in tree.items:
+                chunk.item = item
+                if chunk.doc and isinstance(item, Definition | AttentionDef):
+                    chunk.item = replace(item, doc=chunk.doc)
+            return
+        assert isinstance(tree, Mistake)
+        span = tree.told.span
+        # that a text ends too early, or a bracket put there is refused, follows from what was told before
+        if not chunk.errors or span is None or (span.start < chunk.end and span.text):
+            chunk.errors.append(tree.told)
+        if len(text) > LONG:
+            return
+        text = without(chunk, text, tree.cut)
 
 
-def read(source: Source, chunk: Chunk, start: str) -> Module | Expression | None:
-    """What a chunk is by the rule `start`. Fills in `tokens`, and `error` where the result is None."""
-    parser = grammar().parse_interactive(source.text[chunk.start : chunk.end], start)
+def without(chunk: Chunk, text: str, cut: Cut | None) -> str:
+    """The text with blanks for what is cut out of it; empty where there is nothing to cut."""
+    if cut is None or not text[cut[0] : cut[1]].strip():
+        return ""
+    gone = text[cut[0] : cut[1]]
+    if gone.startswith("inputs"):
+        chunk.lost += re.findall(r"[A-Za-z_]\w*", gone)
+    if gone.startswith("keys"):
+        chunk.lost.append("stream")
+    return text[: cut[0]] + re.sub(r"[^\n]", " ", gone) + text[cut[1] :]
+
+
+def mended(chunk: Chunk, text: str) -> str:
+    """A text whose brackets are wrong without the clause where they are, or with those that lack at its end;
+    empty where that does not help."""
+    if chunk.left:
+        text += "".join(CLOSER[bracket] for bracket in reversed(chunk.left))
+        return text if balanced(text) else ""
+    (error,) = chunk.errors
+    assert error.span is not None
+    at = error.span.start - chunk.start
+    if text[at] in CLOSER.values():
+        return without(chunk, text, (at, at + 1))
+    if text[at] == "{" and not BUILDER.match(text, at):
+        return ""  # of a group of heads: what is in it cannot be told from what is not
+    words = [match.start() for match in CLAUSE_WORDS.finditer(text) if match[0] in CLAUSES]
+    start = max((word for word in words if word <= at), default=None)
+    if start is None:
+        return ""
+    end = min((word for word in words if word > at), default=text.rfind("}"))
+    text = without(chunk, text, (start, max(start, end)))
+    return text if balanced(text) else ""
+
+
+def balanced(text: str) -> bool:
+    brackets: list[str] = []
+    for match in SCAN.finditer(text):
+        if match[0] in CLOSER:
+            brackets.append(CLOSER[match[0]])
+        elif match[0] in CLOSER.values() and (not brackets or brackets.pop() != match[0]):
+            return False
+    return not brackets
+
+
+def read(source: Source, chunk: Chunk, text: str, start: str) -> Module | Expression | Mistake:
+    """What the text of a chunk is by the rule `start`. Fills in `tokens`."""
+    parser = grammar().parse_interactive(text, start)
     stack = parser.parser_state.value_stack
+    chunk.tokens = []
     outer = place.set((source, chunk.start))
     try:
         for token in parser.iter_parse():
@@ -178,28 +267,33 @@ def read(source: Source, chunk: Chunk, start: str) -> Module | Expression | None
         check(source, chunk, tree)
         return tree
     except AttnError as error:
-        (chunk.error,) = error.diagnostics
+        (told,) = error.diagnostics
+        return Mistake(told, _clause(chunk, text, told))
     except UnexpectedInput as error:
         if isinstance(error, UnexpectedToken) and chunk.tokens and error.token is chunk.tokens[-1]:
             chunk.tokens.pop()
-        recover(source, chunk, start, error)
+        return refused(source, chunk, text, start, error)
     finally:
         place.reset(outer)
-    return None
 
 
-def recover(source: Source, chunk: Chunk, start: str, error: UnexpectedInput) -> None:
-    """Say what is wrong after the tokens of a chunk; keep what stands before an unknown definition."""
+def refused(source: Source, chunk: Chunk, text: str, start: str, error: UnexpectedInput) -> Mistake:
+    """What is wrong after the tokens of a chunk; an unknown definition goes on to its end."""
     # The refused token may have made the parser reduce, so that it wants less than it did before.
     parser = grammar().parse_interactive("", start)
     for token in chunk.tokens:
         parser.feed_token(token)
     accepts = parser.accepts()  # type: ignore[no-untyped-call]
-    chunk.error = explain(source, chunk.start, chunk.tokens, error, accepts)
-    if chunk.tokens and chunk.error.message.startswith(DEFINITION):
-        complete = Chunk(chunk.start, token_span(source, chunk, chunk.tokens[-1]).end, chunk.doc)
-        parse_chunk(source, complete)
-        chunk.item = complete.item
+    told, cut = explain(source, chunk.start, text, chunk.tokens, error, accepts)
+    if chunk.tokens and told.message.startswith(DEFINITION):
+        return Mistake(told, (extent(chunk.tokens[-1])[1], len(text)))
+    return Mistake(told, cut or _clause(chunk, text, told))
+
+
+def _clause(chunk: Chunk, text: str, told: Diagnostic) -> Cut | None:
+    if told.span is None or not chunk.tokens:
+        return None
+    return clause_around(chunk.tokens, text, min(told.span.start - chunk.start, len(text)))
 
 
 def token_span(source: Source, chunk: Chunk, token: Token) -> Span:
@@ -249,8 +343,9 @@ def cut(source: Source) -> Iterator[Chunk]:
     """The unparsed chunks of a text, their brackets checked.
 
     The words of definitions are reserved: one begins a definition wherever it stands outside of brackets, and
-    inside of them where it begins a line, since then a bracket above was never closed. `score` is a clause
-    too, and a definition word straight after another is a name badly chosen.
+    inside of them where it begins a line no further right than the one before, since then a bracket above was
+    never closed. `score` is a clause too, a definition word straight after another is a name badly chosen,
+    and words after `//` are a comment of another language.
     """
     text = source.text
     chunk = Chunk(1 if text.startswith("\ufeff") else 0, len(text))
@@ -258,19 +353,29 @@ def cut(source: Source) -> Iterator[Chunk]:
     doc: list[str] = []
     line = chunk.start
     doc_end = word_end = -1
+    indent = 0
 
     def wrong(message: str, start: int, end: int, help: str = "") -> None:
-        chunk.error = chunk.error or Diagnostic(message, Span(source, start, end), help)
+        if not chunk.errors:
+            chunk.errors.append(Diagnostic(message, Span(source, start, end), help))
 
     def unclosed(bracket: tuple[str, int]) -> None:
         wrong(f"`{bracket[0]}` is never closed", bracket[1], bracket[1] + 1)
 
+    def ended() -> None:
+        if brackets:
+            # where a bracket was wrong before, these may be right
+            chunk.left = "" if chunk.errors else "".join(bracket for bracket, _ in brackets)
+            unclosed(brackets[-1])
+            brackets.clear()
+
     for match in SCAN.finditer(text, chunk.start):
-        found, start, end = match[0], match.start(), match.end()
+        found, end = match[0].lstrip(" \t"), match.end()
+        start = end - len(found)
         if found == "\n":
             line = end
         elif found[0] == "#":
-            if found.startswith("##") and (not (indent := text[line:start]) or indent.isspace()):
+            if found.startswith("##") and (not (before := text[line:start]) or before.isspace()):
                 if text[doc_end:start].count("\n") != 1 or not text[doc_end:start].isspace():
                     doc.clear()
                 doc.append(found[2:].strip())
@@ -286,8 +391,18 @@ def cut(source: Source) -> Iterator[Chunk]:
         elif found in CLOSER:
             if len(brackets) < NESTING_LIMIT:
                 brackets.append((found, start))
-            elif chunk.error is None:
-                (chunk.error,) = too_deep(Span(source, start, end)).diagnostics
+            elif not chunk.errors:
+                chunk.errors += too_deep(Span(source, start, end)).diagnostics
+        elif found in CLAUSES and brackets and text.startswith("attention", chunk.start):
+            # a clause begins a line: what is open besides the braces around clauses was never closed
+            word_end = end
+            while len(brackets) > 1 and (brackets[-1][0] != "{" or BUILDER.match(text, brackets[-1][1])):
+                unclosed(brackets.pop())
+        elif found == "else":
+            while len(brackets) > 1:
+                unclosed(brackets.pop())
+        elif found in CLAUSES and found != "score":
+            continue
         elif not found[0].isalpha():
             if found not in [CLOSER[bracket] for bracket, _ in brackets]:
                 wrong(f"`{found}` closes nothing", start, end)
@@ -298,18 +413,20 @@ def cut(source: Source) -> Iterator[Chunk]:
             blank = not (before := text[max(line, word_end) : start]) or before.isspace()
             named = blank and word_end > line
             clause = found == "score" and any(bracket == "{" for bracket, _ in brackets)
-            if named or clause or (brackets and not blank):
+            # with more space before it than the definition has it is written inside of it
+            nested = found == "attention" and BEGUN.match(text, end)
+            inside = brackets and not nested and (not blank or start - line > indent)
+            remark = before.lstrip().startswith(("//", "--", "/*")) and not BEGUN.match(text, end)
+            if named or clause or inside or remark:
                 word_end = end
                 continue
-            if brackets:
-                unclosed(brackets[-1])
-                brackets.clear()
+            ended()
             chunk.end = start
             yield chunk
             documented = doc and (gap := GAP.match(text, doc_end)) and gap.end() == start
             chunk = Chunk(start, len(text), "\n".join(doc) if documented else "")
+            indent = start - line
             doc.clear()
             doc_end, word_end = -1, end
-    if brackets:
-        unclosed(brackets[-1])
+    ended()
     yield chunk

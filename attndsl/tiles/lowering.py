@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from attndsl import expr as ir
 from attndsl.attention import Attention
 from attndsl.axis import Axis
-from attndsl.errors import AttnError, fail, suggest
+from attndsl.errors import AttnError, fail, quantity
 from attndsl.expr import Expr, Selected, Table
+from attndsl.keywords import instead
 from attndsl.meaning.intervals import check_range
 from attndsl.meaning.pointwise import evaluate
 from attndsl.streams import Numbers
@@ -54,7 +55,8 @@ class Sizes:
 
 def checked_length(name: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise fail(f"`{name}` is an integer, not {type(value).__name__}")
+        help = f"write `{int(value)}`" if isinstance(value, float) and value.is_integer() else ""
+        raise fail(f"`{name}` is an integer, not {type(value).__name__}", help=help)
     if value < 0:
         raise fail(f"`{name}` is {value}, and must not be negative")
     if value > LENGTH_LIMIT:
@@ -180,9 +182,9 @@ def closed(e: Expr, n: int, nq: int, b: int, h: int, heads: int) -> Expr:
 def head_groups(attention: Attention, heads: int) -> tuple[int, ...]:
     """For each head the index of its group. Raises AttnError where a head has none or two, or is missing."""
     if heads < attention.least_heads:
-        last = attention.least_heads - 1
-        there = f"there {'is' if heads == 1 else 'are'} {heads} head{'s' * (heads != 1)}"
-        raise fail(f"`{attention.name}` speaks of head {last}, and {there}")
+        there = f"there {'is' if heads == 1 else 'are'} {quantity(heads, 'head')}"
+        said = f"`{attention.name}` speaks of head {attention.least_heads - 1}, and {there}"
+        raise fail(said, help=f"give `heads={attention.least_heads}` or more")
     found = []
     for h in range(heads):
         here = [
@@ -288,7 +290,7 @@ def check_names(attention: Attention, given: Mapping[str, object], needed: Seque
     known = [table.name for table in (*attention.inputs, *attention.selected)]
     for name in given:
         if name not in known:
-            near = suggest(name, {*known, *ARGUMENTS} - {name})
+            near = instead(name, {*known, *ARGUMENTS})
             inputs = ", ".join(table.name for table in attention.inputs)
             help = near or f"its inputs: {inputs or 'none'}"
             raise fail(f"`{attention.name}` has no input `{name}`", help=help)
@@ -309,12 +311,28 @@ KINDS = {"int": ("int", "uint"), "bool": ("bool",), "float": ("float16", "float3
 """How the names of dtypes begin, by kind of table."""
 
 
+CASTS = {
+    "int": (".astype(int)", ".long()"),
+    "bool": (".astype(bool)", ".bool()"),
+    "float": (".astype(float)", ".float()"),
+}
+"""From another kind to that of a table: of an array, of a tensor."""
+
+
 def _check(table: Table, array: Any, bound: dict[str, int]) -> None:
     check_kind(table, array)
     if array.ndim != len(table.dims):
+        help = ""
+        if array.ndim == len(table.dims) - 1 and table.batched:
+            help = f"one row for the batch: pass `{table.name}[None]`"
+        elif array.ndim == len(table.dims) + 1 and not table.batched:
+            # the axes that a text names come first
+            wider = replace(table, dims=("B", *table.dims))
+            help = f"with a row for each of the batch it is declared `{table.name} : {_shape_text(wider)}`"
         raise fail(
-            f"`{table.name}` is {_shape_text(table)}, and was given with {array.ndim} axes: "
-            f"{tuple(array.shape)}"
+            f"`{table.name}` is {_shape_text(table)}, and was given with "
+            f"{quantity(array.ndim, 'axis', 'axes')}: {list(array.shape)}",
+            help=help,
         )
     listed = isinstance(table.origin, Selected) and table.origin.of is not None
     for axis, size in zip(table.dims, array.shape, strict=True):
@@ -324,10 +342,11 @@ def _check(table: Table, array: Any, bound: dict[str, int]) -> None:
         wanted = axis if isinstance(axis, int) else bound.setdefault(axis, size)
         if size != wanted:
             shared = f"one for all heads: leave `H` out of `{table.name}`, and the axis out of the tensor"
+            has = f"`{table.name}` has {quantity(size, 'entry', 'entries')}"
             raise fail(
-                f"`{table.name}` has {size} entries on its axis `{axis}`, and there `{axis}` is {wanted}"
+                f"{has} on its axis `{axis}`, and there `{axis}` is {wanted}"
                 if isinstance(axis, str)
-                else f"`{table.name}` has {size} entries on an axis of {axis}",
+                else f"{has} on an axis of {axis}",
                 help=shared if axis == "H" and size == 1 else "",
             )
 
@@ -336,8 +355,12 @@ def check_kind(table: Table, array: Any) -> None:
     """Raises AttnError where an array or a tensor is of another kind than the table."""
     dtype = str(array.dtype).removeprefix("torch.")
     kind = next((kind for kind, names in KINDS.items() if dtype.startswith(names)), dtype)
+    if kind not in KINDS and hasattr(array, "item") and dtype.startswith(("<U", "object")):
+        raise fail(f"`{table.name}` is no array of numbers or truths", help="a file is read by `numpy.load`")
     if kind != table.dtype:
-        raise fail(f"`{table.name}` is {_shape_text(table)}, and was given as {dtype}")
+        cast = CASTS[table.dtype][hasattr(array, "detach")]
+        help = f"pass `{table.name}{cast}`" if kind in KINDS else ""
+        raise fail(f"`{table.name}` is {_shape_text(table)}, and was given as {dtype}", help=help)
     if dtype == "uint64":
         raise fail(f"`{table.name}` is uint64, and integers have 63 bits and a sign", help="give it as int64")
 

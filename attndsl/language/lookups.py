@@ -1,0 +1,105 @@
+"""Where a look-up is written that left its table, and what would have guarded it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+from attndsl.attention import Attention
+from attndsl.errors import AttnError, Diagnostic, Span
+from attndsl.language.mistakes import quoted
+from attndsl.syntax import nodes as ast
+from attndsl.syntax import parse_partial
+
+LEFT = re.compile(r"`(.+)` has [\d,]+ entr(?:y|ies) on axis \d+, but entry (-?\d+) is read")
+OPPOSITE = {"==": "!=", "!=": "==", "<": ">=", "<=": ">", ">": "<=", ">=": "<"}
+
+
+@contextmanager
+def placed(attention: Attention) -> Iterator[None]:
+    """A look-up that leaves a table is told where it is written in the program that the attention is of."""
+    try:
+        yield
+    except AttnError as error:
+        raise AttnError(*(told_at_its_place(told, attention.written) for told in error.diagnostics)) from None
+
+
+def told_at_its_place(told: Diagnostic, written: Span | None) -> Diagnostic:
+    if told.span is not None or written is None or not LEFT.match(told.message):
+        return told
+    module, _ = parse_partial(written.source)
+    own = [item for item in module.items if item.span == written]
+    return at_lookup(at_lookup(told, own), module.items)
+
+
+def at_lookup(told: Diagnostic, parts: Sequence[ast.Node]) -> Diagnostic:
+    """What is told of a look-up that leaves a table, at the one in these parts that may. A list is called
+    by the name that it has there."""
+    found = LEFT.match(told.message)
+    if told.span is not None or found is None:
+        return told
+    names = _names(found[1], parts)
+    lookups = [
+        (node, parents)
+        for part in parts
+        for node, parents in _below(part, ())
+        if isinstance(node, ast.Index) and quoted(node.base) in names
+    ]
+    # at a position itself nothing can be outside of a table of positions
+    moved = [one for one in lookups if not all(isinstance(i, ast.Name) for i in one[0].indices)]
+    for node, parents in moved or lookups:
+        message = told.message
+        if found[1].startswith("[") and isinstance(node.base, ast.Name):
+            message = f"`{node.base.id}`{message.removeprefix(f'`{found[1]}`')}"
+        return replace(told, message=message, span=node.span, help=_guarded(node, parents) or told.help)
+    return told
+
+
+def _names(table: str, parts: Sequence[ast.Node]) -> set[str]:
+    """What a table is called in these parts: its own name, and parameters that it is given to; a list that
+    none of them writes came from Python, and may be any parameter that is a list."""
+    nodes = list(ast.walk(tuple(parts)))
+    definitions = {node.name: node for node in nodes if isinstance(node, ast.Definition | ast.AttentionDef)}
+    names = {table}
+    while True:
+        more = {param.name for param in _params(nodes) if param.default and quoted(param.default) in names}
+        more |= {
+            x.name for x in definitions.values() if isinstance(x, ast.Definition) and quoted(x.body) in names
+        }
+        for call in nodes:
+            if isinstance(call, ast.Call) and (called := definitions.get(quoted(call.func))):
+                params = [param.name for param in called.params]
+                for position, arg in enumerate(call.args[: len(params)]):
+                    if quoted(arg.value) in names:
+                        more.add(arg.name or params[position])
+        if more <= names:
+            break
+        names |= more
+    if names == {table} and table.startswith("["):
+        names |= {param.name for param in _params(nodes) if isinstance(param.default, ast.SetList)}
+    return names
+
+
+def _params(nodes: Iterable[ast.Node]) -> Iterator[ast.Param]:
+    return (node for node in nodes if isinstance(node, ast.Param))
+
+
+def _below(node: ast.Node, parents: tuple[ast.Node, ...]) -> Iterator[tuple[ast.Node, tuple[ast.Node, ...]]]:
+    yield node, parents
+    for child in ast.children(node):
+        yield from _below(child, (*parents, node))
+
+
+def _guarded(node: ast.Node, parents: tuple[ast.Node, ...]) -> str:
+    """How a condition left of it in an `or`, which guards nothing, is made one that does."""
+    for parent, inside in zip(reversed(parents), reversed((*parents[1:], node)), strict=True):
+        if not (isinstance(parent, ast.Nary) and parent.op == "or") or parent.args[0] is inside:
+            continue
+        before = parent.args[[arg is inside for arg in parent.args].index(True) - 1]
+        if isinstance(before, ast.Compare) and len(before.ops) == 1 and before.ops[0] in OPPOSITE:
+            left, right = map(quoted, before.args)
+            guard = f"{left} {OPPOSITE[before.ops[0]]} {right}"
+            return f"`or` guards nothing: write `{quoted(before)} or {guard} and {quoted(inside)}`"  # type: ignore[arg-type]
+    return ""
