@@ -1,12 +1,18 @@
-"""The `cpu` backend: kernels in C++ over tiles, forward and backward, compiled once by the system's compiler."""
+"""The `cpu` backend: kernels in C++ over tiles, forward and backward, compiled once by the system's compiler.
+
+Scores are a number times s, in float32; all masks. Its cost is unknown so far: it runs where it is named.
+"""
+
+from dataclasses import replace
 
 from attndsl.attention import Attention
-from attndsl.backend import Features, Kernel, Problem
+from attndsl.backend import Kernel, Problem
 from attndsl.errors import fail
+from attndsl.execution.torch_eval import FEATURES
 from attndsl.scores import scale_and_bias
 from attndsl.tiles.blockmask import BlockMask
 
-from .build import library
+from .build import MISSING, compiler, library
 from .kernel import Compiled
 from .layout import ROWS
 
@@ -14,11 +20,8 @@ from .layout import ROWS
 class Cpu:
     """Registered as `cpu`."""
 
-    features = Features(
-        clauses={"score", "heads"},
-        operations={"add", "mul", "div", "inner", "sqrt", "where", "var", "const"},
-        modes={"training"},
-    )
+    # of a score all that is left is a number, and what is more is declined: so any operation may stand in it
+    features = replace(FEATURES, clauses={"score", "heads"}, dtypes={"float32"}, devices={"cpu"})
 
     def supports(self, attention: Attention, problem: Problem) -> str | None:
         if problem.block_size % ROWS:
@@ -26,16 +29,17 @@ class Cpu:
         found = _scale(attention, problem)
         if isinstance(found, str):
             return found
-        made = library()
-        return made if isinstance(made, str) else None
+        # it is compiled by whoever takes it, not by everybody who asks
+        return None if compiler() else MISSING
 
     def cost(self, attention: Attention, problem: Problem, block_mask: BlockMask | None) -> float | None:
         return None
 
     def lower(self, attention: Attention, problem: Problem) -> Kernel:
         scale, made = _scale(attention, problem), library()
-        if isinstance(scale, str) or isinstance(made, str):
-            raise fail(str(scale if isinstance(scale, str) else made))
+        assert not isinstance(scale, str)
+        if isinstance(made, str):
+            raise fail(f"the backend `cpu` cannot be compiled: {made}")
         return Compiled(made, scale)
 
 

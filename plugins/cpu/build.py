@@ -1,4 +1,4 @@
-"""The kernels as a library of this machine: compiled once by the system's compiler, kept in the user's cache."""
+"""The kernels as a library of this machine: compiled once by its compiler, kept in the user's cache."""
 
 from __future__ import annotations
 
@@ -15,29 +15,43 @@ from pathlib import Path
 import platformdirs
 
 SOURCE = Path(__file__).with_name("kernel.cpp")
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-fno-exceptions", "-fno-rtti", "-Wno-psabi")
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-march=native",
+    "-fPIC",
+    "-shared",
+    "-fno-exceptions",
+    "-fno-rtti",
+    "-Wno-psabi",
+)
 SECONDS = 120
 """That a compiler may take."""
+MISSING = "there is no C++ compiler (c++, g++ or clang++)"
+
+
+def compiler() -> str | None:
+    return next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
 
 
 @cache
 def library() -> ctypes.CDLL | str:
     """The library, or why there is none."""
-    compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
-    if compiler is None:
-        return "there is no C++ compiler (c++, g++ or clang++)"
+    made_by = compiler()
+    if made_by is None:
+        return MISSING
     # what -march=native stands for here, and the compiler's version
-    known = _run([compiler, *FLAGS, "-dM", "-E", "-x", "c++", os.devnull])
+    known = _run([made_by, *FLAGS, "-dM", "-E", "-x", "c++", os.devnull])
     if isinstance(known, str):
         return known
     kept = _kept()
     if isinstance(kept, str):
         return kept
-    parts = (SOURCE.read_bytes(), " ".join([compiler, *FLAGS]).encode(), known)
+    parts = (SOURCE.read_bytes(), " ".join([made_by, *FLAGS]).encode(), known)
     name = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
     found, digest = kept / f"{name}.so", kept / f"{name}.sha256"
     if not (found.exists() and digest.exists() and digest.read_text() == _digest(found)):
-        reason = _compiled(compiler, found, digest)
+        reason = _compiled(made_by, found, digest)
         if reason is not None:
             return reason
     return ctypes.CDLL(str(found))
@@ -56,12 +70,12 @@ def _kept() -> Path | str:
     return folder
 
 
-def _compiled(compiler: str, found: Path, digest: Path) -> str | None:
+def _compiled(made_by: str, found: Path, digest: Path) -> str | None:
     """Writes both, or says why not. Whoever else compiles the same at the same time writes the same."""
     try:
         with tempfile.TemporaryDirectory(dir=found.parent) as folder:
             made, said = Path(folder, found.name), Path(folder, digest.name)
-            asked = [compiler, *FLAGS, "-fopenmp", str(SOURCE), "-o", str(made)]
+            asked = [made_by, *FLAGS, "-fopenmp", str(SOURCE), "-o", str(made)]
             result = _run(asked)
             if isinstance(result, str):
                 # without threads

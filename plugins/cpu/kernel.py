@@ -9,16 +9,19 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from attndsl.backend import Call, Gradients
+from attndsl.tiles.blockmask import TileGrid
 
 from .layout import Layout, Layouts
 
 PIECES = 8
 """Tasks of a backward pass at least, whatever the number of threads, so that sums have one order."""
 LANES = 16
-STARTED = os.getpid()
+# a child of fork waits for ever for the threads that it does not have, in torch's operators as in ours
+os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 
 class _Grid(ctypes.Structure):
@@ -85,13 +88,17 @@ class Compiled:
         more: dict[str, Tensor] | None = None,
         sizes: dict[str, int] | None = None,
     ) -> None:
-        q, k, v = (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (call.q, call.k, call.v))
+        q, k, v = (
+            x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (call.q, call.k, call.v)
+        )
         blocks, (batch, heads) = call.block_mask, q.shape[:2]
         layouts = [self._layout(grid) for grid in blocks.grids]
         grids = (_Grid * len(layouts))(
             *(_Grid(*(x.ctypes.data for x in (y.first, y.start, y.end, y.words, y.masks))) for y in layouts)
         )
-        index = np.ascontiguousarray(np.broadcast_to(_over_heads(blocks.index, heads), (batch, heads)), np.int32)
+        index = np.ascontiguousarray(
+            np.broadcast_to(_over_heads(blocks.index, heads), (batch, heads)), np.int32
+        )
         pointers = {"q": q, "k": k, "v": v, "out": out, "lse": lse, **(more or {})}
         asked = _Call(
             grids=ctypes.cast(grids, ctypes.c_void_p),
@@ -99,23 +106,22 @@ class Compiled:
             batch=batch, heads=heads, kv_heads=k.shape[1],
             nq=q.shape[2], n=k.shape[2], d=q.shape[3], dv=v.shape[3],
             scale=self.scale,
-            # a child of fork waits for threads that it does not have
-            threads=torch.get_num_threads() if os.getpid() == STARTED else 1,
+            threads=torch.get_num_threads(),
             **{name: x.data_ptr() for name, x in pointers.items()},
             **(sizes or {}),
         )  # fmt: skip
-        for name_, x in (("qs", q), ("ks", k), ("vs", v)):
-            setattr(asked, name_, (ctypes.c_int64 * 3)(*x.stride()[:3]))
+        for side, x in (("qs", q), ("ks", k), ("vs", v)):
+            setattr(asked, side, (ctypes.c_int64 * 3)(*x.stride()[:3]))
         if getattr(self.library, name)(ctypes.byref(asked)):
             raise MemoryError(f"the {name} pass found no room for a block of queries")
 
-    def _layout(self, grid: object) -> Layout:
+    def _layout(self, grid: TileGrid) -> Layout:
         found = self.layouts.get(grid)
         if found is None:
             found = self.layouts[grid] = Layout.of(grid)
         return found
 
 
-def _over_heads(index: np.ndarray, heads: int) -> np.ndarray:
+def _over_heads(index: NDArray[np.int32], heads: int) -> NDArray[np.int32]:
     """index [B or 1, H'] of head h mod H'."""
     return index[:, np.arange(heads) % index.shape[1]]

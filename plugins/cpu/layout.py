@@ -1,5 +1,5 @@
-"""Tiles as the kernels read them: of each block of 64 rows the stretches of keys, and a word of 64 bits for each
-key of a partial tile."""
+"""Tiles as the kernels read them: of each block of 64 rows the stretches of keys, and of each partial tile a
+word of 64 bits for each key."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ ROWS = 64
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """first int64 [blocks + 1], start and end int32 [E]: the keys of each entry; words int64 [E]: where in `masks`
-    those of the entry begin, -1 where all pairs are live; masks uint64: bit i of a key's for row i of the block."""
+    """first int64 [blocks + 1], start and end int32 [E]: the keys of each entry; words int64 [E]: where in
+    `masks` those of the entry begin, -1 where all pairs are live; masks uint64: of a key bit i for row i of
+    the block."""
 
     first: NDArray[np.int64]
     start: NDArray[np.int32]
@@ -38,13 +39,18 @@ class Layout:
         # each block of rows of a tile has its own words
         counts = np.bincount(row, minlength=grid.shape[0])
         entries = np.concatenate([[0], counts.cumsum()])
-        inside = np.concatenate([np.arange(a, b) for a, b in _blocks(entries, per)] or [np.zeros(0, np.int64)])
+        inside = np.concatenate(
+            [np.arange(a, b) for a, b in _blocks(entries, per)] or [np.zeros(0, np.int64)]
+        )
         block = np.concatenate(
-            [np.full(b - a, i % per) for i, (a, b) in enumerate(_blocks(entries, per))] or [np.zeros(0, np.int64)]
+            [np.full(b - a, i % per) for i, (a, b) in enumerate(_blocks(entries, per))]
+            or [np.zeros(0, np.int64)]
         )
         words = np.where(content[inside] < 0, -1, (content[inside] * per + block) * size)
         bits = np.unpackbits(grid.masks, axis=2, bitorder="little").reshape(-1, per, ROWS, size)
-        masks = np.packbits(bits.swapaxes(2, 3), axis=3, bitorder="little").view(np.uint64)
+        masks = np.packbits(np.ascontiguousarray(bits.swapaxes(2, 3)), axis=3, bitorder="little").view(
+            np.uint64
+        )
         return Layout(
             np.concatenate([[0], np.repeat(counts, per).cumsum()]).astype(np.int64),
             start[inside].astype(np.int32),
@@ -56,7 +62,9 @@ class Layout:
 
 def _blocks(entries: NDArray[np.int64], per: int) -> list[tuple[int, int]]:
     """The entries of each block of rows, `per` of them to a row of tiles."""
-    return [(a, b) for a, b in zip(entries[:-1].tolist(), entries[1:].tolist(), strict=True) for _ in range(per)]
+    return [
+        (a, b) for a, b in zip(entries[:-1].tolist(), entries[1:].tolist(), strict=True) for _ in range(per)
+    ]
 
 
 Layouts = WeakKeyDictionary[TileGrid, Layout]
