@@ -1,0 +1,108 @@
+"""The kernels as a library of this machine: compiled once by its compiler, kept in the user's cache."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import stat
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import platformdirs
+
+SOURCE = Path(__file__).with_name("kernel.cpp")
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-march=native",
+    "-fPIC",
+    "-shared",
+    "-fno-exceptions",
+    "-fno-rtti",
+    "-Wno-psabi",
+)
+SECONDS = 120
+"""That a compiler may take."""
+MISSING = "there is no C++ compiler (c++, g++ or clang++)"
+
+
+def compiler() -> str | None:
+    return next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+
+
+@cache
+def library() -> ctypes.CDLL | str:
+    """The library, or why there is none."""
+    made_by = compiler()
+    if made_by is None:
+        return MISSING
+    # what -march=native stands for here, and the compiler's version
+    known = _run([made_by, *FLAGS, "-dM", "-E", "-x", "c++", os.devnull])
+    if isinstance(known, str):
+        return known
+    kept = _kept()
+    if isinstance(kept, str):
+        return kept
+    parts = (SOURCE.read_bytes(), " ".join([made_by, *FLAGS]).encode(), known)
+    name = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
+    found, digest = kept / f"{name}.so", kept / f"{name}.sha256"
+    if not (found.exists() and digest.exists() and digest.read_text() == _digest(found)):
+        reason = _compiled(made_by, found, digest)
+        if reason is not None:
+            return reason
+    return ctypes.CDLL(str(found))
+
+
+def _kept() -> Path | str:
+    """The folder of the libraries, which nobody else can write to, or why there is none."""
+    folder = platformdirs.user_cache_path("attndsl") / "kernels"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        return f"{folder} cannot be made: {error.strerror}"
+    about = folder.stat()
+    if about.st_uid != os.getuid() or about.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return f"{folder} can be written to by others"
+    return folder
+
+
+def _compiled(made_by: str, found: Path, digest: Path) -> str | None:
+    """Writes both, or says why not. Whoever else compiles the same at the same time writes the same."""
+    try:
+        with tempfile.TemporaryDirectory(dir=found.parent) as folder:
+            made, said = Path(folder, found.name), Path(folder, digest.name)
+            asked = [made_by, *FLAGS, "-fopenmp", str(SOURCE), "-o", str(made)]
+            result = _run(asked)
+            if isinstance(result, str):
+                # without threads
+                result = _run([part for part in asked if part != "-fopenmp"])
+            if isinstance(result, str):
+                return result
+            said.write_text(_digest(made))
+            made.replace(found)
+            said.replace(digest)
+    except OSError as error:
+        return f"{found.parent} cannot be written: {error.strerror}"
+    return None
+
+
+def _run(command: list[str]) -> bytes | str:
+    """What it prints, or why it failed."""
+    try:
+        result = subprocess.run(command, capture_output=True, timeout=SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return f"{command[0]} took more than {SECONDS} seconds"
+    except OSError as error:
+        return f"{command[0]} cannot be run: {error.strerror}"
+    if result.returncode:
+        lines = result.stderr.decode(errors="replace").splitlines() or [f"exit status {result.returncode}"]
+        return f"{command[0]} failed: {next((line for line in lines if 'error' in line), lines[0])}"
+    return result.stdout
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
