@@ -124,7 +124,7 @@ class AttnError(Exception):
         return self.shown(None)
 
     def shown(self, width: int | None) -> str:
-        """As `Diagnostic.shown`."""
+        """All of them, each as `Diagnostic.shown` in lines of `width` columns; None breaks none."""
         return "\n\n".join(told.shown(width) for told in self.diagnostics)
 
     def _render_traceback_(self) -> list[str]:

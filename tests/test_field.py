@@ -40,7 +40,9 @@ def pattern(text: str, name: str = "main") -> Attention:
 
 def has_pairs(bound: Bound | Unbound) -> TypeGuard[Bound]:
     """Of tokens, and all its parameters."""
-    return isinstance(bound, Bound) and bound.attention.approx is None and not bound.attention.streams
+    if not isinstance(bound, Bound) or bound.attention.approx is not None:
+        return False
+    return not bound.attention.streams and not bound.attention.held
 
 
 def attentions() -> dict[str, Attention]:

@@ -66,7 +66,10 @@ def examples() -> list[Any]:
         found += [
             pytest.param(b, id=name)
             for name, b in bound.items()
-            if isinstance(b, Bound) and b.attention.approx is None and not b.attention.streams
+            if isinstance(b, Bound)
+            and b.attention.approx is None
+            and not b.attention.streams
+            and not b.attention.held
         ]
     return found
 

@@ -72,7 +72,8 @@ REPORT = {
     "diameter": 2,
     "kv_cache": {
         "minimum": 4095, "full": 4096, "at": 4095, "rule": f"keep {EVIL}", "per_head": [4095], "union": 4095,
-        "causal": False, "bounded": False, "formula": "n - 1", "valid_for": "every n",
+        "causal": False, "bounded": False, "formula": "n - 1", "valid_for": "every n", "state": None,
+        "by_stream": {"tokens": 4000, "memory": 95},
     },
     "shards": [
         {"scheme": scheme, "ranks": 3, "keys": [1, keys, 2], "bytes": 10752 * keys, "all_gather": 44040192,

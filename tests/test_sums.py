@@ -595,7 +595,7 @@ def test_choosing_of_all_parts_is_counted():
         name: attndsl.analyze(program[name], length=16, heads=2, parts=["cost"]) for name in program.names
     }
     parts = [told[name].choosing["topk"] for name in ("far", "held")]
-    assert parts == [2 * 2 * 16 * 16 * 64, 2 * 2 * 16 * 21 * 64]
+    assert parts == [2 * 2 * 16 * 16 * 64, 2 * 2 * 16 * 5 * 64]
     assert told["all"].choosing == {"topk": sum(parts)}
     seconds = [told[name].lowerings["reference"].seconds_estimate for name in ("all", "near", "far", "held")]
     assert seconds[0] == pytest.approx(sum(seconds[1:]))

@@ -182,7 +182,7 @@ SECTION = (
 {% set it = report.kv_cache %}
 <p>The smallest key-value cache holds {{ fact("kv_cache", "minimum") }} of {{ fact("kv_cache", "full") }} keys
 {%- if it.by_stream %} (
-{%- for name, keys in it.by_stream.items() %}{{ "{:,}".format(keys) }} {{ name }}{{ ", " if not loop.last }}
+{%- for name in it.by_stream %}{{ fact("kv_cache", "by_stream", name) }} {{ name }}{{ ", " if not loop.last }}
 {%- endfor %})
 {%- endif %}
 {%- if it.at is not none %}, first at position {{ fact("kv_cache", "at") }}{% endif %}

@@ -304,7 +304,8 @@ class Plan:
         **inputs: Any,
     ) -> Tensor:
         """The output of q at `q_at`, where the keys and values of its streams are those that `made` gives of
-        the tables of the call, the first of them where there are `n` tokens. k and v are those that came."""
+        the tables of the call, the first of them where there are `n` tokens: what sessions of streams call.
+        k and v are those that came; `learned` and `inputs` are as in a call."""
         self._check(q, k, v)
         lowered = self._served(q.dtype, self.backend)
         given = self._given(q, learned, inputs)

@@ -10,6 +10,7 @@ from itertools import product
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from attndsl import expr as ir
 from attndsl.backend import Problem
@@ -138,18 +139,25 @@ class TopK:
 @lru_cache(maxsize=256)
 def looked_at(of: Expr, rows: int, unit: int, nq: int, n: int) -> float:
     """Units that are scored for a row, in the mean; of slabs here and there. What tables say, or a search, is
-    left out."""
+    left out. Keys below 0, of memory, count where no others may be chosen."""
     known = ir.substitute(of, {"n": ir.const(n), "nq": ir.const(nq)})
     parts = known.args if known.op == "and" else (known,)
     known = ir.all_of(*(part for part in parts if part.free <= {"q", "k"} and not partial(part)))
     if any(node.op == "exists" for node in ir.nodes(known)):
         known = ir.TRUE
     first, last, units = max(0, n - nq) // rows, math.ceil(n / rows), math.ceil(n / unit)
-    widths = []
-    for start in np.linspace(first, max(first, last - SLAB), SAMPLED, dtype=np.int64):
-        ends = np.unique([start, min(start + SLAB, last) - 1])
-        live = np.flatnonzero(pointwise(known, ends[:, None], np.arange(units)[None]).any(0))
-        widths.append(live[-1] - live[0] + 1 if len(live) else 0)
+    slabs = [
+        np.unique([start, min(start + SLAB, last) - 1])
+        for start in np.linspace(first, max(first, last - SLAB), SAMPLED, dtype=np.int64)
+    ]
+
+    def width(keys: NDArray[np.int64], ends: NDArray[np.int64]) -> int:
+        live = np.flatnonzero(pointwise(known, ends[:, None], keys[None]).any(0))
+        return int(live[-1] - live[0]) + 1 if len(live) else 0
+
+    widths = [width(np.arange(units), ends) for ends in slabs]
+    if not any(widths):
+        widths = [width(np.arange(nq - n, 0), ends) for ends in slabs]
     return float(np.mean(widths))
 
 
