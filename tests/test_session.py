@@ -632,6 +632,9 @@ def test_bad_calls() -> None:
             *drawn(torch.Generator(), 2, 92, torch.float64)
         ),
         "`k` is torch.float32": lambda: s.step(q, k.float(), v),
+        "a step takes no `q_offset`": lambda: s.step(q, k, v, q_offset=3),
+        "a step takes no `n`": lambda: s.prefill(q, k, v, n=3),
+        "a step takes no `return_lse`": lambda: s.step(q, k, v, return_lse=True),
         "`q` is float32": lambda: s.step(q.float(), k, v),
         "`k` is [2, 4, 5, 8], and what the session holds is like [2, 2, 5, 8]": lambda: s.step(q, q, v),
         "`v` is [2, 2, 5, 8]": lambda: s.step(q, k, k),

@@ -15,7 +15,7 @@ from attndsl.analysis.lasting import kept, over_length
 from attndsl.axis import Axis, joined
 from attndsl.backend import DTYPES
 from attndsl.errors import fail
-from attndsl.tiles.lowering import checked_length
+from attndsl.tiles.lowering import ARGUMENTS, checked_length
 
 if TYPE_CHECKING:
     from attndsl.execution.plan import Plan
@@ -134,6 +134,11 @@ class Session:
 
         Raises AttnError as `step`.
         """
+        for name in sorted(inputs.keys() & {*ARGUMENTS}):
+            raise fail(
+                f"a step takes no `{name}`",
+                help="a session knows where its tokens stand, and gives their output alone",
+            )
         size = self.at_once if chunk is None else min(checked_length("chunk", chunk), self.at_once)
         if size == 0:
             raise fail("`chunk` is 0, and must be positive")

@@ -167,6 +167,10 @@ def _compared(
     a, b = sides
     assert isinstance(a, Quantity | float)
     assert isinstance(b, Quantity | float)
+    for side, other, at in ((a, b, right), (b, a, left)):
+        if isinstance(side, Quantity) and side.kind == "density" and isinstance(other, float) and other > 1:
+            help = f"write `{quoted(at)}%`" if other <= 100 and quoted(at).isdecimal() else ""
+            raise fail("a density is at most 100 %", at.span, help)
     return Compared(op, a, b)
 
 

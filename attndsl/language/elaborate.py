@@ -111,6 +111,10 @@ class Elaborator:
             return AttnError()
         if (comment := _comment_before(name.span)) is not None:
             return fail("unexpected `//`", comment, "a comment begins with `#`")
+        if name.id == "learn":
+            return fail(
+                "`learn` has its axes in brackets", name.span, "write `learn[65]`, or `learn[H](0.1)`"
+            )
         inside = self.definitions.get(env.calls[-1]) if env.calls else None
         kind = wanted(name, inside, self.definitions, self.registered) if inside else ""
         known = {*env.names, *self.definitions, *BUILT_IN, *self.selections(), "n", "nq", "h", "H", "D"}

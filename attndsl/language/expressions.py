@@ -180,6 +180,8 @@ def on_binary(el: Elaborator, e: ast.Binary, env: Scope, space: Space) -> Value:
     if e.op == "@":
         left, right = as_number(left), as_number(right)
         help = "between numbers write `*`" if isinstance(left, Num) and isinstance(right, Num) else ""
+        if {quoted(e.left), quoted(e.right)} == {"q", "k"}:
+            help = "`q` and `k` are positions: the vectors are `Q @ K`"
         if isinstance(left, Vec) and as_matrix(right):
             help = f"a matrix stands left: `{quoted(e.right, tight=True)} @ {quoted(e.left, tight=True)}`"
         found = f"{left.noun} and {right.noun}"
