@@ -141,7 +141,7 @@ class Table:
     @property
     def explicit(self) -> tuple[str | int, ...]:
         """The axes that a text indexes."""
-        return self.dims[len(self.implicit) :]
+        return self.dims[("B" in self.dims) + ("H" in self.dims) :]
 
     @property
     def known(self) -> NDArray[Any] | None:

@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 
 import platformdirs
+import torch
 
 SOURCE = Path(__file__).with_name("kernel.cpp")
 FLAGS = (
@@ -54,7 +55,14 @@ def library() -> ctypes.CDLL | str:
         reason = _compiled(made_by, found, digest)
         if reason is not None:
             return reason
-    return ctypes.CDLL(str(found))
+    found_there = ctypes.CDLL(str(found))
+    # a child of fork waits for ever for the threads that it does not have, in torch's operators as in ours
+    os.register_at_fork(after_in_child=_one_thread)
+    return found_there
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)
 
 
 def _kept() -> Path | str:

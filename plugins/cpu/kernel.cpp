@@ -120,6 +120,9 @@ struct Call {
     int64_t qs[3], ks[3], vs[3];  // strides of batch row, head, token
     float scale;
     int32_t threads;
+    // of each row a number near its greatest logit and the sum of 2^(logit - that), both in base 2: written by the
+    // forward pass where asked, and what weights are made of in the backward pass
+    float *top, *sum;
     // of the backward pass alone
     const float *grad_out, *delta;
     float *gq, *gk, *gv;
@@ -272,6 +275,10 @@ static void forward_block(const struct Call *c, long b, long h, long block, floa
     for (long i = 0; i < rows; i++) {
         float l = sum[i / LANES][i % LANES], m = top[i / LANES][i % LANES];
         bool empty = m == NONE && l == 0.0f;
+        if (c->top) {
+            c->top[(b * c->heads + h) * c->nq + row + i] = m;
+            c->sum[(b * c->heads + h) * c->nq + row + i] = l;
+        }
         lse[i] = empty ? NONE : (float)(((double)m + log2((double)l)) * 0.69314718055994531);
         float inverse = empty ? 0.0f : 1.0f / l;
         for (long r = 0; r < dv; r++) out[i * dv + r] = ot[r * ROWS + i] * inverse;
@@ -290,7 +297,7 @@ static void backward_block(const struct Call *c, long b, long h, long block, flo
     const float *slope = c->grad_out + line * dv;
     float *qt = room, *s = qt + d * ROWS, *ds = s + STEP * ROWS, *slopet = ds + STEP * ROWS;
     float *gqt = slopet + dv * ROWS, *qr = gqt + d * ROWS, *sr = qr + ROWS * dp, *level = sr + ROWS * dvp;
-    float *delta = level + ROWS;
+    float *delta = level + ROWS, *share_of = delta + ROWS;
     uint32_t some[STEP / GROUP];
     transposed(qt, q, c->qs[2], rows, d, c->scale * 1.44269504f);
     transposed(slopet, slope, dv, rows, dv, 1.0f);
@@ -301,9 +308,10 @@ static void backward_block(const struct Call *c, long b, long h, long block, flo
         memcpy(sr + i * dvp, slope + i * dv, sizeof(float) * dv);
     }
     for (long i = 0; i < ROWS; i++) {
-        float l = i < rows ? c->lse[line + i] : NONE;
+        float m = i < rows ? c->top[line + i] : NONE;
         // an empty row has no weights
-        level[i] = l == NONE ? INFINITY : (float)((double)l * 1.4426950408889634);
+        level[i] = m == NONE ? INFINITY : m;
+        share_of[i] = m == NONE ? 1.0f : 1.0f / c->sum[line + i];
         delta[i] = i < rows ? c->delta[line + i] : 0.0f;
     }
     struct Steps at = {grid, grid->first[block], grid->first[block + 1], -1};
@@ -323,9 +331,9 @@ static void backward_block(const struct Call *c, long b, long h, long block, flo
                 }
                 if (words)
                     column<false>(g, ROWS, count, va + base * c->vs[2], 1, c->vs[2], slopet + j * LANES, ROWS, dv);
-                vec l = load(level + j * LANES), de = load(delta + j * LANES);
+                vec l = load(level + j * LANES), de = load(delta + j * LANES), o = load(share_of + j * LANES);
                 for (long i = 0; i < count; i++) {
-                    vec w = exp2v(load(p + i * ROWS) - l);
+                    vec w = exp2v(load(p + i * ROWS) - l) * o;
                     store(p + i * ROWS, w);
                     store(g + i * ROWS, w * (load(g + i * ROWS) - de));
                 }
@@ -341,7 +349,7 @@ static void backward_block(const struct Call *c, long b, long h, long block, flo
 }
 
 static long backward_room(const struct Call *c) {
-    return (2 * c->d + c->dv + 2 * STEP + c->dp + c->dvp + 2) * ROWS;
+    return (2 * c->d + c->dv + 2 * STEP + c->dp + c->dvp + 3) * ROWS;
 }
 
 static float *reserved(long numbers) {

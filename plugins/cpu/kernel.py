@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import os
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -20,8 +20,8 @@ from .layout import Layout, Layouts
 PIECES = 8
 """Tasks of a backward pass at least, whatever the number of threads, so that sums have one order."""
 LANES = 16
-# a child of fork waits for ever for the threads that it does not have, in torch's operators as in ours
-os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
+FAR = 32.0
+"""Beyond this a log-sum-exp in float32 moves weights by more than two roundings of their own."""
 
 
 class _Grid(ctypes.Structure):
@@ -35,7 +35,7 @@ class _Call(ctypes.Structure):
         *((name, ctypes.c_int64 * 3) for name in ("qs", "ks", "vs")),
         ("scale", ctypes.c_float),
         ("threads", ctypes.c_int32),
-        *((name, ctypes.c_void_p) for name in ("grad_out", "delta", "gq", "gk", "gv")),
+        *((name, ctypes.c_void_p) for name in ("top", "sum", "grad_out", "delta", "gq", "gk", "gv")),
         *((name, ctypes.c_int64) for name in ("pieces", "dp", "dvp")),
     ]
 
@@ -71,9 +71,18 @@ class Compiled:
         delta = (grad_out * out).sum(-1)
         if grad_lse is not None:
             delta -= grad_lse.masked_fill(lse == -torch.inf, 0.0)
+        if _far(lse):
+            # beside its greatest logit the log-sum-exp of a row has lost what tells weights apart
+            top, total = torch.empty_like(lse), torch.empty_like(lse)
+            self._run(
+                "forward", call, torch.empty_like(out), torch.empty_like(lse), {"top": top, "sum": total}
+            )
+        else:
+            top, total = lse / math.log(2), torch.ones_like(lse)
         pieces = -(-PIECES // (batch * kv_heads))
         gk, gv = (call.k.new_zeros((batch, kv_heads, pieces, n, -(-w // LANES) * LANES)) for w in (d, dv))
-        more = {"grad_out": grad_out.contiguous(), "delta": delta.contiguous(), "gq": gq, "gk": gk, "gv": gv}
+        more = {"top": top.contiguous(), "sum": total.contiguous(), "delta": delta.contiguous()}
+        more |= {"grad_out": grad_out.contiguous(), "gq": gq, "gk": gk, "gv": gv}
         sizes = {"pieces": pieces, "dp": gk.shape[4], "dvp": gv.shape[4]}
         self._run("backward", call, out, lse.contiguous(), more, sizes)
         gk, gv = (x[:, :, 0] if pieces == 1 else x.sum(2) for x in (gk, gv))
@@ -120,6 +129,11 @@ class Compiled:
         if found is None:
             found = self.layouts[grid] = Layout.of(grid)
         return found
+
+
+def _far(lse: Tensor) -> bool:
+    """Whether the log-sum-exp of some row has lost digits that its weights need."""
+    return bool(((lse.abs() > FAR) & (lse > -torch.inf)).any())
 
 
 def _over_heads(index: NDArray[np.int32], heads: int) -> NDArray[np.int32]:

@@ -47,16 +47,16 @@ class Layout:
             or [np.zeros(0, np.int64)]
         )
         words = np.where(content[inside] < 0, -1, (content[inside] * per + block) * size)
-        bits = np.unpackbits(grid.masks, axis=2, bitorder="little").reshape(-1, per, ROWS, size)
-        masks = np.packbits(np.ascontiguousarray(bits.swapaxes(2, 3)), axis=3, bitorder="little").view(
-            np.uint64
-        )
+        masks = np.zeros((len(grid.masks), per, size, 1), np.uint64)
+        for content, bits in zip(masks, grid.masks, strict=True):
+            rows = np.unpackbits(bits, axis=1, bitorder="little").reshape(per, ROWS, size).swapaxes(1, 2)
+            content[:] = np.packbits(np.ascontiguousarray(rows), axis=2, bitorder="little").view(np.uint64)
         return Layout(
             np.concatenate([[0], np.repeat(counts, per).cumsum()]).astype(np.int64),
             start[inside].astype(np.int32),
             np.minimum(end[inside], grid.n).astype(np.int32),
             words.astype(np.int64),
-            np.ascontiguousarray(masks.reshape(-1)),
+            masks.reshape(-1),
         )
 
 

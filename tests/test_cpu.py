@@ -1,0 +1,230 @@
+"""The backend `cpu`: its kernels against the others, its threads, and how its library is made and kept."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import attndsl
+from attndsl.conformance import Case, check, supported
+from attndsl.plugins.cpu import build
+from attndsl.plugins.cpu.layout import Layout
+
+REASON = build.library() if isinstance(build.library(), str) else ""
+compiled = pytest.mark.skipif(bool(REASON), reason=f"the backend `cpu` declines: {REASON}")
+
+
+@compiled
+@pytest.mark.parametrize("case", supported("cpu"), ids=str)
+def test_conforms(case: Case) -> None:
+    assert check("cpu", case) is None
+
+
+MASKS = (
+    "causal",
+    "causal & last(50)",
+    "radius(37) | global([0, 133])",
+    "band(-60 .. 60, step = 4)",
+    "{ q, k : (k - q) mod 16 == 0 }",
+    "full",
+    "none",
+    "{ q, k : q * k mod 7 == 3 }",
+    "{ q, k : q > 10 and k < q - 10 }",
+)
+
+
+def results(backend: str, mask: str, nq: int, n: int, widths: tuple[int, int], kv_heads: int) -> list[Tensor]:
+    """Output, log-sum-exp where there is one, and gradients of both."""
+    attention = attndsl.parse(f"attention a {{ mask {mask}  score 1.5 * s }}")["a"]
+    wide = torch.float32 if backend == "cpu" else torch.float64
+    plan = attndsl.compile(
+        attention, length=n, q_length=nq, batch=2, heads=4, kv_heads=kv_heads, head_dim=widths[0],
+        dtype=str(wide), training=True, backend=backend,
+    )  # fmt: skip
+    random = torch.Generator().manual_seed(nq + n)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random).to(wide).requires_grad_()
+
+    qkv = drawn(2, 4, nq, widths[0]), drawn(2, kv_heads, n, widths[0]), drawn(2, kv_heads, n, widths[1])
+    out, lse = plan(*qkv, return_lse=True)
+    lse = lse.masked_fill(lse == -torch.inf, 0.0)
+    ends = (out * drawn(*out.shape)).sum() + (lse * drawn(*lse.shape)).sum()
+    return [out, lse, *torch.autograd.grad(ends, qkv)]
+
+
+@compiled
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize(
+    ("nq", "n", "widths", "kv_heads"),
+    [(200, 200, (64, 64), 2), (77, 300, (17, 33), 4), (1, 129, (8, 5), 1), (63, 130, (48, 80), 2)],
+)
+def test_equals_the_reference(mask: str, nq: int, n: int, widths: tuple[int, int], kv_heads: int) -> None:
+    mine, exact = (results(backend, mask, nq, n, widths, kv_heads) for backend in ("cpu", "reference"))
+    for found, wanted in zip(mine, exact, strict=True):
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=2e-5)
+
+
+@compiled
+@pytest.mark.parametrize("heads", [1, 4])
+def test_the_same_for_any_number_of_threads(heads: int) -> None:
+    attention = attndsl.parse("attention a { mask causal & (last(200) | sinks(3)) }")["a"]
+    plan = attndsl.compile(attention, length=700, heads=heads, backend="cpu", training=True)
+    qkv = [torch.randn(1, heads, 700, 64, requires_grad=True) for _ in range(3)]
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 4):
+            torch.set_num_threads(threads)
+            out, lse = plan(*qkv, return_lse=True)
+            # sums of torch's own depend on the threads
+            slope = torch.ones_like(out), torch.ones_like(lse)
+            found.append([out, lse, *torch.autograd.grad((out, lse), qkv, slope)])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(x, y) for other in found[1:] for x, y in zip(found[0], other, strict=True))
+
+
+@compiled
+def test_a_child_of_fork_goes_on_with_one_thread() -> None:
+    attention = attndsl.parse("attention a { mask causal }")["a"]
+    plan = attndsl.compile(attention, length=300, heads=2, backend="cpu")
+    qkv = [torch.randn(1, 2, 300, 64) for _ in range(3)]
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        out = plan(*qkv)
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if torch.equal(plan(*qkv), out) else 1)
+        assert os.waitpid(child, 0)[1] == 0
+    finally:
+        torch.set_num_threads(before)
+
+
+@compiled
+def test_large_logits() -> None:
+    attention = attndsl.parse("attention a { mask causal  score 300 * s }")["a"]
+    qkv = [torch.randn(1, 1, 100, 64) for _ in range(3)]
+    found = {}
+    for backend, dtype in (("cpu", torch.float32), ("reference", torch.float64)):
+        plan = attndsl.compile(attention, length=100, backend=backend, dtype=str(dtype))
+        found[backend] = plan(*(x.to(dtype) for x in qkv))
+    torch.testing.assert_close(found["cpu"].double(), found["reference"], rtol=1e-3, atol=1e-3)
+
+
+@compiled
+@pytest.mark.parametrize("size", [100.0, 1e4, 3e8])
+def test_weights_of_large_logits_sum_to_one_in_the_backward_pass(size: float) -> None:
+    attention = attndsl.parse("attention a { mask full }")["a"]
+    plan = attndsl.compile(attention, length=64, head_dim=1, training=True, backend="cpu")
+    v = torch.zeros(1, 1, 64, 1, requires_grad=True)
+    plan(torch.full((1, 1, 64, 1), size), 1 + torch.arange(64.0).view(1, 1, 64, 1) * 1e-3, v).sum().backward()
+    assert v.grad is not None
+    assert v.grad.sum().item() / 64 == pytest.approx(1, abs=1e-5)
+
+
+def test_words_hold_the_pairs_of_a_mask() -> None:
+    attention = attndsl.parse("attention a { mask radius(90) | global([3]) }")["a"]
+    grid = attention.block_mask(500, 128).grids[0]
+    layout, found = Layout.of(grid), np.zeros((512, 500), bool)
+    for block in range(8):
+        rows = slice(block * 64, block * 64 + 64)
+        for e in range(layout.first[block], layout.first[block + 1]):
+            keys = slice(layout.start[e], layout.end[e])
+            if layout.words[e] < 0:
+                found[rows, keys] = True
+                continue
+            words = layout.masks[layout.words[e] :][: keys.stop - keys.start]
+            found[rows, keys] = (words[None] >> np.arange(64, dtype=np.uint64)[:, None]) & np.uint64(1)
+    assert np.array_equal(found[:500], grid.to_dense())
+
+
+@pytest.mark.parametrize(
+    ("clauses", "sizes", "reason"),
+    [
+        ("score s + 1.5", {}, "the score has a bias"),
+        ("score alibi", {"heads": 2}, "the score has a bias"),
+        ("score 30 * tanh(s / 30)", {}, r"the score is not s \* number \+ bias"),
+        ("score s * (h + 1)", {"heads": 2}, "the score scales s by something that varies"),
+        ("", {"block_size": 32}, "tiles of 32 tokens are no multiple of 64"),
+        ("", {"dtype": "float64"}, "it knows nothing of the dtype `float64`"),
+    ],
+)
+def test_declines(clauses: str, sizes: dict[str, Any], reason: str) -> None:
+    attention = attndsl.parse(f"attention a {{ mask causal {clauses} }}")["a"]
+    with pytest.raises(attndsl.AttnError, match=reason):
+        attndsl.compile(attention, **{"length": 64, "backend": "cpu", **sizes})
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of its own, and a library that has not been looked for."""
+    monkeypatch.setattr(build.platformdirs, "user_cache_path", lambda _: tmp_path / "cache")
+    monkeypatch.setattr(build, "library", build.library.__wrapped__)
+    return tmp_path
+
+
+def compiler(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    """One that does what a shell script says."""
+    path = folder / "bin" / "c++"
+    path.parent.mkdir()
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o700)
+    monkeypatch.setenv("PATH", str(path.parent), prepend=os.pathsep)
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [("echo 'error: no' >&2; exit 1", "failed: error: no"), ("exec sleep 9", "took more than 1 seconds")],
+)
+def test_a_compiler_that_fails(home: Path, monkeypatch: pytest.MonkeyPatch, script: str, said: str) -> None:
+    compiler(home, monkeypatch, script)
+    monkeypatch.setattr(build, "SECONDS", 1)
+    found = build.library()
+    assert isinstance(found, str)
+    assert said in found
+
+
+def test_no_compiler(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(home))
+    assert build.library() == build.MISSING
+    attention = attndsl.parse("attention a { mask causal }")["a"]
+    with pytest.raises(attndsl.AttnError, match="declines: there is no C"):
+        attndsl.compile(attention, length=64, backend="cpu")
+    assert attndsl.compile(attention, length=64).considered["cpu"] == build.MISSING
+
+
+@compiled
+def test_a_cache_that_cannot_be_made_or_that_others_write_to(home: Path) -> None:
+    folder = home / "cache" / "kernels"
+    folder.mkdir(parents=True)
+    folder.chmod(0o777)
+    assert build.library() == f"{folder} can be written to by others"
+    folder.rmdir()
+    folder.write_text("no folder")
+    assert build.library() == f"{folder} cannot be made: File exists"
+
+
+@compiled
+def test_the_library_is_made_once_and_again_where_it_is_damaged(home: Path) -> None:
+    assert not isinstance(build.library(), str)
+    folder = home / "cache" / "kernels"
+    (made,) = folder.glob("*.so")
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    before, digest = made.stat().st_mtime_ns, hashlib.sha256(made.read_bytes()).hexdigest()
+    assert not isinstance(build.library(), str)
+    assert made.stat().st_mtime_ns == before
+    damaged = home / "damaged"
+    damaged.write_bytes(made.read_bytes()[:-1])
+    damaged.replace(made)
+    assert not isinstance(build.library(), str)
+    assert hashlib.sha256(made.read_bytes()).hexdigest() == digest
+    assert sorted(path.suffix for path in folder.iterdir()) == [".sha256", ".so"]
