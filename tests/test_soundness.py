@@ -20,7 +20,7 @@ from attndsl.layers import reach
 from attndsl.relations import proofs, relation
 from attndsl.relations.relation import Abstraction, Translation, domain
 
-PAIRS = 900
+PAIRS = 600
 PARTS = 6
 
 
