@@ -314,3 +314,20 @@ def test_what_it_declines_goes_by_tiles() -> None:
         assert isinstance(reason, str)
         assert said in reason
         assert plan.backend != "linear"
+
+
+def test_the_gradient_of_a_rate_keeps_its_digits_in_float32() -> None:
+    """It is a difference of sums over positions, which are thousands of times as large."""
+    attention = attndsl.parse(
+        "attention a(g = learn[H](0.5)) { mask causal  score elu1(Q) @ elu1(K)  decay g ** (q - k)  norm none }"
+    )["a"]
+    plan = attndsl.compile(attention, length=4096, head_dim=8, training=True, backend="linear")
+    generator, found = torch.Generator().manual_seed(0), []
+    numbers = [torch.randn(1, 1, 4096, 8, generator=generator) for _ in range(4)]
+    for dtype in (torch.float64, torch.float32):
+        q, k, v, slope = (x.to(dtype) for x in numbers)
+        rate = torch.full((1,), 0.5, dtype=dtype, requires_grad=True)
+        (plan(q, k, v, learned={"g": rate}) * slope).sum().backward()
+        assert rate.grad is not None
+        found.append(rate.grad.item())
+    assert found[1] == pytest.approx(found[0], rel=1e-5)

@@ -392,9 +392,11 @@ def test_other_dtypes_and_autocast(dtype: torch.dtype) -> None:
         torch.testing.assert_close(cast.double(), wanted, rtol=tolerance, atol=tolerance)
 
 
-def test_compiled_and_differentiated_per_sample() -> None:
+@pytest.mark.parametrize("by", ["learn[3]", "learn[H, 3]", "learn[H, 3, D, D]"])
+def test_compiled_and_differentiated_per_sample(by: str) -> None:
     """What torch sees of it: one graph, and gradients under torch.func."""
-    plan = compiled("keys pool(3, by = learn[3]) ++ mem(4) ++ tokens  mask causal", 12, training=True)
+    torch._dynamo.reset()
+    plan = compiled(f"keys pool(3, by = {by}) ++ mem(4) ++ tokens  mask causal", 12, training=True)
     q, k, v = qkv(12)
     held = tuple(x[:, :, :4] for x in (k, v))
     module = plan.module()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -60,11 +60,32 @@ class LinearKernel:
         grad_out: Tensor,
         grad_lse: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Mapping[str, Tensor]]:
+        if call.q.dtype != torch.float64 and not self.rates.isdisjoint(wanted):
+            return self._doubled(call, wanted, (out, lse, grad_out), grad_lse)
         found = self._gradient(call, wanted, out, lse, grad_out, grad_lse, careful=False)
         if self.form.segments and not finite([*found[:3], *found[3].values()]):
             # one segment may have spoiled another
             found = self._gradient(call, wanted, out, lse, grad_out, grad_lse, careful=True)
         return found
+
+    @cached_property
+    def rates(self) -> frozenset[str]:
+        """Tables that the decay reads whatever the position, such as the g of g ** (q - k)."""
+        logs = [e for e in (self.form.log_q, self.form.log_k) if e is not None]
+        return frozenset(t.name for e in logs for t in e.tables if not {"n", "nq"} & {*t.dims})
+
+    def _doubled(
+        self, call: Call, wanted: Sequence[str], results: tuple[Tensor, ...], grad_lse: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Mapping[str, Tensor]]:
+        """In float64: the gradient of a rate is a difference of sums of what positions weigh, in which float32
+        loses a digit for every tenfold of n."""
+        tables = {name: x.double() if x.is_floating_point() else x for name, x in call.tables.items()}
+        wide = replace(call, q=call.q.double(), k=call.k.double(), v=call.v.double(), tables=tables)
+        out, lse, grad_out = (x.double() for x in results)
+        back = None if grad_lse is None else grad_lse.double()
+        *grads, by_name = self.gradient(wide, wanted, out, lse, grad_out, back)
+        gq, gk, gv = (grad.to(call.q.dtype) for grad in grads)
+        return gq, gk, gv, {name: x.to(call.tables[name].dtype) for name, x in by_name.items()}
 
     def _gradient(
         self,
