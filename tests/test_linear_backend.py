@@ -318,9 +318,8 @@ def test_what_it_declines_goes_by_tiles() -> None:
 
 def test_the_gradient_of_a_rate_keeps_its_digits_in_float32() -> None:
     """It is a difference of sums over positions, which are thousands of times as large."""
-    attention = attndsl.parse(
-        "attention a(g = learn[H](0.5)) { mask causal  score elu1(Q) @ elu1(K)  decay g ** (q - k)  norm none }"
-    )["a"]
+    clauses = "mask causal  score elu1(Q) @ elu1(K)  decay g ** (q - k)  norm none"
+    attention = attndsl.parse(f"attention a(g = learn[H](0.5)) {{ {clauses} }}")["a"]
     plan = attndsl.compile(attention, length=4096, head_dim=8, training=True, backend="linear")
     generator, found = torch.Generator().manual_seed(0), []
     numbers = [torch.randn(1, 1, 4096, 8, generator=generator) for _ in range(4)]

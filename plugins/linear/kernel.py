@@ -77,8 +77,8 @@ class LinearKernel:
     def _doubled(
         self, call: Call, wanted: Sequence[str], results: tuple[Tensor, ...], grad_lse: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Mapping[str, Tensor]]:
-        """In float64: the gradient of a rate is a difference of sums of what positions weigh, in which float32
-        loses a digit for every tenfold of n."""
+        """In float64: the gradient of a rate is a difference of sums over positions, in which float32 loses a
+        digit for every tenfold of n."""
         tables = {name: x.double() if x.is_floating_point() else x for name, x in call.tables.items()}
         wide = replace(call, q=call.q.double(), k=call.k.double(), v=call.v.double(), tables=tables)
         out, lse, grad_out = (x.double() for x in results)
