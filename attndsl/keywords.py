@@ -47,6 +47,8 @@ RENAMED = {
     **dict.fromkeys(("need_weights", "return_attn_probs", "output_attentions"), "return_weights"),
     **dict.fromkeys(("lse", "return_softmax_lse"), "return_lse"),
     **dict.fromkeys(("BLOCK_SIZE", "tile_size", "block"), "block_size"),
+    **dict.fromkeys(("n_layers", "num_layers", "depth"), "layers"),
+    **dict.fromkeys(("only", "part"), "parts"),
     "train": "training",
 }
 """Arguments that have another name here."""

@@ -45,6 +45,13 @@ def test_the_package_lists_what_it_has():
         attndsl.complie  # noqa: B018
 
 
+def test_an_attribute_that_a_program_does_not_have_says_what_to_write(program):
+    with pytest.raises(AttributeError, match=re.escape('write `program["lm"]`')):
+        program.lm  # noqa: B018
+    assert not hasattr(program, "nothing")
+    assert pickle.loads(pickle.dumps(attndsl.examples.longformer["longformer"]))
+
+
 def test_names_of_attentions_are_completed(program):
     keys = program._ipython_key_completions_()
     assert keys == ["lm", "best", "learns", "both", "long", "wide"]

@@ -111,7 +111,9 @@ def not_integer(number: Expr, e: ast.Expression, help: str = "") -> AttnError:
         return fail("a power is real where its exponent may be negative", powers[0].span, bounded)
     if isinstance(e, ast.Binary) and e.op == "/":
         return fail("`/` is real where an integer is needed", e.span, "write `//` to round down")
-    help = help or (f"write `{int(e.value)}`" if isinstance(e, ast.Number) and e.value >= 1 else "")
+    if not help and isinstance(e, ast.Number):
+        # a fraction of something is not meant to be none of it
+        help = f"write `{int(e.value)}`" if e.value >= 1 else "write an integer: this is no share"
     help = help or f"round it down: `floor({quoted(e)})`"
     return fail("expected an integer, and this is a real number", e.span, help)
 
