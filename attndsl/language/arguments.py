@@ -46,6 +46,9 @@ def _matched(
         if not arg.name and i >= len(names):
             takes = f"{len(names)} argument{'s' * (len(names) > 1)}, not {len(args)}"
             takes = takes if names else "no arguments"
+            if [a.value.span.text for a in args[-2:]] == ["q", "k"]:
+                here = name if len(args) == 2 else f"{name}(...)"
+                raise fail(f"`{name}` takes {takes}", arg.span, f"look it up at a pair: `{here}[q, k]`")
             raise fail(f"`{name}` takes {takes}", arg.span, f"write `{usage}`")
         key = arg.name or names[i]
         if key not in names:

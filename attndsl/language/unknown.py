@@ -26,6 +26,7 @@ OUT = "a pair is taken out by `mask`, or by `decay where(condition, 1.0, 0.0)`"
 INNER = "the inner product of two vectors is `Q @ K`"
 ROTARY = "rotary embedding is done before the call: q and k arrive ready"
 WINDOW = "write `last(w)` for w keys up to the query, `radius(r)` for r on each side, or `band(a..b)`"
+PADDING = "declare it: `inputs keep : bool[B, n]`, and write `columns(keep)`"
 CASTS = "round down by `floor(x)`; `x * 1.0` is real"
 HABITS = {
     **dict.fromkeys(("window", "sliding_window", "sliding", "local"), WINDOW),
@@ -52,6 +53,10 @@ HABITS = {
         ("tril", "causal_mask", "is_causal", "lower_triangular", "autoregressive"), "write `causal`"
     ),
     "triu": "write `T(causal)`",
+    **dict.fromkeys(("and_masks", "intersection", "intersect"), "write `A & B`"),
+    **dict.fromkeys(("or_masks", "union"), "write `A | B`"),
+    **dict.fromkeys(("key_padding_mask", "padding_mask", "attention_mask"), PADDING),
+    "sparsity": "write `density(A, n = 4096) < 1%`",
     **dict.fromkeys(("ones", "all", "everything", "dense"), "write `full`"),
     **dict.fromkeys(("zeros", "empty", "nothing"), "write `none`"),
     **dict.fromkeys(("eye", "diag", "diagonal", "identity"), "write `radius(0)`"),

@@ -365,7 +365,8 @@ def builder(r: Refused) -> Explained | None:
     if "COLON" not in r.accepts:
         return None
     if r.bad.type == "COMMA":
-        return r.it("a builder binds one position or two")
+        help = "write `{ q, k : ... }`: `h` may be read without being bound, and tables have their batch row"
+        return r.it("a builder binds one position or two", help)
     both = "write `{ p : ... }` for a set, `{ q, k : ... }` for a pattern"
     return r.it("expected `:`", listed if r.bad.type == "RBRACE" else both)
 

@@ -9,7 +9,7 @@ OPERATORS = (
     (r"\|\|", "write `or` between truths, `|` between patterns"),
     (r"!(?!=)", "write `not` before a truth, `~` before a pattern"),
     (r"%", "write `mod`"),
-    (r"\^", "write `**` for a power"),
+    (r"\^", "a power is `a ** b`; of truths and patterns, what is in one of two: `(a | b) - (a & b)`"),
     (r";", "leave it out: nothing stands between clauses or definitions"),
     (r"'", 'write a string in `"`'),
     (r"\?", "write `where(condition, a, b)`"),
@@ -54,6 +54,9 @@ CLAUSES = {
     "bias": "write it into the score: `score s + ...`",
     "softmax": "write `norm softmax`",
     "window": "write `mask causal & last(128)`",
+    **dict.fromkeys(
+        ("sink", "sinks"), "write `norm softmax(sink = learn[H])`; first keys are `mask sinks(4)`"
+    ),
     "head": "write `heads 0 { ... } else { ... }`",
     "input": "write `inputs`",
 }
