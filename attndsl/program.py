@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Never, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from attndsl import expr as ir
 from attndsl import syntax
@@ -280,9 +280,11 @@ class Program:
     def __len__(self) -> int:
         return len(self.names)
 
-    def __getattr__(self, name: str) -> Never:
-        help = f': write `program["{name}"]`' if name in vars(self).get("own", ()) else ""
-        raise AttributeError(f"a program has no attribute `{name}`{help}")
+    if not TYPE_CHECKING:  # a type checker is to tell what is no attribute
+
+        def __getattr__(self, name):
+            help = f': write `program["{name}"]`' if name in vars(self).get("own", ()) else ""
+            raise AttributeError(f"a program has no attribute `{name}`{help}")
 
     def __repr__(self) -> str:
         listed = [*self.names[:LISTED], *["..."] * (len(self.names) > LISTED)]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import attndsl
+from attndsl.backend import Differentiable
 from attndsl.conformance import Case, check, supported
 from attndsl.plugins.cpu import build
 from attndsl.plugins.cpu.layout import Layout
@@ -129,6 +130,21 @@ def test_weights_of_large_logits_sum_to_one_in_the_backward_pass(size: float) ->
     plan(torch.full((1, 1, 64, 1), size), 1 + torch.arange(64.0).view(1, 1, 64, 1) * 1e-3, v).sum().backward()
     assert v.grad is not None
     assert v.grad.sum().item() / 64 == pytest.approx(1, abs=1e-5)
+
+
+@compiled
+@pytest.mark.parametrize("size", [1.0, 100.0])
+def test_results_may_come_back_in_any_layout(size: float) -> None:
+    attention = attndsl.parse("attention a { mask causal }")["a"]
+    lowered = attndsl.compile(attention, length=90, heads=3, head_dim=8, training=True, backend="cpu").lowered
+    q, k, v, slope = torch.randn(4, 1, 3, 90, 8)
+    q = q * size
+    call = lowered.call_of(q, k, v, {}, lowered.sizes(q, k, (None,) * 5))
+    out, lse = lowered.kernel(call)
+    turned = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (out, lse, slope)]
+    assert isinstance(lowered.kernel, Differentiable)
+    found, wanted = (lowered.kernel.gradient(call, (), *x, None)[:3] for x in (turned, (out, lse, slope)))
+    assert all(torch.equal(x, y) for x, y in zip(found, wanted, strict=True))
 
 
 def test_words_hold_the_pairs_of_a_mask() -> None:

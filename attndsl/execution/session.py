@@ -134,7 +134,7 @@ class Session:
 
         Raises AttnError as `step`.
         """
-        for name in sorted(inputs.keys() & {*ARGUMENTS}):
+        for name in filter(ARGUMENTS.__contains__, inputs):
             raise fail(
                 f"a step takes no `{name}`",
                 help="a session knows where its tokens stand, and gives their output alone",

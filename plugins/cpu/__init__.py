@@ -3,6 +3,7 @@
 Scores are a number times s, in float32; all masks. Its cost is unknown so far: it runs where it is named.
 """
 
+import os
 from dataclasses import replace
 
 from attndsl.attention import Attention
@@ -29,6 +30,8 @@ class Cpu:
         found = _scale(attention, problem)
         if isinstance(found, str):
             return found
+        if os.name != "posix":
+            return "its library is built on POSIX systems alone"
         # it is compiled by whoever takes it, not by everybody who asks
         return None if compiler() else MISSING
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -52,7 +52,7 @@ class Compiled:
         q, v = call.q, call.v
         out, lse = q.new_zeros((*q.shape[:3], v.shape[3])), q.new_full(q.shape[:3], -torch.inf)
         if out.numel() and v.shape[2]:
-            self._run("forward", call, out, lse)
+            self._run("forward", call, {"out": out, "lse": lse})
         return out, lse
 
     def gradient(
@@ -73,30 +73,22 @@ class Compiled:
             delta -= grad_lse.masked_fill(lse == -torch.inf, 0.0)
         if _far(lse):
             # beside its greatest logit the log-sum-exp of a row has lost what tells weights apart
-            top, total = torch.empty_like(lse), torch.empty_like(lse)
-            self._run(
-                "forward", call, torch.empty_like(out), torch.empty_like(lse), {"top": top, "sum": total}
-            )
+            top, total, again = (lse.new_empty(lse.shape) for _ in range(3))
+            unread = {"out": out.new_empty(out.shape), "lse": again}
+            self._run("forward", call, {"top": top, "sum": total, **unread})
         else:
-            top, total = lse / math.log(2), torch.ones_like(lse)
+            top, total = lse / math.log(2), lse.new_ones(lse.shape)
         pieces = -(-PIECES // (batch * kv_heads))
         gk, gv = (call.k.new_zeros((batch, kv_heads, pieces, n, -(-w // LANES) * LANES)) for w in (d, dv))
-        more = {"top": top.contiguous(), "sum": total.contiguous(), "delta": delta.contiguous()}
-        more |= {"grad_out": grad_out.contiguous(), "gq": gq, "gk": gk, "gv": gv}
+        rows = {"top": top, "sum": total, "delta": delta, "grad_out": grad_out}
+        rows = {name: x.contiguous() for name, x in rows.items()}
         sizes = {"pieces": pieces, "dp": gk.shape[4], "dvp": gv.shape[4]}
-        self._run("backward", call, out, lse.contiguous(), more, sizes)
+        self._run("backward", call, {**rows, "gq": gq, "gk": gk, "gv": gv}, **sizes)
         gk, gv = (x[:, :, 0] if pieces == 1 else x.sum(2) for x in (gk, gv))
         return gq, gk[..., :d].mul_(self.scale), gv[..., :dv], {}
 
-    def _run(
-        self,
-        name: str,
-        call: Call,
-        out: Tensor,
-        lse: Tensor,
-        more: dict[str, Tensor] | None = None,
-        sizes: dict[str, int] | None = None,
-    ) -> None:
+    def _run(self, name: str, call: Call, tensors: Mapping[str, Tensor], **sizes: int) -> None:
+        """A function of the library; beside q, k and v all tensors are contiguous."""
         q, k, v = (
             x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (call.q, call.k, call.v)
         )
@@ -108,7 +100,7 @@ class Compiled:
         index = np.ascontiguousarray(
             np.broadcast_to(_over_heads(blocks.index, heads), (batch, heads)), np.int32
         )
-        pointers = {"q": q, "k": k, "v": v, "out": out, "lse": lse, **(more or {})}
+        pointers = {"q": q, "k": k, "v": v, **tensors}
         asked = _Call(
             grids=ctypes.cast(grids, ctypes.c_void_p),
             index=index.ctypes.data,
@@ -117,7 +109,7 @@ class Compiled:
             scale=self.scale,
             threads=torch.get_num_threads(),
             **{name: x.data_ptr() for name, x in pointers.items()},
-            **(sizes or {}),
+            **sizes,
         )  # fmt: skip
         for side, x in (("qs", q), ("ks", k), ("vs", v)):
             setattr(asked, side, (ctypes.c_int64 * 3)(*x.stride()[:3]))
