@@ -133,6 +133,11 @@ def by_distance(e: Expr) -> Expr | None:
         elif node.op in ("le", "lt", "eq") and all(a.type == "int" for a in args):
             difference = ir.sub(args[1], args[0])
             done[node] = ir.REBUILD[node.op](ir.ZERO, difference)
+        elif node.op == "add":
+            # of integers among reals the positions cancel
+            whole = [arg for arg in args if arg.type == "int"]
+            others = [arg for arg in args if arg.type != "int"]
+            done[node] = ir.add(*others, *([ir.add(*whole)] if whole else []))
         else:
             done[node] = ir.rebuild(node, args)
     return None if {"q", "k"} & done[e].free else done[e]

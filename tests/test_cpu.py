@@ -14,12 +14,15 @@ import torch
 from torch import Tensor
 
 import attndsl
+from attndsl.attention import HeadGroup, Relation
 from attndsl.backend import Differentiable
 from attndsl.conformance import Case, check, supported
+from attndsl.expr import TRUE, var
 from attndsl.plugins.cpu import build
+from attndsl.plugins.cpu.kernel import score_of
 from attndsl.plugins.cpu.layout import Layout
 
-REASON = build.library() if isinstance(build.library(), str) else ""
+REASON = "" if build.compiler() else build.MISSING
 compiled = pytest.mark.skipif(bool(REASON), reason=f"the backend `cpu` declines: {REASON}")
 
 
@@ -185,7 +188,17 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache of its own, and a library that has not been looked for."""
     monkeypatch.setattr(build.platformdirs, "user_cache_path", lambda _: tmp_path / "cache")
     monkeypatch.setattr(build, "library", build.library.__wrapped__)
+    monkeypatch.setattr(build, "_machine", build._machine.__wrapped__)
     return tmp_path
+
+
+PLAIN = score_of(HeadGroup(Relation(TRUE), var("s")), 64, True)
+
+
+def made() -> Any:
+    """The library of a plain score, or why there is none."""
+    assert not isinstance(PLAIN, str)
+    return build.library(PLAIN.code(None), "forward", False)
 
 
 def compiler(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
@@ -204,14 +217,14 @@ def compiler(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None
 def test_a_compiler_that_fails(home: Path, monkeypatch: pytest.MonkeyPatch, script: str, said: str) -> None:
     compiler(home, monkeypatch, script)
     monkeypatch.setattr(build, "SECONDS", 1)
-    found = build.library()
+    found = made()
     assert isinstance(found, str)
     assert said in found
 
 
 def test_no_compiler(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(home))
-    assert build.library() == build.MISSING
+    assert made() == build.MISSING
     attention = attndsl.parse("attention a { mask causal }")["a"]
     with pytest.raises(attndsl.AttnError, match="declines: there is no C"):
         attndsl.compile(attention, length=64, backend="cpu")
@@ -223,24 +236,24 @@ def test_a_cache_that_cannot_be_made_or_that_others_write_to(home: Path) -> None
     folder = home / "cache" / "kernels"
     folder.mkdir(parents=True)
     folder.chmod(0o777)
-    assert build.library() == f"{folder} can be written to by others"
+    assert made() == f"{folder} can be written to by others"
     folder.rmdir()
     folder.write_text("no folder")
-    assert build.library() == f"{folder} cannot be made: File exists"
+    assert made() == f"{folder} cannot be made: File exists"
 
 
 @compiled
 def test_the_library_is_made_once_and_again_where_it_is_damaged(home: Path) -> None:
-    assert not isinstance(build.library(), str)
+    assert not isinstance(made(), str)
     folder = home / "cache" / "kernels"
-    (made,) = folder.glob("*.so")
+    (there,) = folder.glob("*.so")
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    before, digest = made.stat().st_mtime_ns, hashlib.sha256(made.read_bytes()).hexdigest()
-    assert not isinstance(build.library(), str)
-    assert made.stat().st_mtime_ns == before
+    before, digest = there.stat().st_mtime_ns, hashlib.sha256(there.read_bytes()).hexdigest()
+    assert not isinstance(made(), str)
+    assert there.stat().st_mtime_ns == before
     damaged = home / "damaged"
-    damaged.write_bytes(made.read_bytes()[:-1])
-    damaged.replace(made)
-    assert not isinstance(build.library(), str)
-    assert hashlib.sha256(made.read_bytes()).hexdigest() == digest
+    damaged.write_bytes(there.read_bytes()[:-1])
+    damaged.replace(there)
+    assert not isinstance(made(), str)
+    assert hashlib.sha256(there.read_bytes()).hexdigest() == digest
     assert sorted(path.suffix for path in folder.iterdir()) == [".sha256", ".so"]

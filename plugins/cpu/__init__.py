@@ -1,6 +1,7 @@
-"""The `cpu` backend: kernels in C++ over tiles, forward and backward, compiled once by the system's compiler.
+"""The `cpu` backend: kernels in C++ over tiles, forward and backward, with the score generated from its
+expression, compiled once by the system's compiler.
 
-Scores are a number times s, in float32; all masks. Its cost is unknown so far: it runs where it is named.
+Its cost is unknown so far: it runs where it is named.
 """
 
 import os
@@ -10,26 +11,32 @@ from attndsl.attention import Attention
 from attndsl.backend import Kernel, Problem
 from attndsl.errors import fail
 from attndsl.execution.torch_eval import FEATURES
-from attndsl.scores import scale_and_bias
 from attndsl.tiles.blockmask import BlockMask
 
 from .build import MISSING, compiler, library
-from .kernel import Compiled
+from .kernel import Compiled, score_of
 from .layout import ROWS
 
 
 class Cpu:
     """Registered as `cpu`."""
 
-    # of a score all that is left is a number, and what is more is declined: so any operation may stand in it
-    features = replace(FEATURES, clauses={"score", "heads"}, dtypes={"float32"}, devices={"cpu"})
+    # of a query, a key or a distance alone any operation is evaluated; which of a pair are, `supports` says
+    features = replace(
+        FEATURES,
+        clauses={"score", "decay", "count", "sink", "heads"},
+        norms={"softmax", "sigmoid", "relu", "linear", "none"},
+        tables={"given", "learned", "drawn", "known", "int", "bool", "float"},
+        devices={"cpu"},
+    )
 
     def supports(self, attention: Attention, problem: Problem) -> str | None:
         if problem.block_size % ROWS:
             return f"tiles of {problem.block_size} tokens are no multiple of {ROWS}"
-        found = _scale(attention, problem)
-        if isinstance(found, str):
-            return found
+        for group in attention.groups:
+            for adjacent in (True, False):
+                if isinstance(score := score_of(group, problem.head_dim, adjacent), str):
+                    return score
         if os.name != "posix":
             return "its library is built on POSIX systems alone"
         # it is compiled by whoever takes it, not by everybody who asks
@@ -39,24 +46,13 @@ class Cpu:
         return None
 
     def lower(self, attention: Attention, problem: Problem) -> Kernel:
-        scale, made = _scale(attention, problem), library()
-        assert not isinstance(scale, str)
-        if isinstance(made, str):
-            raise fail(f"the backend `cpu` cannot be compiled: {made}")
-        return Compiled(made, scale)
-
-
-def _scale(attention: Attention, problem: Problem) -> float | str:
-    """Of all heads, or why there is none."""
-    scales = set()
-    for group in attention.groups:
-        found = scale_and_bias(group.score, problem.head_dim)
-        if isinstance(found, str):
-            return found
-        if found[1] is not None:
-            return "the score has a bias"
-        scales.add(found[0])
-    return scales.pop() if len(scales) == 1 else "the scales of heads differ"
+        for group in attention.groups:
+            score = score_of(group, problem.head_dim, True)
+            assert not isinstance(score, str)
+            made = library(score.code(None), "forward", problem.dtype == "float64")
+            if isinstance(made, str):
+                raise fail(f"the backend `cpu` cannot be compiled: {made}")
+        return Compiled(attention)
 
 
 backend = Cpu()

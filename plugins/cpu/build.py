@@ -11,11 +11,12 @@ import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import platformdirs
 import torch
 
-SOURCE = Path(__file__).with_name("kernel.cpp")
+SOURCES = [Path(__file__).with_name(name) for name in ("vectors.h", "functions.h", "pairs.h", "kernel.cpp")]
 FLAGS = (
     "-std=c++17",
     "-O3",
@@ -36,29 +37,34 @@ def compiler() -> str | None:
 
 
 @cache
-def library() -> ctypes.CDLL | str:
-    """The library, or why there is none."""
+def library(score: str, name: str, double: bool) -> Any:
+    """The function `forward` or `backward` for a score (header of Score.code), or why there is none."""
     made_by = compiler()
     if made_by is None:
         return MISSING
-    # what -march=native stands for here, and the compiler's version
-    known = _run([made_by, *FLAGS, "-dM", "-E", "-x", "c++", os.devnull])
+    known = _machine(made_by)
     if isinstance(known, str):
         return known
     kept = _kept()
     if isinstance(kept, str):
         return kept
-    parts = (SOURCE.read_bytes(), " ".join([made_by, *FLAGS]).encode(), known)
-    name = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
-    found, digest = kept / f"{name}.so", kept / f"{name}.sha256"
+    command = [made_by, *FLAGS, f"-D{name.upper()}", *(["-DDOUBLE"] if double else [])]
+    parts = (*(source.read_bytes() for source in SOURCES), score.encode(), " ".join(command).encode(), known)
+    key = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
+    found, digest = kept / f"{key}.so", kept / f"{key}.sha256"
     if not (found.exists() and digest.exists() and digest.read_text() == _digest(found)):
-        reason = _compiled(made_by, found, digest)
+        reason = _compiled(command, score, found, digest)
         if reason is not None:
             return reason
-    found_there = ctypes.CDLL(str(found))
+    return getattr(ctypes.CDLL(str(found)), name)
+
+
+@cache
+def _machine(made_by: str) -> bytes | str:
+    """What -march=native stands for here, and the compiler's version."""
     # a child of fork waits for ever for the threads that it does not have, in torch's operators as in ours
     os.register_at_fork(after_in_child=_one_thread)
-    return found_there
+    return _run([made_by, *FLAGS, "-dM", "-E", "-x", "c++", os.devnull])
 
 
 def _one_thread() -> None:
@@ -78,12 +84,13 @@ def _kept() -> Path | str:
     return folder
 
 
-def _compiled(made_by: str, found: Path, digest: Path) -> str | None:
+def _compiled(command: list[str], score: str, found: Path, digest: Path) -> str | None:
     """Writes both, or says why not. Whoever else compiles the same at the same time writes the same."""
     try:
         with tempfile.TemporaryDirectory(dir=found.parent) as folder:
             made, said = Path(folder, found.name), Path(folder, digest.name)
-            asked = [made_by, *FLAGS, "-fopenmp", str(SOURCE), "-o", str(made)]
+            Path(folder, "score.h").write_text(score)
+            asked = [*command, "-fopenmp", f"-I{folder}", str(SOURCES[-1]), "-o", str(made)]
             result = _run(asked)
             if isinstance(result, str):
                 # without threads

@@ -1,0 +1,149 @@
+"""What of an expression is known before its pairs are, and what is left of it for each pair."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal, TypeAlias, cast
+
+from attndsl import expr as ir
+from attndsl.expr import TRUE, Expr, IntSet, Table
+from attndsl.scores import by_distance
+
+Kind: TypeAlias = Literal["number", "query", "key", "distance", "table"]
+LITERALS = (-1, 0, 1, 2, 0.5)
+"""Constants that stand in the code, which is the same for all others."""
+INTERVALS = 16
+"""Of a set of integers, written out in the code."""
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """An array that the code reads.
+
+    kind  what it has an entry for: each batch row and head and, but for a number, each query, key or distance
+          q - k; or a table, indexed by what each pair says
+    of    the expression that it holds, or the table
+    """
+
+    kind: Kind
+    of: Expr | Table
+
+
+READS = ("leaf", "read")
+"""Nodes that read one."""
+
+
+def leaf(e: Expr) -> Leaf:
+    """What a node of READS reads."""
+    return Leaf("table", cast(Table, e.value)) if e.op == "read" else cast(Leaf, e.value)
+
+
+def leaves(roots: Iterable[Expr]) -> dict[Leaf, Expr]:
+    """All that these read, with the type of an entry told by a node."""
+    return {leaf(node): node for root in roots for node in ir.nodes(root) if node.op in READS}
+
+
+def left_over(root: Expr, adjacent: bool) -> Expr | str:
+    """The expression over `s` and leaves, or why there is none.
+
+    `leaf` has no arguments, its value is a Leaf. `read` looks a table up: its first argument says where it
+    matters, the others are the indices that a text writes. Where a condition leaves a function aside its
+    argument is a harmless one, so that no derivative is 0 times infinity.
+
+    adjacent  whether queries stand beside one another, and keys too
+    """
+    try:
+        return _LeftOver(adjacent).of(root, TRUE)
+    except _BeyondError as beyond:
+        return str(beyond)
+
+
+class _BeyondError(Exception):
+    """Why an expression has no code."""
+
+
+SAFE = {"exp": 0.0, "log": 1.0, "log2": 1.0, "sqrt": 1.0, "isqrt": 0, "floor": 0.0}
+"""Harmless arguments."""
+PAIRWISE = frozenset(
+    {*SAFE, "tanh", "sigmoid", "sin", "cos"}
+    | {"add", "mul", "div", "floordiv", "mod", "min", "max", "abs", "pow", "where", "inset"}
+    | {"and", "or", "not", "le", "lt", "eq"}
+)
+"""What there is code for."""
+
+
+class _LeftOver:
+    """By node and by the condition under which its value matters."""
+
+    def __init__(self, adjacent: bool) -> None:
+        self.adjacent = adjacent
+        self.of: Callable[[Expr, Expr], Expr] = cache(self.compute)
+        self.kind: Callable[[Expr], Kind | None] = cache(self.classify)
+
+    def classify(self, e: Expr) -> Kind | None:
+        if "s" in e.free or e.type in ("vec", "mat", "truths"):
+            return None
+        queries, keys = e.free & {"q", *ir.QUERY_VECTORS}, e.free & {"k", *ir.KEY_VECTORS}
+        if not keys:
+            return "query" if queries else "number"
+        if not queries:
+            return "key"
+        vectors = e.free & (ir.QUERY_VECTORS | ir.KEY_VECTORS)
+        return "distance" if self.adjacent and not vectors and by_distance(e) is not None else None
+
+    def compute(self, e: Expr, where: Expr) -> Expr:
+        if e.op == "const" and e.value in LITERALS:
+            return e
+        kind = self.kind(e)
+        if kind is not None:
+            return _leaf(kind, e)
+        if e.op == "var":
+            return e
+        if e.op == "add":
+            return ir.add(*(self.of(part, where) for part in self.gathered(e)))
+        if e.op == "where":
+            cond = self.of(e.args[0], where)
+            a = self.of(e.args[1], ir.all_of(where, cond))
+            return ir.where(cond, a, self.of(e.args[2], ir.all_of(where, ir.negate(cond))))
+        if e.op in ("and", "or"):
+            found, refined = [], where
+            for arg in e.args:
+                found.append(self.of(arg, refined))
+                refined = ir.all_of(refined, found[-1] if e.op == "and" else ir.negate(found[-1]))
+            return ir.rebuild(e, tuple(found))
+        if e.op == "lookup":
+            table = cast(Table, e.value)
+            indices = (self.of(arg, where) for arg in e.args[len(table.implicit) :])
+            return ir.make("read", (where, *indices), table, e.type)
+        if e.op not in PAIRWISE or e.type == "vec":
+            raise _BeyondError(f"the score computes `{e.op}` at each pair")
+        if e.op == "inset" and len(cast(IntSet, e.value).intervals) > INTERVALS:
+            raise _BeyondError("the score compares with a long list at each pair")
+        args = [self.of(arg, where) for arg in e.args]
+        if where is not TRUE:
+            safe = dict.fromkeys(range(len(args)), SAFE.get(e.op))
+            if e.type == "real":
+                safe |= {"div": {1: 1.0}, "pow": {0: 1.0, 1: 1.0}}.get(e.op, {})
+            args = [arg if (x := safe[i]) is None else _guarded(where, arg, x) for i, arg in enumerate(args)]
+        return ir.rebuild(e, tuple(args))
+
+    def gathered(self, e: Expr) -> list[Expr]:
+        """The terms of a sum, those together that one leaf can hold."""
+        terms: dict[Kind | None, list[Expr]] = {}
+        for arg in e.args:
+            terms.setdefault(self.kind(arg), []).append(arg)
+        others, numbers = terms.pop(None, []), terms.pop("number", [])
+        if numbers:
+            # beside the first of the others they cost nothing
+            terms.setdefault(next(iter(terms), "number"), []).extend(numbers)
+        return [*others, *(ir.add(*some) for some in terms.values())]
+
+
+def _leaf(kind: Kind, e: Expr) -> Expr:
+    return ir.make("leaf", (), Leaf(kind, e), e.type)
+
+
+def _guarded(where: Expr, e: Expr, safe: float) -> Expr:
+    return ir.where(where, e, ir.const(safe))
