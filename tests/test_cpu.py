@@ -169,12 +169,9 @@ def test_words_hold_the_pairs_of_a_mask() -> None:
 @pytest.mark.parametrize(
     ("clauses", "sizes", "reason"),
     [
-        ("score s + 1.5", {}, "the score has a bias"),
-        ("score alibi", {"heads": 2}, "the score has a bias"),
-        ("score 30 * tanh(s / 30)", {}, r"the score is not s \* number \+ bias"),
-        ("score s * (h + 1)", {"heads": 2}, "the score scales s by something that varies"),
+        ("score (2 * Q) @ K", {}, "the score computes `inner` at each pair"),
+        ("decay where((q, k) in random(3), 1.0, 0.5)", {}, "the score computes `random` at each pair"),
         ("", {"block_size": 32}, "tiles of 32 tokens are no multiple of 64"),
-        ("", {"dtype": "float64"}, "it knows nothing of the dtype `float64`"),
     ],
 )
 def test_declines(clauses: str, sizes: dict[str, Any], reason: str) -> None:

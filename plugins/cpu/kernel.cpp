@@ -36,6 +36,20 @@ INLINE vec weightv(vec x) {
 }
 #endif
 
+// lanes i and i ^ STEP_OF change places
+template <int STEP_OF>
+INLINE vec swapped(vec x) {
+#ifdef __clang__
+    vec found;
+    for (int i = 0; i < LANES; i++) found[i] = x[i ^ STEP_OF];
+    return found;
+#else
+    ivec near = {};
+    for (int i = 0; i < LANES; i++) near[i] = i ^ STEP_OF;
+    return __builtin_shuffle(x, near);
+#endif
+}
+
 // C[R][N vectors] of rows `cs` apart (+)= sum over i < count of A[i * as + r * ar] (one number) * B[i * bs] (vectors)
 template <int R, int N, bool ADD>
 INLINE void product(real *c, long cs, const real *a, long as, long ar, const real *b, long bs, long count) {
@@ -125,6 +139,9 @@ struct Call {
     void *const *grads;  // of each batch row, head and piece
     double unit;         // what slopes by q and k are multiplied with
     int64_t pieces, dp, dvp;
+    // of few rows alone: the keys from `low` on in `segments` of SEGMENT, and room for [batch, heads, nq] rows of each
+    int64_t low, segments;
+    real *parts;
 };
 
 INLINE bool is_full(const uint64_t *words, long keys) {
@@ -205,18 +222,57 @@ static void add_columns(real *ct, long rows, const real *a, long as, const real 
         gemm<true>(ct, ROWS, rows, ROWS, a, as, 1, p, ROWS, keys);
         return;
     }
-    for (long base = 0; base < keys; base += GROUP) {
-        long count = keys - base < GROUP ? keys - base : GROUP;
-        for (int j = 0; j < VECS; j++)
-            if (some[base / GROUP] >> j & 1)
-                column<true>(ct + j * LANES, ROWS, rows, a + base * as, as, 1, p + base * ROWS + j * LANES, ROWS, count);
+    for (int j = 0; j < VECS; j++)
+        for (long base = 0, next; base < keys; base = next) {
+            next = base + GROUP;
+            if (!(some[base / GROUP] >> j & 1)) continue;
+            while (next < keys && some[next / GROUP] >> j & 1) next += GROUP;
+            long count = (next < keys ? next : keys) - base;
+            column<true>(ct + j * LANES, ROWS, rows, a + base * as, as, 1, p + base * ROWS + j * LANES, ROWS, count);
+        }
+}
+
+// x[i][j] and x[j][i] change places
+template <int STEP_OF = LANES / 2>
+INLINE void turn(vec *x) {
+    ivec other = {};
+    for (int i = 0; i < LANES; i++) other[i] = i & STEP_OF ? -1 : 0;
+    for (int i = 0; i < LANES; i++) {
+        if (i & STEP_OF) continue;
+        vec a = x[i], b = x[i + STEP_OF], crossed = swapped<STEP_OF>(select(other, a, b));
+        x[i] = select(other, crossed, a), x[i + STEP_OF] = select(other, b, crossed);
     }
+    if constexpr (STEP_OF > 1) turn<STEP_OF / 2>(x);
+}
+
+// to[j][i] = from[i][j] * scale[i], or that of j where `by_column`, of rows i and columns j
+INLINE void transposed(real *to, long ts, const real *from, long fs, long rows, long columns, const real *scale,
+                       bool by_column) {
+    for (long i = 0; i < rows; i += LANES)
+        for (long j = 0; j < columns; j += LANES) {
+            if (i + LANES <= rows && j + LANES <= columns) {
+                vec x[LANES];
+                for (int l = 0; l < LANES; l++) x[l] = load(from + (i + l) * fs + j) * (by_column ? load(scale + j) : all(scale[i + l]));
+                turn(x);
+                for (int l = 0; l < LANES; l++) store(to + (j + l) * ts + i, x[l]);
+                continue;
+            }
+            for (long r = i; r < rows && r < i + LANES; r++)
+                for (long c = j; c < columns && c < j + LANES; c++) to[c * ts + r] = from[r * fs + c] * scale[by_column ? c : r];
+        }
 }
 
 // x [rows][d] to xt [d][64] times scale, 0 beyond `rows`
-static void transposed(real *xt, const real *x, long xs, long rows, long d, real scale) {
-    for (long j = 0; j < d; j++)
-        for (long i = 0; i < ROWS; i++) xt[j * ROWS + i] = i < rows ? x[i * xs + j] * scale : 0;
+static void packed(real *xt, const real *x, long xs, long rows, long d, real scale) {
+    real each[ROWS];
+    for (int i = 0; i < ROWS; i++) each[i] = scale;
+    if (rows < ROWS) memset(xt, 0, sizeof(real) * d * ROWS);
+    transposed(xt, ROWS, x, xs, rows, d, each, false);
+}
+
+// xt [d][64] to x [rows][d] times the scale of each row
+static void unpacked(real *x, const real *xt, long rows, long d, const real *scale) {
+    transposed(x, d, xt, ROWS, d, rows, scale, true);
 }
 
 struct Steps {
@@ -264,7 +320,7 @@ static void forward_block(const struct Call *c, long b, long h, long block, real
     vec top[VECS], sum[VECS];
     uint32_t some[STEP / GROUP];
     struct Place place = {c->leaves + line * LEAVES, NULL, c->sizes, c->origin, c->n, NULL, -1}, *at = &place;
-    transposed(qt, q, c->qs[2], rows, d, (real)c->packed);
+    packed(qt, q, c->qs[2], rows, d, (real)c->packed);
     memset(ot, 0, sizeof(real) * dv * ROWS);
     for (int j = 0; j < VECS; j++) top[j] = all(NONE), sum[j] = all(0);
     struct Steps steps = {grid, grid->first[block], grid->first[block + 1], -1};
@@ -324,6 +380,7 @@ static void forward_block(const struct Call *c, long b, long h, long block, real
         add_columns(ot, dv, v + key * c->vs[2], c->vs[2], s, keys, some, !words);
     }
     real *out = c->out + (line * c->nq + row) * dv, *lse = c->lse + line * c->nq + row;
+    real scale[ROWS];
     for (long i = 0; i < rows; i++) {
         double l = sum[i / LANES][i % LANES], m = top[i / LANES][i % LANES], inverse = 1;
         bool empty = SOFTMAX ? m == NONE && l == 0 : l == 0;
@@ -340,8 +397,9 @@ static void forward_block(const struct Call *c, long b, long h, long block, real
         if (SOFTMAX) lse[i] = empty ? NONE : (real)(PLAIN ? (m + log2(l)) * 0.69314718055994531 : m + log(l));
         else lse[i] = empty ? NONE : (real)log(l);
         if (SHARED) inverse = empty ? 0 : inverse / l;
-        for (long r = 0; r < dv; r++) out[i * dv + r] = ot[r * ROWS + i] * (real)inverse;
+        scale[i] = (real)inverse;
     }
+    unpacked(out, ot, rows, dv, scale);
     report(c, at, line);
 }
 
@@ -365,8 +423,8 @@ static void backward_block(const struct Call *c, long b, long h, long piece, lon
     vec sums[LEAVES + 1] = {};
     void *const *grads = c->grads + (of * c->pieces + piece) * LEAVES;
     struct Place place = {c->leaves + of * LEAVES, grads, c->sizes, c->origin, c->n, sums, -1}, *at = &place;
-    transposed(qt, q, c->qs[2], rows, d, (real)c->packed);
-    transposed(slopet, slope, dv, rows, dv, 1);
+    packed(qt, q, c->qs[2], rows, d, (real)c->packed);
+    packed(slopet, slope, dv, rows, dv, 1);
     memset(gqt, 0, sizeof(real) * d * ROWS);
     memset(qr, 0, sizeof(real) * ROWS * (dp + dvp));
     for (long i = 0; i < rows; i++) {
@@ -418,9 +476,9 @@ static void backward_block(const struct Call *c, long b, long h, long piece, lon
         gemm<true>(gk + key * dp, dp, keys, dp, ds, 1, ROWS, qr, dp, ROWS);
         add_columns(gqt, d, ka, c->ks[2], ds, keys, some, !words);
     }
-    real *gq = c->gq + line * d, unit = (real)(c->packed * c->unit);
-    for (long i = 0; i < rows; i++)
-        for (long r = 0; r < d; r++) gq[i * d + r] = gqt[r * ROWS + i] * unit;
+    real scale[ROWS];
+    for (int i = 0; i < ROWS; i++) scale[i] = (real)(c->packed * c->unit);
+    unpacked(c->gq + line * d, gqt, rows, d, scale);
     for (int i = 0; i < LEAVES; i++)
         if (grads[i] && c->sizes[i * AXES] < 0) *(real *)grads[i] += total(sums[i]);
 }
@@ -473,6 +531,211 @@ extern "C" int backward(const struct Call *c) {
                     backward_block(c, b, h, piece, block, gk, gv, room);
         }
         free(room);
+    }
+    return failed;
+}
+#endif
+
+#ifdef DECODE
+#define SEGMENT 2048
+
+// of each lane the sum of the vector of that number
+template <int HALF>
+INLINE vec sums_of(const vec *x) {
+    vec a, b;
+    if constexpr (HALF == 1) a = x[0], b = x[1];
+    else a = sums_of<HALF / 2>(x), b = sums_of<HALF / 2>(x + HALF);
+    ivec other = {};
+    for (int i = 0; i < LANES; i++) other[i] = i & HALF ? -1 : 0;
+    return select(other, b, a) + swapped<HALF>(select(other, a, b));
+}
+
+INLINE vec first_of(const real *p, long count) {
+    vec found = all(0);
+    for (long i = 0; i < count; i++) found[i] = p[i];
+    return found;
+}
+
+// s[r][LANES] = q[r] @ k[i] of R rows, `qs` apart, and LANES keys, of which the last stands for those from `keys` on
+template <int R>
+INLINE void dots(real *s, const real *q, long qs, const real *k, long ks, long keys, long d) {
+    vec sums[R][LANES];
+    const int AT_ONCE = LANES / R;
+    for (int base = 0; base < LANES; base += AT_ONCE) {
+        const real *at[AT_ONCE];
+        vec sum[R][AT_ONCE] = {};
+        for (int i = 0; i < AT_ONCE; i++) at[i] = k + (base + i < keys ? base + i : keys - 1) * ks;
+        long j = 0;
+        for (; j + LANES <= d; j += LANES) {
+            vec x[R];
+            for (int r = 0; r < R; r++) x[r] = load(q + r * qs + j);
+            for (int i = 0; i < AT_ONCE; i++) {
+                vec y = load(at[i] + j);
+                for (int r = 0; r < R; r++) sum[r][i] += x[r] * y;
+            }
+        }
+        for (int i = 0; j < d && i < AT_ONCE; i++) {
+            vec y = first_of(at[i] + j, d - j);
+            for (int r = 0; r < R; r++) sum[r][i] += load(q + r * qs + j) * y;
+        }
+        for (int r = 0; r < R; r++)
+            for (int i = 0; i < AT_ONCE; i++) sums[r][base + i] = sum[r][i];
+    }
+    for (int r = 0; r < R; r++) store(s + r * STEP, sums_of<LANES / 2>(sums[r]));
+}
+
+INLINE real greatest_of(vec x) {
+    real found = x[0];
+    for (int i = 1; i < LANES; i++) found = x[i] > found ? x[i] : found;
+    return found;
+}
+
+// o[r][dv] += p[r][keys] v[keys][dv]
+static void add_rows(real *o, long os, long rows, const real *p, const real *v, long vs, long keys, long dv) {
+    long whole_d = dv / LANES * LANES, r = 0;
+    if (rows >= 4) {
+        r = rows / 4 * 4;
+        gemm<true>(o, os, r, whole_d, p, 1, STEP, v, vs, keys);
+    }
+    for (; r < rows; r++) {
+        long j = 0;
+        for (; j + 8 * LANES <= whole_d; j += 8 * LANES)
+            product<1, 8, true>(o + r * os + j, os, p + r * STEP, 1, STEP, v + j, vs, keys);
+        for (; j < whole_d; j += LANES) product<1, 1, true>(o + r * os + j, os, p + r * STEP, 1, STEP, v + j, vs, keys);
+    }
+    for (r = 0; r < rows; r++)
+        for (long j = whole_d; j < dv; j++)
+            for (long i = 0; i < keys; i++) o[r * os + j] += p[r * STEP + i] * v[i * vs + j];
+}
+
+// The rows of some heads of one key head, which have one mask, over a segment of keys: of each its greatest logit, the
+// sum of its weights over that and what they sum up to.
+static void decode_segment(const struct Call *c, long b, long h0, long heads, long low, long high, real *parts,
+                           real *room) {
+    long nq = c->nq, d = c->d, dv = c->dv, rows = heads * nq, dp = (d + LANES - 1) / LANES * LANES, width = dv + 2;
+    long share = c->heads / c->kv_heads, line = b * c->heads + h0;
+    const real *k = c->k + b * c->ks[0] + h0 / share * c->ks[1], *v = c->v + b * c->vs[0] + h0 / share * c->vs[1];
+    real *q = room, *s = q + rows * dp;
+    struct Steps steps = {c->grids + c->index[line], 0, 0, -1};
+    steps.entry = steps.grid->first[0], steps.last = steps.grid->first[1];
+    struct Place place = {NULL, NULL, c->sizes, c->origin, c->n, NULL, -1}, *at = &place;
+    memset(q, 0, sizeof(real) * rows * dp);
+    for (long r = 0; r < rows; r++) {
+        const real *from = c->q + b * c->qs[0] + (h0 + r / nq) * c->qs[1] + r % nq * c->qs[2];
+        for (long j = 0; j < d; j++) q[r * dp + j] = from[j] * (real)c->packed;
+        parts[r * width] = NONE;
+        memset(parts + r * width + 1, 0, sizeof(real) * (dv + 1));
+    }
+    long key, keys;
+    const uint64_t *words;
+    while (next(&steps, &key, &keys, &words)) {
+        long skipped = key < low ? low - key : 0;
+        if (skipped >= keys) continue;
+        if (key >= high) break;
+        key += skipped, keys -= skipped;
+        if (words) words += skipped;
+        if (key + keys > high) keys = high - key;
+        const real *ka = k + key * c->ks[2];
+        for (long i = 0; i < keys; i += LANES) {
+            long r = 0;
+            for (; r + 2 <= rows; r += 2) dots<2>(s + r * STEP + i, q + r * dp, dp, ka + i * c->ks[2], c->ks[2], keys - i, d);
+            if (r < rows) dots<1>(s + r * STEP + i, q + r * dp, dp, ka + i * c->ks[2], c->ks[2], keys - i, d);
+        }
+        for (long r = 0; r < rows; r++) {
+            real *sr = s + r * STEP, *part = parts + r * width;
+            long row = r % nq;
+            place.at = c->leaves + (line + r / nq) * LEAVES, place.wrong = -1;
+            vec most = all(NONE), more = all(0);
+            for (long i = 0; i < keys; i += LANES) {
+                ivec live = truths(true);
+                if (words || i + LANES > keys)
+                    for (int j = 0; j < LANES; j++)
+                        live[j] = i + j < keys && (!words || words[i + j] >> row & 1) ? -1 : 0;
+                vec x = load(sr + i);
+#if !PLAIN
+                vec factor;
+                x = score(at, row, key + i, live, x, &factor);
+#if FACTOR
+                ivec negative = live & (factor < 0);
+                if (some_of(negative)) note(at, row, key + i, negative);
+                x = select(factor == 0, all(NONE), x + logv(select(factor == 0, all(1), factor)));
+#endif
+#endif
+                x = select(live, x, all(SOFTMAX ? NONE : 0));
+                store(sr + i, x);
+                if (SOFTMAX) most = larger(x, most);
+                else more += x;
+            }
+            if (place.wrong >= 0) report(c, at, line + r / nq);
+#if SOFTMAX
+            real top = part[0], found = greatest_of(most);
+            if (found > top) {
+                real factor = top == NONE ? 0 : weightv(all((top - found) * BASE))[0];
+                for (long j = 1; j < width; j++) part[j] *= factor;
+                part[0] = top = found;
+            }
+            for (long i = 0; i < keys; i += LANES) {
+                // a row without a key has no number to subtract
+                vec p = weightv((load(sr + i) - (top == NONE ? 0 : top)) * BASE);
+                store(sr + i, p);
+                more += p;
+            }
+#endif
+            part[1] += total(more);
+        }
+        add_rows(parts + 2, width, rows, s, v + key * c->vs[2], c->vs[2], keys, dv);
+    }
+}
+
+static void decode_row(const struct Call *c, long line, long row) {
+    long dv = c->dv, width = dv + 2, each = c->batch * c->heads * c->nq * width;
+    const real *parts = c->parts + (line * c->nq + row) * width;
+    double most = NONE, sum = 0;
+    for (long i = 0; SOFTMAX && i < c->segments; i++) most = parts[i * each] > most ? parts[i * each] : most;
+    bool empty = SOFTMAX && most == NONE;
+    // a NaN is no greatest logit, and no empty row
+    for (long i = 0; i < c->segments; i++) empty &= parts[i * each + 1] == 0;
+    real *out = c->out + (line * c->nq + row) * dv;
+    memset(out, 0, sizeof(real) * dv);
+    if (SOFTMAX && c->sink && !empty && c->sink[line] > most) most = c->sink[line];
+    for (long i = 0; i < c->segments && !empty; i++) {
+        const real *part = parts + i * each;
+        double factor = SOFTMAX ? exp2((part[0] - most) * BASE) : 1;
+        sum += part[1] * factor;
+        for (long j = 0; j < dv; j++) out[j] += part[2 + j] * (real)factor;
+    }
+    if (SOFTMAX && c->sink && !empty) sum += exp2((c->sink[line] - most) * BASE);
+    if (!SOFTMAX) empty = sum == 0;
+    c->lse[line * c->nq + row] =
+        empty ? NONE : (real)(!SOFTMAX ? log(sum) : PLAIN ? (most + log2(sum)) * 0.69314718055994531 : most + log(sum));
+    for (long j = 0; SHARED && j < dv; j++) out[j] = empty ? 0 : (real)(out[j] / sum);
+}
+
+// Few rows: lanes are keys, or numbers of a vector. Query heads that share a key head are rows of one product where
+// they have one mask.
+extern "C" int decode(const struct Call *c) {
+    long share = c->heads / c->kv_heads, lines = c->batch * c->heads, dp = (c->d + LANES - 1) / LANES * LANES;
+    long tasks = c->segments * c->batch * c->kv_heads, width = c->dv + 2;
+    int failed = 0;
+#pragma omp parallel num_threads(c->threads) reduction(| : failed)
+    {
+        real *room = reserved(share * c->nq * (dp + STEP));
+        failed |= !room;
+#pragma omp for schedule(dynamic)
+        for (long task = 0; task < tasks; task++) {
+            long kv = task % c->kv_heads, b = task / c->kv_heads % c->batch, segment = task / c->kv_heads / c->batch;
+            long low = c->low + segment * SEGMENT, first = b * c->heads + kv * share;
+            for (long h = 0, next_h; room && h < share; h = next_h) {
+                for (next_h = h + 1; next_h < share && c->index[first + next_h] == c->index[first + h];) next_h++;
+                if (c->index[first + h] < 0) continue;
+                real *parts = c->parts + (segment * lines + first + h) * c->nq * width;
+                decode_segment(c, b, kv * share + h, next_h - h, low, low + SEGMENT, parts, room);
+            }
+        }
+        free(room);
+#pragma omp for
+        for (long i = 0; i < lines * c->nq; i++)
+            if (c->index[i / c->nq] >= 0) decode_row(c, i / c->nq, i % c->nq);
     }
     return failed;
 }

@@ -1,9 +1,7 @@
-"""The kernel of one attention: what its libraries are called with."""
+"""The kernel of one attention: leaves, passes and gradients of each group of heads."""
 
 from __future__ import annotations
 
-import ctypes
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
@@ -16,50 +14,57 @@ from torch import Tensor
 from attndsl.attention import Attention, HeadGroup
 from attndsl.backend import Call, Gradients
 from attndsl.emit.leaves import Leaf
-from attndsl.errors import fail
 from attndsl.execution.leaf_values import LeafValues, pair_environment, passes_gradients, sizes_of
 from attndsl.execution.operator import vjp
 from attndsl.execution.torch_eval import decay_factor, environment, evaluate, singles
 from attndsl.expr import Table
-from attndsl.tiles.blockmask import TileGrid
+from attndsl.tiles.blockmask import Rows, TileGrid
 from attndsl.tiles.lowering import head_groups
 
-from .build import library
 from .layout import ROWS, Layout, Layouts
+from .passes import Function, Known, Masks, addresses, fields_of, function, run
 from .score import Score
 
 PIECES = 8
 """Tasks of a backward pass at least, whatever the number of threads, so that sums have one order."""
 LANES = 16
+"""At most."""
 AXES = 4
 """Of a table that pairs index, at most."""
+FEW = 32
+"""Rows of a key head up to which keys are lanes in place of queries."""
+SEGMENT = 2048
+"""Keys that one task goes through then."""
 FAR = 32.0
 """Beyond this a log-sum-exp in float32 moves weights by more than two roundings of their own."""
+MARGINS = {
+    "number": (0, 0),
+    "query": (0, ROWS),
+    "key": (0, LANES),
+    "distance": (LANES, ROWS),
+    "table": (0, 1),
+}
+"""Entries beside those of a leaf, which no pair asks for but vectors of pairs hold."""
 
 score_of = lru_cache(maxsize=256)(Score.of)
 
 
-class _Grid(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("first", "start", "end", "words", "masks")]
+@dataclass(frozen=True, eq=False)
+class Group:
+    """What one group of heads runs; `heads` bool [H] says which they are."""
+
+    group: HeadGroup
+    score: Score
+    heads: NDArray[np.bool_]
+    double: bool
+
+    def function(self, name: str, wanted: frozenset[Leaf] | None = None) -> Function:
+        return _function(self.score, name, wanted, self.double)
 
 
-def _fields(kind: type, names: str) -> list[tuple[str, type]]:
-    return [(name, kind) for name in names.split()]
-
-
-class _Call(ctypes.Structure):
-    _fields_ = [
-        *_fields(ctypes.c_void_p, "q k v out lse grids index"),
-        *_fields(ctypes.c_int64, "batch heads kv_heads nq n d dv"),
-        *_fields(ctypes.c_int64 * 3, "qs ks vs"),
-        ("packed", ctypes.c_double),
-        ("threads", ctypes.c_int64),
-        *_fields(ctypes.c_void_p, "leaves sizes"),
-        ("origin", ctypes.c_int64),
-        *_fields(ctypes.c_void_p, "wrong sink top sum grad_out delta gq gk gv grads"),
-        ("unit", ctypes.c_double),
-        *_fields(ctypes.c_int64, "pieces dp dvp"),
-    ]
+@lru_cache(maxsize=256)
+def _function(score: Score, name: str, wanted: frozenset[Leaf] | None, double: bool) -> Function:
+    return function(score.code(wanted), name, double)
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,26 +73,32 @@ class Compiled:
 
     attention: Attention
     layouts: Layouts = field(default_factory=Layouts)
+    known: Known = field(default_factory=Known)
+    groups: dict[tuple[object, ...], tuple[Group, ...]] = field(default_factory=dict)
 
     def __call__(self, call: Call) -> tuple[Tensor, Tensor]:
         call = _widened(call)
         q, v = call.q, call.v
-        out, lse = q.new_zeros((*q.shape[:3], v.shape[3])), q.new_full(q.shape[:3], -torch.inf)
-        if out.numel() and v.shape[2]:
-            for part in self.parts(call):
-                part.run("forward", part.score.code(None), {"out": out, "lse": lse})
+        if not (q.numel() and v.numel()):
+            return q.new_zeros((*q.shape[:3], v.shape[3])), q.new_full(q.shape[:3], -torch.inf)
+        out, lse = q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3])
+        for part in self.parts(call):
+            part.forward({"out": out, "lse": lse})
         return out, lse
 
     def parts(self, call: Call) -> list[Part]:
         """One for each group of heads."""
-        found = []
-        groups = np.array(head_groups(self.attention, call.q.shape[1]))
-        for i, group in enumerate(self.attention.groups):
-            if (heads := groups == i).any():
-                score = score_of(group, call.q.shape[3], call.adjacent)
+        (_, heads, _, d), double = call.q.shape, call.q.dtype == torch.float64
+        key = (heads, d, call.adjacent, double)
+        groups = self.groups.get(key)
+        if groups is None:
+            which, found = np.array(head_groups(self.attention, heads)), []
+            for i, group in enumerate(self.attention.groups):
+                score = score_of(group, d, call.adjacent)
                 assert not isinstance(score, str)
-                found.append(Part(call, group, score, heads, self.layouts))
-        return found
+                found.append(Group(group, score, which == i, double))
+            groups = self.groups[key] = tuple([group for group in found if group.heads.any()])
+        return [Part(call, group, self) for group in groups]
 
     def gradient(
         self,
@@ -101,66 +112,131 @@ class Compiled:
         given, call = call, _widened(call)
         gq, gk, gv = (torch.zeros(x.shape, dtype=x.dtype) for x in (call.q, call.k, call.v))
         tables = {name: torch.zeros_like(x) for name, x in singles(call.tables, wanted).items()}
-        if gq.numel() and gk.numel():
+        if gq.numel() and gv.numel():
             for part in self.parts(call):
                 part.gradient(out, lse, grad_out.to(gq.dtype), grad_lse, (gq, gk, gv), tables)
         gq, gk, gv = (g.to(x.dtype) for g, x in zip((gq, gk, gv), (given.q, given.k, given.v), strict=True))
         return gq, gk, gv, {name: g.to(given.tables[name].dtype) for name, g in tables.items()}
 
+    def masks(self, call: Call, group: Group, few: bool) -> Masks:
+        """As the library reads them."""
+        blocks = call.block_mask
+        known = self.known.setdefault(blocks, {})
+        key = (call.q.shape[0], id(group), few)
+        if key not in known:
+            masks: Sequence[Rows | TileGrid] = (blocks.rows or ()) if few else blocks.grids
+            layouts = tuple([self.layout(mask) for mask in masks])
+            known[key] = Masks.of(layouts, blocks.index, call.q.shape[0], group.heads)
+        return known[key]
+
+    def layout(self, mask: TileGrid | Rows) -> Layout:
+        found = self.layouts.get(mask)
+        if found is None:
+            made = Layout.of_rows(mask) if isinstance(mask, Rows) else Layout.of(mask)
+            found = self.layouts[mask] = made
+        return found
+
 
 def _widened(call: Call) -> Call:
     """With vectors of at least float32, each of adjacent numbers."""
+    vectors = (call.q, call.k, call.v)
     wide = torch.promote_types(call.q.dtype, torch.float32)
+    if all(x.dtype == wide and x.stride(3) == 1 for x in vectors):
+        return call
     q, k, v = (
-        x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-        for x in (x.to(wide) for x in (call.q, call.k, call.v))
+        x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous() for x in (x.to(wide) for x in vectors)
     )
     return replace(call, q=q, k=k, v=v)
 
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """What one group of heads does in one call; `heads` bool [H] says which they are."""
+    """What one group of heads does in one call."""
 
     call: Call
-    group: HeadGroup
-    score: Score
-    heads: NDArray[np.bool_]
-    layouts: Layouts
+    own: Group
+    kernel: Compiled
+
+    @property
+    def score(self) -> Score:
+        return self.own.score
+
+    def forward(self, tensors: Mapping[str, Tensor]) -> None:
+        """Writes the contiguous tensors `out` and `lse` and, where they are there, `top` and `sum`."""
+        call = self.call
+        (batch, heads, nq, _), dv, blocks = call.q.shape, call.v.shape[3], call.block_mask
+        few = "top" not in tensors and nq * (heads // call.k.shape[1]) <= FEW and blocks.rows is not None
+        masks = self.kernel.masks(call, self.own, few)
+        fields: dict[str, int] = {name: x.data_ptr() for name, x in tensors.items()}
+        if few:
+            low, high = masks.span
+            segments = -(-(high - low) // SEGMENT)
+            parts = call.q.new_empty((segments, batch, heads, nq, dv + 2))
+            fields |= {"low": low, "segments": segments, "parts": parts.data_ptr()}
+        if (sink := self.sink) is not None:
+            fields["sink"] = sink.data_ptr()
+        self.run(self.own.function("decode" if few else "forward"), masks, fields)
+
+    def run(self, made: Function, masks: Masks, fields: Mapping[str, int | float]) -> None:
+        call, score = self.call, self.score
+        asked = {
+            **fields_of(call.q, call.k, call.v),
+            **masks.fields,
+            **fields,
+            "packed": score.packed,
+            "unit": score.unit,
+        }
+        if not score.leaves:
+            run(made, asked)
+            return
+        leaves = addresses([*self.leaves.values()], call.q.shape[:2])
+        sizes = np.array([self.sizes(leaf) for leaf in self.leaves], np.int64)
+        wrong = np.array(-1, np.int64)
+        pointers = {"leaves": leaves, "sizes": sizes, "wrong": wrong}
+        asked |= {name: x.ctypes.data for name, x in pointers.items()}
+        asked["origin"] = call.k.shape[2] - 1 + MARGINS["distance"][0]
+        run(made, asked)
+        if wrong >= 0:
+            self.refuse(int(wrong))
 
     @cached_property
     def leaves(self) -> dict[Leaf, Tensor]:
-        """What each holds, [B or 1, H or 1, entries] as the kernels read it."""
-        made = LeafValues(self.call)
-        return {leaf: self.filled(leaf, made.of(leaf, self.call)) for leaf in self.score.leaves}
+        """What each holds, [B or 1, H or 1, entries] real or int64, with margins."""
+        made, wide = LeafValues(self.call), self.call.q.dtype
+        found = {}
+        for leaf, node in self.score.leaves.items():
+            x = made.of(leaf, self.call).to(wide if node.type == "real" else torch.int64)
+            found[leaf] = torch.nn.functional.pad(x, MARGINS[leaf.kind]).contiguous()
+        return found
 
-    def filled(self, leaf: Leaf, x: Tensor) -> Tensor:
-        """Real or int64, with entries of the queries that a block has beyond the last."""
-        wide = self.call.q.dtype
-        x = x.to(wide if self.score.leaves[leaf].type == "real" else torch.int64)
-        if leaf.kind in ("query", "distance"):
-            x = torch.nn.functional.pad(x, (0, self.room(leaf, x) - x.shape[2]))
-        elif not x.shape[2]:
-            x = x.new_zeros((*x.shape[:2], 1))
-        return x.contiguous()
-
-    def room(self, leaf: Leaf, x: Tensor) -> int:
-        """Entries of a leaf with those that no pair asks for."""
-        more = -self.call.q.shape[2] % ROWS if leaf.kind in ("query", "distance") else 0
-        return max(x.shape[2] + more, 1)
+    def sizes(self, leaf: Leaf) -> tuple[int, ...]:
+        """Of the axes of a table; of a number -1, for its gradient is a sum over all pairs."""
+        if isinstance(leaf.of, Table):
+            sizes = sizes_of(leaf.of, self.call)
+            return (*sizes, *(1,) * (AXES - len(sizes)))
+        return (-1 if leaf.kind == "number" else 0,) * AXES
 
     @cached_property
     def sink(self) -> Tensor | None:
-        """Of each batch row and head [B, H] the natural logarithm of a weight."""
-        if self.group.norm.sink is None:
+        """Of each batch row and head [B, H], as the kernels' logits are."""
+        if self.own.group.norm.sink is None:
             return None
-        return self.sink_of(self.call)
+        return (self.sink_of(self.call) / self.score.unit).contiguous()
 
     def sink_of(self, call: Call) -> Tensor:
-        assert self.group.norm.sink is not None
+        assert self.own.group.norm.sink is not None
         env = replace(environment(self.call), tables=call.tables)
-        found = evaluate(self.group.norm.sink, env).to(self.call.q.dtype)
+        found = evaluate(self.own.group.norm.sink, env).to(self.call.q.dtype)
         return found.expand(*call.q.shape[:2], 1, 1).flatten(1)
+
+    def refuse(self, pair: int) -> None:
+        """Raises AttnError for a pair that has no value."""
+        (batch, heads, nq, _), n = self.call.q.shape, self.call.k.shape[2]
+        env = pair_environment(self.call, *map(int, np.unravel_index(pair, (batch, heads, nq, n))))
+        live = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+        evaluate(self.own.group.score, env, live)
+        assert self.own.group.decay is not None
+        decay_factor(self.own.group.decay, env, live)
 
     def gradient(
         self,
@@ -172,55 +248,60 @@ class Part:
         tables: Mapping[str, Tensor],
     ) -> None:
         """Adds to those of q, k and v and of tables."""
-        call, score, kind = self.call, self.score, self.group.norm.kind
-        (batch, _, _, d), (_, kv_heads, n, dv) = call.q.shape, call.v.shape
-        delta = (grad_out * out).sum(-1) if kind in ("softmax", "linear") else torch.zeros_like(lse)
-        if score.softmax and _far(lse):
-            # beside its greatest logit the log-sum-exp of a row has lost what tells weights apart
-            top, total, again = (lse.new_empty(lse.shape) for _ in range(3))
-            unread = {"out": out.new_empty(out.shape), "lse": again}
-            self.run("forward", score.code(None), {"top": top, "sum": total, **unread})
-        elif score.softmax:
-            top, total = lse / score.unit, lse.new_ones(lse.shape)
-        else:
-            top, total = torch.zeros_like(lse), lse.exp()
-        if grad_lse is not None:
-            shift = grad_lse.masked_fill(lse == -torch.inf, 0.0)
-            delta = delta - (shift if kind in ("softmax", "linear") else shift / total)
-        if not score.softmax:
-            total = total.masked_fill(total == 0, torch.inf) if kind == "linear" else torch.ones_like(lse)
+        call, score = self.call, self.score
+        (batch, heads, _, d), (_, kv_heads, n, dv) = call.q.shape, call.v.shape
+        rows = self.rows(out, lse, grad_out, grad_lse)
         pieces = -(-PIECES // (batch * kv_heads))
         gk, gv = (call.k.new_zeros((batch, kv_heads, pieces, n, -(-w // LANES) * LANES)) for w in (d, dv))
-        names = frozenset(tables)
-        asked = {leaf: self.slope(leaf, pieces) for leaf in score.leaves if self.asks(leaf, names)}
-        rows = {"top": top, "sum": total, "delta": delta, "grad_out": grad_out}
-        rows = {name: x.contiguous() for name, x in rows.items()}
-        gq = torch.zeros_like(grads[0]) if len(self.heads) > self.heads.sum() else grads[0]
-        sizes = {"pieces": pieces, "dp": gk.shape[4], "dvp": gv.shape[4]}
-        self.run("backward", score.code(asked), {**rows, "gq": gq, "gk": gk, "gv": gv}, asked, **sizes)
+        asked = {leaf: self.slope(leaf, pieces) for leaf in score.leaves if self.asks(leaf, tables)}
+        slopes = addresses([asked.get(leaf) for leaf in score.leaves], (batch, heads, pieces))
+        gq = grads[0] if self.own.heads.all() else torch.zeros_like(grads[0])
+        tensors = {**rows, "grad_out": grad_out.contiguous(), "gq": gq, "gk": gk, "gv": gv}
+        fields = {
+            **{name: x.data_ptr() for name, x in tensors.items()},
+            "grads": slopes.ctypes.data, "pieces": pieces, "dp": gk.shape[4], "dvp": gv.shape[4],
+        }  # fmt: skip
+        masks = self.kernel.masks(call, self.own, few=False)
+        self.run(self.own.function("backward", frozenset(asked)), masks, fields)
         gk, gv = (x[:, :, 0] if pieces == 1 else x.sum(2) for x in (gk, gv))
         if gq is not grads[0]:
             grads[0].add_(gq)
         grads[1].add_(gk[..., :d], alpha=score.packed * score.unit)
         grads[2].add_(gv[..., :dv])
         self.pull({leaf: x.sum(2) for leaf, x in asked.items()}, grads, tables)
-        if tables and self.group.norm.sink is not None:
-            # of a key with the logit of the sink and a value of zeros
-            value, pull = vjp(lambda more: self.sink_of(_with(call, more)), singles(call.tables, names))
-            weight = torch.exp(value[..., None] - lse.masked_fill(lse == -torch.inf, torch.inf))
-            (found,) = pull(-(weight * delta).sum(-1) * torch.from_numpy(self.heads))
-            for name, g in found.items():
-                tables[name].add_(g)
+        if tables and self.own.group.norm.sink is not None:
+            self.sink_gradient(lse, rows["delta"], tables)
 
-    def asks(self, leaf: Leaf, names: frozenset[str]) -> bool:
+    def rows(self, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> dict[str, Tensor]:
+        """Of each row, contiguous: what is subtracted from logits, what weights are divided by, and what is
+        subtracted from what comes back to weights."""
+        score, shared = self.score, self.own.group.norm.kind in ("softmax", "linear")
+        if score.softmax and _far(lse):
+            # beside its greatest logit the log-sum-exp of a row has lost what tells weights apart
+            top, total, again = (torch.empty(lse.shape, dtype=lse.dtype) for _ in range(3))
+            unread = torch.empty(out.shape, dtype=out.dtype)
+            self.forward({"top": top, "sum": total, "out": unread, "lse": again})
+        elif score.softmax:
+            top, total = lse / score.unit, torch.ones_like(lse)
+        else:
+            top, total = torch.zeros_like(lse), lse.exp()
+        delta = (grad_out * out).sum(-1) if shared else torch.zeros_like(lse)
+        if grad_lse is not None:
+            shift = grad_lse.masked_fill(lse == -torch.inf, 0.0)
+            delta = delta - (shift if shared else shift / total)
+        if not score.softmax:
+            total = total.masked_fill(total == 0, torch.inf) if shared else torch.ones_like(lse)
+        return {"top": top.contiguous(), "sum": total.contiguous(), "delta": delta.contiguous()}
+
+    def asks(self, leaf: Leaf, tables: Mapping[str, Tensor]) -> bool:
         """Whether a gradient goes from it to anything."""
-        return self.score.leaves[leaf].type == "real" and passes_gradients(leaf, names)
+        return self.score.leaves[leaf].type == "real" and passes_gradients(leaf, tables.keys())
 
     def slope(self, leaf: Leaf, pieces: int) -> Tensor:
-        """Where the kernels add up the gradient of a leaf, [B, H, pieces, entries]."""
-        x = self.leaves[leaf]
+        """Where the library adds up the gradient of a leaf, [B, H, pieces, entries]."""
         # the queries of pieces are others
-        return x.new_zeros((*self.call.q.shape[:2], 1 if leaf.kind == "query" else pieces, x.shape[2]))
+        shape = (*self.call.q.shape[:2], 1 if leaf.kind == "query" else pieces)
+        return self.leaves[leaf].new_zeros((*shape, self.leaves[leaf].shape[2]))
 
     def pull(
         self,
@@ -228,133 +309,41 @@ class Part:
         grads: tuple[Tensor, Tensor, Tensor],
         tables: Mapping[str, Tensor],
     ) -> None:
-        """Adds what those of leaves give to those of q, k and tables."""
+        """Adds what those of leaves [B, H, entries] give to those of q, k and tables."""
         if not slopes:
             return
         call, made = self.call, LeafValues(self.call)
-        own = torch.from_numpy(self.heads).view(-1, 1)
+        own = torch.from_numpy(self.own.heads).view(-1, 1)
 
         def values(q: Tensor, k: Tensor, more: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
             there = _with(replace(call, q=q, k=k), more)
             return tuple([made.of(leaf, there) for leaf in slopes])
 
         found, pull = vjp(values, call.q, call.k, singles(call.tables, tables))
-        back = tuple(
-            [
-                (x[..., : value.shape[2]] * own).sum_to_size(value.shape)
-                for x, value in zip(slopes.values(), found, strict=True)
-            ]
-        )
-        gq, gk, more = pull(back)
+        back = [
+            (x.narrow(2, MARGINS[leaf.kind][0], value.shape[2]) * own).sum_to_size(value.shape)
+            for (leaf, x), value in zip(slopes.items(), found, strict=True)
+        ]
+        gq, gk, more = pull(tuple(back))
         grads[0].add_(gq)
         grads[1].add_(gk)
         for name, g in more.items():
             tables[name].add_(g)
 
-    def run(
-        self,
-        name: str,
-        code: str,
-        tensors: Mapping[str, Tensor],
-        slopes: Mapping[Leaf, Tensor] | None = None,
-        **sizes: int,
-    ) -> None:
-        """A pass; beside q, k and v all tensors are contiguous."""
+    def sink_gradient(self, lse: Tensor, delta: Tensor, tables: Mapping[str, Tensor]) -> None:
+        """It is a key with the sink for a logit and a value of zeros."""
         call = self.call
-        q, k, v, blocks = call.q, call.k, call.v, call.block_mask
-        batch, heads = q.shape[:2]
-        layouts = [self._layout(grid) for grid in blocks.grids]
-        grids = (_Grid * len(layouts))(
-            *(_Grid(*(x.ctypes.data for x in (y.first, y.start, y.end, y.words, y.masks))) for y in layouts)
-        )
-        index = np.broadcast_to(_over_heads(blocks.index, heads), (batch, heads))
-        index = np.ascontiguousarray(np.where(self.heads, index, -1), np.int32)
-        leaves = _pointers(list(self.leaves.values()), batch, heads)
-        table_sizes = np.array([self.sizes(leaf) for leaf in self.leaves] or [(0,) * AXES], np.int64)
-        wrong = np.array(-1, np.int64)
-        pointers = {name: x.data_ptr() for name, x in {"q": q, "k": k, "v": v, **tensors}.items()}
-        if slopes is not None:
-            there = [slopes.get(leaf) for leaf in self.leaves]
-            grads = _pointers_of_pieces(there, batch, heads, sizes["pieces"])
-            pointers["grads"] = grads.ctypes.data
-        if self.sink is not None:
-            sink = (self.sink / self.score.unit).contiguous()
-            pointers["sink"] = sink.data_ptr()
-        asked = _Call(
-            grids=ctypes.cast(grids, ctypes.c_void_p),
-            index=index.ctypes.data,
-            batch=batch, heads=heads, kv_heads=k.shape[1],
-            nq=q.shape[2], n=k.shape[2], d=q.shape[3], dv=v.shape[3],
-            packed=self.score.packed, unit=self.score.unit,
-            threads=torch.get_num_threads(),
-            leaves=leaves.ctypes.data, sizes=table_sizes.ctypes.data, origin=k.shape[2] - 1,
-            wrong=wrong.ctypes.data,
-            **pointers, **sizes,
-        )  # fmt: skip
-        for side, x in (("qs", q), ("ks", k), ("vs", v)):
-            setattr(asked, side, (ctypes.c_int64 * 3)(*x.stride()[:3]))
-        made = library(code, name, q.dtype == torch.float64)
-        if isinstance(made, str):
-            raise fail(f"the backend `cpu` cannot be compiled: {made}")
-        if made(ctypes.byref(asked)):
-            raise MemoryError(f"the {name} pass found no room for a block of queries")
-        if wrong >= 0:
-            self.refuse(int(wrong))
-
-    def refuse(self, pair: int) -> None:
-        """Raises AttnError for a pair that has no value."""
-        (batch, heads, nq, _), n = self.call.q.shape, self.call.k.shape[2]
-        env = pair_environment(self.call, *map(int, np.unravel_index(pair, (batch, heads, nq, n))))
-        live = torch.ones(1, 1, 1, 1, dtype=torch.bool)
-        evaluate(self.group.score, env, live)
-        assert self.group.decay is not None
-        decay_factor(self.group.decay, env, live)
-
-    def sizes(self, leaf: Leaf) -> tuple[int, ...]:
-        """Of the axes of a table; of a number -1, for its gradient is a sum over all pairs."""
-        if isinstance(leaf.of, Table):
-            sizes = sizes_of(leaf.of, self.call)
-            return (*sizes, *(1,) * (AXES - len(sizes)))
-        return (-1 if leaf.kind == "number" else 0,) * AXES
-
-    def _layout(self, grid: TileGrid) -> Layout:
-        found = self.layouts.get(grid)
-        if found is None:
-            found = self.layouts[grid] = Layout.of(grid)
-        return found
+        value, pull = vjp(lambda more: self.sink_of(_with(call, more)), singles(call.tables, tables))
+        weight = torch.exp(value[..., None] - lse.masked_fill(lse == -torch.inf, torch.inf))
+        (found,) = pull(-(weight * delta).sum(-1) * torch.from_numpy(self.own.heads))
+        for name, g in found.items():
+            tables[name].add_(g)
 
 
 def _with(call: Call, tables: Mapping[str, Tensor]) -> Call:
     return replace(call, tables={**call.tables, **tables})
 
 
-def _pointers(tensors: Sequence[Tensor], batch: int, heads: int) -> NDArray[np.int64]:
-    """Of each [B or 1, H or 1, entries] where those of a batch row and head begin: [B, H, tensors]"""
-    found = np.zeros((batch, heads, max(len(tensors), 1)), np.int64)
-    for i, x in enumerate(tensors):
-        rows, columns, entries = x.shape
-        each = np.arange(rows * columns).reshape(rows, columns) * entries * x.element_size()
-        found[:, :, i] = x.data_ptr() + each
-    return found
-
-
-def _pointers_of_pieces(
-    tensors: Sequence[Tensor | None], batch: int, heads: int, pieces: int
-) -> NDArray[np.int64]:
-    """[B, H, pieces, tensors], 0 where there is no tensor."""
-    found = np.zeros((batch, heads, pieces, max(len(tensors), 1)), np.int64)
-    for i, x in enumerate(tensors):
-        if x is not None:
-            each = np.arange(math.prod(x.shape[:3])).reshape(x.shape[:3]) * x.shape[3] * x.element_size()
-            found[..., i] = x.data_ptr() + each
-    return found
-
-
 def _far(lse: Tensor) -> bool:
     """Whether the log-sum-exp of some row has lost digits that its weights need."""
     return bool(((lse.abs() > FAR) & (lse > -torch.inf)).any())
-
-
-def _over_heads(index: NDArray[np.int32], heads: int) -> NDArray[np.int32]:
-    """index [B or 1, H'] of head h mod H'."""
-    return index[:, np.arange(heads) % index.shape[1]]

@@ -4,12 +4,13 @@ word of 64 bits for each key."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 
-from attndsl.tiles.blockmask import TileGrid
+from attndsl.tiles.blockmask import Rows, TileGrid
 
 ROWS = 64
 
@@ -25,6 +26,31 @@ class Layout:
     end: NDArray[np.int32]
     words: NDArray[np.int64]
     masks: NDArray[np.uint64]
+
+    @cached_property
+    def addresses(self) -> tuple[int, ...]:
+        return tuple([x.ctypes.data for x in (self.first, self.start, self.end, self.words, self.masks)])
+
+    @staticmethod
+    def of_rows(rows: Rows) -> Layout:
+        """Of a mask of few rows, in one block."""
+        starts, ends, words, masks, count = [], [], [], [], 0
+        for start, stop, mask in rows.runs:
+            starts.append(start)
+            ends.append(stop)
+            words.append(-1 if mask is None else count)
+            if mask is not None:
+                bits = np.zeros((stop - start, ROWS), np.uint8)
+                bits[:, : len(mask)] = mask.T
+                masks.append(np.packbits(bits, axis=1, bitorder="little").view(np.uint64).reshape(-1))
+                count += stop - start
+        return Layout(
+            np.array([0, len(starts)], np.int64),
+            np.array(starts, np.int32),
+            np.array(ends, np.int32),
+            np.array(words, np.int64),
+            np.concatenate(masks) if masks else np.zeros(0, np.uint64),
+        )
 
     @staticmethod
     def of(grid: TileGrid) -> Layout:
@@ -67,4 +93,4 @@ def _blocks(entries: NDArray[np.int64], per: int) -> list[tuple[int, int]]:
     ]
 
 
-Layouts = WeakKeyDictionary[TileGrid, Layout]
+Layouts = WeakKeyDictionary[TileGrid | Rows, Layout]

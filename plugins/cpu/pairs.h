@@ -1,5 +1,5 @@
-// What generated scores are written in: integers and truths of LANES pairs, which are queries of one key, and what
-// they read and add to.
+// What generated scores are written in: integers and truths of LANES pairs, which are queries of one key or, with
+// DECODE defined, keys of one query, and what they read and add to.
 #pragma once
 #include "functions.h"
 
@@ -87,7 +87,13 @@ struct Place {
 
 INLINE void note(struct Place *at, long row, long key, ivec where) {
     for (int i = 0; i < LANES; i++)
-        if (where[i] && at->wrong < 0) at->wrong = (row + i) * at->n + key;
+        if (where[i] && at->wrong < 0) {
+#ifdef DECODE
+            at->wrong = row * at->n + key + i;
+#else
+            at->wrong = (row + i) * at->n + key;
+#endif
+        }
 }
 
 INLINE bool some_of(ivec x) {
@@ -98,18 +104,36 @@ INLINE bool some_of(ivec x) {
 
 #define REALS(i) ((const real *)at->at[i])
 #define WHOLES(i) ((const int64_t *)at->at[i])
+INLINE whole load_whole(const int64_t *p) { return *(const loose_whole *)p; }
 INLINE vec real_of_number(struct Place *at, int i) { return all(REALS(i)[0]); }
+INLINE whole int_of_number(struct Place *at, int i) { return wholes(WHOLES(i)[0]); }
+#ifdef DECODE
+INLINE vec real_of_query(struct Place *at, int i, long row) { return all(REALS(i)[row]); }
+INLINE vec real_of_key(struct Place *at, int i, long key) { return load(REALS(i) + key); }
+INLINE vec real_of_distance(struct Place *at, int i, long row, long key) {
+    vec falling = load(REALS(i) + row - key + at->origin - (LANES - 1)), found;
+    for (int j = 0; j < LANES; j++) found[j] = falling[LANES - 1 - j];
+    return found;
+}
+INLINE whole int_of_query(struct Place *at, int i, long row) { return wholes(WHOLES(i)[row]); }
+INLINE whole int_of_key(struct Place *at, int i, long key) { return load_whole(WHOLES(i) + key); }
+INLINE whole int_of_distance(struct Place *at, int i, long row, long key) {
+    whole falling = load_whole(WHOLES(i) + row - key + at->origin - (LANES - 1)), found;
+    for (int j = 0; j < LANES; j++) found[j] = falling[LANES - 1 - j];
+    return found;
+}
+#else
 INLINE vec real_of_query(struct Place *at, int i, long row) { return load(REALS(i) + row); }
 INLINE vec real_of_key(struct Place *at, int i, long key) { return all(REALS(i)[key]); }
 INLINE vec real_of_distance(struct Place *at, int i, long row, long key) {
     return load(REALS(i) + row - key + at->origin);
 }
-INLINE whole int_of_number(struct Place *at, int i) { return wholes(WHOLES(i)[0]); }
-INLINE whole int_of_query(struct Place *at, int i, long row) { return *(const loose_whole *)(WHOLES(i) + row); }
+INLINE whole int_of_query(struct Place *at, int i, long row) { return load_whole(WHOLES(i) + row); }
 INLINE whole int_of_key(struct Place *at, int i, long key) { return wholes(WHOLES(i)[key]); }
 INLINE whole int_of_distance(struct Place *at, int i, long row, long key) {
-    return *(const loose_whole *)(WHOLES(i) + row - key + at->origin);
+    return load_whole(WHOLES(i) + row - key + at->origin);
 }
+#endif
 INLINE ivec bool_of_number(struct Place *at, int i) { return truth(int_of_number(at, i) != 0); }
 INLINE ivec bool_of_query(struct Place *at, int i, long row) { return truth(int_of_query(at, i, row) != 0); }
 INLINE ivec bool_of_key(struct Place *at, int i, long key) { return truth(int_of_key(at, i, key) != 0); }
