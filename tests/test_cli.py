@@ -111,6 +111,7 @@ def attn_process(*arguments):
         (["compile", "FILE", "lm", "--num-heads", "4"], 2, "write `--heads`"),
         (["compile", "FILE", "lm", "--block", "8"], 2, "write `--block-size`"),
         (["compile", "FILE", "lm", "--dtype", "fp16"], 2, "`fp16` is no dtype: write `float16`"),
+        (["analyze", "FILE", "lm", "--format", "json"], 2, "write `--json`"),
         (["compile", "FILE", "lm", "--gpu"], 2, "write `--device cuda`"),
         (["compile", "FILE", "lm", "--causal"], 2, "write it into the text: `mask causal`"),
         (["compare", "FILE:lm", "--length", "8", "--sweep", "w=4:16"], 1, "write each: `--sweep w=4,16`"),

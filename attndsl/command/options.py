@@ -18,6 +18,7 @@ Function = Callable[..., Any]
 WRITTEN = {
     **dict.fromkeys(("gpu", "cuda"), "--device cuda"),
     **dict.fromkeys(("png", "svg"), "-o mask.svg"),
+    "format": "--json",
     **dict.fromkeys(("param", "params", "parameter", "arg", "args"), "--set w=4"),
     **dict.fromkeys(("half", "fp16"), "--dtype float16"),
     "bf16": "--dtype bfloat16",
@@ -60,7 +61,8 @@ class Command(click.Command):
             return HABITS[name]
         if near := suggest(f"--{option}", self.long):
             return near
-        if "--set" in self.long and name.isidentifier() and value and not value.startswith("-"):
+        number = value.strip("[]()").partition(",")[0].lstrip("-").replace(".", "", 1).isdigit()
+        if "--set" in self.long and name.isidentifier() and number:
             return f"a parameter is given by `--set {name}={value}`"
         return ""
 
