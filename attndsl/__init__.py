@@ -14,6 +14,7 @@ from attndsl import examples
 from attndsl.attention import Attention
 from attndsl.bound import Bound
 from attndsl.errors import AttnError
+from attndsl.keywords import missing
 from attndsl.language.assertions import Assertion, prove
 from attndsl.program import Program, load, parse
 
@@ -69,6 +70,6 @@ def __dir__() -> list[str]:
 
 def __getattr__(name: str) -> object:
     if name not in LAZY:
-        raise AttributeError(f"module 'attndsl' has no attribute '{name}'")
+        raise missing("attndsl", name, __dir__())
     module = import_module(LAZY[name])
     return module if LAZY[name] == f"attndsl.{name}" else getattr(module, name)

@@ -11,6 +11,7 @@ from attndsl.attention import Approx, Attention, HeadGroup, Norm, Relation
 from attndsl.axis import Axis
 from attndsl.errors import fail
 from attndsl.expr import Table
+from attndsl.keywords import checked_dtype
 from attndsl.legal import LEGAL
 from attndsl.streams import Numbers
 from attndsl.tiles import lowering
@@ -78,9 +79,7 @@ class Problem:
             raise fail(said, help="`kv_heads` divides `heads`")
         if head_dim > lowering.HEAD_DIM_LIMIT:
             raise fail(f"`head_dim` is {head_dim}, and the limit is {lowering.HEAD_DIM_LIMIT}")
-        dtype = str(dtype).removeprefix("torch.")
-        if dtype not in DTYPES:
-            raise fail(f"`dtype` is {dtype}, and must be one of {', '.join(DTYPES)}")
+        dtype = checked_dtype(dtype)
         lowering.head_groups(attention, sizes["heads"])
         lowering.check_places(attention, sizes["length"] == sizes["q_length"])
         block_size = lowering.checked_block_size(BLOCK_SIZE if block_size is None else block_size)

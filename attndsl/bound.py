@@ -11,6 +11,7 @@ import numpy as np
 from attndsl.attention import Attention
 from attndsl.errors import AttnError, fail
 from attndsl.expr import Selected, Table, nodes, number
+from attndsl.keywords import by_name, missing
 from attndsl.language.lookups import placed
 from attndsl.pictures import notebook
 
@@ -78,6 +79,14 @@ class Bound:
             return notebook.text(f"{self!r}\nno picture: {error.diagnostics[0].message}")
         return notebook.figures(blocks, self.written, ", one drawn choice" if self.attention.selected else "")
 
+    if not TYPE_CHECKING:  # a type checker is to tell what is no attribute
+
+        def __getattr__(self, name):
+            if name in vars(self).get("parameters", ()):
+                help = f'write `attention.parameters["{name}"]`'
+                raise AttributeError(f"an attention has no attribute `{name}`: {help}")
+            raise missing("an attention", name, dir(Bound))
+
     def __call__(self, *args: Any, **params: Any) -> Bound:
         """The same with other parameters; those that are not given keep their values.
 
@@ -100,6 +109,7 @@ class Bound:
     def __deepcopy__(self, memo: object) -> Bound:
         return self
 
+    @by_name
     def mask(
         self,
         length: int,
@@ -135,6 +145,7 @@ class Bound:
         with placed(self.attention):
             return lowering.written_out(self.attention, sizes, inputs, counts=False)
 
+    @by_name
     def counts(
         self,
         length: int,
@@ -170,6 +181,7 @@ class Bound:
         with placed(self.attention):
             return lowering.written_out(self.attention, sizes, inputs, counts=True)
 
+    @by_name
     def block_mask(
         self,
         length: int,
@@ -209,6 +221,7 @@ class Bound:
         with placed(self.attention):
             return lowering.block_mask(self.attention, sizes, tables, block_size)
 
+    @by_name
     def graph(
         self,
         length: int,

@@ -1,10 +1,10 @@
-"""Arguments of calls that go by other names elsewhere, and what is said of those that there are not."""
+"""Arguments and attributes that go by other names elsewhere, and what is said of those that there are not."""
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import ParamSpec, TypeVar
 
 from attndsl.errors import AttnError, fail, suggest
@@ -15,6 +15,8 @@ R = TypeVar("R")
 DROPPED = "weights are not dropped: leave it out"
 WINDOW = "the window is in the text: `mask causal & last(w)`"
 TEXT_MASK = "the mask is in the text; one given at each call is `inputs m : bool[n, n]`, read by `m[q, k]`"
+CACHE = "a cache of keys and values is `plan.session(batch, capacity)`"
+DOCUMENTS = "declare documents: `inputs doc : int[n]`, and write `mask causal & documents(doc)`"
 PADDING = "declare it: `inputs keep : bool[B, n]`, and write `mask columns(keep)`"
 HABITS = {
     **dict.fromkeys(
@@ -30,66 +32,213 @@ HABITS = {
     **dict.fromkeys(("softcap", "logit_cap"), "write it into the text: `score softcap(30.0)`"),
     **dict.fromkeys(("window_size", "window", "sliding_window"), WINDOW),
     "alibi_slopes": "write it into the text: `score alibi`",
+    **dict.fromkeys(("past_key_value", "past_key_values", "use_cache", "cache", "kv_cache"), CACHE),
+    **dict.fromkeys(("cu_seqlens", "cu_seqlens_q", "cu_seqlens_k", "cu_seq_lens"), DOCUMENTS),
+    **dict.fromkeys(
+        ("position_ids", "cache_position", "start_pos"),
+        "leave it out: a session knows where its tokens stand",
+    ),
+    **dict.fromkeys(("max_seqlen", "max_seqlen_q", "max_seqlen_k"), "leave it out: shapes say it"),
+    "device": 'it is the plan\'s: `compile(..., device="cuda")`',
     "enable_gqa": "leave it out: `compile(..., kv_heads=...)` says how many heads k and v have",
 }
 """What the text says, or nothing does."""
-RENAMED = {
-    **dict.fromkeys(
-        ("seq_len", "seqlen", "max_length", "max_seq_len", "n", "L", "kv_len", "kv_length"), "length"
-    ),
-    **dict.fromkeys(("q_len", "nq", "query_length"), "q_length"),
-    **dict.fromkeys(("num_heads", "n_heads", "nheads", "nhead", "n_head", "H"), "heads"),
-    **dict.fromkeys(("num_kv_heads", "num_key_value_heads", "n_kv_heads", "kv_head"), "kv_heads"),
-    **dict.fromkeys(
-        ("head_size", "d_head", "dim_head", "head_dimension", "D", "d", "dim", "d_k"), "head_dim"
-    ),
-    **dict.fromkeys(("batch_size", "bsz", "B"), "batch"),
-    **dict.fromkeys(("need_weights", "return_attn_probs", "output_attentions"), "return_weights"),
-    **dict.fromkeys(("lse", "return_softmax_lse"), "return_lse"),
-    **dict.fromkeys(("BLOCK_SIZE", "tile_size", "block"), "block_size"),
-    **dict.fromkeys(("n_layers", "num_layers", "depth"), "layers"),
-    **dict.fromkeys(("only", "part"), "parts"),
-    "train": "training",
+ELSEWHERE = {
+    "q": "query queries hidden_states x",
+    "k": "key keys",
+    "v": "value values",
+    "length": "seq_len seqlen seq_length max_length max_len max_seq_len n L kv_len kv_length context_length",
+    "capacity": "length seq_len max_length max_len max_seq_len max_cache_len max_tokens cache_size",
+    "tokens": "lengths seq_lens seqlens lens num_tokens",
+    "chunk": "chunk_size chunks",
+    "q_length": "q_len nq query_length",
+    "heads": "num_heads n_heads nheads nhead n_head H",
+    "kv_heads": "num_kv_heads num_key_value_heads n_kv_heads kv_head",
+    "head_dim": "head_size d_head dim_head head_dimension D d dim d_k",
+    "batch": "batch_size bsz B",
+    "return_weights": "need_weights return_attn_probs output_attentions return_attn return_attention",
+    "return_lse": "lse return_softmax_lse",
+    "block_size": "BLOCK_SIZE tile_size block",
+    "layers": "n_layers num_layers depth",
+    "parts": "only part",
+    "training": "train requires_grad",
+    "q_offset": "offset start_pos past_length",
+    "q_positions": "positions position_ids cache_position",
+    "v_dim": "value_dim d_v head_dim_v",
 }
-"""Arguments that have another name here."""
+"""What arguments are called elsewhere, by their names here."""
+
+
+def renamed(name: str, known: Iterable[str]) -> str:
+    """The argument, one of `known`, that has this name elsewhere, or ""."""
+    known = set(known)
+    return next((here for here, names in ELSEWHERE.items() if here in known and name in names.split()), "")
 
 
 def instead(name: str, known: Iterable[str]) -> str:
     """The help for an argument that there is not: its name here, where else it is said, or one like it."""
     known = set(known)
-    if RENAMED.get(name) in known:
-        return f"write `{RENAMED[name]}=`"
+    if here := renamed(name, known):
+        return f"write `{here}=`"
     return HABITS.get(name) or suggest(name, known - {name})
+
+
+NICKNAMES = {
+    "float16": "half fp16 f16",
+    "bfloat16": "bf16",
+    "float32": "float fp32 f32 single",
+    "float64": "double fp64 f64",
+}
+"""What the dtypes of a plan are called elsewhere, by their names here."""
+
+
+def checked_dtype(dtype: object) -> str:
+    """The name of a dtype, one of NICKNAMES. Raises AttnError for another."""
+    name = (dtype.__name__ if isinstance(dtype, type) else str(dtype)).removeprefix("torch.")
+    if name in NICKNAMES:
+        return name
+    near = next((here for here, names in NICKNAMES.items() if name in names.split()), "")
+    help = f"write `{near}`" if near else suggest(name, NICKNAMES)
+    raise fail(f"`dtype` is {name}, and must be one of {', '.join(NICKNAMES)}", help=help)
+
+
+CALLED = {"__call__": "plan", "forward": "module"}
+"""How a reader writes a call of what these are methods of."""
 
 
 def by_name(function: Callable[P, R]) -> Callable[P, R]:
     """A function whose arguments that do not fit are told as an AttnError, with what is written instead."""
-    signature = inspect.signature(function)
-    parameters = signature.parameters.values()
-    named = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    parameters = inspect.signature(function).parameters.values()
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    places = len(signature.parameters) - len(named) - open_ended
+    known = tuple(p.name for p in parameters if p.kind is not p.VAR_KEYWORD)
+    places = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
+    needed = tuple(p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD)
 
     @functools.wraps(function)
     def called(*args: P.args, **kwargs: P.kwargs) -> R:
-        if len(args) > places or not (open_ended or kwargs.keys() <= signature.parameters.keys()):
-            raise _misfit(function.__name__, len(args) > places, kwargs, signature.parameters, named)
-        for p in parameters:
-            if p.kind is p.KEYWORD_ONLY and p.default is p.empty and p.name not in kwargs:
-                near = next((f"write `{p.name}=`" for x in kwargs if RENAMED.get(x) == p.name), "")
-                help = near or f"write `{function.__name__}(attention, {p.name}=4096)`"
-                raise fail(f"`{function.__name__}` needs `{p.name}`", help=help)
+        left = [name for name in needed[len(args) :] if name not in kwargs]
+        if left or len(args) > len(places) or not (open_ended or kwargs.keys() <= {*known}):
+            raise _misfit(function.__name__, left, len(args) > len(places), kwargs, known, places, needed)
         return function(*args, **kwargs)
 
     return called
 
 
 def _misfit(
-    name: str, too_many: bool, given: Iterable[str], known: Iterable[str], named: list[str]
+    name: str,
+    left: list[str],
+    too_many: bool,
+    given: Iterable[str],
+    known: Sequence[str],
+    places: Sequence[str],
+    needed: Sequence[str],
 ) -> AttnError:
+    known, places, needed = ([x for x in names if x != "self"] for names in (known, places, needed))
+    name = CALLED.get(name, name)
+    written = ", ".join(x if x in places else f"{x}=4096" for x in needed)
     if too_many:
-        help = f"write `{name}(attention, {named[0]}=...)`"
-        return fail(f"`{name}` takes sizes by their names", help=help)
-    unknown = next(x for x in given if x not in known)
-    help = instead(unknown, known) or f"there are {', '.join(f'`{x}`' for x in named)}"
-    return fail(f"`{name}` has no argument `{unknown}`", help=help)
+        other = next((x for x in known if x not in places), "")
+        help = f"write the others by their names, such as `{other}=...`" if other else ""
+        if name == "bind":
+            help = "write tables by their names: `bind(doc=...)`"
+        elif places[-1:] == ["v"]:
+            help = f"a table has a name: `{name}(q, k, v, doc=...)`; the mask is in the text"
+        return fail(f"`{name}` takes {_listed(places) or 'nothing'} by place", help=help)
+    unknown = [x for x in given if x not in known]
+    if left:
+        near = [f"{here}=" for x in unknown if (here := renamed(x, left))]
+        help = f"write {_listed(near)}" if near else f"write `{name}({written})`"
+        return fail(f"`{name}` needs {_listed(left)}", help=help)
+    named = [x for x in known if x not in places] or known
+    help = instead(unknown[0], known) or f"there are {', '.join(f'`{x}`' for x in named)}"
+    if name == "compile" and help.startswith("there are"):
+        help += "; parameters are bound before, as `attention(w=8)`, and tables are given to the plan"
+    return fail(f"`{name}` has no argument `{unknown[0]}`", help=help)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join(
+        filter(None, (", ".join(f"`{x}`" for x in names[:-1]), *(f"`{x}`" for x in names[-1:])))
+    )
+
+
+def _each(names: str, said: str) -> dict[str, str]:
+    return {name: said.format(name) for name in names.split()}
+
+
+DRAWN = "a notebook draws the value itself, and `attndsl show FILE:NAME --length 64 -o mask.svg` a file"
+SIZES = "length q_length batch heads kv_heads head_dim dtype device block_size training"
+ATTRIBUTES = {
+    "attndsl": {
+        **_each("from_file open read load_file", "a file is read by `attndsl.load`"),
+        **_each("loads from_string from_text parse_text", "a text is read by `attndsl.parse`"),
+        **_each("plan lower jit build make", "a plan is made by `attndsl.compile`"),
+        **_each("mask block_mask", 'write `program["NAME"].{}(length)`'),
+        **_each("run attend", 'call the plan: `attndsl.compile(program["NAME"], length=...)(q, k, v)`'),
+        **_each("show plot draw", DRAWN),
+        **_each("check", "write `program.check()`"),
+        **_each("diff equal", "write an assertion, `assert a == b`, or use the command `attndsl diff`"),
+        **_each("report", "write `attndsl.analyze`"),
+    },
+    "a program": {
+        **_each("keys values items get list definitions", "write `program.names`, and `program[name]`"),
+        **_each("compile analyze", 'write `attndsl.{}(program["NAME"], length=...)`'),
+        **_each("mask counts block_mask graph inputs", 'write `program["NAME"].{}`'),
+        **_each("show plot draw", DRAWN),
+        **_each("prove", "write `program.check()`"),
+    },
+    "an attention": {
+        **_each("compile analyze", "write `attndsl.{}(attention, length=...)`"),
+        **_each("plan lower run session", "`attndsl.compile(attention, length=...)` makes a plan"),
+        **_each("show plot draw save to_svg savefig", DRAWN),
+        **_each("to_dense dense numpy to_numpy matrix", "write `attention.mask(length)`"),
+        **_each("to_flex to_block_mask mask_mod", "write `attention.block_mask(length).to_flex()`"),
+        **_each("params args arguments", "write `attention.parameters`"),
+    },
+    "a plan": {
+        **_each(
+            "parameters named_parameters buffers state_dict load_state_dict train eval requires_grad_ "
+            "zero_grad apply named_modules children compile register_forward_hook",
+            "write `plan.module()`, an nn.Module, which has it",
+        ),
+        **_each(
+            "to cuda cpu",
+            'compile for another device: `compile(..., device="cuda")`; tensors may be of any dtype',
+        ),
+        **_each("half float double bfloat16", "leave it out: a plan takes tensors of any dtype"),
+        **_each("forward run", "call it: `plan(q, k, v)`"),
+        **_each("mask block_mask to_flex show plot draw", "its tiles are `plan.block_masks`"),
+        **_each("step prefill decode generate cache kv_cache", CACHE),
+        **_each(SIZES, "write `plan.problem.{}`"),
+        **_each("name inputs", "write `plan.attention.{}`"),
+        **_each("learned weight weights", "`plan.module()` owns what is learned"),
+        **_each("explain why summary", "write `print(plan)`"),
+        **_each("analyze", "write `attndsl.analyze(plan.attention, length=...)`"),
+        **_each("backward", "call it on the loss"),
+    },
+    "a session": {
+        **_each("reset clear empty", "write `session.truncate(0)`"),
+        **_each("crop trim rollback pop rewind_to", "write `session.truncate(lengths)`"),
+        **_each("clone fork", "write `session.copy()`"),
+        **_each("append update add decode generate forward run", "write `session.step(q, k, v)`"),
+        **_each("get_seq_length seq_len seq_length length position seen_tokens", "write `session.lengths`"),
+        **_each("reorder_cache select index_select batch_select_indices", "write `session.reorder(rows)`"),
+        **_each("capacity", "write `session.most`"),
+        **_each(
+            "to cuda cpu half float",
+            'it is where the plan is: `compile(..., device="cuda")`, and has its dtype',
+        ),
+    },
+    "a block mask": {
+        **_each("numpy to_numpy dense to_torch to_tensor tensor", "write `block_mask.to_dense()`"),
+        **_each("show plot draw", DRAWN),
+    },
+}
+"""What is written in place of attributes that there are not, by what has them not."""
+
+
+def missing(owner: str, name: str, known: Iterable[str]) -> AttributeError:
+    """What is raised for an attribute that there is not, with what is written instead."""
+    public = [other for other in known if not other.startswith("_")]
+    help = "" if name.startswith("_") else ATTRIBUTES[owner].get(name) or suggest(name, public)
+    return AttributeError(f"{owner} has no attribute `{name}`" + (f": {help}" if help else ""))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import math
+import re
 import reprlib
 from collections import ChainMap
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,7 @@ from attndsl import syntax
 from attndsl.attention import Attention
 from attndsl.bound import Bound, Unbound
 from attndsl.errors import AttnError, Diagnostic, Source, Span, fail, suggest
+from attndsl.keywords import missing
 from attndsl.language.arguments import bind_arguments, name_span, signature
 from attndsl.language.assertions import Assertion, prove, typed
 from attndsl.language.elaborate import STEP_LIMIT, Elaborator
@@ -27,7 +29,7 @@ from attndsl.language.values import TOKENS, AttentionOf, K, Num, Pattern, Q, Sco
 from attndsl.language.vocabulary import BUILT_IN, RESERVED
 from attndsl.pictures import notebook
 from attndsl.selection import Selection
-from attndsl.shipped import located
+from attndsl.shipped import elsewhere, located
 from attndsl.syntax import nodes as ast
 from attndsl.syntax.format import render
 
@@ -61,6 +63,8 @@ def parse(text: str, name: str = "<text>") -> Program:
     in it."""
     if not isinstance(text, str):
         raise fail(f"a program is a text, not {type(text).__name__}", help="a file is read by attndsl.load")
+    if re.fullmatch(r"\S+\.attn|example:\S+", text):
+        raise fail(f"`{text}` is the name of a file, and no text", help="it is read by attndsl.load")
     return _program(Source(name, text), None)
 
 
@@ -89,7 +93,7 @@ def _read(path: Path, shown: str, span: Span | None) -> Source:
     try:
         return Source(shown, path.read_text(encoding="utf-8"))
     except OSError as error:
-        help = "a text is read by attndsl.parse" if "{" in shown else ""
+        help = elsewhere(shown) if span is None else ""
         raise fail(f"cannot read `{shown}`: {(error.strerror or str(error)).lower()}", span, help) from None
     except UnicodeDecodeError:
         raise fail(f"`{shown}` is not UTF-8 text", span) from None
@@ -283,8 +287,9 @@ class Program:
     if not TYPE_CHECKING:  # a type checker is to tell what is no attribute
 
         def __getattr__(self, name):
-            help = f': write `program["{name}"]`' if name in vars(self).get("own", ()) else ""
-            raise AttributeError(f"a program has no attribute `{name}`{help}")
+            if name in vars(self).get("own", ()):
+                raise AttributeError(f'a program has no attribute `{name}`: write `program["{name}"]`')
+            raise missing("a program", name, dir(Program))
 
     def __repr__(self) -> str:
         listed = [*self.names[:LISTED], *["..."] * (len(self.names) > LISTED)]
@@ -468,11 +473,11 @@ def bound_of(value: object) -> Bound:
     if isinstance(value, Program):
         names = ", ".join(value.names)
         raise fail("a program is taken one attention at a time", help=f'write program["..."]: {names}')
-    help = (
-        'write `attndsl.load(...)["NAME"]`, or `attndsl.parse(text)["NAME"]`'
-        if isinstance(value, str | Path)
-        else ""
-    )
+    help = ""
+    if isinstance(value, str | Path):
+        help = 'write `attndsl.load(...)["NAME"]`, or `attndsl.parse(text)["NAME"]`'
+    elif isinstance(getattr(value, "attention", None), Attention):
+        help = "give that of the plan: `plan.attention`"
     raise fail(f"expected an attention, not {type(value).__name__}", help=help)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -29,6 +30,21 @@ def located(file: str) -> Path:
     if name not in names():
         raise fail(missing(name))
     return folder() / f"{name}.attn"
+
+
+def elsewhere(file: str) -> str:
+    """The help for a file that there is not: what a user means by it, or "" where that is not known."""
+    if re.match(r"(attention|pattern|score|mask|let|assert|use)\s", file) or "{" in file:
+        return "a text is read by attndsl.parse, by a command from stdin as `-`"
+    path, named = Path(file), re.fullmatch(r"(.+\.attn)\W+(\w+)", file)
+    if path.is_dir():
+        return f"name the files in it: `{path / '*.attn'}`"
+    if named and Path(named[1]).is_file():
+        return f"did you mean `{named[1]}:{named[2]}`?"
+    beside = [str(other) for other in path.parent.glob("*.attn")] if path.parent.is_dir() else []
+    if near := suggest(file, beside) or suggest(f"{file}.attn", beside):
+        return near
+    return f"an example is `{PREFIX}{path.stem}`" if path.stem in names() else ""
 
 
 def missing(name: str) -> str:

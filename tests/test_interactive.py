@@ -41,7 +41,7 @@ def test_the_package_lists_what_it_has():
     assert re.fullmatch(r"\d+\.\d+\.\d+", attndsl.__version__)
     assert {"compile", "spans", "__version__", "Session"} <= {*dir(attndsl)}
     assert all(getattr(attndsl, name) is not None for name in dir(attndsl))
-    with pytest.raises(AttributeError, match="no attribute 'complie'"):
+    with pytest.raises(AttributeError, match=r"no attribute `complie`: did you mean `compile`\?"):
         attndsl.complie  # noqa: B018
 
 
@@ -50,6 +50,27 @@ def test_an_attribute_that_a_program_does_not_have_says_what_to_write(program):
         program.lm  # noqa: B018
     assert not hasattr(program, "nothing")
     assert pickle.loads(pickle.dumps(attndsl.examples.longformer["longformer"]))
+
+
+@pytest.mark.parametrize(
+    ("made", "name", "said"),
+    [
+        (lambda p: attndsl, "loads", "`attndsl.parse`"),
+        (lambda p: p, "keys", "`program.names`"),
+        (lambda p: p["lm"], "compile", "`attndsl.compile(attention, length=...)`"),
+        (lambda p: p["lm"], "w", '`attention.parameters["w"]`'),
+        (lambda p: compiled(p, "lm"), "parameters", "`plan.module()`"),
+        (lambda p: compiled(p, "both"), "to", '`compile(..., device="cuda")`'),
+        (lambda p: compiled(p, "both"), "lm", '`plan.parts["lm"]`'),
+        (lambda p: compiled(p, "lm"), "heads", "`plan.problem.heads`"),
+        (lambda p: compiled(p, "lm"), "sesion", "`session`"),
+        (lambda p: compiled(p, "lm").session(1, 8), "reset", "`session.truncate(0)`"),
+        (lambda p: p["lm"].block_mask(64), "numpy", "`block_mask.to_dense()`"),
+    ],
+)
+def test_an_attribute_of_another_library_says_what_to_write(program, made, name, said):
+    with pytest.raises(AttributeError, match=f"no attribute `{name}`: .*{re.escape(said)}"):
+        getattr(made(program), name)
 
 
 def test_names_of_attentions_are_completed(program):

@@ -5,6 +5,7 @@ import inspect
 import io
 import json
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from attndsl.command.cli import main
 from attndsl.conformance import CASES, MECHANISMS
 from attndsl.execution import leaks
 from attndsl.execution.lowered import KEPT
+from attndsl.execution.session import STEP, Session
 from attndsl.tiles import lowering
 
 RESULT = "(call.q[..., :1] * call.v[:, :1, :1], torch.zeros(call.q.shape[:3]))"
@@ -356,7 +358,24 @@ def test_values_of_parameters_are_checked():
             plan(q, k, v, learned=dict.fromkeys(names, value))
 
 
+def test_a_plan_whose_backend_was_not_asked_for_takes_another_in_a_dtype_that_it_declines():
+    bound = attndsl.parse("attention lm { mask causal & last(5) }")["lm"]
+    asked = attndsl.compile(bound, length=64, head_dim=16, backend="cpu")
+    chosen = replace(asked, asked=False, others={})
+    q = torch.randn(1, 1, 64, 16, dtype=torch.float16)
+    with pytest.raises(attndsl.AttnError, match="declines: it knows nothing of the dtype `float16`"):
+        asked(q, q, q)
+    for plan in (chosen, pickle.loads(pickle.dumps(chosen))):
+        assert plan.backend == "cpu"
+        wanted = plan(q.float(), q.float(), q.float())
+        torch.testing.assert_close(plan(q, q, q).float(), wanted, atol=5e-3, rtol=5e-3)
+
+
 def test_a_wrong_name_may_be_near_any_argument_of_a_call():
-    calls = {attndsl.Plan.__call__: "self q k v inputs", lowering.sizes_of: "attention"}
-    for call, others in calls.items():
-        assert inspect.signature(call).parameters.keys() - {*others.split()} <= {*lowering.ARGUMENTS}
+    calls = {
+        attndsl.Plan.__call__: ("self q k v inputs", lowering.ARGUMENTS),
+        lowering.sizes_of: ("attention", lowering.SIZES),
+        Session.prefill: ("self q k v inputs", STEP),
+    }
+    for call, (others, beside) in calls.items():
+        assert inspect.signature(call).parameters.keys() - {*others.split()} <= {*beside}

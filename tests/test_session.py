@@ -631,7 +631,7 @@ def test_bad_calls() -> None:
         "row 0 has 5 tokens and gets 92 more, and the capacity is 96": lambda: s.step(
             *drawn(torch.Generator(), 2, 92, torch.float64)
         ),
-        "`k` is torch.float32": lambda: s.step(q, k.float(), v),
+        "`k` is float32 on cpu": lambda: s.step(q, k.float(), v),
         "a step takes no `q_offset`": lambda: s.step(q, k, v, q_offset=3),
         "a step takes no `n`": lambda: s.prefill(q, k, v, n=3),
         "a step takes no `return_lse`": lambda: s.step(q, k, v, return_lse=True),

@@ -13,7 +13,18 @@ from attndsl.analysis.part import Subject
 from attndsl.analysis.report import Report, blank, chosen, extended, subject_of, usable
 from attndsl.command import child, comparison
 from attndsl.command.given import bound, echo_json, file_and_name, read, tables, titled, write
-from attndsl.command.options import ANALYSIS, FILE, INPUTS, JSON, LENGTH, SET, TARGET, Whole, argument
+from attndsl.command.options import (
+    ANALYSIS,
+    FILE,
+    INPUTS,
+    JSON,
+    LENGTH,
+    SET,
+    TARGET,
+    Command,
+    Whole,
+    argument,
+)
 from attndsl.errors import AttnError, Diagnostic, fail, suggest
 from attndsl.execution.registry import names
 from attndsl.html.masks import Mask, masks
@@ -31,7 +42,7 @@ class Only(click.Option):
         return super().get_help_record(ctx)
 
 
-@click.command()
+@click.command(cls=Command)
 @TARGET
 @click.option("--length", type=Whole(0, 65536), required=True, help="Number of keys, n.")
 @ANALYSIS
@@ -101,7 +112,7 @@ def analyzed(named: list[tuple[Subject, str]], parts: list[str] | None, time_lim
         return [reduce(partial(apart, subject), left, report) for subject, report in begun]
 
 
-@click.command()
+@click.command(cls=Command)
 @argument(
     "targets",
     f"{FILE}, and NAME an attention or pattern in it.",
@@ -167,7 +178,7 @@ def compare(
     demand_known(reports)
 
 
-@click.command()
+@click.command(cls=Command)
 @TARGET
 @click.option("--length", type=LENGTH, default=4096, show_default=True, help="Number of keys, n.")
 @ANALYSIS

@@ -9,11 +9,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import click
+import numpy as np
 
+from attndsl.attention import Attention
 from attndsl.bound import Bound
 from attndsl.command import child
-from attndsl.command.given import bound, columns, echo_json, file_and_name, program_of
-from attndsl.command.options import FILE, JSON, LIMIT, argument, files
+from attndsl.command.given import bound, columns, echo_json, file_and_name, is_file, program_of, tables
+from attndsl.command.options import FILE, INPUTS, JSON, LENGTH, LIMIT, Command, argument, whole
 from attndsl.errors import AttnError, Diagnostic, fail
 from attndsl.expr import Expr, Selected, Table, all_of, any_of
 from attndsl.language.assertions import Assertion, prove
@@ -21,9 +23,13 @@ from attndsl.program import Program
 from attndsl.relations import proofs
 from attndsl.relations.proofs import Verdict
 
+BLOCK_SIZE = 128
+ROWS = 256
+"""Queries whose pairs are compared at once."""
 
-@click.command()
-@argument("paths", f"{FILE}.", metavar="FILE...", nargs=-1, required=True)
+
+@click.command(cls=Command)
+@argument("paths", f"{FILE}.", metavar="FILE...", nargs=-1, required=True, callback=whole)
 @JSON
 @LIMIT
 def check(paths: tuple[str, ...], as_json: bool, time_limit: float) -> None:
@@ -182,18 +188,67 @@ def decided(assertion: Assertion, time_limit: float) -> Verdict:
         return Verdict("undecided", reason=limit.diagnostics[0].message)
 
 
-@click.command()
-@argument("left", f"{FILE}, and NAME an attention or pattern in it.", metavar="FILE:NAME")
-@click.argument("right", metavar="FILE:NAME", shell_complete=files)
+def two(ctx: click.Context, param: click.Parameter, targets: tuple[str, ...]) -> tuple[str, ...]:
+    """Two masks, each FILE:NAME."""
+    file, name = file_and_name(targets[0])
+    bare = [x for x in targets[1:] if x.isidentifier() and not is_file(x)]
+    if len(targets) != 2 or bare:
+        names = [*filter(None, [name]), *bare, "NAME", "NAME"][:2]
+        ctx.fail(f"two masks are compared: write `diff {file}:{names[0]} {file}:{names[1]}`")
+    return targets
+
+
+def at_length(left: Attention, right: Attention, length: int, given: dict[str, Any]) -> list[Verdict]:
+    """Whether each is a subset of the other at one length, by their pairs; `given` are tables."""
+    from attndsl.tiles import lowering
+
+    for name in given:
+        lowering.check_names(right if name in {t.name for t in right.inputs} else left, {name: given[name]})
+    heads = max(lowering.heads_of(attention, given) for attention in (left, right))
+    tiled = []
+    for attention in (left, right):
+        own = {table.name: given[table.name] for table in attention.inputs if table.name in given}
+        tiled.append(lowering.tiles_of(attention, length, BLOCK_SIZE, heads=heads, inputs=own))
+    found: list[Verdict | None] = [None, None]
+    for start in range(0, length, ROWS):
+        masks = [block_mask.to_dense(start, min(start + ROWS, length)) for block_mask in tiled]
+        for i, (mine, other) in enumerate((masks, masks[::-1])):
+            outside = np.argwhere(mine & ~other)
+            if found[i] is None and len(outside):
+                *_, h, q, k = map(int, outside[0])
+                point = {"n": length, **({"h": h} if heads > 1 else {}), "q": start + q, "k": k}
+                found[i] = Verdict("refuted", point)
+    return [verdict or Verdict("proved") for verdict in found]
+
+
+@click.command(cls=Command)
+@argument(
+    "targets", f"{FILE}, and NAME an attention or pattern in it.",
+    metavar="FILE:NAME FILE:NAME", nargs=-1, required=True, callback=two,
+)  # fmt: skip
+@click.option("--length", type=LENGTH, help="Compare at this number of keys alone, pair by pair.")
+@INPUTS
 @JSON
 @LIMIT
-def diff(left: str, right: str, as_json: bool, time_limit: float) -> None:
-    """Whether two masks are equal, one a subset of the other, or a pair that differs."""
-    mine, other = each_head(left), each_head(right)
+def diff(
+    targets: tuple[str, str], length: int | None, inputs: dict[str, str], as_json: bool, time_limit: float
+) -> None:
+    """Whether two masks are equal, one a subset of the other, or a pair that differs.
+
+    For every length, unless one is given.
+    """
+    left, right = targets
+    mine, other = (bound(*file_and_name(target), {}).attention for target in targets)
+    if inputs and length is None:
+        raise click.UsageError("tables are compared at one length: give --length too")
+    given = tables(inputs)
 
     def work(stage: child.Stage) -> list[Verdict]:
         stage("comparing", time_limit)
-        return [proofs.subset(mine, other), proofs.subset(other, mine)]
+        if length is not None:
+            return at_length(mine, other, length, given)
+        masks = each_head(mine), each_head(other)
+        return [proofs.subset(*masks), proofs.subset(*masks[::-1])]
 
     inside, outside = child.run(work)
     refuted = [found for found in (inside, outside) if found.status == "refuted"]
@@ -216,15 +271,18 @@ def diff(left: str, right: str, as_json: bool, time_limit: float) -> None:
     if as_json:
         echo_json({"left": left, "right": right, "status": status, "pairs": pairs, "reason": reason})
         return
+    if length is not None:
+        said += f" at n = {length}"
     click.echo(said + (f": {reason}" if status == "undecided" else ""))
+    if status == "undecided":
+        click.echo("  help: at one length it is decided, such as `--length 256`")
     for pair in pairs:
         where = ", ".join(f"{name} = {value}" for name, value in pair.items() if name != "only_in")
         click.echo(f"  only in {pair['only_in']}: {where}")
 
 
-def each_head(target: str) -> Expr:
-    """The mask of FILE:NAME at head `h`."""
-    attention = bound(*file_and_name(target), {}).attention
+def each_head(attention: Attention) -> Expr:
+    """The mask at head `h`."""
     if attention.streams:
         raise fail(f"the keys of `{attention.name}` are streams, and relations of tokens are compared")
     return any_of(*(all_of(group.heads, group.relation.mask) for group in attention.groups))

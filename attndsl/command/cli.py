@@ -25,6 +25,20 @@ COMMANDS = {
     "diff": "check",
 }
 """And the modules where they are; only the one that is called for is imported: a check is to feel instant."""
+HABITS = {
+    "format": "write `fmt`",
+    **dict.fromkeys(("plot", "draw", "print", "mask", "view"), "write `show`"),
+    **dict.fromkeys(("bench", "benchmark", "time", "test", "verify"), "write `run`"),
+    **dict.fromkeys(("lint", "validate", "prove", "parse"), "write `check`"),
+    **dict.fromkeys(("cost", "stats", "info", "analyse"), "write `analyze`"),
+    **dict.fromkeys(("backends", "list-backends"), "write `plugins`"),
+    "help": "write `attndsl --help`",
+    **dict.fromkeys(
+        ("examples", "list", "ls"),
+        "an example stands for a file, `attndsl show example:longformer --length 64`; `example:?` lists them",
+    ),
+}
+"""What is written in place of commands that there are not."""
 
 
 class Commands(click.Group):
@@ -50,7 +64,7 @@ class Commands(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args[0] not in COMMANDS:
-            help = suggest(args[0], COMMANDS) or f"there are {', '.join(COMMANDS)}"
+            help = HABITS.get(args[0]) or suggest(args[0], COMMANDS) or f"there are {', '.join(COMMANDS)}"
             ctx.fail(f"no command is named `{args[0]}`: {help}")
         return super().resolve_command(ctx, args)
 

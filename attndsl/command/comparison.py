@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import product
@@ -55,6 +56,9 @@ def columns(sweeps: Sequence[str]) -> Iterator[dict[str, str]]:
             )
         if name in named:
             raise fail(f"`{name}` is swept twice")
+        if re.fullmatch(r"\s*\d+\s*(:|\.\.|-)\s*\d+\s*", values):
+            ends = ",".join(re.findall(r"\d+", values))
+            raise fail(f"`{values}` is no list of values", help=f"write each: `--sweep {name}={ends}`")
         named[name] = values.split(",")
         if name == "n" and not all(value.strip().isdecimal() for value in named[name]):
             raise fail(f"`{values}` are no lengths", help="such as n=1024,4096")

@@ -6,12 +6,12 @@ import click
 
 from attndsl import syntax
 from attndsl.command.given import read, write
-from attndsl.command.options import FILE, argument
+from attndsl.command.options import FILE, Command, argument, whole
 from attndsl.errors import Source
 
 
-@click.command()
-@argument("files", f"{FILE}.", metavar="FILE...", nargs=-1, required=True)
+@click.command(cls=Command)
+@argument("files", f"{FILE}.", metavar="FILE...", nargs=-1, required=True, callback=whole)
 @click.option("--check", "only_check", is_flag=True, help="Change nothing; exit 1 if a file would change.")
 def fmt(files: tuple[str, ...], only_check: bool) -> None:
     """Rewrite files in the one layout; what stdin has goes to stdout."""

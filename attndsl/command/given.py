@@ -14,7 +14,7 @@ from attndsl.attention import Attention
 from attndsl.bound import Bound, Unbound
 from attndsl.errors import AttnError, Source, fail
 from attndsl.program import Program, load, parse
-from attndsl.shipped import PREFIX, located
+from attndsl.shipped import PREFIX, elsewhere, located
 from attndsl.syntax.format import render
 
 
@@ -82,13 +82,13 @@ def read(file: str) -> str:
         data = sys.stdin.buffer.read() if file == "-" else located(file).read_bytes()
         return data.decode()
     except OSError as error:
-        raise unreadable(file, error) from None
+        raise unreadable(file, error, elsewhere(file)) from None
     except UnicodeDecodeError:
         raise fail(f"`{'<stdin>' if file == '-' else file}` is not UTF-8 text") from None
 
 
-def unreadable(file: str, error: OSError) -> AttnError:
-    return fail(f"cannot read `{file}`: {(error.strerror or str(error)).lower()}")
+def unreadable(file: str, error: OSError, help: str = "") -> AttnError:
+    return fail(f"cannot read `{file}`: {(error.strerror or str(error)).lower()}", help=help)
 
 
 def write(file: str, text: str | bytes) -> None:
@@ -104,6 +104,11 @@ def file_and_name(target: str) -> tuple[str, str | None]:
     if f"{file}:" == PREFIX:
         return target, None
     return (file, name or None) if file and not Path(target).exists() else (target, None)
+
+
+def is_file(target: str) -> bool:
+    """Whether a program is read from there: a file, an example, or stdin."""
+    return target == "-" or target.startswith(PREFIX) or Path(target).is_file()
 
 
 def heads_of(attention: Attention, given: dict[str, Any], heads: int | None) -> int:

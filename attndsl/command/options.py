@@ -8,10 +8,73 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from attndsl.errors import suggest
+from attndsl.keywords import HABITS, NICKNAMES, renamed
+
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
-Command = Callable[..., Any]
+Function = Callable[..., Any]
+WRITTEN = {
+    **dict.fromkeys(("gpu", "cuda"), "--device cuda"),
+    **dict.fromkeys(("png", "svg"), "-o mask.svg"),
+    "format": "--json",
+    **dict.fromkeys(("param", "params", "parameter", "arg", "args"), "--set w=4"),
+    **dict.fromkeys(("half", "fp16"), "--dtype float16"),
+    "bf16": "--dtype bfloat16",
+}
+"""Options that are written otherwise."""
+
+
+class Command(click.Command):
+    """A command that says what is written in place of options and arguments that it does not have."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        given, ctx.allow_extra_args = [*args], True
+        try:
+            super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            name = error.option_name
+            at = next((i for i, word in enumerate(given) if word.partition("=")[0] == name), len(given))
+            value = given[at].partition("=")[2] if at < len(given) and "=" in given[at] else ""
+            help = self.instead(name.lstrip("-"), value or next(iter(given[at + 1 :]), ""))
+            ctx.fail(f"no option `{name}`" + (f": {help}" if help else ""))
+        if ctx.args:
+            bindings = [word for word in ctx.args if "=" in word] if "--set" in self.long else []
+            help = f": write `--set {bindings[0]}`" if bindings else ""
+            ctx.fail(f"`{self.name}` takes no `{ctx.args[0]}` here{help}")
+        return ctx.args
+
+    @property
+    def long(self) -> list[str]:
+        return [name for param in self.params for name in param.opts if name.startswith("--")]
+
+    def instead(self, option: str, value: str) -> str:
+        """The help for an option that there is not, which `value` stands behind."""
+        name = option.replace("-", "_")
+        known = [long[2:].replace("-", "_") for long in self.long]
+        if here := renamed(name, known):
+            return f"write `--{here.replace('_', '-')}`"
+        if name in WRITTEN and WRITTEN[name].split()[0] in [x for param in self.params for x in param.opts]:
+            return f"write `{WRITTEN[name]}`"
+        if "--length" in self.long and name in HABITS:
+            return HABITS[name]
+        if near := suggest(f"--{option}", self.long):
+            return near
+        number = value.strip("[]()").partition(",")[0].lstrip("-").replace(".", "", 1).isdigit()
+        if "--set" in self.long and name.isidentifier() and number:
+            return f"a parameter is given by `--set {name}={value}`"
+        return ""
+
+
+class Dtype(click.Choice[str]):
+    """A dtype by its name here; others are told with it."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        name = str(value).removeprefix("torch.")
+        if here := next((here for here, names in NICKNAMES.items() if name in names.split()), ""):
+            self.fail(f"`{value}` is no dtype: write `{here}`", param, ctx)
+        return super().convert(name, param, ctx)
 
 
 def pair(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
@@ -27,8 +90,8 @@ def pair(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) ->
     return found
 
 
-def options(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:
-    def add(command: Command) -> Command:
+def options(*decorators: Callable[[Function], Function]) -> Callable[[Function], Function]:
+    def add(command: Function) -> Function:
         for decorator in reversed(decorators):
             command = decorator(command)
         return command
@@ -42,14 +105,27 @@ def files(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[C
     return completion.files(incomplete)
 
 
-def argument(name: str, said: str, **settings: Any) -> Callable[[Command], Command]:
+def argument(name: str, said: str, **settings: Any) -> Callable[[Function], Function]:
     """An argument that is a file, and a paragraph about it at the end of the command's help."""
 
-    def add(command: Command) -> Command:
+    def add(command: Function) -> Function:
         command.__doc__ = f"{inspect.cleandoc(command.__doc__ or '')}\n\n{said}"
         return click.argument(name, shell_complete=files, **settings)(command)
 
     return add
+
+
+def whole(ctx: click.Context, param: click.Parameter, paths: tuple[str, ...]) -> tuple[str, ...]:
+    """Files, and no names of what is in them."""
+    from attndsl.command.given import file_and_name, is_file
+
+    for before, path in zip((None, *paths), paths, strict=False):
+        file, name = file_and_name(path)
+        bare = before is not None and is_file(before) and path.isidentifier() and not is_file(path)
+        if name or bare:
+            said = f"{ctx.info_name} {before if bare else file}"
+            ctx.fail(f"`{ctx.info_name}` takes whole files, and no name in them: write `{said}`")
+    return paths
 
 
 class Whole(click.IntRange):
@@ -85,7 +161,7 @@ BATCH = click.option("--batch", type=COUNT, default=1, show_default=True, help="
 SHAPE = options(
     click.option("--kv-heads", type=COUNT, help="Number of key heads, if not that of query heads."),
     click.option("--head-dim", type=COUNT, default=64, show_default=True, help="Features of a head."),
-    click.option("--dtype", type=click.Choice(["float64", "float32", "bfloat16", "float16"]),
+    click.option("--dtype", type=Dtype([*NICKNAMES]),
                  default="float32", show_default=True, help="Of q, k and v."),
 )  # fmt: skip
 SET = click.option(

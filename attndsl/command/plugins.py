@@ -8,11 +8,11 @@ import click
 
 from attndsl.analysis.report import clashes
 from attndsl.command.given import echo_json
-from attndsl.command.options import JSON
+from attndsl.command.options import JSON, Command
 from attndsl.execution.registry import listing, usable
 
 
-@click.command()
+@click.command(cls=Command)
 @JSON
 def plugins(as_json: bool) -> None:
     """Everything registered, by whom, and why something cannot be used."""

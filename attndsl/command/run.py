@@ -10,7 +10,7 @@ import click
 from attndsl.attention import Attention
 from attndsl.command import child, terminal
 from attndsl.command.given import bound, echo_json, first_query, heads_of, tables
-from attndsl.command.options import JSON, PROBLEM, TARGET
+from attndsl.command.options import JSON, PROBLEM, TARGET, Command
 from attndsl.errors import fail
 from attndsl.execution.choice import UNKNOWN
 from attndsl.scores import never_negative
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from attndsl.execution.plan import AnyPlan
 
 
-@click.command()
+@click.command(cls=Command)
 @TARGET
 @PROBLEM
 @JSON
@@ -49,7 +49,7 @@ def compile(
         click.echo(text)
 
 
-@click.command()
+@click.command(cls=Command)
 @TARGET
 @PROBLEM
 @click.option("--backward", is_flag=True, help="Time the backward pass as well.")

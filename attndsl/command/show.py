@@ -13,7 +13,7 @@ from attndsl import pictures
 from attndsl.attention import Attention
 from attndsl.command import child, terminal
 from attndsl.command.given import first_query, heads_of, tables, titled, write
-from attndsl.command.options import SIZES, TARGET, Whole
+from attndsl.command.options import SIZES, TARGET, Command, Whole
 from attndsl.errors import fail
 from attndsl.execution.selecting import drawn
 from attndsl.expr import nodes
@@ -34,7 +34,7 @@ SUFFIXES: dict[str, Literal["term", "svg", "png"]] = {
 """What a picture is, by the end of its file's name."""
 
 
-@click.command()
+@click.command(cls=Command)
 @TARGET
 @SIZES
 @click.option("--head", type=Whole(0, 0), help="Show this head alone.")

@@ -27,7 +27,7 @@ from attndsl.execution.streaming import Pair, begun, held_of, keys_and_values
 from attndsl.execution.streamsession import StreamSession
 from attndsl.execution.sums import SumPlan, gate_of, of_part
 from attndsl.expr import Learned, Table
-from attndsl.keywords import by_name
+from attndsl.keywords import by_name, missing
 from attndsl.language.lookups import placed
 from attndsl.pictures import notebook
 from attndsl.program import bound_of
@@ -96,7 +96,8 @@ def compile(
     left = attention.attended, problem.attended(attention)
     considered = choice.considered(*left, blocks)
     taken = choice.chosen(considered, backend)
-    return Plan(attention, problem, lower(*left, taken), considered, blocks, seconds)
+    asked = backend is not None
+    return Plan(attention, problem, lower(*left, taken), considered, blocks, seconds, asked=asked)
 
 
 def _added(attention: Attention, problem: Problem, backend: str | None) -> SumPlan:
@@ -137,6 +138,7 @@ class Plan:
                      chosen by content, and where `approx` stands in place of pairs
     compile_seconds  from the typed attention to the finished tiles
     tables           what is bound
+    asked            whether the backend was asked for by its name
     """
 
     attention: Attention
@@ -146,8 +148,14 @@ class Plan:
     block_masks: BlockMask | None = field(repr=False)
     compile_seconds: float
     tables: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    asked: bool = False
     others: dict[tuple[str, str], Lowered] = field(default_factory=dict, repr=False)
     """What was lowered for calls in other dtypes, and by `reference` for weights."""
+
+    if not TYPE_CHECKING:  # a type checker is to tell what is no attribute
+
+        def __getattr__(self, name):
+            raise missing("a plan", name, dir(Plan))
 
     @property
     def backend(self) -> str:
@@ -204,6 +212,7 @@ class Plan:
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, return_weights: bool, **call: Any
     ) -> Tensor | tuple[Tensor, ...]: ...
+    @by_name
     def __call__(
         self,
         q: Tensor,
@@ -321,6 +330,7 @@ class Plan:
             return {}
         return self._tensors({**self.tables, **inputs}, q) | self._learned(learned)
 
+    @by_name
     def choices(
         self,
         q: Tensor,
@@ -359,6 +369,7 @@ class Plan:
         found = chosen(lowered, q, k, lowered.tensors(given), places, watched=False)
         return {table.name: x for table, x in zip(lowered.selected, found, strict=True)}
 
+    @by_name
     def bind(self, **inputs: Any) -> Plan:
         """The plan with these tables in place, tiled once if the mask needs them: `n` is then its length.
 
@@ -388,6 +399,7 @@ class Plan:
         seconds = self.compile_seconds + time.perf_counter() - start
         return replace(self, tables=bound, block_masks=blocks, compile_seconds=seconds)
 
+    @by_name
     def session(
         self,
         batch: int,
@@ -419,16 +431,18 @@ class Plan:
         kind = StateSession if stateful(self, rewind) else Session
         return kind(self, batch, capacity, rewind=rewind, v_dim=v_dim, dtype=dtype)
 
+    @by_name
     def module(self) -> PlanModule:
         """An nn.Module that owns the learned parameters under the names they are bound to."""
         return PlanModule(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A kernel may hold anything, so another process compiles anew, with the same backend."""
-        return _again, (self.attention, self.problem, self.backend, dict(self.tables))
+        return _again, (self.attention, self.problem, self.backend, dict(self.tables), self.asked)
 
     def _served(self, dtype: torch.dtype, backend: str) -> Lowered:
-        """What runs in this dtype, by this backend. Raises AttnError where that declines it."""
+        """What runs in this dtype, by this backend; where the plan's own was not asked for and declines the
+        dtype, by the cheapest that takes it. Raises AttnError where that declines too."""
         name = str(dtype).removeprefix("torch.")
         if name == self.problem.dtype and backend == self.backend:
             return self.lowered
@@ -441,8 +455,9 @@ class Plan:
                 )
             attention, problem = self.lowered.attention, replace(self.lowered.problem, dtype=name)
             considered = choice.considered(attention, problem, self.block_masks)
-            choice.chosen(considered, backend)
-            self.others[name, backend] = lower(attention, problem, backend)
+            left_open = backend == self.backend and not self.asked and isinstance(considered[backend], str)
+            taken = choice.chosen(considered, None if left_open else backend)
+            self.others[name, backend] = lower(attention, problem, taken)
         return self.others[name, backend]
 
     def _keys(
@@ -476,6 +491,8 @@ class Plan:
         """The values of the parameters; constants are as drawn unless they are given. Raises AttnError for
         one that is missing, unknown or does not fit."""
         tables = {table.name: table for table in self.attention.learned}
+        if given is not None and not isinstance(given, Mapping):
+            raise fail(f"`learned` is a dictionary of tensors by name, not {type(given).__name__}")
         first = {t.name: self.initial(t) for t in tables.values() if given is None or not t.learned}
         given = {**first, **(given or {})}
         if set(given) != set(tables):
@@ -517,17 +534,20 @@ class Plan:
             _check_strided(name, tensor)
             shape = tensor.shape
             if len(shape) != 4:
-                help = f"one batch row: pass `{name}[None]`" if len(shape) == 3 else ""
+                help = _four_axes(name, shape, heads, width)
                 said = f"`{name}` has {quantity(len(shape), 'axis', 'axes')}, and needs 4"
                 raise fail(f"{said}: [batch, heads, length, head_dim]", help=help)
             if shape[1] != heads:
                 size = "heads" if name == "q" else "kv_heads"
-                help = f"compile with `{size}={shape[1]}`"
+                help = f"compile with `{size}={shape[1]}`" if name != "v" else "there are as many as of `k`"
                 if shape[2] == heads:
                     help = f"the axes are [batch, heads, length, head_dim]: pass `{name}.transpose(1, 2)`"
-                raise fail(f"`{name}` has {shape[1]} heads, and the plan is for {heads}", help=help)
+                said = quantity(shape[1], "head")
+                raise fail(f"`{name}` has {said}, and the plan is for {heads}", help=help)
             if width is not None and shape[3] != width:
                 help = f"compile with `head_dim={shape[3]}`"
+                if shape[2] == width:
+                    help = f"the axes are [batch, heads, length, head_dim]: pass `{name}.transpose(2, 3)`"
                 raise fail(f"`{name}` has head_dim {shape[3]}, and the plan is for {width}", help=help)
             if shape[2] > length:
                 size = "q_length" if name == "q" and p.q_length != p.length else "length"
@@ -536,7 +556,7 @@ class Plan:
             if tensor.dtype not in FLOATS:
                 dtype = str(tensor.dtype).removeprefix("torch.")
                 said = f"`{name}` is {dtype}, and must be one of {', '.join(DTYPES)}"
-                raise fail(said, help=f"pass `{name}.float()`")
+                raise fail(said, help="" if tensor.is_complex() else f"pass `{name}.float()`")
             if tensor.dtype != q.dtype:
                 here, of_q = (str(x.dtype).removeprefix("torch.") for x in (tensor, q))
                 raise fail(f"`{name}` is {here}", help=f"`q` is {of_q}: pass `{name}.to(q.dtype)`")
@@ -638,6 +658,7 @@ class PlanModule(nn.Module):
             else:
                 self.register_buffer(table.name, plan.initial(table).clone())
 
+    @by_name
     def forward(self, q: Tensor, k: Tensor, v: Tensor, **call: Any) -> Any:
         """The plan's call of q, k and v, with the parameters as they are; `call` is what else that takes."""
         return self.plan(q, k, v, learned=self._learned(), **call)
@@ -659,8 +680,10 @@ class PlanModule(nn.Module):
         return made
 
 
-def _again(attention: Attention, problem: Problem, backend: str, tables: dict[str, Any]) -> AnyPlan:
-    return compile(attention, **vars(problem), backend=backend).bind(**tables)
+def _again(attention: Attention, problem: Problem, backend: str, tables: dict[str, Any], asked: bool) -> Plan:
+    made = compile(attention, **vars(problem), backend=backend).bind(**tables)
+    assert isinstance(made, Plan)
+    return replace(made, asked=asked)
 
 
 FLOATS = {getattr(torch, name) for name in DTYPES}
@@ -723,8 +746,22 @@ def _check_place(name: str, at: Tensor, x: Tensor) -> None:
         raise fail(f"`{name}` is on {at.device}, and the queries and keys are on {x.device}")
 
 
+def _four_axes(name: str, shape: Sequence[int], heads: int, width: int | None) -> str:
+    """How a tensor of other than four axes is given, where its sizes tell."""
+    if len(shape) == 5 and shape[0] == 3:
+        return "q, k and v are three tensors: `plan(*qkv)`"
+    if len(shape) != 3:
+        return ""
+    if heads > 1 and width is not None and shape[2] == heads * width:
+        return f"heads side by side: pass `{name}.unflatten(2, ({heads}, {width})).transpose(1, 2)`"
+    if shape[0] != heads and shape[0] % heads == 0:
+        return f"batch rows and heads in one: pass `{name}.unflatten(0, (-1, {heads}))`"
+    return f"one batch row: pass `{name}[None]`"
+
+
 def _no_tensor(name: str, value: object) -> AttnError:
-    help = f"pass `torch.as_tensor({name})`" if hasattr(value, "__array__") else ""
+    made = isinstance(value, list | tuple) or hasattr(value, "__array__")
+    help = f"pass `torch.as_tensor({name})`" if made else ""
     return fail(f"`{name}` must be a torch tensor, and is of type {type(value).__name__}", help=help)
 
 

@@ -13,15 +13,17 @@ from torch import Tensor
 
 from attndsl.analysis.lasting import kept, over_length
 from attndsl.axis import Axis, joined
-from attndsl.backend import DTYPES
 from attndsl.errors import fail
-from attndsl.tiles.lowering import ARGUMENTS, checked_length
+from attndsl.keywords import by_name, checked_dtype, missing
+from attndsl.tiles.lowering import ARGUMENTS, check_names, checked_length
 
 if TYPE_CHECKING:
     from attndsl.execution.plan import Plan
 
 Array = NDArray[np.int64]
 REWIND = 1
+STEP = ("chunk", "tokens", "learned")
+"""Beside which steps take tables."""
 
 
 class Session:
@@ -59,9 +61,7 @@ class Session:
             )
         self.most = None if self.ring else self.slots
         self.at_once = min(p.q_length, max(rewind, p.length - self.slots) if self.ring else p.length)
-        name = str(dtype or p.dtype).removeprefix("torch.")
-        if name not in DTYPES:
-            raise fail(f"`dtype` is {name}, and must be one of {', '.join(DTYPES)}")
+        name = checked_dtype(dtype or p.dtype)
         self.k, self.v = (
             torch.zeros(batch, p.kv_heads, self.slots, width, dtype=getattr(torch, name), device=p.device)
             for width in (p.head_dim, p.head_dim if v_dim is None else checked_length("v_dim", v_dim))
@@ -78,6 +78,11 @@ class Session:
             if first + last - 1 + self.rewind < capacity:
                 return first, last - 1 + self.rewind
         return capacity, 0
+
+    if not TYPE_CHECKING:  # a type checker is to tell what is no attribute
+
+        def __getattr__(self, name):
+            raise missing("a session", name, dir(Session))
 
     def __repr__(self) -> str:
         rows = f"{len(self.lengths)} row{'s' * (len(self.lengths) != 1)}"
@@ -96,6 +101,7 @@ class Session:
         """Keys that there is room for."""
         return self.first + self.ring
 
+    @by_name
     def step(
         self,
         q: Tensor,
@@ -114,6 +120,7 @@ class Session:
         """
         return self.prefill(q, k, v, tokens=tokens, learned=learned, **inputs)
 
+    @by_name
     def prefill(
         self,
         q: Tensor,
@@ -139,6 +146,8 @@ class Session:
                 f"a step takes no `{name}`",
                 help="a session knows where its tokens stand, and gives their output alone",
             )
+        if inputs:
+            check_names(self.plan.attention, inputs, beside=STEP)
         size = self.at_once if chunk is None else min(checked_length("chunk", chunk), self.at_once)
         if size == 0:
             raise fail("`chunk` is 0, and must be positive")
@@ -219,8 +228,12 @@ class Session:
                 there[2] = here[2] if len(here) == 4 else 1
                 raise fail(f"`{name}` is {here}, and what the session holds is like {there}")
             if (x.dtype, x.device) != (cache.dtype, cache.device):
-                held = f"{cache.dtype} on {cache.device}"
-                raise fail(f"`{name}` is {x.dtype} on {x.device}, and the session holds {held}")
+                dtype, held = (str(y.dtype).removeprefix("torch.") for y in (x, cache))
+                help = f'make the session with `dtype="{dtype}"`'
+                if x.device != cache.device:
+                    help = f"pass `{name}.to('{cache.device}')`"
+                said = f"`{name}` is {dtype} on {x.device}"
+                raise fail(f"{said}, and the session holds {held} on {cache.device}", help=help)
         if not q.shape[2:3] == k.shape[2:3] == v.shape[2:3]:
             raise fail("`q`, `k` and `v` are of the same tokens, and differ in length")
         if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):

@@ -17,10 +17,10 @@ from attndsl.attention import Attention, HeadGroup, Norm, Relation, Summand
 from attndsl.backend import Problem
 from attndsl.errors import AttnError, fail
 from attndsl.execution import choice
-from attndsl.execution.session import following
+from attndsl.execution.session import STEP, following
 from attndsl.execution.streaming import held_of_parts
 from attndsl.expr import TRUE, Given, Table, number
-from attndsl.keywords import instead
+from attndsl.keywords import by_name, instead, missing
 from attndsl.tiles import lowering
 from attndsl.tiles.blockmask import BlockMask
 
@@ -53,6 +53,13 @@ class SumPlan:
     problem: Problem
     parts: Mapping[str, Plan] = field(repr=False)
     gates: Mapping[str, Plan | float] = field(repr=False)
+
+    if not TYPE_CHECKING:  # a type checker is to tell what is no attribute
+
+        def __getattr__(self, name):
+            if name in vars(self).get("parts", ()):
+                raise AttributeError(f'a plan has no attribute `{name}`: write `plan.parts["{name}"]`')
+            raise missing("a plan", name, dir(SumPlan))
 
     @property
     def plans(self) -> dict[str, Plan]:
@@ -120,6 +127,7 @@ class SumPlan:
         return_weights: bool = False,
         **given: Any,
     ) -> Tensor: ...
+    @by_name
     def __call__(
         self,
         q: Tensor,
@@ -247,6 +255,7 @@ class SumPlan:
                     raise fail(f"`{name}` and a part before it choose alike, of other q and k", help=help)
         return found
 
+    @by_name
     def bind(self, **inputs: Any) -> SumPlan:
         """The plan with these tables in place, in every part that has them; `inputs` as of `Plan.bind`."""
         lowering.check_names(self.attention, inputs)
@@ -259,6 +268,7 @@ class SumPlan:
             },
         )
 
+    @by_name
     def session(self, batch: int, capacity: int, **options: Any) -> SumSession:
         """A session for each part, as of `Plan.session`, of `batch` rows and up to `capacity` tokens each;
         `options` are `rewind`, `v_dim`, `dtype` and `memory`, which is that of a call. Raises AttnError as
@@ -275,12 +285,13 @@ class SumPlan:
         plan = next(plan for plan in self.plans.values() if table in plan.attention.learned)
         return plan.initial(table)
 
-    def check_names(self, given: Mapping[str, Any]) -> None:
-        """Raises AttnError where `given` names what is no part and no input."""
+    def check_names(self, given: Mapping[str, Any], beside: Sequence[str] = lowering.ARGUMENTS) -> None:
+        """Raises AttnError where `given` names what is no part and no input; other arguments are those of
+        `beside`."""
         inputs = [table.name for table in self.attention.inputs]
         for name in given:
             if name not in (*inputs, *self.parts):
-                near = instead(name, {*inputs, *self.parts, *lowering.ARGUMENTS})
+                near = instead(name, {*inputs, *self.parts, *beside})
                 listed = f"its parts: {', '.join(self.parts)}; its inputs: {', '.join(inputs) or 'none'}"
                 raise fail(f"`{self.attention.name}` has no part or input `{name}`", help=near or listed)
 
@@ -344,6 +355,7 @@ class SumModule(nn.Module):
     def _gated(self, name: str) -> bool:
         return any(table.name == name for table in self.plan.attention.learned)
 
+    @by_name
     def forward(self, q: Tensor, k: Tensor, v: Tensor, **call: Any) -> Any:
         """The plan's call of q, k and v, with the parameters as they are; `call` is what else that takes."""
         return self.plan(q, k, v, learned=self._learned(), **call)
@@ -393,11 +405,13 @@ class SumSession:
         """Tokens of each row."""
         return next(iter(self.parts.values())).lengths
 
+    @by_name
     def step(self, q: Tensor, k: Tensor, v: Tensor, **call: Any) -> Tensor:
         """The next tokens of every row, q [B, H, m, D], k [B, Hkv, m, D], v [B, Hkv, m, Dv] ->
         [B, H, m, Dv]; `call` as of `prefill`."""
         return self.prefill(q, k, v, **call)
 
+    @by_name
     def prefill(
         self,
         q: Tensor,
@@ -414,7 +428,7 @@ class SumSession:
         a Session does; then no part has got a token."""
         if learned is None and self.learned is not None:
             learned = self.learned()
-        self.plan.check_names(given)
+        self.plan.check_names(given, STEP)
         self.plan.check_learned(learned)
         starts = self.lengths
         new = {name: own(name, given[name]) if name in given else (q, k, v) for name in self.parts}

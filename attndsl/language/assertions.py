@@ -271,7 +271,10 @@ def prove(assertion: Assertion) -> Verdict:
     AttnError for what is no assertion.
     """
     if not isinstance(assertion, Assertion):
-        raise fail(f"an assertion of a program is proved, not {type(assertion).__name__}")
+        raise fail(
+            f"an assertion of a program is proved, not {type(assertion).__name__}",
+            help="write `assert a <= b` into the text: `program.assertions` has it",
+        )
     verdicts = [_verdict(claim) for claim in assertion.claims]
     for status in ("refuted", "undecided"):
         for verdict in verdicts:

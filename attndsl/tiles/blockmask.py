@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from attndsl.keywords import missing
+
 if TYPE_CHECKING:
     import torch
     from torch.nn.attention import flex_attention
@@ -284,6 +286,11 @@ class BlockMask:
     block_size: int
     masks: tuple[TileGrid, ...] | tuple[Rows, ...]
     index: NDArray[np.int32]
+
+    if not TYPE_CHECKING:  # a type checker is to tell what is no attribute
+
+        def __getattr__(self, name):
+            raise missing("a block mask", name, dir(BlockMask))
 
     @property
     def rows(self) -> tuple[Rows, ...] | None:

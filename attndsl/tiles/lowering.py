@@ -247,7 +247,7 @@ def checked_tables(
     where that is None of those that masks read.
     """
     read = mask_tables(attention, counts=True)
-    check_names(attention, given, mask_tables(attention) if needed is None else needed)
+    check_names(attention, given, mask_tables(attention) if needed is None else needed, SIZES)
     bound: dict[str, int] = {"nq": sizes.q.length, "H": sizes.heads}
     if len(set(sizes.n)) == 1:
         bound["n"] = sizes.n[0]
@@ -278,19 +278,27 @@ def mask_tables(attention: Attention, counts: bool = False) -> tuple[Table, ...]
     return tuple(table for table in (*attention.inputs, *attention.selected) if table in read)
 
 
-ARGUMENTS = (
-    "length q_length heads q_offset k_offset q_positions k_positions n memory learned "
-    "return_lse return_weights"
-).split()
-"""Beside which calls take tables."""
+PLACES = "q_offset k_offset q_positions k_positions n".split()
+ARGUMENTS = [*PLACES, "memory", "learned", "return_lse", "return_weights"]
+"""Beside which calls of a plan take tables."""
+SIZES = ["length", "q_length", "heads", "block_size", *PLACES]
+"""Beside which masks do."""
 
 
-def check_names(attention: Attention, given: Mapping[str, object], needed: Sequence[Table] = ()) -> None:
-    """Raises AttnError for a table that the attention does not have, or a needed one that is missing."""
+def check_names(
+    attention: Attention,
+    given: Mapping[str, object],
+    needed: Sequence[Table] = (),
+    beside: Sequence[str] = ARGUMENTS,
+) -> None:
+    """Raises AttnError for a table that the attention does not have, or a needed one that is missing; other
+    arguments are those of `beside`."""
     known = [table.name for table in (*attention.inputs, *attention.selected)]
-    for name in given:
+    for name, value in given.items():
         if name not in known:
-            near = instead(name, {*known, *ARGUMENTS})
+            near = instead(name, {*known, *beside})
+            if not near and isinstance(value, int | float | str):
+                near = f"a parameter is bound before: `attention({name}={value!r})`"
             inputs = ", ".join(table.name for table in attention.inputs)
             help = near or f"its inputs: {inputs or 'none'}"
             raise fail(f"`{attention.name}` has no input `{name}`", help=help)
@@ -319,16 +327,27 @@ CASTS = {
 """From another kind to that of a table: of an array, of a tensor."""
 
 
+def _wider(table: Table, shape: Sequence[int], bound: Mapping[str, int]) -> str:
+    """How a table with rows for the batch or for heads, which come first, is declared."""
+    more, heads = len(shape) - len(table.dims), bound.get("H")
+    by_head = "H" not in table.dims and heads != 1 and shape[more - 1] == heads
+    if more > 2 or (more == 2 and not by_head and shape[1] != 1):
+        return ""
+    added = ("B", "H")[2 - more :] if by_head else ("B",)
+    said = " and ".join({"B": "of the batch", "H": "head"}[axis] for axis in added)
+    wider = replace(table, dims=(*added, *table.dims))
+    help = f"with a row for each {said} it is declared `{table.name} : {_shape_text(wider)}`"
+    return help if len(added) == more else f"{help}: pass `{table.name}[:, 0]`"
+
+
 def _check(table: Table, array: Any, bound: dict[str, int]) -> None:
     check_kind(table, array)
     if array.ndim != len(table.dims):
         help = ""
         if array.ndim == len(table.dims) - 1 and table.batched:
             help = f"one row for the batch: pass `{table.name}[None]`"
-        elif array.ndim == len(table.dims) + 1 and not table.batched:
-            # the axes that a text names come first
-            wider = replace(table, dims=("B", *table.dims))
-            help = f"with a row for each of the batch it is declared `{table.name} : {_shape_text(wider)}`"
+        elif array.ndim > len(table.dims) and not table.batched:
+            help = _wider(table, array.shape, bound)
         raise fail(
             f"`{table.name}` is {_shape_text(table)}, and was given with "
             f"{quantity(array.ndim, 'axis', 'axes')}: {list(array.shape)}",
