@@ -170,7 +170,7 @@ def test_words_hold_the_pairs_of_a_mask() -> None:
     ("clauses", "sizes", "reason"),
     [
         ("score (2 * Q) @ K", {}, "the score computes `inner` at each pair"),
-        ("decay where((q, k) in random(3), 1.0, 0.5)", {}, "the score computes `random` at each pair"),
+        ("decay where(random(3)[q, k], 1.0, 0.5)", {}, "the score computes `random` at each pair"),
         ("", {"block_size": 32}, "tiles of 32 tokens are no multiple of 64"),
     ],
 )
