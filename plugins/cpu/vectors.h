@@ -1,0 +1,40 @@
+// Vectors as wide as the registers: of floats, or with DOUBLE defined of half as many doubles
+#pragma once
+#include <stdint.h>
+
+#if defined(__AVX512F__)
+#define BYTES 64
+#elif defined(__AVX__)
+#define BYTES 32
+#else
+#define BYTES 16
+#endif
+
+#ifdef DOUBLE
+#define LANES (BYTES / 8)
+typedef double real;
+typedef int64_t whole;
+#else
+#define LANES (BYTES / 4)
+typedef float real;
+typedef int32_t whole;
+#endif
+
+typedef real vec __attribute__((vector_size(BYTES)));
+typedef real loose __attribute__((vector_size(BYTES), aligned(sizeof(real)), may_alias));
+typedef whole ivec __attribute__((vector_size(BYTES)));
+
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE vec all(real x) { return x - (vec){}; }
+INLINE vec load(const real *p) { return *(const loose *)p; }
+INLINE void store(real *p, vec x) { *(loose *)p = x; }
+INLINE vec select(ivec where, vec a, vec b) { return where ? a : b; }
+// of a NaN and a number: b
+INLINE vec larger(vec a, vec b) { return a > b ? a : b; }
+INLINE vec smaller(vec a, vec b) { return a < b ? a : b; }
+INLINE bool any(ivec where) {
+    whole found = 0;
+    for (int i = 0; i < LANES; i++) found |= where[i];
+    return found != 0;
+}
