@@ -29,7 +29,8 @@ static const real LN_2_LOW = OF(1.42860682e-6f, 5.4979230187083712e-14);
 // Polynomials, highest power first, from benchmarks/polynomials.py. The greatest relative error of
 // e^r = 1 + r + r^2 EXPONENTIAL(r), |r| < 0.348, is 2^-28 and 2^-57; of
 // artanh(s) = s (1 + z / 3 + z^2 ARTANH(z) / 3), z = s^2, s < 0.1716, 2^-36 and 2^-66; of
-// sin(r) = r (1 + z SINE(z)), z = r^2, |r| < 1.66, 2^-34 and 2^-69.
+// sin(r) = r (1 + z SINE(z)), z = r^2, |r| < 0.83, 2^-27 and 2^-56; of
+// cos(r) = 1 - z / 2 + z^2 COSINE(z), 2^-32 and 2^-62.
 #ifdef DOUBLE
 static const real EXPONENTIAL[] = {2.4999581985569851e-8, 2.7630830481623413e-7, 2.7557590878033345e-6,
                                    2.480149159232267e-5,  1.9841269498235883e-4, 1.3888888944945023e-3,
@@ -38,13 +39,15 @@ static const real EXPONENTIAL[] = {2.4999581985569851e-8, 2.7630830481623413e-7,
 static const real ARTANH[] = {1.9795306729739446e-1, 1.9885141268036129e-1, 2.3080139557271286e-1,
                               2.7272676475802325e-1, 3.3333333780710966e-1, 4.2857142855144905e-1,
                               6.0000000000003393e-1};
-static const real SINE[] = {-7.9535009575119296e-18, 2.8098914704587859e-15, -7.6471128058250447e-13,
-                            1.6059042835868705e-10,  -2.5052108373287138e-8, 2.7557319223896464e-6,
-                            -1.9841269841269468e-4,  8.3333333333333326e-3,  -1.6666666666666667e-1};
+static const real SINE[] = {1.5877236237737667e-10, -2.5050411013933485e-8, 2.7557311414340053e-6,
+                            -1.9841269823074008e-4, 8.3333333333138048e-3,  -1.6666666666666597e-1};
+static const real COSINE[] = {-1.1345327826540271e-11, 2.0875436814416874e-9,  -2.7557312169520886e-7,
+                              2.4801587281656617e-5,   -1.3888888888861149e-3, 4.1666666666666522e-2};
 #else
 static const real EXPONENTIAL[] = {1.38140248e-3f, 8.36900062e-3f, 4.16684154e-2f, 1.66665183e-1f, 4.99999933e-1f};
 static const real ARTANH[] = {3.51286744e-1f, 4.28206679e-1f, 6.00002286e-1f};
-static const real SINE[] = {-2.37534414e-8f, 2.75174238e-6f, -1.98407078e-4f, 8.33332984e-3f, -1.66666666e-1f};
+static const real SINE[] = {-1.94772725e-4f, 8.33187007e-3f, -1.66666498e-1f};
+static const real COSINE[] = {2.43896676e-5f, -1.38869209e-3f, 4.16666372e-2f};
 #endif
 
 template <int N>
@@ -99,8 +102,8 @@ INLINE vec fraction(vec x, vec *e) {
     ivec tiny = x < NORMAL;
     ivec bits = (ivec)select(tiny, x * OF(0x1p24f, 0x1p53), x) + (one - root);
     const real whole_bits = OF(0x1p23f, 0x1p52);
-    *e = (vec)(ivec)(((uvec)bits >> MANTISSA) | (uvec)all(whole_bits)) - (whole_bits + BIAS);
-    *e -= (vec)(tiny & (ivec)all(MANTISSA + 1));
+    vec bias = select(tiny, all(whole_bits + BIAS + MANTISSA + 1), all(whole_bits + BIAS));
+    *e = (vec)(((uvec)bits >> MANTISSA) | (uvec)all(whole_bits)) - bias;
     return (vec)((bits & (((whole)1 << MANTISSA) - 1)) + root) - (real)1;
 }
 
@@ -117,27 +120,13 @@ INLINE vec logv(vec x) {
     return logarithm(x, e * LN_2_HIGH - ((h - low) - f));
 }
 
-// The logarithm to base 2 of x > 0, the first part in half of the bits. 2 artanh(s) again, s and 3 + z + z^2 ARTANH
-// being sums of two numbers.
-INLINE vec log2_parts(vec x, vec *low) {
-    const real by = (real)0.96179669392597560491;  // 2 / (3 ln 2)
-    const real by_high = OF(0x1.ec6p-1f, 0x1.ec709d8p-1), by_low = OF(1.26772051e-4f, 7.8726995428948977e-9);
-    vec e, f = fraction(x, &e), sum = f + (real)2, inverse = (real)1 / sum, s = f * inverse;
-    vec s1 = short_of(s), sum1 = short_of(sum), sum2 = f - (sum1 - (real)2);
-    vec s2 = ((f - s1 * sum1) - s1 * sum2) * inverse;
-    vec z = s * s, z1 = s1 * s1, rest = z * z * polynomial(ARTANH, z) + s2 * (s1 + s);
-    vec t1 = short_of(z1 + (real)3 + rest), t2 = rest - ((t1 - (real)3) - z1);
-    vec p1 = s1 * t1, p2 = s2 * t1 + t2 * s;
-    vec q1 = short_of(p1 + p2), q2 = p2 - (q1 - p1);
-    vec l1 = by_high * q1, l2 = by_low * q1 + by * q2;
-    vec high = short_of(l1 + l2 + e);
-    *low = l2 - ((high - e) - l1);
-    return high;
-}
-
+// log2(e) times f - h, in exact parts, and times the rest
 INLINE vec log2v(vec x) {
-    vec low, high = log2_parts(x, &low);
-    return logarithm(x, high + low);
+    const real high = OF(0x1.714p+0f, 0x1.715476p+0), low = OF(3.12228389e-4f, 1.9259629911266175e-8);
+    vec e, f = fraction(x, &e), h = f * f * (real)0.5, s = f / (f + (real)2), z = s * s;
+    vec first = short_of(f - h);
+    vec rest = (f - first) - h + s * (h + (z + z * z * polynomial(ARTANH, z)) * (real)(2.0 / 3));
+    return logarithm(x, e + (first * high + (rest * high + (first + rest) * low)));
 }
 
 INLINE vec sqrtv(vec x) {
@@ -164,23 +153,54 @@ INLINE vec power_ends(vec x, vec y, vec power) {
     return select((x == (real)1) | (y == (real)0), all(1), power);
 }
 
+#ifdef DOUBLE
+// The logarithm to base 2 is a sum of two numbers, the first of half of the bits, and so are on the way to it the s of
+// 2 artanh(s) and 3 + z + z^2 ARTANH
+INLINE vec power(vec x, vec y) {
+    const real by = 0.96179669392597560491, by_high = 0x1.ec709d8p-1, by_low = 7.8726995428948977e-9;  // 2 / (3 ln 2)
+    vec e, f = fraction(x, &e), sum = f + 2.0, inverse = 1.0 / sum, s = f * inverse;
+    vec s1 = short_of(s), sum1 = short_of(sum), sum2 = f - (sum1 - 2.0);
+    vec s2 = ((f - s1 * sum1) - s1 * sum2) * inverse;
+    vec z = s * s, z1 = s1 * s1, rest = z * z * polynomial(ARTANH, z) + s2 * (s1 + s);
+    vec t1 = short_of(z1 + 3.0 + rest), t2 = rest - ((t1 - 3.0) - z1);
+    vec p1 = s1 * t1, p2 = s2 * t1 + t2 * s;
+    vec q1 = short_of(p1 + p2), q2 = p2 - (q1 - p1);
+    vec l1 = by_high * q1, l2 = by_low * q1 + by * q2;
+    vec high = short_of(l1 + l2 + e), low = l2 - ((high - e) - l1);
+    vec y1 = short_of(y), r1 = y1 * high, r2 = (y - y1) * high + y * low;
+    r2 = select(absolute(r1) < 1200.0, r2, all(0));
+    r1 = smaller(all(1200), larger(all(-1200), r1));
+    vec n = (r1 + r2) + ROUND;
+    return scaled(exponential(((r1 - (n - ROUND)) + r2) * LN_2) + 1.0, n);
+}
+#else
+INLINE vec power(vec x, vec y) {
+    typedef double wide __attribute__((vector_size(2 * BYTES)));
+    const double by = 0.96179669392597560491;  // 2 / (3 ln 2)
+    vec e, fractions = fraction(x, &e);
+    wide f = __builtin_convertvector(fractions, wide), s = f / (f + 2.0), z = s * s;
+    wide artanh = s * (z * z * ((ARTANH[0] * z + ARTANH[1]) * z + ARTANH[2]) + (z + 3.0));
+    wide r = (artanh * by + __builtin_convertvector(e, wide)) * __builtin_convertvector(y, wide);
+    vec n = smaller(all(200), larger(all(-200), __builtin_convertvector(r, vec))) + ROUND;
+    vec left = __builtin_convertvector(r - __builtin_convertvector(n - ROUND, wide), vec);
+    left = smaller(all(1), larger(all(-1), left));
+    return scaled(exponential(left * LN_2) + 1.0f, n);
+}
+#endif
+
 INLINE vec powv(vec x, vec y) {
-    const real far = OF(0x1p32f, 0x1p64), limit = OF(200, 1200);
     // so large an exponent has no finite power but of 1
-    vec bounded = smaller(all(far), larger(all(-far), y));
-    vec low, high = log2_parts(absolute(x), &low), y1 = short_of(bounded);
-    vec p1 = y1 * high, p2 = (bounded - y1) * high + bounded * low;
-    p2 = select(absolute(p1) < limit, p2, all(0));
-    p1 = smaller(all(limit), larger(all(-limit), p1));
-    vec n = (p1 + p2) + ROUND;
-    vec power = scaled(exponential(((p1 - (n - ROUND)) + p2) * LN_2) + (real)1, n);
-    if (any(~((x > (real)0) & (x <= GREATEST) & (absolute(y) <= GREATEST)))) power = power_ends(x, y, power);
-    return power;
+    const real far = OF(0x1p32f, 0x1p64);
+    vec found = power(absolute(x), smaller(all(far), larger(all(-far), y)));
+    if (__builtin_expect(any(~((x > (real)0) & (x <= GREATEST) & (absolute(y) <= GREATEST))), 0))
+        found = power_ends(x, y, found);
+    return found;
 }
 
-static const double PI_PARTS[] = {0x1.921fb544p+1, OF(0x1.0b4611a626331p-33, 0x1.0b4611a6p-33), 0x1.3198a2ep-68,
-                                  0x1.b839a252049c1p-103};
-static const real FAR = OF(0x1p20f, 0x1p20);
+static const double QUARTER_PARTS[] = {0x1.921fb544p+0, OF(0x1.0b4611a626331p-34, 0x1.0b4611a6p-34), 0x1.3198a2ep-69,
+                                       0x1.b839a252049c1p-104};  // pi / 2
+// a number of quarters has 20 bits up to here, and its product with a part 53
+static const real FAR = 524288;
 
 // 64 zeros and the bits of 1 / pi after the point
 static const uint64_t INVERSE_PI[] = {
@@ -190,12 +210,13 @@ static const uint64_t INVERSE_PI[] = {
     0x4E422FC5DEFC941D, 0x8FFC4BFFEF02CC07, 0xF79788C5AD05368F, 0xB69B3F6793E584DB, 0xA7A31FB34F2FF516,
     0xBA93DD63F5F2F8BD, 0x9E839CFBC5294975, 0x35FDAFD88FC6AE84, 0x2B0198237E3DB5D5};
 
-// x >= 2^20 less the nearest n pi, or (n + 1/2) pi if `half`; whether n is odd. x / pi is a product of integers, of which the bits from the unit on are kept (M. H. Payne, R. N. Hanek, 1983).
-static inline __attribute__((noinline, cold)) double far_angle(double x, bool half, bool *odd) {
+// x > 2^19 less the nearest multiple n pi / 2; adds n to `quarters`. x / pi is a product of integers, of which the bits
+// from the unit on are kept (M. H. Payne, R. N. Hanek, 1983).
+static inline __attribute__((noinline, cold)) double far_angle(double x, word *quarters) {
     __extension__ typedef unsigned __int128 wide;
     uint64_t bits, m[3];
     __builtin_memcpy(&bits, &x, 8);
-    int exponent = (bits >> 52) & 2047;
+    int exponent = bits >> 52;
     if (exponent == 2047) return x - x;
     uint64_t integer = (bits & ((1ull << 52) - 1)) | 1ull << 52;
     int from = exponent - 1075 + 63, skip = from % 64;
@@ -203,12 +224,11 @@ static inline __attribute__((noinline, cold)) double far_angle(double x, bool ha
         const uint64_t *at = INVERSE_PI + from / 64 + i;
         m[i] = skip ? at[0] << skip | at[1] >> (64 - skip) : at[0];
     }
-    // one bit before the point and 127 behind it
-    wide turns = ((wide)(integer * m[0]) << 64) + (wide)integer * m[1] + ((wide)integer * m[2] >> 64);
-    if (half) turns -= (wide)1 << 126;
-    turns += (wide)1 << 126;
-    *odd = turns >> 127;
-    turns = (turns << 1 >> 1) - ((wide)1 << 126);
+    // two bits of quarters before the point and 126 behind it; a half is added, and taken again
+    const wide half = (wide)1 << 125;
+    wide turns = ((wide)(integer * m[0]) << 64) + (wide)integer * m[1] + ((wide)integer * m[2] >> 64) + half;
+    *quarters += (word)(turns >> 126);
+    turns = (turns << 2 >> 2) - half;
     bool negative = turns >> 127;
     if (negative) turns = -turns;
     uint64_t high = turns >> 64;
@@ -220,32 +240,31 @@ static inline __attribute__((noinline, cold)) double far_angle(double x, bool ha
     return (negative ? -size : size) * scale;
 }
 
-// sin(x) = +- sin(r) of r = x - n pi, cos(x) = +- sin(r) of r = x - (n + 1/2) pi
+// +- sin(r) or cos(r) of r = |x| - n pi / 2
 INLINE vec sine(vec x, bool cosine) {
-    const real half = cosine ? 0.5 : 0;
-    ivec sign = cosine ? (ivec){} + SIGN : (ivec)x & SIGN;
-    x = absolute(x);
-    vec shifted = x * (real)0.31830988618379067154 - half + ROUND, turns = (shifted - ROUND) + half;
-    ivec odd = (ivec)((uvec)shifted << (MANTISSA + OF(8, 11)));
-    vec r = x;
+    vec size = absolute(x), shifted = size * (real)0.63661977236758134308 + ROUND, n = shifted - ROUND, r = size;
+    uvec quarters = (uvec)shifted + (cosine ? 1 : 0);
 #ifdef DOUBLE
-    for (double part : PI_PARTS) r -= turns * part;
+    for (double part : QUARTER_PARTS) r -= n * part;
 #else
-    for (int i = 0; i < LANES; i++) {
-        double t = turns[i];
-        r[i] = (float)((double)x[i] - t * PI_PARTS[0] - t * PI_PARTS[1]);
-    }
+    typedef double wide __attribute__((vector_size(2 * BYTES)));
+    wide turns = __builtin_convertvector(n, wide);
+    wide angle = __builtin_convertvector(size, wide) - turns * QUARTER_PARTS[0] - turns * QUARTER_PARTS[1];
+    r = __builtin_convertvector(angle, vec);
 #endif
-    ivec far = x > FAR;
+    ivec far = size > FAR;
     if (__builtin_expect(any(far), 0))
         for (int i = 0; i < LANES; i++)
             if (far[i]) {
-                bool is_odd;
-                r[i] = (real)far_angle(x[i], cosine, &is_odd);
-                odd[i] = is_odd ? SIGN : 0;
+                word count = cosine;
+                r[i] = (real)far_angle(size[i], &count);
+                quarters[i] = count;
             }
     vec z = r * r;
-    return (vec)((ivec)(r + r * z * polynomial(SINE, z)) ^ odd ^ sign);
+    vec cos = (real)1 - (z * (real)0.5 - z * z * polynomial(COSINE, z)), sin = r + r * z * polynomial(SINE, z);
+    uvec sign = (quarters >> 1) << (MANTISSA + OF(8, 11));
+    if (!cosine) sign ^= (uvec)x & SIGN;
+    return (vec)((uvec)select((quarters & 1) != 0, cos, sin) ^ sign);
 }
 
 INLINE vec sinv(vec x) { return sine(x, false); }

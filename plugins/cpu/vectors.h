@@ -33,8 +33,11 @@ INLINE vec select(ivec where, vec a, vec b) { return where ? a : b; }
 // of a NaN and a number: b
 INLINE vec larger(vec a, vec b) { return a > b ? a : b; }
 INLINE vec smaller(vec a, vec b) { return a < b ? a : b; }
+// by the smallest registers: compilers take lanes out one at a time
 INLINE bool any(ivec where) {
-    whole found = 0;
-    for (int i = 0; i < LANES; i++) found |= where[i];
-    return found != 0;
+    typedef int64_t pair __attribute__((vector_size(16)));
+    pair parts[BYTES / 16], found = {};
+    __builtin_memcpy(parts, &where, BYTES);
+    for (pair part : parts) found |= part;
+    return (found[0] | found[1]) != 0;
 }
