@@ -1,5 +1,5 @@
-"""The polynomials of plugins/cpu/functions.h, by exchange (Remez): the greatest relative error of what they are
-parts of is least. Prints the errors and the coefficients, highest power first."""
+"""The polynomials of plugins/cpu/functions.h, by exchange (Remez): what they are parts of has the least greatest
+relative error. Prints the errors and the coefficients, highest power first."""
 
 from __future__ import annotations
 
