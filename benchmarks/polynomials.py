@@ -1,5 +1,5 @@
-"""The polynomials of plugins/cpu/functions.h, by exchange (Remez): what they are parts of has the least greatest
-relative error. Prints the errors and the coefficients, highest power first."""
+"""The polynomials of plugins/cpu/functions.h, by exchange (Remez): of least relative error of the functions.
+Prints the errors and the coefficients, highest power first."""
 
 from __future__ import annotations
 

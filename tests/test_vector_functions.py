@@ -78,8 +78,8 @@ def found(name: str, machine: str, x: Floats, y: Floats | None = None) -> Floats
 
 
 def worst(out: Floats, exact: Floats) -> tuple[float, int]:
-    """The greatest error in units of the last place of the exact result, and of which: infinite where one alone
-    is NaN, or a zero of the other sign. Infinity counts as the first power of two that is no number."""
+    """The greatest error in units of the last place of the exact result, and of which: infinite where one
+    alone is NaN, or zero of another sign. Infinity counts as the first power of two that is no number."""
     info, wide = np.finfo(out.dtype), np.float64 if out.dtype == np.float32 else np.longdouble
     top = wide(2) ** info.maxexp
     a, b = (np.clip(x.astype(wide), -top, top) for x in (out, exact))
