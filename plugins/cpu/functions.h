@@ -145,7 +145,7 @@ INLINE vec floorv(vec x) {
 INLINE vec power_ends(vec x, vec y, vec power) {
     vec size = absolute(x);
     ivec negative = (ivec)x < 0, end = (size == (real)0) | (size > GREATEST);
-    ivec odd = (floorv(y) == y) & (floorv(y * (real)0.5) * (real)2 != y) & (y != (real)0);
+    ivec odd = (floorv(y) == y) & (floorv(y * (real)0.5) * (real)2 != y);
     power = select(end, select((size == (real)0) == (y < (real)0), all(INF), all(0)), power);
     power = select(negative & odd, -power, power);
     power = select(negative & ~end & (floorv(y) != y), all(NO_NUMBER), power);
