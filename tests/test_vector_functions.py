@@ -119,8 +119,8 @@ def exact(name: str, x: Floats) -> Floats:
 @pytest.mark.parametrize("machine", MACHINES)
 @pytest.mark.parametrize("name", UNARY)
 def test_floats(name: str, machine: str) -> None:
-    """Every 8191st of all bit patterns: 1024 numbers of each sign and exponent, subnormal ones and NaN. And those
-    next to multiples of pi / 2."""
+    """Every 8191st of all bit patterns: 1024 numbers of each sign and exponent, subnormal ones and NaN. And
+    numbers next to multiples of pi / 2."""
     every = of_bits(np.arange(0, 2**32, 8191, dtype=np.uint32), np.float32)
     turns = (np.arange(1, 400_000, 5) * (np.pi / 2)).astype(np.float32)
     x = np.concatenate([every, turns, ends(np.float32)])

@@ -16,7 +16,8 @@ typedef word uvec __attribute__((vector_size(BYTES)));
 
 #define MANTISSA OF(23, 52)
 #define BIAS OF(127, 1023)
-#define SIGN ((whole)((word)1 << (MANTISSA + OF(8, 11))))
+#define SIGN_BIT OF(31, 63)
+#define SIGN ((whole)((word)1 << SIGN_BIT))
 static const real INF = (real)__builtin_inf(), NO_NUMBER = (real)__builtin_nan("");
 static const real NORMAL = OF(0x1p-126f, 0x1p-1022), GREATEST = OF(0x1.fffffep127f, 0x1.fffffffffffffp1023);
 // the last bits of x + ROUND are the nearest whole number
@@ -262,7 +263,7 @@ INLINE vec sine(vec x, bool cosine) {
             }
     vec z = r * r;
     vec cos = (real)1 - (z * (real)0.5 - z * z * polynomial(COSINE, z)), sin = r + r * z * polynomial(SINE, z);
-    uvec sign = (quarters >> 1) << (MANTISSA + OF(8, 11));
+    uvec sign = (quarters >> 1) << SIGN_BIT;
     if (!cosine) sign ^= (uvec)x & SIGN;
     return (vec)((uvec)select((quarters & 1) != 0, cos, sin) ^ sign);
 }
