@@ -1,6 +1,5 @@
-// Vectors of reals and of integers of their width. LANES of them are as wide as a register; -DDOUBLE makes reals double.
+// Vectors as wide as the registers: of floats, or with DOUBLE defined of half as many doubles
 #pragma once
-#include <math.h>
 #include <stdint.h>
 
 #if defined(__AVX512F__)
@@ -10,24 +9,35 @@
 #else
 #define BYTES 16
 #endif
+
 #ifdef DOUBLE
-typedef double real;
-typedef int64_t lane;
 #define LANES (BYTES / 8)
+typedef double real;
+typedef int64_t whole;
 #else
-typedef float real;
-typedef int32_t lane;
 #define LANES (BYTES / 4)
+typedef float real;
+typedef int32_t whole;
 #endif
 
 typedef real vec __attribute__((vector_size(BYTES)));
 typedef real loose __attribute__((vector_size(BYTES), aligned(sizeof(real)), may_alias));
-typedef lane ivec __attribute__((vector_size(BYTES)));
+typedef whole ivec __attribute__((vector_size(BYTES)));
 
 #define INLINE static inline __attribute__((always_inline))
 
 INLINE vec all(real x) { return x - (vec){}; }
 INLINE vec load(const real *p) { return *(const loose *)p; }
 INLINE void store(real *p, vec x) { *(loose *)p = x; }
-INLINE vec select(ivec where, vec a, vec b) { return (vec)((where & (ivec)a) | (~where & (ivec)b)); }
-INLINE vec larger(vec a, vec b) { return select(a > b, a, b); }
+INLINE vec select(ivec where, vec a, vec b) { return where ? a : b; }
+// of a NaN and a number: b
+INLINE vec larger(vec a, vec b) { return a > b ? a : b; }
+INLINE vec smaller(vec a, vec b) { return a < b ? a : b; }
+// by the smallest registers: compilers take lanes out one at a time
+INLINE bool any(ivec where) {
+    typedef int64_t pair __attribute__((vector_size(16)));
+    pair parts[BYTES / 16], found = {};
+    __builtin_memcpy(parts, &where, BYTES);
+    for (pair part : parts) found |= part;
+    return (found[0] | found[1]) != 0;
+}
