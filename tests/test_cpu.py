@@ -195,7 +195,7 @@ PLAIN = score_of(HeadGroup(Relation(TRUE), var("s")), 64, True)
 def made() -> Any:
     """The library of a plain score, or why there is none."""
     assert not isinstance(PLAIN, str)
-    return build.library(PLAIN.code(None), "forward", False)
+    return build.library(PLAIN.code(None), "forward")
 
 
 def compiler(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import cast
 
 from attndsl.emit.code import Target
-from attndsl.emit.leaves import Leaf, leaf
+from attndsl.emit.leaves import Leaf, leaf_of
 from attndsl.expr import Expr, IntSet
 
 INDEX = {"number": "", "query": ", row", "key": ", key", "distance": ", row, key"}
@@ -51,7 +51,7 @@ def spelling(places: Mapping[Leaf, int]) -> Target:
     """Of code that reads these leaves, by number."""
 
     def read(e: Expr, args: list[str]) -> str:
-        found = leaf(e)
+        found = leaf_of(e)
         place, kind = places[found], {"real": "real", "int": "int", "bool": "bool"}[e.type]
         if found.kind == "table":
             where, *indices = args
@@ -76,7 +76,7 @@ def spelling(places: Mapping[Leaf, int]) -> Target:
 
 def added(e: Expr, places: Mapping[Leaf, int], names: Mapping[Expr, str], slope: str) -> str:
     """The statement that adds a slope by a node of READS to the gradient of its leaf."""
-    found = leaf(e)
+    found = leaf_of(e)
     if found.kind == "table":
         return f"add_table(at, {places[found]}, {slope}, {', '.join(names[arg] for arg in e.args[1:])});"
     return f"add_{found.kind}(at, {places[found]}{INDEX[found.kind]}, {slope});"

@@ -35,14 +35,14 @@ READS = ("leaf", "read")
 """Nodes that read one."""
 
 
-def leaf(e: Expr) -> Leaf:
+def leaf_of(e: Expr) -> Leaf:
     """What a node of READS reads."""
     return Leaf("table", cast(Table, e.value)) if e.op == "read" else cast(Leaf, e.value)
 
 
 def leaves(roots: Iterable[Expr]) -> dict[Leaf, Expr]:
     """All that these read, with the type of an entry told by a node."""
-    return {leaf(node): node for root in roots for node in ir.nodes(root) if node.op in READS}
+    return {leaf_of(node): node for root in roots for node in ir.nodes(root) if node.op in READS}
 
 
 def left_over(root: Expr, adjacent: bool) -> Expr | str:

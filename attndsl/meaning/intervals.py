@@ -35,6 +35,16 @@ def check_range(root: Expr, variables: Mapping[str, Interval], tables: Mapping[s
             )
 
 
+def stays_within(root: Expr, size: int, found: Mapping[Expr, Interval]) -> bool:
+    """Whether no integer at or below it is beyond `size` or its negative; `found` are the ranges of nodes of
+    other making."""
+    known: dict[Expr, Interval] = {}
+    for node in nodes(root):
+        known[node] = found.get(node) or _interval(node, known, {}, {})
+    whole = (known[node] for node in known if node.type == "int")
+    return all(-size <= low and high <= size for low, high in whole)
+
+
 def never_negative(e: Expr) -> bool:
     """Whether an integer is at least 0 at all positions, at every length, whatever is given."""
     known: dict[Expr, Interval] = {}

@@ -49,7 +49,7 @@ class Cpu:
         for group in attention.groups:
             score = score_of(group, problem.head_dim, True)
             assert not isinstance(score, str)
-            made = library(score.code(None), "forward", problem.dtype == "float64")
+            made = library(score.code(None), "forward", ("DOUBLE",) if problem.dtype == "float64" else ())
             if isinstance(made, str):
                 raise fail(f"the backend `cpu` cannot be compiled: {made}")
         return Compiled(attention)

@@ -25,6 +25,8 @@ FLAGS = (
     "-shared",
     "-fno-exceptions",
     "-fno-rtti",
+    "-fno-math-errno",
+    "-fwrapv",
     "-Wno-psabi",
 )
 SECONDS = 120
@@ -37,8 +39,9 @@ def compiler() -> str | None:
 
 
 @cache
-def library(score: str, name: str, double: bool) -> Any:
-    """The function `forward` or `backward` for a score (header of Score.code), or why there is none."""
+def library(score: str, name: str, defined: tuple[str, ...] = ()) -> Any:
+    """The function `forward`, `backward` or `decode` for a score (header of Score.code) and with `DOUBLE` or
+    `NARROW` defined, or why there is none."""
     made_by = compiler()
     if made_by is None:
         return MISSING
@@ -48,7 +51,7 @@ def library(score: str, name: str, double: bool) -> Any:
     kept = _kept()
     if isinstance(kept, str):
         return kept
-    command = [made_by, *FLAGS, f"-D{name.upper()}", *(["-DDOUBLE"] if double else [])]
+    command = [made_by, *FLAGS, *(f"-D{macro}" for macro in (name.upper(), *defined))]
     parts = (*(source.read_bytes() for source in SOURCES), score.encode(), " ".join(command).encode(), known)
     key = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
     found, digest = kept / f"{key}.so", kept / f"{key}.sha256"

@@ -19,7 +19,7 @@ typedef word uvec __attribute__((vector_size(BYTES)));
 #define MANTISSA OF(23, 52)
 #define BIAS OF(127, 1023)
 #define SIGN_BIT OF(31, 63)
-#define SIGN ((whole)((word)1 << SIGN_BIT))
+#define SIGN ((lane)((word)1 << SIGN_BIT))
 static const real INF = (real)__builtin_inf(), NO_NUMBER = (real)__builtin_nan("");
 static const real NORMAL = OF(0x1p-126f, 0x1p-1022), GREATEST = OF(0x1.fffffep127f, 0x1.fffffffffffffp1023);
 // the last bits of x + ROUND are the nearest whole number
@@ -63,7 +63,7 @@ INLINE vec polynomial(const real (&c)[N], vec x) {
 INLINE vec absolute(vec x) { return (vec)((ivec)x & ~SIGN); }
 INLINE vec signed_as(vec x, vec sign) { return (vec)((ivec)x | ((ivec)sign & SIGN)); }
 // the higher half of the bits: the product of two such numbers is exact
-INLINE vec short_of(vec x) { return (vec)((ivec)x & -((whole)1 << (MANTISSA / 2 + 1))); }
+INLINE vec short_of(vec x) { return (vec)((ivec)x & -((lane)1 << (MANTISSA / 2 + 1))); }
 
 // x * 2^n of n + ROUND, 1/2 < x < 2, rounded once where n is beyond the exponents
 INLINE vec scaled(vec x, vec n_and_round) {
@@ -101,13 +101,13 @@ INLINE vec sigmoidv(vec x) {
 
 // x > 0 is 2^e (1 + f), 1 + f between the roots of 1/2 and 2
 INLINE vec fraction(vec x, vec *e) {
-    const whole root = OF(0x3f3504f3, 0x3fe6a09e667f3bcd), one = (whole)BIAS << MANTISSA;
+    const lane root = OF(0x3f3504f3, 0x3fe6a09e667f3bcd), one = (lane)BIAS << MANTISSA;
     ivec tiny = x < NORMAL;
     ivec bits = (ivec)select(tiny, x * OF(0x1p24f, 0x1p53), x) + (one - root);
     const real whole_bits = OF(0x1p23f, 0x1p52);
     vec bias = select(tiny, all(whole_bits + BIAS + MANTISSA + 1), all(whole_bits + BIAS));
     *e = (vec)(((uvec)bits >> MANTISSA) | (uvec)all(whole_bits)) - bias;
-    return (vec)((bits & (((whole)1 << MANTISSA) - 1)) + root) - (real)1;
+    return (vec)((bits & (((lane)1 << MANTISSA) - 1)) + root) - (real)1;
 }
 
 // what a logarithm is of 0, of infinity, of negative numbers and of NaN

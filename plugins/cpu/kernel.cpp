@@ -342,7 +342,7 @@ static void forward_block(const struct Call *c, long b, long h, long block, real
                         x = score(at, row + j * LANES, key + i, live, x, &factor);
 #if FACTOR
                         ivec negative = live & (factor < 0);
-                        if (some_of(negative)) note(at, row + j * LANES, key + i, negative);
+                        if (any(negative)) note(at, row + j * LANES, key + i, negative);
                         x = select(factor == 0, all(NONE), x + logv(select(factor == 0, all(1), factor)));
 #endif
 #endif
@@ -355,7 +355,7 @@ static void forward_block(const struct Call *c, long b, long h, long block, real
             // the greatest moves only where it has grown much: sums are scaled seldom
             ivec grown = most > top[j] + 8 / BASE;
             grown |= (top[j] == NONE) & (most > NONE);
-            if (some_of(grown)) {
+            if (any(grown)) {
                 vec now = select(grown, most, top[j]);
                 vec factor = select(top[j] == NONE, all(0), weightv((top[j] - now) * BASE));
                 factor = select(grown, factor, all(1));
@@ -657,7 +657,7 @@ static void decode_segment(const struct Call *c, long b, long h0, long heads, lo
                 x = score(at, row, key + i, live, x, &factor);
 #if FACTOR
                 ivec negative = live & (factor < 0);
-                if (some_of(negative)) note(at, row, key + i, negative);
+                if (any(negative)) note(at, row, key + i, negative);
                 x = select(factor == 0, all(NONE), x + logv(select(factor == 0, all(1), factor)));
 #endif
 #endif

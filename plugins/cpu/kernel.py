@@ -11,13 +11,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from attndsl import expr as ir
 from attndsl.attention import Attention, HeadGroup
 from attndsl.backend import Call, Gradients
-from attndsl.emit.leaves import Leaf
+from attndsl.emit.leaves import READS, Leaf, leaf_of
 from attndsl.execution.leaf_values import LeafValues, pair_environment, passes_gradients, sizes_of
 from attndsl.execution.operator import vjp
 from attndsl.execution.torch_eval import decay_factor, environment, evaluate, singles
 from attndsl.expr import Table
+from attndsl.meaning.intervals import stays_within
 from attndsl.tiles.blockmask import Rows, TileGrid
 from attndsl.tiles.lowering import head_groups
 
@@ -35,6 +37,8 @@ FEW = 32
 """Rows of a key head up to which keys are lanes in place of queries."""
 SEGMENT = 2048
 """Keys that one task goes through then."""
+NARROW = 2**23
+"""Integers of pairs up to which reals divide them."""
 FAR = 32.0
 """Beyond this a log-sum-exp in float32 moves weights by more than two roundings of their own."""
 MARGINS = {
@@ -58,13 +62,10 @@ class Group:
     heads: NDArray[np.bool_]
     double: bool
 
-    def function(self, name: str, wanted: frozenset[Leaf] | None = None) -> Function:
-        return _function(self.score, name, wanted, self.double)
-
 
 @lru_cache(maxsize=256)
-def _function(score: Score, name: str, wanted: frozenset[Leaf] | None, double: bool) -> Function:
-    return function(score.code(wanted), name, double)
+def _function(score: Score, name: str, wanted: frozenset[Leaf] | None, defined: tuple[str, ...]) -> Function:
+    return function(score.code(wanted), name, defined)
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,10 +176,17 @@ class Part:
             fields |= {"low": low, "segments": segments, "parts": parts.data_ptr()}
         if (sink := self.sink) is not None:
             fields["sink"] = sink.data_ptr()
-        self.run(self.own.function("decode" if few else "forward"), masks, fields)
+        self.run("decode" if few else "forward", masks, fields)
 
-    def run(self, made: Function, masks: Masks, fields: Mapping[str, int | float]) -> None:
+    def run(
+        self,
+        name: str,
+        masks: Masks,
+        fields: Mapping[str, int | float],
+        wanted: frozenset[Leaf] | None = None,
+    ) -> None:
         call, score = self.call, self.score
+        made = _function(score, name, wanted, self.defined)
         asked = {
             **fields_of(call.q, call.k, call.v),
             **masks.fields,
@@ -207,7 +215,28 @@ class Part:
         for leaf, node in self.score.leaves.items():
             x = made.of(leaf, self.call).to(wide if node.type == "real" else torch.int64)
             found[leaf] = torch.nn.functional.pad(x, MARGINS[leaf.kind]).contiguous()
+        if found and self.narrow(found):
+            found = {leaf: x if x.dtype == wide else x.to(torch.int32) for leaf, x in found.items()}
         return found
+
+    def narrow(self, leaves: Mapping[Leaf, Tensor]) -> bool:
+        """Whether integers of 32 bits suffice."""
+        if self.own.double or not any(node.type == "int" for e in self.score.roots for node in ir.nodes(e)):
+            return False
+        ends = {
+            node: (int(leaves[leaf_of(node)].min()), int(leaves[leaf_of(node)].max()))
+            for e in self.score.roots
+            for node in ir.nodes(e)
+            if node.op in READS and node.type != "real"
+        }
+        small = all(x.shape[2] < 2**31 for x in leaves.values())
+        return small and all(stays_within(e, NARROW, ends) for e in self.score.roots)
+
+    @cached_property
+    def defined(self) -> tuple[str, ...]:
+        """What the library is compiled with."""
+        narrow = any(x.dtype == torch.int32 for x in self.leaves.values())
+        return ("DOUBLE",) * self.own.double + ("NARROW",) * narrow
 
     def sizes(self, leaf: Leaf) -> tuple[int, ...]:
         """Of the axes of a table; of a number -1, for its gradient is a sum over all pairs."""
@@ -262,7 +291,7 @@ class Part:
             "grads": slopes.ctypes.data, "pieces": pieces, "dp": gk.shape[4], "dvp": gv.shape[4],
         }  # fmt: skip
         masks = self.kernel.masks(call, self.own, few=False)
-        self.run(self.own.function("backward", frozenset(asked)), masks, fields)
+        self.run("backward", masks, fields, frozenset(asked))
         gk, gv = (x[:, :, 0] if pieces == 1 else x.sum(2) for x in (gk, gv))
         if gq is not grads[0]:
             grads[0].add_(gq)

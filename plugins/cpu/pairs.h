@@ -3,10 +3,16 @@
 #pragma once
 #include "functions.h"
 
-typedef int64_t whole __attribute__((vector_size(8 * LANES)));
-typedef int64_t loose_whole __attribute__((vector_size(8 * LANES), aligned(8), may_alias));
+// NARROW is defined where all integers are below 2^23 and all tables have less than 2^31 entries
+#if defined(NARROW) && !defined(DOUBLE)
+typedef int32_t integer;
+#else
+typedef int64_t integer;
+#endif
+typedef integer whole __attribute__((vector_size(sizeof(integer) * LANES)));
+typedef integer loose_whole __attribute__((vector_size(sizeof(integer) * LANES), aligned(sizeof(integer)), may_alias));
 
-INLINE whole wholes(int64_t x) { return x - (whole){}; }
+INLINE whole wholes(integer x) { return x - (whole){}; }
 INLINE ivec truths(bool x) { return (ivec){} - (lane)x; }
 INLINE vec reals(whole x) { return __builtin_convertvector(x, vec); }
 INLINE ivec truth(ivec x) { return x; }
@@ -19,7 +25,7 @@ INLINE vec remainder(vec a, vec b) {
     found = select(found < 0, found + b, found);
     return select(found >= b, found - b, found);
 }
-#ifndef DOUBLE
+#if !defined(DOUBLE) && !defined(NARROW)
 INLINE ivec truth(whole x) { return __builtin_convertvector(x, ivec); }
 #endif
 INLINE whole select(ivec where, whole a, whole b) {
@@ -31,13 +37,21 @@ INLINE whole greatest(whole a, whole b) { return select(truth(a > b), a, b); }
 INLINE whole size(whole x) { return select(truth(x < 0), -x, x); }
 
 INLINE whole quotient(whole a, whole b) {
-    whole by = greatest(b, wholes(1)), found = a / by;
+    whole by = greatest(b, wholes(1));
+#if defined(NARROW) && !defined(DOUBLE)
+    // the quotient of reals is off by less than 1
+    whole found = __builtin_convertvector(floorv(reals(a) / reals(by)), whole);
+    found += select(truth((found + 1) * by <= a), wholes(1), wholes(0));
+#else
+    whole found = a / by;
+#endif
     return found - select(truth(found * by > a), wholes(1), wholes(0));
 }
 INLINE whole remainder(whole a, whole b) { return a - quotient(a, b) * greatest(b, wholes(1)); }
 
 INLINE whole rounded(vec x) {
-    vec within = select(x == x, least(greatest(floorv(x), all(-0x1p62)), all(0x1p62)), all(0));
+    const real most = sizeof(integer) == 4 ? (real)0x1p30 : (real)0x1p62;
+    vec within = select(x == x, least(greatest(floorv(x), all(-most)), all(most)), all(0));
     return __builtin_convertvector(within, whole);
 }
 
@@ -53,7 +67,7 @@ INLINE whole root(whole x) {
     for (int i = 0; i < LANES; i++) {
         int64_t y = x[i] < 0 ? 0 : x[i], r = (int64_t)__builtin_sqrt((double)y);
         r -= r * r > y;
-        found[i] = r + ((r + 1) * (r + 1) <= y);
+        found[i] = (integer)r + ((r + 1) * (r + 1) <= y);
     }
     return found;
 }
@@ -62,7 +76,7 @@ INLINE whole power(whole a, whole b) {
     whole found = wholes(1);
     for (int i = 0; i < LANES; i++)
         for (int64_t j = 0, x = a[i], y = b[i] < 0 ? 0 : b[i]; j < 64 && y; j++, y >>= 1, x *= x)
-            if (y & 1) found[i] *= x;
+            if (y & 1) found[i] *= (integer)x;
     return found;
 }
 
@@ -96,15 +110,9 @@ INLINE void note(struct Place *at, long row, long key, ivec where) {
         }
 }
 
-INLINE bool some_of(ivec x) {
-    lane found = 0;
-    for (int i = 0; i < LANES; i++) found |= x[i];
-    return found != 0;
-}
-
 #define REALS(i) ((const real *)at->at[i])
-#define WHOLES(i) ((const int64_t *)at->at[i])
-INLINE whole load_whole(const int64_t *p) { return *(const loose_whole *)p; }
+#define WHOLES(i) ((const integer *)at->at[i])
+INLINE whole load_whole(const integer *p) { return *(const loose_whole *)p; }
 INLINE vec real_of_number(struct Place *at, int i) { return all(REALS(i)[0]); }
 INLINE whole int_of_number(struct Place *at, int i) { return wholes(WHOLES(i)[0]); }
 #ifdef DECODE
@@ -149,8 +157,8 @@ INLINE whole entry(struct Place *at, int i, ivec *inside, Index... indices) {
     *inside = truths(true);
     const whole asked[] = {indices...};
     for (const whole &index : asked) {
-        *inside &= truth((index >= 0) & (index < *size));
-        found = found * *size + greatest(least(index, wholes(*size - 1)), wholes(0));
+        *inside &= truth((index >= 0) & (index < (integer)*size));
+        found = found * (integer)*size + greatest(least(index, wholes((integer)*size - 1)), wholes(0));
         size++;
     }
     return found;
@@ -159,7 +167,7 @@ template <class... Index>
 INLINE whole checked(struct Place *at, int i, long row, long key, ivec live, Index... indices) {
     ivec inside;
     whole found = entry(at, i, &inside, indices...);
-    if (some_of(live & ~inside)) note(at, row, key, live & ~inside);
+    if (any(live & ~inside)) note(at, row, key, live & ~inside);
     return found;
 }
 template <class... Index>

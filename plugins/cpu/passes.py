@@ -41,9 +41,9 @@ PACKING = struct.Struct("".join(kind * len(names.split()) for names, kind in FIE
 NONE = dict.fromkeys(NAMES, 0)
 
 
-def function(code: str, name: str, double: bool) -> Function:
-    """`forward`, `backward` or `decode` for a score. Raises AttnError where it cannot be compiled."""
-    made = library(code, name, double)
+def function(code: str, name: str, defined: tuple[str, ...]) -> Function:
+    """As `library`. Raises AttnError where it cannot be compiled."""
+    made = library(code, name, defined)
     if isinstance(made, str):
         raise fail(f"the backend `cpu` cannot be compiled: {made}")
     made.argtypes = [ctypes.c_char_p]

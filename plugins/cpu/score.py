@@ -12,7 +12,7 @@ from attndsl.attention import HeadGroup
 from attndsl.emit.adjoints import adjoints
 from attndsl.emit.code import Code
 from attndsl.emit.cpp import added, spelling
-from attndsl.emit.leaves import READS, Leaf, leaf, leaves, left_over
+from attndsl.emit.leaves import READS, Leaf, leaf_of, leaves, left_over
 from attndsl.expr import Expr
 from attndsl.scores import affine_in_s
 
@@ -91,8 +91,8 @@ class Score:
             signature, results = "slopes", "struct Back back, vec *weight"
             given = f"{names[0]}, {names[1] if len(names) > 1 else 'all(1)'}"
             written.lines += ["vec gain, factor;", f"*weight = weighed(back, {given}, live, &gain, &factor);"]
-            reads = {node: leaf(node) for root in self.roots for node in ir.nodes(root) if node.op in READS}
-            asked = [node for node, read in reads.items() if read in wanted]
+            reads = [node for root in self.roots for node in ir.nodes(root) if node.op in READS]
+            asked = [node for node in dict.fromkeys(reads) if leaf_of(node) in wanted]
             found = adjoints(dict(zip(self.roots, (GAIN, FACTOR), strict=False)), [S, *asked])
             for node in filter(found.__contains__, asked):
                 slope = f"select(live, {written.name(found[node])}, all(0))"

@@ -13,16 +13,16 @@
 #ifdef DOUBLE
 #define LANES (BYTES / 8)
 typedef double real;
-typedef int64_t whole;
+typedef int64_t lane;
 #else
 #define LANES (BYTES / 4)
 typedef float real;
-typedef int32_t whole;
+typedef int32_t lane;
 #endif
 
 typedef real vec __attribute__((vector_size(BYTES)));
 typedef real loose __attribute__((vector_size(BYTES), aligned(sizeof(real)), may_alias));
-typedef whole ivec __attribute__((vector_size(BYTES)));
+typedef lane ivec __attribute__((vector_size(BYTES)));
 
 #define INLINE static inline __attribute__((always_inline))
 
