@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from attndsl.errors import Span, fail, suggest
+from attndsl.errors import AttnError, Span, fail, suggest
 from attndsl.expr import Table
 from attndsl.language.values import Scope
 from attndsl.language.vocabulary import RESERVED, SIGNATURES
@@ -60,6 +61,18 @@ def _matched(
     return bound
 
 
+def with_usage(error: AttnError, args: Iterable[ast.Expression], usage: str) -> AttnError:
+    """With `usage`, a help line, where a value of the wrong kind was given that has no other."""
+    given = [arg.span for arg in args]
+    wrong = re.compile(r"(in `\w+`: )?(expected|only tables)")
+    return AttnError(
+        *(
+            replace(d, help=usage) if not d.help and d.span in given and wrong.match(d.message) else d
+            for d in error.diagnostics
+        )
+    )
+
+
 def name_span(node: ast.Argument | ast.Param | ast.InputDecl) -> Span:
     """Where the name stands that the node begins with."""
     return replace(node.span, end=node.span.start + len(node.name))
@@ -68,6 +81,12 @@ def name_span(node: ast.Argument | ast.Param | ast.InputDecl) -> Span:
 def signature(definition: ast.Definition | ast.AttentionDef) -> str:
     params = (p.name if p.default is None else f"{p.name} = {render(p.default)}" for p in definition.params)
     return f"{definition.name}({', '.join(params)})" if definition.params else definition.name
+
+
+def meaning(definition: ast.Definition | ast.AttentionDef) -> str:
+    """What a definition says that it is; without a comment, how it is called."""
+    said = " ".join((definition.doc or "").split())
+    return f"`{signature(definition)}` is {said}" if said else f"write `{signature(definition)}`"
 
 
 def score_call(

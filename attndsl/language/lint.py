@@ -13,7 +13,7 @@ from attndsl.attention import Attention, HeadGroup
 from attndsl.errors import AttnError, Diagnostic, Span
 from attndsl.expr import Expr, Selected, Table
 from attndsl.features import FeatureForm, feature_form
-from attndsl.language.arguments import score_call, signature
+from attndsl.language.arguments import meaning, score_call
 from attndsl.language.elaborate import Elaborator
 from attndsl.language.lookups import at_lookup
 from attndsl.language.values import TOKENS, AttentionOf, K, Pattern, Q, Scope
@@ -278,9 +278,7 @@ def _meaning(e: ast.Expression, elaborator: Elaborator) -> str:
     """What the definition says that is called, in its own words."""
     called = e.func if isinstance(e, ast.Call) else e
     definition = elaborator.definitions.get(called.id) if isinstance(called, ast.Name) else None
-    if definition is None or not definition.doc:
-        return ""
-    return f"`{signature(definition)}` is {' '.join(definition.doc.split())}"
+    return meaning(definition) if definition is not None and definition.doc else ""
 
 
 def _operands(e: ast.Expression) -> tuple[ast.Expression, ...]:

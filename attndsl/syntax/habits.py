@@ -15,6 +15,8 @@ OPERATORS = (
     (r"\?", "write `where(condition, a, b)`"),
     (r"=>", "write `>=`"),
     (r"=<", "write `<=`"),
+    (r"<<", "write `a * 2 ** b`"),
+    (r">>", "write `a // 2 ** b`"),
     (r"<>", "write `!=`"),
     (r"\.\.\.", "write `a..b`, both ends included"),
     (r"\.\.[=<]", "write `a..b`, both ends included"),
@@ -86,6 +88,8 @@ def attribute(name: str, part: str) -> str:
     """What is written for `name.part`."""
     if name in MODULES:
         return f"write `{TYPES.get(part, part)}`"
+    if name in ("Q", "K") and part in ("T", "mT", "t", "transpose", "permute", "mH"):
+        return "`s` is the logit, and `Q @ K` the inner product without its scale: nothing is transposed"
     return f"the transpose is `T({name})`" if part == "T" else "names have no attributes"
 
 
