@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Set
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -119,6 +120,7 @@ def _of_attention(item: ast.AttentionDef, elaborator: Elaborator, added: bool) -
         yield from _alike(group, [c for c in _clauses_of(item, i) if c.word == "score"], elaborator)
         yield from _blindness(group, [c for c in _clauses_of(item, i) if c.word == "score"], elaborator)
         yield from _crowded(group, [clause.value for clause in masks], span)
+    yield from _beyond(value.attention, item, elaborator)
     yield from _leaking(value.attention, item)
     yield from _missing_heads(value.attention, item)
     yield from _inexact(value.attention, masks, elaborator)
@@ -184,6 +186,69 @@ def _reads(node: ast.Node, message: str) -> bool:
         case ast.Index():
             return " on axis " in message
     return False
+
+
+def _beyond(attention: Attention, item: ast.AttentionDef, elaborator: Elaborator) -> Iterator[Diagnostic]:
+    """A score or decay of a live pair reads beyond a table that is as long as the text says."""
+    from attndsl.relations.proofs import subset
+
+    if attention.offset is not None or attention.of_streams:
+        return  # positions are others there than those that a claim is about
+    told: set[Table] = set()
+    for group in attention.groups:
+        read = [found for e in (group.score, group.decay) if e is not None for found in _guarded_lookups(e)]
+        for lookup, guard in dict.fromkeys(read):
+            table = lookup.value
+            assert isinstance(table, Table)
+            for axis, (index, size) in enumerate(zip(lookup.args, table.dims, strict=False)):
+                # how many heads there are is said at the call
+                if table in told or not isinstance(size, int) or not {*index.free, *guard.free} <= {*"qkn"}:
+                    continue
+                inside = ir.all_of(ir.le(ir.ZERO, index), ir.lt(index, ir.const(size)))
+                verdict = subset(ir.all_of(group.relation.mask, guard), inside, group.heads)
+                if (at := verdict.counter_example) is None:
+                    continue
+                told.add(table)
+                entry = ir.number(ir.substitute(index, {x: ir.const(value) for x, value in at.items()}))
+                message = (
+                    f"`{table.name}` has {size} entr{'y' if size == 1 else 'ies'} on axis {axis}, but entry "
+                    f"{entry} is read at n = {at['n']} by query {at['q']} of key {at['k']}"
+                )
+                half = (size - 1) // 2
+                kept = (
+                    f"clamp(x, -{half}, {half}) + {half}" if (entry or 0) < 0 else f"clamp(x, 0, {size - 1})"
+                )
+                help = f"keep the index inside by `{kept}`, or the pair out of the mask"
+                found = at_lookup(Diagnostic(message, None, help, "warning"), [item])
+                found = at_lookup(found, [*elaborator.definitions.values()])
+                yield found if found.span else replace(found, span=item.name_span)
+
+
+def _guarded_lookups(root: Expr) -> Iterator[tuple[Expr, Expr]]:
+    """The look-ups of a score, each with the conditions under which it is read."""
+    seen = set[tuple[Expr, Expr]]()
+    left = [(root, ir.TRUE)]
+    while left:
+        e, guard = left.pop()
+        if (e, guard) in seen:
+            continue
+        seen.add((e, guard))
+        if e.op == "lookup":
+            yield e, guard
+        for arg, condition in zip(e.args, _conditions(e), strict=True):
+            left.append((arg, ir.all_of(guard, condition)))
+
+
+def _conditions(e: Expr) -> Iterator[Expr]:
+    """What holds where each argument is read."""
+    if e.op == "where":
+        yield from (ir.TRUE, e.args[0], ir.negate(e.args[0]))
+        return
+    before = ir.TRUE
+    for arg in e.args:
+        yield before
+        if e.op in ("and", "or"):
+            before = ir.all_of(before, arg if e.op == "and" else ir.negate(arg))
 
 
 def _scattered(attention: Attention, span: Span) -> Iterator[Diagnostic]:
