@@ -61,9 +61,9 @@ def _matched(
     return bound
 
 
-def with_usage(error: AttnError, args: Iterable[ast.Expression], usage: str) -> AttnError:
+def with_usage(error: AttnError, call: Span, args: Iterable[ast.Expression], usage: str) -> AttnError:
     """With `usage`, a help line, where a value of the wrong kind was given that has no other."""
-    given = [arg.span for arg in args]
+    given = [call, *(arg.span for arg in args)]
     wrong = re.compile(r"(in `\w+`: )?(expected|only tables)")
     return AttnError(
         *(
@@ -127,14 +127,27 @@ def check_builder(e: ast.Builder) -> None:
                 raise fail(f"`{name.id}` is reserved", name.span, help)
 
 
+AXES = {
+    **dict.fromkeys(("batch", "batch_size", "bsz"), ("the batch", "B")),
+    **dict.fromkeys(("heads", "num_heads", "n_heads", "nheads"), ("query heads", "H")),
+}
+"""What others call the axes whose index is never written."""
+
+
 def input_table(decl: ast.InputDecl) -> Table:
     if decl.dtype not in ("int", "bool", "float"):
         raise fail(f"unknown type `{decl.dtype}`", decl.span, help="a table is int, bool or float")
     dims: list[str | int] = []
     for dim in decl.dims:
         if isinstance(dim, ast.Name):
+            if axis := AXES.get(dim.id.lower()):
+                raise fail(f"the axis of {axis[0]} is `{axis[1]}`", dim.span, "its index is left out")
             if dim.id in ("B", "H") and (*dims, dim.id) not in (("B",), ("H",), ("B", "H")):
-                raise fail("the axes `B` and `H` come first, in this order", dim.span)
+                names = [other.id for other in decl.dims if isinstance(other, ast.Name)]
+                first = [axis for axis in "BH" if axis in names]
+                rest = [other.span.text for other in decl.dims if other.span.text not in first]
+                help = f"write `{decl.name} : {decl.dtype}[{', '.join([*first, *rest])}]`"
+                raise fail("the axes `B` and `H` come first, in this order", dim.span, help)
             dims.append(dim.id)
         elif isinstance(dim, ast.Number) and isinstance(dim.value, int) and dim.value > 0:
             dims.append(dim.value)

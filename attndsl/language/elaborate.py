@@ -239,7 +239,7 @@ class Elaborator:
                     self.known[key] = self.typed(definition, result)
             except AttnError as error:
                 blamed = AttnError(*(blame(d, definition, given or {}, span) for d in error.diagnostics))
-                raise with_usage(blamed, (given or {}).values(), meaning(definition)) from None
+                raise with_usage(blamed, span, (given or {}).values(), meaning(definition)) from None
         return self.known[key]
 
     def typed(self, definition: ast.Definition, result: Value) -> Value:

@@ -197,6 +197,10 @@ def on_binary(el: Elaborator, e: ast.Binary, env: Scope, space: Space) -> Value:
         raise expected("a number", right, e.right, help)
     both = isinstance(left, Pattern) and isinstance(right, Pattern)
     help = "between patterns write `&`" if both else ""
+    if isinstance(left, Pattern) and isinstance(as_set(right), SetOf):
+        help = f"write `{quoted(e.left, tight=True)} & columns({quoted(e.right)})`"
+    if isinstance(left, Pattern) and e.op == "**":
+        help = f"the product of patterns is `{quoted(e.left, tight=True)} @ {quoted(e.left, tight=True)}`"
     a, b = (
         number_of(value, side, help or chosen(value, side, env))
         if e.op in ("//", "mod")
@@ -396,6 +400,8 @@ def on_index(el: Elaborator, e: ast.Index, env: Scope, space: Space) -> Value:
     if not isinstance(base, TableOf):
         help = "a set has no order: give a list" if isinstance(base, SetOf) else ""
         help = f"write `[{quoted(e.base)}]`" if isinstance(e.base, ast.Range) else help
+        if isinstance(e.base, ast.Index):
+            help = "all indices stand in one pair of brackets, those of `B` and `H` left out: `table[q, k]`"
         if isinstance(base, Vec):
             help = "of vectors there is the inner product alone: `Q @ K`"
         raise fail(
@@ -482,7 +488,9 @@ def on_call(el: Elaborator, e: ast.Call, env: Scope, space: Space) -> Value:
         try:
             return getattr(combinators, name)(el, e, env, space)  # type: ignore[no-any-return]
         except AttnError as error:
-            raise with_usage(error, (arg.value for arg in e.args), f"write `{SIGNATURES[name]}`") from None
+            raise with_usage(
+                error, e.span, (arg.value for arg in e.args), f"write `{SIGNATURES[name]}`"
+            ) from None
     selection = el.selection(e.func)
     if selection is not None:
         return leaves.leaf(el, name, selection, e, env, space)

@@ -14,9 +14,10 @@ from attndsl.attention import Attention, HeadGroup
 from attndsl.errors import AttnError, Diagnostic, Span
 from attndsl.expr import Expr, Selected, Table
 from attndsl.features import FeatureForm, feature_form
-from attndsl.language.arguments import meaning, score_call
+from attndsl.language.arguments import input_table, meaning, score_call
 from attndsl.language.elaborate import Elaborator
 from attndsl.language.lookups import at_lookup
+from attndsl.language.unknown import LENGTH, habit
 from attndsl.language.values import TOKENS, AttentionOf, K, Pattern, Q, Scope
 from attndsl.language.vocabulary import BUILT_IN
 from attndsl.scores import never_negative
@@ -120,6 +121,7 @@ def _of_attention(item: ast.AttentionDef, elaborator: Elaborator, added: bool) -
         yield from _alike(group, [c for c in _clauses_of(item, i) if c.word == "score"], elaborator)
         yield from _blindness(group, [c for c in _clauses_of(item, i) if c.word == "score"], elaborator)
         yield from _crowded(group, [clause.value for clause in masks], span)
+    yield from _lengths(value.attention, item)
     yield from _beyond(value.attention, item, elaborator)
     yield from _leaking(value.attention, item)
     yield from _missing_heads(value.attention, item)
@@ -186,6 +188,32 @@ def _reads(node: ast.Node, message: str) -> bool:
         case ast.Index():
             return " on axis " in message
     return False
+
+
+def _lengths(attention: Attention, item: ast.AttentionDef) -> Iterator[Diagnostic]:
+    """A table of a position each whose axis is called as others call the number of positions."""
+    if attention.offset is not None or attention.of_streams:
+        return
+    parts = (e for group in attention.groups for e in (group.relation.mask, group.score, group.decay) if e)
+    lookups = (node for e in parts for node in ir.nodes(e) if node.op == "lookup")
+    read = {(node.value, axis) for node in lookups for axis in _read_at_positions(node)}
+    for decl in (decl for c in item.clauses if isinstance(c, ast.Inputs) for decl in c.decls):
+        table = input_table(decl)
+        for axis in dict.fromkeys(axis for axis in table.dims if (table, axis) in read):
+            axes = ", ".join("n" if other == axis else str(other) for other in table.dims)
+            yield _warning(
+                f"`{axis}` is a size that `{table.name}` brings along, and it is read at positions",
+                decl.span,
+                f"{LENGTH}: write `{table.name} : {table.dtype}[{axes}]`",
+            )
+
+
+def _read_at_positions(lookup: Expr) -> Iterator[str]:
+    """The axes that are read at a query or key itself, and are called as others call their number."""
+    assert isinstance(lookup.value, Table)
+    for axis, index in zip(lookup.value.dims, lookup.args, strict=False):
+        if index in (Q, K) and isinstance(axis, str) and (axis in {*"NSTL"} or habit(axis) == LENGTH):
+            yield axis
 
 
 def _beyond(attention: Attention, item: ast.AttentionDef, elaborator: Elaborator) -> Iterator[Diagnostic]:

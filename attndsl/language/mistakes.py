@@ -20,7 +20,7 @@ REMEDIES = {
     ("a truth", "a vector of truths"): "it may be the condition of a `where` alone",
     ("a truth", "a number"): "compare it, as in `{x} == 0`",
     ("a truth", "a pattern"): "look it up: `{r}[q, k]`",
-    ("a set", "a number"): "write `[{x}]`",
+    ("a set", "a number"): "write `[{x}]`, or `a..b` with both ends",
     ("a pattern", "a truth"): "write `{{ q, k : {x} }}`",
     ("a pattern", "a set"): "write `columns({x})`, `rows({x})` or `global({x})`",
     ("a pattern", "a pattern of coordinates"): "write `grid(height, width, {x})`",

@@ -201,7 +201,9 @@ def colon(r: Refused) -> Explained | None:
         return r.at(*cut, message, "leave it out: the value says what it is", cut)
     first, last = r.tokens[-1], DIGITS.match(r.text, r.there)
     if first.type == "INT" and last:
-        start, help = extent(first)[0], f"write `{first}..{int(last[1]) - 1}`, both ends included"
+        negative = r.kind(2) == "MINUS" and r.kind(3) not in ENDS
+        start = extent(r.tokens[-2] if negative else first)[0]
+        help = f"write `{'-' * negative}{first}..{int(last[1]) - 1}`, both ends included"
         return r.at(start, last.end(), f"unexpected `{r.text[start : last.end()]}`", help)
     if first.type == "NAME" and depth and r.kind(2) in ("LPAR", "COMMA"):
         return r.it("unexpected `:`", f"a named argument is written `{first} = ...`")
@@ -229,6 +231,8 @@ def equals(r: Refused) -> Explained | None:
 
 
 def comma(r: Refused) -> Explained | None:
+    if r.bad.type == "COMMA" and r.kind(1) == "RSQB" and "NAME" in r.accepts:
+        return r.without_it("`,` between tables", "leave it out: write `doc : int[n]  pad : bool[n]`")
     if r.bad.type != "COMMA" or not r.complete:
         return None
     word = last_clause(r.tokens)
@@ -306,6 +310,9 @@ def header(r: Refused) -> Explained | None:
         }
         if r.bad.type in helps:
             return r.it(f"expected a name, not {r.shown}", helps[r.bad.type])
+    if r.bad.type == "LBRACE" and r.accepts == {"ASSIGN"} and r.tokens[0].type == "PATTERN":
+        head = r.text[extent(r.tokens[0])[0] : extent(r.tokens[-1])[1]]
+        return r.it("expected `=`, not `{`", f"write `{head} = {{ q, k : ... }}`")
     if len(r.tokens) == 2 and r.bad.type == "LSQB" and r.kind(1) == "NAME":
         help = f"parameters stand in parentheses: `{r.tokens[0]} {r.tokens[1]}(...)`"
         return r.it("unexpected `[`", help)
@@ -439,9 +446,10 @@ def group_of_heads(r: Refused) -> Explained | None:
         or r.bad.type == "$END"
     ):
         return None
-    return r.it(
-        f"expected {wanted(r.accepts)}, not {r.shown}", "a group of heads is written `0..3 { mask ... }`"
-    )
+    help = "a group of heads is written `0..3 { mask ... }`"
+    if r.kind(2) == "HEADS" and r.kind(1) == "INT":
+        help += f"; how many there are is said at the call, `heads={r.tokens[-1]}`"
+    return r.it(f"expected {wanted(r.accepts)}, not {r.shown}", help)
 
 
 Rule = Callable[[Refused], Explained | None]

@@ -50,12 +50,16 @@ DEFINITIONS = {
     "function": "write `let NAME(x) = ...`",
 }
 """Where a definition begins."""
+AT_CALL = "sizes are said at the call, as `attndsl.compile(..., heads=8)`, and are no part of a text"
 CLAUSES = {
     "dropout": "leave it out: weights are not dropped, and `torch.nn.Dropout` is for the output",
     "scale": "write it into the score: `score Q @ K * 0.125`",
     "bias": "write it into the score: `score s + ...`",
     "softmax": "write `norm softmax`",
     "window": "write `mask causal & last(128)`",
+    **dict.fromkeys(
+        "kv_heads num_heads n_heads head_dim layers length batch dtype block_size".split(), AT_CALL
+    ),
     **dict.fromkeys(
         ("sink", "sinks"), "write `norm softmax(sink = learn[H])`; first keys are `mask sinks(4)`"
     ),
