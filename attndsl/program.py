@@ -376,7 +376,7 @@ class Program:
         if hasattr(value, "tolist"):
             value = value.tolist()
         if isinstance(value, range | list | tuple | set):
-            return _listed(name, value)
+            return _listed(name, value, self.elaborator)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise fail(f"`{name}` is a number, a list of numbers or a text, not {type(value).__name__}")
         if isinstance(value, float) and not math.isfinite(value):
@@ -440,7 +440,9 @@ def _shown(value: Any) -> str:
     return " ".join((value if isinstance(value, str) else reprlib.repr(value)).split())
 
 
-def _listed(name: str, value: range | list[Any] | tuple[Any, ...] | set[Any]) -> SetOf:
+def _listed(
+    name: str, value: range | list[Any] | tuple[Any, ...] | set[Any], elaborator: Elaborator
+) -> SetOf:
     """A list from Python: a set, and a table unless it has no order."""
     members: ir.IntSet | None = None
     if isinstance(value, range) and value.step == 1:
@@ -455,6 +457,10 @@ def _listed(name: str, value: range | list[Any] | tuple[Any, ...] | set[Any]) ->
     def contains(p: ir.Expr, space: Space) -> ir.Expr:
         if members is None:
             raise fail(f"`{name}` is a set of integers, and this is {value}")
+        for lo, hi in members.intervals:
+            # a range may begin before 0, and each entry of a list is meant
+            last = hi if isinstance(value, range) else min(hi, -1)
+            elaborator.demand_position(p, ir.const(lo), ir.const(last))
         return ir.inset(p, members)
 
     return SetOf(

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+import attndsl
+
 TILE = 4
 """The block length of the tables with a `tiles` axis."""
 POSITIONS = ("q", "k")
@@ -566,7 +568,18 @@ class Writer:
 
 
 def program(rng: Random, *, integral: bool = False, scores: bool = False, depth: int = 3) -> Program:
-    """A random program with an attention `main`."""
+    """A random program with an attention `main`: another where one looks for a position below 0."""
+    while True:
+        drawn = _drawn(rng, integral, scores, depth)
+        try:
+            attndsl.parse(drawn.text)
+        except attndsl.AttnError as refused:
+            if all("is never negative" in told.message for told in refused.diagnostics):
+                continue
+        return drawn
+
+
+def _drawn(rng: Random, integral: bool, scores: bool, depth: int) -> Program:
     writer = Writer(rng, integral)
     lines = [writer.define() for _ in range(rng.choice((0, 1, 2, 3)))]
     scope = Scope(tables=not integral, uniform=not integral)

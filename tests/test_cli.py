@@ -542,6 +542,19 @@ def test_show_takes_as_many_heads_as_are_spoken_of(tmp_path):
     assert "heads 0..1" in attn("show", groups, "--length", 8).stdout
 
 
+@pytest.mark.parametrize("command", ["show", "analyze", "compare", "compile"])
+def test_taking_one_head_of_many_is_said(tmp_path, command):
+    file = tmp_path / "a.attn"
+    file.write_text("attention a { mask causal & last([16, 32, 64][h]) }\nattention b { mask causal }\n")
+    run = attn_process if command == "compile" else attn
+    told = (
+        "note: the mask of `a` differs from head to head: 1 head is taken; `--heads` says how many there are"
+    )
+    assert run(command, f"{file}:a", "--length", 64).stderr == f"{told}\n"
+    assert run(command, f"{file}:a", "--length", 64, "--heads", 3).stderr == ""
+    assert run(command, f"{file}:b", "--length", 64).stderr == ""
+
+
 def test_a_counter_example_shows_the_ends_of_a_table(tmp_path):
     text = """attention p { inputs doc : int[n] reg : bool[n]
         mask documents(doc) & (grid(64, 8, { (y, x), (v, u) : y == v }) | columns(reg)) }

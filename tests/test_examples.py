@@ -153,8 +153,11 @@ PUBLISHED = [(name, *number) for name in NAMES for number in published(name)]
 
 
 def holds(text: str, name: str) -> bool:
-    """Whether no claim about the example is refuted by this text."""
-    program = attndsl.parse(text, name)
+    """Whether no claim about the example is refuted by this text, and it is not refused."""
+    try:
+        program = attndsl.parse(text, name)
+    except attndsl.AttnError:
+        return False
     facts = name not in FACTS or FACTS[name](program)
     return facts and all(attndsl.prove(assertion).status != "refuted" for assertion in program.assertions)
 

@@ -15,7 +15,7 @@ import attndsl
 from attndsl import conformance
 from attndsl.command.cli import main
 from attndsl.conformance import CASES, MECHANISMS
-from attndsl.execution import leaks
+from attndsl.execution import leaks, registry
 from attndsl.execution.lowered import KEPT
 from attndsl.execution.session import STEP, Session
 from attndsl.tiles import lowering
@@ -358,15 +358,17 @@ def test_values_of_parameters_are_checked():
             plan(q, k, v, learned=dict.fromkeys(names, value))
 
 
-def test_a_plan_whose_backend_was_not_asked_for_takes_another_in_a_dtype_that_it_declines():
+def test_a_plan_whose_backend_was_not_asked_for_takes_another_in_a_dtype_that_it_declines(monkeypatch):
+    backend = registry.plugin("backends", "torch")
+    monkeypatch.setattr(backend, "features", replace(backend.features, dtypes={"float32"}))
     bound = attndsl.parse("attention lm { mask causal & last(5) }")["lm"]
-    asked = attndsl.compile(bound, length=64, head_dim=16, backend="cpu")
+    asked = attndsl.compile(bound, length=64, head_dim=16, backend="torch")
     chosen = replace(asked, asked=False, others={})
     q = torch.randn(1, 1, 64, 16, dtype=torch.float16)
     with pytest.raises(attndsl.AttnError, match="declines: it knows nothing of the dtype `float16`"):
         asked(q, q, q)
     for plan in (chosen, pickle.loads(pickle.dumps(chosen))):
-        assert plan.backend == "cpu"
+        assert plan.backend == "torch"
         wanted = plan(q.float(), q.float(), q.float())
         torch.testing.assert_close(plan(q, q, q).float(), wanted, atol=5e-3, rtol=5e-3)
 

@@ -187,6 +187,14 @@ def test_what_cannot_be_decided_is_undecided() -> None:
     assert "limit" in verdict.reason or verdict.counter_example
 
 
+def test_a_power_of_a_head_is_undecided_and_says_what_is_not() -> None:
+    doubled = x.power(const(2), x.floordiv(H, const(4)), integral=True)
+    verdict = subset(
+        all_of(CAUSAL, lt(sub(Q, K), doubled)), lt(sub(Q, K), const(4)), assuming=lt(H, const(8))
+    )
+    assert verdict.reason == "it depends on a power; a list of its values can be proved: `[1, 2, 4][h // 4]`"
+
+
 def test_a_table_without_axes_is_searched() -> None:
     start = x.lookup(Table("start", "int", ("B",)), var("b"))
     verdict = subset(CAUSAL, le(start, K))

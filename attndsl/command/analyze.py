@@ -12,7 +12,7 @@ import click
 from attndsl.analysis.part import Subject
 from attndsl.analysis.report import Report, blank, chosen, extended, subject_of, usable
 from attndsl.command import child, comparison
-from attndsl.command.given import bound, echo_json, file_and_name, read, tables, titled, write
+from attndsl.command.given import bound, echo_json, file_and_name, read, tables, tell_heads, titled, write
 from attndsl.command.options import (
     ANALYSIS,
     FILE,
@@ -68,7 +68,9 @@ def analyze(
 ) -> None:
     """What the attention costs and sees, exactly, and for every n where that can be had."""
     attention, shown = titled(file, name, params)
-    subject = subject_of(attention, parameters=parameters, inputs=tables(inputs), **sizes)
+    given = tables(inputs)
+    tell_heads(attention.attention, given, sizes["heads"])
+    subject = subject_of(attention, parameters=parameters, inputs=given, **sizes)
     (report,) = analyzed([(subject, shown)], only.split(",") if only else None, time_limit)
     if as_json:
         echo_json(report.to_dict())
@@ -164,6 +166,8 @@ def compare(
             )
             own = {table.name: given[table.name] for table in attention.inputs if table.name in given}
             length = int(column["n"]) if "n" in column else sizes["length"]
+            if column is columns[0]:
+                tell_heads(attention.attention, own, sizes["heads"])
             one = subject_of(attention, parameters=(), inputs=own, **{**sizes, "length": length})
             named.append((one, attention.name))
             swept.append(column)
@@ -194,7 +198,9 @@ def report(
 ) -> None:
     """All of `analyze` and the pictures as one HTML page that stands alone."""
     attention, shown = titled(file, name, params)
-    subject = subject_of(attention, parameters=(), inputs=tables(inputs), **sizes)
+    given = tables(inputs)
+    tell_heads(attention.attention, given, sizes["heads"])
+    subject = subject_of(attention, parameters=(), inputs=given, **sizes)
     (found,) = analyzed([(subject, shown)], None, time_limit)
     shown_masks, drawings, undrawn = illustrated(subject, found, time_limit)
     found = replace(found, reasons={**found.reasons, **undrawn})

@@ -112,9 +112,30 @@ def is_file(target: str) -> bool:
 
 
 def heads_of(attention: Attention, given: dict[str, Any], heads: int | None) -> int:
+    """As many as are asked for; else as the attention and its tables speak of."""
     from attndsl.tiles import lowering
 
+    tell_heads(attention, given, heads)
     return lowering.heads_of(attention, given) if heads is None else heads
+
+
+def tell_heads(attention: Attention, given: dict[str, Any], heads: int | None) -> None:
+    """Says how many heads are taken where none are asked for, and others would have other masks."""
+    from attndsl.tiles import lowering
+
+    if heads is None and differs(attention):
+        taken = lowering.heads_of(attention, given)
+        said = f"{taken} head{' is' if taken == 1 else 's are'} taken; `--heads` says how many there are"
+        click.echo(f"note: the mask of `{attention.name}` differs from head to head: {said}", err=True)
+
+
+def differs(attention: Attention) -> bool:
+    """Whether a mask is told by the number of the head, or by how many there are. Tables of heads say it
+    themselves."""
+    masks = [group.relation.mask for group in attention.groups]
+    if any("H" in table.dims for mask in masks for table in mask.tables):
+        return False
+    return any({"h", "H"} & mask.free for mask in masks)
 
 
 def first_query(attention: Attention, length: int, nq: int, heads: int) -> int:

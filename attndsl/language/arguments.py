@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from attndsl.errors import Span, fail, suggest
+from attndsl.errors import AttnError, Span, fail, suggest
 from attndsl.expr import Table
 from attndsl.language.values import Scope
 from attndsl.language.vocabulary import RESERVED, SIGNATURES
@@ -60,6 +61,18 @@ def _matched(
     return bound
 
 
+def with_usage(error: AttnError, call: Span, args: Iterable[ast.Expression], usage: str) -> AttnError:
+    """With `usage`, a help line, where a value of the wrong kind was given that has no other."""
+    given = [call, *(arg.span for arg in args)]
+    wrong = re.compile(r"(in `\w+`: )?(expected|only tables)")
+    return AttnError(
+        *(
+            replace(d, help=usage) if not d.help and d.span in given and wrong.match(d.message) else d
+            for d in error.diagnostics
+        )
+    )
+
+
 def name_span(node: ast.Argument | ast.Param | ast.InputDecl) -> Span:
     """Where the name stands that the node begins with."""
     return replace(node.span, end=node.span.start + len(node.name))
@@ -68,6 +81,12 @@ def name_span(node: ast.Argument | ast.Param | ast.InputDecl) -> Span:
 def signature(definition: ast.Definition | ast.AttentionDef) -> str:
     params = (p.name if p.default is None else f"{p.name} = {render(p.default)}" for p in definition.params)
     return f"{definition.name}({', '.join(params)})" if definition.params else definition.name
+
+
+def meaning(definition: ast.Definition | ast.AttentionDef) -> str:
+    """What a definition says that it is; without a comment, how it is called."""
+    said = " ".join((definition.doc or "").split())
+    return f"`{signature(definition)}` is {said}" if said else f"write `{signature(definition)}`"
 
 
 def score_call(
@@ -108,14 +127,27 @@ def check_builder(e: ast.Builder) -> None:
                 raise fail(f"`{name.id}` is reserved", name.span, help)
 
 
+AXES = {
+    **dict.fromkeys(("batch", "batch_size", "bsz"), ("the batch", "B")),
+    **dict.fromkeys(("heads", "num_heads", "n_heads", "nheads"), ("query heads", "H")),
+}
+"""What others call the axes whose index is never written."""
+
+
 def input_table(decl: ast.InputDecl) -> Table:
     if decl.dtype not in ("int", "bool", "float"):
         raise fail(f"unknown type `{decl.dtype}`", decl.span, help="a table is int, bool or float")
     dims: list[str | int] = []
     for dim in decl.dims:
         if isinstance(dim, ast.Name):
+            if axis := AXES.get(dim.id.lower()):
+                raise fail(f"the axis of {axis[0]} is `{axis[1]}`", dim.span, "its index is left out")
             if dim.id in ("B", "H") and (*dims, dim.id) not in (("B",), ("H",), ("B", "H")):
-                raise fail("the axes `B` and `H` come first, in this order", dim.span)
+                names = [other.id for other in decl.dims if isinstance(other, ast.Name)]
+                first = [axis for axis in "BH" if axis in names]
+                rest = [other.span.text for other in decl.dims if other.span.text not in first]
+                help = f"write `{decl.name} : {decl.dtype}[{', '.join([*first, *rest])}]`"
+                raise fail("the axes `B` and `H` come first, in this order", dim.span, help)
             dims.append(dim.id)
         elif isinstance(dim, ast.Number) and isinstance(dim.value, int) and dim.value > 0:
             dims.append(dim.value)

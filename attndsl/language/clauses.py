@@ -43,6 +43,19 @@ if TYPE_CHECKING:
     from attndsl.language.elaborate import Elaborator
 
 HEAD_LIMIT = 4096
+ONE_MORE = "write `norm softmax(sink = 0.0)`: exp(0) is the 1 that is added to the sum"
+LINEAR = "write `norm linear`, which divides by the sum; features are in the score, as `elu1(Q) @ elu1(K)`"
+OF_VECTORS = "q and k arrive ready: they are normalised before the call"
+NORMS = {
+    **dict.fromkeys("softmax_one softmax1 softmax_1 softmax_plus_one quiet_softmax".split(), ONE_MORE),
+    **dict.fromkeys(("l1", "sum", "mean", "elu", "exp", "kernel"), LINEAR),
+    **dict.fromkeys(
+        ("layer", "layernorm", "layer_norm", "rms", "rmsnorm", "rms_norm", "l2", "qk_norm"), OF_VECTORS
+    ),
+    **dict.fromkeys(("identity", "no", "off", "false"), "write `norm none`: the score is the weight"),
+    "sink": "write `norm softmax(sink = learn[H])`",
+}
+"""What other tools call norms, in lower case."""
 
 
 def attention_of(elaborator: Elaborator, definition: ast.AttentionDef, env: Scope) -> Attention:
@@ -181,6 +194,8 @@ class AttentionBuilder:
             help = ""
             if isinstance(e, ast.Binary) and e.op == "-":
                 help = f"write `{quoted(e.left)}..{quoted(e.right)}`"
+            elif isinstance(value, Num):
+                self.elaborator.demand_position(h, value.expr, value.expr, e.span)
             raise fail("this set of heads is empty", e.span, help)
         return which
 
@@ -298,8 +313,12 @@ class AttentionBuilder:
     def norm(self, e: ast.Expression, env: Scope) -> Norm:
         func, args = (e.func, e.args) if isinstance(e, ast.Call) else (e, ())
         if not isinstance(func, ast.Name) or func.id not in get_args(get_type_hints(Norm)["kind"]):
+            kinds = get_args(get_type_hints(Norm)["kind"])
+            name = func.id if isinstance(func, ast.Name) else ""
             raise fail(
-                "a norm is `softmax`, `softmax(sink = ...)`, `sigmoid`, `relu`, `linear` or `none`", e.span
+                "a norm is `softmax`, `softmax(sink = ...)`, `sigmoid`, `relu`, `linear` or `none`",
+                e.span,
+                NORMS.get(name.lower()) or suggest(name, kinds),
             )
         for arg in args:
             if func.id != "softmax":

@@ -17,6 +17,7 @@ from attndsl.syntax import nodes as ast
 if TYPE_CHECKING:
     from attndsl.language.elaborate import Elaborator
 
+SEGMENTS = "write `within(64, R)`, or `within(doc, R)` with `inputs doc : int[n]`"
 COORDINATES = "{ (y, x), (v, u) : ... }"
 
 
@@ -44,14 +45,14 @@ def within(el: Elaborator, e: ast.Call, env: Scope, space: Space) -> Value:
     x = as_table(el.value(args["x"], env, space))
     if isinstance(x, TableOf):
         if x.table.dtype != "int" or len(x.table.explicit) != 1 or x.indices:
-            raise fail("`within` takes an int table of one axis or a length", args["x"].span)
+            raise fail("`within` takes an int table of one axis or a length", args["x"].span, SEGMENTS)
         table = x.table
 
         def segment(p: Expr, sp: Space) -> tuple[Expr, Expr, Expr]:
             at = (*table.implicit, p)
             return ir.lookup(table, *at), ir.rank_of(table, *at), ir.count_of(table, *at)
     elif not isinstance(x, Num):
-        raise fail("`within` takes an int table of one axis or a length", args["x"].span)
+        raise fail("`within` takes an int table of one axis or a length", args["x"].span, SEGMENTS)
     elif isinstance(args["x"], ast.Index) and x.expr.free & {"q", "k"}:
         base = quoted(args["x"].base)
         raise fail("`within` takes a table without its index", args["x"].span, f"write `{base}`")

@@ -5,6 +5,7 @@ What an expression denotes, and how it is evaluated, say expressions.py and comb
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
@@ -13,7 +14,7 @@ from attndsl.attention import Relation
 from attndsl.errors import AttnError, Span, fail, suggest
 from attndsl.expr import Expr, Selected
 from attndsl.language import expressions
-from attndsl.language.arguments import bind_arguments, signature
+from attndsl.language.arguments import bind_arguments, meaning, signature, with_usage
 from attndsl.language.clauses import attention_of
 from attndsl.language.leaves import usage
 from attndsl.language.mistakes import (
@@ -47,6 +48,8 @@ from attndsl.syntax import nodes as ast
 from attndsl.syntax.prelude import prelude_words
 
 CALL_DEPTH = 64
+NUMBERED = {"q": ("position", "n"), "k": ("position", "n"), "h": ("head", "H")}
+"""What is counted from 0, and what says how many there are."""
 STEP_LIMIT = 200_000
 
 
@@ -133,6 +136,26 @@ class Elaborator:
     def means(self, name: str, env: Scope) -> bool:
         return name in env.names or name in self.definitions or name in RESERVED or name in BUILT_IN
 
+    @functools.cached_property
+    def remembers(self) -> bool:
+        """Whether some keys are memory, which has negative positions."""
+        attentions = [item for item in self.definitions.values() if isinstance(item, ast.AttentionDef)]
+        keys = [clause for item in attentions for clause in item.clauses if isinstance(clause, ast.Keys)]
+        return any(isinstance(node, ast.Name) and node.id == "mem" for node in ast.walk(tuple(keys)))
+
+    def demand_position(self, p: Expr, lo: Expr, hi: Expr, span: Span | None = None) -> None:
+        """Refuses a range of negative numbers in which a position or a head is looked for."""
+        first, last = ir.number(lo), ir.number(hi)
+        if p.op != "var" or p.value not in NUMBERED or last is None or last >= 0:
+            return
+        if first is not None and first > last:
+            return  # an empty range asks for nothing
+        what, count = NUMBERED[p.value]
+        if what == "position" and self.remembers:
+            return
+        ends = [f"{count} - {-int(end)}" for end in dict.fromkeys((first, last)) if end is not None]
+        raise fail(f"a {what} is never negative", span, f"from the end it is `{'..'.join(ends)}`")
+
     # definitions
 
     def apply(self, name: ast.Name, args: tuple[ast.Argument, ...], env: Scope, space: Space) -> Value:
@@ -215,8 +238,8 @@ class Elaborator:
                     result = read(definition.body, replace(inner, binding=definition.name), TOKENS)
                     self.known[key] = self.typed(definition, result)
             except AttnError as error:
-                blamed = (blame(d, definition, given or {}, span) for d in error.diagnostics)
-                raise AttnError(*blamed) from None
+                blamed = AttnError(*(blame(d, definition, given or {}, span) for d in error.diagnostics))
+                raise with_usage(blamed, span, (given or {}).values(), meaning(definition)) from None
         return self.known[key]
 
     def typed(self, definition: ast.Definition, result: Value) -> Value:

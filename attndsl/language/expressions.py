@@ -15,9 +15,10 @@ from attndsl import expr as ir
 from attndsl.errors import AttnError, fail
 from attndsl.expr import Expr, IntSet, Table
 from attndsl.language import combinators, leaves
-from attndsl.language.arguments import bind_built_in, check_builder
+from attndsl.language.arguments import bind_built_in, check_builder, with_usage
 from attndsl.language.mistakes import (
     IN_SCORES,
+    PRELUDE,
     chosen,
     expected,
     not_integer,
@@ -151,7 +152,8 @@ def mixed(e: ast.Nary, values: list[Value]) -> AttnError:
 def summed(e: ast.Nary, values: list[Value], env: Scope) -> Value:
     if isinstance(values[0], Pattern):
         raise mixed(e, values)
-    help = "for the union write `|`" if any(isinstance(value, SetOf) for value in values) else ""
+    joined = all(isinstance(as_set(value), SetOf) for value in values)
+    help = "for the union write `|`" if joined and env.integral else ""
     pairs = zip(e.args, values, strict=True)
     return of_expr(ir.add(*(quantity_of(v, arg, env, help or chosen(v, arg, env)) for arg, v in pairs)))
 
@@ -188,8 +190,17 @@ def on_binary(el: Elaborator, e: ast.Binary, env: Scope, space: Space) -> Value:
         raise fail(f"`@` multiplies two patterns or two vectors, not {found}", e.span, help)
     if e.op == "-" and isinstance(left, Pattern | SetOf):
         raise expected(left.noun, right, e.right)
+    if e.op == "-" and isinstance(right, Pattern | SetOf) and _is_one(e.left):
+        help = (
+            "" if e.span.source.name == PRELUDE else f"what is not in it is `~{quoted(e.right, tight=True)}`"
+        )
+        raise expected("a number", right, e.right, help)
     both = isinstance(left, Pattern) and isinstance(right, Pattern)
     help = "between patterns write `&`" if both else ""
+    if isinstance(left, Pattern) and isinstance(as_set(right), SetOf):
+        help = f"write `{quoted(e.left, tight=True)} & columns({quoted(e.right)})`"
+    if isinstance(left, Pattern) and e.op == "**":
+        help = f"the product of patterns is `{quoted(e.left, tight=True)} @ {quoted(e.left, tight=True)}`"
     a, b = (
         number_of(value, side, help or chosen(value, side, env))
         if e.op in ("//", "mod")
@@ -216,6 +227,10 @@ def on_binary(el: Elaborator, e: ast.Binary, env: Scope, space: Space) -> Value:
     if value is not None and value <= 0:
         raise fail(f"the divisor of `{e.op}` is {value}, and must be positive", e.right.span)
     return Num(ir.floordiv(a, b) if e.op == "//" else ir.mod(a, b))
+
+
+def _is_one(e: ast.Expression) -> bool:
+    return isinstance(e, ast.Number) and e.value == 1
 
 
 def difference(el: Elaborator, left: Value, right: Value) -> Value | None:
@@ -254,6 +269,9 @@ def on_compare(el: Elaborator, e: ast.Compare, env: Scope, space: Space) -> Valu
             parts.append(member(el, left, right, env, space))
             continue
         a, b = (operand(el, op, side, env, space) for side in (left, right))
+        if op == "==":
+            el.demand_position(a, b, b, right.span)
+            el.demand_position(b, a, a, left.span)
         parts.append(COMPARISONS[op](a, b))
         if parts[-1].type == "truths" and len(e.ops) > 1:
             raise fail("a vector is compared once", e.span, "for two bounds put one `where` into another")
@@ -282,12 +300,17 @@ def member(el: Elaborator, e: ast.Expression, of: ast.Expression, env: Scope, sp
     return members.contains(position, space)
 
 
+ANYTHING = ir.neg(Q)
+"""What a set is asked for to see that it is well typed: a number that is no position."""
+
+
 def on_range(el: Elaborator, e: ast.Range, env: Scope, space: Space) -> Value:
     def contains(p: Expr, sp: Space) -> Expr:
         lo, hi = el.integer(e.lo, env, sp), el.integer(e.hi, env, sp)
+        el.demand_position(p, lo, hi, e.span)
         return ir.all_of(ir.le(lo, p), ir.le(p, hi))
 
-    contains(Q, space)
+    contains(ANYTHING, space)
     return el.members(contains)
 
 
@@ -309,6 +332,7 @@ def on_setlist(el: Elaborator, e: ast.SetList, env: Scope, space: Space) -> Valu
         for item, (lo, hi) in zip(e.items, items(sp), strict=True):
             if lo.type == "real":
                 raise not_integer(lo, item, "a list with a real entry is for scores alone")
+            el.demand_position(p, lo, hi, item.span)
             if lo.op == hi.op == "const":
                 constant.append((int(lo.value), int(hi.value)))  # type: ignore[call-overload]
             else:
@@ -326,7 +350,7 @@ def on_setlist(el: Elaborator, e: ast.SetList, env: Scope, space: Space) -> Valu
         return Table.listed(*parts)
 
     if env.integral:
-        contains(Q, space)
+        contains(ANYTHING, space)
     else:
         items(space)
     return replace(el.members(contains), listed=listed)
@@ -349,9 +373,10 @@ def on_builder(el: Elaborator, e: ast.Builder, env: Scope, space: Space) -> Valu
         return el.truth(e.pred, inside.bind(**bound), sp)
 
     names = [name.id for group in e.vars for name in group]
-    holds(names, tuple(ir.var("q" if i % 2 == 0 else "k") for i in range(len(names))), space)
     if len(e.vars) == 1:
+        holds(names, (ANYTHING,), space)
         return el.members(lambda p, sp: holds(names, (p,), sp))
+    holds(names, tuple(ir.var("q" if i % 2 == 0 else "k") for i in range(len(names))), space)
     if all(len(group) == 1 for group in e.vars):
         return el.relation(lambda q, k, sp: holds(names, (q, k), sp))
     return GridPattern(len(e.vars[0]), lambda qs, ks, sp: holds(names, (*qs, *ks), sp))
@@ -375,6 +400,10 @@ def on_index(el: Elaborator, e: ast.Index, env: Scope, space: Space) -> Value:
     if not isinstance(base, TableOf):
         help = "a set has no order: give a list" if isinstance(base, SetOf) else ""
         help = f"write `[{quoted(e.base)}]`" if isinstance(e.base, ast.Range) else help
+        if isinstance(e.base, ast.Index):
+            help = "all indices stand in one pair of brackets, those of `B` and `H` left out: `table[q, k]`"
+        if isinstance(base, Vec):
+            help = "of vectors there is the inner product alone: `Q @ K`"
         raise fail(
             f"only tables, lists and patterns are looked up, and this is {base.noun}", e.base.span, help
         )
@@ -456,7 +485,12 @@ def on_call(el: Elaborator, e: ast.Call, env: Scope, space: Space) -> Value:
     if name in CLAIMS:
         raise fail(f"`{name}` stands in an `assert` alone", e.func.span)
     if name in COMBINATORS:
-        return getattr(combinators, name)(el, e, env, space)  # type: ignore[no-any-return]
+        try:
+            return getattr(combinators, name)(el, e, env, space)  # type: ignore[no-any-return]
+        except AttnError as error:
+            raise with_usage(
+                error, e.span, (arg.value for arg in e.args), f"write `{SIGNATURES[name]}`"
+            ) from None
     selection = el.selection(e.func)
     if selection is not None:
         return leaves.leaf(el, name, selection, e, env, space)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Set
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,10 @@ from attndsl.attention import Attention, HeadGroup
 from attndsl.errors import AttnError, Diagnostic, Span
 from attndsl.expr import Expr, Selected, Table
 from attndsl.features import FeatureForm, feature_form
-from attndsl.language.arguments import score_call, signature
+from attndsl.language.arguments import input_table, meaning, score_call
 from attndsl.language.elaborate import Elaborator
 from attndsl.language.lookups import at_lookup
+from attndsl.language.unknown import LENGTH, habit
 from attndsl.language.values import TOKENS, AttentionOf, K, Pattern, Q, Scope
 from attndsl.language.vocabulary import BUILT_IN
 from attndsl.scores import never_negative
@@ -119,6 +121,8 @@ def _of_attention(item: ast.AttentionDef, elaborator: Elaborator, added: bool) -
         yield from _alike(group, [c for c in _clauses_of(item, i) if c.word == "score"], elaborator)
         yield from _blindness(group, [c for c in _clauses_of(item, i) if c.word == "score"], elaborator)
         yield from _crowded(group, [clause.value for clause in masks], span)
+    yield from _lengths(value.attention, item)
+    yield from _beyond(value.attention, item, elaborator)
     yield from _leaking(value.attention, item)
     yield from _missing_heads(value.attention, item)
     yield from _inexact(value.attention, masks, elaborator)
@@ -184,6 +188,95 @@ def _reads(node: ast.Node, message: str) -> bool:
         case ast.Index():
             return " on axis " in message
     return False
+
+
+def _lengths(attention: Attention, item: ast.AttentionDef) -> Iterator[Diagnostic]:
+    """A table of a position each whose axis is called as others call the number of positions."""
+    if attention.offset is not None or attention.of_streams:
+        return
+    parts = (e for group in attention.groups for e in (group.relation.mask, group.score, group.decay) if e)
+    lookups = (node for e in parts for node in ir.nodes(e) if node.op == "lookup")
+    read = {(node.value, axis) for node in lookups for axis in _read_at_positions(node)}
+    for decl in (decl for c in item.clauses if isinstance(c, ast.Inputs) for decl in c.decls):
+        table = input_table(decl)
+        for axis in dict.fromkeys(axis for axis in table.dims if (table, axis) in read):
+            axes = ", ".join("n" if other == axis else str(other) for other in table.dims)
+            yield _warning(
+                f"`{axis}` is a size that `{table.name}` brings along, and it is read at positions",
+                decl.span,
+                f"{LENGTH}: write `{table.name} : {table.dtype}[{axes}]`",
+            )
+
+
+def _read_at_positions(lookup: Expr) -> Iterator[str]:
+    """The axes that are read at a query or key itself, and are called as others call their number."""
+    assert isinstance(lookup.value, Table)
+    for axis, index in zip(lookup.value.dims, lookup.args, strict=False):
+        if index in (Q, K) and isinstance(axis, str) and (axis in {*"NSTL"} or habit(axis) == LENGTH):
+            yield axis
+
+
+def _beyond(attention: Attention, item: ast.AttentionDef, elaborator: Elaborator) -> Iterator[Diagnostic]:
+    """A score or decay of a live pair reads beyond a table that is as long as the text says."""
+    from attndsl.relations.proofs import subset
+
+    if attention.offset is not None or attention.of_streams:
+        return  # positions are others there than those that a claim is about
+    told: set[Table] = set()
+    for group in attention.groups:
+        read = [found for e in (group.score, group.decay) if e is not None for found in _guarded_lookups(e)]
+        for lookup, guard in dict.fromkeys(read):
+            table = lookup.value
+            assert isinstance(table, Table)
+            for axis, (index, size) in enumerate(zip(lookup.args, table.dims, strict=False)):
+                # how many heads there are is said at the call
+                if table in told or not isinstance(size, int) or not {*index.free, *guard.free} <= {*"qkn"}:
+                    continue
+                inside = ir.all_of(ir.le(ir.ZERO, index), ir.lt(index, ir.const(size)))
+                verdict = subset(ir.all_of(group.relation.mask, guard), inside, group.heads)
+                if (at := verdict.counter_example) is None:
+                    continue
+                told.add(table)
+                entry = ir.number(ir.substitute(index, {x: ir.const(value) for x, value in at.items()}))
+                message = (
+                    f"`{table.name}` has {size} entr{'y' if size == 1 else 'ies'} on axis {axis}, but entry "
+                    f"{entry} is read at n = {at['n']} by query {at['q']} of key {at['k']}"
+                )
+                half = (size - 1) // 2
+                kept = (
+                    f"clamp(x, -{half}, {half}) + {half}" if (entry or 0) < 0 else f"clamp(x, 0, {size - 1})"
+                )
+                help = f"keep the index inside by `{kept}`, or the pair out of the mask"
+                found = at_lookup(Diagnostic(message, None, help, "warning"), [item])
+                found = at_lookup(found, [*elaborator.definitions.values()])
+                yield found if found.span else replace(found, span=item.name_span)
+
+
+def _guarded_lookups(root: Expr) -> Iterator[tuple[Expr, Expr]]:
+    """The look-ups of a score, each with the conditions under which it is read."""
+    seen = set[tuple[Expr, Expr]]()
+    left = [(root, ir.TRUE)]
+    while left:
+        e, guard = left.pop()
+        if (e, guard) in seen:
+            continue
+        seen.add((e, guard))
+        if e.op == "lookup":
+            yield e, guard
+        for arg, condition in zip(e.args, _conditions(e), strict=True):
+            left.append((arg, ir.all_of(guard, condition)))
+
+
+def _conditions(e: Expr) -> Iterator[Expr]:
+    """What holds where each argument is read."""
+    if e.op == "where":
+        yield from (ir.TRUE, e.args[0], ir.negate(e.args[0]))
+        return
+    before = ir.TRUE
+    for arg in e.args:
+        yield before
+        if e.op in ("and", "or"):
+            before = ir.all_of(before, arg if e.op == "and" else ir.negate(arg))
 
 
 def _scattered(attention: Attention, span: Span) -> Iterator[Diagnostic]:
@@ -278,9 +371,7 @@ def _meaning(e: ast.Expression, elaborator: Elaborator) -> str:
     """What the definition says that is called, in its own words."""
     called = e.func if isinstance(e, ast.Call) else e
     definition = elaborator.definitions.get(called.id) if isinstance(called, ast.Name) else None
-    if definition is None or not definition.doc:
-        return ""
-    return f"`{signature(definition)}` is {' '.join(definition.doc.split())}"
+    return meaning(definition) if definition is not None and definition.doc else ""
 
 
 def _operands(e: ast.Expression) -> tuple[ast.Expression, ...]:

@@ -20,7 +20,7 @@ REMEDIES = {
     ("a truth", "a vector of truths"): "it may be the condition of a `where` alone",
     ("a truth", "a number"): "compare it, as in `{x} == 0`",
     ("a truth", "a pattern"): "look it up: `{r}[q, k]`",
-    ("a set", "a number"): "write `[{x}]`",
+    ("a set", "a number"): "write `[{x}]`, or `a..b` with both ends",
     ("a pattern", "a truth"): "write `{{ q, k : {x} }}`",
     ("a pattern", "a set"): "write `columns({x})`, `rows({x})` or `global({x})`",
     ("a pattern", "a pattern of coordinates"): "write `grid(height, width, {x})`",
@@ -74,6 +74,8 @@ def chosen(value: Value, e: ast.Expression, env: Scope) -> str:
 def expected(noun: str, value: Value, e: ast.Expression, help: str = "") -> AttnError:
     if not (isinstance(value, TableOf) and value.left == 1 and value.table.dims[-1] != "D"):
         value = as_number(value)
+    if noun == "a number" and isinstance(value, SetOf) and value.listed and isinstance(e, ast.Name):
+        help = help or f"an entry of the list is `{e.id}[h]`, or `{e.id}[k]` of a key"
     if isinstance(value, TableOf):
         listed = isinstance(as_set(value), SetOf)
         if listed and (value.indices or noun == "a truth" or value.table.dtype == "bool"):
@@ -90,6 +92,12 @@ def expected(noun: str, value: Value, e: ast.Expression, help: str = "") -> Attn
             help = help or f"it takes {left} more ind{'ex' if left == 1 else 'ices'}"
         elif noun == "a pattern":
             help = help or f"look it up: `{{ q, k : {more} }}`"
+        size = value.table.dims[-1]
+        if noun == "a number" and left == 1 and isinstance(size, int) and size > 2:
+            # an entry for each distance, as `relative` has them
+            r = (size - 1) // 2
+            far = f"clamp(k - q, -{r}, {r}) + {r}" if size % 2 else f"min(|q - k|, {size - 1})"
+            more = f"{quoted(e)}[{far}]"
         help = help or f"look it up: `{more}`"
     remedy = REMEDIES.get((noun, value.noun), "")
     other = "K" if quoted(e) in ("Q", "K") else quoted(e, tight=True)

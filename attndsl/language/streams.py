@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Literal
 
 from attndsl import expr as ir
 from attndsl.attention import HeadGroup, Relation
-from attndsl.errors import Span, fail
+from attndsl.errors import Span, fail, suggest
 from attndsl.expr import Expr, Table
 from attndsl.language.arguments import bind_arguments_of
-from attndsl.language.mistakes import expected
+from attndsl.language.mistakes import expected, quoted
 from attndsl.language.values import TOKENS, Scope, TableOf, as_table, is_whole
 from attndsl.language.vocabulary import FUNCTIONS
 from attndsl.relations.proofs import follows
@@ -68,7 +68,29 @@ def _stream(el: Elaborator, e: ast.Expression, env: Scope) -> Stream:
             return _proj(el, e, env)
         case ast.Name("mem" | "pool" | "proj" as word):
             raise fail(f"`{word}` needs its arguments", e.span, f"write `{USAGE[word]}`")
-    raise fail("a stream of keys is `tokens`, `mem(m)`, `pool(b)` or `proj(E)`", e.span, "join them by `++`")
+    raise fail("a stream of keys is `tokens`, `mem(m)`, `pool(b)` or `proj(E)`", e.span, _meant(e))
+
+
+MEMORIES = frozenset(
+    "memory memories mem_tokens persistent prefix prompt cache past learned registers".split()
+)
+POOLS = frozenset("compress compressed mean avg_pool mean_pool max_pool pooled downsample".split())
+
+
+def _meant(e: ast.Expression) -> str:
+    """A stream that goes by another name elsewhere."""
+    func, args = (e.func, e.args) if isinstance(e, ast.Call) else (e, ())
+    word = func.id.lower() if isinstance(func, ast.Name) else ""
+    size = quoted(args[0].value) if len(args) == 1 else ""
+    if word in MEMORIES:
+        return f"write `mem({size or 32}) ++ tokens`: keys before the tokens, given at each call"
+    if word in POOLS:
+        return f"write `pool({size or 16})`: means of so many tokens each"
+    if isinstance(e, ast.Nary | ast.Binary):
+        return "join them by `++`, as `mem(32) ++ tokens`"
+    if word in ("q", "k", "v", "x", "keys", "full", "causal", "all", "context"):
+        return "write `keys tokens`, or leave it out: keys are the tokens"
+    return suggest(word, (*USAGE, "tokens")) or "join them by `++`"
 
 
 def _mem(el: Elaborator, e: ast.Call, env: Scope) -> Stretch:

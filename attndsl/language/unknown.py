@@ -66,6 +66,7 @@ HABITS = {
     **dict.fromkeys(("clip", "clamp_"), "write `clamp(x, lo, hi)`"),
     **dict.fromkeys(("pow", "power"), "write `a ** b`"),
     "if": "write `where(condition, a, b)`",
+    **dict.fromkeys(("block_diag", "block_diagonal", "blockwise", "chunk", "chunked"), "write `block(64)`"),
     **dict.fromkeys(("v", "value", "values"), "values have no part in a mask or a score"),
     **dict.fromkeys(("matmul", "dot", "einsum", "bmm"), INNER),
     "transpose": "write `T(R)`",
@@ -148,6 +149,8 @@ def condition_around(name: ast.Name, inside: Definition) -> Span | None:
                 last = last.args[0] if isinstance(last, ast.Nary) and last.op in "&|" else last
                 found = first.span.to(last.span)
             case ast.Nary("and" | "or") | ast.Unary("not"):
+                found = node.span
+            case ast.Index() if found is None:
                 found = node.span
             case ast.Call(ast.Name("where")):
                 return None  # what it chooses between is no part of a condition

@@ -148,6 +148,9 @@ def _never(formula: Expr, names: tuple[str, ...], given: Mapping[str, int]) -> V
                     return Verdict("proved", at=at)
                 terms = sorted({said(space.abstraction.terms[name].expr) for name in space.terms})
                 reason = "it depends on " + " and ".join(terms)
+                unknown = [space.abstraction.terms[name].expr for name in space.terms]
+                if any(e.op == "pow" and e.free <= {"h", "H"} for e in unknown):
+                    reason += "; a list of its values can be proved: `[1, 2, 4][h // 4]`"
                 if related or space.exact:
                     candidates = [_candidate(space, found)]
         except AttnError as error:

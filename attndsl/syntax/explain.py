@@ -201,7 +201,9 @@ def colon(r: Refused) -> Explained | None:
         return r.at(*cut, message, "leave it out: the value says what it is", cut)
     first, last = r.tokens[-1], DIGITS.match(r.text, r.there)
     if first.type == "INT" and last:
-        start, help = extent(first)[0], f"write `{first}..{int(last[1]) - 1}`, both ends included"
+        negative = r.kind(2) == "MINUS" and r.kind(3) not in ENDS
+        start = extent(r.tokens[-2] if negative else first)[0]
+        help = f"write `{'-' * negative}{first}..{int(last[1]) - 1}`, both ends included"
         return r.at(start, last.end(), f"unexpected `{r.text[start : last.end()]}`", help)
     if first.type == "NAME" and depth and r.kind(2) in ("LPAR", "COMMA"):
         return r.it("unexpected `:`", f"a named argument is written `{first} = ...`")
@@ -229,6 +231,8 @@ def equals(r: Refused) -> Explained | None:
 
 
 def comma(r: Refused) -> Explained | None:
+    if r.bad.type == "COMMA" and r.kind(1) == "RSQB" and "NAME" in r.accepts:
+        return r.without_it("`,` between tables", "leave it out: write `doc : int[n]  pad : bool[n]`")
     if r.bad.type != "COMMA" or not r.complete:
         return None
     word = last_clause(r.tokens)
@@ -238,7 +242,22 @@ def comma(r: Refused) -> Explained | None:
         return r.it("unexpected `,`", habits.COMMAS.get(word, "join what stands here by an operator"))
     if r.tokens[-1] == "q":
         return r.it("unexpected `,`", "a pattern is written `{ q, k : condition }`")
-    return None
+    return parenthesised(r)
+
+
+def parenthesised(r: Refused) -> Explained | None:
+    """A comma between parentheses that are of no call."""
+    opened = innermost(r.tokens)
+    end = following(r.text, r.here)
+    if opened is None or r.tokens[opened].type != "LPAR" or r.text[end : end + 1] != ")":
+        return None
+    start = extent(r.tokens[opened])[0]
+    inside = " ".join(r.text[start + 1 : end].split())
+    shown = inside if len(inside) <= SHOWN else "a, b"
+    help = f"a list is written `[{shown}]`"
+    if [str(token) for token in r.tokens[opened - 2 : opened]] == ["grid", "("]:
+        help = f"the sizes stand side by side: `grid({shown}, ...)`"
+    return r.at(start, end + 1, "parentheses around several values", help)
 
 
 def declaration(r: Refused) -> Explained | None:
@@ -291,6 +310,9 @@ def header(r: Refused) -> Explained | None:
         }
         if r.bad.type in helps:
             return r.it(f"expected a name, not {r.shown}", helps[r.bad.type])
+    if r.bad.type == "LBRACE" and r.accepts == {"ASSIGN"} and r.tokens[0].type == "PATTERN":
+        head = r.text[extent(r.tokens[0])[0] : extent(r.tokens[-1])[1]]
+        return r.it("expected `=`, not `{`", f"write `{head} = {{ q, k : ... }}`")
     if len(r.tokens) == 2 and r.bad.type == "LSQB" and r.kind(1) == "NAME":
         help = f"parameters stand in parentheses: `{r.tokens[0]} {r.tokens[1]}(...)`"
         return r.it("unexpected `[`", help)
@@ -301,6 +323,8 @@ def header(r: Refused) -> Explained | None:
 
 
 def clause(r: Refused) -> Explained | None:
+    if r.clauses_due and r.bad.type in ("LBRACE", "TILDE") and not r.complete:
+        return r.up_to_next_clause(f"expected a clause, not {r.shown}", f"write `mask {pattern_at(r)}`")
     if r.bad.type != "NAME" or not r.clauses_due:
         return None
     called = ALONE.match(r.text, r.there)
@@ -312,9 +336,19 @@ def clause(r: Refused) -> Explained | None:
         return r.up_to_next_clause(f"the score {r.shown} without its clause", f"write `score {meant}`")
     if r.bad in habits.CLAUSES and not r.text[r.there :].lstrip().startswith("("):
         return r.up_to_next_clause(f"{CLAUSE} {r.shown}", habits.CLAUSES[r.bad])
+    if not r.complete and word_of(r.source.text, r.bad) == "pattern":
+        return r.up_to_next_clause(
+            f"the pattern {r.shown} without its clause", f"write `mask {pattern_at(r)}`"
+        )
     if r.begins or r.bad in LATER or close(r.bad, CLAUSES):
         return r.up_to_next_clause(*unknown(CLAUSE, r.bad, r.shown, CLAUSES))
     return None
+
+
+def pattern_at(r: Refused) -> str:
+    """What stands from the mistake to the next clause, for a help line."""
+    text = " ".join(r.text[r.here : following(r.text, r.here)].split())
+    return text if len(text) <= SHOWN else f"{r.bad} ..."
 
 
 def word_out_of_place(r: Refused) -> Explained | None:
@@ -412,9 +446,10 @@ def group_of_heads(r: Refused) -> Explained | None:
         or r.bad.type == "$END"
     ):
         return None
-    return r.it(
-        f"expected {wanted(r.accepts)}, not {r.shown}", "a group of heads is written `0..3 { mask ... }`"
-    )
+    help = "a group of heads is written `0..3 { mask ... }`"
+    if r.kind(2) == "HEADS" and r.kind(1) == "INT":
+        help += f"; how many there are is said at the call, `heads={r.tokens[-1]}`"
+    return r.it(f"expected {wanted(r.accepts)}, not {r.shown}", help)
 
 
 Rule = Callable[[Refused], Explained | None]
@@ -496,6 +531,16 @@ def unknown(kind: str, word: str, shown: str, words: tuple[str, ...]) -> tuple[s
 
 def listing(words: tuple[str, ...]) -> str:
     return f"the words are {', '.join(words[:-1])} and {words[-1]}"
+
+
+def innermost(tokens: list[Token]) -> int | None:
+    """The place of the bracket that was opened last and is not closed."""
+    level = 0
+    for i in range(len(tokens) - 1, -1, -1):
+        level += (tokens[i].type in OPENERS.values()) - (tokens[i].type in OPENERS)
+        if level < 0:
+            return i
+    return None
 
 
 def in_builder_head(tokens: list[Token]) -> bool:

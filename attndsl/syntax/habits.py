@@ -15,6 +15,8 @@ OPERATORS = (
     (r"\?", "write `where(condition, a, b)`"),
     (r"=>", "write `>=`"),
     (r"=<", "write `<=`"),
+    (r"<<", "write `a * 2 ** b`"),
+    (r">>", "write `a // 2 ** b`"),
     (r"<>", "write `!=`"),
     (r"\.\.\.", "write `a..b`, both ends included"),
     (r"\.\.[=<]", "write `a..b`, both ends included"),
@@ -48,12 +50,16 @@ DEFINITIONS = {
     "function": "write `let NAME(x) = ...`",
 }
 """Where a definition begins."""
+AT_CALL = "sizes are said at the call, as `attndsl.compile(..., heads=8)`, and are no part of a text"
 CLAUSES = {
     "dropout": "leave it out: weights are not dropped, and `torch.nn.Dropout` is for the output",
     "scale": "write it into the score: `score Q @ K * 0.125`",
     "bias": "write it into the score: `score s + ...`",
     "softmax": "write `norm softmax`",
     "window": "write `mask causal & last(128)`",
+    **dict.fromkeys(
+        "kv_heads num_heads n_heads head_dim layers length batch dtype block_size".split(), AT_CALL
+    ),
     **dict.fromkeys(
         ("sink", "sinks"), "write `norm softmax(sink = learn[H])`; first keys are `mask sinks(4)`"
     ),
@@ -86,6 +92,8 @@ def attribute(name: str, part: str) -> str:
     """What is written for `name.part`."""
     if name in MODULES:
         return f"write `{TYPES.get(part, part)}`"
+    if name in ("Q", "K") and part in ("T", "mT", "t", "transpose", "permute", "mH"):
+        return "`s` is the logit, and `Q @ K` the inner product without its scale: nothing is transposed"
     return f"the transpose is `T({name})`" if part == "T" else "names have no attributes"
 
 
