@@ -1,19 +1,18 @@
 """The `cpu` backend: kernels in C++ over tiles, forward and backward, with the score generated from its
 expression, compiled once by the system's compiler.
-
-Its cost is unknown so far: it runs where it is named.
 """
 
 import os
 from dataclasses import replace
 
 from attndsl.attention import Attention
-from attndsl.backend import Kernel, Problem
+from attndsl.backend import Kernel, Problem, predicted
 from attndsl.errors import fail
 from attndsl.execution.torch_eval import FEATURES
 from attndsl.tiles.blockmask import BlockMask
 
 from .build import MISSING, compiler, library
+from .cost import SECONDS, TRAINING, counts
 from .kernel import Compiled, score_of
 from .layout import ROWS
 
@@ -30,6 +29,8 @@ class Cpu:
         devices={"cpu"},
     )
 
+    seconds = SECONDS
+
     def supports(self, attention: Attention, problem: Problem) -> str | None:
         if problem.block_size % ROWS:
             return f"tiles of {problem.block_size} tokens are no multiple of {ROWS}"
@@ -43,7 +44,12 @@ class Cpu:
         return None if compiler() else MISSING
 
     def cost(self, attention: Attention, problem: Problem, block_mask: BlockMask | None) -> float | None:
-        return None
+        return predicted(SECONDS, counts(attention, problem, block_mask), problem, TRAINING)
+
+    def counts(
+        self, attention: Attention, problem: Problem, block_mask: BlockMask | None
+    ) -> dict[str, float]:
+        return counts(attention, problem, block_mask)
 
     def lower(self, attention: Attention, problem: Problem) -> Kernel:
         for group in attention.groups:

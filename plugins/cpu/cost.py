@@ -1,0 +1,106 @@
+"""What a forward pass does and how long that takes: the cost of the `cpu` backend."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from attndsl import expr as ir
+from attndsl.attention import Attention
+from attndsl.backend import DTYPES, Problem
+from attndsl.emit.leaves import READS
+from attndsl.tiles.blockmask import BlockMask, Rows, TileGrid
+from attndsl.tiles.lowering import head_groups
+
+from .kernel import FEW, score_of
+from .layout import ROWS
+from .score import Score
+
+SECONDS = {
+    "cpu": {
+        "runs": 1e-4,
+        "leaves": 1e-4,
+        "blocks": 2e-6,
+        "products": 2e-11,
+        "softmax": 2e-10,
+        "operations": 1e-10,
+        "read": 1e-10,
+    }
+}
+TRAINING = 3.6
+"""Forward and backward beside forward: 5 matrix products more to 2."""
+GROUP = 16
+"""Queries and keys of a partial tile that are computed together."""
+SAMPLED = 256
+"""Contents of partial tiles that are looked at."""
+FUNCTIONS = {
+    "exp",
+    "log",
+    "log2",
+    "tanh",
+    "sigmoid",
+    "sin",
+    "cos",
+    "pow",
+    "sqrt",
+    "div",
+    "floordiv",
+    "mod",
+    "read",
+}
+"""Operations that take some ten of the others."""
+
+
+def counts(attention: Attention, problem: Problem, block_mask: BlockMask | None) -> dict[str, float]:
+    """Without tiles of every pair."""
+    heads, width = problem.heads, problem.head_dim
+    which = head_groups(attention, heads)
+    scores = [score_of(group, width, True) for group in attention.groups]
+    total = dict.fromkeys((*SECONDS["cpu"], "pairs", "written"), 0.0)
+    total["runs"] = float(len({*which}))
+    index = None if block_mask is None else block_mask.index
+    for h, group in enumerate(which):
+        score = scores[group]
+        assert isinstance(score, Score)
+        if block_mask is None or index is None:
+            pairs = float(problem.q_length * problem.length)
+        else:
+            column = index[:, h % index.shape[1]]
+            pairs = float(np.mean([computed(block_mask.masks[i]) for i in column]))
+        pairs *= problem.batch
+        rows = problem.q_length * (heads // problem.kv_heads)
+        total["pairs"] += pairs
+        total["products"] += pairs * width
+        total["softmax"] += pairs
+        total["operations"] += pairs * operations(score)
+        if rows <= FEW:
+            size = DTYPES[problem.dtype] / 4
+            total["read"] += pairs / problem.q_length * problem.kv_heads / heads * 2 * width * size
+        else:
+            total["blocks"] += problem.batch * -(-problem.q_length // ROWS)
+    total["leaves"] = float(sum([len(score.leaves) for score in scores if isinstance(score, Score)]))
+    return total
+
+
+def operations(score: Score) -> float:
+    """At each pair, beside those of a plain score."""
+    if score.plain:
+        return 0.0
+    nodes = {node for root in score.roots for node in ir.nodes(root) if node.op not in ("const", "var")}
+    return float(sum(10 if node.op in FUNCTIONS else 1 for node in nodes if node.op not in READS)) + len(
+        score.leaves
+    )
+
+
+def computed(mask: TileGrid | Rows) -> float:
+    """Pairs of tiles, of partial ones those of groups with a live pair."""
+    if isinstance(mask, Rows):
+        return float(mask.nnz)
+    size = mask.block_size
+    some = mask.masks[:SAMPLED]
+    found = mask.tiles.full * float(size**2)
+    if not len(some):
+        return found
+    bits = some.reshape(len(some), size // GROUP, GROUP, size // GROUP, GROUP // 8)
+    areas = bits.any(axis=(2, 4)).sum(axis=(1, 2)) * float(GROUP**2)
+    uses = np.bincount(mask.part_mask, minlength=len(mask.masks))[:SAMPLED]
+    return found + float((areas * uses).sum() / uses.sum() * len(mask.part_mask))
