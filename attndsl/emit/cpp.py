@@ -60,6 +60,7 @@ def spelling(places: Mapping[Leaf, int]) -> Target:
 
     spell: dict[str, Spelling] = {
         "const": _const, "leaf": read, "read": read,
+        "entry": lambda e, args: "entry_of_query(row)" if e.value == "query" else "entry_of_key(key)",
         "add": _joined("+"), "mul": _joined("*"), "div": _joined("/"),
         "and": _joined("&"), "or": _joined("|"), "not": lambda e, args: f"~{args[0]}",
         "le": _compared("<="), "lt": _compared("<"), "eq": _compared("=="),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal, TypeAlias, cast
+from typing import Any, Literal, TypeAlias, cast
 
 from attndsl import expr as ir
 from attndsl.expr import TRUE, Expr, IntSet, Table
@@ -19,6 +19,16 @@ INTERVALS = 16
 
 
 @dataclass(frozen=True)
+class Products:
+    """A table of inner products of `vector` with the rows of `table`, its first axis that of what the vector
+    is of, if it is of each query or key."""
+
+    vector: Expr
+    table: Table
+    of: Literal["query", "key", "number"]
+
+
+@dataclass(frozen=True)
 class Leaf:
     """An array that the code reads.
 
@@ -28,16 +38,16 @@ class Leaf:
     """
 
     kind: Kind
-    of: Expr | Table
+    of: Expr | Table | Products
 
 
 READS = ("leaf", "read")
-"""Nodes that read one."""
+"""Nodes that read one, which is their value."""
 
 
 def leaf_of(e: Expr) -> Leaf:
     """What a node of READS reads."""
-    return Leaf("table", cast(Table, e.value)) if e.op == "read" else cast(Leaf, e.value)
+    return cast(Leaf, e.value)
 
 
 def leaves(roots: Iterable[Expr]) -> dict[Leaf, Expr]:
@@ -48,8 +58,8 @@ def leaves(roots: Iterable[Expr]) -> dict[Leaf, Expr]:
 def left_over(root: Expr, adjacent: bool) -> Expr | str:
     """The expression over `s` and leaves, or why there is none.
 
-    `leaf` has no arguments, its value is a Leaf. `read` looks a table up: its first argument says where it
-    matters, the others are the indices that a text writes. Where a condition leaves a function aside its
+    `leaf` has no arguments. `read` looks a table up: its first argument says where it matters, the others are
+    the indices. `entry` is the place of the query or the key. Where a condition leaves a function aside its
     argument is a harmless one, so that no derivative is 0 times infinity.
 
     adjacent  whether queries stand beside one another, and keys too
@@ -74,6 +84,9 @@ PAIRWISE = frozenset(
 """What there is code for."""
 
 
+SIDES = {"query": {"q", *ir.QUERY_VECTORS}, "key": {"k", *ir.KEY_VECTORS}}
+
+
 class _LeftOver:
     """By node and by the condition under which its value matters."""
 
@@ -85,7 +98,7 @@ class _LeftOver:
     def classify(self, e: Expr) -> Kind | None:
         if "s" in e.free or e.type in ("vec", "mat", "truths"):
             return None
-        queries, keys = e.free & {"q", *ir.QUERY_VECTORS}, e.free & {"k", *ir.KEY_VECTORS}
+        queries, keys = (e.free & names for names in SIDES.values())
         if not keys:
             return "query" if queries else "number"
         if not queries:
@@ -113,10 +126,10 @@ class _LeftOver:
                 found.append(self.of(arg, refined))
                 refined = ir.all_of(refined, found[-1] if e.op == "and" else ir.negate(found[-1]))
             return ir.rebuild(e, tuple(found))
-        if e.op == "lookup":
-            table = cast(Table, e.value)
-            indices = (self.of(arg, where) for arg in e.args[len(table.implicit) :])
-            return ir.make("read", (where, *indices), table, e.type)
+        if e.op == "lookup" and e.type != "vec":
+            return self.read(Leaf("table", cast(Table, e.value)), e, where)
+        if e.op == "inner":
+            return self.products(e, where)
         if e.op not in PAIRWISE or e.type == "vec":
             raise _BeyondError(f"the score computes `{e.op}` at each pair")
         if e.op == "inset" and len(cast(IntSet, e.value).intervals) > INTERVALS:
@@ -128,6 +141,20 @@ class _LeftOver:
                 safe |= {"div": {1: 1.0}, "pow": {0: 1.0, 1: 1.0}}.get(e.op, {})
             args = [arg if (x := safe[i]) is None else _guarded(where, arg, x) for i, arg in enumerate(args)]
         return ir.rebuild(e, tuple(args))
+
+    def read(self, leaf: Leaf, e: Expr, where: Expr, *first: Expr) -> Expr:
+        indices = (self.of(arg, where) for arg in e.args[len(cast(Table, e.value).implicit) :])
+        return ir.make("read", (where, *first, *indices), leaf, "real" if e.type == "vec" else e.type)
+
+    def products(self, e: Expr, where: Expr) -> Expr:
+        for vector, row in (e.args, e.args[::-1]):
+            sides = [side for side, names in SIDES.items() if vector.free & names]
+            if row.op != "lookup" or len(sides) == len(SIDES):
+                continue
+            first = [ir.make("entry", (), side, "int") for side in sides]
+            of = Products(vector, cast(Table, row.value), cast(Any, sides[0] if sides else "number"))
+            return self.read(Leaf("table", of), row, where, *first)
+        raise _BeyondError("the score computes `inner` at each pair")
 
     def gathered(self, e: Expr) -> list[Expr]:
         """The terms of a sum, those together that one leaf can hold."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from attndsl import expr as ir
 from attndsl.backend import Call
-from attndsl.emit.leaves import Leaf
+from attndsl.emit.leaves import Leaf, Products
 from attndsl.execution.torch_eval import Env, environment, evaluate, of_distances
 from attndsl.expr import Expr, Table
 from attndsl.meaning.pointwise import partial
@@ -41,7 +41,12 @@ class LeafValues:
         """
         e = leaf.of
         if isinstance(e, Table):
-            return self.entries(e, call)
+            return self.entries(e, call).flatten(2)
+        if isinstance(e, Products):
+            vectors = evaluate(e.vector, self.with_vectors(e.vector, call)).to(self.env.dtype)
+            vectors = vectors.reshape(*(1,) * (5 - vectors.dim()), *vectors.shape).flatten(2, 3)
+            rows = self.entries(e.table, call).flatten(2, -2)
+            return (vectors @ rows.transpose(2, 3)).flatten(2)
         env = self.with_vectors(e, call)
         if leaf.kind == "distance":
             live = self.live(shadows.live_distances) if partial(e) else torch.ones(1, 1, 1, dtype=torch.bool)
@@ -64,11 +69,12 @@ class LeafValues:
         return replace(self.env, values=values, tables=call.tables)
 
     def entries(self, table: Table, call: Call) -> Tensor:
+        """With axes of batch rows and heads."""
         known, lead = table.known, len(table.implicit)
         values = call.tables[table.name] if known is None else torch.from_numpy(known)
         values = values.to(self.env.dtype) if table.dtype == "float" else values
         sizes = dict(zip(table.dims[:lead], values.shape[:lead], strict=True))
-        return values.reshape(sizes.get("B", 1), sizes.get("H", 1), -1)
+        return values.reshape(sizes.get("B", 1), sizes.get("H", 1), *values.shape[lead:])
 
     @property
     def distances(self) -> Tensor:
@@ -92,19 +98,27 @@ def _flat(found: Tensor, entries: int) -> Tensor:
     return found.expand(*found.shape[:2], entries)
 
 
-def sizes_of(table: Table, call: Call) -> tuple[int, ...]:
+def sizes_of(of: Table | Products, call: Call) -> tuple[int, ...]:
     """Of the axes that pairs index."""
+    table = of.table if isinstance(of, Products) else of
     known = table.known
     shape = call.tables[table.name].shape if known is None else known.shape
-    return tuple(shape[len(table.implicit) :])
+    sizes = tuple(shape[len(table.implicit) :])
+    if isinstance(of, Table):
+        return sizes
+    first = {"query": (call.q.shape[2],), "key": (call.k.shape[2],)}.get(of.of, ())
+    return first + sizes[:-1]
 
 
 def passes_gradients(leaf: Leaf, names: Set[str]) -> bool:
     """Whether what it holds is made of vectors or of tables of these names."""
-    if isinstance(leaf.of, Table):
-        return leaf.of.name in names
+    of = leaf.of
+    if isinstance(of, Table):
+        return of.name in names
+    if isinstance(of, Products):
+        return True
     vectors = ir.QUERY_VECTORS | ir.KEY_VECTORS
-    return bool(leaf.of.free & vectors) or any(table.name in names for table in leaf.of.tables)
+    return bool(of.free & vectors) or any(table.name in names for table in of.tables)
 
 
 def pair_environment(call: Call, b: int, h: int, q: int, k: int) -> Env:

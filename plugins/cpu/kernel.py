@@ -14,11 +14,11 @@ from torch import Tensor
 from attndsl import expr as ir
 from attndsl.attention import Attention, HeadGroup
 from attndsl.backend import Call, Gradients
-from attndsl.emit.leaves import READS, Leaf, leaf_of
+from attndsl.emit.leaves import READS, Leaf, Products, leaf_of
 from attndsl.execution.leaf_values import LeafValues, pair_environment, passes_gradients, sizes_of
 from attndsl.execution.operator import vjp
 from attndsl.execution.torch_eval import decay_factor, environment, evaluate, singles
-from attndsl.expr import Table
+from attndsl.expr import Expr
 from attndsl.meaning.intervals import stays_within
 from attndsl.tiles.blockmask import Rows, TileGrid
 from attndsl.tiles.lowering import head_groups
@@ -31,7 +31,7 @@ PIECES = 8
 """Tasks of a backward pass at least, whatever the number of threads, so that sums have one order."""
 LANES = 16
 """At most."""
-AXES = 4
+AXES = 5
 """Of a table that pairs index, at most."""
 FEW = 32
 """Rows of a key head up to which keys are lanes in place of queries."""
@@ -229,6 +229,8 @@ class Part:
             for node in ir.nodes(e)
             if node.op in READS and node.type != "real"
         }
+        (nq, n) = self.call.q.shape[2], self.call.k.shape[2]
+        ends |= {ir.make("entry", (), side, "int"): (0, size) for side, size in (("query", nq), ("key", n))}
         small = all(x.shape[2] < 2**31 for x in leaves.values())
         return small and all(stays_within(e, NARROW, ends) for e in self.score.roots)
 
@@ -240,7 +242,7 @@ class Part:
 
     def sizes(self, leaf: Leaf) -> tuple[int, ...]:
         """Of the axes of a table; of a number -1, for its gradient is a sum over all pairs."""
-        if isinstance(leaf.of, Table):
+        if not isinstance(leaf.of, Expr):
             sizes = sizes_of(leaf.of, self.call)
             return (*sizes, *(1,) * (AXES - len(sizes)))
         return (-1 if leaf.kind == "number" else 0,) * AXES
@@ -329,7 +331,8 @@ class Part:
     def slope(self, leaf: Leaf, pieces: int) -> Tensor:
         """Where the library adds up the gradient of a leaf, [B, H, pieces, entries]."""
         # the queries of pieces are others
-        shape = (*self.call.q.shape[:2], 1 if leaf.kind == "query" else pieces)
+        by_query = leaf.kind == "query" or (isinstance(leaf.of, Products) and leaf.of.of == "query")
+        shape = (*self.call.q.shape[:2], 1 if by_query else pieces)
         return self.leaves[leaf].new_zeros((*shape, self.leaves[leaf].shape[2]))
 
     def pull(

@@ -86,7 +86,7 @@ INLINE real total(vec x) {
     return found;
 }
 
-#define AXES 4
+#define AXES 5
 
 // Of one batch row and head, for a block of queries: of each leaf where it begins, and its gradient, or NULL.
 struct Place {
@@ -115,7 +115,14 @@ INLINE void note(struct Place *at, long row, long key, ivec where) {
 INLINE whole load_whole(const integer *p) { return *(const loose_whole *)p; }
 INLINE vec real_of_number(struct Place *at, int i) { return all(REALS(i)[0]); }
 INLINE whole int_of_number(struct Place *at, int i) { return wholes(WHOLES(i)[0]); }
+INLINE whole counted(integer first) {
+    whole found;
+    for (int i = 0; i < LANES; i++) found[i] = first + i;
+    return found;
+}
 #ifdef DECODE
+INLINE whole entry_of_query(long row) { return wholes((integer)row); }
+INLINE whole entry_of_key(long key) { return counted((integer)key); }
 INLINE vec real_of_query(struct Place *at, int i, long row) { return all(REALS(i)[row]); }
 INLINE vec real_of_key(struct Place *at, int i, long key) { return load(REALS(i) + key); }
 INLINE vec real_of_distance(struct Place *at, int i, long row, long key) {
@@ -131,6 +138,8 @@ INLINE whole int_of_distance(struct Place *at, int i, long row, long key) {
     return found;
 }
 #else
+INLINE whole entry_of_query(long row) { return counted((integer)row); }
+INLINE whole entry_of_key(long key) { return wholes((integer)key); }
 INLINE vec real_of_query(struct Place *at, int i, long row) { return load(REALS(i) + row); }
 INLINE vec real_of_key(struct Place *at, int i, long key) { return all(REALS(i)[key]); }
 INLINE vec real_of_distance(struct Place *at, int i, long row, long key) {

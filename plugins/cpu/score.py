@@ -115,13 +115,26 @@ class Score:
 
 
 def _plain(e: Expr) -> Expr:
-    """With Q @ K written as s."""
+    """With Q @ K written as s, and inner products of sums as sums."""
     done: dict[Expr, Expr] = {}
     for node in ir.nodes(e):
         args = tuple(done[arg] for arg in node.args)
-        whole = node.op == "inner" and {arg.value for arg in node.args} == {"Q", "K"}
-        done[node] = ir.mul(ir.call("sqrt", ir.var("D")), S) if whole else ir.rebuild(node, args)
+        done[node] = _product(*args) if node.op == "inner" else ir.rebuild(node, args)
     return done[e]
+
+
+def _product(a: Expr, b: Expr) -> Expr:
+    if {a.value, b.value} == {"Q", "K"}:
+        return ir.mul(ir.call("sqrt", ir.var("D")), S)
+    for one, other in ((a, b), (b, a)):
+        if one.op == "add" and all(arg.type == "vec" for arg in one.args):
+            return ir.add(*(_product(arg, other) for arg in one.args))
+        if one.op == "mul" and (numbers := [arg for arg in one.args if arg.type != "vec"]):
+            (vector,) = (arg for arg in one.args if arg.type == "vec")
+            return ir.mul(numbers[0], _product(vector, other))
+        if one.op == "div" and one.args[1].type != "vec":
+            return ir.div(_product(one.args[0], other), one.args[1])
+    return ir.inner(a, b)
 
 
 def _scaled(score: Expr, packed: float) -> tuple[float, Expr]:
