@@ -37,10 +37,13 @@ from attndsl.execution import choice, registry
 from attndsl.tiles import lowering
 from attndsl.tiles.blockmask import BlockMask
 
-SUMS = ("differential", "etc_projected", "longformer_projected", "nsa")
-"""Examples of which a backend is told part by part."""
+ASIDE = (
+    *("differential", "etc_projected", "longformer_projected", "nsa"),
+    *("compressive", "memorizing", "pegasus_x", "transformer_xl"),
+)
+"""Examples of which a backend is told part by part, and those that read memory."""
 EXAMPLES = sorted(
-    path for path in (Path(__file__).parent.parent / "examples").glob("*.attn") if path.stem not in SUMS
+    path for path in (Path(__file__).parent.parent / "examples").glob("*.attn") if path.stem not in ASIDE
 )
 TRAINING = {path.stem for path in EXAMPLES[::2]}
 LENGTHS = (2**6, 2**8, *(2**i for i in range(10, 17)))
