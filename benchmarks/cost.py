@@ -37,15 +37,8 @@ from attndsl.execution import choice, registry
 from attndsl.tiles import lowering
 from attndsl.tiles.blockmask import BlockMask
 
-ASIDE = (
-    *("differential", "etc_projected", "longformer_projected", "nsa"),
-    *("compressive", "memorizing", "pegasus_x", "transformer_xl"),
-)
-"""Examples of which a backend is told part by part, and those that read memory."""
-EXAMPLES = sorted(
-    path for path in (Path(__file__).parent.parent / "examples").glob("*.attn") if path.stem not in ASIDE
-)
-TRAINING = {path.stem for path in EXAMPLES[::2]}
+PATHS = sorted((Path(__file__).parent.parent / "examples").glob("*.attn"))
+TRAINING = {path.stem for path in PATHS[::2]}
 LENGTHS = (2**6, 2**8, *(2**i for i in range(10, 17)))
 LIMIT, JUDGED, LONG = 7.0, 5.0, 0.5
 """Seconds: of a prediction that is still measured and that is judged, of a call that is not repeated."""
@@ -127,9 +120,15 @@ def first(program: attndsl.Program) -> Bound:
     return attention
 
 
+def alone(path: Path) -> bool:
+    """Whether its attention has tiles of its own: no sum, no memory and no choice of keys."""
+    attention = first(attndsl.load(path)).attention
+    return not (attention.parts or attention.held or attention.selected)
+
+
 @functools.cache
 def case_of(example: str, n: int) -> Case:
-    bound = first(attndsl.load(EXAMPLES[0].parent / f"{example}.attn"))
+    bound = first(attndsl.load(PATHS[0].parent / f"{example}.attn"))
     if example in PARAMETERS:
         bound = bound(**PARAMETERS[example](n))
     attention = bound.attention
@@ -186,7 +185,7 @@ def rows_of(path: Path) -> list[Row]:
 def measure(path: Path, minutes: float, only: str | None) -> None:
     done = {(row["example"], row["n"], row["backend"]) for row in rows_of(path)}
     end = time.monotonic() + 60 * minutes
-    names = [path.stem for path in EXAMPLES if only in (None, path.stem)]
+    names = [path.stem for path in PATHS if only in (None, path.stem) and alone(path)]
     for n, example in itertools.product(LENGTHS, names):
         if n * n * QUADRATIC.get(example, 0) > MEMORY / 2:
             continue
