@@ -114,10 +114,9 @@ def backends() -> list[str]:
 
 
 def first(program: attndsl.Program) -> Bound:
-    name = (*program.attentions, *program.names)[0]
-    attention = program[name]
-    assert isinstance(attention, Bound), f"{name} needs parameters"
-    return attention
+    """Its first attention or pattern that needs no parameters."""
+    found = map(program.__getitem__, (*program.attentions, *program.names))
+    return next(bound for bound in found if isinstance(bound, Bound))
 
 
 def alone(path: Path) -> bool:
