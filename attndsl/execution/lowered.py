@@ -16,7 +16,7 @@ from attndsl import portable
 from attndsl.attention import Attention
 from attndsl.axis import Axis
 from attndsl.backend import Backend, Call, Differentiable, Kernel, Problem
-from attndsl.errors import asking, fail
+from attndsl.errors import AttnError, asking, fail
 from attndsl.execution import choice, registry
 from attndsl.expr import Drawn, Table
 from attndsl.meaning.draws import drawn
@@ -184,6 +184,21 @@ def _seen(offset: Sequence[int] | None, at: At) -> Seen:
 _alive: WeakValueDictionary[str, Lowered] = WeakValueDictionary()
 _loaded: dict[str, Lowered] = {}
 """Those of programs that came without a plan: nothing else holds them."""
+
+
+def taken(
+    attention: Attention, problem: Problem, considered: Mapping[str, choice.Verdict], backend: str | None
+) -> tuple[Lowered, Mapping[str, choice.Verdict]]:
+    """What runs by `backend` or, where that is None, by the first that neither declines nor fails to make its
+    kernel; and what was considered, with the reasons of those that failed."""
+    name = choice.chosen(considered, backend)
+    try:
+        return lower(attention, problem, name), considered
+    except AttnError as error:
+        if backend is not None:
+            raise
+        failed = {**considered, name: error.diagnostics[0].message}
+    return taken(attention, problem, failed, None)
 
 
 def lower(attention: Attention, problem: Problem, backend: str) -> Lowered:

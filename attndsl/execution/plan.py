@@ -19,7 +19,7 @@ from attndsl.bound import Bound
 from attndsl.errors import AttnError, fail, quantity
 from attndsl.execution import choice
 from attndsl.execution.choosing import chosen
-from attndsl.execution.lowered import At, Lowered, Places, lower
+from attndsl.execution.lowered import At, Lowered, Places, taken
 from attndsl.execution.operator import check_tangents, run, step
 from attndsl.execution.session import REWIND, Session
 from attndsl.execution.statesession import StateSession, stateful
@@ -94,10 +94,8 @@ def compile(
             blocks = lowering.block_mask(attention, sizes, {}, problem.block_size)
     seconds = time.perf_counter() - start
     left = attention.attended, problem.attended(attention)
-    considered = choice.considered(*left, blocks)
-    taken = choice.chosen(considered, backend)
-    asked = backend is not None
-    return Plan(attention, problem, lower(*left, taken), considered, blocks, seconds, asked=asked)
+    lowered, considered = taken(*left, choice.considered(*left, blocks), backend)
+    return Plan(attention, problem, lowered, considered, blocks, seconds, asked=backend is not None)
 
 
 def _added(attention: Attention, problem: Problem, backend: str | None) -> SumPlan:
@@ -456,8 +454,8 @@ class Plan:
             attention, problem = self.lowered.attention, replace(self.lowered.problem, dtype=name)
             considered = choice.considered(attention, problem, self.block_masks)
             left_open = backend == self.backend and not self.asked and isinstance(considered[backend], str)
-            taken = choice.chosen(considered, None if left_open else backend)
-            self.others[name, backend] = lower(attention, problem, taken)
+            lowered, _ = taken(attention, problem, considered, None if left_open else backend)
+            self.others[name, backend] = lowered
         return self.others[name, backend]
 
     def _keys(
