@@ -28,6 +28,7 @@ ROOMS = (
     "relations",  # isl: relations and proofs
     "tiles",  # masks in tiles
     "pictures",
+    "emit",  # scores as code
     "layers",  # what stacks of relations reach
     "language",  # tree to attention, assertions, warnings
     "highlight",  # for Pygments
