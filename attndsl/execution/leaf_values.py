@@ -13,10 +13,11 @@ from torch import Tensor
 
 from attndsl import expr as ir
 from attndsl.backend import Call
-from attndsl.emit.leaves import Leaf, Products
-from attndsl.execution.torch_eval import Env, environment, evaluate, of_distances
+from attndsl.emit.leaves import Kind, Leaf, Products
+from attndsl.execution.torch_eval import Env, Linear, environment, evaluate
 from attndsl.expr import Expr, Table
 from attndsl.meaning.pointwise import partial
+from attndsl.scores import linear_in_tables
 from attndsl.tiles import shadows
 from attndsl.tiles.blockmask import TileGrid
 
@@ -43,30 +44,49 @@ class LeafValues:
         if isinstance(e, Table):
             return self.entries(e, call).flatten(2)
         if isinstance(e, Products):
-            vectors = evaluate(e.vector, self.with_vectors(e.vector, call)).to(self.env.dtype)
+            vectors = evaluate(e.vector, self.around("number", e.vector, call)).to(self.env.dtype)
             vectors = vectors.reshape(*(1,) * (5 - vectors.dim()), *vectors.shape).flatten(2, 3)
             rows = self.entries(e.table, call).flatten(2, -2)
             return (vectors @ rows.transpose(2, 3)).flatten(2)
-        env = self.with_vectors(e, call)
-        if leaf.kind == "distance":
-            live = self.live(shadows.live_distances) if partial(e) else torch.ones(1, 1, 1, dtype=torch.bool)
-            wide = live.expand(*live.shape[:2], self.distances.shape[-1])
-            return of_distances(e, env, self.distances, wide)
-        if leaf.kind == "number":
-            return _flat(evaluate(e, env), 1)
-        queries = leaf.kind == "query"
-        asked = None
-        if partial(e):
-            live = self.live(shadows.live_rows if queries else shadows.live_keys)
-            asked = live[..., None] if queries else live[:, :, None]
-        return _flat(evaluate(e, env, asked), (call.q if queries else call.k).shape[2])
+        env = self.around(leaf.kind, e, call)
+        return self.flat(leaf.kind, evaluate(e, env, self.asked(leaf.kind) if partial(e) else None))
 
-    def with_vectors(self, e: Expr, call: Call) -> Env:
-        values = {**self.env.values}
+    def linear(self, leaf: Leaf) -> Linear | None:
+        """What it is over tables, which is the same in every call of these sizes, positions and tiles."""
+        if not isinstance(e := leaf.of, Expr) or e.type != "real" or linear_in_tables(e) is None:
+            return None
+        if e.free & (ir.QUERY_VECTORS | ir.KEY_VECTORS):
+            return None
+        asked = self.asked(leaf.kind) if partial(e) else None
+        live = torch.ones(1, 1, 1, 1, dtype=torch.bool) if asked is None else asked
+        return Linear.of(e, self.around(leaf.kind, e, self.call), live)
+
+    def around(self, kind: Kind, e: Expr, call: Call) -> Env:
+        """With the entries along the third or the fourth axis, and the vectors that are read."""
+        values = dict(self.env.values)
+        if kind == "distance":
+            values |= {"q": self.distances[..., None], "k": torch.zeros((), dtype=torch.int64)}
         for name, x in (("Q", call.q), ("K", call.k)):
             if name in e.free:
                 values[name] = x.to(self.env.dtype).repeat_interleave(call.q.shape[1] // x.shape[1], 1)
         return replace(self.env, values=values, tables=call.tables)
+
+    def asked(self, kind: Kind) -> Tensor | None:
+        """Where a live pair asks for an entry."""
+        if kind == "number":
+            return None
+        if kind == "distance":
+            return self.live(shadows.live_distances)[..., None]
+        if kind == "query":
+            return self.live(shadows.live_rows)[..., None]
+        return self.live(shadows.live_keys)[:, :, None]
+
+    def flat(self, kind: Kind, found: Tensor) -> Tensor:
+        """[.., entries, 1] or [.., 1, entries] as [.., entries], also where all are the same."""
+        (nq, n) = self.call.q.shape[2], self.call.k.shape[2]
+        entries = {"number": 1, "query": nq, "key": n, "distance": nq + n - 1}[kind]
+        found = found.reshape(*(1,) * (4 - found.dim()), *found.shape).flatten(2)
+        return found.expand(*found.shape[:2], entries)
 
     def entries(self, table: Table, call: Call) -> Tensor:
         """With axes of batch rows and heads."""
@@ -90,12 +110,6 @@ class LeafValues:
         if index.shape[1] > 1:
             index = index[:, np.arange(heads) % index.shape[1]]
         return torch.from_numpy(np.stack([shadow(grid) for grid in blocks.grids])[index])
-
-
-def _flat(found: Tensor, entries: int) -> Tensor:
-    """[.., nq, 1] or [.., 1, n] as [.., entries], also where all are the same."""
-    found = found.reshape(*(1,) * (4 - found.dim()), *found.shape).flatten(2)
-    return found.expand(*found.shape[:2], entries)
 
 
 def sizes_of(of: Table | Products, call: Call) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -17,10 +18,10 @@ from attndsl.backend import Call, Gradients
 from attndsl.emit.leaves import READS, Leaf, Products, leaf_of
 from attndsl.execution.leaf_values import LeafValues, pair_environment, passes_gradients, sizes_of
 from attndsl.execution.operator import vjp
-from attndsl.execution.torch_eval import decay_factor, environment, evaluate, singles
+from attndsl.execution.torch_eval import Linear, decay_factor, environment, evaluate, singles
 from attndsl.expr import Expr
 from attndsl.meaning.intervals import stays_within
-from attndsl.tiles.blockmask import Rows, TileGrid
+from attndsl.tiles.blockmask import BlockMask, Rows, TileGrid
 from attndsl.tiles.lowering import head_groups
 
 from .layout import ROWS, Layout, Layouts
@@ -50,6 +51,7 @@ MARGINS = {
 }
 """Entries beside those of a leaf, which no pair asks for but vectors of pairs hold."""
 
+KnownLeaves = WeakKeyDictionary[BlockMask, dict[tuple[object, ...], "Linear | None"]]
 score_of = lru_cache(maxsize=256)(Score.of)
 
 
@@ -75,6 +77,7 @@ class Compiled:
     attention: Attention
     layouts: Layouts = field(default_factory=Layouts)
     known: Known = field(default_factory=Known)
+    leaves: KnownLeaves = field(default_factory=KnownLeaves)
     groups: dict[tuple[object, ...], tuple[Group, ...]] = field(default_factory=dict)
 
     def __call__(self, call: Call) -> tuple[Tensor, Tensor]:
@@ -128,6 +131,15 @@ class Compiled:
             masks: Sequence[Rows | TileGrid] = (blocks.rows or ()) if few else blocks.grids
             layouts = tuple([self.layout(mask) for mask in masks])
             known[key] = Masks.of(layouts, blocks.index, call.q.shape[0], group.heads)
+        return known[key]
+
+    def linear(self, call: Call, leaf: Leaf, made: LeafValues) -> Linear | None:
+        """What a leaf is over tables, where that is so, and the same in every call of its kind."""
+        known = self.leaves.setdefault(call.block_mask, {})
+        shapes = tuple([x.shape for x in call.tables.values()])
+        key = (leaf, call.q_at, call.k_at, call.n, call.q.shape[:3], call.q.dtype, shapes)
+        if key not in known:
+            known[key] = made.linear(leaf)
         return known[key]
 
     def layout(self, mask: TileGrid | Rows) -> Layout:
@@ -213,7 +225,10 @@ class Part:
         made, wide = LeafValues(self.call), self.call.q.dtype
         found = {}
         for leaf, node in self.score.leaves.items():
-            x = made.of(leaf, self.call).to(wide if node.type == "real" else torch.int64)
+            if (linear := self.kernel.linear(self.call, leaf, made)) is not None:
+                x = made.flat(leaf.kind, linear.values(self.call.tables, wide))
+            else:
+                x = made.of(leaf, self.call).to(wide if node.type == "real" else torch.int64)
             found[leaf] = torch.nn.functional.pad(x, MARGINS[leaf.kind]).contiguous()
         if found and self.narrow(found):
             found = {leaf: x if x.dtype == wide else x.to(torch.int32) for leaf, x in found.items()}
