@@ -25,7 +25,7 @@ SECONDS = {
         "read": 2.9e-10,
     }
 }
-"""Measured beside `torch` on one core with AVX2 by `python -m benchmarks.cost`, and scaled as the constants of
+"""Measured beside `torch` on one core with AVX2 by `python -m benchmarks.cost`, scaled as the constants of
 that, which are of two cores with AVX-512, are off there."""
 TRAINING = 3.6
 """Forward and backward beside forward: 5 matrix products more to 2."""
