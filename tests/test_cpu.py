@@ -18,7 +18,8 @@ from attndsl.attention import HeadGroup, Relation
 from attndsl.backend import Differentiable
 from attndsl.conformance import Case, check, supported
 from attndsl.expr import TRUE, var
-from attndsl.plugins.cpu import build
+from attndsl.plugins import cpu as backend_cpu
+from attndsl.plugins.cpu import build, passes
 from attndsl.plugins.cpu.kernel import score_of
 from attndsl.plugins.cpu.layout import Layout
 
@@ -226,6 +227,25 @@ def test_no_compiler(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(attndsl.AttnError, match="declines: there is no C"):
         attndsl.compile(attention, length=64, backend="cpu")
     assert attndsl.compile(attention, length=64).considered["cpu"] == build.MISSING
+
+
+@compiled
+def test_another_backend_is_taken_where_the_compiler_fails(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attention = attndsl.parse("attention a { mask causal & last(37)  score 1.25 * s }")["a"]
+    before = attndsl.compile(attention, length=1024, heads=8)
+    assert before.backend == "cpu"
+    real = build.compiler()
+    compiler(
+        home, monkeypatch, f'case "$*" in *-dM*) exec {real} "$@";; esac; echo "error: no room" >&2; exit 1'
+    )
+    monkeypatch.setattr(passes, "library", build.library)
+    monkeypatch.setattr(backend_cpu, "library", build.library)
+    plan = attndsl.compile(attention, length=1023, heads=8)
+    assert plan.backend != "cpu"
+    assert "error: no room" in str(plan.considered["cpu"])
+    assert "no room" in str(plan)
 
 
 @compiled
