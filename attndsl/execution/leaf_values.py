@@ -42,16 +42,17 @@ class LeafValues:
         e = leaf.of
         if isinstance(e, Table):
             return self.entries(e, call)
-        env = self.with_vectors(e, call)
+        env, guarded = self.with_vectors(e, call), partial(e) or e.free & (ir.QUERY_VECTORS | ir.KEY_VECTORS)
         if leaf.kind == "distance":
-            live = self.live(shadows.live_distances) if partial(e) else torch.ones(1, 1, 1, dtype=torch.bool)
+            live = self.live(shadows.live_distances) if guarded else torch.ones(1, 1, 1, dtype=torch.bool)
             wide = live.expand(*live.shape[:2], self.distances.shape[-1])
             return of_distances(e, env, self.distances, wide)
         if leaf.kind == "number":
-            return _flat(evaluate(e, env), 1)
+            any_pair = self.live(shadows.live_rows).any(-1)[..., None, None] if guarded else None
+            return _flat(evaluate(e, env, any_pair), 1)
         queries = leaf.kind == "query"
         asked = None
-        if partial(e):
+        if guarded:
             live = self.live(shadows.live_rows if queries else shadows.live_keys)
             asked = live[..., None] if queries else live[:, :, None]
         return _flat(evaluate(e, env, asked), (call.q if queries else call.k).shape[2])
