@@ -155,8 +155,7 @@ def _guarded(where: Expr, e: Expr, safe: float) -> Expr:
 
 
 def _fragile(e: Expr) -> bool:
-    """Whether a condition on it says more than which of its values are read: look-ups fail beyond a table, and
-    derivatives may be infinite."""
+    """Whether it matters where it is not asked for: look-ups fail beyond a table, slopes may be infinite."""
     sloped = bool(e.tables or e.free & (ir.QUERY_VECTORS | ir.KEY_VECTORS))
     steep = {*SAFE, "div", "pow"} if sloped else ()
     return any(node.op in steep or _may_fail(node) for node in ir.nodes(e))
