@@ -56,10 +56,13 @@ def _pow(e: Expr, slope: Expr) -> Parts:
     y = ir.number(b)
     if y == 2:
         return ir.mul(slope, ir.mul(TWO, a)), None
-    less = ir.power(a, ir.const(float(y - 1)) if y is not None else ir.add(b, ir.const(-1.0)))
+    less = ir.mul(b, ir.power(a, ir.const(float(y - 1)) if y is not None else ir.add(b, ir.const(-1.0))))
+    if y is None:
+        # a power of 0 has no slope
+        less = ir.where(ir.eq(b, ZERO), ZERO, less)
     # of 0 ** b nothing goes back to b
     rest = ir.where(ir.eq(a, ZERO), ZERO, ir.mul(e, ir.call("log", ir.where(ir.eq(a, ZERO), ONE, a))))
-    return ir.mul(slope, ir.mul(b, less)), ir.mul(slope, rest)
+    return ir.mul(slope, less), ir.mul(slope, rest)
 
 
 def _extreme(e: Expr, slope: Expr) -> Parts:

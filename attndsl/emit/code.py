@@ -43,6 +43,11 @@ class Code:
                 self.lines.append(self.target.declare(node, self.names[node], text))
         return self.names[root]
 
+    def real(self, root: Expr) -> str:
+        """The same, of an integer as a real."""
+        found = self.name(root)
+        return self.target.convert(found) if root.type == "int" else found
+
     def arguments(self, node: Expr) -> list[str]:
         """Integers as reals, but for what is looked up, where one is a real or the result is."""
         joint = node.op != "read" and "real" in (node.type, *(arg.type for arg in node.args))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import cast
 
@@ -30,7 +31,10 @@ def _compared(sign: str) -> Spelling:
 def _const(e: Expr, args: list[str]) -> str:
     if e.type == "bool":
         return "truths(true)" if e.value else "truths(false)"
-    return f"all((real){cast(float, e.value).hex()})" if e.type == "real" else f"wholes({e.value})"
+    if e.type == "int":
+        return f"wholes({e.value})"
+    value = cast(float, e.value)
+    return f"all((real){value.hex()})" if math.isfinite(value) else f"all({'-' if value < 0 else ''}INFINITY)"
 
 
 def _inset(e: Expr, args: list[str]) -> str:

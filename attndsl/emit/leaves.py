@@ -110,22 +110,26 @@ class _LeftOver:
         if e.op == "const" and e.value in LITERALS:
             return e
         kind = self.kind(e)
-        if kind is not None:
+        if kind is not None and (where is TRUE or not _fragile(e)):
             return _leaf(kind, e)
+        if kind is not None and all(self.kind(part) in ("number", kind) for part in _conjuncts(where)):
+            return _leaf(kind, _only_where(where, e))
         if e.op == "var":
             return e
         if e.op == "add":
             return ir.add(*(self.of(part, where) for part in self.gathered(e)))
         if e.op == "where":
-            cond = self.of(e.args[0], where)
-            a = self.of(e.args[1], ir.all_of(where, cond))
-            return ir.where(cond, a, self.of(e.args[2], ir.all_of(where, ir.negate(cond))))
+            cond, a, b = e.args
+            a, b = self.of(a, ir.all_of(where, cond)), self.of(b, ir.all_of(where, _not(cond)))
+            return ir.where(self.of(cond, where), a, b)
         if e.op in ("and", "or"):
             found, refined = [], where
             for arg in e.args:
                 found.append(self.of(arg, refined))
-                refined = ir.all_of(refined, found[-1] if e.op == "and" else ir.negate(found[-1]))
+                refined = ir.all_of(refined, arg if e.op == "and" else _not(arg))
             return ir.rebuild(e, tuple(found))
+        if e.op == "not":
+            return _not(self.of(e.args[0], where))
         if e.op == "lookup" and e.type != "vec":
             return self.read(Leaf("table", cast(Table, e.value)), e, where)
         if e.op == "inner":
@@ -139,12 +143,15 @@ class _LeftOver:
             safe = dict.fromkeys(range(len(args)), SAFE.get(e.op))
             if e.type == "real":
                 safe |= {"div": {1: 1.0}, "pow": {0: 1.0, 1: 1.0}}.get(e.op, {})
-            args = [arg if (x := safe[i]) is None else _guarded(where, arg, x) for i, arg in enumerate(args)]
+            asked = self.of(where, TRUE)
+            args = [arg if (x := safe[i]) is None else _guarded(asked, arg, x) for i, arg in enumerate(args)]
         return ir.rebuild(e, tuple(args))
 
     def read(self, leaf: Leaf, e: Expr, where: Expr, *first: Expr) -> Expr:
         indices = (self.of(arg, where) for arg in e.args[len(cast(Table, e.value).implicit) :])
-        return ir.make("read", (where, *first, *indices), leaf, "real" if e.type == "vec" else e.type)
+        return ir.make(
+            "read", (self.of(where, TRUE), *first, *indices), leaf, "real" if e.type == "vec" else e.type
+        )
 
     def products(self, e: Expr, where: Expr) -> Expr:
         for vector, row in (e.args, e.args[::-1]):
@@ -173,4 +180,31 @@ def _leaf(kind: Kind, e: Expr) -> Expr:
 
 
 def _guarded(where: Expr, e: Expr, safe: float) -> Expr:
-    return ir.where(where, e, ir.const(safe))
+    return ir.where(where, e, ir.const(int(safe) if e.type == "int" else safe))
+
+
+def _fragile(e: Expr) -> bool:
+    """Whether it matters where it is not asked for: look-ups fail beyond a table, slopes may be infinite."""
+    sloped = bool(e.tables or e.free & (ir.QUERY_VECTORS | ir.KEY_VECTORS))
+    steep = {*SAFE, "div", "pow"} if sloped else ()
+    return any(node.op in steep or _may_fail(node) for node in ir.nodes(e))
+
+
+def _may_fail(e: Expr) -> bool:
+    table = e.value
+    return isinstance(table, Table) and table.dtype != "bool" and len(e.args) > len(table.implicit)
+
+
+def _conjuncts(where: Expr) -> tuple[Expr, ...]:
+    return where.args if where.op == "and" else (where,)
+
+
+def _only_where(where: Expr, e: Expr) -> Expr:
+    if e.type == "bool":
+        return ir.all_of(where, e)
+    return ir.where(where, e, ir.const(0 if e.type == "int" else 0.0))
+
+
+def _not(e: Expr) -> Expr:
+    """Also of a comparison with NaN, which `<` and `<=` both deny."""
+    return ir.negate(e) if e.op in ("const", "not") else ir.make("not", (e,), None, "bool")

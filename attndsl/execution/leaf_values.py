@@ -21,6 +21,8 @@ from attndsl.scores import linear_in_tables
 from attndsl.tiles import shadows
 from attndsl.tiles.blockmask import TileGrid
 
+VECTORS = ir.QUERY_VECTORS | ir.KEY_VECTORS
+
 
 @dataclass(frozen=True, eq=False)
 class LeafValues:
@@ -48,17 +50,16 @@ class LeafValues:
             vectors = vectors.reshape(*(1,) * (5 - vectors.dim()), *vectors.shape).flatten(2, 3)
             rows = self.entries(e.table, call).flatten(2, -2)
             return (vectors @ rows.transpose(2, 3)).flatten(2)
-        env = self.around(leaf.kind, e, call)
-        return self.flat(leaf.kind, evaluate(e, env, self.asked(leaf.kind) if partial(e) else None))
+        env, guarded = self.around(leaf.kind, e, call), partial(e) or e.free & VECTORS
+        return self.flat(leaf.kind, evaluate(e, env, self.asked(leaf.kind) if guarded else None))
 
     def linear(self, leaf: Leaf) -> Linear | None:
         """What it is over tables, which is the same in every call of these sizes, positions and tiles."""
         if not isinstance(e := leaf.of, Expr) or e.type != "real" or linear_in_tables(e) is None:
             return None
-        if e.free & (ir.QUERY_VECTORS | ir.KEY_VECTORS):
+        if e.free & VECTORS:
             return None
-        asked = self.asked(leaf.kind) if partial(e) else None
-        live = torch.ones(1, 1, 1, 1, dtype=torch.bool) if asked is None else asked
+        live = self.asked(leaf.kind) if partial(e) else torch.ones(1, 1, 1, 1, dtype=torch.bool)
         return Linear.of(e, self.around(leaf.kind, e, self.call), live)
 
     def around(self, kind: Kind, e: Expr, call: Call) -> Env:
@@ -71,10 +72,10 @@ class LeafValues:
                 values[name] = x.to(self.env.dtype).repeat_interleave(call.q.shape[1] // x.shape[1], 1)
         return replace(self.env, values=values, tables=call.tables)
 
-    def asked(self, kind: Kind) -> Tensor | None:
+    def asked(self, kind: Kind) -> Tensor:
         """Where a live pair asks for an entry."""
         if kind == "number":
-            return None
+            return self.live(shadows.live_rows).any(-1)[..., None, None]
         if kind == "distance":
             return self.live(shadows.live_distances)[..., None]
         if kind == "query":
@@ -131,8 +132,7 @@ def passes_gradients(leaf: Leaf, names: Set[str]) -> bool:
         return of.name in names
     if isinstance(of, Products):
         return True
-    vectors = ir.QUERY_VECTORS | ir.KEY_VECTORS
-    return bool(of.free & vectors) or any(table.name in names for table in of.tables)
+    return bool(of.free & VECTORS) or any(table.name in names for table in of.tables)
 
 
 def pair_environment(call: Call, b: int, h: int, q: int, k: int) -> Env:

@@ -55,11 +55,15 @@ def library(score: str, name: str, defined: tuple[str, ...] = ()) -> Any:
     parts = (*(source.read_bytes() for source in SOURCES), score.encode(), " ".join(command).encode(), known)
     key = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
     found, digest = kept / f"{key}.so", kept / f"{key}.sha256"
-    if not (found.exists() and digest.exists() and digest.read_text() == _digest(found)):
+    if not (found.exists() and digest.exists() and digest.read_bytes() == _digest(found)):
         reason = _compiled(command, score, found, digest)
         if reason is not None:
             return reason
-    return getattr(ctypes.CDLL(str(found)), name)
+    try:
+        return getattr(ctypes.CDLL(str(found)), name)
+    except OSError as error:
+        digest.unlink(missing_ok=True)
+        return f"what {made_by} made cannot be loaded: {error}"
 
 
 @cache
@@ -100,7 +104,7 @@ def _compiled(command: list[str], score: str, found: Path, digest: Path) -> str 
                 result = _run([part for part in asked if part != "-fopenmp"])
             if isinstance(result, str):
                 return result
-            said.write_text(_digest(made))
+            said.write_bytes(_digest(made))
             made.replace(found)
             said.replace(digest)
     except OSError as error:
@@ -122,5 +126,5 @@ def _run(command: list[str]) -> bytes | str:
     return result.stdout
 
 
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def _digest(path: Path) -> bytes:
+    return hashlib.sha256(path.read_bytes()).hexdigest().encode()

@@ -210,10 +210,19 @@ INLINE vec weighed(struct Back back, vec logit, vec factor, ivec live, vec *gain
     *gain = weight * back.come;
     return weight;
 #else
-    *gain = back.come * back.share;
-    return select(live, logit * back.share, all(0));
+    vec slope = back.come * back.share;
+    *gain = FACTOR ? slope * factor : slope, *by_factor = slope * logit;
+    return select(live, (FACTOR ? logit * factor : logit) * back.share, all(0));
 #endif
 }
+
+#if FACTOR
+// what a logit, or a weight, becomes
+INLINE vec factored(vec x, vec factor) {
+    if (!SOFTMAX) return x * factor;
+    return select(factor == 0, all(NONE), x + logv(select(factor == 0, all(1), factor)));
+}
+#endif
 
 // C^T[rows][64] += A[keys, rows]^T P^T[keys][64], for what `some` says
 static void add_columns(real *ct, long rows, const real *a, long as, const real *p, long keys, const uint32_t *some,
@@ -343,7 +352,7 @@ static void forward_block(const struct Call *c, long b, long h, long block, real
 #if FACTOR
                         ivec negative = live & (factor < 0);
                         if (any(negative)) note(at, row + j * LANES, key + i, negative);
-                        x = select(factor == 0, all(NONE), x + logv(select(factor == 0, all(1), factor)));
+                        x = factored(x, factor);
 #endif
 #endif
                         if (words) x = select(live, x, all(SOFTMAX ? NONE : 0));
@@ -658,7 +667,7 @@ static void decode_segment(const struct Call *c, long b, long h0, long heads, lo
 #if FACTOR
                 ivec negative = live & (factor < 0);
                 if (any(negative)) note(at, row, key + i, negative);
-                x = select(factor == 0, all(NONE), x + logv(select(factor == 0, all(1), factor)));
+                x = factored(x, factor);
 #endif
 #endif
                 x = select(live, x, all(SOFTMAX ? NONE : 0));

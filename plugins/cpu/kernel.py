@@ -26,14 +26,12 @@ from attndsl.tiles.lowering import head_groups
 
 from .layout import ROWS, Layout, Layouts
 from .passes import Function, Known, Masks, addresses, fields_of, function, run
-from .score import Score
+from .score import AXES, Score
 
 PIECES = 8
 """Tasks of a backward pass at least, whatever the number of threads, so that sums have one order."""
 LANES = 16
 """At most."""
-AXES = 5
-"""Of a table that pairs index, at most."""
 FEW = 32
 """Rows of a key head up to which keys are lanes in place of queries."""
 SEGMENT = 2048
@@ -83,7 +81,7 @@ class Compiled:
     def __call__(self, call: Call) -> tuple[Tensor, Tensor]:
         call = _widened(call)
         q, v = call.q, call.v
-        if not (q.numel() and v.numel()):
+        if not (q.numel() and call.k.numel()):
             return q.new_zeros((*q.shape[:3], v.shape[3])), q.new_full(q.shape[:3], -torch.inf)
         out, lse = q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3])
         for part in self.parts(call):
@@ -116,7 +114,7 @@ class Compiled:
         given, call = call, _widened(call)
         gq, gk, gv = (torch.zeros(x.shape, dtype=x.dtype) for x in (call.q, call.k, call.v))
         tables = {name: torch.zeros_like(x) for name, x in singles(call.tables, wanted).items()}
-        if gq.numel() and gv.numel():
+        if gq.numel() and gk.numel():
             for part in self.parts(call):
                 part.gradient(out, lse, grad_out.to(gq.dtype), grad_lse, (gq, gk, gv), tables)
         gq, gk, gv = (g.to(x.dtype) for g, x in zip((gq, gk, gv), (given.q, given.k, given.v), strict=True))
@@ -322,15 +320,18 @@ class Part:
         """Of each row, contiguous: what is subtracted from logits, what weights are divided by, and what is
         subtracted from what comes back to weights."""
         score, shared = self.score, self.own.group.norm.kind in ("softmax", "linear")
-        if score.softmax and _far(lse):
-            # beside its greatest logit the log-sum-exp of a row has lost what tells weights apart
+        if _far(lse):
+            # beside its greatest logit the log-sum-exp of a row has lost what tells weights apart, and of a
+            # negative sum there is none
             top, total, again = (torch.empty(lse.shape, dtype=lse.dtype) for _ in range(3))
             unread = torch.empty(out.shape, dtype=out.dtype)
             self.forward({"top": top, "sum": total, "out": unread, "lse": again})
         elif score.softmax:
             top, total = lse / score.unit, torch.ones_like(lse)
         else:
-            top, total = torch.zeros_like(lse), lse.exp()
+            total = lse.exp()
+        if not score.softmax:
+            top = torch.zeros_like(lse)
         delta = (grad_out * out).sum(-1) if shared else torch.zeros_like(lse)
         if grad_lse is not None:
             shift = grad_lse.masked_fill(lse == -torch.inf, 0.0)
@@ -382,7 +383,8 @@ class Part:
         call = self.call
         value, pull = vjp(lambda more: self.sink_of(_with(call, more)), singles(call.tables, tables))
         weight = torch.exp(value[..., None] - lse.masked_fill(lse == -torch.inf, torch.inf))
-        (found,) = pull(-(weight * delta).sum(-1) * torch.from_numpy(self.own.heads))
+        slope = -(weight * delta).sum(-1)
+        (found,) = pull(torch.where(torch.from_numpy(self.own.heads), slope, 0.0))
         for name, g in found.items():
             tables[name].add_(g)
 
@@ -392,5 +394,5 @@ def _with(call: Call, tables: Mapping[str, Tensor]) -> Call:
 
 
 def _far(lse: Tensor) -> bool:
-    """Whether the log-sum-exp of some row has lost digits that its weights need."""
-    return bool(((lse.abs() > FAR) & (lse > -torch.inf)).any())
+    """Whether the log-sum-exp of some row has lost digits that its weights need, or is none."""
+    return not bool(((lse.abs() <= FAR) | (lse == -torch.inf)).all())

@@ -158,7 +158,7 @@ INLINE ivec bool_of_distance(struct Place *at, int i, long row, long key) {
     return truth(int_of_distance(at, i, row, key) != 0);
 }
 
-// where an entry of a table stands, and whether there is one; never beyond the table
+// where an entry of a table stands, and whether there is one; the first where there is none
 template <class... Index>
 INLINE whole entry(struct Place *at, int i, ivec *inside, Index... indices) {
     whole found = wholes(0);
@@ -167,10 +167,9 @@ INLINE whole entry(struct Place *at, int i, ivec *inside, Index... indices) {
     const whole asked[] = {indices...};
     for (const whole &index : asked) {
         *inside &= truth((index >= 0) & (index < (integer)*size));
-        found = found * (integer)*size + greatest(least(index, wholes((integer)*size - 1)), wholes(0));
-        size++;
+        found = found * (integer)*size++ + index;
     }
-    return found;
+    return select(*inside, found, wholes(0));
 }
 template <class... Index>
 INLINE whole checked(struct Place *at, int i, long row, long key, ivec live, Index... indices) {

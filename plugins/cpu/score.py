@@ -20,6 +20,10 @@ LOG2_E = 1 / math.log(2.0)
 S = ir.var("s")
 GAIN, FACTOR = (ir.make("var", (), name, "real") for name in ("gain", "factor"))
 """The slopes of the two roots of a score."""
+NOTHING = ir.make("const", (), -math.inf, "real")
+"""A logit that says that there is no weight."""
+AXES = 5
+"""Of a table that pairs index, at most."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +31,8 @@ class Score:
     """What the kernels compute at each pair.
 
     packed  what Q @ K is multiplied with; `s` below is that product
-    logit   under a softmax; for other norms the weight itself
-    factor  of the weight of a softmax, or None
+    logit   under a softmax; for other norms the weight before its factor
+    factor  of the weight, or None
     norm    kind of Norm
     """
 
@@ -51,10 +55,10 @@ class Score:
         weighed = None if factor is None else left_over(ir.substitute(factor, sizes), adjacent)
         if isinstance(logit, str) or isinstance(weighed, str):
             return logit if isinstance(logit, str) else str(weighed)
-        if kind != "softmax":
-            gained = _gain(kind, logit)
-            logit, weighed = gained if weighed is None else ir.mul(gained, weighed), None
-        return Score(packed, logit, weighed, kind)
+        made = Score(packed, _gain(kind, logit), weighed, kind)
+        if any(node.op == "read" and len(node.args) - 1 > AXES for node in made.leaves.values()):
+            return f"a pair chooses an entry of a table by more than {AXES} numbers"
+        return made
 
     @cached_property
     def leaves(self) -> dict[Leaf, Expr]:
@@ -82,7 +86,7 @@ class Score:
         """The header of a forward pass or, with leaves whose gradients are `wanted`, of a backward pass."""
         places = {found: i for i, found in enumerate(self.leaves)}
         written = Code(spelling(places), {S: "s", GAIN: "gain", FACTOR: "factor"})
-        names = [written.name(root) for root in self.roots]
+        names = [written.real(root) for root in self.roots]
         if wanted is None:
             signature, results = "score", "vec *factor"
             written.lines += [f"*factor = {names[1]};"] if len(names) > 1 else []
@@ -148,4 +152,6 @@ def _scaled(score: Expr, packed: float) -> tuple[float, Expr]:
 def _gain(kind: str, score: Expr) -> Expr:
     if kind == "sigmoid":
         return ir.call("sigmoid", score)
-    return ir.where(ir.le(score, ir.const(0.0)), ir.const(0.0), score) if kind == "relu" else score
+    if kind == "relu":
+        return ir.where(ir.le(score, ir.const(0.0)), ir.const(0.0), score)
+    return score if kind == "softmax" else ir.where(ir.eq(score, NOTHING), ir.const(0.0), score)
