@@ -14,7 +14,7 @@ from torch import Tensor
 from attndsl import expr as ir
 from attndsl.backend import Call
 from attndsl.emit.leaves import Leaf
-from attndsl.execution.torch_eval import Env, environment, evaluate, of_distances
+from attndsl.execution.torch_eval import Env, at_distances, environment, evaluate
 from attndsl.expr import Expr, Table
 from attndsl.meaning.pointwise import partial
 from attndsl.tiles import shadows
@@ -46,7 +46,7 @@ class LeafValues:
         if leaf.kind == "distance":
             live = self.live(shadows.live_distances) if guarded else torch.ones(1, 1, 1, dtype=torch.bool)
             wide = live.expand(*live.shape[:2], self.distances.shape[-1])
-            return of_distances(e, env, self.distances, wide)
+            return at_distances(e, env, self.distances, wide)
         if leaf.kind == "number":
             any_pair = self.live(shadows.live_rows).any(-1)[..., None, None] if guarded else None
             return _flat(evaluate(e, env, any_pair), 1)

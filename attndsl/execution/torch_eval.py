@@ -690,9 +690,14 @@ def width(vector: Expr) -> int:
 
 def of_distances(e: Expr, env: Env, distances: Tensor, live: Tensor) -> Tensor:
     """An expression that `by_distance` finds, at each q - k [.., L] of which some pair is `live`: [.., L]."""
+    return at_distances(e, env, distances, live).to(env.dtype)
+
+
+def at_distances(e: Expr, env: Env, distances: Tensor, live: Tensor) -> Tensor:
+    """As `of_distances`; integers stay integers."""
     origin = torch.zeros((), dtype=torch.int64, device=distances.device)
     values = {**env.values, "q": distances[..., None], "k": origin}
-    found = evaluate(e, replace(env, values=values), live[..., None]).to(env.dtype)
+    found = evaluate(e, replace(env, values=values), live[..., None])
     return broadcast_tensors(found, distances[..., None])[0].squeeze(-1)
 
 
