@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
+import shutil
 import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from cpu_builds import QUICK, built_with
 from torch import Tensor
 
 import attndsl
 from attndsl.attention import HeadGroup, Relation
 from attndsl.backend import Differentiable
 from attndsl.conformance import Case, check, supported
+from attndsl.conformance.cases import attention_of
 from attndsl.expr import TRUE, var
 from attndsl.plugins import cpu as backend_cpu
 from attndsl.plugins.cpu import build, passes
@@ -27,10 +35,102 @@ REASON = "" if build.compiler() else build.MISSING
 compiled = pytest.mark.skipif(bool(REASON), reason=f"the backend `cpu` declines: {REASON}")
 
 
+@pytest.fixture(scope="module")
+def quick() -> Iterator[None]:
+    with built_with(*QUICK):
+        yield
+
+
+CASES = supported("cpu")
+
+
+def sources(case: Case) -> object:
+    """What is compiled for it: mechanisms that differ in masks, lengths and tables share it."""
+    scores = [score_of(group, case.head_dim, True) for group in attention_of(case.mechanism).attended.groups]
+    return tuple([score if isinstance(score, str) else score.code(None) for score in scores])
+
+
+FIRST = {sources(case): case for case in reversed(CASES)}.values()
+"""One for each source; in the long run all, as they are compiled for users."""
+
+
 @compiled
-@pytest.mark.parametrize("case", supported("cpu"), ids=str)
-def test_conforms(case: Case) -> None:
+@pytest.mark.parametrize("case", FIRST, ids=str)
+def test_conforms(case: Case, quick: None) -> None:
     assert check("cpu", case) is None
+
+
+@compiled
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_conforms_as_it_is_shipped(case: Case) -> None:
+    assert check("cpu", case) is None
+
+
+@compiled
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("level", ["x86-64-v2", "x86-64-v3", "x86-64-v4"])
+def test_conforms_on_other_processors(level: str) -> None:
+    if platform.machine() != "x86_64":
+        pytest.skip("these are of x86-64")
+    if level not in runnable_levels():
+        pytest.skip(f"this processor is below {level}")
+    with built_with(f"-march={level}"):
+        for case in CASES[::5]:
+            assert check("cpu", case) is None, case
+
+
+def runnable_levels() -> set[str]:
+    flags = {*Path("/proc/cpuinfo").read_text().split()}
+    needs = {"x86-64-v2": "sse4_2", "x86-64-v3": "avx2", "x86-64-v4": "avx512bw"}
+    return {level for level, needed in needs.items() if needed in flags}
+
+
+@compiled
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(shutil.which("clang++") is None, reason="there is no clang++")
+def test_conforms_built_by_clang() -> None:
+    with built_with(compiler=shutil.which("clang++")):
+        for case in CASES[::5]:
+            assert check("cpu", case) is None, case
+
+
+SANITIZED = """
+import sys, pathlib
+sys.path.insert(0, sys.argv[1])
+from cpu_builds import built_with
+from attndsl.conformance import check, supported
+from attndsl.plugins.cpu import build
+build.platformdirs.user_cache_path = lambda _: pathlib.Path(sys.argv[2])
+with built_with("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize=signed-integer-overflow",
+                "-fno-sanitize-recover=undefined", "-Wl,-z,lazy"):
+    cases = supported("cpu")[int(sys.argv[3])::12]
+    for case in cases:
+        print(case, flush=True)
+        assert check("cpu", case) is None, case
+print("all", len(cases))
+"""
+
+
+@compiled
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("part", range(2))
+def test_memory_and_arithmetic_are_defined(part: int, tmp_path: Path) -> None:
+    """Nothing is read or written beyond tensors, which malloc of the sanitizer surrounds with guards."""
+    asked = [str(build.compiler()), "-print-file-name=libasan.so"]
+    library = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    if not Path(library).is_absolute():
+        pytest.skip("there is no libasan")
+    environment = {**os.environ, "LD_PRELOAD": library, "ASAN_OPTIONS": "detect_leaks=0"}
+    command = [sys.executable, "-c", SANITIZED, str(Path(__file__).parent), str(tmp_path), str(part)]
+    child = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=False, timeout=1700
+    )
+    assert child.returncode == 0, child.stdout[-300:] + child.stderr[-3000:]
+    assert "all" in child.stdout
 
 
 MASKS = (
@@ -274,3 +374,60 @@ def test_the_library_is_made_once_and_again_where_it_is_damaged(home: Path) -> N
     assert not isinstance(made(), str)
     assert hashlib.sha256(there.read_bytes()).hexdigest() == digest
     assert sorted(path.suffix for path in folder.iterdir()) == [".sha256", ".so"]
+
+
+HALF = 'for last; do :; done; "{real}" "$@" || exit 1; case "$last" in *.so) truncate -s 10 "$last";; esac'
+
+
+@compiled
+def test_what_a_compiler_leaves_half_written_is_no_library(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is said, and made again when the compiler is well."""
+    with monkeypatch.context() as ill:
+        compiler(home, ill, HALF.format(real=build.compiler()))
+        found = made()
+        assert isinstance(found, str)
+        assert "cannot be loaded" in found
+    assert not isinstance(made(), str)
+
+
+@compiled
+def test_a_digest_of_any_bytes_is_no_error(home: Path) -> None:
+    assert not isinstance(made(), str)
+    (digest,) = (home / "cache" / "kernels").glob("*.sha256")
+    digest.write_bytes(b"\xff\xfe")
+    assert not isinstance(made(), str)
+    assert len(digest.read_bytes()) == 64
+
+
+TOGETHER = """
+import pathlib, sys
+from attndsl.attention import HeadGroup, Relation
+from attndsl.expr import TRUE, var
+from attndsl.plugins.cpu import build
+from attndsl.plugins.cpu.kernel import score_of
+build.platformdirs.user_cache_path = lambda _: pathlib.Path(sys.argv[1])
+code = score_of(HeadGroup(Relation(TRUE), var("s")), 64, True).code(None)
+made = build.library(code, "forward", False)
+assert not isinstance(made, str), made
+"""
+
+
+@compiled
+@pytest.mark.slow
+def test_processes_that_build_the_same_at_once(tmp_path: Path) -> None:
+    children = [subprocess.Popen([sys.executable, "-c", TOGETHER, str(tmp_path)]) for _ in range(4)]
+    assert [child.wait(timeout=100) for child in children] == [0] * 4
+    assert sorted(path.suffix for path in (tmp_path / "kernels").iterdir()) == [".sha256", ".so"]
+
+
+@compiled
+def test_threads_that_call_at_once() -> None:
+    attention = attndsl.parse("attention a { mask causal }")["a"]
+    plan = attndsl.compile(attention, length=200, heads=2, backend="cpu")
+    inputs = [[torch.randn(1, 2, 200, 64) for _ in range(3)] for _ in range(4)]
+    alone = [plan(*qkv) for qkv in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            assert all(map(torch.equal, pool.map(lambda qkv: plan(*qkv), inputs), alone))
