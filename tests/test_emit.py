@@ -17,7 +17,7 @@ import attndsl
 from attndsl import expr as ir
 from attndsl.backend import Call
 from attndsl.emit.adjoints import adjoints
-from attndsl.emit.leaves import Leaf, leaf, leaves, left_over
+from attndsl.emit.leaves import Leaf, leaf_of, leaves, left_over
 from attndsl.execution.leaf_values import LeafValues
 from attndsl.execution.torch_eval import Env, environment, evaluate
 from attndsl.expr import Expr, Table
@@ -140,7 +140,7 @@ def of_leaves(root: Expr, call: Call, env: Env) -> tuple[Expr, Env]:
     apart = torch.arange(nq)[:, None] - torch.arange(n) + n - 1
     for node in ir.nodes(root):
         if node.op == "leaf":
-            found = leaf(node)
+            found = leaf_of(node)
             x = made.of(found, call)
             assert x.dtype == {"real": torch.float64, "int": torch.int64, "bool": torch.bool}[node.type]
             name = f"leaf{len(values)}"
@@ -148,7 +148,7 @@ def of_leaves(root: Expr, call: Call, env: Env) -> tuple[Expr, Env]:
             values[name] = as_pairs[found.kind] if found.kind in as_pairs else x[..., apart]
             done[node] = ir.make("var", (), name, node.type)
         elif node.op == "read":
-            table = leaf(node).of
+            table = leaf_of(node).of
             assert isinstance(table, Table)
             lead = table.implicit
             done[node] = ir.lookup(table, *lead, *(done[arg] for arg in node.args[1:]))
