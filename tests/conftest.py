@@ -2,7 +2,7 @@
 
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -31,6 +31,16 @@ def register(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., s
 
     install.folder = tmp_path  # type: ignore[attr-defined]
     return install
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _compiled_in_less_time() -> Iterator[None]:
+    """Kernels of the backend `cpu`, which most plans take, with half of what the compiler takes for users."""
+    from attndsl.plugins.cpu import build
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "FLAGS", (*build.FLAGS, "-O1"))
+        yield
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

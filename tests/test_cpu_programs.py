@@ -257,11 +257,11 @@ def test_values_without_width(nq: int) -> None:
 
 
 def test_tables_of_many_axes_are_declined() -> None:
-    axes = ", ".join(["2"] * 5)
+    axes = ", ".join(["2"] * 6)
     bound = attndsl.parse(
-        f"attention a {{ inputs z : float[{axes}] score s + z[q, k, (q + 1), (q * k), 0] }}"
+        f"attention a {{ inputs z : float[{axes}] score s + z[q, k, (q + 1), (q * k), 0, 1] }}"
     )["a"]
-    with pytest.raises(AttnError, match="a pair chooses an entry of a table by more than 4 numbers"):
+    with pytest.raises(AttnError, match="a pair chooses an entry of a table by more than 5 numbers"):
         attndsl.compile(bound, length=8, backend="cpu")
 
 
