@@ -65,8 +65,10 @@ def _found(group: str, places: tuple[tuple[str, int], ...]) -> dict[str, list[En
 
 def _twice(points: list[EntryPoint]) -> str:
     """The reason why a name cannot be used that several registered, or ""."""
+    if len(points) == 1:
+        return ""
     owners = " and by ".join(map(_owner, points))
-    return f"`{points[0].name}` is registered twice under {points[0].group}: by {owners}" * (len(points) > 1)
+    return f"`{points[0].name}` is registered twice under {points[0].group}: by {owners}"
 
 
 def _owner(point: EntryPoint) -> str:
