@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from shipped import example
 
 import attndsl
 from attndsl import expr as ir
@@ -26,7 +27,6 @@ from attndsl.plugins.torch import cost as sampling
 from attndsl.plugins.torch import work
 from attndsl.tiles import lowering
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
 OURS = ("reference", "sdpa", "torch")
 
 
@@ -78,7 +78,7 @@ def test_ideal_flops_and_bytes_are_those_of_the_live_pairs(
 
 
 def test_batch_rows_with_masks_of_their_own_are_added() -> None:
-    attention = attndsl.load(EXAMPLES / "left_padding.attn")["left_padding"].attention
+    attention = example("left_padding")["left_padding"].attention
     sizes = lowering.sizes(attention, 50, 50, 4)
     tables = lowering.checked_tables(attention, {"pad": np.array([0, 30])}, sizes)
     p = problem_of(50, kv_heads=2, batch=2, block_size=16)

@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import shipped
 from numpy.typing import NDArray
 from programs import program
+from shipped import EXAMPLES
 
 import attndsl
 from attndsl.analysis import eviction
@@ -25,7 +27,6 @@ from attndsl.bound import Bound
 from attndsl.errors import AttnError
 from attndsl.expr import Table
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
 RULES = {
     "adaptive_span": "keep the last 8193 keys",
     "alibi:alibi_lm": "keep everything",
@@ -110,7 +111,7 @@ def bound(text: str) -> Attention:
 
 def example(name: str) -> Attention:
     file, _, entry = name.partition(":")
-    return attndsl.load(EXAMPLES / f"{file}.attn")[entry or file].attention
+    return shipped.example(file)[entry or file].attention
 
 
 def every() -> list[Any]:
@@ -238,19 +239,19 @@ def test_every_example_has_a_rule() -> None:
 
 def without_pairs(path: Path) -> bool:
     """Whether there are no weights of pairs, and so no decoding."""
-    program = attndsl.load(path)
+    program = shipped.example(path.stem)
     return program[program.default()].attention.approx is not None
 
 
 def chosen(path: Path) -> bool:
     """Whether keys are chosen by content, of which any may be."""
-    program = attndsl.load(path)
+    program = shipped.example(path.stem)
     return bool(program[program.default()].attention.selected)
 
 
 def of_streams(path: Path) -> bool:
     """Whether keys are no tokens, of which nothing is told."""
-    program = attndsl.load(path)
+    program = shipped.example(path.stem)
     return bool(program[program.default()].attention.streams)
 
 
@@ -259,7 +260,7 @@ def test_what_may_be_chosen_is_kept() -> None:
     for path in EXAMPLES.glob("*.attn"):
         if not chosen(path):
             continue
-        program = attndsl.load(path)
+        program = shipped.example(path.stem)
         bound = {name: program[name] for name in program.names}
         for name, attention in bound.items():
             if not isinstance(attention, Bound) or not attention.attention.selected:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from shipped import EXAMPLES, NAMES, example
 
 import attndsl
 from attndsl import expr as ir
@@ -21,9 +21,6 @@ from attndsl.program import Program
 from attndsl.streams import memory
 from attndsl.syntax import nodes as ast
 from attndsl.tiles import lowering
-
-EXAMPLES = Path(__file__).parent.parent / "examples"
-NAMES = sorted(path.stem for path in EXAMPLES.glob("*.attn"))
 
 
 def slowest(program: Program, head: int) -> float:
@@ -164,7 +161,7 @@ def holds(text: str, name: str) -> bool:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_assertions_are_proved(name: str) -> None:
-    program = attndsl.load(EXAMPLES / f"{name}.attn")
+    program = example(name)
     assert {a.text: v for a in program.assertions if (v := attndsl.prove(a)).status != "proved"} == {}
     assert program.assertions or name in FACTS
     assert name not in FACTS or FACTS[name](program)
@@ -266,7 +263,7 @@ DEFINITIONS: dict[str, tuple[dict[str, Any], dict[str, Any], Definition]] = {
 @functools.cache
 def all_programs() -> dict[str, Program]:
     """By the names that they define."""
-    programs = {name: attndsl.load(EXAMPLES / f"{name}.attn") for name in NAMES}
+    programs = {name: example(name) for name in NAMES}
     return {name: program for program in programs.values() for name in program.names}
 
 
@@ -342,7 +339,7 @@ SLOPES = {
 
 @pytest.mark.parametrize("heads", SLOPES)
 def test_alibi_slopes(heads: int) -> None:
-    program = attndsl.load(EXAMPLES / "alibi.attn")
+    program = example("alibi")
     distance = abs(np.arange(9)[:, None] - np.arange(9))
     for head, slope in enumerate(SLOPES[heads]):
         np.testing.assert_allclose(logits(program, "alibi_lm", 9, head, heads), -slope * distance, rtol=1e-15)
@@ -350,7 +347,7 @@ def test_alibi_slopes(heads: int) -> None:
 
 def test_t5_buckets() -> None:
     """Half exact, half logarithmic; the encoder has a half for each direction."""
-    program = attndsl.load(EXAMPLES / "t5.attn")
+    program = example("t5")
     n = 300
     back = np.arange(n)
     causal = np.minimum(
@@ -367,7 +364,7 @@ def test_t5_buckets() -> None:
 
 
 def test_adaptive_span_falls_over_32_positions() -> None:
-    decay = attndsl.load(EXAMPLES / "adaptive_span.attn")["adaptive_span"].attention.groups[0].decay
+    decay = example("adaptive_span")["adaptive_span"].attention.groups[0].decay
     assert decay is not None
     first = ir.substitute(decay, {"h": ir.const(0)})
     found = pointwise.evaluate(first, np.arange(100), np.asarray(0), {"z": np.asarray([20 / 8192])})
@@ -377,7 +374,7 @@ def test_adaptive_span_falls_over_32_positions() -> None:
 @pytest.mark.parametrize(("a", "far"), [(-1.0, 0.0), (2.0, 1 + np.e)])
 def test_da_transformer_weighs_distances_between_its_limits(a: float, far: float) -> None:
     """(1 + e^b) / (1 + e^(b - a |q - k|)): 1 at no distance, at a great one 0 or 1 + e^b."""
-    score = attndsl.load(EXAMPLES / "da_transformer.attn")["da_transformer"].attention.groups[0].score
+    score = example("da_transformer")["da_transformer"].attention.groups[0].score
     inner = next(node for node in ir.nodes(score) if node.op == "inner")
     halved = ir.substitute(swapped(score, inner, ir.const(8.0)), {"D": ir.const(64), "h": ir.const(0)})
     found = pointwise.evaluate(

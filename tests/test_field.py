@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 from random import Random
 from typing import Any, TypeGuard
 
@@ -12,6 +11,7 @@ import numpy as np
 import programs
 import pytest
 from numpy.typing import NDArray
+from shipped import EXAMPLES, example
 from thin import thin
 
 import attndsl
@@ -28,7 +28,6 @@ from attndsl.meaning.pointwise import evaluate
 from attndsl.selection import bounds
 from attndsl.tiles.queries import keys_read_by
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
 Matrix = NDArray[np.bool_]
 
 
@@ -50,7 +49,7 @@ def attentions() -> dict[str, Attention]:
     test_streams.py looks at."""
     found = {}
     for path in sorted(EXAMPLES.glob("*.attn")):
-        program = attndsl.load(path)
+        program = example(path.stem)
         bound = {name: program[name] for name in program.names}
         found |= {name: bounds(b.attention)[1] for name, b in bound.items() if has_pairs(b)}
     return found

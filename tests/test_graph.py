@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -12,6 +11,7 @@ import numpy as np
 import programs
 import pytest
 from numpy.typing import NDArray
+from shipped import EXAMPLES, example
 
 import attndsl
 from attndsl import AttnError
@@ -21,7 +21,6 @@ from attndsl.bound import Bound
 from attndsl.execution.selecting import drawn
 from attndsl.tiles import lowering
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
 PROGRAMS = [programs.program(Random(seed)) for seed in range(100, 140)]
 PATTERNS = [
     "full", "none", "causal", "T(causal)", "radius(0)", "radius(2)", "last(2)", "last(9)", "random(1)",
@@ -61,7 +60,7 @@ def examples() -> list[Any]:
     """But for those whose keys are streams, which test_streams.py looks at."""
     found = []
     for path in sorted(EXAMPLES.glob("*.attn")):
-        program = attndsl.load(path)
+        program = example(path.stem)
         bound = {name: program[name] for name in program.names if name != "earlier"}
         found += [
             pytest.param(b, id=name)
@@ -269,7 +268,7 @@ def test_known_diameters(n: int) -> None:
 
 def test_published_claims() -> None:
     def example(name: str, n: int, **params: int) -> GraphMeasures:
-        return measures(attndsl.load(EXAMPLES / f"{name}.attn")[name](**params), n)
+        return measures(example(name)[name](**params), n)
 
     longformer = example("longformer", 2048)
     assert (longformer.diameter, longformer.hubs, longformer.star) == (2, 1, True)
@@ -323,7 +322,7 @@ def test_blocks_of_a_long_sequence_bound_the_gap_closely() -> None:
 
 def test_long_sequences() -> None:
     n = 1 << 17
-    found = measures(attndsl.load(EXAMPLES / "longformer.attn")["longformer"], n, block_size=256)
+    found = measures(example("longformer")["longformer"], n, block_size=256)
     assert (found.by, found.block_size, found.nodes) == ("block", 256, 512)
     assert (found.star, found.two_hop, found.hubs, found.diameter) == (True, True, 1, 2)
     assert (found.in_degree.min, found.in_degree.max) == (258, n)
@@ -362,7 +361,7 @@ def test_what_has_no_graph() -> None:
         window.graph(64, heads=2, head=2)
     with pytest.raises(AttnError, match="start at 4"):
         attndsl.parse("attention main { mask last(3) offset 4 }")["main"].graph(64)
-    padded = attndsl.load(EXAMPLES / "left_padding.attn")["left_padding"]
+    padded = example("left_padding")["left_padding"]
     with pytest.raises(AttnError, match="one batch row"):
         padded.graph(64, pad=[1, 2])
     with pytest.raises(AttnError, match="needs its input `pad`"):

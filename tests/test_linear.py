@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from shipped import example
 from torch import Tensor
 
 import attndsl
 from attndsl.expr import Drawn
 from attndsl.features import FeatureForm, feature_form
 from attndsl.meaning.draws import drawn as constants
-
-EXAMPLES = Path(__file__).parent.parent / "examples"
 
 SIGNED = (
     "mask causal & (last(9) | sinks(2)) & {{ q, k : q != 5 }} "
@@ -228,7 +226,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize(("file", "name"), PUBLISHED)
 def test_examples_are_what_their_papers_say(file: str, name: str) -> None:
-    attention = attndsl.load(EXAMPLES / f"{file}.attn")[name]
+    attention = example(file)[name]
     sizes = {"length": N, "heads": 2, "head_dim": WIDE, "dtype": "float64"}
     generator = torch.Generator().manual_seed(4)
     q, k, v = (torch.randn(1, 2, N, WIDE, generator=generator, dtype=torch.float64) for _ in range(3))
@@ -249,7 +247,7 @@ def test_examples_are_what_their_papers_say(file: str, name: str) -> None:
 
 def test_a_gate_is_a_recurrence() -> None:
     """Peng et al. 2021, equation 7."""
-    attention = attndsl.load(EXAMPLES / "rfa.attn")["gated_rfa"]
+    attention = example("rfa")["gated_rfa"]
     plan = attndsl.compile(attention, length=N, heads=1, head_dim=WIDE, dtype="float64")
     generator = torch.Generator().manual_seed(5)
     q, k, v = (torch.randn(1, 1, N, WIDE, generator=generator, dtype=torch.float64) for _ in range(3))

@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
-from pathlib import Path
 
 import matplotlib
 import matplotlib.image
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from matplotlib.colors import to_rgb
+from shipped import EXAMPLES, NAMES, example
 
 import attndsl
 from attndsl import pictures
@@ -27,8 +27,6 @@ from attndsl.pictures.outlines import outlines
 from attndsl.pictures.style import DARK, LIGHT
 from attndsl.tiles import cells, lowering
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
-NAMES = sorted(path.stem for path in EXAMPLES.glob("*.attn"))
 TABLES = {
     "alphafold": lambda n: {"z": np.zeros((1, 1, n, n), np.float32)},
     "flamingo": lambda n: {"lo": np.arange(n // 64) * 9, "hi": np.arange(n // 64) * 9 + 8},
@@ -297,7 +295,7 @@ def test_pyplot_stays_out():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_example_is_drawn(name):
-    program = attndsl.load(EXAMPLES / f"{name}.attn")
+    program = example(name)
     attention = program[program.default()]
     chosen = bool(attention.attention.selected)
     for length in (512, 4096, 2**20)[: 1 if attention.inputs or chosen else 3]:

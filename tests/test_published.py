@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
+import shipped
 
 import attndsl
 from attndsl.analysis.field import receptive_field
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
-
 
 def example(file: str, name: str) -> attndsl.Bound:
-    found = attndsl.load(EXAMPLES / f"{file}.attn")[name]
+    found = shipped.example(file)[name]
     assert isinstance(found, attndsl.Bound)
     return found
 

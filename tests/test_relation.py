@@ -178,16 +178,14 @@ def bombs() -> Iterator[tuple[str, Expr]]:
     yield "many tables", all_of(*(eq(x.lookup(t, Q), x.lookup(t, K)) for t in tables))
 
 
-BOMBS = dict(bombs())
-
-
-@pytest.mark.parametrize("name", BOMBS)
-def test_every_question_ends_soon(name: str) -> None:
-    for ask in (bounds, eliminate):
-        start = time.process_time()
-        with suppress(AttnError):
-            ask(BOMBS[name])
-        assert time.process_time() - start < 5
+def test_every_question_ends_soon() -> None:
+    """One test: they take seconds to write, which those who collect this file would all pay."""
+    for name, bomb in bombs():
+        for ask in (bounds, eliminate):
+            start = time.process_time()
+            with suppress(AttnError):
+                ask(bomb)
+            assert time.process_time() - start < 5, name
 
 
 def test_the_quota_is_lifted_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:

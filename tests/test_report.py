@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import sympy
 from click.testing import CliRunner
+from shipped import EXAMPLES, NAMES, example
 
 import attndsl
 from attndsl.analysis.report import usable
@@ -25,12 +26,11 @@ from attndsl.html.page import render
 from attndsl.streams import Projection
 from attndsl.tiles import lowering
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
 ATTENTIONS = [
-    (path.stem, name)
-    for path in sorted(EXAMPLES.glob("*.attn"))
-    for name in attndsl.load(path).attentions
-    if isinstance(attndsl.load(path)[name], attndsl.Bound)
+    (file, name)
+    for file in NAMES
+    for name in example(file).attentions
+    if isinstance(example(file)[name], attndsl.Bound)
 ]
 PAIRS = [(file, name) for file, name in ATTENTIONS if file not in ("efficient_attention", "nystromformer")]
 """Those that have weights of pairs."""
@@ -65,7 +65,7 @@ def random_tables(attention: attndsl.Bound, n: int) -> dict[str, Any]:
     ("file", "name", "n"), [(*pair, n) for i, pair in enumerate(PAIRS) for n in (LENGTHS[i % 3], LENGTHS[3])]
 )
 def test_counts_of_every_example(file: str, name: str, n: int) -> None:
-    attention = attndsl.load(EXAMPLES / f"{file}.attn")[name]
+    attention = example(file)[name]
     assert isinstance(attention, attndsl.Bound)
     heads = attention.attention.enough_heads()
     given = random_tables(attention, n)
@@ -89,7 +89,7 @@ def test_counts_of_every_example(file: str, name: str, n: int) -> None:
 @pytest.mark.parametrize(("file", "name"), ATTENTIONS)
 def test_every_part_of_every_example(file: str, name: str) -> None:
     """A part is there, or there is a reason why not, and all is plain data."""
-    attention = attndsl.load(EXAMPLES / f"{file}.attn")[name]
+    attention = example(file)[name]
     assert isinstance(attention, attndsl.Bound)
     report = attndsl.analyze(attention, length=200, layers=3, **random_tables(attention, 200))
     data = json.loads(json.dumps(report.to_dict()))
@@ -338,7 +338,7 @@ def test_draws_and_tables_together() -> None:
 
 
 def test_shards_need_no_tiles_of_the_whole_mask() -> None:
-    attention = attndsl.load(EXAMPLES / "sparse_transformer.attn")["sparse_transformer"]
+    attention = example("sparse_transformer")["sparse_transformer"]
     assert isinstance(attention, attndsl.Bound)
     report = attndsl.analyze(attention, length=2**20, parts=["shards"])
     assert report.reasons == {}

@@ -6,12 +6,12 @@ import copy
 import json
 import pickle
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from shipped import example
 
 import attndsl
 from attndsl import portable
@@ -418,9 +418,6 @@ def test_what_one_part_held_lasts_where_another_refuses():
         torch.testing.assert_close(torch.cat(found, 2), wanted)
 
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
-
-
 def softmax_of(mask, q, k, v):
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     s = (q @ k.mT / q.shape[3] ** 0.5).masked_fill(~mask, -torch.inf)
@@ -429,7 +426,7 @@ def softmax_of(mask, q, k, v):
 
 def test_differential_attention_by_hand():
     """Ye et al. 2024, equations 1 and 2: values are twice as wide, and one factor serves all heads."""
-    bound = attndsl.load(EXAMPLES / "differential.attn")["differential"](depth=3)
+    bound = example("differential")["differential"](depth=3)
     module = plan_of(bound, 21).module().double()
     with torch.no_grad():
         for parameter in module.parameters():
@@ -451,7 +448,7 @@ def test_differential_attention_by_hand():
 def test_native_sparse_attention_by_hand():
     """Gates by query and head; heads that share keys share the blocks, by the sum of what they give each."""
     n, b, top, w, size, stride = 61, 8, 2, 7, 6, 3
-    bound = attndsl.load(EXAMPLES / "nsa.attn")["nsa"](l=size, stride=stride, b=b, top=top, w=w)
+    bound = example("nsa")["nsa"](l=size, stride=stride, b=b, top=top, w=w)
     plan = plan_of(bound, n)
     q, k, v = tensors(n, n)
     gate = torch.rand(B, H, 3, n, dtype=torch.float64)
@@ -476,7 +473,7 @@ def test_memorizing_transformers_by_hand():
     """Wu et al. 2022, section 3.2: the best keys of a memory and what is near, each in a softmax, and a gate
     of each head."""
     n, m, w, top = 21, 13, 4, 3
-    bound = attndsl.load(EXAMPLES / "memorizing.attn")["memorizing"](m=m, w=w, top=top)
+    bound = example("memorizing")["memorizing"](m=m, w=w, top=top)
     module = plan_of(bound, n).module().double()
     with torch.no_grad():
         module.b.normal_()
@@ -602,7 +599,7 @@ def test_choosing_of_all_parts_is_counted():
 
 
 def test_etc_with_its_own_projections_by_hand():
-    bound = attndsl.load(EXAMPLES / "etc_projected.attn")["etc_projected"](g=5, r=3)
+    bound = example("etc_projected")["etc_projected"](g=5, r=3)
     plan = plan_of(bound, 29)
     mine, own = tensors(29, 29), tensors(29, 29, 4)
     i, j = torch.arange(29)[:, None], torch.arange(29)

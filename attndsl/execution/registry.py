@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import importlib.util
 import inspect
+import os
+import sys
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, fields
 from importlib.metadata import EntryPoint, entry_points
@@ -42,6 +44,16 @@ class Registered:
 
 def _points(group: str) -> dict[str, list[EntryPoint]]:
     """Entry points of a group by name; several where distributions register one name."""
+    # every `compile` asks, and a look at all distributions is milliseconds: again where a folder has changed
+    return _found(group, tuple((place, _changed(place)) for place in sys.path))
+
+
+def _changed(place: str) -> int:
+    return os.stat(place or ".").st_mtime_ns if os.path.exists(place or ".") else 0
+
+
+@functools.lru_cache(maxsize=16)
+def _found(group: str, places: tuple[tuple[str, int], ...]) -> dict[str, list[EntryPoint]]:
     found: dict[str, list[EntryPoint]] = {}
     for point in entry_points(group=f"attndsl.{group}"):
         others = found.setdefault(point.name, [])
@@ -53,8 +65,10 @@ def _points(group: str) -> dict[str, list[EntryPoint]]:
 
 def _twice(points: list[EntryPoint]) -> str:
     """The reason why a name cannot be used that several registered, or ""."""
+    if len(points) == 1:
+        return ""
     owners = " and by ".join(map(_owner, points))
-    return f"`{points[0].name}` is registered twice under {points[0].group}: by {owners}" * (len(points) > 1)
+    return f"`{points[0].name}` is registered twice under {points[0].group}: by {owners}"
 
 
 def _owner(point: EntryPoint) -> str:
