@@ -16,7 +16,7 @@ from attndsl.backend import Call
 from attndsl.emit.leaves import Kind, Leaf, Products
 from attndsl.execution.torch_eval import Env, Linear, environment, evaluate
 from attndsl.expr import Expr, Table
-from attndsl.meaning.pointwise import partial
+from attndsl.meaning.pointwise import LEAST, partial
 from attndsl.scores import linear_in_tables
 from attndsl.tiles import shadows
 from attndsl.tiles.blockmask import TileGrid
@@ -50,8 +50,8 @@ class LeafValues:
             vectors = vectors.reshape(*(1,) * (5 - vectors.dim()), *vectors.shape).flatten(2, 3)
             rows = self.entries(e.table, call).flatten(2, -2)
             return (vectors @ rows.transpose(2, 3)).flatten(2)
-        env, guarded = self.around(leaf.kind, e, call), partial(e) or e.free & VECTORS
-        return self.flat(leaf.kind, evaluate(e, env, self.asked(leaf.kind) if guarded else None))
+        env = self.around(leaf.kind, e, call)
+        return self.flat(leaf.kind, evaluate(e, env, self.asked(leaf.kind) if guarded(leaf) else None))
 
     def linear(self, leaf: Leaf) -> Linear | None:
         """What it is over tables, which is the same in every call of these sizes, positions and tiles."""
@@ -59,7 +59,7 @@ class LeafValues:
             return None
         if e.free & VECTORS:
             return None
-        live = self.asked(leaf.kind) if partial(e) else torch.ones(1, 1, 1, 1, dtype=torch.bool)
+        live = self.asked(leaf.kind) if guarded(leaf) else torch.ones(1, 1, 1, 1, dtype=torch.bool)
         return Linear.of(e, self.around(leaf.kind, e, self.call), live)
 
     def around(self, kind: Kind, e: Expr, call: Call) -> Env:
@@ -111,6 +111,17 @@ class LeafValues:
         if index.shape[1] > 1:
             index = index[:, np.arange(heads) % index.shape[1]]
         return torch.from_numpy(np.stack([shadow(grid) for grid in blocks.grids])[index])
+
+
+def guarded(leaf: Leaf) -> bool:
+    """Whether entries that no live pair asks for may have no value. What is the same for all of them has one,
+    or no pair has."""
+    assert isinstance(leaf.of, Expr)
+    lacking = partial(leaf.of)
+    if leaf.kind == "number":
+        return bool(lacking or leaf.of.free & VECTORS)
+    sources = [node for node in lacking if isinstance(node.value, Table) or node.op in LEAST]
+    return bool(leaf.of.free & VECTORS or any(node.free & {"q", "k"} for node in sources))
 
 
 def sizes_of(of: Table | Products, call: Call) -> tuple[int, ...]:
