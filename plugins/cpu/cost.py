@@ -73,10 +73,13 @@ def counts(attention: Attention, problem: Problem, block_mask: BlockMask | None)
         total["products"] += pairs * width
         total["operations"] += pairs * operations(score)
         if rows <= FEW:
-            size = DTYPES[problem.dtype] / 4
+            size = max(1.0, DTYPES[problem.dtype] / 4)
             total["read"] += pairs / max(1, problem.q_length) * problem.kv_heads / heads * 2 * width * size
         else:
             total["blocks"] += problem.batch * -(-problem.q_length // ROWS)
+    if DTYPES[problem.dtype] < 4:
+        # all keys and values are widened first, those that no query sees too
+        total["read"] += problem.batch * problem.kv_heads * problem.length * 2.0 * width
     total["leaves"] = float(sum([len(score.leaves) for score in scores if isinstance(score, Score)]))
     return total
 
