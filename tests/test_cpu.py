@@ -410,7 +410,7 @@ from attndsl.plugins.cpu import build
 from attndsl.plugins.cpu.kernel import score_of
 build.platformdirs.user_cache_path = lambda _: pathlib.Path(sys.argv[1])
 code = score_of(HeadGroup(Relation(TRUE), var("s")), 64, True).code(None)
-made = build.library(code, "forward", False)
+made = build.library(code, "forward")
 assert not isinstance(made, str), made
 """
 

@@ -113,15 +113,18 @@ class LeafValues:
         return torch.from_numpy(np.stack([shadow(grid) for grid in blocks.grids])[index])
 
 
+SINGULAR = frozenset({*LEAST, "exp", "log", "sqrt", "div"})
+"""Operations that have no value, or no derivative, for some arguments."""
+
+
 def guarded(leaf: Leaf) -> bool:
-    """Whether entries that no live pair asks for may have no value. What is the same for all of them has one,
-    or no pair has."""
+    """Whether entries that no live pair asks for may have no value or no derivative. What is the same for all
+    of them has, or no pair has."""
     assert isinstance(leaf.of, Expr)
-    lacking = partial(leaf.of)
-    if leaf.kind == "number":
-        return bool(lacking or leaf.of.free & VECTORS)
-    sources = [node for node in lacking if isinstance(node.value, Table) or node.op in LEAST]
-    return bool(leaf.of.free & VECTORS or any(node.free & {"q", "k"} for node in sources))
+    if leaf.of.free & VECTORS or (leaf.kind == "number" and partial(leaf.of)):
+        return True
+    lacking = (node for node in ir.nodes(leaf.of) if isinstance(node.value, Table) or node.op in SINGULAR)
+    return any(node.free & {"q", "k"} for node in lacking if node.op != "div" or node.args[1].op != "const")
 
 
 def sizes_of(of: Table | Products, call: Call) -> tuple[int, ...]:
