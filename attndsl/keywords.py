@@ -92,12 +92,17 @@ NICKNAMES = {
 """What the dtypes of a plan are called elsewhere, by their names here."""
 
 
+def dtype_meant(name: str) -> str:
+    """The dtype that goes by this name elsewhere, or ""."""
+    return next((here for here, names in NICKNAMES.items() if name in names.split()), "")
+
+
 def checked_dtype(dtype: object) -> str:
     """The name of a dtype, one of NICKNAMES. Raises AttnError for another."""
     name = (dtype.__name__ if isinstance(dtype, type) else str(dtype)).removeprefix("torch.")
     if name in NICKNAMES:
         return name
-    near = next((here for here, names in NICKNAMES.items() if name in names.split()), "")
+    near = dtype_meant(name)
     help = f"write `{near}`" if near else suggest(name, NICKNAMES)
     raise fail(f"`dtype` is {name}, and must be one of {', '.join(NICKNAMES)}", help=help)
 

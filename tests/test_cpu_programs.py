@@ -200,7 +200,7 @@ def test_scores_over_masks(number: int, score: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("score", [score for score in SCORES if score != "sizes"])
+@pytest.mark.parametrize("score", SCORES)
 def test_scores_over_more_masks(score: str, norm: str) -> None:
     tried(score, norm, 24, len(score) + len(norm))
 

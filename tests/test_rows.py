@@ -282,4 +282,4 @@ def test_single_rows_are_not_given_to_what_copies_or_forms_all(mask: str, kv_hea
         plan = attndsl.compile(attention, length=n, q_length=1, heads=8, kv_heads=kv_heads)
         assert next(iter(plan.considered)) != "reference"
         if "last" in mask and n > 4096:
-            assert plan.backend == "torch"
+            assert plan.backend in ("cpu", "torch")

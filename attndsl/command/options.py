@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from attndsl.errors import suggest
-from attndsl.keywords import HABITS, NICKNAMES, renamed
+from attndsl.keywords import HABITS, NICKNAMES, dtype_meant, renamed
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -72,7 +72,7 @@ class Dtype(click.Choice[str]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         name = str(value).removeprefix("torch.")
-        if here := next((here for here, names in NICKNAMES.items() if name in names.split()), ""):
+        if here := dtype_meant(name):
             self.fail(f"`{value}` is no dtype: write `{here}`", param, ctx)
         return super().convert(name, param, ctx)
 

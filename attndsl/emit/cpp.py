@@ -56,11 +56,11 @@ def spelling(places: Mapping[Leaf, int]) -> Target:
 
     def read(e: Expr, args: list[str]) -> str:
         found = leaf_of(e)
-        place, kind = places[found], {"real": "real", "int": "int", "bool": "bool"}[e.type]
+        place = places[found]
         if found.kind == "table":
             where, *indices = args
-            return f"{kind}_of_table(at, {place}, row, key, live & {where}, {', '.join(indices)})"
-        return f"{kind}_of_{found.kind}(at, {place}{INDEX[found.kind]})"
+            return f"{e.type}_of_table(at, {place}, row, key, live & {where}, {', '.join(indices)})"
+        return f"{e.type}_of_{found.kind}(at, {place}{INDEX[found.kind]})"
 
     spell: dict[str, Spelling] = {
         "const": _const, "leaf": read, "read": read,

@@ -69,7 +69,8 @@ class LeafValues:
             values |= {"q": self.distances[..., None], "k": torch.zeros((), dtype=torch.int64)}
         for name, x in (("Q", call.q), ("K", call.k)):
             if name in e.free:
-                values[name] = x.to(self.env.dtype).repeat_interleave(call.q.shape[1] // x.shape[1], 1)
+                wide, share = x.to(self.env.dtype), call.q.shape[1] // x.shape[1]
+                values[name] = wide if share == 1 else wide.repeat_interleave(share, 1)
         return replace(self.env, values=values, tables=call.tables)
 
     def asked(self, kind: Kind) -> Tensor:

@@ -59,6 +59,7 @@ def library(score: str, name: str, defined: tuple[str, ...] = ()) -> Any:
         reason = _compiled(command, score, found, digest)
         if reason is not None:
             return reason
+    _forked_children_run_alone()
     try:
         return getattr(ctypes.CDLL(str(found)), name)
     except OSError as error:
@@ -69,13 +70,13 @@ def library(score: str, name: str, defined: tuple[str, ...] = ()) -> Any:
 @cache
 def _machine(made_by: str) -> bytes | str:
     """What -march=native stands for here, and the compiler's version."""
-    # a child of fork waits for ever for the threads that it does not have, in torch's operators as in ours
-    os.register_at_fork(after_in_child=_one_thread)
     return _run([made_by, *FLAGS, "-dM", "-E", "-x", "c++", os.devnull])
 
 
-def _one_thread() -> None:
-    torch.set_num_threads(1)
+@cache
+def _forked_children_run_alone() -> None:
+    """They would wait for ever for the threads that they do not have, in torch's operators as in ours."""
+    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 
 def _kept() -> Path | str:

@@ -26,8 +26,8 @@ SECONDS = {
     }
 }
 """Measured beside `torch` on one core with AVX2 by `python -m benchmarks.cost`, scaled as the constants of
-that, which are of two cores with AVX-512, are off there."""
-TRAINING = 3.6
+that, which are of two cores with AVX-512, are off there; `read` is its own."""
+TRAINING = 3.8
 """Forward and backward beside forward: 5 matrix products more to 2."""
 GROUP = 16
 """Queries and keys of a partial tile that are computed together."""
@@ -46,7 +46,6 @@ FUNCTIONS = {
     "div",
     "floordiv",
     "mod",
-    "read",
 }
 """Operations that take some ten of the others."""
 
@@ -58,16 +57,16 @@ def counts(attention: Attention, problem: Problem, block_mask: BlockMask | None)
     scores = [score_of(group, width, True) for group in attention.groups]
     total = dict.fromkeys((*SECONDS["cpu"], "pairs", "written"), 0.0)
     total["runs"] = float(len({*which}))
-    index = None if block_mask is None else block_mask.index
+    each = (
+        None
+        if block_mask is None
+        else np.array([computed(mask) for mask in block_mask.masks])[block_mask.index]
+    )
     for h, group in enumerate(which):
         score = scores[group]
         assert isinstance(score, Score)
-        if block_mask is None or index is None:
-            pairs = float(problem.q_length * problem.length)
-        else:
-            column = index[:, h % index.shape[1]]
-            pairs = float(np.mean([computed(block_mask.masks[i]) for i in column]))
-        pairs *= problem.batch
+        area = problem.q_length * problem.length if each is None else each[:, h % each.shape[1]].mean()
+        pairs = problem.batch * float(area)
         rows = problem.q_length * (heads // problem.kv_heads)
         total["pairs"] += pairs
         total["products"] += pairs * width

@@ -1,5 +1,5 @@
 // Functions of the lanes of a vector: within 3 units in the last place of the exact result for all arguments. All
-// floats were tried, and samples of doubles and of powers. Results below the normal numbers are gradual; signed zeros,
+// floats were tried where a product and a sum are one operation; else, of doubles and of powers, samples. Results below the normal numbers are gradual; signed zeros,
 // infinities and NaN come out as in C's functions. Angles beyond 2^19 are reduced lane by lane, which is slow.
 // sqrtv is one instruction where the compiler is told -fno-math-errno, else a call for negative numbers.
 // Where the error of a product is made up for later, the product is exact, its factors being short enough. So the

@@ -30,6 +30,8 @@ from .score import AXES, Score
 
 PIECES = 8
 """Tasks of a backward pass at least, whatever the number of threads, so that sums have one order."""
+ROOM = 2**26
+"""Numbers that those of one head may take together; of longer sequences there are fewer tasks."""
 LANES = 16
 """At most."""
 FEW = 32
@@ -124,7 +126,7 @@ class Compiled:
         """As the library reads them."""
         blocks = call.block_mask
         known = self.known.setdefault(blocks, {})
-        key = (call.q.shape[0], id(group), few)
+        key = (call.q.shape[0], group, few)
         if key not in known:
             masks: Sequence[Rows | TileGrid] = (blocks.rows or ()) if few else blocks.grids
             layouts = tuple([self.layout(mask) for mask in masks])
@@ -295,7 +297,7 @@ class Part:
         call, score = self.call, self.score
         (batch, heads, _, d), (_, kv_heads, n, dv) = call.q.shape, call.v.shape
         rows = self.rows(out, lse, grad_out, grad_lse)
-        pieces = -(-PIECES // (batch * kv_heads))
+        pieces = self.pieces
         gk, gv = (call.k.new_zeros((batch, kv_heads, pieces, n, -(-w // LANES) * LANES)) for w in (d, dv))
         asked = {leaf: self.slope(leaf, pieces) for leaf in score.leaves if self.asks(leaf, tables)}
         slopes = addresses([asked.get(leaf) for leaf in score.leaves], (batch, heads, pieces))
@@ -331,14 +333,21 @@ class Part:
         else:
             total = lse.exp()
         if not score.softmax:
-            top = torch.zeros_like(lse)
+            top, total = torch.zeros_like(lse), total.masked_fill(total == 0, torch.inf)
         delta = (grad_out * out).sum(-1) if shared else torch.zeros_like(lse)
         if grad_lse is not None:
             shift = grad_lse.masked_fill(lse == -torch.inf, 0.0)
             delta = delta - (shift if shared else shift / total)
-        if not score.softmax:
-            total = total.masked_fill(total == 0, torch.inf) if shared else torch.ones_like(lse)
+        if not shared:
+            total = torch.ones_like(lse)
         return {"top": top.contiguous(), "sum": total.contiguous(), "delta": delta.contiguous()}
+
+    @property
+    def pieces(self) -> int:
+        """Of the queries of a key head: each has gradients of keys, values and leaves of its own."""
+        (batch, kv_heads, n, d), dv = self.call.k.shape, self.call.v.shape[3]
+        numbers = n * (d + dv) + sum([x.shape[2] for x in self.leaves.values()])
+        return max(1, min(-(-PIECES // (batch * kv_heads)), ROOM // numbers))
 
     def asks(self, leaf: Leaf, tables: Mapping[str, Tensor]) -> bool:
         """Whether a gradient goes from it to anything."""

@@ -125,17 +125,19 @@ INLINE whole entry_of_query(long row) { return wholes((integer)row); }
 INLINE whole entry_of_key(long key) { return counted((integer)key); }
 INLINE vec real_of_query(struct Place *at, int i, long row) { return all(REALS(i)[row]); }
 INLINE vec real_of_key(struct Place *at, int i, long key) { return load(REALS(i) + key); }
-INLINE vec real_of_distance(struct Place *at, int i, long row, long key) {
-    vec falling = load(REALS(i) + row - key + at->origin - (LANES - 1)), found;
-    for (int j = 0; j < LANES; j++) found[j] = falling[LANES - 1 - j];
+template <class V>
+INLINE V reversed(V x) {
+    V found;
+    for (int j = 0; j < LANES; j++) found[j] = x[LANES - 1 - j];
     return found;
+}
+INLINE vec real_of_distance(struct Place *at, int i, long row, long key) {
+    return reversed(load(REALS(i) + row - key + at->origin - (LANES - 1)));
 }
 INLINE whole int_of_query(struct Place *at, int i, long row) { return wholes(WHOLES(i)[row]); }
 INLINE whole int_of_key(struct Place *at, int i, long key) { return load_whole(WHOLES(i) + key); }
 INLINE whole int_of_distance(struct Place *at, int i, long row, long key) {
-    whole falling = load_whole(WHOLES(i) + row - key + at->origin - (LANES - 1)), found;
-    for (int j = 0; j < LANES; j++) found[j] = falling[LANES - 1 - j];
-    return found;
+    return reversed(load_whole(WHOLES(i) + row - key + at->origin - (LANES - 1)));
 }
 #else
 INLINE whole entry_of_query(long row) { return counted((integer)row); }

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from attndsl.execution.torch_eval import along_diagonals
 from attndsl.tiles.blockmask import TileGrid
+from attndsl.tiles.shadows import live_distances
 
 from .parts import Gathered, Part, Strided, take_apart
 
@@ -150,18 +151,12 @@ class Diagonals:
     live: Tensor
 
     @staticmethod
-    def of(chunks: list[Chunk], grid: TileGrid, device: torch.device) -> Diagonals:
-        found = torch.zeros(grid.nq + grid.n, dtype=torch.bool, device=device)
-        least = 1 - grid.nq
-        for chunk in chunks:
-            places = diagonals(chunk, device) - least
-            if chunk.mask is not None:
-                live = along_diagonals(by_run(chunk.mask, chunk.run)).any(-2)
-                places = places[live.expand(places.shape)]
-            found[places] = True
-        live = torch.nonzero(found).flatten()
+    def of(grid: TileGrid, device: torch.device) -> Diagonals:
+        found = live_distances(grid)[::-1]
+        live = np.flatnonzero(found)
         first, last = (int(live[0]), int(live[-1])) if len(live) else (0, -1)
-        return Diagonals(first + least, found[first : last + 1])
+        kept = torch.from_numpy(found[first : last + 1].copy()).to(device)
+        return Diagonals(first + 1 - grid.nq, kept)
 
     def places(self, chunk: Chunk) -> Tensor:
         """Where in `live` the `diagonals` of a chunk stand; somewhere if no pair is live."""

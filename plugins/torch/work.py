@@ -79,7 +79,7 @@ class Work:
             chunks, empty = chunks_of(grid, cut, self.q.device)
             masks = {id(c.mask): c.mask for c in chunks if c.mask is None or c.mask.numel() <= KEPT}
             closed = {name: closing(mask, self.zero) for name, mask in masks.items() if constant}
-            near = Diagonals.of(chunks, grid, self.q.device) if cut.by_distance else None
+            near = Diagonals.of(grid, self.q.device) if cut.by_distance else None
             known[key] = Schedule([(c, closed.get(id(c.mask))) for c in chunks], empty, near)
         return known[key]
 
