@@ -189,7 +189,7 @@ BOMBS = {
     "fine stripes": Bomb(mask("{ q, k : (3 * q + 5 * k) mod 1000003 < 500000 }"), "tiles 8192", "67108864"),
     "strided far": Bomb(mask("strided(3)"), "tiles 262144", "11453901480"),
     "far n": Bomb(mask("causal"), "tiles 2147483647", "more than"),
-    "noise compiled": Bomb(mask("{ q, k : (q * k * 7919) mod 1009 < 500 }"), "compile 4096", "torch"),
+    "noise compiled": Bomb(mask("{ q, k : (q * k * 7919) mod 1009 < 500 }"), "compile 4096", "cpu"),
     "dense compiled": Bomb(mask("causal"), "compile 1048576", "sdpa"),
 }
 

@@ -61,7 +61,7 @@ def library(dtype: type, machine: str) -> ctypes.CDLL:
             f"-std=c++17 -O3 -march={machine} -fno-math-errno -Wno-psabi -Wall -Wextra -Werror -fPIC -shared"
         )
         linked = "-nostdlib -Wl,--no-undefined -lgcc"
-        files = f"-I{build.SOURCE.parent}", str(HERE / "vector_functions.cpp"), "-o", str(made)
+        files = f"-I{build.SOURCES[0].parent}", str(HERE / "vector_functions.cpp"), "-o", str(made)
         double = ["-DDOUBLE"] * (dtype is np.float64)
         command = [str(build.compiler()), *flags.split(), *double, *files, *linked.split()]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
