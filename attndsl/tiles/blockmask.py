@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import torch
     from torch.nn.attention import flex_attention
 
+    from attndsl.expr import Expr
+
 Spans = tuple[tuple[int, int], ...]
 
 
@@ -279,6 +281,7 @@ class BlockMask:
 
     masks   the distinct masks; heads and batch rows with equal masks share one
     index   int32 [B or 1, H or 1]: which mask a (batch row, query head) uses
+    closed  each of `masks` as a truth over the numbers of row and column, where tiles were made of one
     """
 
     nq: int
@@ -286,6 +289,7 @@ class BlockMask:
     block_size: int
     masks: tuple[TileGrid, ...] | tuple[Rows, ...]
     index: NDArray[np.int32]
+    closed: tuple[Expr, ...] = ()
 
     if not TYPE_CHECKING:  # a type checker is to tell what is no attribute
 

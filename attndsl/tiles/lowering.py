@@ -588,6 +588,7 @@ def block_mask(attention: Attention, sizes: Sizes, tables: Mapping[str, Array], 
     from attndsl.tiles.tiling import tile
 
     grids: list[TileGrid] = []
+    closed: list[Expr] = []
     known: dict[tuple[object, ...], int] = {}
     index: dict[tuple[int, int], int] = {}
     for case in cases(attention, sizes, tables):
@@ -595,12 +596,13 @@ def block_mask(attention: Attention, sizes: Sizes, tables: Mapping[str, Array], 
         key = (case.mask, contents)
         if key not in known:
             known[key] = len(grids)
+            closed.append(case.mask)
             grids.append(
                 tile(case.mask, nq, n_keys, block_size, n=case.n, query=case.query, tables=case.tables)
             )
         index[case.row, case.head] = known[key]
     rows = tuple([Rows.of_dense(grid.to_dense(), block_size) for grid in grids]) if few else ()
-    return BlockMask(nq, n_keys, block_size, rows or tuple(grids), _places(index))
+    return BlockMask(nq, n_keys, block_size, rows or tuple(grids), _places(index), tuple(closed))
 
 
 def _places(index: Mapping[tuple[int, int], int]) -> NDArray[np.int32]:

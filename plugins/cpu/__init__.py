@@ -8,6 +8,7 @@ from dataclasses import replace
 from attndsl.attention import Attention
 from attndsl.backend import Kernel, Problem, predicted
 from attndsl.errors import fail
+from attndsl.execution.apart import counted, in_parts
 from attndsl.execution.torch_eval import FEATURES
 from attndsl.tiles.blockmask import BlockMask
 
@@ -30,6 +31,7 @@ class Cpu:
     )
 
     seconds = SECONDS
+    counts = staticmethod(counted(counts))
 
     def supports(self, attention: Attention, problem: Problem) -> str | None:
         if problem.block_size % ROWS:
@@ -44,12 +46,7 @@ class Cpu:
         return None if compiler() else MISSING
 
     def cost(self, attention: Attention, problem: Problem, block_mask: BlockMask | None) -> float | None:
-        return predicted(SECONDS, counts(attention, problem, block_mask), problem, TRAINING)
-
-    def counts(
-        self, attention: Attention, problem: Problem, block_mask: BlockMask | None
-    ) -> dict[str, float]:
-        return counts(attention, problem, block_mask)
+        return predicted(SECONDS, self.counts(attention, problem, block_mask), problem, TRAINING)
 
     def lower(self, attention: Attention, problem: Problem) -> Kernel:
         for group in attention.groups:
@@ -58,7 +55,7 @@ class Cpu:
             made = library(score.code(None), "forward", ("DOUBLE",) if problem.dtype == "float64" else ())
             if isinstance(made, str):
                 raise fail(f"the backend `cpu` cannot be compiled: {made}")
-        return Compiled(attention)
+        return in_parts(attention, Compiled)
 
 
 backend = Cpu()

@@ -11,7 +11,8 @@ Memory grows with the entries of the BlockMask and the tokens, never with their 
 from dataclasses import replace
 
 from attndsl.attention import Attention
-from attndsl.backend import Kernel, Problem, predicted
+from attndsl.backend import Differentiable, Kernel, Problem, predicted
+from attndsl.execution.apart import counted, in_parts
 from attndsl.execution.torch_eval import FEATURES
 from attndsl.tiles.blockmask import BlockMask
 
@@ -29,7 +30,7 @@ class Torch:
         norms={"softmax", "sigmoid", "relu", "linear", "none"},
     )
     seconds = SECONDS
-    counts = staticmethod(counts)
+    counts = staticmethod(counted(counts))
 
     def supports(self, attention: Attention, problem: Problem) -> str | None:
         return None
@@ -38,7 +39,10 @@ class Torch:
         return predicted(SECONDS, self.counts(attention, problem, block_mask), problem, TRAINING)
 
     def lower(self, attention: Attention, problem: Problem) -> Kernel:
-        return BlockSparse(attention, problem.training, all_simple(attention, problem.head_dim))
+        def kernel(attention: Attention) -> Differentiable:
+            return BlockSparse(attention, problem.training, all_simple(attention, problem.head_dim))
+
+        return in_parts(attention, kernel)
 
 
 backend = Torch()

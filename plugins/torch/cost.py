@@ -47,6 +47,7 @@ SECONDS = {
         "few": 0.00025,
         "reads": 6e-05,
         "read": 2.9e-10,
+        "sorted": 7e-10,
     }
 }
 """Of two cores with AVX-512, by `python -m benchmarks.cost fit`; of lists by benchmarks/lists.py, of what is

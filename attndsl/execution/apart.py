@@ -1,0 +1,174 @@
+"""A kernel over tiles that runs masks apart (tiles/residues.py): once for what keeps its order, once for each
+sort, and the parts of a row merged by their log-sum-exp."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from attndsl.attention import Attention, Norm
+from attndsl.axis import Axis
+from attndsl.backend import Call, Differentiable, Gradients, Problem
+from attndsl.execution.torch_eval import singles, strained
+from attndsl.tiles import residues
+from attndsl.tiles.blockmask import BlockMask
+from attndsl.tiles.lowering import quantifier_free
+from attndsl.tiles.residues import Apart, Sorted
+
+Counts = Callable[[Attention, Problem, BlockMask | None], Mapping[str, float]]
+SORTED = "sorted"
+"""The count of numbers that go through memory to be sorted and merged."""
+
+
+def divides(attention: Attention) -> bool:
+    """Whether masks of the attention may be taken apart at all."""
+    softmax = all(group.norm.kind == "softmax" for group in attention.groups)
+    masks = (quantifier_free(group.relation.mask) for group in attention.groups)
+    return softmax and attention.approx is None and any(map(residues.possible, masks))
+
+
+def in_parts(attention: Attention, make: Callable[[Attention], Differentiable]) -> Differentiable:
+    """The kernel that `make` gives of an attention, in parts where the mask is better taken apart."""
+    if not divides(attention):
+        return make(attention)
+    without = [replace(group, norm=Norm()) for group in attention.groups]
+    sinks = any(group.norm.sink is not None for group in attention.groups)
+    whole = make(attention)
+    return InParts(whole, make(replace(attention, groups=tuple(without))) if sinks else whole)
+
+
+def counted(counts: Counts) -> Counts:
+    """The counts of a kernel `in_parts`, of those of the kernel."""
+
+    def of(attention: Attention, problem: Problem, block_mask: BlockMask | None) -> Mapping[str, float]:
+        apart = residues.apart(block_mask) if block_mask is not None and divides(attention) else None
+        if apart is None:
+            return {**counts(attention, problem, block_mask), SORTED: 0.0}
+        each = ([apart.rest] if apart.rest is not None else []) + [part.block_mask for part in apart.classes]
+        total: dict[str, float] = {}
+        for part in each:
+            found = counts(attention, replace(problem, q_length=part.nq, length=part.n), part)
+            total = {name: total.get(name, 0.0) + count for name, count in found.items()}
+        moved = 2 * problem.heads * problem.q_length + 2 * problem.kv_heads * problem.length
+        total[SORTED] = float(problem.batch * moved * problem.head_dim * len(each))
+        return total
+
+    return of
+
+
+class Places(NamedTuple):
+    """Of sorted entries: where they stand, which of the call's are at each place, and the place of each."""
+
+    q_at: Axis
+    k_at: Axis
+    queries: Tensor
+    keys: Tensor
+    q_places: Tensor
+    k_places: Tensor
+
+
+Part = tuple[Differentiable, Call, "Places | None"]
+"""What runs, on what, and where the entries of that stand; None where they stand as they were given."""
+
+
+@dataclass(frozen=True, eq=False)
+class InParts:
+    """`kernel`, in parts; `beside` knows no sinks, and runs all parts but the first."""
+
+    kernel: Differentiable
+    beside: Differentiable
+    known: WeakKeyDictionary[Sorted, dict[tuple[object, ...], Places]] = field(
+        default_factory=WeakKeyDictionary
+    )
+
+    def __call__(self, call: Call) -> tuple[Tensor, Tensor]:
+        apart = residues.apart(call.block_mask)
+        if apart is None:
+            return self.kernel(call)
+        found: tuple[Tensor, Tensor] | None = None
+        for kernel, part, places in self.parts(apart, _widened(call)):
+            out, lse = (_taken(x, places and places.q_places) for x in kernel(part))
+            found = (out, lse) if found is None else _merged(found, (out, lse))
+        assert found is not None
+        # far from 0 a log-sum-exp has lost what parts are merged by
+        return self.kernel(call) if strained(found[1]) else found
+
+    def gradient(
+        self,
+        call: Call,
+        wanted: Sequence[str],
+        out: Tensor,
+        lse: Tensor,
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+    ) -> Gradients:
+        apart = residues.apart(call.block_mask)
+        if apart is None or strained(lse):
+            return self.kernel.gradient(call, wanted, out, lse, grad_out, grad_lse)
+        wide = _widened(call)
+        tables = {name: torch.zeros_like(x) for name, x in singles(call.tables, wanted).items()}
+        totals = [torch.zeros_like(x) for x in (wide.q, wide.k, wide.v)]
+        for kernel, part, places in self.parts(apart, wide):
+            own_out, own_lse, back = (_taken(x, places and places.queries) for x in (out, lse, grad_out))
+            shift = None if grad_lse is None else _taken(grad_lse, places and places.queries)
+            gq, gk, gv, more = kernel.gradient(part, wanted, own_out, own_lse, back, shift)
+            if places is not None:
+                gq, gk, gv = (_taken(gq, places.q_places), *(_taken(x, places.k_places) for x in (gk, gv)))
+            for total, x in zip(totals, (gq, gk, gv), strict=True):
+                total += x
+            for name, x in more.items():
+                tables[name] += x
+        gq, gk, gv = (x.to(given.dtype) for x, given in zip(totals, (call.q, call.k, call.v), strict=True))
+        return gq, gk, gv, tables
+
+    def parts(self, apart: Apart, call: Call) -> Iterator[Part]:
+        kernel = self.kernel
+        if (rest := apart.rest) is not None:
+            yield kernel, replace(call, tiles=_given(rest)), None
+            kernel = self.beside
+        for one in apart.classes:
+            places = self.places(one, call)
+            q, k, v = (
+                _taken(x, at)
+                for x, at in ((call.q, places.queries), (call.k, places.keys), (call.v, places.keys))
+            )
+            yield kernel, Call(q, k, v, _given(one.block_mask), call.tables, *places[:2], call.n), places
+            kernel = self.beside
+
+    def places(self, one: Sorted, call: Call) -> Places:
+        known = self.known.setdefault(one, {})
+        key = (call.q_at, call.k_at, call.q.device)
+        if key not in known:
+            orders = one.q_order, one.k_order, one.q_place, one.k_place
+            tensors = [torch.from_numpy(np.maximum(order, 0)).to(call.q.device) for order in orders]
+            known[key] = Places(one.at(call.q_at, one.q_order), one.at(call.k_at, one.k_order), *tensors)
+        return known[key]
+
+
+def _given(tiles: BlockMask) -> Callable[[], BlockMask]:
+    return lambda: tiles
+
+
+def _taken(x: Tensor, entries: Tensor | None) -> Tensor:
+    """[B, H, entries, ...]"""
+    return x if entries is None else x.index_select(2, entries)
+
+
+def _merged(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of a row whose keys were in two parts."""
+    total = torch.logaddexp(one[1], other[1])
+    over = total.masked_fill(total == -torch.inf, torch.inf)
+    (a, b) = (torch.exp(lse - over)[..., None] for _, lse in (one, other))
+    return one[0] * a + other[0] * b, total
+
+
+def _widened(call: Call) -> Call:
+    """With vectors of at least float32."""
+    wide = torch.promote_types(call.q.dtype, torch.float32)
+    return replace(call, q=call.q.to(wide), k=call.k.to(wide), v=call.v.to(wide))
