@@ -211,7 +211,7 @@ def test_the_torch_backend_computes_the_pairs_that_it_counts(
     assert found["pairs"] >= 2 * np.broadcast_to(Bound(attention).mask(n, heads=4), (4, n, n)).sum()
 
 
-@pytest.mark.parametrize("clauses", ["mask radius(300) | global([0])", "mask causal", "mask strided(128)"])
+@pytest.mark.parametrize("clauses", ["mask radius(300) | global([0])", "mask causal", "mask fixed(128)"])
 def test_a_sample_of_a_large_mask_tells_nearly_as_much(clauses: str, monkeypatch: pytest.MonkeyPatch) -> None:
     attention, p = attention_of(clauses), problem_of(2**15)
     blocks = blocks_of(attention, p)
