@@ -401,9 +401,9 @@ class Program:
                 break
         return problems
 
-    def check(self) -> Iterator[tuple[Assertion, Verdict]]:
-        """Each assertion with its verdict."""
-        return ((assertion, prove(assertion)) for assertion in self.assertions)
+    def check(self) -> tuple[tuple[Assertion, Verdict], ...]:
+        """Each assertion with its verdict, all of them proved now."""
+        return tuple([(assertion, prove(assertion)) for assertion in self.assertions])
 
     @functools.cached_property
     def warnings(self) -> list[Diagnostic]:

@@ -57,3 +57,10 @@ def test_the_collector_is_left_as_it_was(text: str, collects: bool):
         left = gc.isenabled()
         gc.enable()
     assert left is collects
+
+
+def test_a_check_proves_though_nothing_is_asked_of_it(monkeypatch: pytest.MonkeyPatch):
+    program, proved = attndsl.parse("pattern p = causal  assert p <= causal  assert every_row(p)"), []
+    monkeypatch.setattr("attndsl.program.prove", lambda assertion: proved.append(assertion))
+    program.check()
+    assert proved == program.assertions

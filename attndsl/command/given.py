@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,11 @@ def file_and_name(target: str) -> tuple[str, str | None]:
 def is_file(target: str) -> bool:
     """Whether a program is read from there: a file, an example, or stdin."""
     return target == "-" or target.startswith(PREFIX) or Path(target).is_file()
+
+
+def bare_names(targets: Sequence[str]) -> list[str]:
+    """Those behind the first that name something in a file, and not the file."""
+    return [target for target in targets[1:] if target.isidentifier() and not is_file(target)]
 
 
 def heads_of(attention: Attention, given: dict[str, Any], heads: int | None) -> int:
