@@ -320,8 +320,7 @@ def _entries(values: Tensor, index: tuple[Tensor, ...]) -> Tensor:
     """Of a table; nought where it has none at all, which counts for no pair."""
     if 0 not in values.shape[: len(index)]:
         return values[index]
-    shape = torch.broadcast_shapes(*(i.shape for i in index))
-    return values.new_zeros((*shape, *values.shape[len(index) :]))
+    return values.new_zeros((*broadcast_tensors(*index)[0].shape, *values.shape[len(index) :]))
 
 
 def extreme(a: Tensor, b: Tensor, sign: int) -> Tensor:

@@ -14,12 +14,12 @@ from attndsl.attention import Attention, HeadGroup
 from attndsl.errors import AttnError, Diagnostic, Span
 from attndsl.expr import Expr, Selected, Table
 from attndsl.features import FeatureForm, feature_form
-from attndsl.language.arguments import input_table, meaning, score_call
+from attndsl.language.arguments import input_table, score_call
 from attndsl.language.elaborate import Elaborator
+from attndsl.language.idle import idle_parts, looked
 from attndsl.language.lookups import at_lookup
 from attndsl.language.unknown import LENGTH, habit
 from attndsl.language.values import TOKENS, AttentionOf, K, Pattern, Q, Scope
-from attndsl.language.vocabulary import BUILT_IN
 from attndsl.scores import never_negative
 from attndsl.selection import lists_of, origin_of
 from attndsl.streams import read_by_each
@@ -34,19 +34,31 @@ def warnings(definitions: list[Definition], elaborator: Elaborator) -> list[Diag
     used = {name.id for item in definitions for name in ast.walk(item) if isinstance(name, ast.Name)}
     sums = [item.sum for item in definitions if isinstance(item, ast.AttentionDef) and item.sum is not None]
     added = {name.id for e in sums for name in ast.walk(e) if isinstance(name, ast.Name)}
-    placed = _placed(definitions)
+    placed, moved = _placed(definitions), _moved(definitions)
     for item in definitions:
         found += _of_text(item, placed)
         if not all(param.default is not None for param in item.params):
             continue
         if isinstance(item, ast.AttentionDef):
             found += _of_attention(item, elaborator, item.name in added)
-        elif item.word == "pattern" and item.name not in used:
+        elif item.word == "pattern":
+            if item.name not in moved and not elaborator.remembers:
+                found += idle_parts(item.body, looked(elaborator, item.params))
+            if item.name in used:
+                continue
             value = elaborator.instance(item, {}, Scope({}), item.name_span)
             if isinstance(value, Pattern):
                 alone = Attention.of_pattern(item.name, value.at(Q, K, TOKENS))
                 found += _undefined(alone, [item.body], item.name_span)
     return found
+
+
+def _moved(definitions: list[Definition]) -> set[str]:
+    """The names of what may be asked for elsewhere than at positions: arguments, and what is looked up."""
+    nodes = [node for item in definitions for node in ast.walk(item)]
+    parts: list[ast.Node] = [node.base for node in nodes if isinstance(node, ast.Index)]
+    parts += [arg for node in nodes if isinstance(node, ast.Call) for arg in node.args]
+    return {name.id for part in parts for name in ast.walk(part) if isinstance(name, ast.Name)}
 
 
 def _placed(definitions: list[Definition]) -> set[str]:
@@ -106,9 +118,9 @@ def _of_attention(item: ast.AttentionDef, elaborator: Elaborator, added: bool) -
     value = elaborator.instance(item, {}, Scope({}), item.name_span)
     assert isinstance(value, AttentionOf)
     masks = [c for c in item.clauses if isinstance(c, ast.Clause) and c.word == "mask"]
-    # memory stands where no pattern on its own is looked at
-    alone = () if value.attention.streams else masks
-    empty = [warning for clause in alone for warning in _empty_parts(clause.value, elaborator)]
+    seen = looked(elaborator, item.params, value.attention.streams)
+    each = [clause for i in range(len(value.attention.groups)) for clause in _clauses_of(item, i)]
+    empty = [told for c in dict.fromkeys(each) if c.word == "mask" for told in idle_parts(c.value, seen)]
     yield from empty
     span = masks[0].value.span if len(masks) == 1 else item.name_span
     keyed = value.attention.keyed()
@@ -350,40 +362,15 @@ def _inexact(attention: Attention, masks: list[ast.Clause], elaborator: Elaborat
     for clause in masks:
         for part in _operands(clause.value):
             names = {name.id for name in ast.walk(part) if isinstance(name, ast.Name)}
-            mask = _standing_alone(part, elaborator)
+            mask = looked(elaborator, ()).relation(part)
             if names & tables or (not is_affine(mask) if mask is not None else not tables):
                 message = "no integer relation: right, but found tile by tile, and proofs may stay open"
                 yield Diagnostic(message, part.span, severity="note")
                 return
 
 
-def _empty_parts(e: ast.Expression, elaborator: Elaborator) -> Iterator[Diagnostic]:
-    """Operands of `&` that relate nothing."""
-    from attndsl.relations.proofs import subset
-
-    for part in _operands(e):
-        mask = _standing_alone(part, elaborator)
-        if mask is not None and not mask.tables and subset(mask, ir.FALSE).status == "proved":
-            yield _warning("no pair satisfies this", part.span, _meaning(part, elaborator))
-
-
-def _meaning(e: ast.Expression, elaborator: Elaborator) -> str:
-    """What the definition says that is called, in its own words."""
-    called = e.func if isinstance(e, ast.Call) else e
-    definition = elaborator.definitions.get(called.id) if isinstance(called, ast.Name) else None
-    return meaning(definition) if definition is not None and definition.doc else ""
-
-
 def _operands(e: ast.Expression) -> tuple[ast.Expression, ...]:
     return e.args if isinstance(e, ast.Nary) and e.op == "&" else (e,)
-
-
-def _standing_alone(e: ast.Expression, elaborator: Elaborator) -> Expr | None:
-    """The mask of an expression that reads no parameter or table."""
-    names = {name.id for name in ast.walk(e) if isinstance(name, ast.Name)}
-    if not names <= {*elaborator.definitions, *BUILT_IN, "q", "k", "n", "h", "H"}:
-        return None
-    return elaborator.pattern(e, Scope({}), TOKENS).at(Q, K, TOKENS).mask
 
 
 def _empty_rows(mask: Expr, heads: Expr, span: Span) -> Iterator[Diagnostic]:
@@ -417,7 +404,7 @@ def _block_causality(e: ast.Expression, elaborator: Elaborator) -> Iterator[Diag
     causal = ir.le(K, Q)
     if not (isinstance(e, ast.Call) and isinstance(e.func, ast.Name) and e.func.id == "blocks"):
         return
-    over_tokens = _standing_alone(e, elaborator)
+    over_tokens = looked(elaborator, ()).relation(e)
     if over_tokens is None:
         return
     over_blocks = elaborator.pattern(e.args[-1].value, Scope({}), TOKENS).at(Q, K, TOKENS).mask
