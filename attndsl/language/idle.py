@@ -104,7 +104,7 @@ def _told(part: ast.Expression, put: Put, mask: Expr, looked: Looked) -> list[Di
         _crossed([(child, put(around(child))) for child, around in _parts(part)], looked) if meet else ""
     )
     if nothing:
-        help = crossed or _meaning(part, looked.elaborator)
+        help = crossed or _meaning(part, looked)
         return [Diagnostic("no pair satisfies this", part.span, help, "warning")]
     if crossed:
         return [Diagnostic("each query has only itself in this", part.span, crossed, "warning")]
@@ -155,8 +155,10 @@ def _mirrored(e: ast.Expression) -> str:
     match e:
         case ast.Call(ast.Name("band"), (ast.Argument("", ast.Range(lo, hi)), *_)):
             return f"write `band({_negative(hi)}..{_negative(lo)})`"
+        case ast.Call(ast.Name("T"), (ast.Argument(value=turned),)):
+            return f"write `{quoted(turned)}`"
         case ast.Compare():
-            return f"exchange `q` and `k` in `{quoted(e)}`"
+            return f"exchange query and key in `{quoted(e)}`"
     return f"write `T({quoted(e)})`"
 
 
@@ -223,8 +225,10 @@ def free(e: ast.Node) -> frozenset[str]:
     return frozenset().union(*map(free, ast.children(e)))
 
 
-def _meaning(e: ast.Expression, elaborator: Elaborator) -> str:
-    """What the definition says that is called, in its own words."""
+def _meaning(e: ast.Expression, looked: Looked) -> str:
+    """What the definition says that is called, in its own words, and which streams there are."""
+    if "stream" in free(e):
+        return f"the last of its keys is stream {len(looked.streams) - 1}"
     called = e.func if isinstance(e, ast.Call) else e
-    definition = elaborator.definitions.get(called.id) if isinstance(called, ast.Name) else None
+    definition = looked.elaborator.definitions.get(called.id) if isinstance(called, ast.Name) else None
     return meaning(definition) if definition is not None and definition.doc else ""

@@ -17,7 +17,7 @@ from attndsl.features import FeatureForm, feature_form
 from attndsl.language.arguments import input_table, score_call
 from attndsl.language.elaborate import Elaborator
 from attndsl.language.idle import idle_parts, looked
-from attndsl.language.lookups import at_lookup
+from attndsl.language.lookups import at_lookup, lookups_of
 from attndsl.language.unknown import LENGTH, habit
 from attndsl.language.values import TOKENS, AttentionOf, K, Pattern, Q, Scope
 from attndsl.scores import never_negative
@@ -40,7 +40,7 @@ def warnings(definitions: list[Definition], elaborator: Elaborator) -> list[Diag
         if not all(param.default is not None for param in item.params):
             continue
         if isinstance(item, ast.AttentionDef):
-            found += _of_attention(item, elaborator, item.name in added)
+            found += _of_attention(item, elaborator, item.name in added, definitions)
         elif item.word == "pattern":
             if item.name not in moved and not elaborator.remembers:
                 found += idle_parts(item.body, looked(elaborator, item.params))
@@ -113,8 +113,10 @@ def _of_text(item: Definition, placed: Set[str]) -> Iterator[Diagnostic]:
                 )
 
 
-def _of_attention(item: ast.AttentionDef, elaborator: Elaborator, added: bool) -> Iterator[Diagnostic]:
-    """`added`: to others, which may have the rows that are empty here."""
+def _of_attention(
+    item: ast.AttentionDef, elaborator: Elaborator, added: bool, definitions: list[Definition]
+) -> Iterator[Diagnostic]:
+    """`added`: to others, which may have the rows that are empty here; `definitions` are all of the text."""
     value = elaborator.instance(item, {}, Scope({}), item.name_span)
     assert isinstance(value, AttentionOf)
     masks = [c for c in item.clauses if isinstance(c, ast.Clause) and c.word == "mask"]
@@ -135,6 +137,7 @@ def _of_attention(item: ast.AttentionDef, elaborator: Elaborator, added: bool) -
         yield from _crowded(group, [clause.value for clause in masks], span)
     yield from _lengths(value.attention, item)
     yield from _beyond(value.attention, item, elaborator)
+    yield from _constant(value.attention, item, definitions)
     yield from _leaking(value.attention, item)
     yield from _missing_heads(value.attention, item)
     yield from _inexact(value.attention, masks, elaborator)
@@ -149,6 +152,8 @@ def _of_attention(item: ast.AttentionDef, elaborator: Elaborator, added: bool) -
 
 TRIED = 4096
 """The length at which tiles are looked at."""
+LONGER = 40
+"""And one at which entries of tables are."""
 SHORT = (1, 16)
 """And those at which it is cheap to look whether a mask has a value."""
 MOST, FEW = 0.9, 0.3
@@ -262,6 +267,53 @@ def _beyond(attention: Attention, item: ast.AttentionDef, elaborator: Elaborator
                 found = at_lookup(Diagnostic(message, None, help, "warning"), [item])
                 found = at_lookup(found, [*elaborator.definitions.values()])
                 yield found if found.span else replace(found, span=item.name_span)
+
+
+def _constant(attention: Attention, item: ast.AttentionDef, own: list[Definition]) -> Iterator[Diagnostic]:
+    """A score or decay reads one entry alone by an index that is written of q and k."""
+    from attndsl.meaning.pointwise import partial
+    from attndsl.relations.proofs import follows
+
+    if attention.offset is not None or attention.of_streams:
+        return
+    told: set[Table] = set()
+    used = {name.id for name in ast.walk(item) if isinstance(name, ast.Name)}
+    called = [each for each in own if isinstance(each, ast.Definition) and each.name in used]
+    for group in attention.groups:
+        read = [found for e in (group.score, group.decay) if e is not None for found in _guarded_lookups(e)]
+        # what tables say only leaves fewer pairs
+        parts = group.relation.mask.args if group.relation.mask.op == "and" else (group.relation.mask,)
+        mask = ir.all_of(*(part for part in parts if not part.tables))
+        for lookup in dict.fromkeys(lookup for lookup, guard in read if guard is ir.TRUE):
+            table = lookup.value
+            assert isinstance(table, Table)
+            for index, size in zip(lookup.args[len(table.implicit) :], table.explicit, strict=False):
+                if table in told or size == 1 or not index.free & {"q", "k"} or index.tables:
+                    continue
+                if not {*index.free, *mask.free} <= {*"qkn"} or partial(index) or partial(mask):
+                    continue
+                found = _entries(mask, index)
+                if len(found) != 1 or not follows(mask, ir.eq(index, ir.const(found[0]))):
+                    continue
+                told.add(table)
+                message = f"entry {found[0]} of `{table.name}` is read at every pair, and no other"
+                places = [*lookups_of(table.name, [item]), *lookups_of(table.name, [*called, item])]
+                if not places:
+                    yield _warning(message, item.name_span)
+                    continue
+                turned = _entries(mask, ir.substitute(index, {"q": K, "k": Q}))
+                help = "exchange `q` and `k` in its index" if len(turned) > 1 else ""
+                yield _warning(message, places[0][0].span, help)
+
+
+def _entries(mask: Expr, index: Expr) -> list[int]:
+    """What an index is at the pairs of a short sequence other than a query with itself."""
+    from attndsl.meaning.pointwise import evaluate
+
+    at = {"n": ir.const(LONGER)}
+    q, k = np.indices((LONGER, LONGER)).reshape(2, -1)
+    live = evaluate(ir.substitute(mask, at), q, k) & (q != k)
+    return [int(entry) for entry in np.unique(evaluate(ir.substitute(index, at), q[live], k[live]))]
 
 
 def _guarded_lookups(root: Expr) -> Iterator[tuple[Expr, Expr]]:
