@@ -619,6 +619,8 @@ class Plan:
             )
             pairs = blocks.nnz * (p.heads // max(1, blocks.index.shape[1]))
             lines.append(f"  density   {100 * blocks.density:.3g} % ({pairs:,} pairs)")
+        if said := lowering.grouped(self.attention, p.heads):
+            lines.append(f"  heads     {said}, by group")
         if self.attention.streams:
             lines.insert(1, f"  keys      {described(self.attention.streams)}")
         for name, verdict in self.considered.items():

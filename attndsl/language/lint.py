@@ -18,6 +18,7 @@ from attndsl.language.arguments import input_table, score_call
 from attndsl.language.elaborate import Elaborator
 from attndsl.language.idle import idle_parts, looked
 from attndsl.language.lookups import at_lookup, lookups_of
+from attndsl.language.mistakes import quoted
 from attndsl.language.unknown import LENGTH, habit
 from attndsl.language.values import TOKENS, AttentionOf, K, Pattern, Q, Scope
 from attndsl.scores import never_negative
@@ -140,6 +141,7 @@ def _of_attention(
     yield from _constant(value.attention, item, definitions)
     yield from _leaking(value.attention, item)
     yield from _missing_heads(value.attention, item)
+    yield from _miscounted_heads(value.attention, item)
     yield from _inexact(value.attention, masks, elaborator)
     if not any(group.relation.mask.tables for group in value.attention.groups) and not empty:
         yield from _holes(value.attention.any_head(), span)
@@ -402,6 +404,41 @@ def _missing_heads(attention: Attention, item: ast.AttentionDef) -> Iterator[Dia
             item.name_span,
             "add `else { ... }`",
         )
+
+
+HEADS = (8, 12, 16, 32, 64)
+"""Numbers of heads at which groups are looked at."""
+
+
+def _miscounted_heads(attention: Attention, item: ast.AttentionDef) -> Iterator[Diagnostic]:
+    """Ranges of heads with one more than is meant, and a number that may be meant to be how many."""
+    for clause in (c for c in item.clauses if isinstance(c, ast.Heads)):
+        written = list(zip(clause.groups, attention.groups, strict=True))
+        for i, (group, held) in enumerate(written):
+            others = ir.any_of(*(other.heads for _, other in written[i + 1 :]))
+            shared = [
+                heads for heads in HEADS if any(_holds(held.heads, others, h, heads) for h in range(heads))
+            ]
+            match group.which:
+                case ast.Range(lo, hi) if len(shared) == len(HEADS):
+                    help = f"both ends of a range are in it: write `{quoted(lo)}..{quoted(hi)} - 1`"
+                    head = next(h for h in range(HEADS[0]) if _holds(held.heads, others, h, HEADS[0]))
+                    message = (
+                        f"head {head} of {HEADS[0]} is in two groups, and so with other numbers of heads"
+                    )
+                    yield _warning(message, group.which.span, help)
+                case ast.Range(ast.Number(0), ast.Binary("//", ast.Name("H"), ast.Number()) as hi):
+                    half = quoted(hi)
+                    help = f"both ends of a range are in it: write `0..{half} - 1`"
+                    yield _warning(f"these are {half} + 1 heads", group.which.span, help)
+                case ast.Number(value) if value > 0 and len(written) == 2 and clause.groups[1].which is None:
+                    first = f"the first {value} are `0..{value - 1}`" if value > 1 else "the first is `0`"
+                    yield Diagnostic(f"head {value} alone: {first}", group.which.span, severity="note")
+
+
+def _holds(one: Expr, other: Expr, h: int, heads: int) -> bool:
+    at = {"h": ir.const(h), "H": ir.const(heads)}
+    return ir.substitute(ir.all_of(one, other), at) is ir.TRUE
 
 
 def _inexact(attention: Attention, masks: list[ast.Clause], elaborator: Elaborator) -> Iterator[Diagnostic]:

@@ -203,6 +203,13 @@ def head_groups(attention: Attention, heads: int) -> tuple[int, ...]:
     return tuple(found)
 
 
+def grouped(attention: Attention, heads: int) -> str:
+    """`5 + 3` heads in the groups of an attention, in their order; nothing where there is one for all."""
+    found = head_groups(attention, heads)
+    many = range(len(attention.groups))
+    return " + ".join(str(found.count(group)) for group in many) if len(many) > 1 else ""
+
+
 def any_of_heads(
     attention: Attention, sizes: Sizes, tables: Mapping[str, Array], heads: Sequence[int]
 ) -> Expr:
