@@ -282,6 +282,16 @@ def test_compare_sets_parameters_of_all(good):
     assert attn("compare", f"{good}:far", "--length", 8, "--set", "w=2").exit_code == 1
 
 
+def test_a_number_that_leaves_no_pair_is_said(good):
+    done = attn("show", f"{good}:lm", "--length", 8, "--set", "w=-4")
+    assert (done.exit_code, done.stderr) == (
+        0,
+        "warning: `lm(w = -4)` relates no pair at any length: its output is 0\n",
+    )
+    swept = attn("compare", f"{good}:lm", "--length", 8, "--sweep", "w=0,1")
+    assert (swept.exit_code, swept.stderr.count("`lm(w = 0)` relates no pair")) == (0, 1)
+
+
 def test_a_sweep_of_lists(tmp_path):
     file = write(tmp_path / "g.attn", "attention a(g = [0], w = 2) { mask columns(g) | last(w) }")
     done = attn(

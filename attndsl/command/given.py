@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,11 @@ def titled(file: str, name: str | None, params: dict[str, str]) -> tuple[Bound, 
     program = program_of(file)
     name = name or program.default()
     definition = program[name]
-    attention = definition(**params) if params else definition
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        attention = definition(**params) if params else definition
+    for found in told:
+        click.echo(f"warning: {found.message}", err=True)
     if isinstance(attention, Unbound):
         raise fail(str(attention).strip("<>"), help="give them with --set name=value")
     return attention, title(program, name, params)

@@ -6,7 +6,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import combinations
 
+import numpy as np
+
 from attndsl import expr as ir
+from attndsl.attention import Attention
 from attndsl.errors import AttnError, Diagnostic
 from attndsl.expr import Expr
 from attndsl.language.arguments import meaning
@@ -21,6 +24,7 @@ Put = Callable[[ast.Expression], ast.Expression]
 """A part of a pattern as a pattern: what stands around it with nothing beside it."""
 
 SLOT = ir.var("?slot")
+SHORT = 16
 PARTS = 200
 """Of one mask that are looked at."""
 COVERED = frozenset("blocks within grid T sym shift dilate".split())
@@ -117,6 +121,21 @@ def never(mask: Expr) -> bool:
     from attndsl.relations.relation import domain
 
     return follows(ir.all_of(domain(*(x for x in ("h", "H") if x in mask.free)), mask), ir.FALSE)
+
+
+def relates_nothing(attention: Attention) -> bool:
+    """Whether it is proved that no query has a key, at any length, in any head."""
+    from attndsl.meaning.pointwise import evaluate, partial
+
+    keyed = attention.keyed()
+    n = np.arange(SHORT)
+    for mask, _ in keyed:
+        # most have a pair early, and need no proof
+        if mask.free <= {*"qkn"} and not partial(mask):
+            at = ir.substitute(mask, {"n": ir.const(SHORT)})
+            if evaluate(at, n[:, None], n[None, :]).any():
+                return False
+    return not any(mask.tables for mask, _ in keyed) and all(never(ir.all_of(*pair)) for pair in keyed)
 
 
 def _crossed(operands: list[tuple[ast.Expression, ast.Expression]], looked: Looked) -> str:
