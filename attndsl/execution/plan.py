@@ -20,7 +20,7 @@ from attndsl.errors import AttnError, fail, quantity
 from attndsl.execution import choice
 from attndsl.execution.choosing import chosen
 from attndsl.execution.lowered import At, Lowered, Places, taken
-from attndsl.execution.operator import check_tangents, run, step
+from attndsl.execution.operator import check_tangents, refuse_script, run, step
 from attndsl.execution.session import REWIND, Session
 from attndsl.execution.statesession import StateSession, stateful
 from attndsl.execution.streaming import Pair, begun, held_of, keys_and_values
@@ -154,6 +154,8 @@ class Plan:
 
         def __getattr__(self, name):
             raise missing("a plan", name, dir(Plan))
+
+    __prepare_scriptable__ = refuse_script
 
     @property
     def backend(self) -> str:
@@ -643,6 +645,8 @@ class PlanModule(nn.Module):
     if TYPE_CHECKING:
         __call__: Plan
         """What it takes and gives is what the plan does."""
+
+    __prepare_scriptable__ = refuse_script
 
     def __init__(self, plan: Plan) -> None:
         super().__init__()

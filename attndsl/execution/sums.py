@@ -17,6 +17,7 @@ from attndsl.attention import Attention, HeadGroup, Norm, Relation, Summand
 from attndsl.backend import Problem
 from attndsl.errors import AttnError, fail
 from attndsl.execution import choice
+from attndsl.execution.operator import refuse_script
 from attndsl.execution.session import STEP, following, refuse_gradients
 from attndsl.execution.streaming import held_of_parts
 from attndsl.expr import TRUE, Given, Table, number
@@ -60,6 +61,8 @@ class SumPlan:
             if name in vars(self).get("parts", ()):
                 raise AttributeError(f'a plan has no attribute `{name}`: write `plan.parts["{name}"]`')
             raise missing("a plan", name, dir(SumPlan))
+
+    __prepare_scriptable__ = refuse_script
 
     @property
     def plans(self) -> dict[str, Plan]:
@@ -322,6 +325,8 @@ class SumModule(nn.Module):
     if TYPE_CHECKING:
         __call__: SumPlan
         """What it takes and gives is what the plan does."""
+
+    __prepare_scriptable__ = refuse_script
 
     def __init__(self, plan: SumPlan) -> None:
         super().__init__()
