@@ -292,6 +292,14 @@ def test_a_number_that_leaves_no_pair_is_said(good):
     assert (swept.exit_code, swept.stderr.count("`lm(w = 0)` relates no pair")) == (0, 1)
 
 
+def test_heads_of_each_group_are_counted(tmp_path):
+    file = write(tmp_path / "g.attn", "attention a { heads 0..H // 2 { mask causal } else { mask last(8) } }")
+    shown = attn("show", file, "--length", 16, "--heads", 8)
+    assert shown.stdout.endswith("heads 5 + 3, by group\n")
+    planned = attn("compile", file, "--length", 16, "--heads", 8)
+    assert "  heads     5 + 3, by group\n" in planned.stdout
+
+
 def test_a_sweep_of_lists(tmp_path):
     file = write(tmp_path / "g.attn", "attention a(g = [0], w = 2) { mask columns(g) | last(w) }")
     done = attn(

@@ -25,7 +25,7 @@ Put = Callable[[ast.Expression], ast.Expression]
 
 SLOT = ir.var("?slot")
 SHORT = 16
-PARTS = 200
+PARTS = 64
 """Of one mask that are looked at."""
 COVERED = frozenset("blocks within grid T sym shift dilate".split())
 """What relates nothing where its last argument does not."""
@@ -219,16 +219,18 @@ def _parts(e: ast.Expression) -> Iterator[tuple[ast.Expression, Put]]:
             yield from ((left, _alone), (right, _alone))
         case ast.Unary("~" | "not", arg):
             yield arg, _alone
-        case ast.Builder(_, ast.Nary() | ast.Unary("not") as pred):
-            yield from ((part, lambda x: replace(e, pred=x)) for part, _ in _parts(pred))
+        case ast.Builder(_, pred):
+            for part, around in _parts(pred):
+                yield part, _within(lambda x: replace(e, pred=x), around)
+        case ast.Compare(("in",), (position, ast.SetList(items))):
+            for item in items if len(items) > 1 else ():
+                yield ast.SetList((item,), span=item.span), lambda x: replace(e, args=(position, x))
         case ast.Call(ast.Name(name), (*before, ast.Argument("" | "R", last) as final)) if name in COVERED:
             yield last, lambda x: replace(e, args=(*before, replace(final, value=x)))
         case ast.Call(ast.Name(name), (ast.Argument(value=ast.SetList(items)) as only,)) if name in LISTED:
             for item in items if len(items) > 1 else ():
-                yield (
-                    ast.SetList((item,), span=item.span),
-                    lambda x: replace(e, args=(replace(only, value=x),)),
-                )
+                one = ast.SetList((item,), span=item.span)
+                yield one, lambda x: replace(e, args=(replace(only, value=x),))
 
 
 def _alone(e: ast.Expression) -> ast.Expression:
