@@ -25,6 +25,7 @@ Put = Callable[[ast.Expression], ast.Expression]
 
 SLOT = ir.var("?slot")
 SHORT = 16
+"""A length at which most masks have a pair."""
 PARTS = 64
 """Of one mask that are looked at."""
 COVERED = frozenset("blocks within grid T sym shift dilate".split())
@@ -48,7 +49,7 @@ class Looked:
         try:
             return self.elaborator.pattern(e, self.scope, TOKENS).at(Q, K, TOKENS).mask
         except AttnError:
-            return None  # some numbers are constants, and cannot be left open
+            return None  # what has to be a constant cannot be left open
 
     def mask(self, e: ast.Expression) -> Expr | None:
         """The same where it reads no table, over the slots of all streams where keys are those."""
@@ -101,13 +102,11 @@ def _within(put: Put, around: Put) -> Put:
 
 
 def _told(part: ast.Expression, put: Put, mask: Expr, looked: Looked) -> list[Diagnostic]:
-    nothing = never(mask)
     joined = part.pred if isinstance(part, ast.Builder) else part
-    meet = isinstance(joined, ast.Nary) and joined.op in ("&", "and")
-    crossed = (
-        _crossed([(child, put(around(child))) for child, around in _parts(part)], looked) if meet else ""
-    )
-    if nothing:
+    crossed = ""
+    if isinstance(joined, ast.Nary) and joined.op in ("&", "and"):
+        crossed = _crossed([(child, put(around(child))) for child, around in _parts(part)], looked)
+    if never(mask):
         help = crossed or _meaning(part, looked)
         return [Diagnostic("no pair satisfies this", part.span, help, "warning")]
     if crossed:
@@ -176,7 +175,7 @@ def _mirrored(e: ast.Expression) -> str:
             return f"write `band({_negative(hi)}..{_negative(lo)})`"
         case ast.Call(ast.Name("T"), (ast.Argument(value=turned),)):
             return f"write `{quoted(turned)}`"
-        case ast.Compare():
+        case ast.Compare() | ast.Unary("not") | ast.Nary("and" | "or") | ast.Index():
             return f"exchange query and key in `{quoted(e)}`"
     return f"write `T({quoted(e)})`"
 

@@ -43,7 +43,8 @@ def warnings(definitions: list[Definition], elaborator: Elaborator) -> list[Diag
         if isinstance(item, ast.AttentionDef):
             found += _of_attention(item, elaborator, item.name in added, definitions)
         elif item.word == "pattern":
-            if item.name not in moved and not elaborator.remembers:
+            # queries and memory may stand beyond the keys
+            if item.name not in moved and not (placed or elaborator.remembers):
                 found += idle_parts(item.body, looked(elaborator, item.params))
             if item.name in used:
                 continue
@@ -123,7 +124,8 @@ def _of_attention(
     masks = [c for c in item.clauses if isinstance(c, ast.Clause) and c.word == "mask"]
     seen = looked(elaborator, item.params, value.attention.streams)
     each = [clause for i in range(len(value.attention.groups)) for clause in _clauses_of(item, i)]
-    empty = [told for c in dict.fromkeys(each) if c.word == "mask" for told in idle_parts(c.value, seen)]
+    parts = dict.fromkeys(c for c in each if c.word == "mask" and value.attention.offset is None)
+    empty = [told for clause in parts for told in idle_parts(clause.value, seen)]
     yield from empty
     span = masks[0].value.span if len(masks) == 1 else item.name_span
     keyed = value.attention.keyed()
