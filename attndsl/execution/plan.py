@@ -236,7 +236,8 @@ class Plan:
         Where queries stand is `q_offset`, an int or one per batch row, or `q_positions` [nq] or [B, nq], in
         any order; if neither is given, as the text says or else from n - nq on. Keys likewise by `k_offset`,
         0 if not given, or `k_positions`. Tensors of them are on q's device, and are read inside the operator,
-        once. `n`, which positions end at, is the greatest of a key + 1 where it is not given.
+        once. `n`, which positions end at, is the greatest of a key + 1 where it is not given; of an offset
+        only the first query has to stand below it.
 
         Where keys are streams, k and v are those of the tokens, and `memory` the keys [B, Hkv, m, D] and
         values [B, Hkv, m, Dv] before them, the oldest first.
