@@ -127,7 +127,7 @@ class Bound:
 
         length       keys, in tokens
         q_length     queries; as many as keys if not given
-        q_offset     position of the first query; if not given what the text says, or else n - nq
+        q_offset     position of the first query, below n; if not given what the text says, or n - nq
         k_offset     position of the first key, 0 if not given
         q_positions  where each query stands, [nq] or [B, nq], in place of an offset
         k_positions  where each key stands, [length] or [B, length], likewise
@@ -163,7 +163,7 @@ class Bound:
 
         length       keys, in tokens
         q_length     queries; as many as keys if not given
-        q_offset     position of the first query; if not given what the text says, or else n - nq
+        q_offset     position of the first query, below n; if not given what the text says, or n - nq
         k_offset     position of the first key, 0 if not given
         q_positions  where each query stands, [nq] or [B, nq], in place of an offset
         k_positions  where each key stands, [length] or [B, length], likewise
@@ -201,7 +201,7 @@ class Bound:
         block_size   tokens on a side of a tile, a multiple of 8
         length       keys, in tokens
         q_length     queries; as many as keys if not given
-        q_offset     position of the first query; if not given what the text says, or else n - nq
+        q_offset     position of the first query, below n; if not given what the text says, or n - nq
         k_offset     position of the first key, 0 if not given
         q_positions  where each query stands, [nq] or [B, nq], in place of an offset
         k_positions  where each key stands, [length] or [B, length], likewise

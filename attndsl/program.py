@@ -7,6 +7,7 @@ import gc
 import math
 import re
 import reprlib
+import warnings
 from collections import ChainMap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -362,9 +363,27 @@ class Program:
         values = {name: self._argument(name, value) for name, value in given.items()}
         value = self.elaborator.instance(item, values, Scope({}), item.name_span)
         attention = replace(_as_attention(item.name, value), written=item.span)
+        self._tell_empty(attention, values)
         defaults = {param.name: param.default for param in item.params if param.default is not None}
         written = {name: _shown(given[name]) if name in given else render(defaults[name]) for name in names}
-        return Bound(attention, written, lambda *a, **kw: self._bind(item, a, {**given, **kw}))
+
+        def rebind(*args: Any, **params: Any) -> Bound:
+            kept = {name: value for name, value in given.items() if name not in names[: len(args)]}
+            return self._bind(item, args, kept | params)
+
+        return Bound(attention, written, rebind)
+
+    def _tell_empty(self, attention: Attention, values: Mapping[str, Value]) -> None:
+        """Warns of numbers with which nothing is related, on the line that binds them."""
+        numbers = {name: ir.number(value.expr) for name, value in values.items() if isinstance(value, Num)}
+        told = ", ".join(f"{name} = {value}" for name, value in numbers.items() if value is not None)
+        if not told:
+            return
+        from attndsl.language.idle import relates_nothing
+
+        if relates_nothing(attention):
+            said = f"`{attention.name}({told})` relates no pair at any length: its output is 0"
+            warnings.warn(said, stacklevel=5)
 
     def _argument(self, name: str, value: Any) -> Value:
         """A Python number, a list or range of integers, a text of the language, or a number left open."""
@@ -401,16 +420,16 @@ class Program:
                 break
         return problems
 
-    def check(self) -> Iterator[tuple[Assertion, Verdict]]:
-        """Each assertion with its verdict."""
-        return ((assertion, prove(assertion)) for assertion in self.assertions)
+    def check(self) -> tuple[tuple[Assertion, Verdict], ...]:
+        """Each assertion with its verdict, all of them proved now."""
+        return tuple([(assertion, prove(assertion)) for assertion in self.assertions])
 
     @functools.cached_property
     def warnings(self) -> list[Diagnostic]:
         """What is legal and probably not meant, in the order of the text."""
-        from attndsl.language.lint import warnings
+        from attndsl.language import lint
 
-        return _in_order(warnings(list(self.own.values()), self.elaborator))
+        return _in_order(lint.warnings(list(self.own.values()), self.elaborator))
 
     def _check(self, item: Definition) -> None:
         """All its names, and where it needs no parameters its types as well."""

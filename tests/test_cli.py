@@ -116,6 +116,24 @@ def attn_process(*arguments):
         (["compile", "FILE", "lm", "--causal"], 2, "write it into the text: `mask causal`"),
         (["compare", "FILE:lm", "--length", "8", "--sweep", "w=4:16"], 1, "write each: `--sweep w=4,16`"),
         (["plot", "FILE", "lm"], 2, "no command is named `plot`: write `show`"),
+        (["show", "FILE", "lm", "--length", "1k"], 2, "`--length` takes a whole number, such as 1024"),
+        (
+            ["analyze", "FILE", "lm", "--length", "8", "-o", "x"],
+            2,
+            "no option `-o`: what it says goes to stdout",
+        ),
+        (["report", "FILE", "lm", "--out", "x"], 2, "did you mean `--output`?"),
+        (["report", "FILE", "lm", "-o", "x.pdf"], 1, "no page ends in .pdf"),
+        (
+            ["compare", "FILE", "lm", "far", "--length", "8"],
+            2,
+            "write `compare FILE:lm FILE:far`, or `diff FILE:lm FILE:far`",
+        ),
+        (
+            ["compare", "FILE:lm", "far", "near", "--length", "8"],
+            2,
+            "write `compare FILE:lm FILE:far FILE:near`\n",
+        ),
     ],
 )
 def test_a_mistake_is_said_on_stderr_without_a_traceback(good, arguments, code, said):
@@ -262,6 +280,52 @@ def test_compare_sets_parameters_of_all(good):
     both = attn("compare", f"{good}:lm", "--length", 8, "--set", "w=2", "--sweep", "w=1,2")
     assert (both.exit_code, "`w` is given by --set and by --sweep" in both.stderr) == (2, True)
     assert attn("compare", f"{good}:far", "--length", 8, "--set", "w=2").exit_code == 1
+
+
+def test_a_number_that_leaves_no_pair_is_said(good):
+    done = attn("show", f"{good}:lm", "--length", 8, "--set", "w=-4")
+    assert (done.exit_code, done.stderr) == (
+        0,
+        "warning: `lm(w = -4)` relates no pair at any length: its output is 0\n",
+    )
+    swept = attn("compare", f"{good}:lm", "--length", 8, "--sweep", "w=0,1")
+    assert (swept.exit_code, swept.stderr.count("`lm(w = 0)` relates no pair")) == (0, 1)
+
+
+def test_heads_of_each_group_are_counted(tmp_path):
+    file = write(tmp_path / "g.attn", "attention a { heads 0..H // 2 { mask causal } else { mask last(8) } }")
+    shown = attn("show", file, "--length", 16, "--heads", 8)
+    assert shown.stdout.endswith("heads 5 + 3, by group\n")
+    planned = attn("compile", file, "--length", 16, "--heads", 8)
+    assert "  heads     5 + 3, by group\n" in planned.stdout
+
+
+def test_a_sweep_of_lists(tmp_path):
+    file = write(tmp_path / "g.attn", "attention a(g = [0], w = 2) { mask columns(g) | last(w) }")
+    done = attn(
+        "compare", file, "--length", 16, "--sweep", "g=[0],[0, 8]", "--sweep", "w=1,2", "--format", "json"
+    )
+    rows = json.loads(done.stdout)["rows"]
+    assert [(row["g"], row["w"]) for row in rows] == [
+        ("[0]", "1"),
+        ("[0]", "2"),
+        ("[0, 8]", "1"),
+        ("[0, 8]", "2"),
+    ]
+    assert [row["nnz"] for row in rows[::2]] == [16 + 15, 16 + 2 * 15]
+
+
+def test_check_says_only_what_is_wrong_where_that_is_asked_for(good, tmp_path):
+    claims = write(
+        tmp_path / "c.attn", "pattern p = causal\nassert p <= causal\nassert every_row(p - last(1))\n"
+    )
+    loud, quiet = (attn("check", *options, good, claims) for options in ([], ["-q"]))
+    assert (loud.exit_code, quiet.exit_code) == (1, 1)
+    (refuted,) = quiet.stdout.splitlines()
+    assert "refuted" in refuted
+    assert refuted in loud.stdout.splitlines()
+    fine = attn("check", "--quiet", good)
+    assert (fine.exit_code, fine.output) == (0, "")
 
 
 def test_the_readme_says_which_commands_take_what():

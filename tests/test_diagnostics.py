@@ -12,6 +12,7 @@ import pytest
 
 import attndsl
 from attndsl.errors import Diagnostic
+from attndsl.language.idle import idle_parts, looked
 
 FOLDER = Path(__file__).parent / "fixtures" / "diagnostics"
 
@@ -175,6 +176,73 @@ def test_what_a_terminal_shows_is_as_wide_as_it_and_breaks_no_code() -> None:
 def test_warnings(fixture: Fixture) -> None:
     program = attndsl.parse(fixture.input, name="test.attn")
     assert "\n\n".join(map(str, program.warnings)) == fixture.expect
+
+
+CONDITIONS = (
+    *(
+        "k <= q",
+        "q < k",
+        "k - q in 0..3",
+        "q - k == 2",
+        "k == n",
+        "k == q - 9",
+        "q mod 3 == 3",
+        "k mod 4 == 1",
+    ),
+    *(
+        "k < q // 2",
+        "q + k < 0",
+        "n < 3",
+        "h == 1",
+        "h >= H",
+        "|q - k| < 0",
+        "k in [1, 4]",
+        "k * 2 == q * 2 + 1",
+    ),
+)
+
+
+def written(rng: random.Random, depth: int) -> str:
+    """A pattern at random, whose parts may relate nothing."""
+
+    def condition(depth: int) -> str:
+        form = rng.choice(("{} and {}", "{} or {}", "not {}", "")) if depth else ""
+        return (
+            "(" + form.format(condition(depth - 1), condition(depth - 1)) + ")"
+            if form
+            else rng.choice(CONDITIONS)
+        )
+
+    forms = ("{} & {}", "{} | {}", "{} - {}", "~{}", "{} @ {}", "blocks(2, {})", "shift(1, {})", "T({})", "")
+    form = rng.choice(forms) if depth else ""
+    return (
+        f"({form.format(written(rng, depth - 1), written(rng, depth - 1))})"
+        if form
+        else f"{{ q, k : {condition(2)} }}"
+    )
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_parts_that_relate_nothing_may_be_left_out(seed: int) -> None:
+    """In their place stands what is never true, and the mask is the same at every length and head."""
+    text = f"pattern p = {written(random.Random(seed), 3)}"
+    program = attndsl.parse(text)
+    definition = program.own["p"]
+    told = idle_parts(definition.body, looked(program.elaborator, ()))
+    for found in (found for found in told if found.message == "no pair satisfies this"):
+        start, end = found.span.start, found.span.end
+        for false in ("none", "(0 == 1)"):
+            replaced = text[:start] + false + text[end:]
+            if not problems(replaced):
+                other = attndsl.parse(replaced)["p"]
+                assert all(
+                    (program["p"].mask(n, heads=3) == other.mask(n, heads=3)).all() for n in range(1, 8)
+                )
+                break
+        else:
+            raise AssertionError(found)
+    if not told:
+        assert program["p"].mask(40, heads=3).any()
 
 
 @pytest.mark.parametrize("fixture", cases("api"))

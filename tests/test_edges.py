@@ -45,6 +45,28 @@ def test_a_score_is_evaluated_for_the_heads_of_its_group_alone(inputs: str, scor
         torch.testing.assert_close(mine, value)
 
 
+NO_ENTRIES = {
+    "bool[m]": "where(t[k], 1.0, 0.0)",
+    "bool[m, n]": "where(t[q mod 3, k], 1.0, 0.0)",
+    "int[n, m]": "where(k in t[q], 1.0, 0.0)",
+    "int[m]": "where(k < 0, t[k], 0)",
+    "float[m]": "where(k < 0, t[k], 0.0)",
+    "float[m, D]": "where(k < 0, Q @ t[k], 0.0)",
+}
+
+
+@pytest.mark.parametrize("declared", NO_ENTRIES)
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_a_table_without_entries_counts_for_no_pair(declared: str, backend: str) -> None:
+    """A truth is false beyond it, and numbers that no pair asks for are not read."""
+    kind, _, dims = declared.rstrip("]").partition("[")
+    table = np.zeros([{"n": 9, "m": 0, "D": 8}[dim] for dim in dims.split(", ")], kind)
+    text = f"attention a {{ inputs t : {declared}  mask causal  score s + {NO_ENTRIES[declared]} }}"
+    plain = run("attention a { mask causal }", "reference", 9)
+    for mine, value in zip(run(text, backend, 9, t=table), plain, strict=True):
+        torch.testing.assert_close(mine, value)
+
+
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 def test_a_sink_that_takes_all(backend: str) -> None:
     _, lse, *_ = run("attention a { mask causal norm softmax(sink = 2000.0) }", backend, 16)

@@ -220,6 +220,10 @@ BAD = {
     "both": ({"q_offset": 1, "q_positions": range(5)}, "`q_offset` and `q_positions` are given"),
     "n": ({"n": 50}, "`n` is 50, and a key stands at 95"),
     "beyond": ({"q_positions": range(95, 100)}, "a query stands at 99, and n is 96"),
+    "offset beyond": ({"q_offset": 96}, "a query stands at 96, and n is 96"),
+    "one offset beyond": ({"q_offset": [95, 97]}, "a query stands at 97, and n is 96"),
+    "tensor beyond": ({"q_offset": torch.tensor([400])}, "a query stands at 400, and n is 96"),
+    "beyond its n": ({"q_offset": 95, "n": 97}, "a query stands at 99, and n is 97"),
     "no n": ({"n": -1}, "`n` is -1, and must not be negative"),
     "no list": ({"q_positions": "abc"}, "`q_positions` is no array"),
 }  # fmt: skip
@@ -233,6 +237,21 @@ def test_bad_places(name: str) -> None:
         plan(q[:, :, :5], k, v, **place)  # type: ignore[arg-type]
     assert message in str(caught.value)
     assert len(caught.value.diagnostics) == 1
+
+
+def test_cross_attention_begins_among_the_keys() -> None:
+    """Where its first query does, others may stand beyond them; without queries an offset is anywhere."""
+    plan, (q, k, v) = compiled("window"), tensors()
+    found = plan(q[:, :, :5], k[:, :, :20], v[:, :, :20], q_offset=18)
+    torch.testing.assert_close(found[:, :, :2], plan(q[:, :, :2], k[:, :, :20], v[:, :, :20]))
+    assert plan(q[:, :, :0], k[:, :, :20], v[:, :, :20], q_offset=20).shape == (BATCH, HEADS, 0, WIDTH)
+    with pytest.raises(attndsl.AttnError, match="a query stands at 20, and n is 20"):
+        attention("window").mask(20, 1, q_offset=20)
+    streams = attndsl.parse("attention a { keys tokens ++ pool(4)  mask causal }")["a"]
+    with pytest.raises(attndsl.AttnError, match=r"a query stands at 20, and n is 20$"):
+        attndsl.compile(streams, length=20, heads=HEADS, head_dim=WIDTH, dtype="float64")(
+            q[:, :, :1], k[:, :, :20], v[:, :, :20], q_offset=20
+        )
 
 
 def test_a_mask_at_positions() -> None:

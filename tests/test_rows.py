@@ -169,7 +169,9 @@ def test_a_score_out_of_range_is_refused_at_the_first_length_that_reaches_it() -
     attention = attention_of("mask causal score s - 1.0 * (q * q * q * q)")
     lowering.tiles_of(attention, 40_000, q_length=1)
     with pytest.raises(AttnError, match="64-bit"):
-        lowering.block_mask(attention, lowering.sizes_of(attention, 9, 1, 1, q_offset=60_000), {}, 128)
+        lowering.block_mask(
+            attention, lowering.sizes_of(attention, 9, 1, 1, q_offset=60_000, n=60_001), {}, 128
+        )
 
 
 @pytest.mark.parametrize("mask", MASKS)

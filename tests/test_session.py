@@ -388,6 +388,41 @@ def test_a_session_of_a_module_steps_with_its_parameters(clauses: str) -> None:
         close(found, module(*new))
 
 
+NO_GRADIENTS = {
+    "cache": "mask causal  score s - slope * (q - k)",
+    "state": "mask causal  score elu1(w * Q) @ elu1(K)  norm linear",
+    "streams": "keys pool(4)  mask causal  score slope * s",
+}
+
+
+@pytest.mark.parametrize("clauses", [*NO_GRADIENTS.values(), "sum"], ids=[*NO_GRADIENTS, "sum"])
+def test_steps_have_no_gradients(clauses: str) -> None:
+    """Neither of a module's parameters where gradients are followed, nor of a tensor that asks for them."""
+    text = "let w = learn[D](1.0) let slope = learn[H](0.1) "
+    text += f"attention a {{ {'mask causal' if clauses == 'sum' else clauses} }}"
+    if clauses == "sum":
+        text += " attention b { mask causal score s * slope } attention c(g = learn[2]) = g[0] * a + g[1] * b"
+    sizes = {"length": 32, "heads": 4, "kv_heads": 2, "head_dim": 8, "dtype": "float64"}
+    name = "c" if clauses == "sum" else "a"
+    module = attndsl.compile(attndsl.parse(text)[name], **sizes, training=True).module()
+    assert all(x.requires_grad for x in module.parameters())
+    s = module.session(1, 32)
+    new = [torch.randn(1, heads, 12, 8, dtype=torch.float64) for heads in (4, 2, 2)]
+    assert not s.prefill(*new).requires_grad
+    assert not s.step(*(x[:, :, :1] for x in new)).requires_grad
+    assert module(*new).requires_grad
+    with pytest.raises(attndsl.AttnError, match="no gradients"):
+        s.step(new[0].requires_grad_(), *new[1:])
+
+
+def test_a_table_that_asks_for_gradients_is_refused() -> None:
+    s = compiled("inputs g : float[B, H, n]  mask causal  score s  decay g[k]").session(1, LENGTH)
+    new = drawn(torch.Generator(), 1, 5, torch.float64)
+    new = [new[0], new[1], torch.randn(1, 2, 5, 8, dtype=torch.float64)]
+    with pytest.raises(attndsl.AttnError, match="no gradients"):
+        s.step(*new, g=torch.ones(1, 4, 5, dtype=torch.float64, requires_grad=True))
+
+
 @pytest.mark.parametrize("name", ["causal", "sinks", "documents", "drawn", "per head"])
 def test_outputs_last(name: str) -> None:
     """What steps gave is what the finished sequence gives."""
@@ -644,6 +679,9 @@ def test_bad_calls() -> None:
         "differ in length": lambda: s.step(q[:, :, :4], k, v),
         "no gradients": lambda: s.step(q.requires_grad_(), k, v),
         "row 1 has 6 new tokens, and 5 are given": lambda: s.step(q.detach(), k, v, tokens=[1, 6]),
+        "`tokens` has 1 entry for 2 rows": lambda: s.step(q.detach(), k, v, tokens=[5]),
+        "write `4`, which is for all rows": lambda: s.truncate([4]),
+        "has 1 entry for 2 rows": lambda: s.truncate(np.array([4])),
         "`tokens` has 3 entries for 2 rows": lambda: s.step(q.detach(), k, v, tokens=[1, 1, 1]),
         "`tokens` is -1": lambda: s.step(q.detach(), k, v, tokens=-1),
         "has no input `doc`": lambda: s.step(q.detach(), k, v, doc=[1]),

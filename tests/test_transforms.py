@@ -117,6 +117,17 @@ def test_what_is_refused() -> None:
         torch.autograd.grad(loss(q) + first.square().sum(), q)
 
 
+@pytest.mark.filterwarnings("ignore:.*`?torch.jit.script`? is ")
+def test_scripts_are_refused_in_one_line() -> None:
+    text = "attention a { mask causal }  attention b(g = learn[H](1.0)) = a + g * a"
+    program = attndsl.parse(text)
+    for name in ("a", "b"):
+        plan = attndsl.compile(program[name], length=8, heads=2, head_dim=8)
+        for given in (plan, plan.module(), torch.nn.Sequential(plan.module())):
+            with pytest.raises(attndsl.AttnError, match="TorchScript knows nothing of plans"):
+                torch.jit.script(given)
+
+
 def test_functional_call_and_parametrizations() -> None:
     plan, (q, k, v) = plan_of("learned"), tensors()
     module = plan.module()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial, reduce
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -12,7 +13,17 @@ import click
 from attndsl.analysis.part import Subject
 from attndsl.analysis.report import Report, blank, chosen, extended, subject_of, usable
 from attndsl.command import child, comparison
-from attndsl.command.given import bound, echo_json, file_and_name, read, tables, tell_heads, titled, write
+from attndsl.command.given import (
+    bare_names,
+    bound,
+    echo_json,
+    file_and_name,
+    read,
+    tables,
+    tell_heads,
+    titled,
+    write,
+)
 from attndsl.command.options import (
     ANALYSIS,
     FILE,
@@ -114,6 +125,16 @@ def analyzed(named: list[tuple[Subject, str]], parts: list[str] | None, time_lim
         return [reduce(partial(apart, subject), left, report) for subject, report in begun]
 
 
+def each(ctx: click.Context, param: click.Parameter, targets: tuple[str, ...]) -> tuple[str, ...]:
+    """Attentions, each FILE:NAME."""
+    if bare := bare_names(targets):
+        file, name = file_and_name(targets[0])
+        written = " ".join(f"{file}:{other}" for other in [*filter(None, [name]), *bare])
+        help = f", or `diff {written}` for the masks alone" if len(written.split()) == 2 else ""
+        ctx.fail(f"each is named with its file: write `compare {written}`{help}")
+    return targets
+
+
 @click.command(cls=Command)
 @argument(
     "targets",
@@ -121,6 +142,7 @@ def analyzed(named: list[tuple[Subject, str]], parts: list[str] | None, time_lim
     metavar="FILE[:NAME]...",
     nargs=-1,
     required=True,
+    callback=each,
 )
 @click.option("--length", type=Whole(0, 65536), help="Number of keys, n.")
 @click.option(
@@ -197,6 +219,9 @@ def report(
     **sizes: Any,
 ) -> None:
     """All of `analyze` and the pictures as one HTML page that stands alone."""
+    suffix = Path(output).suffix.lower()
+    if suffix not in ("", ".html", ".htm"):
+        raise fail(f"no page ends in {suffix}", help="give the output a name in .html")
     attention, shown = titled(file, name, params)
     given = tables(inputs)
     tell_heads(attention.attention, given, sizes["heads"])

@@ -5,7 +5,7 @@ A child has what was imported before it started: so proofs are, which both proce
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import click
@@ -14,7 +14,7 @@ import numpy as np
 from attndsl.attention import Attention
 from attndsl.bound import Bound
 from attndsl.command import child
-from attndsl.command.given import bound, columns, echo_json, file_and_name, is_file, program_of, tables
+from attndsl.command.given import bare_names, bound, columns, echo_json, file_and_name, program_of, tables
 from attndsl.command.options import FILE, INPUTS, JSON, LENGTH, LIMIT, Command, argument, whole
 from attndsl.errors import AttnError, Diagnostic, fail
 from attndsl.expr import Expr, Selected, Table, all_of, any_of
@@ -30,35 +30,39 @@ ROWS = 256
 
 @click.command(cls=Command)
 @argument("paths", f"{FILE}.", metavar="FILE...", nargs=-1, required=True, callback=whole)
+@click.option("-q", "--quiet", is_flag=True, help="Say only what is wrong.")
 @JSON
 @LIMIT
-def check(paths: tuple[str, ...], as_json: bool, time_limit: float) -> None:
+def check(paths: tuple[str, ...], quiet: bool, as_json: bool, time_limit: float) -> None:
     """Parse, type-check and prove the assertions of files.
 
     Exit 1 on any error or refuted assertion.
     """
-    reports = [check_file(file, time_limit, as_json) for file in paths]
+    told = () if as_json else ("error", "warning") if quiet else ("error", "warning", "note")
+    reports = [check_file(file, time_limit, told) for file in paths]
     if as_json:
         echo_json({"files": reports})
-    else:
-        click.echo("\n".join(line for report in reports for line in report_lines(report)))
+    elif lines := [line for report in reports for line in report_lines(report, quiet)]:
+        click.echo("\n".join(lines))
     if not all(report["fine"] for report in reports):
         raise click.exceptions.Exit(1)
 
 
-def report_lines(report: dict[str, Any]) -> list[str]:
+def report_lines(report: dict[str, Any], quiet: bool) -> list[str]:
     file = report["file"]
     if not report["assertions"]:
-        return [f"{file}: {'fine' if report['fine'] else 'not checked further'}"]
+        said = f"{file}: {'fine' if report['fine'] else 'not checked further'}"
+        return [] if quiet and report["fine"] else [said]
     return [
         f"{found['file']}:{found['line']}: {found['status']}: {found['assertion']}"
         + proofs.detail(found["at"], found["counter_example"], found["tables"], found["reason"])
         for found in report["assertions"]
+        if not quiet or found["status"] == "refuted"
     ]
 
 
-def check_file(file: str, time_limit: float, quiet: bool) -> dict[str, Any]:
-    """What is wrong is also said on stderr, unless `quiet`."""
+def check_file(file: str, time_limit: float, told: Collection[str]) -> dict[str, Any]:
+    """Diagnostics of the severities in `told` are also said on stderr."""
     shown = "<stdin>" if file == "-" else file
 
     errors: Sequence[Diagnostic] = ()
@@ -69,8 +73,7 @@ def check_file(file: str, time_limit: float, quiet: bool) -> dict[str, Any]:
         warned, verdicts = judged(program, time_limit)
     except AttnError as error:
         errors = error.diagnostics
-    if not quiet and (errors or warned):
-        said = [told.shown(columns()) for told in (errors or warned)]
+    if said := [found.shown(columns()) for found in (errors or warned) if found.severity in told]:
         click.echo(("\n\n" if errors else "\n").join(said), err=True)
     assertions = [
         {
@@ -191,7 +194,7 @@ def decided(assertion: Assertion, time_limit: float) -> Verdict:
 def two(ctx: click.Context, param: click.Parameter, targets: tuple[str, ...]) -> tuple[str, ...]:
     """Two masks, each FILE:NAME."""
     file, name = file_and_name(targets[0])
-    bare = [x for x in targets[1:] if x.isidentifier() and not is_file(x)]
+    bare = bare_names(targets)
     if len(targets) != 2 or bare:
         names = [*filter(None, [name]), *bare, "NAME", "NAME"][:2]
         ctx.fail(f"two masks are compared: write `diff {file}:{names[0]} {file}:{names[1]}`")

@@ -59,7 +59,7 @@ def columns(sweeps: Sequence[str]) -> Iterator[dict[str, str]]:
         if re.fullmatch(r"\s*\d+\s*(:|\.\.|-)\s*\d+\s*", values):
             ends = ",".join(re.findall(r"\d+", values))
             raise fail(f"`{values}` is no list of values", help=f"write each: `--sweep {name}={ends}`")
-        named[name] = values.split(",")
+        named[name] = re.split(r",(?![^\[]*\])", values)  # what stands in brackets is one value
         if name == "n" and not all(value.strip().isdecimal() for value in named[name]):
             raise fail(f"`{values}` are no lengths", help="such as n=1024,4096")
     return (dict(zip(named, column, strict=True)) for column in product(*named.values()))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import sys
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +45,11 @@ def titled(file: str, name: str | None, params: dict[str, str]) -> tuple[Bound, 
     program = program_of(file)
     name = name or program.default()
     definition = program[name]
-    attention = definition(**params) if params else definition
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        attention = definition(**params) if params else definition
+    for found in told:
+        click.echo(f"warning: {found.message}", err=True)
     if isinstance(attention, Unbound):
         raise fail(str(attention).strip("<>"), help="give them with --set name=value")
     return attention, title(program, name, params)
@@ -109,6 +115,11 @@ def file_and_name(target: str) -> tuple[str, str | None]:
 def is_file(target: str) -> bool:
     """Whether a program is read from there: a file, an example, or stdin."""
     return target == "-" or target.startswith(PREFIX) or Path(target).is_file()
+
+
+def bare_names(targets: Sequence[str]) -> list[str]:
+    """Those behind the first that name something in a file, and not the file."""
+    return [target for target in targets[1:] if target.isidentifier() and not is_file(target)]
 
 
 def heads_of(attention: Attention, given: dict[str, Any], heads: int | None) -> int:

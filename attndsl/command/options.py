@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +60,8 @@ class Command(click.Command):
             return f"write `{WRITTEN[name]}`"
         if "--length" in self.long and name in HABITS:
             return HABITS[name]
+        if name in ("o", "output") and "--output" not in self.long:
+            return f"what it says goes to stdout: write `> {value or 'FILE'}`"
         if near := suggest(f"--{option}", self.long):
             return near
         number = value.strip("[]()").partition(",")[0].lstrip("-").replace(".", "", 1).isdigit()
@@ -140,7 +143,14 @@ class Whole(click.IntRange):
             return super().convert(int(value), param, ctx)
         except ValueError:
             name = param.opts[0] if param else "this"
-            raise click.UsageError(f"`{name}` takes a whole number, such as {self.example}", ctx) from None
+            said = f"`{name}` takes a whole number, such as {_meant(str(value)) or self.example}"
+            raise click.UsageError(said, ctx) from None
+
+
+def _meant(value: str) -> int | None:
+    """1024 for `1k`."""
+    thousands = re.fullmatch(r"(\d+)\s*[kK](?:i|ib)?", value)
+    return int(thousands[1]) * 1024 if thousands else None
 
 
 LENGTH = Whole(1, 65536)

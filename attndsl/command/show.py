@@ -82,6 +82,8 @@ def show(
         if form == "term":
             picture = terminal.picture(block_mask, terminal.width(), first)
             where = listed(attention.streams, sizes["length"])
+            said = lowering.grouped(attention, heads)
+            where += f"heads {said}, by group\n" if said else ""
             return f"{heading(title, block_mask, sizes['length'])}\n{picture}\n{where}"
         stage("drawing", None)
         return pictures.render(pictures.mask(block_mask, title, first=first), form, transparent=form == "svg")

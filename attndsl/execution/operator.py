@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -466,6 +466,11 @@ def _no_forward_mode() -> AttnError:
         "attndsl has no forward-mode derivatives",
         help="use reverse mode: torch.autograd.grad or .backward()",
     )
+
+
+def refuse_script(plan: Any) -> NoReturn:
+    """Raises AttnError: what torch.jit.script asks of an object first."""
+    raise fail("TorchScript knows nothing of plans", help="torch.compile and torch.export take them")
 
 
 def check_tangents(*tensors: Tensor) -> None:

@@ -20,7 +20,7 @@ from attndsl.errors import AttnError, fail, quantity
 from attndsl.execution import choice
 from attndsl.execution.choosing import chosen
 from attndsl.execution.lowered import At, Lowered, Places, taken
-from attndsl.execution.operator import check_tangents, run, step
+from attndsl.execution.operator import check_tangents, refuse_script, run, step
 from attndsl.execution.session import REWIND, Session
 from attndsl.execution.statesession import StateSession, stateful
 from attndsl.execution.streaming import Pair, begun, held_of, keys_and_values
@@ -155,6 +155,8 @@ class Plan:
         def __getattr__(self, name):
             raise missing("a plan", name, dir(Plan))
 
+    __prepare_scriptable__ = refuse_script
+
     @property
     def backend(self) -> str:
         """The name of the chosen one."""
@@ -234,7 +236,8 @@ class Plan:
         Where queries stand is `q_offset`, an int or one per batch row, or `q_positions` [nq] or [B, nq], in
         any order; if neither is given, as the text says or else from n - nq on. Keys likewise by `k_offset`,
         0 if not given, or `k_positions`. Tensors of them are on q's device, and are read inside the operator,
-        once. `n`, which positions end at, is the greatest of a key + 1 where it is not given.
+        once. `n`, which positions end at, is the greatest of a key + 1 where it is not given; of an offset
+        only the first query has to stand below it.
 
         Where keys are streams, k and v are those of the tokens, and `memory` the keys [B, Hkv, m, D] and
         values [B, Hkv, m, Dv] before them, the oldest first.
@@ -619,6 +622,8 @@ class Plan:
             )
             pairs = blocks.nnz * (p.heads // max(1, blocks.index.shape[1]))
             lines.append(f"  density   {100 * blocks.density:.3g} % ({pairs:,} pairs)")
+        if said := lowering.grouped(self.attention, p.heads):
+            lines.append(f"  heads     {said}, by group")
         if self.attention.streams:
             lines.insert(1, f"  keys      {described(self.attention.streams)}")
         for name, verdict in self.considered.items():
@@ -641,6 +646,8 @@ class PlanModule(nn.Module):
     if TYPE_CHECKING:
         __call__: Plan
         """What it takes and gives is what the plan does."""
+
+    __prepare_scriptable__ = refuse_script
 
     def __init__(self, plan: Plan) -> None:
         super().__init__()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from attndsl.analysis.lasting import kept, over_length
 from attndsl.axis import Axis, joined
-from attndsl.errors import fail
+from attndsl.errors import fail, quantity
 from attndsl.keywords import by_name, checked_dtype, missing
 from attndsl.tiles.lowering import ARGUMENTS, check_names, checked_length
 
@@ -151,6 +151,7 @@ class Session:
         size = self.at_once if chunk is None else min(checked_length("chunk", chunk), self.at_once)
         if size == 0:
             raise fail("`chunk` is 0, and must be positive")
+        refuse_gradients(q, k, v, *inputs.values())
         if learned is None and self.learned is not None:
             learned = self.learned()
         if torch.is_autocast_enabled(self.k.device.type):
@@ -158,10 +159,12 @@ class Session:
         counts = self._counts(q, k, v, tokens)
         n = max((length + count for length, count in zip(self.lengths, counts, strict=True)), default=0)
         found = []
-        for i in range(0, max(k.shape[2], 1), size):
-            new = [x[:, :, i : i + size] for x in (q, k, v)]
-            here = tuple([min(max(count - i, 0), size) for count in counts])
-            found.append(self._append(new[0], new[1], new[2], here, n, learned=learned, **inputs))
+        # parameters would have gradients that a cache knows nothing of
+        with torch.no_grad():
+            for i in range(0, max(k.shape[2], 1), size):
+                new = [x[:, :, i : i + size] for x in (q, k, v)]
+                here = tuple([min(max(count - i, 0), size) for count in counts])
+                found.append(self._append(new[0], new[1], new[2], here, n, learned=learned, **inputs))
         return found[0] if len(found) == 1 else torch.cat(found, 2)
 
     def copy(self) -> Session:
@@ -173,6 +176,7 @@ class Session:
     def reorder(self, rows: Any) -> None:
         """Row i becomes what row `rows[i]` was; as many rows as are named, some maybe more than once."""
         chosen = _integers("rows", rows)
+        chosen = (chosen,) if isinstance(chosen, int) else chosen
         for row in chosen:
             if row >= len(self.lengths):
                 raise fail(f"there is no row {row} of {len(self.lengths)}")
@@ -236,8 +240,6 @@ class Session:
                 raise fail(f"{said}, and the session holds {held} on {cache.device}", help=help)
         if not q.shape[2:3] == k.shape[2:3] == v.shape[2:3]:
             raise fail("`q`, `k` and `v` are of the same tokens, and differ in length")
-        if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-            raise fail("a session has no gradients", help="decode under `torch.no_grad()`")
         size = k.shape[2]
         counts = self._each("tokens", size if tokens is None else tokens)
         for row, (length, count) in enumerate(zip(self.lengths, counts, strict=True)):
@@ -250,11 +252,15 @@ class Session:
         return counts
 
     def _each(self, name: str, given: Any) -> tuple[int, ...]:
-        """One number for each row; one may be given for all."""
-        found = _integers(name, given)
-        if len(found) not in (1, len(self.lengths)):
-            raise fail(f"`{name}` has {len(found)} entries for {len(self.lengths)} rows")
-        return found * len(self.lengths) if len(found) == 1 else found
+        """A list has one number for each row; a number is for all."""
+        rows, found = len(self.lengths), _integers(name, given)
+        if isinstance(found, int):
+            return (found,) * rows
+        if len(found) != rows:
+            help = f"write `{found[0]}`, which is for all rows" if len(found) == 1 else ""
+            entries = quantity(len(found), "entry", "entries")
+            raise fail(f"`{name}` has {entries} for {quantity(rows, 'row')}", help=help)
+        return found
 
     def _append(
         self, q: Tensor, k: Tensor, v: Tensor, counts: tuple[int, ...], n: int, **call: Any
@@ -346,6 +352,12 @@ class Session:
             at += size
 
 
+def refuse_gradients(*given: Any) -> None:
+    """Raises AttnError for a tensor whose gradient would be lost; parameters have theirs from calls."""
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in given):
+        raise fail("a session has no gradients", help="decode under `torch.no_grad()`")
+
+
 def following(starts: Sequence[int] | Array, size: int) -> Array:
     """int64 [rows, size]"""
     return np.array(starts)[:, None] + np.arange(size)
@@ -361,7 +373,8 @@ def picked(x: Tensor, entries: Array) -> Tensor:
     return x.gather(2, at[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
 
-def _integers(name: str, given: Any) -> tuple[int, ...]:
+def _integers(name: str, given: Any) -> tuple[int, ...] | int:
     listed = given.tolist() if hasattr(given, "tolist") else given
-    listed = listed if isinstance(listed, Sequence) else [listed]
-    return tuple([checked_length(name, value) for value in listed])
+    if isinstance(listed, Sequence):
+        return tuple([checked_length(name, value) for value in listed])
+    return checked_length(name, listed)

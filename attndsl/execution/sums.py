@@ -17,7 +17,8 @@ from attndsl.attention import Attention, HeadGroup, Norm, Relation, Summand
 from attndsl.backend import Problem
 from attndsl.errors import AttnError, fail
 from attndsl.execution import choice
-from attndsl.execution.session import STEP, following
+from attndsl.execution.operator import refuse_script
+from attndsl.execution.session import STEP, following, refuse_gradients
 from attndsl.execution.streaming import held_of_parts
 from attndsl.expr import TRUE, Given, Table, number
 from attndsl.keywords import by_name, instead, missing
@@ -60,6 +61,8 @@ class SumPlan:
             if name in vars(self).get("parts", ()):
                 raise AttributeError(f'a plan has no attribute `{name}`: write `plan.parts["{name}"]`')
             raise missing("a plan", name, dir(SumPlan))
+
+    __prepare_scriptable__ = refuse_script
 
     @property
     def plans(self) -> dict[str, Plan]:
@@ -323,6 +326,8 @@ class SumModule(nn.Module):
         __call__: SumPlan
         """What it takes and gives is what the plan does."""
 
+    __prepare_scriptable__ = refuse_script
+
     def __init__(self, plan: SumPlan) -> None:
         super().__init__()
         self.plan = plan
@@ -426,6 +431,7 @@ class SumSession:
         """As `step`, of many tokens: `chunk`, `tokens` and `learned` as of a Session, the last with the names
         of `SumPlan.__call__`; `given` are inputs, and (q, k, v) of a part under its name. Raises AttnError as
         a Session does; then no part has got a token."""
+        refuse_gradients(q, k, v, *given.values())
         if learned is None and self.learned is not None:
             learned = self.learned()
         self.plan.check_names(given, STEP)
@@ -455,7 +461,8 @@ class SumSession:
                 return torch.cat(pieces, 2)
 
             some = q.shape[2] and max(self.lengths, default=0)
-            return self.plan.added(q, found.items(), weight if some else lambda gate: 1.0)
+            with torch.no_grad():
+                return self.plan.added(q, found.items(), weight if some else lambda gate: 1.0)
 
     def copy(self) -> SumSession:
         """Another one that has its own memory."""

@@ -316,6 +316,13 @@ def _shared(slope: Tensor, ahead: Tensor) -> Tensor:
     return found  # type: ignore[no-any-return]
 
 
+def _entries(values: Tensor, index: tuple[Tensor, ...]) -> Tensor:
+    """Of a table; nought where it has none at all, which counts for no pair."""
+    if 0 not in values.shape[: len(index)]:
+        return values[index]
+    return values.new_zeros((*broadcast_tensors(*index)[0].shape, *values.shape[len(index) :]))
+
+
 def extreme(a: Tensor, b: Tensor, sign: int) -> Tensor:
     if not (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)):
         return _Extreme.forward(a, b, sign)
@@ -530,10 +537,10 @@ class _Evaluation:
         values = self.content(table)
         if node.type in ("vec", "mat"):
             at = self.of_pairs(live) if node.type == "vec" else live
-            return values.to(self.env.dtype)[self.index(table, values, node.args, at)[0]]
+            return _entries(values.to(self.env.dtype), self.index(table, values, node.args, at)[0])
         index, inside = self.index(table, values, node.args, live)
         # converted before the look-up, so that its gradient is summed in the wider dtype
-        found = (values.to(self.env.dtype) if table.dtype == "float" else values)[index]
+        found = _entries(values.to(self.env.dtype) if table.dtype == "float" else values, index)
         if table.dtype == "bool":
             return found & inside
         if table.dtype == "int":
@@ -567,7 +574,7 @@ class _Evaluation:
         assert isinstance(table, Table)
         values = self.content(table)
         index, inside = self.index(table, values, node.args[1:], live)
-        return (values[index] == self.of(node.args[0], live).unsqueeze(-1)).any(-1) & inside
+        return (_entries(values, index) == self.of(node.args[0], live).unsqueeze(-1)).any(-1) & inside
 
     def on_rank_of(self, node: Expr, live: Tensor | None) -> Tensor:
         return self.segment(node, live, rank=True)

@@ -14,12 +14,13 @@ from attndsl.attention import Attention, HeadGroup
 from attndsl.errors import AttnError, Diagnostic, Span
 from attndsl.expr import Expr, Selected, Table
 from attndsl.features import FeatureForm, feature_form
-from attndsl.language.arguments import input_table, meaning, score_call
+from attndsl.language.arguments import input_table, score_call
 from attndsl.language.elaborate import Elaborator
-from attndsl.language.lookups import at_lookup
+from attndsl.language.idle import idle_parts, looked
+from attndsl.language.lookups import at_lookup, lookups_of
+from attndsl.language.mistakes import quoted
 from attndsl.language.unknown import LENGTH, habit
 from attndsl.language.values import TOKENS, AttentionOf, K, Pattern, Q, Scope
-from attndsl.language.vocabulary import BUILT_IN
 from attndsl.scores import never_negative
 from attndsl.selection import lists_of, origin_of
 from attndsl.streams import read_by_each
@@ -34,19 +35,32 @@ def warnings(definitions: list[Definition], elaborator: Elaborator) -> list[Diag
     used = {name.id for item in definitions for name in ast.walk(item) if isinstance(name, ast.Name)}
     sums = [item.sum for item in definitions if isinstance(item, ast.AttentionDef) and item.sum is not None]
     added = {name.id for e in sums for name in ast.walk(e) if isinstance(name, ast.Name)}
-    placed = _placed(definitions)
+    placed, moved = _placed(definitions), _moved(definitions)
     for item in definitions:
         found += _of_text(item, placed)
         if not all(param.default is not None for param in item.params):
             continue
         if isinstance(item, ast.AttentionDef):
-            found += _of_attention(item, elaborator, item.name in added)
-        elif item.word == "pattern" and item.name not in used:
+            found += _of_attention(item, elaborator, item.name in added, definitions)
+        elif item.word == "pattern":
+            # queries and memory may stand beyond the keys
+            if item.name not in moved and not (placed or elaborator.remembers):
+                found += idle_parts(item.body, looked(elaborator, item.params))
+            if item.name in used:
+                continue
             value = elaborator.instance(item, {}, Scope({}), item.name_span)
             if isinstance(value, Pattern):
                 alone = Attention.of_pattern(item.name, value.at(Q, K, TOKENS))
                 found += _undefined(alone, [item.body], item.name_span)
     return found
+
+
+def _moved(definitions: list[Definition]) -> set[str]:
+    """The names of what may be asked for elsewhere than at positions: arguments, and what is looked up."""
+    nodes = [node for item in definitions for node in ast.walk(item)]
+    parts: list[ast.Node] = [node.base for node in nodes if isinstance(node, ast.Index)]
+    parts += [arg for node in nodes if isinstance(node, ast.Call) for arg in node.args]
+    return {name.id for part in parts for name in ast.walk(part) if isinstance(name, ast.Name)}
 
 
 def _placed(definitions: list[Definition]) -> set[str]:
@@ -101,14 +115,17 @@ def _of_text(item: Definition, placed: Set[str]) -> Iterator[Diagnostic]:
                 )
 
 
-def _of_attention(item: ast.AttentionDef, elaborator: Elaborator, added: bool) -> Iterator[Diagnostic]:
-    """`added`: to others, which may have the rows that are empty here."""
+def _of_attention(
+    item: ast.AttentionDef, elaborator: Elaborator, added: bool, definitions: list[Definition]
+) -> Iterator[Diagnostic]:
+    """`added`: to others, which may have the rows that are empty here; `definitions` are all of the text."""
     value = elaborator.instance(item, {}, Scope({}), item.name_span)
     assert isinstance(value, AttentionOf)
     masks = [c for c in item.clauses if isinstance(c, ast.Clause) and c.word == "mask"]
-    # memory stands where no pattern on its own is looked at
-    alone = () if value.attention.streams else masks
-    empty = [warning for clause in alone for warning in _empty_parts(clause.value, elaborator)]
+    seen = looked(elaborator, item.params, value.attention.streams)
+    each = [clause for i in range(len(value.attention.groups)) for clause in _clauses_of(item, i)]
+    parts = dict.fromkeys(c for c in each if c.word == "mask" and value.attention.offset is None)
+    empty = [told for clause in parts for told in idle_parts(clause.value, seen)]
     yield from empty
     span = masks[0].value.span if len(masks) == 1 else item.name_span
     keyed = value.attention.keyed()
@@ -123,8 +140,10 @@ def _of_attention(item: ast.AttentionDef, elaborator: Elaborator, added: bool) -
         yield from _crowded(group, [clause.value for clause in masks], span)
     yield from _lengths(value.attention, item)
     yield from _beyond(value.attention, item, elaborator)
+    yield from _constant(value.attention, item, definitions)
     yield from _leaking(value.attention, item)
     yield from _missing_heads(value.attention, item)
+    yield from _miscounted_heads(value.attention, item)
     yield from _inexact(value.attention, masks, elaborator)
     if not any(group.relation.mask.tables for group in value.attention.groups) and not empty:
         yield from _holes(value.attention.any_head(), span)
@@ -137,6 +156,8 @@ def _of_attention(item: ast.AttentionDef, elaborator: Elaborator, added: bool) -
 
 TRIED = 4096
 """The length at which tiles are looked at."""
+LONGER = 40
+"""And one at which entries of tables are."""
 SHORT = (1, 16)
 """And those at which it is cheap to look whether a mask has a value."""
 MOST, FEW = 0.9, 0.3
@@ -252,6 +273,53 @@ def _beyond(attention: Attention, item: ast.AttentionDef, elaborator: Elaborator
                 yield found if found.span else replace(found, span=item.name_span)
 
 
+def _constant(attention: Attention, item: ast.AttentionDef, own: list[Definition]) -> Iterator[Diagnostic]:
+    """A score or decay reads one entry alone by an index that is written of q and k."""
+    from attndsl.meaning.pointwise import partial
+    from attndsl.relations.proofs import follows
+
+    if attention.offset is not None or attention.of_streams:
+        return
+    told: set[Table] = set()
+    used = {name.id for name in ast.walk(item) if isinstance(name, ast.Name)}
+    called = [each for each in own if isinstance(each, ast.Definition) and each.name in used]
+    for group in attention.groups:
+        read = [found for e in (group.score, group.decay) if e is not None for found in _guarded_lookups(e)]
+        # what tables say only leaves fewer pairs
+        parts = group.relation.mask.args if group.relation.mask.op == "and" else (group.relation.mask,)
+        mask = ir.all_of(*(part for part in parts if not part.tables))
+        for lookup in dict.fromkeys(lookup for lookup, guard in read if guard is ir.TRUE):
+            table = lookup.value
+            assert isinstance(table, Table)
+            for index, size in zip(lookup.args[len(table.implicit) :], table.explicit, strict=False):
+                if table in told or size == 1 or not index.free & {"q", "k"} or index.tables:
+                    continue
+                if not {*index.free, *mask.free} <= {*"qkn"} or partial(index) or partial(mask):
+                    continue
+                found = _entries(mask, index)
+                if len(found) != 1 or not follows(mask, ir.eq(index, ir.const(found[0]))):
+                    continue
+                told.add(table)
+                message = f"entry {found[0]} of `{table.name}` is read at every pair, and no other"
+                places = [*lookups_of(table.name, [item]), *lookups_of(table.name, [*called, item])]
+                if not places:
+                    yield _warning(message, item.name_span)
+                    continue
+                turned = _entries(mask, ir.substitute(index, {"q": K, "k": Q}))
+                help = "exchange `q` and `k` in its index" if len(turned) > 1 else ""
+                yield _warning(message, places[0][0].span, help)
+
+
+def _entries(mask: Expr, index: Expr) -> list[int]:
+    """What an index is at the pairs of a short sequence other than a query with itself."""
+    from attndsl.meaning.pointwise import evaluate
+
+    at = {"n": ir.const(LONGER)}
+    q, k = np.indices((LONGER, LONGER)).reshape(2, -1)
+    live = evaluate(ir.substitute(mask, at), q, k) & (q != k)
+    return [int(entry) for entry in np.unique(evaluate(ir.substitute(index, at), q[live], k[live]))]
+
+
 def _guarded_lookups(root: Expr) -> Iterator[tuple[Expr, Expr]]:
     """The look-ups of a score, each with the conditions under which it is read."""
     seen = set[tuple[Expr, Expr]]()
@@ -340,6 +408,41 @@ def _missing_heads(attention: Attention, item: ast.AttentionDef) -> Iterator[Dia
         )
 
 
+HEADS = (8, 12, 16, 32, 64)
+"""Numbers of heads at which groups are looked at."""
+
+
+def _miscounted_heads(attention: Attention, item: ast.AttentionDef) -> Iterator[Diagnostic]:
+    """Ranges of heads with one more than is meant, and a number that may be meant to be how many."""
+    for clause in (c for c in item.clauses if isinstance(c, ast.Heads)):
+        written = list(zip(clause.groups, attention.groups, strict=True))
+        for i, (group, held) in enumerate(written):
+            others = ir.any_of(*(other.heads for _, other in written[i + 1 :]))
+            shared = [
+                heads for heads in HEADS if any(_holds(held.heads, others, h, heads) for h in range(heads))
+            ]
+            match group.which:
+                case ast.Range(lo, hi) if len(shared) == len(HEADS):
+                    help = f"both ends of a range are in it: write `{quoted(lo)}..{quoted(hi)} - 1`"
+                    head = next(h for h in range(HEADS[0]) if _holds(held.heads, others, h, HEADS[0]))
+                    message = (
+                        f"head {head} of {HEADS[0]} is in two groups, and so with other numbers of heads"
+                    )
+                    yield _warning(message, group.which.span, help)
+                case ast.Range(ast.Number(0), ast.Binary("//", ast.Name("H"), ast.Number()) as hi):
+                    half = quoted(hi)
+                    help = f"both ends of a range are in it: write `0..{half} - 1`"
+                    yield _warning(f"these are {half} + 1 heads", group.which.span, help)
+                case ast.Number(value) if value > 0 and len(written) == 2 and clause.groups[1].which is None:
+                    first = f"the first {value} are `0..{value - 1}`" if value > 1 else "the first is `0`"
+                    yield Diagnostic(f"head {value} alone: {first}", group.which.span, severity="note")
+
+
+def _holds(one: Expr, other: Expr, h: int, heads: int) -> bool:
+    at = {"h": ir.const(h), "H": ir.const(heads)}
+    return ir.substitute(ir.all_of(one, other), at) is ir.TRUE
+
+
 def _inexact(attention: Attention, masks: list[ast.Clause], elaborator: Elaborator) -> Iterator[Diagnostic]:
     """What is no integer relation is bounded from both sides: right, but verdicts may stay open."""
     from attndsl.relations.relation import is_affine
@@ -350,40 +453,15 @@ def _inexact(attention: Attention, masks: list[ast.Clause], elaborator: Elaborat
     for clause in masks:
         for part in _operands(clause.value):
             names = {name.id for name in ast.walk(part) if isinstance(name, ast.Name)}
-            mask = _standing_alone(part, elaborator)
+            mask = looked(elaborator, ()).relation(part)
             if names & tables or (not is_affine(mask) if mask is not None else not tables):
                 message = "no integer relation: right, but found tile by tile, and proofs may stay open"
                 yield Diagnostic(message, part.span, severity="note")
                 return
 
 
-def _empty_parts(e: ast.Expression, elaborator: Elaborator) -> Iterator[Diagnostic]:
-    """Operands of `&` that relate nothing."""
-    from attndsl.relations.proofs import subset
-
-    for part in _operands(e):
-        mask = _standing_alone(part, elaborator)
-        if mask is not None and not mask.tables and subset(mask, ir.FALSE).status == "proved":
-            yield _warning("no pair satisfies this", part.span, _meaning(part, elaborator))
-
-
-def _meaning(e: ast.Expression, elaborator: Elaborator) -> str:
-    """What the definition says that is called, in its own words."""
-    called = e.func if isinstance(e, ast.Call) else e
-    definition = elaborator.definitions.get(called.id) if isinstance(called, ast.Name) else None
-    return meaning(definition) if definition is not None and definition.doc else ""
-
-
 def _operands(e: ast.Expression) -> tuple[ast.Expression, ...]:
     return e.args if isinstance(e, ast.Nary) and e.op == "&" else (e,)
-
-
-def _standing_alone(e: ast.Expression, elaborator: Elaborator) -> Expr | None:
-    """The mask of an expression that reads no parameter or table."""
-    names = {name.id for name in ast.walk(e) if isinstance(name, ast.Name)}
-    if not names <= {*elaborator.definitions, *BUILT_IN, "q", "k", "n", "h", "H"}:
-        return None
-    return elaborator.pattern(e, Scope({}), TOKENS).at(Q, K, TOKENS).mask
 
 
 def _empty_rows(mask: Expr, heads: Expr, span: Span) -> Iterator[Diagnostic]:
@@ -417,7 +495,7 @@ def _block_causality(e: ast.Expression, elaborator: Elaborator) -> Iterator[Diag
     causal = ir.le(K, Q)
     if not (isinstance(e, ast.Call) and isinstance(e.func, ast.Name) and e.func.id == "blocks"):
         return
-    over_tokens = _standing_alone(e, elaborator)
+    over_tokens = looked(elaborator, ()).relation(e)
     if over_tokens is None:
         return
     over_blocks = elaborator.pattern(e.args[-1].value, Scope({}), TOKENS).at(Q, K, TOKENS).mask

@@ -40,21 +40,27 @@ def at_lookup(told: Diagnostic, parts: Sequence[ast.Node]) -> Diagnostic:
     found = LEFT.match(told.message)
     if told.span is not None or found is None:
         return told
-    names = _names(found[1], parts)
-    lookups = [
+    for node, parents in lookups_of(found[1], parts):
+        message = told.message
+        if found[1].startswith("[") and isinstance(node.base, ast.Name):
+            message = f"`{node.base.id}`{message.removeprefix(f'`{found[1]}`')}"
+        return replace(told, message=message, span=node.span, help=_guarded(node, parents) or told.help)
+    return told
+
+
+def lookups_of(table: str, parts: Sequence[ast.Node]) -> Iterator[tuple[ast.Index, tuple[ast.Node, ...]]]:
+    """Where it is looked up in these parts, at what is no position itself if there is such a place, each
+    with what it stands in."""
+    names = _names(table, parts)
+    found = [
         (node, parents)
         for part in parts
         for node, parents in _below(part, ())
         if isinstance(node, ast.Index) and quoted(node.base) in names
     ]
     # at a position itself nothing can be outside of a table of positions
-    moved = [one for one in lookups if not all(isinstance(i, ast.Name) for i in one[0].indices)]
-    for node, parents in moved or lookups:
-        message = told.message
-        if found[1].startswith("[") and isinstance(node.base, ast.Name):
-            message = f"`{node.base.id}`{message.removeprefix(f'`{found[1]}`')}"
-        return replace(told, message=message, span=node.span, help=_guarded(node, parents) or told.help)
-    return told
+    moved = [one for one in found if not all(isinstance(i, ast.Name) for i in one[0].indices)]
+    yield from moved or found
 
 
 def _names(table: str, parts: Sequence[ast.Node]) -> set[str]:

@@ -96,8 +96,11 @@ def follows(left: Expr, right: Expr) -> bool:
     for related in (False, True):
         try:
             with quota():
-                if Translation(formula, domain("n", "q", "k"), related).where(True).is_empty():
+                space = Translation(formula, domain("n", "q", "k"), related)
+                if space.where(True).is_empty():
                     return True
+                if space.exact:
+                    return False
         except AttnError:
             return False
     return False

@@ -11,6 +11,7 @@ nothing.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -65,6 +66,7 @@ LEADING = ("n", "H", "h", "q", "k")
 """Dimensions in the order in which a counter-example is made small."""
 
 
+@functools.cache
 def domain(*names: str) -> Expr:
     """The range of these variables: positions in 0..n-1, any n, heads h of any H."""
     n, heads = var("n"), all_of(le(ZERO, var("h")), lt(var("h"), var("H")))

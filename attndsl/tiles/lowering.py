@@ -82,9 +82,10 @@ def sizes(
 ) -> Sizes:
     """What is not given filled in: keys from position 0 on, n the greatest position of a key + 1, queries
     where the attention says. Of streams `n_keys` are the tokens, and keys are entries by their numbers.
-    Raises AttnError for a key that is not below n, with `inside` for a query that is not, for a default
-    position below 0, and where streams are placed elsewhere."""
+    Raises AttnError for a key that is not below n, for the first query of an offset that is not, with
+    `inside` for any query, for a default position below 0, and where streams are placed elsewhere."""
     numbered, entries = attention.numbered, n_keys
+    each: tuple[int, ...]
     if attention.streams:
         if k is not None or n not in (None, n_keys):
             raise fail(
@@ -95,22 +96,24 @@ def sizes(
         entries = numbered.at(n)[1]
     if numbered is not None:
         n = numbered.tokens(entries, nq) if n is None else n
-        q = q or Axis.starting(nq, (_first_row(attention, n, nq),))
-        return Sizes(heads, q, Axis.starting(entries, (numbered.at(n)[0],)), (n,))
-    k = k or Axis.starting(n_keys, (0,))
-    each = tuple([k.span(row)[1] + 1 for row in range(len(k.rows))])
-    if n is not None:
-        if checked_length("n", n) < max(each):
-            raise fail(f"`n` is {n}, and a key stands at {max(each) - 1}")
-        each = (n,)
+        each, k = (n,), Axis.starting(entries, (numbered.at(n)[0],))
+    else:
+        k = k or Axis.starting(n_keys, (0,))
+        each = tuple([k.span(row)[1] + 1 for row in range(len(k.rows))])
+        if n is not None:
+            if checked_length("n", n) < max(each):
+                raise fail(f"`n` is {n}, and a key stands at {max(each) - 1}")
+            each = (n,)
     found = Sizes(heads, q or Axis.starting(nq, (_first_row(attention, n, nq) for n in each)), k, each)
-    check_places(attention, nq == n_keys and all(found.q.row(b) == k.row(b) for b in range(found.rows)))
-    for row in range(found.rows if inside else 0):
-        last, end = found.q.span(row)[1], each[row % len(each)]
-        if last >= end:
-            raise fail(
-                f"a query stands at {last}, and n is {end}", help="give `n=`, the number of all positions"
-            )
+    if numbered is None:
+        check_places(attention, nq == n_keys and all(found.q.row(b) == k.row(b) for b in range(found.rows)))
+    for row in range(found.rows if inside or q is not None else 0):
+        span, end = found.q.span(row), each[row % len(each)]
+        # those of cross attention begin among the keys, and may be more
+        at = span[1] if inside else min(span)
+        if at >= max(end, 1):
+            help = "" if numbered is not None else "give `n=`, the number of all positions"
+            raise fail(f"a query stands at {at}, and n is {end}", help=help)
     return found
 
 
@@ -198,6 +201,13 @@ def head_groups(attention: Attention, heads: int) -> tuple[int, ...]:
             )
         found.append(here[0])
     return tuple(found)
+
+
+def grouped(attention: Attention, heads: int) -> str:
+    """`5 + 3` heads in the groups of an attention, in their order; nothing where there is one for all."""
+    found = head_groups(attention, heads)
+    many = range(len(attention.groups))
+    return " + ".join(str(found.count(group)) for group in many) if len(many) > 1 else ""
 
 
 def any_of_heads(
