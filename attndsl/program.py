@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 from attndsl import expr as ir
 from attndsl import syntax
 from attndsl.attention import Attention
-from attndsl.bound import Bound, Unbound
+from attndsl.bound import Bound, Parameters, Unbound
 from attndsl.errors import AttnError, Diagnostic, Source, Span, fail, suggest
 from attndsl.keywords import missing
 from attndsl.language.arguments import bind_arguments, name_span, signature
@@ -29,7 +29,7 @@ from attndsl.language.values import TOKENS, AttentionOf, K, Num, Pattern, Q, Sco
 from attndsl.language.vocabulary import BUILT_IN, RESERVED
 from attndsl.pictures import notebook
 from attndsl.selection import Selection
-from attndsl.shipped import elsewhere, located
+from attndsl.shipped import elsewhere, located, nearby
 from attndsl.syntax import nodes as ast
 from attndsl.syntax.format import render
 
@@ -93,7 +93,7 @@ def _read(path: Path, shown: str, span: Span | None) -> Source:
     try:
         return Source(shown, path.read_text(encoding="utf-8"))
     except OSError as error:
-        help = elsewhere(shown) if span is None else ""
+        help = elsewhere(shown) if span is None else nearby(shown, path.parent)
         raise fail(f"cannot read `{shown}`: {(error.strerror or str(error)).lower()}", span, help) from None
     except UnicodeDecodeError:
         raise fail(f"`{shown}` is not UTF-8 text", span) from None
@@ -359,20 +359,25 @@ class Program:
                 raise fail(f"`{item.name}` has no parameter `{name}`", help=help)
         given |= params
         self.elaborator.steps = 0
-        values = {name: self._argument(name, value) for name, value in given.items()}
-        value = self.elaborator.instance(item, values, Scope({}), item.name_span)
+        texts = {
+            name: syntax.parse_expression(Source(f"<{name}>", value))
+            for name, value in given.items()
+            if isinstance(value, str)
+        }
+        values = {name: self._argument(name, texts.get(name, value)) for name, value in given.items()}
+        value = self.elaborator.instance(item, values, Scope({}), item.name_span, given=texts)
         attention = replace(_as_attention(item.name, value), written=item.span)
         defaults = {param.name: param.default for param in item.params if param.default is not None}
         written = {name: _shown(given[name]) if name in given else render(defaults[name]) for name in names}
-        return Bound(attention, written, lambda *a, **kw: self._bind(item, a, {**given, **kw}))
+        return Bound(attention, Parameters(written), lambda *a, **kw: self._bind(item, a, {**given, **kw}))
 
     def _argument(self, name: str, value: Any) -> Value:
-        """A Python number, a list or range of integers, a text of the language, or a number left open."""
+        """A Python number, a list or range of integers, a text of the language as it was parsed, or a number
+        left open."""
         if isinstance(value, ir.Expr):
             return Num(value)
-        if isinstance(value, str):
-            expression = syntax.parse_expression(Source(f"<{name}>", value))
-            return self.elaborator.value(expression, Scope({}, integral=False, binding=name), TOKENS)
+        if isinstance(value, ast.Expression):
+            return self.elaborator.value(value, Scope({}, integral=False, binding=name), TOKENS)
         if hasattr(value, "tolist"):
             value = value.tolist()
         if isinstance(value, range | list | tuple | set):

@@ -41,10 +41,16 @@ def elsewhere(file: str) -> str:
         return f"name the files in it: `{path / '*.attn'}`"
     if named and Path(named[1]).is_file():
         return f"did you mean `{named[1]}:{named[2]}`?"
-    beside = [str(other) for other in path.parent.glob("*.attn")] if path.parent.is_dir() else []
-    if near := suggest(file, beside) or suggest(f"{file}.attn", beside):
+    if near := nearby(file, path.parent):
         return near
     return f"an example is `{PREFIX}{path.stem}`" if path.stem in names() else ""
+
+
+def nearby(file: str, folder: Path) -> str:
+    """The help with a file in `folder` that is nearly called so, or "" where there is none; `file` is how it
+    was written."""
+    there = [str(Path(file).parent / other.name) for other in folder.glob("*.attn")]
+    return suggest(file, there) or suggest(f"{file}.attn", there)
 
 
 def missing(name: str) -> str:

@@ -15,7 +15,7 @@ from attndsl.bound import Bound
 from attndsl.errors import AttnError, asking, fail, suggest
 from attndsl.execution import registry
 from attndsl.execution.selecting import drawn
-from attndsl.keywords import by_name
+from attndsl.keywords import by_name, missing
 from attndsl.pictures import notebook
 from attndsl.program import bound_of
 from attndsl.selection import bounds
@@ -52,8 +52,13 @@ class Report:
     def __getattr__(self, name: str) -> Any:
         known = {} if name.startswith("_") else self._fields()
         if name not in known:
-            raise AttributeError(f"a report has no field `{name}`")
+            raise missing("a report", name, [*dir(Report), *known])
         return known[name]
+
+    if not TYPE_CHECKING:  # a type checker is to tell that there is none
+
+        def __getitem__(self, name):
+            raise TypeError(f"a report is no dictionary: write `report.{name}`, or `report.to_dict()`")
 
     def __repr__(self) -> str:
         known = f"; {', '.join(self.findings)}" if self.findings else ""

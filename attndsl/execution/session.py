@@ -13,7 +13,7 @@ from torch import Tensor
 
 from attndsl.analysis.lasting import kept, over_length
 from attndsl.axis import Axis, joined
-from attndsl.errors import fail
+from attndsl.errors import fail, quantity
 from attndsl.keywords import by_name, checked_dtype, missing
 from attndsl.tiles.lowering import ARGUMENTS, check_names, checked_length
 
@@ -141,11 +141,7 @@ class Session:
 
         Raises AttnError as `step`.
         """
-        for name in filter(ARGUMENTS.__contains__, inputs):
-            raise fail(
-                f"a step takes no `{name}`",
-                help="a session knows where its tokens stand, and gives their output alone",
-            )
+        check_step(inputs)
         if inputs:
             check_names(self.plan.attention, inputs, beside=STEP)
         size = self.at_once if chunk is None else min(checked_length("chunk", chunk), self.at_once)
@@ -157,6 +153,7 @@ class Session:
             q, k, v = self._cast(q, k, v)
         counts = self._counts(q, k, v, tokens)
         n = max((length + count for length, count in zip(self.lengths, counts, strict=True)), default=0)
+        self._check_tables(inputs, k.shape[2], n)
         found = []
         for i in range(0, max(k.shape[2], 1), size):
             new = [x[:, :, i : i + size] for x in (q, k, v)]
@@ -164,12 +161,22 @@ class Session:
             found.append(self._append(new[0], new[1], new[2], here, n, learned=learned, **inputs))
         return found[0] if len(found) == 1 else torch.cat(found, 2)
 
+    def _check_tables(self, inputs: Mapping[str, Any], new: int, n: int) -> None:
+        """Raises AttnError for a table of the new tokens alone, where there were others before them."""
+        for table in self.plan.attention.inputs:
+            if table.name in inputs and "n" in table.dims and new != n:
+                shape = np.shape(inputs[table.name])
+                if len(shape) == len(table.dims) and shape[table.dims.index("n")] == new:
+                    said = f"`{table.name}` has {quantity(new, 'entry', 'entries')}, and there are {n} tokens"
+                    raise fail(said, help="give the entries of all tokens so far, not of the new ones alone")
+
     def copy(self) -> Session:
         """Another one that has its own memory."""
         made = copy.copy(self)
         made.k, made.v = self.k.clone(), self.v.clone()
         return made
 
+    @by_name
     def reorder(self, rows: Any) -> None:
         """Row i becomes what row `rows[i]` was; as many rows as are named, some maybe more than once."""
         chosen = _integers("rows", rows)
@@ -182,6 +189,7 @@ class Session:
         self.k, self.v = self.k[at], self.v[at]
         self.lengths, self.reached = (tuple([x[row] for row in rows]) for x in (self.lengths, self.reached))
 
+    @by_name
     def truncate(self, lengths: Any) -> None:
         """Only the first tokens are left: `lengths` of them, one number for each row or one for all.
 
@@ -346,6 +354,15 @@ class Session:
             at += size
 
 
+def check_step(given: Mapping[str, Any]) -> None:
+    """Raises AttnError for arguments of a call that are none of a step."""
+    for name in filter(ARGUMENTS.__contains__, given):
+        help = "a session knows where its tokens stand, and gives their output alone"
+        if name == "memory":
+            help = "give it at the start: `plan.session(batch, capacity, memory=(keys, values))`"
+        raise fail(f"a step takes no `{name}`", help=help)
+
+
 def following(starts: Sequence[int] | Array, size: int) -> Array:
     """int64 [rows, size]"""
     return np.array(starts)[:, None] + np.arange(size)
@@ -363,5 +380,8 @@ def picked(x: Tensor, entries: Array) -> Tensor:
 
 def _integers(name: str, given: Any) -> tuple[int, ...]:
     listed = given.tolist() if hasattr(given, "tolist") else given
-    listed = listed if isinstance(listed, Sequence) else [listed]
+    listed = listed if isinstance(listed, list | tuple) else [listed]
+    if any(isinstance(value, list | tuple) for value in listed):
+        help = f"write `{listed[0]}`" if len(listed) == 1 else ""
+        raise fail(f"`{name}` is a list of lists, and has one number for each row", help=help)
     return tuple([checked_length(name, value) for value in listed])

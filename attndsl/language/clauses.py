@@ -187,7 +187,8 @@ class AttentionBuilder:
         elif isinstance(value, Num) and value.expr.type == "int":
             which = ir.eq(h, value.expr)
         else:
-            raise expected("a set of heads", value, e, "write `0..5` or `[0, 2]`")
+            listed = quoted(e.args[-1]) if isinstance(e, ast.Compare) and e.ops == ("in",) else "0..5"
+            raise expected("a set of heads", value, e, f"write `{listed}` or `[0, 2]`")
         if not which.free <= {"h", "H"} or which.tables:
             raise fail("a set of heads depends on h and H alone", e.span)
         if "H" not in which.free and not listed_heads(which):

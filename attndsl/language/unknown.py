@@ -27,6 +27,7 @@ INNER = "the inner product of two vectors is `Q @ K`"
 ROTARY = "rotary embedding is done before the call: q and k arrive ready"
 WINDOW = "write `last(w)` for w keys up to the query, `radius(r)` for r on each side, or `band(a..b)`"
 PADDING = "declare it: `inputs keep : bool[B, n]`, and write `columns(keep)`"
+STREAM = "`stream` says of which of the `keys` a key is: `stream == 0` for the first"
 CASTS = "round down by `floor(x)`; `x * 1.0` is real"
 HABITS = {
     **dict.fromkeys(("window", "sliding_window", "sliding", "local"), WINDOW),
@@ -73,6 +74,7 @@ HABITS = {
     "cat": "write `concat(x, y)`",
     **dict.fromkeys(("rope", "rotary", "apply_rotary", "rotary_emb"), ROTARY),
     "pi": "write `3.141592653589793`",
+    **dict.fromkeys(("pool", "mem", "proj", "tokens"), STREAM),
     "elu": "write `elu1(x)`, which is elu(x) + 1",
 }
 """Names of other tools, in lower case, and what is written here."""
