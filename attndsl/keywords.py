@@ -235,7 +235,9 @@ ATTRIBUTES = {
     "a report": {
         **_each("flop", "write `report.flops.forward`"),
         **_each("sparsity", "write `1 - report.density`"),
-        **_each("memory bytes", "`report.kv_cache` and `report.roofline` tell of it"),
+        **_each("memory traffic", "write `report.bytes.forward`; of a cache `report.kv_cache`"),
+        **_each("time seconds latency runtime", "write `report.lowerings`, predicted for each backend"),
+        **_each("roofline rooflines", "write `report.machines`"),
         **_each("keys items values get to_json json as_dict dict", "write `report.to_dict()`"),
         **_each("save write html to_html", "a page is written by `attndsl report FILE -o page.html`"),
         **_each("show plot draw summary", "write `print(report)`"),

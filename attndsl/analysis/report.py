@@ -58,6 +58,7 @@ class Report:
     if not TYPE_CHECKING:  # a type checker is to tell that there is none
 
         def __getitem__(self, name):
+            """A report is no dictionary: raises TypeError with how `name` is read."""
             raise TypeError(f"a report is no dictionary: write `report.{name}`, or `report.to_dict()`")
 
     def __repr__(self) -> str:

@@ -153,7 +153,8 @@ class Session:
             q, k, v = self._cast(q, k, v)
         counts = self._counts(q, k, v, tokens)
         n = max((length + count for length, count in zip(self.lengths, counts, strict=True)), default=0)
-        self._check_tables(inputs, k.shape[2], n)
+        if inputs:
+            self._check_tables(inputs, k.shape[2], n)
         found = []
         for i in range(0, max(k.shape[2], 1), size):
             new = [x[:, :, i : i + size] for x in (q, k, v)]

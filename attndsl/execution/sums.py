@@ -508,7 +508,8 @@ def check_learned(tables: Mapping[str, Table], given: object) -> None:
     """Raises AttnError where `given` is no dictionary that has, for each of these parameters, a floating
     tensor by its name; constants that are drawn may be left out."""
     if not isinstance(given, Mapping):
-        raise fail(f"`learned` is a dictionary of tensors by name, not {type(given).__name__}")
+        help = f'write `learned={{"{next(iter(tables))}": ...}}`' if tables else ""
+        raise fail(f"`learned` is a dictionary of tensors by name, not {type(given).__name__}", help=help)
     for name in given:
         if name not in tables:
             there = ", ".join(f"`{name}`" for name in sorted(tables)) or "none"
