@@ -23,7 +23,7 @@ from attndsl.errors import AttnError, Diagnostic, Source, Span, fail, suggest
 from attndsl.keywords import missing
 from attndsl.language.arguments import bind_arguments, name_span, signature
 from attndsl.language.assertions import Assertion, prove, typed
-from attndsl.language.elaborate import STEP_LIMIT, Elaborator
+from attndsl.language.elaborate import STEP_LIMIT, Elaborator, inputs_of
 from attndsl.language.mistakes import out_of_place
 from attndsl.language.values import TOKENS, AttentionOf, K, Num, Pattern, Q, Scope, SetOf, Space, Value, Vec
 from attndsl.language.vocabulary import BUILT_IN, RESERVED
@@ -356,6 +356,9 @@ class Program:
                 raise fail(f"`{name}` is given twice")
             if name not in names:
                 help = suggest(name, names) or f"write `{signature(item)}`"
+                if name in inputs_of(item):
+                    given_by = f"`plan(q, k, v, {name}=...)`, on the command line `--input {name}=FILE.npy`"
+                    help = f"it is a table: {given_by}"
                 raise fail(f"`{item.name}` has no parameter `{name}`", help=help)
         given |= params
         self.elaborator.steps = 0

@@ -34,8 +34,12 @@ def located(file: str) -> Path:
 
 def elsewhere(file: str) -> str:
     """The help for a file that there is not: what a user means by it, or "" where that is not known."""
-    if re.match(r"(attention|pattern|score|mask|let|assert|use)\s", file) or "{" in file:
-        return "a text is read by attndsl.parse, by a command from stdin as `-`"
+    defined = re.match(r"(attention|pattern|score|mask|let|assert|use)\s", file)
+    if defined or re.search(r"[&|{}~]|\w\(", file):
+        text = file if defined else f"pattern p = {file}"
+        return (
+            f"a text is read by attndsl.parse, and by a command from stdin: `echo '{text}' | attndsl show -`"
+        )
     path, named = Path(file), re.fullmatch(r"(.+\.attn)\W+(\w+)", file)
     if path.is_dir():
         return f"name the files in it: `{path / '*.attn'}`"
@@ -43,7 +47,9 @@ def elsewhere(file: str) -> str:
         return f"did you mean `{named[1]}:{named[2]}`?"
     if near := nearby(file, path.parent):
         return near
-    return f"an example is `{PREFIX}{path.stem}`" if path.stem in names() else ""
+    if path.stem in names():
+        return f"an example is `{PREFIX}{path.stem}`"
+    return f"a name stands behind its file: `FILE.attn:{file}`" if file.isidentifier() else ""
 
 
 def nearby(file: str, folder: Path) -> str:

@@ -213,6 +213,8 @@ def analyze(
 
     Raises AttnError for sizes, names or tables that do not fit.
     """
+    if isinstance(parameters, str):
+        raise fail("`parameters` is a list of names", help=f"write `parameters=[{parameters!r}]`")
     subject = subject_of(
         attention, length=length, q_length=q_length, batch=batch, heads=heads, kv_heads=kv_heads,
         head_dim=head_dim, dtype=dtype, block_size=block_size, layers=layers, ranks=ranks,
@@ -232,7 +234,9 @@ def chosen(parts: Iterable[str] | None) -> list[str]:
     named = known if parts is None else list(parts)
     for name in named:
         if name not in known:
-            help = suggest(name, known) or f"the parts are {', '.join(known)}"
+            giving = [part for part, found in usable().items() if name in found.names(part)]
+            help = f"it is in the part `{giving[0]}`" if giving else suggest(name, known)
+            help = help or f"the parts are {', '.join(known)}"
             raise fail(f"there is no part `{name}`", help=help)
     return named
 
@@ -288,8 +292,12 @@ def subject_of(
     )  # fmt: skip
     for name in parameters:
         if name not in bound.parameters:
-            takes = ", ".join(bound.parameters) or "none"
-            raise fail(f"`{attention.name}` has no parameter `{name}`", help=f"it takes {takes}")
+            help = f"it takes {', '.join(bound.parameters) or 'none'}"
+            if name == "n":
+                help = f"a formula in n is told anyhow; {help}"
+            elif "," in name:
+                help = f"each is given by itself: `--in {name.replace(',', ' --in ')}`"
+            raise fail(f"`{attention.name}` has no parameter `{name}`", help=help)
     for name, count in (("layers", layers), ("ranks", ranks)):
         if lowering.checked_length(name, count) == 0:
             raise fail(f"`{name}` is 0, and must be positive")

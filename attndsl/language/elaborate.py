@@ -128,7 +128,7 @@ class Elaborator:
         if not (help or looked_up or kind == "attention"):
             help = habit(name.id)
         help = help or suggest(name.id, filter(fitting(kind, self.definitions), known))
-        if not help and env.claims and any(name.id in _inputs(item) for item in self.definitions.values()):
+        if not help and env.claims and any(name.id in inputs_of(item) for item in self.definitions.values()):
             help = "a claim is about every table: it cannot name one"
         if not help and inside is not None:
             help = remedy(name.id, kind, inside)
@@ -383,6 +383,7 @@ def _comment_before(span: Span) -> Span | None:
     return Span(span.source, start, start + 2)
 
 
-def _inputs(definition: ast.Definition | ast.AttentionDef) -> set[str]:
+def inputs_of(definition: ast.Definition | ast.AttentionDef) -> set[str]:
+    """The names of its tables."""
     clauses = definition.clauses if isinstance(definition, ast.AttentionDef) else ()
     return {decl.name for clause in clauses if isinstance(clause, ast.Inputs) for decl in clause.decls}
