@@ -44,6 +44,8 @@ DEFINITION_LIMIT = 20_000
 
 
 IN_SIGHT = {"pattern": ("q", "k"), "score": ("s", "q", "k", "Q", "K")}
+MASK_MOD = (["q_idx", "kv_idx"], ["q_idx", "k_idx"])
+"""How the parameters of a function of positions end elsewhere."""
 HEADS_OF = {
     "pattern": "write `pattern {} = {{ q, k : ... }}`",
     "score": "leave it out: a score sees it as it is",
@@ -244,8 +246,15 @@ def _declare(item: Definition, definitions: dict[str, Definition]) -> list[Diagn
                 help = HEADS_OF[item.word].format(item.name)
             problems.append(Diagnostic(f"`{param.name}` is {what}", name_span(param), help))
         seen.add(param.name)
-    if isinstance(item, ast.Definition) and [param.name for param in item.params] == ["q", "k"]:
+    names = [param.name for param in item.params]
+    if isinstance(item, ast.Definition) and names == ["q", "k"]:
         problems.pop()
+    if isinstance(item, ast.Definition) and names[-2:] in MASK_MOD:
+        here = item.params[0].span.to(item.params[-1].span)
+        help = (
+            f"write `{item.word} {item.name} = {{ {', '.join(names[-2:])} : ... }}`, which reads `h` as well"
+        )
+        problems.append(Diagnostic("positions are no parameters", here, help))
     definitions.setdefault(name, item)
     return problems
 

@@ -36,7 +36,8 @@ def elsewhere(file: str) -> str:
     """The help for a file that there is not: what a user means by it, or "" where that is not known."""
     defined = re.match(r"(attention|pattern|score|mask|let|assert|use)\s", file)
     if defined or re.search(r"[&|{}~]|\w\(", file):
-        text = file if defined else f"pattern p = {file}"
+        text = "..." if len(file) > 60 or not {*"\n'"}.isdisjoint(file) else file
+        text = text if defined else f"pattern p = {text}"
         return (
             f"a text is read by attndsl.parse, and by a command from stdin: `echo '{text}' | attndsl show -`"
         )

@@ -278,6 +278,10 @@ class AttentionBuilder:
         return self.number(result, definition.body)
 
     def real(self, e: ast.Expression, env: Scope) -> Expr:
+        if isinstance(e, ast.Builder) and isinstance(env.clause, ast.Clause):
+            word = env.clause.word
+            help = f"`q` and `k` are in sight: write `{word} {quoted(e.pred)}`"
+            raise fail(f"a {word} is a number, and this is written as a pattern", e.span, help)
         return self.number(self.elaborator.no_vector(e, env, TOKENS), e)
 
     def decay(self, e: ast.Expression, env: Scope) -> Expr:
@@ -297,7 +301,8 @@ class AttentionBuilder:
         for table in sorted(result.tables, key=lambda table: table.name):
             if table.parameter:
                 if "n" in table.dims:
-                    help = "n is an axis of what `keys proj(...)` learns"
+                    axes = ", ".join(map(str, table.dims))
+                    help = f"declare `inputs {table.name} : float[{axes}]`, and give a parameter of yours"
                     raise fail(f"`{table.name}` has as many numbers as there are tokens", e.span, help)
                 self.declare(table, e)
         return result

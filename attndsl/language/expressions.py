@@ -163,7 +163,7 @@ def summed(e: ast.Nary, values: list[Value], env: Scope) -> Value:
 
 def connective(el: Elaborator, e: ast.Nary, env: Scope, space: Space) -> Value:
     truths = []
-    for arg in e.args:
+    for before, arg in zip((None, *e.args), e.args, strict=False):
         value = el.value(arg, env, space)
         if isinstance(value, Pattern | SetOf):
             symbol = "&" if e.op == "and" else "|"
@@ -172,6 +172,9 @@ def connective(el: Elaborator, e: ast.Nary, env: Scope, space: Space) -> Value:
                 arg.span,
                 help=f"between {value.noun[2:]}s write `{symbol}`",
             )
+        if isinstance(before, ast.Compare) and isinstance(as_number(value), Num):
+            written = f"{quoted(before.args[-2])} {before.ops[-1]} {quoted(arg)}"
+            raise fail(f"`{e.op}` joins truths, and this is a number", arg.span, f"write `{written}`")
         truths.append(truth_of(value, arg, env))
     return Truth(ir.all_of(*truths) if e.op == "and" else ir.any_of(*truths))
 

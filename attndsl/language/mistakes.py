@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from fractions import Fraction
 
 from attndsl.errors import AttnError, Diagnostic, Span, fail
 from attndsl.expr import Expr, Selected, nodes
@@ -123,7 +124,13 @@ def not_integer(number: Expr, e: ast.Expression, help: str = "") -> AttnError:
         return fail("`/` is real where an integer is needed", e.span, "write `//` to round down")
     if not help and isinstance(e, ast.Number):
         # a fraction of something is not meant to be none of it
-        help = f"write `{int(e.value)}`" if e.value >= 1 else "write an integer: this is no share"
+        share = Fraction(str(e.value))
+        times = "" if share.numerator == 1 else f" * {share.numerator}"
+        help = (
+            f"write `{int(e.value)}`"
+            if e.value >= 1
+            else f"write an integer: a share of n is `n{times} // {share.denominator}`"
+        )
     help = help or f"round it down: `floor({quoted(e)})`"
     return fail("expected an integer, and this is a real number", e.span, help)
 

@@ -50,13 +50,13 @@ HABITS = {
     **dict.fromkeys(("seq_len", "seqlen", "length", "kv_len", "l", "len", "size"), LENGTH),
     **dict.fromkeys(("q_len", "num_queries"), "the number of queries is `nq`"),
     **dict.fromkeys(("num_heads", "n_heads", "nheads", "heads"), HEADS),
-    **dict.fromkeys(
-        ("tril", "causal_mask", "is_causal", "lower_triangular", "autoregressive"), "write `causal`"
-    ),
-    "triu": "write `T(causal)`",
+    **dict.fromkeys(("causal_mask", "is_causal", "lower_triangular", "autoregressive"), "write `causal`"),
+    "tril": "write `causal`, and for another diagonal d `band(-n..d)`",
+    "triu": "write `T(causal)`, and for another diagonal d `band(d..n)`",
+    **dict.fromkeys(("rand", "bernoulli", "randint"), "write `random(r)`: r keys for each query"),
     **dict.fromkeys(("and_masks", "intersection", "intersect"), "write `A & B`"),
     **dict.fromkeys(("or_masks", "union"), "write `A | B`"),
-    **dict.fromkeys(("key_padding_mask", "padding_mask", "attention_mask"), PADDING),
+    **dict.fromkeys(("key_padding_mask", "padding_mask", "attention_mask", "padding", "pad_mask"), PADDING),
     "sparsity": "write `density(A, n = 4096) < 1%`",
     **dict.fromkeys(("ones", "all", "everything", "dense"), "write `full`"),
     **dict.fromkeys(("zeros", "empty", "nothing"), "write `none`"),
@@ -204,7 +204,7 @@ def _kind(
             return "float[m, D]" if inner and _wants_vector(parents[1]) else "float[D]"
         case ast.Nary("|" | "&") | ast.Unary("~"):
             return "pattern"
-        case ast.Clause("mask"):
+        case ast.Clause("mask") | ast.Definition("pattern"):
             return "pattern"
         case ast.Nary("and" | "or") | ast.Unary("not") | ast.Builder():
             return "bool[n]"

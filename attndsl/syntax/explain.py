@@ -214,6 +214,11 @@ def colon(r: Refused) -> Explained | None:
         return r.at(start, last.end(), f"unexpected `{r.text[start : last.end()]}`", help)
     if last_clause(r.tokens) == "heads" and r.complete:
         return r.without_it("unexpected `:`", "leave it out: write `heads 0..3 { ... }`")
+    opened = innermost(r.tokens)
+    if opened is not None and kinds[opened + 1 :] == ["NAME", "COMMA", "NAME"] and kinds[opened] != "LBRACE":
+        names = f"{r.tokens[-3]}, {r.tokens[-1]}"
+        if kinds[opened] == "LSQB" or (str(r.tokens[-3]), str(r.tokens[-1])) == ("q", "k"):
+            return r.it("unexpected `:`", f"a pattern is written `{{ {names} : condition }}`")
     if first.type == "NAME" and depth and r.kind(2) in ("LPAR", "COMMA"):
         return r.it("unexpected `:`", f"a named argument is written `{first} = ...`")
     if (first.type in ENDS and depth) or first.type == "LSQB":
@@ -365,9 +370,14 @@ def header(r: Refused) -> Explained | None:
     if r.bad.type == "$END" and [token.type for token in r.tokens] == ["SCORE", "NAME"]:
         help = f"a clause stands in the braces of an attention: `attention NAME {{ score {r.tokens[1]} }}`"
         return r.at(*extent(r.tokens[1]), "a score without its definition", help)
-    if r.bad.type == "LBRACE" and r.accepts == {"ASSIGN"} and r.tokens[0].type == "PATTERN":
+    if r.bad.type == "LBRACE" and "ASSIGN" in r.accepts and r.tokens[0].type == "PATTERN":
         head = r.text[extent(r.tokens[0])[0] : extent(r.tokens[-1])[1]]
-        return r.it("expected `=`, not `{`", f"write `{head} = {{ q, k : ... }}`")
+        inside = " ".join(r.text[r.there :].strip().removesuffix("}").split())
+        condition = inside and ":" not in inside and len(inside) <= SHOWN
+        body = "{ q, k : ... }" if not condition else inside
+        if condition and re.search(r"[<>=]|\bin\b", inside):
+            body = f"{{ q, k : {inside} }}"
+        return r.it("expected `=`, not `{`", f"write `{head} = {body}`")
     if len(r.tokens) == 2 and r.bad.type == "LSQB" and r.kind(1) == "NAME":
         help = f"parameters stand in parentheses: `{r.tokens[0]} {r.tokens[1]}(...)`"
         return r.it("unexpected `[`", help)
@@ -391,7 +401,8 @@ def clause(r: Refused) -> Explained | None:
         assert written is not None
         meant = f"{r.bad}({argument[1]})" if argument else written[0]
         return r.up_to_next_clause(f"the score {r.shown} without its clause", f"write `score {meant}`")
-    if r.bad in habits.CLAUSES and not r.text[r.there :].lstrip().startswith("("):
+    conditional = r.bad == "if" and r.complete
+    if r.bad in habits.CLAUSES and not (conditional or r.text[r.there :].lstrip().startswith("(")):
         return r.up_to_next_clause(f"{CLAUSE} {r.shown}", habits.CLAUSES[r.bad])
     if not r.complete and word_of(r.source.text, r.bad) == "pattern":
         return r.up_to_next_clause(
@@ -440,6 +451,14 @@ def clauses_of_sum(r: Refused) -> Explained | None:
         shown = written if len(written) <= SHOWN and "\n" not in written else f"{word[0]} ..."
         return r.it("a sum has no clauses of its own", f"its parts have: write `{shown}` into each")
     return None
+
+
+def compared_heads(r: Refused) -> Explained | None:
+    if r.bad.type != "COMPARE" or r.kind(1) != "HEADS":
+        return None
+    return r.without_it(
+        f"unexpected `{r.bad}`", "heads are a number, a range or a list: `heads 0..3 { ... }`"
+    )
 
 
 def no_heads(r: Refused) -> Explained | None:
@@ -500,11 +519,18 @@ def side_by_side(r: Refused) -> Explained | None:
 def between(r: Refused, left: Token) -> str:
     """What is written between two expressions."""
     text, right = r.source.text, r.bad
+    if r.tokens[0].type == "ASSERT" and right == "for":
+        return habits.WORDS["forall"]
     if help := habits.WORDS.get(right) or habits.WORDS.get(left):
         return help
     if left.type in ("INT", "FLOAT") and right.type == "NAME":
         return f"write `{left} * {right}`"
     called = takes(text, left) if left.type == "NAME" else False
+    number = NUMERAL.match(r.text, r.there)
+    if right.type == "NAME" and r.clauses_due and number and number[1].isdecimal():
+        return (
+            f"join patterns by an operator, and an argument stands in parentheses: `& {right}({number[1]})`"
+        )
     if right.type == "NAME" and word_of(text, right) == "pattern" and (r.clauses_due or not called):
         return f"join patterns by an operator: `& {right}`, `| {right}`"
     if called is False or right.type not in ("INT", "FLOAT", "NAME"):
@@ -546,6 +572,7 @@ RULES: tuple[Rule, ...] = (
     clause,
     clauses_of_sum,
     word_out_of_place,
+    compared_heads,
     no_heads,
     reserved,
     builder,

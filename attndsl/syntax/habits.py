@@ -35,7 +35,7 @@ WORDS = {
     "implies": "write `not a or b`",
     "xor": "write `(a or b) and not (a and b)`",
     "to": "write `a..b`, both ends included",
-    "lambda": "a pattern is written `{ q, k : condition }`",
+    "lambda": "a pattern is written `{ q, k : condition }`, a score `score s + 1`",
     "for": "leave it out: a condition is about every position, and a set of some is `{ p : condition }`",
     "forall": "a claim is about all positions and lengths: write `A <= B`",
 }
@@ -69,7 +69,8 @@ CLAUSES = {
     ),
     "head": "write `heads 0 { ... } else { ... }`",
     "input": "write `inputs`",
-    "for": "write `heads 0..3 { ... } else { ... }`",
+    **dict.fromkeys(("for", "if"), "write `heads 0..3 { ... } else { ... }`"),
+    "qk_norm": "leave it out: q and k arrive ready, normalised before the call",
     "as": "leave it out: nothing is renamed, and streams of `keys` go by their numbers, as `stream == 0`",
 }
 """Where a clause begins."""
