@@ -181,8 +181,20 @@ TRAINED = (
     "named_modules children register_forward_hook"
 )
 SIZES = "length q_length batch heads kv_heads head_dim dtype device block_size training"
+BACKENDS = {
+    **dict.fromkeys(
+        ("flex", "flex_attention"), "FlexAttention takes tiles: `attention.block_mask(length).to_flex()`"
+    ),
+    **dict.fromkeys(("dense", "eager", "math", "naive"), 'write `backend="reference"`'),
+    **dict.fromkeys(("cuda", "gpu"), 'it is a device: `compile(..., device="cuda")`'),
+}
+"""What is written in place of backends of other libraries."""
 ATTRIBUTES = {
     "attndsl": {
+        **_each(
+            "flex_attention scaled_dot_product_attention attention sdpa MultiheadAttention",
+            "a plan is called: `attndsl.compile(attention, length=...)(q, k, v)`",
+        ),
         **_each("from_file open read load_file", "a file is read by `attndsl.load`"),
         **_each("loads from_string from_text parse_text", "a text is read by `attndsl.parse`"),
         **_each("plan lower jit build make", "a plan is made by `attndsl.compile`"),

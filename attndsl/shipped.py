@@ -56,8 +56,9 @@ def elsewhere(file: str) -> str:
 def nearby(file: str, folder: Path) -> str:
     """The help with a file in `folder` that is nearly called so, or "" where there is none; `file` is how it
     was written."""
-    there = [str(Path(file).parent / other.name) for other in folder.glob("*.attn")]
-    return suggest(file, there) or suggest(f"{file}.attn", there)
+    path, there = Path(file), [other.name for other in folder.glob("*.attn")]
+    near = suggest(path.name, there) or suggest(f"{path.name}.attn", there)
+    return f"did you mean `{path.parent / near.split('`')[1]}`?" if near else ""
 
 
 def missing(name: str) -> str:

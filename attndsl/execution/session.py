@@ -235,7 +235,9 @@ class Session:
             here, there = [*x.shape], [*cache.shape]
             if [*here[:2], *here[3:]] != [*there[:2], *there[3:]]:
                 there[2] = here[2] if len(here) == 4 else 1
-                raise fail(f"`{name}` is {here}, and what the session holds is like {there}")
+                rows = f"a session of {quantity(here[0], 'row')} is `plan.session({here[0]}, capacity)`"
+                help = rows if here[1:] == there[1:] else ""
+                raise fail(f"`{name}` is {here}, and what the session holds is like {there}", help=help)
             if (x.dtype, x.device) != (cache.dtype, cache.device):
                 dtype, held = (str(y.dtype).removeprefix("torch.") for y in (x, cache))
                 help = f'make the session with `dtype="{dtype}"`'
@@ -244,7 +246,8 @@ class Session:
                 said = f"`{name}` is {dtype} on {x.device}"
                 raise fail(f"{said}, and the session holds {held} on {cache.device}", help=help)
         if not q.shape[2:3] == k.shape[2:3] == v.shape[2:3]:
-            raise fail("`q`, `k` and `v` are of the same tokens, and differ in length")
+            help = "give those of new tokens alone: the session holds the others"
+            raise fail("`q`, `k` and `v` are of the same tokens, and differ in length", help=help)
         if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
             raise fail("a session has no gradients", help="decode under `torch.no_grad()`")
         size = k.shape[2]

@@ -302,6 +302,8 @@ class SumPlan:
         for name in given:
             if name not in (*inputs, *self.parts):
                 near = instead(name, {*inputs, *self.parts, *beside})
+                if name in self.learned_tables:
+                    near = f"it is learned: plan.module() owns `{name}`"
                 listed = f"its parts: {', '.join(self.parts)}; its inputs: {', '.join(inputs) or 'none'}"
                 raise fail(f"`{self.attention.name}` has no part or input `{name}`", help=near or listed)
 
@@ -547,7 +549,8 @@ def under(name: str, learned: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def own(name: str, given: Any) -> tuple[Any, Any, Any]:
     if not isinstance(given, tuple | list) or len(given) != 3:
         said = f"{len(given)} tensors" if isinstance(given, tuple | list) else type(given).__name__
-        raise fail(f"`{name}` is a part, and takes (q, k, v), not {said}")
+        help = f"write `{name}=(q, k, v)`"
+        raise fail(f"`{name}` is a part, and takes (q, k, v), not {said}", help=help)
     q, k, v = given
     return q, k, v
 

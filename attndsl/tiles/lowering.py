@@ -55,7 +55,8 @@ class Sizes:
 
 def checked_length(name: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        help = f"write `{int(value)}`" if isinstance(value, float) and value.is_integer() else ""
+        whole = (isinstance(value, float) and value.is_integer()) or str(value).isdecimal()
+        help = f"write `{int(value)}`" if whole and isinstance(value, float | str) else ""
         raise fail(f"`{name}` is an integer, not {type(value).__name__}", help=help)
     if value < 0:
         raise fail(f"`{name}` is {value}, and must not be negative")
