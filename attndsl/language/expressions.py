@@ -172,8 +172,9 @@ def connective(el: Elaborator, e: ast.Nary, env: Scope, space: Space) -> Value:
                 arg.span,
                 help=f"between {value.noun[2:]}s write `{symbol}`",
             )
-        if isinstance(before, ast.Compare) and isinstance(as_number(value), Num):
-            written = f"{quoted(before.args[-2])} {before.ops[-1]} {quoted(arg)}"
+        if isinstance(before, ast.Compare) and isinstance(arg, ast.Number):
+            sign = "==" if before.ops[-1] == "in" else before.ops[-1]
+            written = f"{quoted(before.args[-2])} {sign} {quoted(arg)}"
             raise fail(f"`{e.op}` joins truths, and this is a number", arg.span, f"write `{written}`")
         truths.append(truth_of(value, arg, env))
     return Truth(ir.all_of(*truths) if e.op == "and" else ir.any_of(*truths))

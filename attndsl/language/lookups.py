@@ -37,9 +37,9 @@ def told_at_its_place(told: Diagnostic, written: Span | None, heads: int) -> Dia
 
 def _by_head(told: Diagnostic, heads: int) -> Diagnostic:
     """A list that is shorter than there are heads, where it is looked up at the head itself."""
-    name, end, _ = told.span.text.rpartition("[h]") if told.span else ("", "", "")
-    if not end:
+    if told.span is None or not told.span.text.endswith("[h]"):
         return told
+    name = told.span.text.removesuffix("[h]")
     has, _, _ = told.message.partition(" on axis")
     many = has.split()[-2].replace(",", "")
     help = f"give one for each head, or repeat them: `{name}[h mod {many}]`"

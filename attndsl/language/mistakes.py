@@ -126,11 +126,9 @@ def not_integer(number: Expr, e: ast.Expression, help: str = "") -> AttnError:
         # a fraction of something is not meant to be none of it
         share = Fraction(str(e.value))
         times = "" if share.numerator == 1 else f" * {share.numerator}"
-        help = (
-            f"write `{int(e.value)}`"
-            if e.value >= 1
-            else f"write an integer: a share of n is `n{times} // {share.denominator}`"
-        )
+        help = f"write an integer: a share of n is `n{times} // {share.denominator}`"
+        if not 0 < e.value < 1:
+            help = f"write `{int(e.value)}`"
     help = help or f"round it down: `floor({quoted(e)})`"
     return fail("expected an integer, and this is a real number", e.span, help)
 
