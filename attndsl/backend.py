@@ -71,6 +71,8 @@ class Problem:
             "head_dim": head_dim,
         }
         sizes = {name: lowering.checked_length(name, value) for name, value in given.items()}
+        if not isinstance(training, bool):
+            raise fail(f"`training` is True or False, not {training!r}")
         for name in ("heads", "kv_heads", "head_dim"):
             if sizes[name] == 0:
                 raise fail(f"`{name}` is 0, and must be positive")

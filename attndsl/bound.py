@@ -26,6 +26,16 @@ DRAWN_WIDTH = 64
 """Features of the q and k that a choice is drawn of for a picture."""
 
 
+class Parameters(dict[str, str]):
+    """What a definition takes, by name, each as it is written."""
+
+    if not TYPE_CHECKING:  # a type checker is to tell that it is no method
+
+        def __call__(self):
+            help = "what is learned is in `attndsl.compile(attention, length=...).module().parameters()`"
+            raise fail("`parameters` is no method, but a dictionary of what the text takes", help=help)
+
+
 @dataclass(frozen=True)
 class Bound:
     """An attention, or a pattern standing alone, with its parameters bound.
@@ -36,7 +46,7 @@ class Bound:
     """
 
     attention: Attention
-    parameters: Mapping[str, str] = field(default_factory=dict, compare=False)
+    parameters: Mapping[str, str] = field(default_factory=Parameters, compare=False)
     rebind: Callable[..., Bound] | None = field(default=None, compare=False)
 
     @property
@@ -142,7 +152,7 @@ class Bound:
 
         places = q_offset, k_offset, q_positions, k_positions, n
         sizes = lowering.sizes_of(self.attention, length, q_length, heads, *places)
-        with placed(self.attention):
+        with placed(self.attention, heads):
             return lowering.written_out(self.attention, sizes, inputs, counts=False)
 
     @by_name
@@ -178,7 +188,7 @@ class Bound:
 
         places = q_offset, k_offset, q_positions, k_positions, n
         sizes = lowering.sizes_of(self.attention, length, q_length, heads, *places)
-        with placed(self.attention):
+        with placed(self.attention, heads):
             return lowering.written_out(self.attention, sizes, inputs, counts=True)
 
     @by_name
@@ -218,7 +228,7 @@ class Bound:
         sizes = lowering.sizes_of(self.attention, length, q_length, heads, *places)
         lowering.checked_block_size(block_size)
         tables = lowering.checked_tables(self.attention, inputs, sizes)
-        with placed(self.attention):
+        with placed(self.attention, heads):
             return lowering.block_mask(self.attention, sizes, tables, block_size)
 
     @by_name

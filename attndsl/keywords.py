@@ -18,6 +18,7 @@ TEXT_MASK = "the mask is in the text; one given at each call is `inputs m : bool
 CACHE = "a cache of keys and values is `plan.session(batch, capacity)`"
 DOCUMENTS = "declare documents: `inputs doc : int[n]`, and write `mask causal & documents(doc)`"
 PADDING = "declare it: `inputs keep : bool[B, n]`, and write `mask columns(keep)`"
+PLANNED = {"device": '"cuda"', "training": "True", "backend": '"cpu"'}
 HABITS = {
     **dict.fromkeys(
         ("scale", "softmax_scale", "sm_scale", "scaling"), "write it into the text: `score Q @ K * 0.125`"
@@ -39,7 +40,7 @@ HABITS = {
         "leave it out: a session knows where its tokens stand",
     ),
     **dict.fromkeys(("max_seqlen", "max_seqlen_q", "max_seqlen_k"), "leave it out: shapes say it"),
-    "device": 'it is the plan\'s: `compile(..., device="cuda")`',
+    **{name: f"it is the plan's: `compile(..., {name}={value})`" for name, value in PLANNED.items()},
     "enable_gqa": "leave it out: `compile(..., kv_heads=...)` says how many heads k and v have",
 }
 """What the text says, or nothing does."""
@@ -144,7 +145,9 @@ def _misfit(
     if too_many:
         other = next((x for x in known if x not in places), "")
         help = f"write the others by their names, such as `{other}=...`" if other else ""
-        if name == "bind":
+        if name == "session":
+            help = "write `plan.session(batch, capacity)`, and `session.step(q, k, v)`"
+        elif name == "bind":
             help = "write tables by their names: `bind(doc=...)`"
         elif places[-1:] == ["v"]:
             help = f"a table has a name: `{name}(q, k, v, doc=...)`; the mask is in the text"
@@ -155,7 +158,8 @@ def _misfit(
         help = f"write {_listed(near)}" if near else f"write `{name}({written})`"
         return fail(f"`{name}` needs {_listed(left)}", help=help)
     named = [x for x in known if x not in places] or known
-    help = instead(unknown[0], known) or f"there are {', '.join(f'`{x}`' for x in named)}"
+    listed = f"there are {', '.join(f'`{x}`' for x in named)}" if named else "leave it out"
+    help = instead(unknown[0], known) or listed
     if name == "compile" and help.startswith("there are"):
         help += "; parameters are bound before, as `attention(w=8)`, and tables are given to the plan"
     return fail(f"`{name}` has no argument `{unknown[0]}`", help=help)
@@ -172,9 +176,25 @@ def _each(names: str, said: str) -> dict[str, str]:
 
 
 DRAWN = "a notebook draws the value itself, and `attndsl show FILE:NAME --length 64 -o mask.svg` a file"
+TRAINED = (
+    "named_parameters buffers state_dict load_state_dict train eval requires_grad_ zero_grad apply "
+    "named_modules children register_forward_hook"
+)
 SIZES = "length q_length batch heads kv_heads head_dim dtype device block_size training"
+BACKENDS = {
+    **dict.fromkeys(
+        ("flex", "flex_attention"), "FlexAttention takes tiles: `attention.block_mask(length).to_flex()`"
+    ),
+    **dict.fromkeys(("dense", "eager", "math", "naive"), 'write `backend="reference"`'),
+    **dict.fromkeys(("cuda", "gpu"), 'it is a device: `compile(..., device="cuda")`'),
+}
+"""What is written in place of backends of other libraries."""
 ATTRIBUTES = {
     "attndsl": {
+        **_each(
+            "flex_attention scaled_dot_product_attention attention sdpa MultiheadAttention",
+            "a plan is called: `attndsl.compile(attention, length=...)(q, k, v)`",
+        ),
         **_each("from_file open read load_file", "a file is read by `attndsl.load`"),
         **_each("loads from_string from_text parse_text", "a text is read by `attndsl.parse`"),
         **_each("plan lower jit build make", "a plan is made by `attndsl.compile`"),
@@ -199,11 +219,12 @@ ATTRIBUTES = {
         **_each("to_dense dense numpy to_numpy matrix", "write `attention.mask(length)`"),
         **_each("to_flex to_block_mask mask_mod", "write `attention.block_mask(length).to_flex()`"),
         **_each("params args arguments", "write `attention.parameters`"),
+        **_each("heads head_dim length batch", "write `attndsl.compile(attention, {}=...)`"),
+        **_each(TRAINED, "`attndsl.compile(attention, length=...).module()` is an nn.Module, which has it"),
     },
     "a plan": {
         **_each(
-            "parameters named_parameters buffers state_dict load_state_dict train eval requires_grad_ "
-            "zero_grad apply named_modules children compile register_forward_hook",
+            f"{TRAINED} parameters compile",
             "write `plan.module()`, an nn.Module, which has it",
         ),
         **_each(
@@ -220,6 +241,18 @@ ATTRIBUTES = {
         **_each("explain why summary", "write `print(plan)`"),
         **_each("analyze", "write `attndsl.analyze(plan.attention, length=...)`"),
         **_each("backward", "call it on the loss"),
+        **_each("save to_file dump", "a plan is made anew: `torch.save(plan.module().state_dict(), path)`"),
+        **_each("nnz density flops", "write `attndsl.analyze(plan.attention, length=...).{}`"),
+    },
+    "a report": {
+        **_each("flop", "write `report.flops.forward`"),
+        **_each("sparsity", "write `1 - report.density`"),
+        **_each("memory traffic", "write `report.bytes.forward`; of a cache `report.kv_cache`"),
+        **_each("time seconds latency runtime", "write `report.lowerings`, predicted for each backend"),
+        **_each("roofline rooflines", "write `report.machines`"),
+        **_each("keys items values get to_json json as_dict dict", "write `report.to_dict()`"),
+        **_each("save write html to_html", "a page is written by `attndsl report FILE -o page.html`"),
+        **_each("show plot draw summary", "write `print(report)`"),
     },
     "a session": {
         **_each("reset clear empty", "write `session.truncate(0)`"),

@@ -19,18 +19,18 @@ from typing import TYPE_CHECKING, Any, cast
 from attndsl import expr as ir
 from attndsl import syntax
 from attndsl.attention import Attention
-from attndsl.bound import Bound, Unbound
+from attndsl.bound import Bound, Parameters, Unbound
 from attndsl.errors import AttnError, Diagnostic, Source, Span, fail, suggest
 from attndsl.keywords import missing
 from attndsl.language.arguments import bind_arguments, name_span, signature
 from attndsl.language.assertions import Assertion, prove, typed
-from attndsl.language.elaborate import STEP_LIMIT, Elaborator
+from attndsl.language.elaborate import STEP_LIMIT, Elaborator, inputs_of
 from attndsl.language.mistakes import out_of_place
 from attndsl.language.values import TOKENS, AttentionOf, K, Num, Pattern, Q, Scope, SetOf, Space, Value, Vec
 from attndsl.language.vocabulary import BUILT_IN, RESERVED
 from attndsl.pictures import notebook
 from attndsl.selection import Selection
-from attndsl.shipped import elsewhere, located
+from attndsl.shipped import elsewhere, located, nearby
 from attndsl.syntax import nodes as ast
 from attndsl.syntax.format import render
 
@@ -45,6 +45,8 @@ DEFINITION_LIMIT = 20_000
 
 
 IN_SIGHT = {"pattern": ("q", "k"), "score": ("s", "q", "k", "Q", "K")}
+MASK_MOD = (["q_idx", "kv_idx"], ["q_idx", "k_idx"])
+"""How the parameters of a function of positions end elsewhere."""
 HEADS_OF = {
     "pattern": "write `pattern {} = {{ q, k : ... }}`",
     "score": "leave it out: a score sees it as it is",
@@ -94,7 +96,7 @@ def _read(path: Path, shown: str, span: Span | None) -> Source:
     try:
         return Source(shown, path.read_text(encoding="utf-8"))
     except OSError as error:
-        help = elsewhere(shown) if span is None else ""
+        help = elsewhere(shown) if span is None else nearby(shown, path.parent)
         raise fail(f"cannot read `{shown}`: {(error.strerror or str(error)).lower()}", span, help) from None
     except UnicodeDecodeError:
         raise fail(f"`{shown}` is not UTF-8 text", span) from None
@@ -245,8 +247,15 @@ def _declare(item: Definition, definitions: dict[str, Definition]) -> list[Diagn
                 help = HEADS_OF[item.word].format(item.name)
             problems.append(Diagnostic(f"`{param.name}` is {what}", name_span(param), help))
         seen.add(param.name)
-    if isinstance(item, ast.Definition) and [param.name for param in item.params] == ["q", "k"]:
+    names = [param.name for param in item.params]
+    if isinstance(item, ast.Definition) and names == ["q", "k"]:
         problems.pop()
+    if isinstance(item, ast.Definition) and names[-2:] in MASK_MOD:
+        here = item.params[0].span.to(item.params[-1].span)
+        help = (
+            f"write `{item.word} {item.name} = {{ {', '.join(names[-2:])} : ... }}`, which reads `h` as well"
+        )
+        problems.append(Diagnostic("positions are no parameters", here, help))
     definitions.setdefault(name, item)
     return problems
 
@@ -357,11 +366,19 @@ class Program:
                 raise fail(f"`{name}` is given twice")
             if name not in names:
                 help = suggest(name, names) or f"write `{signature(item)}`"
+                if name in inputs_of(item):
+                    given_by = f"`plan(q, k, v, {name}=...)`, on the command line `--input {name}=FILE.npy`"
+                    help = f"it is a table: {given_by}"
                 raise fail(f"`{item.name}` has no parameter `{name}`", help=help)
         given |= params
         self.elaborator.steps = 0
-        values = {name: self._argument(name, value) for name, value in given.items()}
-        value = self.elaborator.instance(item, values, Scope({}), item.name_span)
+        texts = {
+            name: syntax.parse_expression(Source(f"<{name}>", value))
+            for name, value in given.items()
+            if isinstance(value, str)
+        }
+        values = {name: self._argument(name, texts.get(name, value)) for name, value in given.items()}
+        value = self.elaborator.instance(item, values, Scope({}), item.name_span, given=texts)
         attention = replace(_as_attention(item.name, value), written=item.span)
         self._tell_empty(attention, values)
         defaults = {param.name: param.default for param in item.params if param.default is not None}
@@ -371,7 +388,7 @@ class Program:
             kept = {name: value for name, value in given.items() if name not in names[: len(args)]}
             return self._bind(item, args, kept | params)
 
-        return Bound(attention, written, rebind)
+        return Bound(attention, Parameters(written), rebind)
 
     def _tell_empty(self, attention: Attention, values: Mapping[str, Value]) -> None:
         """Warns of numbers with which nothing is related, on the line that binds them."""
@@ -386,12 +403,12 @@ class Program:
             warnings.warn(said, stacklevel=5)
 
     def _argument(self, name: str, value: Any) -> Value:
-        """A Python number, a list or range of integers, a text of the language, or a number left open."""
+        """A Python number, a list or range of integers, a text of the language as it was parsed, or a number
+        left open."""
         if isinstance(value, ir.Expr):
             return Num(value)
-        if isinstance(value, str):
-            expression = syntax.parse_expression(Source(f"<{name}>", value))
-            return self.elaborator.value(expression, Scope({}, integral=False, binding=name), TOKENS)
+        if isinstance(value, ast.Expression):
+            return self.elaborator.value(value, Scope({}, integral=False, binding=name), TOKENS)
         if hasattr(value, "tolist"):
             value = value.tolist()
         if isinstance(value, range | list | tuple | set):

@@ -34,17 +34,31 @@ def located(file: str) -> Path:
 
 def elsewhere(file: str) -> str:
     """The help for a file that there is not: what a user means by it, or "" where that is not known."""
-    if re.match(r"(attention|pattern|score|mask|let|assert|use)\s", file) or "{" in file:
-        return "a text is read by attndsl.parse, by a command from stdin as `-`"
+    defined = re.match(r"(attention|pattern|score|mask|let|assert|use)\s", file)
+    if defined or re.search(r"[&|{}~]|\w\(", file):
+        text = "..." if len(file) > 60 or not {*"\n'"}.isdisjoint(file) else file
+        text = text if defined else f"pattern p = {text}"
+        return (
+            f"a text is read by attndsl.parse, and by a command from stdin: `echo '{text}' | attndsl show -`"
+        )
     path, named = Path(file), re.fullmatch(r"(.+\.attn)\W+(\w+)", file)
     if path.is_dir():
         return f"name the files in it: `{path / '*.attn'}`"
     if named and Path(named[1]).is_file():
         return f"did you mean `{named[1]}:{named[2]}`?"
-    beside = [str(other) for other in path.parent.glob("*.attn")] if path.parent.is_dir() else []
-    if near := suggest(file, beside) or suggest(f"{file}.attn", beside):
+    if near := nearby(file, path.parent):
         return near
-    return f"an example is `{PREFIX}{path.stem}`" if path.stem in names() else ""
+    if path.stem in names():
+        return f"an example is `{PREFIX}{path.stem}`"
+    return f"a name stands behind its file: `FILE.attn:{file}`" if file.isidentifier() else ""
+
+
+def nearby(file: str, folder: Path) -> str:
+    """The help with a file in `folder` that is nearly called so, or "" where there is none; `file` is how it
+    was written."""
+    path, there = Path(file), [other.name for other in folder.glob("*.attn")]
+    near = suggest(path.name, there) or suggest(f"{path.name}.attn", there)
+    return f"did you mean `{path.parent / near.split('`')[1]}`?" if near else ""
 
 
 def missing(name: str) -> str:

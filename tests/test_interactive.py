@@ -65,6 +65,11 @@ def test_an_attribute_that_a_program_does_not_have_says_what_to_write(program):
         (lambda p: compiled(p, "lm"), "heads", "`plan.problem.heads`"),
         (lambda p: compiled(p, "lm"), "sesion", "`session`"),
         (lambda p: compiled(p, "lm").session(1, 8), "reset", "`session.truncate(0)`"),
+        (lambda p: compiled(p, "both").session(1, 8), "append", "`session.step(q, k, v)`"),
+        (lambda p: compiled(p, "lm"), "save", "`torch.save(plan.module().state_dict(), path)`"),
+        (lambda p: p["lm"], "state_dict", "`attndsl.compile(attention, length=...).module()`"),
+        (lambda p: analyzed(p), "flop", "`report.flops.forward`"),
+        (lambda p: analyzed(p), "densty", "`density`"),
         (lambda p: p["lm"].block_mask(64), "numpy", "`block_mask.to_dense()`"),
     ],
 )
@@ -77,6 +82,15 @@ def test_names_of_attentions_are_completed(program):
     keys = program._ipython_key_completions_()
     assert keys == ["lm", "best", "learns", "both", "long", "wide"]
     assert all(program[name] for name in keys)
+
+
+def test_a_report_is_no_dictionary(program):
+    with pytest.raises(TypeError, match=re.escape("write `report.nnz`, or `report.to_dict()`")):
+        analyzed(program)["nnz"]
+
+
+def analyzed(program):
+    return attndsl.analyze(program["lm"], length=64, parts=["nnz"])
 
 
 def compiled(program, name, **sizes):

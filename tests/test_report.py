@@ -217,7 +217,7 @@ def test_a_text_that_is_one_string_is_refused(registered: Callable[..., str]) ->
 def test_a_report_has_no_other_fields() -> None:
     report = attndsl.analyze(attndsl.parse("pattern p = causal")["p"], length=8, parts=["rows"])
     assert (report.empty_rows, report.nnz) == (0, None)
-    with pytest.raises(AttributeError, match="no field `nzz`"):
+    with pytest.raises(AttributeError, match="no attribute `nzz`"):
         _ = report.nzz
 
 

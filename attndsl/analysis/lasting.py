@@ -23,6 +23,9 @@ Q, K, N, LATER = var("q"), var("k"), var("n"), var("?n")
 CAUSAL = le(K, Q)
 
 
+AHEAD = "it is not proved that no query reads a key after it"
+
+
 def kept(attention: Attention, problem: Problem) -> tuple[int, int] | None:
     """Numbers a and b such that no query reads other keys than the first a and the last b of those up to it,
     proved for every length and table; None where there are no such numbers, and where keys are streams.
@@ -30,7 +33,8 @@ def kept(attention: Attention, problem: Problem) -> tuple[int, int] | None:
     Raises AttnError where more tokens could change what one gets: then a cache does not do.
     """
     for reason in _changes(attention, problem):
-        raise fail(f"`{attention.name}` has no sessions: {reason}")
+        help = "write `mask causal & ...`" if reason == AHEAD else ""
+        raise fail(f"`{attention.name}` has no sessions: {reason}", help=help)
     read = None if attention.streams else _read(attention)
     if read is None:
         return None
@@ -89,7 +93,7 @@ def _changes(attention: Attention, problem: Problem) -> Iterator[str]:
             yield f"an entry of `{table.name}` is read that may come later"
         for mask in map(here, masks):
             if not (memory((stream,)) or follows(mask, seen)):
-                yield "it is not proved that no query reads a key after it"
+                yield AHEAD
             grown = substitute(mask, {"n": LATER})
             if grown is not mask and not (_same(mask, grown) and _same(grown, mask)):
                 yield "it is not proved that its mask stays as it is while `n` grows"

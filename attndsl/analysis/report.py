@@ -15,7 +15,7 @@ from attndsl.bound import Bound
 from attndsl.errors import AttnError, asking, fail, suggest
 from attndsl.execution import registry
 from attndsl.execution.selecting import drawn
-from attndsl.keywords import by_name
+from attndsl.keywords import by_name, missing
 from attndsl.pictures import notebook
 from attndsl.program import bound_of
 from attndsl.selection import bounds
@@ -52,8 +52,14 @@ class Report:
     def __getattr__(self, name: str) -> Any:
         known = {} if name.startswith("_") else self._fields()
         if name not in known:
-            raise AttributeError(f"a report has no field `{name}`")
+            raise missing("a report", name, [*dir(Report), *known])
         return known[name]
+
+    if not TYPE_CHECKING:  # a type checker is to tell that there is none
+
+        def __getitem__(self, name):
+            """A report is no dictionary: raises TypeError with how `name` is read."""
+            raise TypeError(f"a report is no dictionary: write `report.{name}`, or `report.to_dict()`")
 
     def __repr__(self) -> str:
         known = f"; {', '.join(self.findings)}" if self.findings else ""
@@ -207,6 +213,8 @@ def analyze(
 
     Raises AttnError for sizes, names or tables that do not fit.
     """
+    if isinstance(parameters, str):
+        raise fail("`parameters` is a list of names", help=f"write `parameters=[{parameters!r}]`")
     subject = subject_of(
         attention, length=length, q_length=q_length, batch=batch, heads=heads, kv_heads=kv_heads,
         head_dim=head_dim, dtype=dtype, block_size=block_size, layers=layers, ranks=ranks,
@@ -226,7 +234,9 @@ def chosen(parts: Iterable[str] | None) -> list[str]:
     named = known if parts is None else list(parts)
     for name in named:
         if name not in known:
-            help = suggest(name, known) or f"the parts are {', '.join(known)}"
+            giving = [part for part, found in usable().items() if name in found.names(part)]
+            help = f"it is in the part `{giving[0]}`" if giving else suggest(name, known)
+            help = help or f"the parts are {', '.join(known)}"
             raise fail(f"there is no part `{name}`", help=help)
     return named
 
@@ -282,8 +292,12 @@ def subject_of(
     )  # fmt: skip
     for name in parameters:
         if name not in bound.parameters:
-            takes = ", ".join(bound.parameters) or "none"
-            raise fail(f"`{attention.name}` has no parameter `{name}`", help=f"it takes {takes}")
+            help = f"it takes {', '.join(bound.parameters) or 'none'}"
+            if name == "n":
+                help = f"a formula in n is told anyhow; {help}"
+            elif "," in name:
+                help = f"each is given by itself: `--in {name.replace(',', ' --in ')}`"
+            raise fail(f"`{attention.name}` has no parameter `{name}`", help=help)
     for name, count in (("layers", layers), ("ranks", ranks)):
         if lowering.checked_length(name, count) == 0:
             raise fail(f"`{name}` is 0, and must be positive")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial, reduce
 from pathlib import Path
@@ -183,9 +184,10 @@ def compare(
     for target in targets:
         file, name = file_and_name(target)
         for column in columns:
-            attention = bound(
-                file, name, params | {key: value for key, value in column.items() if key != "n"}
-            )
+            with sweeping(sizes):
+                attention = bound(
+                    file, name, params | {key: value for key, value in column.items() if key != "n"}
+                )
             own = {table.name: given[table.name] for table in attention.inputs if table.name in given}
             length = int(column["n"]) if "n" in column else sizes["length"]
             if column is columns[0]:
@@ -202,6 +204,22 @@ def compare(
     rows = [comparison.row(report, column) for report, column in zip(reports, swept, strict=True)]
     click.echo(comparison.FORMATS[form](rows))
     demand_known(reports)
+
+
+@contextmanager
+def sweeping(sizes: Iterable[str]) -> Iterator[None]:
+    """A size that is swept, and is no parameter, is told with its option."""
+    try:
+        yield
+    except AttnError as error:
+        (told, *_) = error.diagnostics
+        for name in sizes:
+            if told.message.endswith(f"has no parameter `{name}`"):
+                help = f"it is a size, and one for all: `--{name.replace('_', '-')} ...`"
+                if name == "length":
+                    help = "lengths are swept by `--sweep n=1024,4096`"
+                raise AttnError(replace(told, help=help)) from None
+        raise
 
 
 @click.command(cls=Command)

@@ -241,7 +241,7 @@ def diff(
     For every length, unless one is given.
     """
     left, right = targets
-    mine, other = (bound(*file_and_name(target), {}).attention for target in targets)
+    mine, other = (bound(*file_and_name(target), None).attention for target in targets)
     if inputs and length is None:
         raise click.UsageError("tables are compared at one length: give --length too")
     given = tables(inputs)

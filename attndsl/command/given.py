@@ -19,6 +19,9 @@ from attndsl.program import Program, load, parse
 from attndsl.shipped import PREFIX, elsewhere, located
 from attndsl.syntax.format import render
 
+INSTANCE = "name it in the file: `attention wide = lm(w = 8)`"
+"""Where a command takes no parameters."""
+
 
 def columns() -> int | None:
     """Of what is told of mistakes; None where no terminal shows them."""
@@ -30,18 +33,24 @@ def program_of(file: str) -> Program:
     return parse(read(file), "<stdin>") if file == "-" else load(file)
 
 
-def bound(file: str, name: str | None, params: dict[str, str]) -> Bound:
-    """The attention that a command is about."""
+def bound(file: str, name: str | None, params: dict[str, str] | None) -> Bound:
+    """The attention that a command is about; `params` are None where it takes none."""
     return titled(file, name, params)[0]
 
 
-def titled(file: str, name: str | None, params: dict[str, str]) -> tuple[Bound, str]:
+def titled(file: str, name: str | None, params: dict[str, str] | None) -> tuple[Bound, str]:
     """The attention, and its name with the parameters that differ from the defaults.
 
     Without a name `file` may be FILE:NAME.
     """
+    how = INSTANCE if params is None else "give them by `--set w=8`"
+    inside, named = file_and_name(file)
     if name is None:
-        file, name = file_and_name(file)
+        file, name = inside, named
+    elif named:
+        raise fail(f"`{file}` names `{named}`, and `{name}` stands behind it", help="one name is enough")
+    if "(" in (name or ""):
+        raise fail(f"`{name}` has parameters behind the name", help=how)
     program = program_of(file)
     name = name or program.default()
     definition = program[name]
@@ -51,8 +60,8 @@ def titled(file: str, name: str | None, params: dict[str, str]) -> tuple[Bound, 
     for found in told:
         click.echo(f"warning: {found.message}", err=True)
     if isinstance(attention, Unbound):
-        raise fail(str(attention).strip("<>"), help="give them with --set name=value")
-    return attention, title(program, name, params)
+        raise fail(str(attention).strip("<>"), help=how)
+    return attention, title(program, name, params or {})
 
 
 def title(program: Program, name: str, params: dict[str, str]) -> str:
@@ -76,7 +85,8 @@ def tables(inputs: dict[str, str]) -> dict[str, Any]:
             with open(path, "rb") as file:
                 found[name] = np.lib.format.read_array(file, allow_pickle=False)
         except OSError as error:
-            raise unreadable(path, error) from None
+            help = f"a table is a .npy file; a parameter is given by `--set {name}={path}`"
+            raise unreadable(path, error, "" if path.endswith(".npy") else help) from None
         except (ValueError, EOFError):
             raise fail(f"`{path}` is no .npy file", help="write it with numpy.save") from None
     return found

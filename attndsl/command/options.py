@@ -5,10 +5,12 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from attndsl.command.given import INSTANCE, file_and_name, is_file
 from attndsl.errors import suggest
 from attndsl.keywords import HABITS, NICKNAMES, dtype_meant, renamed
 
@@ -23,8 +25,17 @@ WRITTEN = {
     **dict.fromkeys(("param", "params", "parameter", "arg", "args"), "--set w=4"),
     **dict.fromkeys(("half", "fp16"), "--dtype float16"),
     "bf16": "--dtype bfloat16",
+    **dict.fromkeys(("training", "train", "backwards", "grad", "gradients"), "--backward"),
 }
 """Options that are written otherwise."""
+OF_COMMAND = {
+    "check": {
+        "set": "a claim gives it: `assert lm(w = 8) <= causal`",
+        "length": "a claim gives it: `nnz(lm, n = 64)`",
+    },
+    "diff": {"set": INSTANCE},
+}
+"""What is written in place of options that other commands have."""
 
 
 class Command(click.Command):
@@ -38,26 +49,33 @@ class Command(click.Command):
             name = error.option_name
             at = next((i for i, word in enumerate(given) if word.partition("=")[0] == name), len(given))
             value = given[at].partition("=")[2] if at < len(given) and "=" in given[at] else ""
-            help = self.instead(name.lstrip("-"), value or next(iter(given[at + 1 :]), ""))
+            help = self.instead(ctx, name.lstrip("-"), value or next(iter(given[at + 1 :]), ""))
             ctx.fail(f"no option `{name}`" + (f": {help}" if help else ""))
-        if ctx.args:
-            bindings = [word for word in ctx.args if "=" in word] if "--set" in self.long else []
+        name = ctx.params.get("name") or ""
+        if more := [name] * ("=" in name) + ctx.args:
+            bindings = [word for word in more if "=" in word] if "--set" in self.long else []
             help = f": write `--set {bindings[0]}`" if bindings else ""
-            ctx.fail(f"`{self.name}` takes no `{ctx.args[0]}` here{help}")
+            ctx.fail(f"`{self.name}` takes no `{more[0]}` here{help}")
         return ctx.args
 
     @property
     def long(self) -> list[str]:
         return [name for param in self.params for name in param.opts if name.startswith("--")]
 
-    def instead(self, option: str, value: str) -> str:
+    def instead(self, ctx: click.Context, option: str, value: str) -> str:
         """The help for an option that there is not, which `value` stands behind."""
         name = option.replace("-", "_")
         known = [long[2:].replace("-", "_") for long in self.long]
         if here := renamed(name, known):
             return f"write `--{here.replace('_', '-')}`"
-        if name in WRITTEN and WRITTEN[name].split()[0] in [x for param in self.params for x in param.opts]:
-            return f"write `{WRITTEN[name]}`"
+        written = WRITTEN.get(name, f"--{option}")
+        there = written.split()[0]
+        if there in [x for param in self.params for x in param.opts]:
+            return f"write `{written}`"
+        if help := OF_COMMAND.get(ctx.info_name or "", {}).get(name):
+            return help
+        if others := [f"`{other} {written}`" for other in self.others(ctx, there)]:
+            return f"`{ctx.info_name}` takes none; there is {', '.join(others)}"
         if "--length" in self.long and name in HABITS:
             return HABITS[name]
         if name in ("o", "output") and "--output" not in self.long:
@@ -67,7 +85,17 @@ class Command(click.Command):
         number = value.strip("[]()").partition(",")[0].lstrip("-").replace(".", "", 1).isdigit()
         if "--set" in self.long and name.isidentifier() and number:
             return f"a parameter is given by `--set {name}={value}`"
+        if "--input" in self.long and name.isidentifier() and value.endswith(".npy"):
+            return f"a table is given by `--input {name}={value}`"
         return ""
+
+    def others(self, ctx: click.Context, option: str) -> list[str]:
+        """The commands beside it that have an option."""
+        group = ctx.parent.command if ctx.parent else None
+        if not isinstance(group, click.Group):
+            return []
+        found = {name: group.get_command(ctx, name) for name in group.list_commands(ctx)}
+        return [name for name, other in found.items() if isinstance(other, Command) and option in other.long]
 
 
 class Dtype(click.Choice[str]):
@@ -80,13 +108,25 @@ class Dtype(click.Choice[str]):
         return super().convert(name, param, ctx)
 
 
+SECOND = re.compile(r"[,;\s]+(?P<next>[A-Za-z_]\w*=(?!=))")
+"""The next of several bindings, where one is due."""
+BRACKETED = re.compile(r"\(.*\)|\[.*\]|\{.*\}")
+
+
 def pair(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
     """`name=value` options as a dictionary."""
     found: dict[str, str] = {}
     for value in values:
         name, equals, rest = value.partition("=")
         if not (name and equals and rest):
-            raise click.BadParameter(f"`{value}` is not of the form name=value", ctx, param)
+            known = (
+                f": write `{param.opts[0]} {Path(value).stem}=...`" if Path(value).stem.isidentifier() else ""
+            )
+            raise click.BadParameter(f"`{value}` is not of the form name=value{known}", ctx, param)
+        if second := SECOND.search(BRACKETED.sub(lambda held: "_" * len(held[0]), value)):
+            one, other = value[: second.start()].strip(), value[second.start("next") :]
+            said = f"`{value}` gives two: write `{param.opts[0]} {one} {param.opts[0]} {other}`"
+            raise click.BadParameter(said, ctx, param)
         if name in found:
             raise click.BadParameter(f"`{name}` is given twice", ctx, param)
         found[name] = rest
@@ -120,8 +160,6 @@ def argument(name: str, said: str, **settings: Any) -> Callable[[Function], Func
 
 def whole(ctx: click.Context, param: click.Parameter, paths: tuple[str, ...]) -> tuple[str, ...]:
     """Files, and no names of what is in them."""
-    from attndsl.command.given import file_and_name, is_file
-
     for before, path in zip((None, *paths), paths, strict=False):
         file, name = file_and_name(path)
         bare = before is not None and is_file(before) and path.isidentifier() and not is_file(path)

@@ -229,7 +229,15 @@ def result_text(found: dict[str, Any]) -> str:
         error = f"{found['max_abs_error']:.3g} at most, outputs up to {found['max_abs_output']:.3g}, "
         error += f"on {which} rows of reference"
     lines.append(("error", error))
+    if forward < BRIEF:
+        lines.append(
+            ("times", "below 1 ms they are those of calling, and tell little: take a greater length")
+        )
     return "\n".join(f"  {title:17} {said}" for title, said in lines)
+
+
+BRIEF = 1e-3
+"""Seconds below which a forward pass is hardly more than what every call takes."""
 
 
 def ratio(dense: float, ours: float) -> str:

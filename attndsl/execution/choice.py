@@ -13,6 +13,7 @@ from attndsl.backend import Backend, Counting, Features, Problem, device_kind, w
 from attndsl.errors import AttnError, asking, fail, suggest
 from attndsl.execution import registry
 from attndsl.expr import Expr, Selected, Table, nodes, var
+from attndsl.keywords import BACKENDS
 from attndsl.tiles.blockmask import BlockMask
 
 Verdict: TypeAlias = float | str | None
@@ -149,7 +150,11 @@ def chosen(considered: Mapping[str, Verdict], backend: str | None) -> str:
     """
     if backend is not None:
         if backend not in considered:
-            help = suggest(backend, considered) or f"there are {', '.join(sorted(considered))}"
+            help = (
+                BACKENDS.get(backend)
+                or suggest(backend, considered)
+                or f"there are {', '.join(sorted(considered))}"
+            )
             raise fail(f"no backend is named `{backend}`", help=help)
         registry.plugin("backends", backend)  # one that cannot be used says so itself
         verdict = considered[backend]

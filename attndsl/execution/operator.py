@@ -134,7 +134,7 @@ def _rounds(q: Tensor) -> bool:
 
 
 def _forward(found: Lowered, call: Call) -> tuple[Tensor, Tensor]:
-    with placed(found.attention), asking(f"the backend `{found.backend}`"):
+    with placed(found.attention, call.q.shape[1]), asking(f"the backend `{found.backend}`"):
         result = found.kernel(call)
     return _checked(found.backend, call, result)
 

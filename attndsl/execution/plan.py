@@ -25,7 +25,7 @@ from attndsl.execution.session import REWIND, Session
 from attndsl.execution.statesession import StateSession, stateful
 from attndsl.execution.streaming import Pair, begun, held_of, keys_and_values
 from attndsl.execution.streamsession import StreamSession
-from attndsl.execution.sums import SumPlan, gate_of, of_part
+from attndsl.execution.sums import SumPlan, check_learned, gate_of, of_part, refuse_learned
 from attndsl.expr import Learned, Table
 from attndsl.keywords import by_name, missing
 from attndsl.language.lookups import placed
@@ -80,6 +80,11 @@ def compile(
         attention, length=length, q_length=q_length, batch=batch, heads=heads, kv_heads=kv_heads,
         head_dim=head_dim, dtype=dtype, device=device, block_size=block_size, training=training,
     )  # fmt: skip
+    if not isinstance(backend, str | None):
+        raise fail(
+            f"`backend` is the name of one, not {type(backend).__name__}",
+            help="leave it out: the cheapest that can is taken",
+        )
     names = [("table", table.name) for table in (*attention.inputs, *attention.learned)]
     for what, name in [*names, *(("part", part.attention.name) for part in attention.parts)]:
         if name in inspect.signature(Plan.__call__).parameters:
@@ -90,7 +95,7 @@ def compile(
     blocks = None
     if attention.approx is None and not lowering.mask_tables(attention):
         sizes = lowering.sizes(attention, problem.length, problem.q_length, problem.heads)
-        with placed(attention):
+        with placed(attention, problem.heads):
             blocks = lowering.block_mask(attention, sizes, {}, problem.block_size)
     seconds = time.perf_counter() - start
     left = attention.attended, problem.attended(attention)
@@ -327,7 +332,7 @@ class Plan:
         self, q: Tensor, learned: Mapping[str, Tensor] | None, inputs: Mapping[str, Any]
     ) -> dict[str, Tensor]:
         """All tables of a call by name."""
-        if not (inputs or learned or self.attention.inputs or self.attention.learned):
+        if not (inputs or learned is not None or self.attention.inputs or self.attention.learned):
             return {}
         return self._tensors({**self.tables, **inputs}, q) | self._learned(learned)
 
@@ -395,7 +400,7 @@ class Plan:
                 self.attention, self.problem.length, self.problem.q_length, self.problem.heads
             )
             tables = lowering.checked_tables(self.attention, bound, sizes, head_dim=self.problem.head_dim)
-            with placed(self.attention):
+            with placed(self.attention, self.problem.heads):
                 blocks = lowering.block_mask(self.attention, sizes, tables, self.problem.block_size)
         seconds = self.compile_seconds + time.perf_counter() - start
         return replace(self, tables=bound, block_masks=blocks, compile_seconds=seconds)
@@ -492,13 +497,10 @@ class Plan:
         """The values of the parameters; constants are as drawn unless they are given. Raises AttnError for
         one that is missing, unknown or does not fit."""
         tables = {table.name: table for table in self.attention.learned}
-        if given is not None and not isinstance(given, Mapping):
-            raise fail(f"`learned` is a dictionary of tensors by name, not {type(given).__name__}")
+        if given is not None:
+            check_learned(tables, given)
         first = {t.name: self.initial(t) for t in tables.values() if given is None or not t.learned}
         given = {**first, **(given or {})}
-        if set(given) != set(tables):
-            names = ", ".join(f"`{name}`" for name in tables) or "none"
-            raise fail(f"`learned` has {', '.join(f'`{x}`' for x in given) or 'none'}, and there are {names}")
         for name, table in tables.items():
             if [*given[name].shape] != self._shape(table):
                 raise fail(f"`{name}` is {self._shape(table)}, and was given as {[*given[name].shape]}")
@@ -666,6 +668,7 @@ class PlanModule(nn.Module):
     @by_name
     def forward(self, q: Tensor, k: Tensor, v: Tensor, **call: Any) -> Any:
         """The plan's call of q, k and v, with the parameters as they are; `call` is what else that takes."""
+        refuse_learned(call)
         return self.plan(q, k, v, learned=self._learned(), **call)
 
     def extra_repr(self) -> str:
@@ -677,6 +680,7 @@ class PlanModule(nn.Module):
         # by attribute: parametrizations and functional_call put plain tensors there
         return {table.name: getattr(self, table.name) for table in self.plan.attention.learned}
 
+    @by_name
     def session(self, batch: int, capacity: int, **more: Any) -> Session:
         """As `Plan.session` of `batch`, `capacity` and `more`: `rewind`, `v_dim`, `dtype`. A step takes the
         parameters as they are then."""

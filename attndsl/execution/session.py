@@ -141,11 +141,7 @@ class Session:
 
         Raises AttnError as `step`.
         """
-        for name in filter(ARGUMENTS.__contains__, inputs):
-            raise fail(
-                f"a step takes no `{name}`",
-                help="a session knows where its tokens stand, and gives their output alone",
-            )
+        check_step(inputs)
         if inputs:
             check_names(self.plan.attention, inputs, beside=STEP)
         size = self.at_once if chunk is None else min(checked_length("chunk", chunk), self.at_once)
@@ -158,6 +154,8 @@ class Session:
             q, k, v = self._cast(q, k, v)
         counts = self._counts(q, k, v, tokens)
         n = max((length + count for length, count in zip(self.lengths, counts, strict=True)), default=0)
+        if inputs:
+            self._check_tables(inputs, k.shape[2], n)
         found = []
         # parameters would have gradients that a cache knows nothing of
         with torch.no_grad():
@@ -167,12 +165,22 @@ class Session:
                 found.append(self._append(new[0], new[1], new[2], here, n, learned=learned, **inputs))
         return found[0] if len(found) == 1 else torch.cat(found, 2)
 
+    def _check_tables(self, inputs: Mapping[str, Any], new: int, n: int) -> None:
+        """Raises AttnError for a table of the new tokens alone, where there were others before them."""
+        for table in self.plan.attention.inputs:
+            if table.name in inputs and "n" in table.dims and new != n:
+                shape = np.shape(inputs[table.name])
+                if len(shape) == len(table.dims) and shape[table.dims.index("n")] == new:
+                    said = f"`{table.name}` has {quantity(new, 'entry', 'entries')}, and there are {n} tokens"
+                    raise fail(said, help="give the entries of all tokens so far, not of the new ones alone")
+
     def copy(self) -> Session:
         """Another one that has its own memory."""
         made = copy.copy(self)
         made.k, made.v = self.k.clone(), self.v.clone()
         return made
 
+    @by_name
     def reorder(self, rows: Any) -> None:
         """Row i becomes what row `rows[i]` was; as many rows as are named, some maybe more than once."""
         chosen = _integers("rows", rows)
@@ -186,6 +194,7 @@ class Session:
         self.k, self.v = self.k[at], self.v[at]
         self.lengths, self.reached = (tuple([x[row] for row in rows]) for x in (self.lengths, self.reached))
 
+    @by_name
     def truncate(self, lengths: Any) -> None:
         """Only the first tokens are left: `lengths` of them, one number for each row or one for all.
 
@@ -230,7 +239,9 @@ class Session:
             here, there = [*x.shape], [*cache.shape]
             if [*here[:2], *here[3:]] != [*there[:2], *there[3:]]:
                 there[2] = here[2] if len(here) == 4 else 1
-                raise fail(f"`{name}` is {here}, and what the session holds is like {there}")
+                rows = f"a session of {quantity(here[0], 'row')} is `plan.session({here[0]}, capacity)`"
+                help = rows if here[1:] == there[1:] else ""
+                raise fail(f"`{name}` is {here}, and what the session holds is like {there}", help=help)
             if (x.dtype, x.device) != (cache.dtype, cache.device):
                 dtype, held = (str(y.dtype).removeprefix("torch.") for y in (x, cache))
                 help = f'make the session with `dtype="{dtype}"`'
@@ -239,7 +250,8 @@ class Session:
                 said = f"`{name}` is {dtype} on {x.device}"
                 raise fail(f"{said}, and the session holds {held} on {cache.device}", help=help)
         if not q.shape[2:3] == k.shape[2:3] == v.shape[2:3]:
-            raise fail("`q`, `k` and `v` are of the same tokens, and differ in length")
+            help = "give those of new tokens alone: the session holds the others"
+            raise fail("`q`, `k` and `v` are of the same tokens, and differ in length", help=help)
         size = k.shape[2]
         counts = self._each("tokens", size if tokens is None else tokens)
         for row, (length, count) in enumerate(zip(self.lengths, counts, strict=True)):
@@ -358,6 +370,15 @@ def refuse_gradients(*given: Any) -> None:
         raise fail("a session has no gradients", help="decode under `torch.no_grad()`")
 
 
+def check_step(given: Mapping[str, Any]) -> None:
+    """Raises AttnError for arguments of a call that are none of a step."""
+    for name in filter(ARGUMENTS.__contains__, given):
+        help = "a session knows where its tokens stand, and gives their output alone"
+        if name == "memory":
+            help = "give it at the start: `plan.session(batch, capacity, memory=(keys, values))`"
+        raise fail(f"a step takes no `{name}`", help=help)
+
+
 def following(starts: Sequence[int] | Array, size: int) -> Array:
     """int64 [rows, size]"""
     return np.array(starts)[:, None] + np.arange(size)
@@ -375,6 +396,9 @@ def picked(x: Tensor, entries: Array) -> Tensor:
 
 def _integers(name: str, given: Any) -> tuple[int, ...] | int:
     listed = given.tolist() if hasattr(given, "tolist") else given
-    if isinstance(listed, Sequence):
-        return tuple([checked_length(name, value) for value in listed])
-    return checked_length(name, listed)
+    if not isinstance(listed, Sequence):
+        return checked_length(name, listed)
+    if any(isinstance(value, Sequence) for value in listed):
+        help = f"write `{listed[0]}`" if len(listed) == 1 else ""
+        raise fail(f"`{name}` is a list of lists, and has one number for each row", help=help)
+    return tuple([checked_length(name, value) for value in listed])

@@ -18,7 +18,7 @@ from attndsl.backend import Problem
 from attndsl.errors import AttnError, fail
 from attndsl.execution import choice
 from attndsl.execution.operator import refuse_script
-from attndsl.execution.session import STEP, following, refuse_gradients
+from attndsl.execution.session import STEP, check_step, following, refuse_gradients
 from attndsl.execution.streaming import held_of_parts
 from attndsl.expr import TRUE, Given, Table, number
 from attndsl.keywords import by_name, instead, missing
@@ -74,6 +74,14 @@ class SumPlan:
     def backend(self) -> str:
         """The chosen one of each part."""
         return ", ".join(f"{name}: {plan.backend}" for name, plan in self.parts.items())
+
+    @property
+    def learned_tables(self) -> dict[str, Table]:
+        """The parameters of gates by name, and those of parts as `part.name`."""
+        gates = {table.name: table for table in self.attention.learned}
+        return gates | {
+            f"{name}.{table.name}": table for name, p in self.parts.items() for table in p.attention.learned
+        }
 
     @property
     def rejected(self) -> dict[str, choice.Verdict]:
@@ -170,7 +178,8 @@ class SumPlan:
             if not isinstance(x, Tensor):
                 raise fail(f"`{name}` must be a torch tensor, and is of type {type(x).__name__}")
         self.check_names(given)
-        self.check_learned(learned)
+        if learned is not None:
+            check_learned(self.learned_tables, learned)
         places = {
             "q_offset": q_offset,
             "k_offset": k_offset,
@@ -278,6 +287,7 @@ class SumPlan:
         that does, and for a gate that depends on the number of tokens."""
         return SumSession(self, batch, capacity, **options)
 
+    @by_name
     def module(self) -> SumModule:
         """An nn.Module that owns what is learned: gates under their names, and for each part that learns a
         module of its own under the part's."""
@@ -295,17 +305,10 @@ class SumPlan:
         for name in given:
             if name not in (*inputs, *self.parts):
                 near = instead(name, {*inputs, *self.parts, *beside})
+                if name in self.learned_tables:
+                    near = f"it is learned: plan.module() owns `{name}`"
                 listed = f"its parts: {', '.join(self.parts)}; its inputs: {', '.join(inputs) or 'none'}"
                 raise fail(f"`{self.attention.name}` has no part or input `{name}`", help=near or listed)
-
-    def check_learned(self, given: Mapping[str, Tensor] | None) -> None:
-        """Raises AttnError where `given` names what is no parameter."""
-        known = {table.name for table in self.attention.learned}
-        known |= {f"{name}.{table.name}" for name, p in self.parts.items() for table in p.attention.learned}
-        for name in given or ():
-            if name not in known:
-                there = ", ".join(f"`{name}`" for name in sorted(known)) or "none"
-                raise fail(f"`learned` has `{name}`, and there are {there}")
 
     def __repr__(self) -> str:
         return f"<plan {self.attention.name}: {self.backend}; {self.problem}>"
@@ -363,6 +366,7 @@ class SumModule(nn.Module):
     @by_name
     def forward(self, q: Tensor, k: Tensor, v: Tensor, **call: Any) -> Any:
         """The plan's call of q, k and v, with the parameters as they are; `call` is what else that takes."""
+        refuse_learned(call)
         return self.plan(q, k, v, learned=self._learned(), **call)
 
     def _learned(self) -> dict[str, Tensor]:
@@ -372,6 +376,7 @@ class SumModule(nn.Module):
                 learned[f"{name}.{table.name}"] = getattr(getattr(self, name), table.name)
         return learned
 
+    @by_name
     def session(self, batch: int, capacity: int, **options: Any) -> SumSession:
         """As `SumPlan.session` of `batch`, `capacity` and `options`; a step takes the parameters as they are
         then."""
@@ -401,6 +406,11 @@ class SumSession:
             name: part.session(batch, capacity, memory=held.get(name), **options)
             for name, part in plan.parts.items()
         }
+
+    if not TYPE_CHECKING:  # a type checker is to tell what is no attribute
+
+        def __getattr__(self, name):
+            raise missing("a session", name, dir(SumSession))
 
     def __repr__(self) -> str:
         return f"<session of {self.plan.attention.name}: {', '.join(map(repr, self.parts.values()))}>"
@@ -434,8 +444,10 @@ class SumSession:
         refuse_gradients(q, k, v, *given.values())
         if learned is None and self.learned is not None:
             learned = self.learned()
+        check_step(given)
         self.plan.check_names(given, STEP)
-        self.plan.check_learned(learned)
+        if learned is not None:
+            check_learned(self.plan.learned_tables, learned)
         starts = self.lengths
         new = {name: own(name, given[name]) if name in given else (q, k, v) for name in self.parts}
         sizes = [x.shape[2] for _, x, _ in new.values() if isinstance(x, Tensor) and x.dim() == 4]
@@ -470,12 +482,14 @@ class SumSession:
         made.parts = {name: session.copy() for name, session in self.parts.items()}
         return made
 
+    @by_name
     def reorder(self, rows: Any) -> None:
         """Row i becomes what row `rows[i]` was, in every part."""
         with self._together():
             for session in self.parts.values():
                 session.reorder(rows)
 
+    @by_name
     def truncate(self, lengths: Any) -> None:
         """Only the first `lengths` tokens are left, one number for each row or one for all. Raises AttnError
         as a Session does; then all is as before."""
@@ -499,6 +513,37 @@ class SumSession:
             raise
 
 
+def check_learned(tables: Mapping[str, Table], given: object) -> None:
+    """Raises AttnError where `given` is no dictionary that has, for each of these parameters, a floating
+    tensor by its name; constants that are drawn may be left out."""
+    if not isinstance(given, Mapping):
+        help = f'write `learned={{"{next(iter(tables))}": ...}}`' if tables else ""
+        raise fail(f"`learned` is a dictionary of tensors by name, not {type(given).__name__}", help=help)
+    for name in given:
+        if name not in tables:
+            there = ", ".join(f"`{name}`" for name in sorted(tables)) or "none"
+            raise fail(f"`learned` has `{name}`, and there are {there}")
+    for name, table in tables.items():
+        if name in given and not isinstance(given[name], Tensor):
+            shape = ", ".join(map(str, table.dims))
+            said = f"`{name}` is learned, and was given as {type(given[name]).__name__}"
+            raise fail(said, help=f"give a torch tensor of [{shape}]")
+        if name in given and not given[name].is_floating_point():
+            dtype = str(given[name].dtype).removeprefix("torch.")
+            help = "" if given[name].is_complex() else f"pass `{name}.float()`"
+            raise fail(f"`{name}` is learned, and was given as {dtype}", help=help)
+    if lacking := [f"`{name}`" for name, table in tables.items() if table.learned and name not in given]:
+        help = "give the value of each, or leave `learned` out: `plan.module()` owns them"
+        raise fail(f"`learned` lacks {', '.join(lacking)}", help=help)
+
+
+def refuse_learned(call: Mapping[str, Any]) -> None:
+    """Raises AttnError where a module is called with values of its own parameters."""
+    if "learned" in call:
+        help = "set them by `load_state_dict`, or call `module.plan`, which takes `learned`"
+        raise fail("a module has the values of its parameters: it takes no `learned`", help=help)
+
+
 def of(plan: Plan, given: Mapping[str, Any]) -> dict[str, Any]:
     """The inputs that this plan has."""
     return {table.name: given[table.name] for table in plan.attention.inputs if table.name in given}
@@ -511,7 +556,8 @@ def under(name: str, learned: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def own(name: str, given: Any) -> tuple[Any, Any, Any]:
     if not isinstance(given, tuple | list) or len(given) != 3:
         said = f"{len(given)} tensors" if isinstance(given, tuple | list) else type(given).__name__
-        raise fail(f"`{name}` is a part, and takes (q, k, v), not {said}")
+        help = f"write `{name}=(q, k, v)`"
+        raise fail(f"`{name}` is a part, and takes (q, k, v), not {said}", help=help)
     q, k, v = given
     return q, k, v
 

@@ -153,4 +153,8 @@ def input_table(decl: ast.InputDecl) -> Table:
             dims.append(dim.value)
         else:
             raise fail("a size is a name or a positive integer", dim.span)
+    if dims == ["B", 1, "n", "n"]:
+        here = decl.dims[1].span
+        help = f"leave it out: `{decl.name} : {decl.dtype}[B, n, n]`, and pass `{decl.name}[:, 0]`"
+        raise fail("an axis of one entry for all heads", here, help)
     return Table(decl.name, decl.dtype, tuple(dims))  # type: ignore[arg-type]

@@ -187,7 +187,8 @@ class AttentionBuilder:
         elif isinstance(value, Num) and value.expr.type == "int":
             which = ir.eq(h, value.expr)
         else:
-            raise expected("a set of heads", value, e, "write `0..5` or `[0, 2]`")
+            listed = quoted(e.args[-1]) if isinstance(e, ast.Compare) and e.ops == ("in",) else "0..5"
+            raise expected("a set of heads", value, e, f"write `{listed}` or `[0, 2]`")
         if not which.free <= {"h", "H"} or which.tables:
             raise fail("a set of heads depends on h and H alone", e.span)
         if "H" not in which.free and not listed_heads(which):
@@ -277,6 +278,10 @@ class AttentionBuilder:
         return self.number(result, definition.body)
 
     def real(self, e: ast.Expression, env: Scope) -> Expr:
+        if isinstance(e, ast.Builder) and isinstance(env.clause, ast.Clause):
+            word = env.clause.word
+            help = f"`q` and `k` are in sight: write `{word} {quoted(e.pred)}`"
+            raise fail(f"a {word} is a number, and this is written as a pattern", e.span, help)
         return self.number(self.elaborator.no_vector(e, env, TOKENS), e)
 
     def decay(self, e: ast.Expression, env: Scope) -> Expr:
@@ -296,7 +301,8 @@ class AttentionBuilder:
         for table in sorted(result.tables, key=lambda table: table.name):
             if table.parameter:
                 if "n" in table.dims:
-                    help = "n is an axis of what `keys proj(...)` learns"
+                    axes = ", ".join(map(str, table.dims))
+                    help = f"declare `inputs {table.name} : float[{axes}]`, and give a parameter of yours"
                     raise fail(f"`{table.name}` has as many numbers as there are tokens", e.span, help)
                 self.declare(table, e)
         return result

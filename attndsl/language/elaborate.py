@@ -18,6 +18,7 @@ from attndsl.language.arguments import bind_arguments, meaning, signature, with_
 from attndsl.language.clauses import attention_of
 from attndsl.language.leaves import usage
 from attndsl.language.mistakes import (
+    SHOWN,
     blame,
     chosen,
     expected,
@@ -45,6 +46,8 @@ from attndsl.language.values import (
 from attndsl.language.vocabulary import BUILT_IN, POSITIONS, RESERVED, SIGNATURES
 from attndsl.selection import Selection
 from attndsl.syntax import nodes as ast
+from attndsl.syntax.format import render
+from attndsl.syntax.habits import LEARN
 from attndsl.syntax.prelude import prelude_words
 
 CALL_DEPTH = 64
@@ -103,7 +106,7 @@ class Elaborator:
         if name.id in self.definitions:
             return self.apply(name, (), env, space)
         selection = self.selection(name)
-        if name.id in BUILT_IN or selection:
+        if (name.id in BUILT_IN and name.id != "learn") or selection:
             written = usage(name.id, selection) if selection else SIGNATURES[name.id]
             raise fail(f"`{name.id}` needs its arguments", name.span, help=f"write `{written}`")
         raise self.unknown(name, env)
@@ -115,9 +118,7 @@ class Elaborator:
         if (comment := _comment_before(name.span)) is not None:
             return fail("unexpected `//`", comment, "a comment begins with `#`")
         if name.id == "learn":
-            return fail(
-                "`learn` has its axes in brackets", name.span, "write `learn[65]`, or `learn[H](0.1)`"
-            )
+            return fail("`learn` has its axes in brackets", name.span, LEARN)
         inside = self.definitions.get(env.calls[-1]) if env.calls else None
         kind = wanted(name, inside, self.definitions, self.registered) if inside else ""
         known = {*env.names, *self.definitions, *BUILT_IN, *self.selections(), "n", "nq", "h", "H", "D"}
@@ -127,7 +128,7 @@ class Elaborator:
         if not (help or looked_up or kind == "attention"):
             help = habit(name.id)
         help = help or suggest(name.id, filter(fitting(kind, self.definitions), known))
-        if not help and env.claims and any(name.id in _inputs(item) for item in self.definitions.values()):
+        if not help and env.claims and any(name.id in inputs_of(item) for item in self.definitions.values()):
             help = "a claim is about every table: it cannot name one"
         if not help and inside is not None:
             help = remedy(name.id, kind, inside)
@@ -161,11 +162,14 @@ class Elaborator:
     def apply(self, name: ast.Name, args: tuple[ast.Argument, ...], env: Scope, space: Space) -> Value:
         definition = self.definitions[name.id]
         if isinstance(definition, ast.Definition) and definition.word == "score":
-            raise fail(
-                f"the score `{name.id}` may stand only as a whole `score` clause",
-                name.span,
-                help=f"give it a clause of its own: `score {name.id}`",
-            )
+            help = f"give it a clause of its own: `score {name.id}`"
+            if (
+                isinstance(env.clause, ast.Clause)
+                and env.clause.word == "score"
+                and len(body := render(definition.body)) <= SHOWN
+            ):
+                help += f", or write it out: `{body}`"
+            raise fail(f"the score `{name.id}` may stand only as a whole `score` clause", name.span, help)
         values = self.arguments(definition, args, env, space)
         given = bind_arguments(definition, args)
         found = self.instance(definition, values, env, name.span, given=given)
@@ -379,6 +383,7 @@ def _comment_before(span: Span) -> Span | None:
     return Span(span.source, start, start + 2)
 
 
-def _inputs(definition: ast.Definition | ast.AttentionDef) -> set[str]:
+def inputs_of(definition: ast.Definition | ast.AttentionDef) -> set[str]:
+    """The names of its tables."""
     clauses = definition.clauses if isinstance(definition, ast.AttentionDef) else ()
     return {decl.name for clause in clauses if isinstance(clause, ast.Inputs) for decl in clause.decls}

@@ -30,6 +30,7 @@ from attndsl.language.mistakes import (
     vector_of,
 )
 from attndsl.language.values import (
+    AttentionOf,
     GridPattern,
     K,
     Num,
@@ -152,6 +153,8 @@ def mixed(e: ast.Nary, values: list[Value]) -> AttnError:
 def summed(e: ast.Nary, values: list[Value], env: Scope) -> Value:
     if isinstance(values[0], Pattern):
         raise mixed(e, values)
+    if all(isinstance(value, AttentionOf) for value in values):
+        raise fail("attentions are added by a definition", e.span, f"write `attention NAME = {quoted(e)}`")
     joined = all(isinstance(as_set(value), SetOf) for value in values)
     help = "for the union write `|`" if joined and env.integral else ""
     pairs = zip(e.args, values, strict=True)
@@ -160,7 +163,7 @@ def summed(e: ast.Nary, values: list[Value], env: Scope) -> Value:
 
 def connective(el: Elaborator, e: ast.Nary, env: Scope, space: Space) -> Value:
     truths = []
-    for arg in e.args:
+    for before, arg in zip((None, *e.args), e.args, strict=False):
         value = el.value(arg, env, space)
         if isinstance(value, Pattern | SetOf):
             symbol = "&" if e.op == "and" else "|"
@@ -169,6 +172,10 @@ def connective(el: Elaborator, e: ast.Nary, env: Scope, space: Space) -> Value:
                 arg.span,
                 help=f"between {value.noun[2:]}s write `{symbol}`",
             )
+        if isinstance(before, ast.Compare) and isinstance(arg, ast.Number):
+            sign = "==" if before.ops[-1] == "in" else before.ops[-1]
+            written = f"{quoted(before.args[-2])} {sign} {quoted(arg)}"
+            raise fail(f"`{e.op}` joins truths, and this is a number", arg.span, f"write `{written}`")
         truths.append(truth_of(value, arg, env))
     return Truth(ir.all_of(*truths) if e.op == "and" else ir.any_of(*truths))
 
@@ -414,7 +421,9 @@ def on_index(el: Elaborator, e: ast.Index, env: Scope, space: Space) -> Value:
     indices = (*base.indices, *(el.integer(i, env, space) for i in e.indices))
     rank = len(table.explicit)
     if len(indices) > rank:
-        help = "the axes `B` and `H` are implicit: leave them out" if table.implicit else ""
+        kept = ", ".join(quoted(i) for i in e.indices[len(e.indices) - rank :])
+        written = f"{quoted(e.base)}[{kept}]" if kept else quoted(e.base)
+        help = f"the axes `B` and `H` are implicit: write `{written}`" if table.implicit else ""
         takes = f"{rank} ind{'ex' if rank == 1 else 'ices'}, not {len(indices)}" if rank else "no index"
         raise fail(f"`{table.name}` takes {takes}", e.span, help)
     found = TableOf(table, indices)

@@ -18,20 +18,32 @@ OPPOSITE = {"==": "!=", "!=": "==", "<": ">=", "<=": ">", ">": "<=", ">=": "<"}
 
 
 @contextmanager
-def placed(attention: Attention) -> Iterator[None]:
+def placed(attention: Attention, heads: int) -> Iterator[None]:
     """A look-up that leaves a table is told where it is written in the program that the attention is of."""
     try:
         yield
     except AttnError as error:
-        raise AttnError(*(told_at_its_place(told, attention.written) for told in error.diagnostics)) from None
+        told = (told_at_its_place(d, attention.written, heads) for d in error.diagnostics)
+        raise AttnError(*told) from None
 
 
-def told_at_its_place(told: Diagnostic, written: Span | None) -> Diagnostic:
+def told_at_its_place(told: Diagnostic, written: Span | None, heads: int) -> Diagnostic:
     if told.span is not None or written is None or not LEFT.match(told.message):
         return told
     module, _ = parse_partial(written.source)
     own = [item for item in module.items if item.span == written]
-    return at_lookup(at_lookup(told, own), module.items)
+    return _by_head(at_lookup(at_lookup(told, own), module.items), heads)
+
+
+def _by_head(told: Diagnostic, heads: int) -> Diagnostic:
+    """A list that is shorter than there are heads, where it is looked up at the head itself."""
+    if told.span is None or not told.span.text.endswith("[h]"):
+        return told
+    name = told.span.text.removesuffix("[h]")
+    has, _, _ = told.message.partition(" on axis")
+    many = has.split()[-2].replace(",", "")
+    help = f"give one for each head, or repeat them: `{name}[h mod {many}]`"
+    return replace(told, message=f"{has} for {heads} heads", help=help)
 
 
 def at_lookup(told: Diagnostic, parts: Sequence[ast.Node]) -> Diagnostic:

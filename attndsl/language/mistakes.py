@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from fractions import Fraction
 
 from attndsl.errors import AttnError, Diagnostic, Span, fail
 from attndsl.expr import Expr, Selected, nodes
@@ -93,6 +94,8 @@ def expected(noun: str, value: Value, e: ast.Expression, help: str = "") -> Attn
         elif noun == "a pattern":
             help = help or f"look it up: `{{ q, k : {more} }}`"
         size = value.table.dims[-1]
+        if left == 1 and isinstance(size, int) and size <= 2:
+            more = f"{quoted(e)}[0]"
         if noun == "a number" and left == 1 and isinstance(size, int) and size > 2:
             # an entry for each distance, as `relative` has them
             r = (size - 1) // 2
@@ -121,7 +124,11 @@ def not_integer(number: Expr, e: ast.Expression, help: str = "") -> AttnError:
         return fail("`/` is real where an integer is needed", e.span, "write `//` to round down")
     if not help and isinstance(e, ast.Number):
         # a fraction of something is not meant to be none of it
-        help = f"write `{int(e.value)}`" if e.value >= 1 else "write an integer: this is no share"
+        share = Fraction(str(e.value))
+        times = "" if share.numerator == 1 else f" * {share.numerator}"
+        help = f"write an integer: a share of n is `n{times} // {share.denominator}`"
+        if not 0 < e.value < 1:
+            help = f"write `{int(e.value)}`"
     help = help or f"round it down: `floor({quoted(e)})`"
     return fail("expected an integer, and this is a real number", e.span, help)
 
@@ -194,15 +201,17 @@ def blame(
     """A mistake found in a definition that arguments were given to.
 
     In the prelude it is the caller's: told at the argument that the prelude stumbled over, if there is just
-    one, else at the call. In a program's own definition it is told where it is, with the call as a help.
+    one, else at the call. In a program's own definition it is told where it is, with the call as a help; or
+    at the argument, where that is a text given from outside of the program.
     """
     inside = definition.span
     if d.span is None or d.span.source is not inside.source or not inside.start <= d.span.start < inside.end:
         return d
-    if inside.source.name != PRELUDE:
+    outside = {name: e for name, e in given.items() if e.span.source is not span.source}
+    if inside.source.name != PRELUDE and d.span.text not in outside:
         line, column = span.source.position(span.start)
         place = f"`{definition.name}` is given its arguments at {span.source.name}:{line}:{column}"
-        return replace(d, help=place) if given and not d.help else d
+        return replace(d, help=place) if given and not outside and not d.help else d
     text, help = d.span.text, d.help
     if isinstance(definition, ast.Definition) and definition.word != "score" and re.search(r"\[[qk]\b", help):
         help = ""  # there are no positions where the call stands
@@ -210,6 +219,8 @@ def blame(
     message = f"in `{definition.name}`: " + re.sub(r"^in `\w+`: ", "", d.message)
     if len(used) != 1:
         return replace(d, message=message, span=span, help="" if text in help else help)
+    if outside and not help.startswith("round it down"):
+        return replace(d, message=message, span=used[0].span)
     inner = re.compile(rf"(?<!\w){re.escape(text)}(?!\w)")
     if (
         isinstance(used[0], ast.Number)

@@ -99,6 +99,11 @@ def _mem(el: Elaborator, e: ast.Call, env: Scope) -> Stretch:
 
 
 def _pool(el: Elaborator, e: ast.Call, env: Scope) -> Pool:
+    first = e.args[0].value if e.args else None
+    if isinstance(first, ast.Name) and first.id in ("mean", "max"):
+        raise fail(
+            "the number of keys in a slot comes first", first.span, f"write `pool(4, by = {first.id})`"
+        )
     given = bind_arguments_of("pool", ("b",), ("stride", "by", "of", "values"), e, USAGE["pool"])
     size = _size(el, given["b"], env, "the length of a pool")
     stride = _size(el, given["stride"], env, "the stride of a pool") if "stride" in given else size

@@ -27,6 +27,7 @@ INNER = "the inner product of two vectors is `Q @ K`"
 ROTARY = "rotary embedding is done before the call: q and k arrive ready"
 WINDOW = "write `last(w)` for w keys up to the query, `radius(r)` for r on each side, or `band(a..b)`"
 PADDING = "declare it: `inputs keep : bool[B, n]`, and write `columns(keep)`"
+STREAM = "`stream` says of which of the `keys` a key is: `stream == 0` for the first"
 CASTS = "round down by `floor(x)`; `x * 1.0` is real"
 HABITS = {
     **dict.fromkeys(("window", "sliding_window", "sliding", "local"), WINDOW),
@@ -49,13 +50,13 @@ HABITS = {
     **dict.fromkeys(("seq_len", "seqlen", "length", "kv_len", "l", "len", "size"), LENGTH),
     **dict.fromkeys(("q_len", "num_queries"), "the number of queries is `nq`"),
     **dict.fromkeys(("num_heads", "n_heads", "nheads", "heads"), HEADS),
-    **dict.fromkeys(
-        ("tril", "causal_mask", "is_causal", "lower_triangular", "autoregressive"), "write `causal`"
-    ),
-    "triu": "write `T(causal)`",
+    **dict.fromkeys(("causal_mask", "is_causal", "lower_triangular", "autoregressive"), "write `causal`"),
+    "tril": "write `causal`, and for another diagonal d `band(-n..d)`",
+    "triu": "write `T(causal)`, and for another diagonal d `band(d..n)`",
+    **dict.fromkeys(("rand", "bernoulli", "randint"), "write `random(r)`: r keys for each query"),
     **dict.fromkeys(("and_masks", "intersection", "intersect"), "write `A & B`"),
     **dict.fromkeys(("or_masks", "union"), "write `A | B`"),
-    **dict.fromkeys(("key_padding_mask", "padding_mask", "attention_mask"), PADDING),
+    **dict.fromkeys(("key_padding_mask", "padding_mask", "attention_mask", "padding", "pad_mask"), PADDING),
     "sparsity": "write `density(A, n = 4096) < 1%`",
     **dict.fromkeys(("ones", "all", "everything", "dense"), "write `full`"),
     **dict.fromkeys(("zeros", "empty", "nothing"), "write `none`"),
@@ -73,6 +74,7 @@ HABITS = {
     "cat": "write `concat(x, y)`",
     **dict.fromkeys(("rope", "rotary", "apply_rotary", "rotary_emb"), ROTARY),
     "pi": "write `3.141592653589793`",
+    **dict.fromkeys(("pool", "mem", "proj", "tokens"), STREAM),
     "elu": "write `elu1(x)`, which is elu(x) + 1",
 }
 """Names of other tools, in lower case, and what is written here."""
@@ -202,7 +204,7 @@ def _kind(
             return "float[m, D]" if inner and _wants_vector(parents[1]) else "float[D]"
         case ast.Nary("|" | "&") | ast.Unary("~"):
             return "pattern"
-        case ast.Clause("mask"):
+        case ast.Clause("mask") | ast.Definition("pattern"):
             return "pattern"
         case ast.Nary("and" | "or") | ast.Unary("not") | ast.Builder():
             return "bool[n]"

@@ -17,7 +17,6 @@ SIGNATURES = (
         "within": "within(x, R)",
         "grid": "grid(height, width, { (y, x), (v, u) : ... })",
         "random": "random(r, seed = 0, of = full)",
-        "learn": "learn[SHAPE](init)",
         "orthogonal": "orthogonal(m, seed = 0)",
         "gaussian_rows": "gaussian_rows(m, seed = 0)",
         "where": "where(cond, a, b)",

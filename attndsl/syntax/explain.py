@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass
@@ -36,6 +37,9 @@ from attndsl.syntax.tokens import (
 )
 
 LATER = ("stack",)
+TWO_ENDS = "a range has two ends"
+LOOSER = frozenset(["_OR", "_AND", "NOT", "COMPARE", "ASSIGN"])
+"""Than `..`, and what stands before an expression."""
 DEFINITION = "unknown definition"
 CLAUSE = "unknown clause"
 SHOWN = 40
@@ -47,7 +51,7 @@ CALL = re.compile(r"\w+(?:\([^()\n]{0,30}\))?")
 PATH = re.compile(r"\S+")
 COLON = re.compile(r"\s*:")
 DIGITS = re.compile(r"\s*(\d+)")
-ALONE = re.compile(r"\s*(?:\}|\(|$)")
+NUMERAL = re.compile(r"\s*(-?\w+)")
 ARGUMENT = re.compile(r"[ \t]+(-?[\w.]+)")
 TYPE = re.compile(r"\s*[A-Za-z_]\w*(?:\[[^\]\n]*\])?")
 ENDED = re.compile(rf"\s*(?:\}}|(?:{'|'.join(CLAUSES)})\b)")
@@ -177,7 +181,10 @@ def bar(r: Refused) -> Explained | None:
 
 def character(r: Refused) -> Explained | None:
     if r.bad == "." and r.kind(1) == "NAME" and (part := WORD.match(r.text, r.there)):
+        file = rf'\buse\s+"(?:[^"]*[/:])?{r.tokens[-1]}(?:\.attn)?"'
         help = habits.attribute(r.tokens[-1], part[0])
+        if re.search(file, r.source.text):
+            help = f"what is in a file that is used has its own name: write `{part[0]}`"
         return r.at(r.here, part.end(), f"unexpected `.{part[0]}`", help)
     return r.it(*habits.character(r.bad)) if r.bad.type == "" else None
 
@@ -205,6 +212,13 @@ def colon(r: Refused) -> Explained | None:
         start = extent(r.tokens[-2] if negative else first)[0]
         help = f"write `{'-' * negative}{first}..{int(last[1]) - 1}`, both ends included"
         return r.at(start, last.end(), f"unexpected `{r.text[start : last.end()]}`", help)
+    if last_clause(r.tokens) == "heads" and r.complete:
+        return r.without_it("unexpected `:`", "leave it out: write `heads 0..3 { ... }`")
+    opened = innermost(r.tokens)
+    if opened is not None and kinds[opened + 1 :] == ["NAME", "COMMA", "NAME"] and kinds[opened] != "LBRACE":
+        names = f"{r.tokens[-3]}, {r.tokens[-1]}"
+        if kinds[opened] == "LSQB" or (str(r.tokens[-3]), str(r.tokens[-1])) == ("q", "k"):
+            return r.it("unexpected `:`", f"a pattern is written `{{ {names} : condition }}`")
     if first.type == "NAME" and depth and r.kind(2) in ("LPAR", "COMMA"):
         return r.it("unexpected `:`", f"a named argument is written `{first} = ...`")
     if (first.type in ENDS and depth) or first.type == "LSQB":
@@ -263,7 +277,8 @@ def parenthesised(r: Refused) -> Explained | None:
 def declaration(r: Refused) -> Explained | None:
     """Of a file and of a table."""
     if r.kind(1) == "USE" and r.bad.type == "NAME" and (path := PATH.match(r.text, r.here)):
-        return r.at(r.here, path.end(), 'expected a string in `"`', f'write `use "{path[0]}"`')
+        file = path[0] if "." in path[0] else f"{path[0]}.attn"
+        return r.at(r.here, path.end(), 'expected a string in `"`', f'write `use "{file}"`')
     if r.accepts == {"LSQB"} and r.kind(2) == "COLON":
         name, dtype = r.tokens[-3], r.tokens[-1]
         meant = habits.TYPES.get(dtype, dtype if dtype in DTYPES else "int")
@@ -277,11 +292,53 @@ def declaration(r: Refused) -> Explained | None:
 
 
 def dots(r: Refused) -> Explained | None:
-    if r.bad.type != "DOTS" or not r.complete or "DOTS" not in (before := same_level(r.tokens)):
+    """A range without one of its ends, with a third one, or with a step."""
+    before = list(itertools.takewhile(lambda token: token.type not in LOOSER, same_level(r.tokens)))
+    kinds = [token.type for token in before]
+    if kinds[:1] == ["DOTS"] and kinds[1:] and r.bad.type not in STARTS:
+        start = r.text[extent(before[-1])[0] : extent(before[0])[0]].strip()
+        return r.at(*extent(before[0]), TWO_ENDS, f"to the end it is `{start}..n - 1`")
+    if r.bad.type == "DOTS" and not r.complete:
+        end = NUMERAL.match(r.text, r.there)
+        if end is None:
+            every = "`{ p : p in a..b and p mod step == 0 }`"
+            return r.it(TWO_ENDS, f"all is `0..n - 1`, and with a step it is {every}")
+        start = "-n" if end[1] == "0" or end[1][0] == "-" else "0"
+        return r.it(TWO_ENDS, f"from the beginning it is `{start}..{end[1]}`")
+    if "DOTS" not in kinds or not r.complete:
         return None
-    if "BAR" in before:
+    if r.bad.type == "DOTS" and "BAR" in kinds:
         return r.it("`|` is tighter than `..`", "a union of ranges is a list: `[0..3, 8..9]`")
-    return r.it("a range has two ends", "with a step it is `{ p : p in a..b and p mod step == 0 }`")
+    if r.bad.type == "DOTS":
+        return r.it(TWO_ENDS, stepped(r, before))
+    if r.bad in ("step", "by", "stride") or (r.bad.type == "COLON" and last_clause(r.tokens) != "heads"):
+        return r.it("a range has no step", stepped(r, before))
+    return None
+
+
+def stepped(r: Refused, before: list[Token]) -> str:
+    """How the range of the tokens `before`, the last one first, is written with the step that follows."""
+    written = r.text[extent(before[-1])[0] : extent(before[0])[1]]
+    number = NUMERAL.match(r.text, r.there)
+    step = number[1] if number else "step"
+    start, end = (part.strip() for part in written.split("..", 1))
+    place = "p" if start == "0" else f"(p - {start})" if start.isalnum() else f"(p - ({start}))"
+    help = f"write `{{ p : p in {written} and {place} mod {step} == 0 }}`"
+    if start == "0" and end.replace(" ", "") in ("n", "n-1"):
+        help = f"write `every({step})`"
+    opened = innermost(r.tokens)
+    if opened is None or r.tokens[opened].type != "LSQB":
+        return help
+    alone = r.tokens[opened + 1] is before[-1] and number and r.text[number.end() :].lstrip()[:1] == "]"
+    return f"{help}, in place of the brackets" if alone else f"{help}, and join it to the list by `|`"
+
+
+def empty_look_up(r: Refused) -> Explained | None:
+    if r.bad.type != "RSQB" or r.kind(1) != "LSQB" or r.kind(2) != "NAME":
+        return None
+    name = r.tokens[-2]
+    help = habits.LEARN if name == "learn" else f"name the entry: `{name}[q]`, `{name}[0]`"
+    return r.at(extent(r.tokens[-1])[0], r.there, "a look-up of nothing", help)
 
 
 def definition(r: Refused) -> Explained | None:
@@ -310,9 +367,17 @@ def header(r: Refused) -> Explained | None:
         }
         if r.bad.type in helps:
             return r.it(f"expected a name, not {r.shown}", helps[r.bad.type])
-    if r.bad.type == "LBRACE" and r.accepts == {"ASSIGN"} and r.tokens[0].type == "PATTERN":
+    if r.bad.type == "$END" and [token.type for token in r.tokens] == ["SCORE", "NAME"]:
+        help = f"a clause stands in the braces of an attention: `attention NAME {{ score {r.tokens[1]} }}`"
+        return r.at(*extent(r.tokens[1]), "a score without its definition", help)
+    if r.bad.type == "LBRACE" and "ASSIGN" in r.accepts and r.tokens[0].type == "PATTERN":
         head = r.text[extent(r.tokens[0])[0] : extent(r.tokens[-1])[1]]
-        return r.it("expected `=`, not `{`", f"write `{head} = {{ q, k : ... }}`")
+        inside = " ".join(r.text[r.there :].strip().removesuffix("}").split())
+        condition = inside and ":" not in inside and len(inside) <= SHOWN
+        body = "{ q, k : ... }" if not condition else inside
+        if condition and re.search(r"[<>=]|\bin\b", inside):
+            body = f"{{ q, k : {inside} }}"
+        return r.it("expected `=`, not `{`", f"write `{head} = {body}`")
     if len(r.tokens) == 2 and r.bad.type == "LSQB" and r.kind(1) == "NAME":
         help = f"parameters stand in parentheses: `{r.tokens[0]} {r.tokens[1]}(...)`"
         return r.it("unexpected `[`", help)
@@ -327,14 +392,17 @@ def clause(r: Refused) -> Explained | None:
         return r.up_to_next_clause(f"expected a clause, not {r.shown}", f"write `mask {pattern_at(r)}`")
     if r.bad.type != "NAME" or not r.clauses_due:
         return None
-    called = ALONE.match(r.text, r.there)
     argument = ARGUMENT.match(r.text, r.there)
-    if word_of(r.source.text, r.bad) == "score" and (r.begins or argument or called):
+    if word_of(r.source.text, r.bad) == "attention" and not r.complete:
+        help = f"attentions are added by `attention {r.tokens[1]} = {pattern_at(r)}`"
+        return r.up_to_next_clause(f"the attention {r.shown} among clauses", help)
+    if word_of(r.source.text, r.bad) == "score":
         written = CALL.match(r.text, r.here)
         assert written is not None
         meant = f"{r.bad}({argument[1]})" if argument else written[0]
         return r.up_to_next_clause(f"the score {r.shown} without its clause", f"write `score {meant}`")
-    if r.bad in habits.CLAUSES and not r.text[r.there :].lstrip().startswith("("):
+    conditional = r.bad == "if" and r.complete
+    if r.bad in habits.CLAUSES and not (conditional or r.text[r.there :].lstrip().startswith("(")):
         return r.up_to_next_clause(f"{CLAUSE} {r.shown}", habits.CLAUSES[r.bad])
     if not r.complete and word_of(r.source.text, r.bad) == "pattern":
         return r.up_to_next_clause(
@@ -370,6 +438,29 @@ def word_out_of_place(r: Refused) -> Explained | None:
     return None
 
 
+def clauses_of_sum(r: Refused) -> Explained | None:
+    """Behind attentions that are added: clauses are those of the parts."""
+    kinds = [token.type for token in r.tokens]
+    if not r.complete or kinds[:1] != ["ATTENTION"] or "ASSIGN" not in kinds or "MASK" in r.accepts:
+        return None
+    word = WORD.search(r.text, r.here)
+    if innermost(r.tokens) is not None or word is None or word[0] not in CLAUSES:
+        return None
+    if r.bad.type == "LBRACE" or r.bad in CLAUSES:
+        written = r.text[word.start() : following(r.text, word.start())].strip()
+        shown = written if len(written) <= SHOWN and "\n" not in written else f"{word[0]} ..."
+        return r.it("a sum has no clauses of its own", f"its parts have: write `{shown}` into each")
+    return None
+
+
+def compared_heads(r: Refused) -> Explained | None:
+    if r.bad.type != "COMPARE" or r.kind(1) != "HEADS":
+        return None
+    return r.without_it(
+        f"unexpected `{r.bad}`", "heads are a number, a range or a list: `heads 0..3 { ... }`"
+    )
+
+
 def no_heads(r: Refused) -> Explained | None:
     """A clause straight after `heads {`: its word is refused, or read as the name of a position."""
     for tokens, word in ((r.tokens, r.bad), (r.tokens[:-1], r.tokens[-1] if r.tokens else r.bad)):
@@ -391,6 +482,10 @@ def builder(r: Refused) -> Explained | None:
     brace = max(i for i, token in enumerate(r.tokens) if token.type == "LBRACE")
     before = r.tokens[brace - 1]
     if r.tokens[0].type == "ATTENTION" and before.type == "ASSIGN" and "COLON" in r.accepts:
+        end = r.text.find("}", r.here) + 1
+        if r.text[end:].lstrip()[:1] in ("+", "-", "*"):
+            rest = extent(before)[1], len(r.text)
+            return r.it("a part of a sum has a name", "write `attention part { ... }`, and add `part`", rest)
         help = f"leave it out: write `attention {r.tokens[1]} {{ ... }}`"
         return r.at(*extent(before), "`=` before clauses", help, extent(before))
     listed = "a list of positions is written `[0, 5..9]`"
@@ -424,11 +519,18 @@ def side_by_side(r: Refused) -> Explained | None:
 def between(r: Refused, left: Token) -> str:
     """What is written between two expressions."""
     text, right = r.source.text, r.bad
+    if r.tokens[0].type == "ASSERT" and right == "for":
+        return habits.WORDS["forall"]
     if help := habits.WORDS.get(right) or habits.WORDS.get(left):
         return help
     if left.type in ("INT", "FLOAT") and right.type == "NAME":
         return f"write `{left} * {right}`"
     called = takes(text, left) if left.type == "NAME" else False
+    number = NUMERAL.match(r.text, r.there)
+    if right.type == "NAME" and r.clauses_due and number and number[1].isdecimal():
+        return (
+            f"join patterns by an operator, and an argument stands in parentheses: `& {right}({number[1]})`"
+        )
     if right.type == "NAME" and word_of(text, right) == "pattern" and (r.clauses_due or not called):
         return f"join patterns by an operator: `& {right}`, `| {right}`"
     if called is False or right.type not in ("INT", "FLOAT", "NAME"):
@@ -458,16 +560,19 @@ RULES: tuple[Rule, ...] = (
     operator,
     bar,
     character,
+    dots,
     colon,
     sign_after_clause_word,
     equals,
     comma,
     declaration,
-    dots,
+    empty_look_up,
     definition,
     header,
     clause,
+    clauses_of_sum,
     word_out_of_place,
+    compared_heads,
     no_heads,
     reserved,
     builder,
@@ -477,9 +582,10 @@ RULES: tuple[Rule, ...] = (
 """The first that has something to say does."""
 
 
-def same_level(tokens: list[Token]) -> list[str]:
-    """The kinds of the tokens before, back to the bracket or comma that they stand after."""
-    found, level = list[str](), 0
+def same_level(tokens: list[Token]) -> list[Token]:
+    """The tokens before, the last one first, back to the bracket or comma that they stand after, but those in
+    brackets of their own."""
+    found, level = list[Token](), 0
     for token in reversed(tokens):
         if token.type in OPENERS.values():
             level += 1
@@ -488,7 +594,7 @@ def same_level(tokens: list[Token]) -> list[str]:
         if level < 0 or (level == 0 and token.type in ("COMMA", "COLON", *CLAUSE_TYPES)):
             break
         if level == 0:
-            found.append(token.type)
+            found.append(token)
     return found
 
 

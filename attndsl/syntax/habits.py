@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+LEARN = "write `learn[1](0.1)` for one number, `learn[H](0.1)` for one per head, `learn[65]` for a table"
 OPERATORS = (
     (r"&&", "write `and` between truths, `&` between patterns"),
     (r"\|\|", "write `or` between truths, `|` between patterns"),
@@ -34,7 +35,8 @@ WORDS = {
     "implies": "write `not a or b`",
     "xor": "write `(a or b) and not (a and b)`",
     "to": "write `a..b`, both ends included",
-    "lambda": "a pattern is written `{ q, k : condition }`",
+    "lambda": "a pattern is written `{ q, k : condition }`, a score `score s + 1`",
+    "for": "leave it out: a condition is about every position, and a set of some is `{ p : condition }`",
     "forall": "a claim is about all positions and lengths: write `A <= B`",
 }
 """Beside an expression."""
@@ -48,6 +50,8 @@ DEFINITIONS = {
     "attn": "write `attention`",
     "relation": "write `pattern`",
     "function": "write `let NAME(x) = ...`",
+    "for": "heads that differ are a clause: `attention NAME { heads 0..3 { ... } else { ... } }`",
+    "as": "leave it out: what is in a file that is used has its own names",
 }
 """Where a definition begins."""
 AT_CALL = "sizes are said at the call, as `attndsl.compile(..., heads=8)`, and are no part of a text"
@@ -65,6 +69,9 @@ CLAUSES = {
     ),
     "head": "write `heads 0 { ... } else { ... }`",
     "input": "write `inputs`",
+    **dict.fromkeys(("for", "if"), "write `heads 0..3 { ... } else { ... }`"),
+    "qk_norm": "leave it out: q and k arrive ready, normalised before the call",
+    "as": "leave it out: nothing is renamed, and streams of `keys` go by their numbers, as `stream == 0`",
 }
 """Where a clause begins."""
 COMMAS = {

@@ -45,6 +45,8 @@ BUILDER = re.compile(r"\{\s*\(?\s*[A-Za-z_]\w*\s*[,:]")
 NAMED = re.compile(r"\b(?:pattern|score|let|attention)\s+([A-Za-z_]\w*)")
 INNER = re.compile(r"\b(?:pattern|let|attention|score(?=\s+\w+\s*(?:\([^()]*\)\s*)?=(?!=)))\s+([A-Za-z_]\w*)")
 """A definition in the middle of a text: `score NAME` may be a clause there."""
+ASSIGNED = re.compile(r"([A-Za-z_]\w*)\s*=(?!=)")
+"""A name without its word, as in other languages."""
 BEGUN = re.compile(r"[ \t]+[A-Za-z_]\w*[ \t]*[=({]")
 GAP = re.compile(r"(?:\s|#[^\n]*+)*+")
 CLOSER = {"(": ")", "[": "]", "{": "}"}
@@ -90,6 +92,8 @@ def parse_partial(source: Source) -> tuple[Module, list[Diagnostic]]:
             named = NAMED.match(source.text, chunk.start)
             unread += [named[1]] if named else []
             unread += INNER.findall(source.text, chunk.start, chunk.end) + chunk.lost
+            assigned = ASSIGNED.match(source.text, chunk.start)
+            unread += [assigned[1]] if assigned else []
             unread += ["use"] * source.text.startswith("use", chunk.start)
     return Module(tuple(items), tuple(unread), source=source), diagnostics
 

@@ -55,7 +55,8 @@ class Sizes:
 
 def checked_length(name: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        help = f"write `{int(value)}`" if isinstance(value, float) and value.is_integer() else ""
+        whole = (isinstance(value, float) and value.is_integer()) or str(value).isdecimal()
+        help = f"write `{int(value)}`" if whole and isinstance(value, float | str) else ""
         raise fail(f"`{name}` is an integer, not {type(value).__name__}", help=help)
     if value < 0:
         raise fail(f"`{name}` is {value}, and must not be negative")
@@ -350,11 +351,25 @@ def _wider(table: Table, shape: Sequence[int], bound: Mapping[str, int]) -> str:
     return help if len(added) == more else f"{help}: pass `{table.name}[:, 0]`"
 
 
+def _numbered(table: Table, array: Any, bound: Mapping[str, int]) -> str:
+    """How a number for each token is made of the ends of documents, `[0, 50, 80, 128]`."""
+    if table.dtype != "int" or table.dims[-1] != "n" or array.ndim != 1 or len(array) < 2:
+        return ""
+    ends = as_array(array)
+    if ends[0] != 0 or ends[-1] != bound.get("n") or (np.diff(ends) < 0).any():
+        return ""
+    many, name = len(ends) - 1, table.name
+    made = f"numpy.arange({many}).repeat(numpy.diff({name}))"
+    if hasattr(array, "detach"):
+        made = f"torch.arange({many}).repeat_interleave({name}.diff())"
+    return f"these are ends of documents; a number for each token is `{made}`"
+
+
 def _check(table: Table, array: Any, bound: dict[str, int]) -> None:
     check_kind(table, array)
     if array.ndim != len(table.dims):
-        help = ""
-        if array.ndim == len(table.dims) - 1 and table.batched:
+        help = _numbered(table, array, bound)
+        if not help and array.ndim == len(table.dims) - 1 and table.batched:
             help = f"one row for the batch: pass `{table.name}[None]`"
         elif array.ndim > len(table.dims) and not table.batched:
             help = _wider(table, array.shape, bound)
@@ -376,7 +391,7 @@ def _check(table: Table, array: Any, bound: dict[str, int]) -> None:
                 f"{has} on its axis `{axis}`, and there `{axis}` is {wanted}"
                 if isinstance(axis, str)
                 else f"{has} on an axis of {axis}",
-                help=shared if axis == "H" and size == 1 else "",
+                help=shared if axis == "H" and size == 1 else _numbered(table, array, bound),
             )
 
 
