@@ -33,14 +33,17 @@ def divides(attention: Attention) -> bool:
     return softmax and attention.approx is None and any(map(residues.possible, masks))
 
 
-def in_parts(attention: Attention, make: Callable[[Attention], Differentiable]) -> Differentiable:
-    """The kernel that `make` gives of an attention, in parts where the mask is better taken apart."""
+def in_parts(attention: Attention, make: Callable[[Attention, bool], Differentiable]) -> Differentiable:
+    """The kernel of an attention, in parts where the mask is better taken apart. `make` gives one of an
+    attention, that is asked for gradients by the log-sum-exp of its own keys, or (False) by that of others
+    too."""
+    whole = make(attention, True)
     if not divides(attention):
-        return make(attention)
-    without = [replace(group, norm=Norm()) for group in attention.groups]
+        return whole
+    without = tuple([replace(group, norm=Norm()) for group in attention.groups])
     sinks = any(group.norm.sink is not None for group in attention.groups)
-    whole = make(attention)
-    return InParts(whole, make(replace(attention, groups=tuple(without))) if sinks else whole)
+    part = make(attention, False)
+    return InParts(whole, part, make(replace(attention, groups=without), False) if sinks else part)
 
 
 def counted(counts: Counts) -> Counts:
@@ -79,9 +82,10 @@ Part = tuple[Differentiable, Call, "Places | None"]
 
 @dataclass(frozen=True, eq=False)
 class InParts:
-    """`kernel`, in parts; `beside` knows no sinks, and runs all parts but the first."""
+    """`kernel`, in parts: `first` and, which knows no sinks, `beside` for all others."""
 
     kernel: Differentiable
+    first: Differentiable
     beside: Differentiable
     known: WeakKeyDictionary[Sorted, dict[tuple[object, ...], Places]] = field(
         default_factory=WeakKeyDictionary
@@ -128,7 +132,7 @@ class InParts:
         return gq, gk, gv, tables
 
     def parts(self, apart: Apart, call: Call) -> Iterator[Part]:
-        kernel = self.kernel
+        kernel = self.first
         if (rest := apart.rest) is not None:
             yield kernel, replace(call, tiles=_given(rest)), None
             kernel = self.beside

@@ -72,9 +72,10 @@ def _function(score: Score, name: str, wanted: frozenset[Leaf] | None, defined: 
 
 @dataclass(frozen=True, eq=False)
 class Compiled:
-    """The kernel of one attention over tiles."""
+    """The kernel of one attention over tiles; `alone` as of `in_parts`."""
 
     attention: Attention
+    alone: bool = True
     layouts: Layouts = field(default_factory=Layouts)
     known: Known = field(default_factory=Known)
     leaves: KnownLeaves = field(default_factory=KnownLeaves)
@@ -322,7 +323,7 @@ class Part:
         """Of each row, contiguous: what is subtracted from logits, what weights are divided by, and what is
         subtracted from what comes back to weights."""
         score, shared = self.score, self.own.group.norm.kind in ("softmax", "linear")
-        if _far(lse):
+        if self.kernel.alone and _far(lse):
             # beside its greatest logit the log-sum-exp of a row has lost what tells weights apart, and of a
             # negative sum there is none
             top, total, again = (torch.empty(lse.shape, dtype=lse.dtype) for _ in range(3))

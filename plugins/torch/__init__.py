@@ -39,7 +39,7 @@ class Torch:
         return predicted(SECONDS, self.counts(attention, problem, block_mask), problem, TRAINING)
 
     def lower(self, attention: Attention, problem: Problem) -> Kernel:
-        def kernel(attention: Attention) -> Differentiable:
+        def kernel(attention: Attention, _: bool) -> Differentiable:
             return BlockSparse(attention, problem.training, all_simple(attention, problem.head_dim))
 
         return in_parts(attention, kernel)
