@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -76,6 +76,15 @@ class Places(NamedTuple):
     k_places: Tensor
 
 
+@runtime_checkable
+class InPlace(Protocol):
+    """A kernel that may read sorted entries where they stand."""
+
+    def in_place(self, call: Call, one: Sorted) -> Differentiable | None:
+        """What takes the call as it is, but for the tiles, which are those of `one`; None where entries have
+        to be sorted first."""
+
+
 Part = tuple[Differentiable, Call, "Places | None"]
 """What runs, on what, and where the entries of that stand; None where they stand as they were given."""
 
@@ -137,6 +146,11 @@ class InParts:
             yield kernel, replace(call, tiles=_given(rest)), None
             kernel = self.beside
         for one in apart.classes:
+            ready = kernel.in_place(call, one) if isinstance(kernel, InPlace) else None
+            if ready is not None:
+                yield ready, replace(call, tiles=_given(one.block_mask)), None
+                kernel = self.beside
+                continue
             places = self.places(one, call)
             q, k, v = (
                 _taken(x, at)

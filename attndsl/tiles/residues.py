@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import gcd
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -50,6 +50,16 @@ class Congruence:
         return remainder, (remainder + self.shift) % self.step
 
 
+class Steps(NamedTuple):
+    """Where classes have tiles of their own: place i is that of entry i // width + step * (i % width), and of
+    keys the class `shift` comes first."""
+
+    step: int
+    shift: int
+    q_width: int
+    k_width: int
+
+
 @dataclass(frozen=True, eq=False)
 class Sorted:
     """The tiles of sorted entries. q_order, k_order int64: which entry stands at each place, -1 for none: the
@@ -60,6 +70,7 @@ class Sorted:
     k_order: NDArray[np.int64]
     q_place: NDArray[np.int64]
     k_place: NDArray[np.int64]
+    steps: Steps | None
 
     def at(self, axis: Axis, order: NDArray[np.int64]) -> Axis:
         """The positions of the sorted entries; at places of none that of the first entry."""
@@ -101,7 +112,8 @@ def _found(block_mask: BlockMask) -> Apart | None:
         nothing = tile(ir.FALSE, q.length, k.length, size, n=k.length)
         own = (one.sorted if one is not None and one.congruence == congruence else nothing for one in found)
         tiles = BlockMask(q.length, k.length, size, tuple(own), index)
-        classes.append(Sorted(tiles, q.order, k.order, q.inverse, k.inverse))
+        steps = Steps(congruence.step, congruence.shift, q.width, k.width) if q.together == 1 else None
+        classes.append(Sorted(tiles, q.order, k.order, q.inverse, k.inverse, steps))
     if not classes:
         return None
     rest = tuple([grid if one is None else one.rest for one, grid in zip(found, grids, strict=True)])

@@ -148,7 +148,28 @@ struct Call {
     // of few rows alone: the keys from `low` on in `segments` of SEGMENT, and room for [batch, heads, nq] rows of each
     int64_t low, segments;
     real *parts;
+    // Rows and columns of the mask. With a step they are places of sorted entries, so many of each remainder: place i
+    // is entry i / width + step * (i % width), of keys with the remainder `shift` first.
+    int64_t places, step, shift, q_width, k_width;
 };
+
+// Entries `first`, `first` + `step` ...
+struct Entries {
+    long first, step, count;
+};
+
+// the queries of the block that begins at this place
+static struct Entries queries_at(const struct Call *c, long place) {
+    long first = place, step = 1;
+    if (c->step) step = c->step, first = place / c->q_width + place % c->q_width * step;
+    long count = first < c->nq ? (c->nq - first + step - 1) / step : 0;
+    return {first, step, count < ROWS ? count : ROWS};
+}
+
+static long key_at(const struct Call *c, long place) {
+    if (!c->step) return place;
+    return (place / c->k_width + c->shift) % c->step + place % c->k_width * c->step;
+}
 
 INLINE bool is_full(const uint64_t *words, long keys) {
     uint64_t same = ~0ull;
@@ -285,9 +306,9 @@ static void packed(real *xt, const real *x, long xs, long rows, long d, real sca
     transposed(xt, ROWS, x, xs, rows, d, each, false);
 }
 
-// xt [d][64] to x [rows][d] times the scale of each row
-static void unpacked(real *x, const real *xt, long rows, long d, const real *scale) {
-    transposed(x, d, xt, ROWS, d, rows, scale, true);
+// xt [d][64] to x, rows of d that are `xs` apart, times the scale of each row
+static void unpacked(real *x, long xs, const real *xt, long rows, long d, const real *scale) {
+    transposed(x, xs, xt, ROWS, d, rows, scale, true);
 }
 
 struct Steps {
@@ -327,22 +348,24 @@ static void report(const struct Call *c, const struct Place *at, long line) {
 #ifdef FORWARD
 static void forward_block(const struct Call *c, long b, long h, long block, real *room) {
     long share = c->heads / c->kv_heads, row = block * ROWS, d = c->d, dv = c->dv, line = b * c->heads + h;
-    long rows = c->nq - row < ROWS ? c->nq - row : ROWS;
-    const real *q = c->q + b * c->qs[0] + h * c->qs[1] + row * c->qs[2];
+    struct Entries mine = queries_at(c, row);
+    long rows = mine.count, ks = mine.step * c->ks[2], vs = mine.step * c->vs[2];
+    const real *q = c->q + b * c->qs[0] + h * c->qs[1] + mine.first * c->qs[2];
     const real *k = c->k + b * c->ks[0] + h / share * c->ks[1], *v = c->v + b * c->vs[0] + h / share * c->vs[1];
     const struct Grid *grid = c->grids + c->index[line];
     real *qt = room, *s = qt + d * ROWS, *ot = s + STEP * ROWS;
     vec top[VECS], sum[VECS];
     uint32_t some[STEP / GROUP];
     struct Place place = {c->leaves + line * LEAVES, NULL, c->sizes, c->origin, c->n, NULL, -1}, *at = &place;
-    packed(qt, q, c->qs[2], rows, d, (real)c->packed);
+    packed(qt, q, mine.step * c->qs[2], rows, d, (real)c->packed);
     memset(ot, 0, sizeof(real) * dv * ROWS);
     for (int j = 0; j < VECS; j++) top[j] = all(NONE), sum[j] = all(0);
     struct Steps steps = {grid, grid->first[block], grid->first[block + 1], -1};
     long key, keys;
     const uint64_t *words;
     while (next(&steps, &key, &keys, &words)) {
-        products(s, k + key * c->ks[2], c->ks[2], qt, d, keys, words, some);
+        long at_key = key_at(c, key);
+        products(s, k + at_key * c->ks[2], ks, qt, d, keys, words, some);
         long groups = (keys + GROUP - 1) / GROUP;
         for (int j = 0; j < VECS; j++) {
             vec most = all(NONE), more = all(0);
@@ -392,9 +415,10 @@ static void forward_block(const struct Call *c, long b, long h, long block, real
 #endif
             sum[j] += more;
         }
-        add_columns(ot, dv, v + key * c->vs[2], c->vs[2], s, keys, some, !words);
+        add_columns(ot, dv, v + at_key * c->vs[2], vs, s, keys, some, !words);
     }
-    real *out = c->out + (line * c->nq + row) * dv, *lse = c->lse + line * c->nq + row;
+    long start = line * c->nq + mine.first;
+    real *out = c->out + start * dv, *lse = c->lse + start;
     real scale[ROWS];
     for (long i = 0; i < rows; i++) {
         double l = sum[i / LANES][i % LANES], m = top[i / LANES][i % LANES], inverse = 1;
@@ -406,15 +430,15 @@ static void forward_block(const struct Call *c, long b, long h, long block, real
             l = l * inverse + exp2((sink - above) * BASE), m = above;
         }
         if (c->top) {
-            c->top[line * c->nq + row + i] = (real)m;
-            c->sum[line * c->nq + row + i] = (real)l;
+            c->top[start + i * mine.step] = (real)m;
+            c->sum[start + i * mine.step] = (real)l;
         }
-        if (SOFTMAX) lse[i] = empty ? NONE : (real)(PLAIN ? (m + log2(l)) * 0.69314718055994531 : m + log(l));
-        else lse[i] = empty ? NONE : (real)log(l);
+        if (SOFTMAX) lse[i * mine.step] = empty ? NONE : (real)(PLAIN ? (m + log2(l)) * 0.69314718055994531 : m + log(l));
+        else lse[i * mine.step] = empty ? NONE : (real)log(l);
         if (SHARED) inverse = empty ? 0 : inverse / l;
         scale[i] = (real)inverse;
     }
-    unpacked(out, ot, rows, dv, scale);
+    unpacked(out, mine.step * dv, ot, rows, dv, scale);
     report(c, at, line);
 }
 
@@ -426,8 +450,10 @@ static long forward_room(const struct Call *c) { return (c->d + STEP + c->dv) * 
 static void backward_block(const struct Call *c, long b, long h, long piece, long block, real *gk, real *gv,
                            real *room) {
     long share = c->heads / c->kv_heads, row = block * ROWS, d = c->d, dv = c->dv, dp = c->dp, dvp = c->dvp;
-    long rows = c->nq - row < ROWS ? c->nq - row : ROWS, of = b * c->heads + h, line = of * c->nq + row;
-    const real *q = c->q + b * c->qs[0] + h * c->qs[1] + row * c->qs[2];
+    struct Entries mine = queries_at(c, row);
+    long rows = mine.count, of = b * c->heads + h, line = of * c->nq + mine.first, apart = mine.step;
+    long ks = c->ks[2] * apart, vs = c->vs[2] * apart;
+    const real *q = c->q + b * c->qs[0] + h * c->qs[1] + mine.first * c->qs[2];
     const real *k = c->k + b * c->ks[0] + h / share * c->ks[1], *v = c->v + b * c->vs[0] + h / share * c->vs[1];
     const struct Grid *grid = c->grids + c->index[of];
     const real *slope = c->grad_out + line * dv;
@@ -438,28 +464,29 @@ static void backward_block(const struct Call *c, long b, long h, long piece, lon
     vec sums[LEAVES + 1] = {};
     void *const *grads = c->grads + (of * c->pieces + piece) * LEAVES;
     struct Place place = {c->leaves + of * LEAVES, grads, c->sizes, c->origin, c->n, sums, -1}, *at = &place;
-    packed(qt, q, c->qs[2], rows, d, (real)c->packed);
-    packed(slopet, slope, dv, rows, dv, 1);
+    packed(qt, q, apart * c->qs[2], rows, d, (real)c->packed);
+    packed(slopet, slope, apart * dv, rows, dv, 1);
     memset(gqt, 0, sizeof(real) * d * ROWS);
     memset(qr, 0, sizeof(real) * ROWS * (dp + dvp));
     for (long i = 0; i < rows; i++) {
-        memcpy(qr + i * dp, q + i * c->qs[2], sizeof(real) * d);
-        memcpy(sr + i * dvp, slope + i * dv, sizeof(real) * dv);
+        memcpy(qr + i * dp, q + i * apart * c->qs[2], sizeof(real) * d);
+        memcpy(sr + i * dvp, slope + i * apart * dv, sizeof(real) * dv);
     }
     for (long i = 0; i < ROWS; i++) {
-        real m = i < rows ? c->top[line + i] : NONE;
+        real m = i < rows ? c->top[line + i * apart] : NONE;
         // an empty row has no weights
         level[i] = m == NONE ? INFINITY : m;
-        share_of[i] = m == NONE ? 1 : 1 / c->sum[line + i];
-        delta[i] = i < rows ? c->delta[line + i] : 0;
+        share_of[i] = m == NONE ? 1 : 1 / c->sum[line + i * apart];
+        delta[i] = i < rows ? c->delta[line + i * apart] : 0;
     }
     struct Steps steps = {grid, grid->first[block], grid->first[block + 1], -1};
     long key, keys;
     const uint64_t *words;
     while (next(&steps, &key, &keys, &words)) {
-        const real *ka = k + key * c->ks[2], *va = v + key * c->vs[2];
-        products(s, ka, c->ks[2], qt, d, keys, words, some);
-        if (!words) gemm<false>(ds, ROWS, keys, ROWS, va, 1, c->vs[2], slopet, ROWS, dv);
+        long at_key = key_at(c, key);
+        const real *ka = k + at_key * c->ks[2], *va = v + at_key * c->vs[2];
+        products(s, ka, ks, qt, d, keys, words, some);
+        if (!words) gemm<false>(ds, ROWS, keys, ROWS, va, 1, vs, slopet, ROWS, dv);
         for (long base = 0; base < keys; base += GROUP) {
             long count = keys - base < GROUP ? keys - base : GROUP;
             for (int j = 0; j < VECS; j++) {
@@ -469,7 +496,7 @@ static void backward_block(const struct Call *c, long b, long h, long piece, lon
                     continue;
                 }
                 if (words)
-                    column<false>(g, ROWS, count, va + base * c->vs[2], 1, c->vs[2], slopet + j * LANES, ROWS, dv);
+                    column<false>(g, ROWS, count, va + base * vs, 1, vs, slopet + j * LANES, ROWS, dv);
                 vec l = load(level + j * LANES), de = load(delta + j * LANES), o = load(share_of + j * LANES);
                 for (long i = 0; i < count; i++) {
                     struct Back back = {l, o, load(g + i * ROWS) - de};
@@ -487,13 +514,13 @@ static void backward_block(const struct Call *c, long b, long h, long piece, lon
                 }
             }
         }
-        gemm<true>(gv + key * dvp, dvp, keys, dvp, s, 1, ROWS, sr, dvp, ROWS);
-        gemm<true>(gk + key * dp, dp, keys, dp, ds, 1, ROWS, qr, dp, ROWS);
-        add_columns(gqt, d, ka, c->ks[2], ds, keys, some, !words);
+        gemm<true>(gv + at_key * dvp, apart * dvp, keys, dvp, s, 1, ROWS, sr, dvp, ROWS);
+        gemm<true>(gk + at_key * dp, apart * dp, keys, dp, ds, 1, ROWS, qr, dp, ROWS);
+        add_columns(gqt, d, ka, ks, ds, keys, some, !words);
     }
     real scale[ROWS];
     for (int i = 0; i < ROWS; i++) scale[i] = (real)(c->packed * c->unit);
-    unpacked(c->gq + line * d, gqt, rows, d, scale);
+    unpacked(c->gq + line * d, apart * d, gqt, rows, d, scale);
     for (int i = 0; i < LEAVES; i++)
         if (grads[i] && c->sizes[i * AXES] < 0) *(real *)grads[i] += total(sums[i]);
 }
@@ -518,7 +545,7 @@ static void in_large_pages(real *x, long numbers) {
 
 #ifdef FORWARD
 extern "C" int forward(const struct Call *c) {
-    long blocks = (c->nq + ROWS - 1) / ROWS, all_blocks = c->batch * c->heads * blocks;
+    long blocks = (c->places + ROWS - 1) / ROWS, all_blocks = c->batch * c->heads * blocks;
     int failed = 0;
     in_large_pages(c->out, c->batch * c->heads * c->nq * c->dv);
 #pragma omp parallel num_threads(c->threads) reduction(| : failed)
@@ -539,7 +566,7 @@ extern "C" int forward(const struct Call *c) {
 // Of each batch row and key head a fixed number of pieces, each with gradients of its own, which the caller adds up in
 // order: the same for any number of threads.
 extern "C" int backward(const struct Call *c) {
-    long blocks = (c->nq + ROWS - 1) / ROWS, share = c->heads / c->kv_heads;
+    long blocks = (c->places + ROWS - 1) / ROWS, share = c->heads / c->kv_heads;
     long tasks = c->batch * c->kv_heads * c->pieces;
     int failed = 0;
 #pragma omp parallel num_threads(c->threads) reduction(| : failed)

@@ -23,6 +23,7 @@ from attndsl.expr import Expr
 from attndsl.meaning.intervals import stays_within
 from attndsl.tiles.blockmask import BlockMask, Rows, TileGrid
 from attndsl.tiles.lowering import head_groups
+from attndsl.tiles.residues import Sorted, Steps
 
 from .layout import ROWS, Layout, Layouts
 from .passes import Function, Known, Masks, addresses, fields_of, function, run
@@ -72,10 +73,12 @@ def _function(score: Score, name: str, wanted: frozenset[Leaf] | None, defined: 
 
 @dataclass(frozen=True, eq=False)
 class Compiled:
-    """The kernel of one attention over tiles; `alone` as of `in_parts`."""
+    """The kernel of one attention over tiles; `alone` as of `in_parts`, `steps` where tiles are of sorted
+    entries."""
 
     attention: Attention
     alone: bool = True
+    steps: Steps | None = None
     layouts: Layouts = field(default_factory=Layouts)
     known: Known = field(default_factory=Known)
     leaves: KnownLeaves = field(default_factory=KnownLeaves)
@@ -90,6 +93,11 @@ class Compiled:
         for part in self.parts(call):
             part.forward({"out": out, "lse": lse})
         return out, lse
+
+    def in_place(self, call: Call, one: Sorted) -> Compiled | None:
+        """Leaves have an entry for each place, and so would vectors that they are made of."""
+        plain = all(not part.score.leaves for part in self.parts(call))
+        return replace(self, steps=one.steps) if one.steps is not None and plain else None
 
     def parts(self, call: Call) -> list[Part]:
         """One for each group of heads."""
@@ -206,7 +214,10 @@ class Part:
             **fields,
             "packed": score.packed,
             "unit": score.unit,
+            "places": call.block_mask.nq,
         }
+        if self.kernel.steps is not None:
+            asked |= self.kernel.steps._asdict()
         if not score.leaves:
             run(made, asked)
             return

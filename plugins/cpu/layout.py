@@ -77,10 +77,16 @@ class Layout:
         for content, bits in zip(masks, grid.masks, strict=True):
             rows = np.unpackbits(bits, axis=1, bitorder="little").reshape(per, ROWS, size).swapaxes(1, 2)
             content[:] = np.packbits(np.ascontiguousarray(rows), axis=2, bitorder="little").view(np.uint64)
+        # beyond the last key that is live there may be none
+        live = masks[..., 0] != 0
+        lasts = np.where(live.any(2), size - live[..., ::-1].argmax(2), 0).reshape(-1)
+        ends = np.minimum(end[inside], grid.n)
+        if len(lasts):
+            ends = np.where(words < 0, ends, start[inside] + lasts[words // size])
         return Layout(
             np.concatenate([[0], np.repeat(counts, per).cumsum()]).astype(np.int64),
             start[inside].astype(np.int32),
-            np.minimum(end[inside], grid.n).astype(np.int32),
+            ends.astype(np.int32),
             words.astype(np.int64),
             masks.reshape(-1),
         )

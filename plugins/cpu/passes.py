@@ -34,6 +34,7 @@ FIELDS = {
     "unit": "d",
     "pieces dp dvp low segments": "q",
     "parts": "P",
+    "places step shift q_width k_width": "q",
 }
 """Of `struct Call`, in order."""
 NAMES = " ".join(FIELDS).split()
