@@ -134,6 +134,21 @@ def test_memory_and_arithmetic_are_defined(part: int, tmp_path: Path) -> None:
     assert "all" in child.stdout
 
 
+@compiled
+@pytest.mark.parametrize(
+    ("dtype", "level"),
+    [
+        ("float32", "-O0"),
+        *(pytest.param(dtype, "-O3", marks=pytest.mark.slow) for dtype in ("float32", "float64")),
+    ],
+)
+def test_nothing_beyond_operands_is_touched(dtype: str, level: str) -> None:
+    command = [sys.executable, str(Path(__file__).with_name("guarded.py")), dtype, level]
+    child = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert child.returncode == 0, child.stdout[-100:] + child.stderr[-3000:]
+    assert child.stdout.endswith("all\n")
+
+
 MASKS = (
     "causal",
     "causal & last(50)",
