@@ -39,7 +39,7 @@ int main() {
     const Grid grid = {first, start, end, words, masks.data()};
     std::vector<int32_t> index(lines, 0);
 
-    const long entries = 2048;
+    const long entries = 4096;
     std::vector<std::vector<real>> held(LEAVES), slopes;
     std::vector<std::vector<integer>> whole(LEAVES);
     std::vector<const void *> leaves(lines * LEAVES + 1);
@@ -48,8 +48,8 @@ int main() {
     slopes.assign(lines * pieces * LEAVES, std::vector<real>(entries));
     for (int i = 0; i < LEAVES; i++) {
         held[i] = reals_of(entries, (real)0.1);
-        for (long j = 0; j < entries; j++) whole[i].push_back((integer)(drawn() * 4));
-        for (int j = 0; j < AXES; j++) sizes[i * AXES + j] = NUMBERS >> i & 1 ? -1 : TABLES >> i & 1 ? 4 : 0;
+        for (long j = 0; j < entries; j++) whole[i].push_back((integer)(TRUTHS >> i & 1 ? drawn() * 2 : 1 + drawn() * 4));
+        for (int j = 0; j < AXES; j++) sizes[i * AXES + j] = NUMBERS >> i & 1 ? -1 : TABLES >> i & 1 ? 5 : 0;
         for (long line = 0; line < lines; line++)
             leaves[line * LEAVES + i] = INTEGERS >> i & 1 ? (const void *)whole[i].data() : held[i].data();
     }
