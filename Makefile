@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALL = $(BIN)/pip install --quiet --constraint constraints.txt --editable
 
-.PHONY: run test slow bench docs lint types dist clean
+.PHONY: run test slow programs bench docs lint types dist clean
 
 run: $(VENV)/run
 	$(BIN)/attndsl run examples/longformer.attn --length 4096 --heads 12 --text examples/data/us-constitution.txt
@@ -14,6 +14,9 @@ test: $(VENV)/test
 
 slow: $(VENV)/oracle
 	$(BIN)/pytest -m "slow or oracle"
+
+programs: $(VENV)/test
+	$(BIN)/pytest tests/test_cpu_programs.py -k random --programs 300
 
 bench: $(VENV)/run
 	for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done

@@ -27,7 +27,7 @@ from attndsl.conformance import Case, check, supported
 from attndsl.conformance.cases import attention_of
 from attndsl.expr import TRUE, var
 from attndsl.plugins import cpu as backend_cpu
-from attndsl.plugins.cpu import build, passes
+from attndsl.plugins.cpu import build, compiling, families, passes
 from attndsl.plugins.cpu.kernel import score_of
 from attndsl.plugins.cpu.layout import Layout
 
@@ -75,17 +75,11 @@ def test_conforms_as_it_is_shipped(case: Case) -> None:
 def test_conforms_on_other_processors(level: str) -> None:
     if platform.machine() != "x86_64":
         pytest.skip("these are of x86-64")
-    if level not in runnable_levels():
+    if level not in build.levels():
         pytest.skip(f"this processor is below {level}")
     with built_with(f"-march={level}"):
         for case in CASES[::24]:
             assert check("cpu", case) is None, case
-
-
-def runnable_levels() -> set[str]:
-    flags = {*Path("/proc/cpuinfo").read_text().split()}
-    needs = {"x86-64-v2": "sse4_2", "x86-64-v3": "avx2", "x86-64-v4": "avx512bw"}
-    return {level for level, needed in needs.items() if needed in flags}
 
 
 @compiled
@@ -121,17 +115,36 @@ print("all", len(cases))
 @pytest.mark.parametrize("part", range(2))
 def test_memory_and_arithmetic_are_defined(part: int, tmp_path: Path) -> None:
     """Nothing is read or written beyond tensors, which malloc of the sanitizer surrounds with guards."""
-    asked = [str(build.compiler()), "-print-file-name=libasan.so"]
-    library = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
-    if not Path(library).is_absolute():
+    # errors of Python's pass through torch as exceptions of C++, which the sanitizer has to know first
+    names = ("libasan.so", "libstdc++.so.6")
+    asked = [[str(build.compiler()), f"-print-file-name={name}"] for name in names]
+    libraries = [
+        subprocess.run(one, capture_output=True, text=True, check=True).stdout.strip() for one in asked
+    ]
+    if not all(Path(library).is_absolute() for library in libraries):
         pytest.skip("there is no libasan")
-    environment = {**os.environ, "LD_PRELOAD": library, "ASAN_OPTIONS": "detect_leaks=0"}
+    environment = {**os.environ, "LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0"}
     command = [sys.executable, "-c", SANITIZED, str(Path(__file__).parent), str(tmp_path), str(part)]
     child = subprocess.run(
         command, env=environment, capture_output=True, text=True, check=False, timeout=1700
     )
     assert child.returncode == 0, child.stdout[-300:] + child.stderr[-3000:]
     assert "all" in child.stdout
+
+
+@compiled
+@pytest.mark.parametrize(
+    ("dtype", "level"),
+    [
+        ("float32", "-O0"),
+        *(pytest.param(dtype, "-O3", marks=pytest.mark.slow) for dtype in ("float32", "float64")),
+    ],
+)
+def test_nothing_beyond_operands_is_touched(dtype: str, level: str) -> None:
+    command = [sys.executable, str(Path(__file__).with_name("guarded.py")), dtype, level]
+    child = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert child.returncode == 0, child.stdout[-100:] + child.stderr[-3000:]
+    assert child.stdout.endswith("all\n")
 
 
 MASKS = (
@@ -315,7 +328,7 @@ def compiler(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None
 )
 def test_a_compiler_that_fails(home: Path, monkeypatch: pytest.MonkeyPatch, script: str, said: str) -> None:
     compiler(home, monkeypatch, script)
-    monkeypatch.setattr(build, "SECONDS", 1)
+    monkeypatch.setattr(compiling, "SECONDS", 1)
     found = made()
     assert isinstance(found, str)
     assert said in found
@@ -377,20 +390,73 @@ def test_the_library_is_made_once_and_again_where_it_is_damaged(home: Path) -> N
     assert sorted(path.suffix for path in folder.iterdir()) == [".sha256", ".so"]
 
 
-HALF = 'for last; do :; done; "{real}" "$@" || exit 1; case "$last" in *.so) truncate -s 10 "$last";; esac'
+HALF = 'for last; do :; done; "{real}" "$@" || exit 1; case "$last" in *.so) {ruin} "$last";; esac'
 
 
 @compiled
+@pytest.mark.parametrize(
+    ("ruin", "said"),
+    [
+        *((f"truncate -s {size}", "left half of a library") for size in (10, 6000)),
+        ("echo no >", "cannot be loaded"),
+    ],
+)
 def test_what_a_compiler_leaves_half_written_is_no_library(
-    home: Path, monkeypatch: pytest.MonkeyPatch
+    home: Path, monkeypatch: pytest.MonkeyPatch, ruin: str, said: str
 ) -> None:
     """It is said, and made again when the compiler is well."""
     with monkeypatch.context() as ill:
-        compiler(home, ill, HALF.format(real=build.compiler()))
+        compiler(home, ill, HALF.format(real=build.compiler(), ruin=ruin))
         found = made()
         assert isinstance(found, str)
-        assert "cannot be loaded" in found
+        assert said in found
     assert not isinstance(made(), str)
+
+
+def test_headers_of_packaged_scores_are_what_is_generated() -> None:
+    """Else write them anew: `python -m attndsl.plugins.cpu.families`."""
+    assert {path.name: path.read_text() for path in compiling.PACKAGED.glob("*.h")} == families.headers()
+
+
+@pytest.mark.parametrize(
+    ("family", "clauses"),
+    [
+        ("plain", "score 0.3 * s  norm softmax(sink = learn[H](0.5))"),
+        ("distance", "score t5(learn[H, 32](0.1))"),
+        ("distance", "score s / 2 - kerple(q - k)"),
+        ("softcap", "score softcap(50.0)"),
+        ("distance-softcap", "score relative(learn[7](0.1), 3)  score softcap(learn[H](5.0))"),
+    ],
+)
+def test_scores_of_a_family_have_one_header(family: str, clauses: str) -> None:
+    text = f"let kerple(x) = 0.2 * log(1 + 0.1 * |x|)\nattention a {{ mask causal  {clauses} }}"
+    score = score_of(attndsl.parse(text)["a"].attention.groups[0], 80, True)
+    assert not isinstance(score, str)
+    assert score.code(None) == (compiling.PACKAGED / f"{family}-forward.h").read_text()
+
+
+@compiled
+def test_a_packaged_library_is_taken_before_the_compiler(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the sources that it was made of alone; and the compiler where it cannot be loaded."""
+    assert not isinstance(PLAIN, str)
+    code = PLAIN.code(None)
+    monkeypatch.setattr(compiling, "PACKAGED", home)
+    monkeypatch.setattr(build, "PACKAGED", home)
+    place = compiling.place("forward", code, build.levels()[0])
+    command = [str(build.compiler()), *compiling.FLAGS, "-O0"]
+    assert compiling.compiled(command, "forward", code, place) is None
+    assert not isinstance(made(), str)
+    assert not (home / "cache").exists()
+    assert build.packaged(code, "forward", ("DOUBLE",)) is None
+    assert build.packaged(code, "decode", ()) is None
+    with monkeypatch.context() as changed:
+        changed.setattr(compiling, "sources", lambda: (b"others",))
+        assert build.packaged(code, "forward", ()) is None
+    compiling.place("decode", code, build.levels()[0]).write_text("no library")
+    assert not isinstance(build.library(code, "decode"), str)
+    assert [*(home / "cache" / "kernels").glob("*.so")]
+    monkeypatch.setattr(build, "compiler", lambda: None)
+    assert "cannot be loaded" in build.library(code, "decode")
 
 
 @compiled

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 from programs import Program, program
-from test_cpu import compiled
+from test_cpu import compiled, quick  # noqa: F401
+from thin import thin
 from torch import Tensor
 
 import attndsl
@@ -116,16 +117,15 @@ def agree(bound: Any, sizes: Sizes, tables: Mapping[str, Any], seed: int = 0, **
         )
 
 
-PROGRAMS = [program(Random(1000 + seed), scores=True, depth=1 + seed % 2) for seed in range(60)]
-FAST = range(0, 60, 8)
-"""A source takes half a second to compile."""
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A source takes half a second to compile: `make test` tries every eighth of 60, `make programs` 300."""
+    if metafunc.function is test_random_programs:
+        metafunc.parametrize("number", thin(range(metafunc.config.getoption("programs")), 8))
 
 
-@pytest.mark.parametrize(
-    "number", [pytest.param(i, marks=() if i in FAST else pytest.mark.slow) for i in range(len(PROGRAMS))]
-)
+@pytest.mark.usefixtures("quick")
 def test_random_programs(number: int) -> None:
-    chosen: Program = PROGRAMS[number]
+    chosen: Program = program(Random(1000 + number), scores=True, depth=1 + number % 2)
     rng = Random(number)
     n = rng.choice((1, 7, 33, 70, 140))
     nq = n if "[q]" in chosen.text or "q, k]" in chosen.text else rng.choice((1, 3, 16, 32, 65, n))

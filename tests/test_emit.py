@@ -183,10 +183,10 @@ def test_what_is_left_means_the_same(score: str, adjacent: bool) -> None:
 
 
 def test_constants_are_leaves() -> None:
-    """So another has the same code; the few that stand in it cost nothing."""
-    rests = [left_over(ir.mul(ir.var("s"), ir.const(c)), True) for c in (0.3, 0.7)]
+    """So another has the same code, whole or not; the few that stand in it cost nothing."""
+    rests = [left_over(ir.mul(ir.var("s"), ir.const(c)), True) for c in (0.3, 0.7, 30)]
     assert all(isinstance(rest, Expr) for rest in rests)
-    assert [{*leaves([rest])} for rest in rests] == [{Leaf("number", ir.const(c))} for c in (0.3, 0.7)]  # type: ignore[list-item]
+    assert [{*leaves([rest])} for rest in rests] == [{Leaf("number", ir.const(c))} for c in (0.3, 0.7, 30.0)]  # type: ignore[list-item]
 
 
 @functools.cache

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from email import message_from_bytes
@@ -13,7 +14,13 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow
+from attndsl.plugins.cpu import build
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+packaging = pytest.mark.skipif(
+    not (build.compiler() and build.levels()),
+    reason="there is no compiler, or no packaged kernels for this machine",
+)
 ROOT = Path(__file__).parent.parent
 LEFT_OUT = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__")
 WAYS = ("install .", "editable", "wheel")
@@ -32,12 +39,12 @@ KERNEL = "import sys; sys.path[0] = ''; exec(sys.stdin.read())"
 """What a notebook's kernel does: it starts elsewhere and looks in the current folder first."""
 
 
-def ran(*command, cwd, text=None):
+def ran(*command, cwd, text=None, **variables):
     """What a command prints, with no settings of Python's but these."""
     plain = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     done = subprocess.run(
         [*map(str, command)],
-        env=plain,
+        env=plain | variables,
         cwd=cwd,
         input=text,
         capture_output=True,
@@ -46,6 +53,48 @@ def ran(*command, cwd, text=None):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+WITHOUT_COMPILER = """
+import attndsl, torch
+from attndsl.plugins.cpu import build
+
+assert build.compiler() is None
+text = '''
+attention window { mask causal & last(40) }
+attention sunk { mask causal & last(40)  norm softmax(sink = 0.5) }
+attention positions { mask causal  score alibi }
+attention learned(table = learn[H, 21](0.1)) { mask radius(30)  score relative(table, 10) }
+attention capped { mask causal  score alibi  score softcap(30.0) }
+attention beyond { mask causal  score s * s }
+'''
+
+def results(attention, backend, nq):
+    torch.manual_seed(0)
+    sizes = dict(length=100, q_length=nq, heads=4, kv_heads=2, head_dim=24, training=nq > 1)
+    plan = attndsl.compile(attention, backend=backend, **sizes)
+    given = [torch.randn(1, h, n, 24, requires_grad=nq > 1) for h, n in ((4, nq), (2, 100), (2, 100))]
+    tables = {t.name: torch.randn(4, 21, requires_grad=nq > 1) for t in attention.learned}
+    out = plan(*given, learned=tables)
+    found = [out]
+    if nq > 1:
+        found += torch.autograd.grad((out * torch.randn_like(out)).sum(), [*given, *tables.values()])
+    return found
+
+program = attndsl.parse(text)
+for name in program.names:
+    if name == "beyond":
+        continue
+    for nq in (100, 1):
+        for mine, wanted in zip(*(results(program[name], backend, nq) for backend in ("cpu", "reference"))):
+            torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=1e-4)
+assert attndsl.compile(program["window"], length=4096, heads=8).backend == "cpu"
+for name, dtype in (("beyond", "float32"), ("window", "float64")):
+    try:
+        attndsl.compile(program[name], length=100, backend="cpu", dtype=dtype)
+    except attndsl.AttnError as error:
+        print(error.diagnostics[0].message)
+"""
 
 
 def names(folder):
@@ -122,9 +171,38 @@ def test_attndsl_is_found(home, place, start):
         assert ": proved: " in ran(*command, "check", "example:mistral", cwd=cwd)
 
 
+@packaging
+@pytest.mark.parametrize("home", ["wheel"], indirect=True)
+def test_packaged_kernels_need_no_compiler(home, tmp_path):
+    python, nowhere = home / "venv" / "bin" / "python", tmp_path / "cache"
+    found = ran(python, "-c", WITHOUT_COMPILER, cwd=tmp_path, PATH=str(tmp_path), XDG_CACHE_HOME=str(nowhere))
+    reason = f"the backend `cpu` declines: {build.MISSING}, and of the packaged kernels none has this score"
+    assert found.splitlines() == [reason, reason]
+    assert [*nowhere.rglob("*.so")] == []
+
+
+@packaging
+def test_a_wheel_with_kernels_is_of_its_platform(built):
+    (wheel,) = built.glob("*.whl")
+    platform = re.sub("[-.]", "_", sysconfig.get_platform())
+    assert wheel.name.endswith(f"-py3-none-{platform}.whl")
+    assert wheel.stat().st_size < 5e6
+
+
+def test_a_wheel_is_built_without_a_compiler_too(tmp_path):
+    (tmp_path / "bin").mkdir()
+    build = [sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", tmp_path, ROOT]
+    environment = {**os.environ, "PATH": str(tmp_path / "bin")}
+    done = subprocess.run(build, env=environment, capture_output=True, text=True, check=True)
+    assert "without packaged kernels: there is no C++ compiler" in done.stderr
+    (wheel,) = tmp_path.glob("*-py3-none-any.whl")
+    assert not [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
+
+
 def test_a_wheel_holds_the_grammar_the_plugins_and_the_examples(built):
     (wheel,) = built.glob("*.whl")
     held = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("attndsl/")}
+    held -= {name for name in held if name.endswith(".so")}
     files = [
         path.relative_to(ROOT)
         for name in ("attndsl", "grammar", "plugins")

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from attndsl.plugins.cpu import build
+from attndsl.plugins.cpu import build, compiling
 
 Floats = NDArray[np.floating[Any]]
 BOUND = 3.0
@@ -61,7 +61,7 @@ def library(dtype: type, machine: str) -> ctypes.CDLL:
             f"-std=c++17 -O3 -march={machine} -fno-math-errno -Wno-psabi -Wall -Wextra -Werror -fPIC -shared"
         )
         linked = "-nostdlib -Wl,--no-undefined -lgcc"
-        files = f"-I{build.SOURCES[0].parent}", str(HERE / "vector_functions.cpp"), "-o", str(made)
+        files = f"-I{compiling.SOURCES[0].parent}", str(HERE / "vector_functions.cpp"), "-o", str(made)
         double = ["-DDOUBLE"] * (dtype is np.float64)
         command = [str(build.compiler()), *flags.split(), *double, *files, *linked.split()]
         result = subprocess.run(command, capture_output=True, text=True, check=False)

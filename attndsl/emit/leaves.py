@@ -116,6 +116,7 @@ class _LeftOver:
             return _leaf(kind, _only_where(where, e))
         if e.op == "var":
             return e
+        e = _of_reals(e)
         if e.op == "add":
             return ir.add(*(self.of(part, where) for part in self.gathered(e)))
         if e.op == "where":
@@ -173,6 +174,15 @@ class _LeftOver:
             # beside the first of the others they cost nothing
             terms.setdefault(next(iter(terms), "number"), []).extend(numbers)
         return [*others, *(ir.add(*some) for some in terms.values())]
+
+
+def _of_reals(e: Expr) -> Expr:
+    """With constants beside reals as reals, as `softcap(30)` means `softcap(30.0)`: they have one code."""
+    if e.op == "lookup" or "real" not in (e.type, *(arg.type for arg in e.args)):
+        return e
+    whole = [arg.op == "const" and arg.type == "int" for arg in e.args]
+    args = (ir.const(float(cast(int, arg.value))) if w else arg for w, arg in zip(whole, e.args, strict=True))
+    return ir.rebuild(e, tuple(args)) if any(whole) else e
 
 
 def _leaf(kind: Kind, e: Expr) -> Expr:

@@ -12,9 +12,9 @@ from attndsl.execution.apart import counted, in_parts
 from attndsl.execution.torch_eval import FEATURES
 from attndsl.tiles.blockmask import BlockMask
 
-from .build import MISSING, compiler, library
+from .build import compiler, lacking, library
 from .cost import SECONDS, TRAINING, counts
-from .kernel import Compiled, score_of
+from .kernel import Compiled, asked, score_of
 from .layout import ROWS
 
 
@@ -43,7 +43,7 @@ class Cpu:
         if os.name != "posix":
             return "its library is built on POSIX systems alone"
         # it is compiled by whoever takes it, not by everybody who asks
-        return None if compiler() else MISSING
+        return None if compiler() else lacking(asked(attention, problem))
 
     def cost(self, attention: Attention, problem: Problem, block_mask: BlockMask | None) -> float | None:
         return predicted(SECONDS, self.counts(attention, problem, block_mask), problem, TRAINING)

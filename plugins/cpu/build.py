@@ -1,47 +1,78 @@
-"""The kernels as a library of this machine: compiled once by its compiler, kept in the user's cache."""
+"""The kernels as libraries: packaged with attndsl for common scores, or compiled once by the compiler of this
+machine and kept in the user's cache."""
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
 import os
-import shutil
+import platform
 import stat
-import subprocess
 import tempfile
+from collections.abc import Iterable
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import platformdirs
 import torch
 
-SOURCES = [Path(__file__).with_name(name) for name in ("vectors.h", "functions.h", "pairs.h", "kernel.cpp")]
-FLAGS = (
-    "-std=c++17",
-    "-O3",
-    "-march=native",
-    "-fPIC",
-    "-shared",
-    "-fno-exceptions",
-    "-fno-rtti",
-    "-fno-math-errno",
-    "-fwrapv",
-    "-Wno-psabi",
-)
-SECONDS = 120
-"""That a compiler may take."""
+from . import compiling
+from .compiling import LEVELS, PACKAGED, compiled, ran
+
+compiler = compiling.compiler
+# g++ 12 tunes for processors that it does not know, such as Zen 4, by older ones: 14 % slower
+FLAGS = (*compiling.FLAGS, "-march=native", "-mtune=generic")
 MISSING = "there is no C++ compiler (c++, g++ or clang++)"
-
-
-def compiler() -> str | None:
-    return next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
 
 
 @cache
 def library(score: str, name: str, defined: tuple[str, ...] = ()) -> Any:
     """The function `forward`, `backward` or `decode` for a score (header of Score.code) and with `DOUBLE` or
     `NARROW` defined, or why there is none."""
+    there = packaged(score, name, defined)
+    found = None if there is None else _loaded(there, name)
+    if found is None or (isinstance(found, str) and compiler()):
+        made = _made(score, name, defined)
+        found = made if isinstance(made, str) else _loaded(made, name)
+    return found
+
+
+def lacking(asked: Iterable[tuple[str, str, tuple[str, ...]]]) -> str | None:
+    """Why one of these cannot be had where there is no compiler."""
+    if all(packaged(*one) for one in asked):
+        return None
+    some = any(PACKAGED.glob("*.so"))
+    return f"{MISSING}, and of the packaged kernels none has this score" if some else MISSING
+
+
+def packaged(score: str, name: str, defined: tuple[str, ...]) -> Path | None:
+    """The best that this processor runs."""
+    places = [] if defined else [compiling.place(name, score, level) for level in levels()]
+    return next(filter(Path.exists, places), None)
+
+
+@cache
+def levels() -> list[str]:
+    """Of LEVELS what this processor is, the best first."""
+    about, known = Path("/proc/cpuinfo"), LEVELS.get(platform.machine(), {})
+    has = {*about.read_text().split()} if about.exists() else set()
+    return [*takewhile(lambda level: {*known[level].split()} <= has, known)][::-1]
+
+
+def _loaded(path: Path, name: str) -> Any:
+    """Its function, or why there is none."""
+    _forked_children_run_alone()
+    try:
+        return getattr(ctypes.CDLL(str(path)), name)
+    except OSError as error:
+        path.with_suffix(".sha256").unlink(missing_ok=True)
+        return f"what was compiled cannot be loaded: {error}"
+
+
+def _made(score: str, name: str, defined: tuple[str, ...]) -> Path | str:
+    """Compiled by the compiler of this machine, once."""
     made_by = compiler()
     if made_by is None:
         return MISSING
@@ -51,26 +82,19 @@ def library(score: str, name: str, defined: tuple[str, ...] = ()) -> Any:
     kept = _kept()
     if isinstance(kept, str):
         return kept
-    command = [made_by, *FLAGS, *(f"-D{macro}" for macro in (name.upper(), *defined))]
-    parts = (*(source.read_bytes() for source in SOURCES), score.encode(), " ".join(command).encode(), known)
+    command = [made_by, *FLAGS, *(f"-D{macro}" for macro in defined)]
+    parts = (*compiling.sources(), score.encode(), " ".join([*command, name]).encode(), known)
     key = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
     found, digest = kept / f"{key}.so", kept / f"{key}.sha256"
-    if not (found.exists() and digest.exists() and digest.read_bytes() == _digest(found)):
-        reason = _compiled(command, score, found, digest)
-        if reason is not None:
-            return reason
-    _forked_children_run_alone()
-    try:
-        return getattr(ctypes.CDLL(str(found)), name)
-    except OSError as error:
-        digest.unlink(missing_ok=True)
-        return f"what {made_by} made cannot be loaded: {error}"
+    if found.exists() and digest.exists() and digest.read_bytes() == _digest(found):
+        return found
+    return _compiled(command, name, score, found, digest) or found
 
 
 @cache
 def _machine(made_by: str) -> bytes | str:
     """What -march=native stands for here, and the compiler's version."""
-    return _run([made_by, *FLAGS, "-dM", "-E", "-x", "c++", os.devnull])
+    return ran([made_by, *FLAGS, "-dM", "-E", "-x", "c++", os.devnull])
 
 
 @cache
@@ -92,39 +116,23 @@ def _kept() -> Path | str:
     return folder
 
 
-def _compiled(command: list[str], score: str, found: Path, digest: Path) -> str | None:
+def _compiled(command: list[str], name: str, score: str, found: Path, digest: Path) -> str | None:
     """Writes both, or says why not. Whoever else compiles the same at the same time writes the same."""
     try:
         with tempfile.TemporaryDirectory(dir=found.parent) as folder:
             made, said = Path(folder, found.name), Path(folder, digest.name)
-            Path(folder, "score.h").write_text(score)
-            asked = [*command, "-fopenmp", f"-I{folder}", str(SOURCES[-1]), "-o", str(made)]
-            result = _run(asked)
-            if isinstance(result, str):
+            reason = compiled([*command, "-fopenmp"], name, score, made)
+            if reason is not None:
                 # without threads
-                result = _run([part for part in asked if part != "-fopenmp"])
-            if isinstance(result, str):
-                return result
+                reason = compiled(command, name, score, made)
+            if reason is not None:
+                return reason
             said.write_bytes(_digest(made))
             made.replace(found)
             said.replace(digest)
     except OSError as error:
         return f"{found.parent} cannot be written: {error.strerror}"
     return None
-
-
-def _run(command: list[str]) -> bytes | str:
-    """What it prints, or why it failed."""
-    try:
-        result = subprocess.run(command, capture_output=True, timeout=SECONDS, check=False)
-    except subprocess.TimeoutExpired:
-        return f"{command[0]} took more than {SECONDS} seconds"
-    except OSError as error:
-        return f"{command[0]} cannot be run: {error.strerror}"
-    if result.returncode:
-        lines = result.stderr.decode(errors="replace").splitlines() or [f"exit status {result.returncode}"]
-        return f"{command[0]} failed: {next((line for line in lines if 'error' in line), lines[0])}"
-    return result.stdout
 
 
 def _digest(path: Path) -> bytes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from weakref import WeakKeyDictionary
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from attndsl import expr as ir
 from attndsl.attention import Attention, HeadGroup
-from attndsl.backend import Call, Gradients
+from attndsl.backend import Call, Gradients, Problem
 from attndsl.emit.leaves import READS, Leaf, Products, leaf_of
 from attndsl.execution.leaf_values import LeafValues, pair_environment, passes_gradients, sizes_of
 from attndsl.execution.operator import vjp
@@ -54,6 +54,23 @@ MARGINS = {
 
 KnownLeaves = WeakKeyDictionary[BlockMask, dict[tuple[object, ...], "Linear | None"]]
 score_of = lru_cache(maxsize=256)(Score.of)
+
+
+def sloped(score: Score, tables: Set[str]) -> list[Leaf]:
+    """Those from which a gradient goes to vectors or to tables of these names."""
+    return [leaf for leaf, e in score.leaves.items() if e.type == "real" and passes_gradients(leaf, tables)]
+
+
+def asked(attention: Attention, problem: Problem) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    """The libraries that a plan may ask for, as of `library`: with gradients of no table and of all."""
+    double = ("DOUBLE",) * (problem.dtype == "float64")
+    given = frozenset(t.name for t in (*attention.inputs, *attention.learned) if t.dtype == "float")
+    for group in attention.groups:
+        score = score_of(group, problem.head_dim, True)
+        assert not isinstance(score, str)
+        yield from ((score.code(None), name, double) for name in ("forward", "decode"))
+        for tables in (frozenset(), given) if problem.training else ():
+            yield score.code(sloped(score, tables)), "backward", double
 
 
 @dataclass(frozen=True, eq=False)
@@ -311,7 +328,7 @@ class Part:
         rows = self.rows(out, lse, grad_out, grad_lse)
         pieces = self.pieces
         gk, gv = (call.k.new_zeros((batch, kv_heads, pieces, n, -(-w // LANES) * LANES)) for w in (d, dv))
-        asked = {leaf: self.slope(leaf, pieces) for leaf in score.leaves if self.asks(leaf, tables)}
+        asked = {leaf: self.slope(leaf, pieces) for leaf in sloped(score, tables.keys())}
         slopes = addresses([asked.get(leaf) for leaf in score.leaves], (batch, heads, pieces))
         gq = grads[0] if self.own.heads.all() else torch.zeros_like(grads[0])
         tensors = {**rows, "grad_out": grad_out.contiguous(), "gq": gq, "gk": gk, "gv": gv}
@@ -360,10 +377,6 @@ class Part:
         (batch, kv_heads, n, d), dv = self.call.k.shape, self.call.v.shape[3]
         numbers = n * (d + dv) + sum([x.shape[2] for x in self.leaves.values()])
         return max(1, min(-(-PIECES // (batch * kv_heads)), ROOM // numbers))
-
-    def asks(self, leaf: Leaf, tables: Mapping[str, Tensor]) -> bool:
-        """Whether a gradient goes from it to anything."""
-        return self.score.leaves[leaf].type == "real" and passes_gradients(leaf, tables.keys())
 
     def slope(self, leaf: Leaf, pieces: int) -> Tensor:
         """Where the library adds up the gradient of a leaf, [B, H, pieces, entries]."""

@@ -45,13 +45,13 @@ class Score:
     def of(group: HeadGroup, head_dim: int, adjacent: bool) -> Score | str:
         """Or why there is none. `adjacent` as of `left_over`."""
         sizes = {"D": ir.const(head_dim)}
-        score = _plain(ir.substitute(group.score, sizes))
+        score = ir.substitute(_plain(group.score), sizes)
         packed, factor, kind = 1 / head_dim**0.5, group.decay, group.norm.kind
         if kind == "softmax":
             packed, score = _scaled(score, packed)
             # in base 2 nothing is left to multiply; a bias of -1e38 would not be a number there
             packed *= LOG2_E if score is S and factor is None else 1.0
-        logit = left_over(ir.substitute(score, sizes), adjacent)
+        logit = left_over(score, adjacent)
         weighed = None if factor is None else left_over(ir.substitute(factor, sizes), adjacent)
         if isinstance(logit, str) or isinstance(weighed, str):
             return logit if isinstance(logit, str) else str(weighed)
