@@ -22,8 +22,7 @@ from . import compiling
 from .compiling import LEVELS, PACKAGED, compiled, ran
 
 compiler = compiling.compiler
-# g++ 12 tunes for processors that it does not know, such as Zen 4, by older ones: 14 % slower
-FLAGS = (*compiling.FLAGS, "-march=native", "-mtune=generic")
+FLAGS = (*compiling.FLAGS, "-march=native")
 MISSING = "there is no C++ compiler (c++, g++ or clang++)"
 
 
