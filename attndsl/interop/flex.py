@@ -1,0 +1,248 @@
+"""What is written for FlexAttention, as an attention: its mask_mods and score_mods."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from attndsl import expr as ir
+from attndsl.attention import Attention, HeadGroup, Relation
+from attndsl.bound import Bound
+from attndsl.errors import AttnError, fail
+from attndsl.expr import Expr, Table
+from attndsl.interop.reading import B, INFINITE, TAKEN, Reader, S
+from attndsl.interop.symbols import OURS, Place, Reading, Refusal, Symbol, span_of
+from attndsl.interop.text import attention_text
+from attndsl.keywords import by_name
+from attndsl.program import parse
+
+MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""Of batch row, head, query and key, whether they go together: FlexAttention's."""
+ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+"""Of the scaled score and these the score that is taken."""
+POSITIONS = "bhqk"
+
+
+class Unread(AttnError):
+    """What torch evaluates and attndsl does not read."""
+
+
+@by_name
+def from_mask_mod(
+    mask_mod: MaskMod,
+    *,
+    length: int | None = None,
+    q_length: int | None = None,
+    batch: int | None = None,
+    heads: int | None = None,
+    device: str = "cpu",
+) -> Bound:
+    """A mask_mod of FlexAttention as an attention: the same pairs at all positions, or an error.
+
+    mask_mod  called once as `mask_mod(b, h, q_idx, kv_idx)`, with symbols
+    length    keys; needed where an operation that the language does not have reads a position
+    q_length  queries; as many as keys if not given
+    batch     batch rows; needed where `b` is more than an index
+    heads     query heads; needed where such an operation reads the head
+    device    where the positions are, as tensors of the mod are
+
+    Tensors that it looks up become `inputs`, and come with the attention: calls may give others by name.
+    Positions count from 0, as torch counts them. Raises AttnError at the line of the mod that is not read.
+    """
+    return imported(mask_mod, None, sizes_of(length, q_length, batch, heads), device)
+
+
+@by_name
+def from_score_mod(
+    score_mod: ScoreMod,
+    *,
+    mask_mod: MaskMod | None = None,
+    length: int | None = None,
+    q_length: int | None = None,
+    batch: int | None = None,
+    heads: int | None = None,
+    device: str = "cpu",
+) -> Bound:
+    """A score_mod of FlexAttention as an attention, with a mask_mod or without.
+
+    score_mod  called once as `score_mod(score, b, h, q_idx, kv_idx)`, with symbols; what it makes -inf is no
+               pair of the mask
+    mask_mod   which pairs there are; all if not given
+    length     keys; needed where an operation that the language does not have reads a position
+    q_length   queries; as many as keys if not given
+    batch      batch rows; needed where `b` is more than an index
+    heads      query heads; needed where such an operation reads the head
+    device     where the positions are, as tensors of the mod are
+
+    Real numbers are as exact as their rounding. A tensor that is trained and looked up is read at every call,
+    and gets its gradient; what else a mod reads is as it was now. Raises AttnError as `from_mask_mod`.
+    """
+    return imported(mask_mod, score_mod, sizes_of(length, q_length, batch, heads), device)
+
+
+def sizes_of(length: int | None, q_length: int | None, batch: int | None, heads: int | None) -> dict[str, int]:
+    """By the names of positions, those that are given."""
+    q_length = length if q_length is None else q_length
+    sizes = {"b": batch, "h": heads, "q": q_length, "k": length}
+    for name, size in sizes.items():
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+            raise fail(f"there are {size!r} of `{name}`, and must be an integer from 1 on")
+    return {name: size for name, size in sizes.items() if size is not None}
+
+
+@dataclass(frozen=True)
+class Read:
+    """A mask, a score and the tables in them, with the axes that these have."""
+
+    mask: Expr
+    score: Expr
+    tables: Mapping[Table, Tensor]
+
+    @property
+    def given(self) -> dict[str, Tensor]:
+        """The tables by name."""
+        return {table.name: tensor for table, tensor in self.tables.items()}
+
+    def attention(self, name: str) -> Attention:
+        """The same as an attention of its own."""
+        groups = (HeadGroup(Relation(self.mask), self.score),)
+        return Attention(name, groups, tuple(self.tables), offset=ir.ZERO)
+
+
+def read(mask_mod: MaskMod | None, score_mod: ScoreMod | None, sizes: Mapping[str, int], device: str) -> Read:
+    """Raises AttnError for a mod that is wrong, and Unread for one that torch would take."""
+    try:
+        reading = Reading()
+        mods: list[tuple[Callable[..., Any], Symbol | Tensor]] = []
+        for mod, kind in ((mask_mod, "mask_mod"), (score_mod, "score_mod")):
+            if mod is not None:
+                mods.append((mod, called(mod, kind, reading, device)))
+        reader = Reader(sizes, reading.trained)
+        found = {mod: reader.elements(result).item() for mod, result in mods}
+        mask = ir.TRUE if mask_mod is None else found[mask_mod]
+        score = S if score_mod is None else found[score_mod]
+        live, score = masked(score)
+        mask, score = (by_batch(e, reader) for e in (ir.all_of(mask, live), score))
+    except Refusal as refusal:
+        told = refusal.told()
+        raise (told if refusal.mistake else Unread(*told.diagnostics)) from None
+    used = mask.tables | score.tables
+    return Read(mask, score, {t: reader.tables[t.name] for t in reader.declared.values() if t in used})
+
+
+def called(mod: Callable[..., Any], kind: Literal["mask_mod", "score_mod"] | str, reading: Reading, device: str) -> Symbol | Tensor:
+    """What a mod gives of symbols. Raises Refusal for what is no truth, or no real number, of one pair."""
+    zero = torch.zeros((), dtype=torch.int64, device=device)
+    arguments = [Symbol(zero, name=name) for name in POSITIONS]
+    if kind == "score_mod":
+        arguments.insert(0, Symbol(torch.zeros((), device=device), name="s"))
+    try:
+        with reading, torch.enable_grad():
+            result = mod(*arguments)
+    except AttnError:
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split())
+        place = innermost(error)
+        raise Refusal(f"the {kind} raises {type(error).__name__}: {said}", place=place, mistake=True) from error
+    wanted = "a Boolean tensor" if kind == "mask_mod" else "a tensor of real numbers"
+    if not isinstance(result, Symbol | Tensor):
+        raise wrong_result(mod, f"the {kind} returns {type(result).__name__}, not {wanted}", "")
+    dtype = str(result.dtype).removeprefix("torch.")
+    fits = dtype == "bool" if kind == "mask_mod" else result.dtype.is_floating_point
+    if not fits:
+        help = "compare it, or write `.bool()`" if kind == "mask_mod" else "write `score + ...`, or `.float()`"
+        raise wrong_result(mod, f"the {kind} returns {dtype}, not {wanted}", help)
+    if result.ndim:
+        shape = [*result.shape]
+        raise wrong_result(mod, f"the {kind} returns a tensor of {shape}, and is asked for one pair", "join its entries: `.any()`, `.all()`, `.sum()`")
+    return result
+
+
+def wrong_result(mod: Callable[..., Any], message: str, help: str) -> Refusal:
+    code = getattr(mod, "__code__", None)
+    return Refusal(message, help, Place(code, 0, code.co_firstlineno) if code else None, mistake=True)
+
+
+def innermost(error: BaseException) -> Place | None:
+    """Where the user's code was when it came to it."""
+    found, trace = None, error.__traceback__
+    while trace is not None:
+        if not trace.tb_frame.f_code.co_filename.startswith(OURS):
+            found = Place(trace.tb_frame.f_code, trace.tb_lasti, trace.tb_lineno)
+        trace = trace.tb_next
+    return found
+
+
+def masked(score: Expr) -> tuple[Expr, Expr]:
+    """Where a score is not -inf, and what it is there. Raises Refusal for -inf where it is not plain."""
+    live: dict[Expr, Expr] = {}
+    value: dict[Expr, Expr] = {}
+    for node in ir.nodes(score):
+        parts = [live[arg] for arg in node.args]
+        live[node], value[node] = ir.TRUE, node
+        if node is INFINITE:
+            live[node], value[node] = ir.FALSE, ir.ZERO
+            continue
+        if all(part is ir.TRUE for part in parts):
+            continue
+        args = tuple([value[arg] for arg in node.args])
+        if node.op == "where" and parts[0] is ir.TRUE:
+            cond, a, b = args
+            live[node] = ir.any_of(ir.all_of(cond, parts[1]), ir.all_of(ir.negate(cond), parts[2]))
+            value[node] = b if parts[1] is ir.FALSE else a if parts[2] is ir.FALSE else ir.where(cond, a, b)
+        elif node.op == "add" or (node.op == "mul" and positive(args[0])):
+            live[node] = ir.all_of(*parts)
+            value[node] = ir.rebuild(node, args)
+        else:
+            raise Refusal("-inf is computed with", "return it, as in `torch.where(seen, score, -inf)`, or add it")
+    return live[score], value[score]
+
+
+def positive(e: Expr) -> bool:
+    value = ir.number(e)
+    return value is not None and value > 0
+
+
+def by_batch(e: Expr, reader: Reader) -> Expr:
+    """With `b`, where it is more than the row of a table, looked up as the number of a batch row."""
+    if "b" not in e.free:
+        return e
+    done: dict[Expr, Expr] = {}
+    for node in ir.nodes(e):
+        args = list(node.args)
+        first = int(node.op == "intable")
+        implied = len(node.value.implicit) if isinstance(node.value, Table) else 0
+        for i, arg in enumerate(args):
+            if arg is not B or not (first <= i < first + implied):
+                args[i] = done[arg]
+        done[node] = batch_rows(reader) if node is B else ir.rebuild(node, tuple(args))
+    return done[e]
+
+
+def batch_rows(reader: Reader) -> Expr:
+    if "b" not in reader.sizes:
+        raise Refusal("`b` is more than an index, and how many batch rows there are is not known", "give `batch=`")
+    rows = torch.arange(reader.sizes["b"])
+    return reader.look_up(rows, (B,))
+
+
+def imported(mask_mod: MaskMod | None, score_mod: ScoreMod | None, sizes: Mapping[str, int], device: str) -> Bound:
+    """The attention of a text that is written of the mods."""
+    found = read(mask_mod, score_mod, sizes, device)
+    name = named(score_mod or mask_mod)
+    bound = parse(attention_text(name, tuple(found.tables), found.mask, found.score, 0), f"<{name}>")[name]
+    return bound.carrying(found.given)
+
+
+def named(mod: Any) -> str:
+    """What the attention of a mod is called."""
+    name = re.sub(r"\W", "_", getattr(mod, "__name__", type(mod).__name__)).strip("_")
+    if not re.match(r"[A-Za-z]\w*$", name):
+        name = "imported"
+    return f"{name}_" if name in TAKEN else name

@@ -1,0 +1,380 @@
+"""What symbols are: expressions of the core and tables, or why there are none.
+
+An operation that the language has is written as an expression. Whatever else reads one position alone, or one
+integer made of two, is computed at all its values by torch itself, and becomes a table. What is left is
+refused: nothing is approximated. Of a score real operations are as exact as any rounding is.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from attndsl import expr as ir
+from attndsl.expr import Expr, Table
+from attndsl.interop.rules import COMPARED, REAL_TYPES, RULES, moved, operation
+from attndsl.interop.symbols import Place, Refusal, Symbol, computed, named, span_of, symbols
+from attndsl.language.vocabulary import BUILT_IN, RESERVED
+from attndsl.meaning.intervals import Interval
+from attndsl.meaning.intervals import bounds as interval
+from attndsl.syntax.tokens import CLAUSES
+from attndsl.tiles.lowering import ARGUMENTS, SIZES
+
+ELEMENTS = 1024
+"""Of a row that is written out element by element."""
+ENTRIES = 2**24
+"""Of a table that is made."""
+INFINITE = ir.make("var", (), "-inf", "real")
+"""What a score is where a pair is masked."""
+B, H, Q, K, S = (ir.var(name) for name in "bhqks")
+WITHOUT = "a mod may read one position in any way, and several by what the language has"
+GIVE = {"q": "q_length", "k": "length", "b": "batch", "h": "heads"}
+TAKEN = RESERVED | BUILT_IN | {*CLAUSES, *ARGUMENTS, *SIZES, "v", "b", "else", "use", "assert", "pattern", "let"}
+"""What no table is called."""
+
+
+class Row(NamedTuple):
+    """What is left of a tensor when its first axes are looked up."""
+
+    tensor: Tensor
+    indices: tuple[Expr, ...]
+
+
+Value: TypeAlias = Expr | Row | NDArray[Any]
+"""An expression where there are no axes, else an array of them."""
+
+
+class Reader:
+    """Reads the symbols of a mod, or of two that go together.
+
+    sizes:    how many batch rows (`b`), heads, queries and keys there are, as far as that is known.
+    trained:  tensors that were computed of trained ones inside.
+    tables:   what is looked up, by name, with the axes of its table.
+    declared: these tables, in the order of their first use.
+    """
+
+    def __init__(self, sizes: Mapping[str, int], trained: Sequence[Tensor]) -> None:
+        self.sizes, self.trained = sizes, trained
+        self.tables: dict[str, Tensor] = {}
+        self.declared: dict[tuple[Any, ...], Table] = {}
+        # symbols have no hash, and live as long as what was made of them
+        self.values: dict[int, Value | Refusal] = {}
+        self.below: dict[int, frozenset[Expr]] = {}
+        self.finite: dict[int, tuple[Tensor, Tensor | None, Tensor]] = {}
+        self.place: Place | None = None
+
+    def value(self, symbol: Symbol) -> Value:
+        """Raises Refusal at the place of what is not read."""
+        if id(symbol) not in self.values:
+            outer, self.place = self.place, symbol.place
+            try:
+                self.values[id(symbol)] = self.read(symbol)
+            except Refusal as refusal:
+                refusal.place = refusal.place or symbol.place
+                self.values[id(symbol)] = refusal
+            self.place = outer
+        found = self.values[id(symbol)]
+        if isinstance(found, Refusal):
+            raise found
+        return found
+
+    def read(self, symbol: Symbol) -> Value:
+        if symbol.name:
+            return {"b": B, "h": H, "q": Q, "k": K, "s": S}[symbol.name]
+        name = operation(symbol)
+        try:
+            if name == "getitem":
+                return self.looked_up(symbol)
+            if name not in RULES:
+                raise Refusal(f"`{named(symbol.func).strip('_')}` of two positions is not read")
+            return RULES[name](self, symbol)
+        except Refusal as refusal:
+            if refusal.mistake:
+                raise
+            refusal.place = refusal.place or symbol.place
+            try:
+                return self.entry(self.tabulated(symbol, refusal))
+            except Refusal:
+                if name not in COMPARED:
+                    raise
+                return self.ranked(symbol, name, refusal)
+
+    def entry(self, row: Row) -> Value:
+        """Itself where axes are left, else what is looked up."""
+        return row if row.tensor.ndim > len(row.indices) else self.look_up(*row)
+
+    def bounds(self, e: Expr) -> Interval:
+        """Least and greatest value of an integer."""
+        limits = {name: (0, size - 1) for name, size in self.sizes.items()}
+        return interval(e, limits, self.tables)
+
+    def within(self, e: Expr, size: int) -> bool:
+        """Whether no value is beyond this or its negative."""
+        low, high = self.bounds(e)
+        return -size <= low and high <= size
+
+    def elements(self, arg: Any) -> NDArray[Any]:
+        """Of an argument, as an array of expressions with its axes. Raises Refusal for many."""
+        found = np.empty((), object)
+        if isinstance(arg, Symbol):
+            value = self.value(arg)
+            if isinstance(value, np.ndarray):
+                return value
+            if isinstance(value, Row):
+                return self.written_out(value)
+            found[()] = value
+        elif isinstance(arg, Tensor):
+            return self.written_out(Row(self.untrained(arg), ()))
+        elif isinstance(arg, bool | int | float):
+            found[()] = constant(arg)
+        else:
+            raise Refusal(f"{type(arg).__name__} is no number")
+        return found
+
+    def written_out(self, row: Row) -> NDArray[Any]:
+        shape = tuple(row.tensor.shape[len(row.indices) :])
+        if math.prod(shape) > ELEMENTS:
+            raise Refusal(
+                f"{math.prod(shape):,} entries are computed with at once",
+                "look one up, or ask for a member: `(row == x).any()`",
+            )
+        found = np.empty(shape, object)
+        for at in np.ndindex(shape):
+            found[at] = self.look_up(row.tensor, (*row.indices, *map(ir.const, at)))
+        return found
+
+    def looked_up(self, symbol: Symbol) -> Value:
+        """`x[i, ...]`"""
+        base, index = symbol.args
+        row = Row(self.untrained(base), ()) if isinstance(base, Tensor) else Row(base.value, ())
+        if isinstance(base, Symbol):
+            value = self.value(base)
+            if not any(True for _ in symbols([index])):
+                return moved(self, symbol)
+            if not isinstance(value, Row):
+                raise Refusal("what is computed of positions is looked up at another", WITHOUT)
+            row = value
+        places = list(index) if isinstance(index, tuple) else [index]
+        held = len(row.indices)
+        free = row.tensor.ndim - held
+        if Ellipsis in [place for place in places if not isinstance(place, Symbol | Tensor)]:
+            at = next(i for i, place in enumerate(places) if place is Ellipsis)
+            places[at : at + 1] = [slice(None)] * (free - sum(place is not None for place in places) + 1)
+        places += [slice(None)] * (free - sum(place is not None for place in places))
+        if any(place is None or isinstance(place, Tensor | bool | list) for place in places):
+            raise Refusal("an index beside a position is no integer and no slice")
+        tensor = row.tensor[(slice(None),) * held + tuple(
+            slice(None) if isinstance(place, Symbol) else place for place in places
+        )]  # fmt: skip
+        kept = [place for place in places if not isinstance(place, int)]
+        axes = [i for i, place in enumerate(kept) if isinstance(place, Symbol)]
+        for i in axes:
+            if kept[i].value.ndim or kept[i].value.dtype in (torch.bool, *REAL_TYPES):
+                raise Refusal("an index that is no single integer")
+        others = [i for i in range(len(kept)) if i not in axes]
+        tensor = tensor.permute(*range(held), *(held + i for i in (*axes, *others)))
+        indices = [self.elements(kept[i]).item() for i in axes]
+        return self.entry(Row(tensor, (*row.indices, *indices)))
+
+    def untrained(self, tensor: Tensor) -> Tensor:
+        """Itself. Raises Refusal for what the mod computed of a tensor that is trained."""
+        if tensor.requires_grad and any(tensor is one for one in self.trained):
+            raise Refusal(
+                "a tensor that is trained is computed with, and then looked up",
+                "look the parameter up itself, and compute with what is found",
+            )
+        return tensor
+
+    def look_up(self, tensor: Tensor, indices: tuple[Expr, ...]) -> Expr:
+        """One entry."""
+        if tensor.dtype in REAL_TYPES and not tensor.requires_grad:
+            if id(tensor) not in self.finite:
+                masked = torch.isneginf(tensor)
+                if not bool((torch.isfinite(tensor) | masked).all()):
+                    raise Refusal("a table has an entry that is infinite or no number")
+                some = bool(masked.any())
+                self.finite[id(tensor)] = tensor, masked if some else None, tensor.masked_fill(masked, 0.0) if some else tensor
+            _, masked, tensor = self.finite[id(tensor)]
+            if masked is not None:
+                self.finite[id(tensor)] = tensor, None, tensor
+                return ir.where(self.look_up(masked, indices), INFINITE, self.look_up(tensor, indices))
+        if not tensor.ndim and tensor.requires_grad:
+            tensor, indices = tensor.reshape(1), (ir.ZERO,)
+        at = [self.inside(i, size) for i, size in zip(indices, tensor.shape, strict=True)]
+        if all(i.op == "const" for i in at) and not tensor.requires_grad:
+            return constant(tensor[tuple([i.value for i in at])].item())
+        table, order = self.table(tensor, tuple(at))
+        return ir.lookup(table, *(at[i] for i in order))
+
+    def member(self, e: Expr, row: Symbol) -> Expr | None:
+        """Whether an integer is an entry of a row that is looked up; None if that is none."""
+        value = self.value(row)
+        if not isinstance(value, Row) or value.tensor.ndim != len(value.indices) + 1:
+            return None
+        at = [self.inside(i, size) for i, size in zip(value.indices, value.tensor.shape, strict=False)]
+        table, order = self.table(value.tensor, tuple(at))
+        return ir.intable(e, table, *(at[i] for i in order))
+
+    def inside(self, index: Expr, size: int) -> Expr:
+        """Counted from the end where it is negative."""
+        if index.op == "var" or self.bounds(index)[0] >= 0:
+            return index
+        return ir.where(ir.lt(index, ir.ZERO), ir.add(index, ir.const(size)), index)
+
+    def table(self, tensor: Tensor, indices: tuple[Expr, ...]) -> tuple[Table, list[int]]:
+        """The table whose first axes are looked up at `indices`, and the order in which it takes them: batch
+        row and head first, which it has no more of than there are."""
+        implicit = [indices.index(e) for e in (B, H) if e in indices]
+        order = [*implicit, *(i for i in range(len(indices)) if i not in implicit)]
+        for i in implicit:
+            tensor = tensor.narrow(i, 0, min(tensor.shape[i], self.sizes.get(str(indices[i].value), tensor.shape[i])))
+        tensor = tensor.permute(*order, *range(len(indices), tensor.ndim))
+        dims = [{B: "B", H: "H"}[indices[i]] for i in implicit]
+        sizes = tensor.shape[len(dims) :]
+        key = (tensor.data_ptr(), *dims, *tensor.shape, *tensor.stride(), tensor.dtype)
+        if key not in self.declared:
+            dtype = "bool" if tensor.dtype is torch.bool else "float" if tensor.dtype in REAL_TYPES else "int"
+            name = self.new_name()
+            self.declared[key] = Table(name, dtype, (*dims, *sizes))  # type: ignore[arg-type]
+            self.tables[name] = tensor
+        return self.declared[key], order
+
+    def new_name(self) -> str:
+        """As what is looked up is written: `doc` of `self.doc[q]`."""
+        span = span_of(self.place)
+        written = re.match(r"[\w.]*?([A-Za-z]\w*)\s*\[", span.text) if span else None
+        name = stem = written[1] if written else "table"
+        name = f"{name}_" if name in TAKEN else name
+        numbers = iter(range(2, 10**6))
+        while name in self.tables:
+            name = f"{stem}{next(numbers)}"
+        return name
+
+    def atoms(self, symbol: Symbol) -> frozenset[Expr]:
+        """Integers that it is a function of: positions, or one that is made of several, which is then the
+        first that differs from it by a constant and perhaps its sign."""
+        if id(symbol) in self.below:
+            return self.below[id(symbol)]
+        if symbol.name:
+            found = frozenset({self.value(symbol)})
+        else:
+            found = self.read_by(symbol)
+            if positions(found) > 1 and not symbol.value.ndim and symbol.value.dtype not in (torch.bool, *REAL_TYPES):
+                try:
+                    e = self.value(symbol)
+                except Refusal:
+                    pass
+                else:
+                    known = {atom for atoms in self.below.values() for atom in atoms}
+                    found = frozenset({next((x for x in known if offset(e, x)), e)})
+        self.below[id(symbol)] = found
+        return found
+
+    def read_by(self, symbol: Symbol) -> frozenset[Expr]:
+        """The atoms of its arguments."""
+        args = symbols((*symbol.args, *symbol.kwargs.values()))
+        return frozenset().union(*(self.atoms(arg) for arg in args))
+
+    def tabulated(self, symbol: Symbol, refusal: Refusal) -> Row:
+        """It at all values of its atoms. Raises the refusal where they are too many, or more than one."""
+        atoms = self.read_by(symbol)
+        if positions(atoms) > 1 or S in atoms or symbol.value.requires_grad:
+            raise refusal
+        needed = {name for atom in atoms for name in atom.free if name not in self.sizes}
+        if needed:
+            names = " and ".join(f"`{GIVE[name]}=`" for name in sorted(needed))
+            raise Refusal(f"{refusal.message}, and how many values there are is not known", f"give {names}", refusal.place)
+        inner = [atom for atom in (B, H) if atom in atoms] + [atom for atom in atoms if atom not in (B, H)]
+        spans = [self.bounds(atom) for atom in inner]
+        lengths = [int(high - low) + 1 for low, high in spans]
+        if math.prod(lengths) * max(symbol.value.numel(), 1) > ENTRIES:
+            raise refusal
+
+        def at(*values: Tensor) -> Any:
+            return self.again(symbol, dict(zip(inner, values, strict=True)), {}, root=True)
+
+        for i in reversed(range(len(inner))):
+            at = torch.vmap(at, in_dims=tuple([0 if j == i else None for j in range(len(inner))]))
+        ranges = [torch.arange(int(low), int(high) + 1, device=symbol.value.device) for low, high in spans]
+        with getitem_by_index(), torch.no_grad():
+            tensor = at(*ranges)
+        moved = (ir.sub(atom, ir.const(int(low))) for atom, (low, _) in zip(inner, spans, strict=True))
+        return Row(tensor, tuple(moved))
+
+    def again(self, symbol: Symbol, values: Mapping[Expr, Tensor], memo: dict[int, Any], root: bool = False) -> Any:
+        """Computed anew where atoms have these values."""
+        if id(symbol) not in memo:
+            if symbol.name:
+                memo[id(symbol)] = values[self.value(symbol)]  # type: ignore[index]
+            else:
+                step = None
+                if not root and len(self.atoms(symbol)) == 1:
+                    (atom,) = self.atoms(symbol)
+                    step = None if atom.op == "var" else self.step(symbol, atom)
+                if step:
+                    memo[id(symbol)] = (values[atom] * step[0] + step[1]).to(symbol.value.dtype)
+                else:
+                    memo[id(symbol)] = computed(symbol, lambda arg: self.again(arg, values, memo))
+        return memo[id(symbol)]
+
+    def step(self, symbol: Symbol, atom: Expr) -> tuple[int, int] | None:
+        try:
+            return offset(self.value(symbol), atom)
+        except Refusal:
+            return None
+
+    def ranked(self, symbol: Symbol, op: str, refusal: Refusal) -> Expr:
+        """A comparison of real numbers of one position each: by their ranks among all."""
+        left, right = symbol.args
+        if not (isinstance(left, Symbol) and isinstance(right, Symbol)) or left.value.ndim or right.value.ndim:
+            raise refusal
+        dtype = torch.result_type(left.value, right.value)
+        rows = [self.tabulated(side, refusal) for side in (left, right)]
+        values = torch.cat([row.tensor.to(dtype).flatten() for row in rows])
+        if bool(torch.isnan(values).any()):
+            raise Refusal("a comparison of what is no number")
+        ranks = torch.unique(values, return_inverse=True)[1].split([row.tensor.numel() for row in rows])
+        a, b = (
+            self.look_up(rank.reshape(row.tensor.shape), row.indices)
+            for rank, row in zip(ranks, rows, strict=True)
+        )
+        return COMPARED[op](a, b)
+
+
+def positions(atoms: frozenset[Expr]) -> int:
+    return len(atoms - {B, H})
+
+
+def offset(e: Value, atom: Expr) -> tuple[int, int] | None:
+    """1 or -1, and c, with e = ±atom + c."""
+    if not isinstance(e, Expr) or e.type != "int":
+        return None
+    for sign in (1, -1):
+        rest = ir.number(ir.sub(e, atom) if sign == 1 else ir.add(e, atom))
+        if rest is not None:
+            return sign, int(rest)
+    return None
+
+
+def constant(value: bool | int | float) -> Expr:
+    if value == -math.inf:
+        return INFINITE
+    if isinstance(value, float) and not math.isfinite(value):
+        raise Refusal(f"{value} is no finite number")
+    # a number without a fraction is exact, whatever its type
+    whole = isinstance(value, float) and value.is_integer() and abs(value) <= 2**53
+    return ir.const(int(value) if whole else value)
+
+
+def getitem_by_index() -> Any:
+    """What lets a tensor be looked up at what is mapped over."""
+    from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
+
+    return TransformGetItemToIndex()
