@@ -18,11 +18,12 @@ from attndsl.errors import AttnError, Diagnostic
 from attndsl.interop.flex import POSITIONS, MaskMod, Unread, named, read
 from attndsl.interop.reading import getitem_by_index
 from attndsl.tiles import lowering
-from attndsl.tiles.blockmask import columns, tile_codes
+from attndsl.tiles.abstract import EMPTY, FULL, PARTIAL
+from attndsl.tiles.blockmask import columns
+from attndsl.tiles.kinds import kinds
 
 AT_ONCE = 2**24
 """Pairs that are asked together where a mod is not read."""
-EMPTY, FULL, PARTIAL = 0, 1, 2
 Shape: TypeAlias = tuple[int, int, int, int]
 """Batch rows, heads, queries, keys."""
 
@@ -90,11 +91,13 @@ def tiled(mask_mod: MaskMod, shape: Shape, size: tuple[int, int], device: torch.
     sizes = lowering.sizes(attention, n, nq, heads, q=Axis.starting(nq, (0,)))
     try:
         tables = lowering.checked_tables(attention, mask.given, sizes)
-        blocks = lowering.block_mask(attention, sizes, tables, edge)
+        different, index = lowering.told_apart(attention, sizes, tables)
+        found = [
+            kinds(case.mask, nq, n, edge, n=case.n, query=case.query, tables=case.tables) for case in different
+        ]
     except AttnError as error:
         raise Unread(*error.diagnostics) from None
-    codes = np.stack([tile_codes(grid, 0) for grid in blocks.grids])
-    return Kinds(merged(np.minimum(codes, PARTIAL).astype(np.int8), size[0] // edge, size[1] // edge), blocks.index)
+    return Kinds(merged(np.stack(found), size[0] // edge, size[1] // edge), index)
 
 
 def merged(kinds: NDArray[np.int8], tall: int, wide: int) -> NDArray[np.int8]:
@@ -140,7 +143,7 @@ def listed(
         for side, order in (("kv", blocks), ("q", blocks.swapaxes(1, 2))):
             for what, array in (("num_blocks", order.sum(-1)), ("indices", columns(order))):
                 each = array.astype(np.int32)[found.index]
-                wide = np.array(np.broadcast_to(each, (*shape[:2], *each.shape[2:])))
+                wide = np.array(np.broadcast_to(each, (*shape[:2], *each.shape[2:])), order="C")
                 lists[f"{which}{side}_{what}"] = torch.from_numpy(wide).to(device)
     if not separate:
         lists |= dict.fromkeys(("full_kv_num_blocks", "full_kv_indices", "full_q_num_blocks", "full_q_indices"))

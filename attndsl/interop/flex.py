@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import random
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -126,7 +128,7 @@ def read(mask_mod: MaskMod | None, score_mod: ScoreMod | None, sizes: Mapping[st
         found = {mod: reader.elements(result).item() for mod, result in mods}
         mask = ir.TRUE if mask_mod is None else found[mask_mod]
         score = S if score_mod is None else found[score_mod]
-        live, score = masked(score)
+        live, score = masked(score, mods[-1][1])
         mask, score = (by_batch(e, reader) for e in (ir.all_of(mask, live), score))
     except Refusal as refusal:
         told = refusal.told()
@@ -141,6 +143,7 @@ def called(mod: Callable[..., Any], kind: Literal["mask_mod", "score_mod"] | str
     arguments = [Symbol(zero, name=name) for name in POSITIONS]
     if kind == "score_mod":
         arguments.insert(0, Symbol(torch.zeros((), device=device), name="s"))
+    drawn = torch.get_rng_state(), random.getstate()
     try:
         with reading, torch.enable_grad():
             result = mod(*arguments)
@@ -148,25 +151,28 @@ def called(mod: Callable[..., Any], kind: Literal["mask_mod", "score_mod"] | str
         raise
     except Exception as error:
         said = " ".join(str(error).split())
-        place = innermost(error)
-        raise Refusal(f"the {kind} raises {type(error).__name__}: {said}", place=place, mistake=True) from error
+        place = innermost(error) or defined(mod)
+        raise Refusal(f"the {kind} raises {type(error).__name__}: {said}", "", place, mistake=True) from error
+    if random.getstate() != drawn[1] or not torch.equal(torch.get_rng_state(), drawn[0]):
+        raise Refusal(f"the {kind} draws random numbers", "draw them before, and look them up", defined(mod), mistake=True)
     wanted = "a Boolean tensor" if kind == "mask_mod" else "a tensor of real numbers"
+    place = result.place if isinstance(result, Symbol) else defined(mod)
     if not isinstance(result, Symbol | Tensor):
-        raise wrong_result(mod, f"the {kind} returns {type(result).__name__}, not {wanted}", "")
+        raise Refusal(f"the {kind} returns {type(result).__name__}, not {wanted}", "", place, mistake=True)
     dtype = str(result.dtype).removeprefix("torch.")
-    fits = dtype == "bool" if kind == "mask_mod" else result.dtype.is_floating_point
-    if not fits:
+    if not (dtype == "bool" if kind == "mask_mod" else result.dtype.is_floating_point):
         help = "compare it, or write `.bool()`" if kind == "mask_mod" else "write `score + ...`, or `.float()`"
-        raise wrong_result(mod, f"the {kind} returns {dtype}, not {wanted}", help)
+        raise Refusal(f"the {kind} returns {dtype}, not {wanted}", help, place, mistake=True)
     if result.ndim:
-        shape = [*result.shape]
-        raise wrong_result(mod, f"the {kind} returns a tensor of {shape}, and is asked for one pair", "join its entries: `.any()`, `.all()`, `.sum()`")
+        help = "look up with an index for each axis, or join what is left: `.any()`, `.all()`, `.sum()`"
+        raise Refusal(f"the {kind} returns a tensor of {[*result.shape]} for one pair", help, place, mistake=True)
     return result
 
 
-def wrong_result(mod: Callable[..., Any], message: str, help: str) -> Refusal:
+def defined(mod: Callable[..., Any]) -> Place | None:
+    """Where a mod begins."""
     code = getattr(mod, "__code__", None)
-    return Refusal(message, help, Place(code, 0, code.co_firstlineno) if code else None, mistake=True)
+    return Place(code, 0, code.co_firstlineno) if code else None
 
 
 def innermost(error: BaseException) -> Place | None:
@@ -179,7 +185,7 @@ def innermost(error: BaseException) -> Place | None:
     return found
 
 
-def masked(score: Expr) -> tuple[Expr, Expr]:
+def masked(score: Expr, result: Symbol | Tensor) -> tuple[Expr, Expr]:
     """Where a score is not -inf, and what it is there. Raises Refusal for -inf where it is not plain."""
     live: dict[Expr, Expr] = {}
     value: dict[Expr, Expr] = {}
@@ -200,7 +206,8 @@ def masked(score: Expr) -> tuple[Expr, Expr]:
             live[node] = ir.all_of(*parts)
             value[node] = ir.rebuild(node, args)
         else:
-            raise Refusal("-inf is computed with", "return it, as in `torch.where(seen, score, -inf)`, or add it")
+            help = "return it, as in `torch.where(seen, score, -inf)`, or add it"
+            raise Refusal("-inf is computed with", help, result.place if isinstance(result, Symbol) else None)
     return live[score], value[score]
 
 
@@ -220,14 +227,14 @@ def by_batch(e: Expr, reader: Reader) -> Expr:
         implied = len(node.value.implicit) if isinstance(node.value, Table) else 0
         for i, arg in enumerate(args):
             if arg is not B or not (first <= i < first + implied):
-                args[i] = done[arg]
-        done[node] = batch_rows(reader) if node is B else ir.rebuild(node, tuple(args))
-    return done[e]
+                args[i] = batch_rows(reader) if arg is B else done[arg]
+        done[node] = ir.rebuild(node, tuple(args))
+    return batch_rows(reader) if e is B else done[e]
 
 
 def batch_rows(reader: Reader) -> Expr:
     if "b" not in reader.sizes:
-        raise Refusal("`b` is more than an index, and how many batch rows there are is not known", "give `batch=`")
+        raise Refusal("`b` is more than an index, and how many batch rows there are is not known", "give `batch=`", reader.batch_read)
     rows = torch.arange(reader.sizes["b"])
     return reader.look_up(rows, (B,))
 
@@ -242,7 +249,9 @@ def imported(mask_mod: MaskMod | None, score_mod: ScoreMod | None, sizes: Mappin
 
 def named(mod: Any) -> str:
     """What the attention of a mod is called."""
+    while isinstance(mod, functools.partial):
+        mod = mod.func
     name = re.sub(r"\W", "_", getattr(mod, "__name__", type(mod).__name__)).strip("_")
-    if not re.match(r"[A-Za-z]\w*$", name):
+    if not re.match(r"[A-Za-z]\w*$", name) or name == "lambda":
         name = "imported"
     return f"{name}_" if name in TAKEN else name

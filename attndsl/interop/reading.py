@@ -20,11 +20,11 @@ from torch import Tensor
 from attndsl import expr as ir
 from attndsl.expr import Expr, Table
 from attndsl.interop.rules import COMPARED, REAL_TYPES, RULES, moved, operation
-from attndsl.interop.symbols import Place, Refusal, Symbol, computed, named, span_of, symbols
+from attndsl.interop.symbols import Place, Refusal, Symbol, Unsized, computed, named, span_of, symbols
 from attndsl.language.vocabulary import BUILT_IN, RESERVED
 from attndsl.meaning.intervals import Interval
 from attndsl.meaning.intervals import bounds as interval
-from attndsl.syntax.tokens import CLAUSES
+from attndsl.syntax.tokens import CLAUSES, DEFINITIONS, DTYPES
 from attndsl.tiles.lowering import ARGUMENTS, SIZES
 
 ELEMENTS = 1024
@@ -35,8 +35,8 @@ INFINITE = ir.make("var", (), "-inf", "real")
 """What a score is where a pair is masked."""
 B, H, Q, K, S = (ir.var(name) for name in "bhqks")
 WITHOUT = "a mod may read one position in any way, and several by what the language has"
-GIVE = {"q": "q_length", "k": "length", "b": "batch", "h": "heads"}
-TAKEN = RESERVED | BUILT_IN | {*CLAUSES, *ARGUMENTS, *SIZES, "v", "b", "else", "use", "assert", "pattern", "let"}
+GIVE = {"q": "length", "k": "length", "b": "batch", "h": "heads"}
+TAKEN = RESERVED | BUILT_IN | {*CLAUSES, *DEFINITIONS, *DTYPES, *ARGUMENTS, *SIZES} | set("and or not in mod else b v".split())
 """What no table is called."""
 
 
@@ -67,8 +67,13 @@ class Reader:
         # symbols have no hash, and live as long as what was made of them
         self.values: dict[int, Value | Refusal] = {}
         self.below: dict[int, frozenset[Expr]] = {}
+        # of what was computed: what it is by
+        self.made: dict[int, str] = {}
         self.finite: dict[int, tuple[Tensor, Tensor | None, Tensor]] = {}
         self.place: Place | None = None
+        self.batch_read: Place | None = None
+        # what reads one position is refused as a whole, and then computed as a whole
+        self.whole = False
 
     def value(self, symbol: Symbol) -> Value:
         """Raises Refusal at the place of what is not read."""
@@ -78,33 +83,45 @@ class Reader:
                 self.values[id(symbol)] = self.read(symbol)
             except Refusal as refusal:
                 refusal.place = refusal.place or symbol.place
+                if self.whole:
+                    raise
                 self.values[id(symbol)] = refusal
-            self.place = outer
+            finally:
+                self.place = outer
         found = self.values[id(symbol)]
         if isinstance(found, Refusal):
             raise found
         return found
 
+    def expression(self, symbol: Symbol) -> Expr:
+        """Of a symbol without axes."""
+        value = self.value(symbol)
+        return value if isinstance(value, Expr) else self.elements(symbol).item()
+
     def read(self, symbol: Symbol) -> Value:
         if symbol.name:
             return {"b": B, "h": H, "q": Q, "k": K, "s": S}[symbol.name]
-        name = operation(symbol)
+        name, outer = operation(symbol), self.whole
+        self.whole = positions(self.read_by(symbol)) <= 1
         try:
             if name == "getitem":
                 return self.looked_up(symbol)
             if name not in RULES:
-                raise Refusal(f"`{named(symbol.func).strip('_')}` of two positions is not read")
+                raise Refusal(f"`{named(symbol.func).strip('_')}` of two positions is not read", WITHOUT)
             return RULES[name](self, symbol)
         except Refusal as refusal:
-            if refusal.mistake:
-                raise
             refusal.place = refusal.place or symbol.place
+            if refusal.mistake or isinstance(refusal, Unsized) or (outer and self.whole):
+                raise
+            self.whole = False
             try:
                 return self.entry(self.tabulated(symbol, refusal))
             except Refusal:
                 if name not in COMPARED:
                     raise
                 return self.ranked(symbol, name, refusal)
+        finally:
+            self.whole = outer
 
     def entry(self, row: Row) -> Value:
         """Itself where axes are left, else what is looked up."""
@@ -125,6 +142,8 @@ class Reader:
         found = np.empty((), object)
         if isinstance(arg, Symbol):
             value = self.value(arg)
+            if value is B:
+                self.batch_read = self.batch_read or self.place
             if isinstance(value, np.ndarray):
                 return value
             if isinstance(value, Row):
@@ -180,7 +199,7 @@ class Reader:
                 raise Refusal("an index that is no single integer")
         others = [i for i in range(len(kept)) if i not in axes]
         tensor = tensor.permute(*range(held), *(held + i for i in (*axes, *others)))
-        indices = [self.elements(kept[i]).item() for i in axes]
+        indices = [self.expression(kept[i]) for i in axes]
         return self.entry(Row(tensor, (*row.indices, *indices)))
 
     def untrained(self, tensor: Tensor) -> Tensor:
@@ -222,6 +241,17 @@ class Reader:
         table, order = self.table(value.tensor, tuple(at))
         return ir.intable(e, table, *(at[i] for i in order))
 
+    def vector(self, arg: Any) -> Expr | None:
+        """A row of real numbers that is looked up, as one; None for another."""
+        value = self.value(arg) if isinstance(arg, Symbol) else None
+        if not isinstance(value, Row) or value.tensor.ndim != len(value.indices) + 1:
+            return None
+        if value.tensor.dtype not in REAL_TYPES or not bool(torch.isfinite(value.tensor).all()):
+            return None
+        at = [self.inside(i, size) for i, size in zip(value.indices, value.tensor.shape, strict=False)]
+        table, order = self.table(value.tensor, tuple(at))
+        return ir.lookup(table, *(at[i] for i in order))
+
     def inside(self, index: Expr, size: int) -> Expr:
         """Counted from the end where it is negative."""
         if index.op == "var" or self.bounds(index)[0] >= 0:
@@ -241,17 +271,17 @@ class Reader:
         key = (tensor.data_ptr(), *dims, *tensor.shape, *tensor.stride(), tensor.dtype)
         if key not in self.declared:
             dtype = "bool" if tensor.dtype is torch.bool else "float" if tensor.dtype in REAL_TYPES else "int"
-            name = self.new_name()
+            name = self.new_name(self.made.get(tensor.data_ptr(), ""))
             self.declared[key] = Table(name, dtype, (*dims, *sizes))  # type: ignore[arg-type]
             self.tables[name] = tensor
         return self.declared[key], order
 
-    def new_name(self) -> str:
-        """As what is looked up is written: `doc` of `self.doc[q]`."""
+    def new_name(self, by: str) -> str:
+        """As what is looked up is written: `doc` of `self.doc[q]`; `by_q` of what was computed."""
         span = span_of(self.place)
-        written = re.match(r"[\w.]*?([A-Za-z]\w*)\s*\[", span.text) if span else None
-        name = stem = written[1] if written else "table"
-        name = f"{name}_" if name in TAKEN else name
+        written = re.match(r"[\w.]*?([A-Za-z]\w*)\s*\[", span.text) if span and not by else None
+        stem = f"by_{by}" if by else written[1] if written else "table"
+        name = stem = f"{stem}_" if stem in TAKEN else stem
         numbers = iter(range(2, 10**6))
         while name in self.tables:
             name = f"{stem}{next(numbers)}"
@@ -267,6 +297,7 @@ class Reader:
         else:
             found = self.read_by(symbol)
             if positions(found) > 1 and not symbol.value.ndim and symbol.value.dtype not in (torch.bool, *REAL_TYPES):
+                whole, self.whole = self.whole, False
                 try:
                     e = self.value(symbol)
                 except Refusal:
@@ -274,6 +305,8 @@ class Reader:
                 else:
                     known = {atom for atoms in self.below.values() for atom in atoms}
                     found = frozenset({next((x for x in known if offset(e, x)), e)})
+                finally:
+                    self.whole = whole
         self.below[id(symbol)] = found
         return found
 
@@ -289,46 +322,44 @@ class Reader:
             raise refusal
         needed = {name for atom in atoms for name in atom.free if name not in self.sizes}
         if needed:
-            names = " and ".join(f"`{GIVE[name]}=`" for name in sorted(needed))
-            raise Refusal(f"{refusal.message}, and how many values there are is not known", f"give {names}", refusal.place)
+            names = " and ".join(f"`{name}=`" for name in sorted({GIVE[name] for name in needed}))
+            said = f"{refusal.message}; with lengths it is made a table"
+            raise Unsized(said, f"give {names}", refusal.place)
         inner = [atom for atom in (B, H) if atom in atoms] + [atom for atom in atoms if atom not in (B, H)]
         spans = [self.bounds(atom) for atom in inner]
         lengths = [int(high - low) + 1 for low, high in spans]
         if math.prod(lengths) * max(symbol.value.numel(), 1) > ENTRIES:
             raise refusal
 
+        steps: dict[int, tuple[Expr, int, int]] = {}
+        for arg in symbols((*symbol.args, *symbol.kwargs.values())):
+            self.find_steps(arg, steps)
+
         def at(*values: Tensor) -> Any:
-            return self.again(symbol, dict(zip(inner, values, strict=True)), {}, root=True)
+            return again(symbol, dict(zip(inner, values, strict=True)), steps, {})
 
         for i in reversed(range(len(inner))):
             at = torch.vmap(at, in_dims=tuple([0 if j == i else None for j in range(len(inner))]))
         ranges = [torch.arange(int(low), int(high) + 1, device=symbol.value.device) for low, high in spans]
         with getitem_by_index(), torch.no_grad():
             tensor = at(*ranges)
-        moved = (ir.sub(atom, ir.const(int(low))) for atom, (low, _) in zip(inner, spans, strict=True))
-        return Row(tensor, tuple(moved))
+        self.made[tensor.data_ptr()] = "".join(str(atom.value) if atom.op == "var" else "d" for atom in inner)
+        shifted = (ir.sub(atom, ir.const(int(low))) for atom, (low, _) in zip(inner, spans, strict=True))
+        return Row(tensor, tuple(shifted))
 
-    def again(self, symbol: Symbol, values: Mapping[Expr, Tensor], memo: dict[int, Any], root: bool = False) -> Any:
-        """Computed anew where atoms have these values."""
-        if id(symbol) not in memo:
-            if symbol.name:
-                memo[id(symbol)] = values[self.value(symbol)]  # type: ignore[index]
-            else:
-                step = None
-                if not root and len(self.atoms(symbol)) == 1:
-                    (atom,) = self.atoms(symbol)
-                    step = None if atom.op == "var" else self.step(symbol, atom)
-                if step:
-                    memo[id(symbol)] = (values[atom] * step[0] + step[1]).to(symbol.value.dtype)
-                else:
-                    memo[id(symbol)] = computed(symbol, lambda arg: self.again(arg, values, memo))
-        return memo[id(symbol)]
-
-    def step(self, symbol: Symbol, atom: Expr) -> tuple[int, int] | None:
-        try:
-            return offset(self.value(symbol), atom)
-        except Refusal:
-            return None
+    def find_steps(self, symbol: Symbol, steps: dict[int, tuple[Expr, int, int]]) -> None:
+        """What is an atom but for its sign and a constant, among what a symbol is made of and itself."""
+        if id(symbol) in steps:
+            return
+        atoms = self.atoms(symbol)
+        if symbol.name or (len(atoms) == 1 and positions(self.read_by(symbol)) > 1):
+            (atom,) = atoms
+            found = offset(self.value(symbol), atom)
+            assert found is not None
+            steps[id(symbol)] = atom, *found
+            return
+        for arg in symbols((*symbol.args, *symbol.kwargs.values())):
+            self.find_steps(arg, steps)
 
     def ranked(self, symbol: Symbol, op: str, refusal: Refusal) -> Expr:
         """A comparison of real numbers of one position each: by their ranks among all."""
@@ -346,6 +377,19 @@ class Reader:
             for rank, row in zip(ranks, rows, strict=True)
         )
         return COMPARED[op](a, b)
+
+
+def again(
+    symbol: Symbol, values: Mapping[Expr, Tensor], steps: Mapping[int, tuple[Expr, int, int]], memo: dict[int, Any]
+) -> Any:
+    """Computed anew where atoms have these values."""
+    if id(symbol) not in memo:
+        if id(symbol) in steps:
+            atom, sign, shift = steps[id(symbol)]
+            memo[id(symbol)] = (values[atom] * sign + shift).to(symbol.value.dtype)
+        else:
+            memo[id(symbol)] = computed(symbol, lambda arg: again(arg, values, steps, memo))
+    return memo[id(symbol)]
 
 
 def positions(atoms: frozenset[Expr]) -> int:

@@ -26,6 +26,7 @@ Elements = NDArray[Any]
 EXACT = {torch.float16: 2**11, torch.bfloat16: 2**8, torch.float32: 2**24, torch.float64: 2**53}
 """Integers up to here are numbers of a dtype."""
 REAL_TYPES = frozenset(EXACT)
+NARROW = frozenset((torch.uint8, torch.int8, torch.int16, torch.int32))
 RUNS = 4
 """Runs of bits up to which an integer `&` a constant is written out."""
 
@@ -88,9 +89,14 @@ def elementwise(f: Callable[..., Expr], fits: bool = True) -> Rule:
 
 
 def plain(symbol: Symbol, *known: str) -> None:
-    """Raises Refusal for keywords that are not `known`."""
-    for name in symbol.kwargs:
-        if name not in known:
+    """Raises Refusal for keywords that are not `known`, and for numbers that torch would wrap."""
+    given = (*symbol.args, *symbol.kwargs.values())
+    for dtype in {arg.dtype for arg in given if isinstance(arg, Symbol | Tensor)} & NARROW:
+        for arg in given:
+            if isinstance(arg, int) and not torch.iinfo(dtype).min <= arg <= torch.iinfo(dtype).max:
+                raise Refusal(f"{arg} is beyond {str(dtype).removeprefix('torch.')}", "write `.long()` before it")
+    for name, value in symbol.kwargs.items():
+        if name not in known and not (name == "inplace" and not value):
             raise Refusal(f"`{name}=` of `{named(symbol.func).strip('_')}` is not read")
 
 
@@ -382,7 +388,6 @@ def reduced(f: Callable[..., Expr], of_truths: bool = False) -> Rule:
     """f over some axes, or all."""
 
     def rule(reader: Reader, symbol: Symbol) -> Value:
-        plain(symbol, "dim", "keepdim", "axis")
         x, *rest = symbol.args
         dim = symbol.kwargs.get("dim", symbol.kwargs.get("axis", rest[0] if rest else None))
         if "[" in named(symbol.func):
@@ -407,6 +412,28 @@ def reduced(f: Callable[..., Expr], of_truths: bool = False) -> Rule:
     return rule
 
 
+def dot(reader: Reader, symbol: Symbol) -> Value:
+    plain(symbol)
+    return inner(reader, *symbol.args)
+
+
+def summed(reader: Reader, symbol: Symbol) -> Value:
+    """`(x * y).sum()` is an inner product."""
+    x = symbol.args[0]
+    if isinstance(x, Symbol) and operation(x) == "mul" and x.value.ndim == 1 and x.value.dtype in REAL_TYPES:
+        return inner(reader, *x.args)
+    return reduced(ir.add)(reader, symbol)
+
+
+def inner(reader: Reader, *sides: Any) -> Value:
+    """Of two rows that are looked up as that of vectors, else number by number."""
+    vectors = [reader.vector(side) for side in sides if at_origin(side).ndim == 1]
+    if len(vectors) == 2 and None not in vectors:
+        return ir.inner(*vectors)
+    parts = np.broadcast_arrays(*(reader.elements(side) for side in sides))
+    return ir.add(*(ir.mul(number_of(a), number_of(b)) for a, b in zip(*(part.flat for part in parts), strict=True)))
+
+
 def some(reader: Reader, symbol: Symbol) -> Value:
     """`(row == x).any()` is a member of a set."""
     found = member_of(reader, symbol, "eq")
@@ -423,18 +450,20 @@ def member_of(reader: Reader, symbol: Symbol, op: str) -> Expr | None:
     if not isinstance(x, Symbol) or symbol.value.ndim or operation(x) != op or x.value.ndim != 1:
         return None
     for row, one in (x.args, x.args[::-1]):
-        if (one.value if isinstance(one, Symbol) else torch.as_tensor(one)).ndim == 0:
+        if at_origin(one).numel() == 1 and at_origin(row).ndim == 1:
             return membership(reader, one, row)
     return None
 
 
+def at_origin(arg: Any) -> Tensor:
+    return arg.value if isinstance(arg, Symbol) else torch.as_tensor(arg)
+
+
 def membership(reader: Reader, one: Any, row: Any) -> Expr | None:
     """Whether an integer is among a row of integers, if the row is looked up or known."""
-    members = row.value if isinstance(row, Symbol) else row
-    dtypes = [members.dtype, one.value.dtype if isinstance(one, Symbol) else torch.as_tensor(one).dtype]
-    if any(dtype in (torch.bool, *REAL_TYPES) for dtype in dtypes):
+    if any(at_origin(arg).dtype in (torch.bool, *REAL_TYPES) for arg in (one, row)):
         return None
-    e = reader.elements(one).item()
+    (e,) = reader.elements(one).flat
     if not isinstance(row, Symbol):
         return ir.inset(e, IntSet.of((v, v) for v in row.flatten().tolist()))
     return reader.member(e, row)
@@ -564,7 +593,7 @@ RULES: dict[str, Rule] = {
     "clamp_min": elementwise(ir.maximum), "clamp_max": elementwise(ir.minimum),
     "minimum": elementwise(ir.minimum), "maximum": elementwise(ir.maximum),
     "min": extreme(ir.minimum), "max": extreme(ir.maximum),
-    "amin": reduced(ir.minimum), "amax": reduced(ir.maximum), "sum": reduced(ir.add),
+    "amin": reduced(ir.minimum), "amax": reduced(ir.maximum), "sum": summed, "dot": dot, "vdot": dot, "inner": dot,
     "any": some, "all": every, "isin": is_in,
     **{name: compared(name) for name in COMPARED},
     **dict.fromkeys("to bool int long short float double half bfloat16 clone contiguous detach cpu cuda".split(), cast),

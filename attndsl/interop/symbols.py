@@ -57,6 +57,10 @@ def here() -> Place | None:
     return None if frame is None else Place(frame.f_code, frame.f_lasti, frame.f_lineno)
 
 
+class Unsized(Refusal):
+    """One that lengths, which were not given, would lift."""
+
+
 def wrong(message: str, help: str = "") -> Refusal:
     """A mistake at what runs."""
     return Refusal(message, help, here(), mistake=True)
