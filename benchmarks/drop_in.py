@@ -10,6 +10,7 @@ once from 16,384 tokens on.
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import statistics
 import time
@@ -27,7 +28,12 @@ import attndsl
 
 REQUIRED = {4096: (20, 8), 16384: (50, 8)}
 """Of the median, and of each."""
-LISTS = [f"{full}{side}_{what}" for full in ("", "full_") for side in ("kv", "q") for what in ("num_blocks", "indices")]
+LISTS = [
+    f"{full}{side}_{what}"
+    for full in ("", "full_")
+    for side in ("kv", "q")
+    for what in ("num_blocks", "indices")
+]
 
 
 class Case(NamedTuple):
@@ -40,9 +46,11 @@ class Case(NamedTuple):
 
 def lengths(n: int, mean: int) -> list[int]:
     """Of documents, n tokens together."""
-    cuts = torch.randperm(n - 1, generator=torch.Generator().manual_seed(0))[: n // mean - 1].sort().values + 1
+    cuts = (
+        torch.randperm(n - 1, generator=torch.Generator().manual_seed(0))[: n // mean - 1].sort().values + 1
+    )
     edges = [0, *cuts.tolist(), n]
-    return [b - a for a, b in zip(edges, edges[1:], strict=False)]
+    return [b - a for a, b in itertools.pairwise(edges)]
 
 
 def cases(n: int) -> Iterator[Case]:
@@ -128,7 +136,8 @@ def compared(case: Case, n: int) -> float:
     pairs = [(spent, statistics.median(seconds(ours)[0] for _ in range(5))) for spent in times]
     ratio = statistics.median(spent / own for spent, own in pairs)
     print(
-        f"{case.name:26} torch {pairs[-1][0] * 1e3:8.1f} ms, attndsl {pairs[-1][1] * 1e3:7.2f} ms, ratio {ratio:6.0f}",
+        f"{case.name:26} torch {pairs[-1][0] * 1e3:8.1f} ms, attndsl {pairs[-1][1] * 1e3:7.2f} ms,"
+        f" ratio {ratio:6.0f}",
         flush=True,
     )
     return ratio
@@ -145,9 +154,10 @@ def main() -> None:
         for case in cases(given.length)
         if not given.names or any(part in case.name for part in given.names)
     ]
-    print(f"{len(ratios)} masks at n = {given.length}: median {statistics.median(ratios):.0f}, least {min(ratios):.0f}")
+    middle, least = statistics.median(ratios), min(ratios)
+    print(f"{len(ratios)} masks at n = {given.length}: median {middle:.0f}, least {least:.0f}")
     median, each = REQUIRED.get(given.length, (0, 0))
-    if statistics.median(ratios) < median or min(ratios) < each:
+    if middle < median or least < each:
         raise SystemExit(f"BELOW {median} of the median or {each} of each")
 
 

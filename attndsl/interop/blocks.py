@@ -50,7 +50,8 @@ def create_block_mask(
     device         of the lists; torch's accelerator or else the CPU, if not given
     BLOCK_SIZE     tokens on a side of a block, or of queries and of keys
     _compile       nothing is compiled
-    separate_full_blocks, compute_dq_write_order, dq_kv_order   as torch has them; the last two are torch's work
+    separate_full_blocks, compute_dq_write_order, dq_kv_order   as torch has them; torch does what the last
+                   two ask for
 
     A mod that is not read (`from_mask_mod` says why) is asked for every pair, some rows at a time, and a
     warning says so. Raises AttnError for one that torch does not take either.
@@ -77,7 +78,7 @@ class Kinds(NamedTuple):
     row and head has, [B or 1, H or 1]."""
 
     kinds: NDArray[np.int8]
-    index: NDArray[Any]
+    which: NDArray[Any]
 
 
 def tiled(mask_mod: MaskMod, shape: Shape, size: tuple[int, int], device: torch.device) -> Kinds:
@@ -93,7 +94,8 @@ def tiled(mask_mod: MaskMod, shape: Shape, size: tuple[int, int], device: torch.
         tables = lowering.checked_tables(attention, mask.given, sizes)
         different, index = lowering.told_apart(attention, sizes, tables)
         found = [
-            kinds(case.mask, nq, n, edge, n=case.n, query=case.query, tables=case.tables) for case in different
+            kinds(case.mask, nq, n, edge, n=case.n, query=case.query, tables=case.tables)
+            for case in different
         ]
     except AttnError as error:
         raise Unread(*error.diagnostics) from None
@@ -114,7 +116,7 @@ def merged(kinds: NDArray[np.int8], tall: int, wide: int) -> NDArray[np.int8]:
 
 def asked(mask_mod: MaskMod, shape: Shape, size: tuple[int, int], device: torch.device) -> Kinds:
     """By every pair, some rows of blocks at a time."""
-    batch, heads, nq, n = shape
+    batch, heads, _, n = shape
     b, h, q, k = (torch.arange(length, device=device) for length in shape)
     mod = mask_mod
     for axis in (3, 2, 1, 0):
@@ -122,10 +124,11 @@ def asked(mask_mod: MaskMod, shape: Shape, size: tuple[int, int], device: torch.
     step = max(1, AT_ONCE // (batch * heads * n * size[0])) * size[0]
     found = []
     with getitem_by_index():
-        for rows in q.split(step):
+        for rows in torch.split(q, step):
             live = mod(b, h, rows, k)
             ends = (0, -n % size[1], 0, -len(rows) % size[0])
-            tiles = torch.nn.functional.pad(live, ends).unflatten(3, (-1, size[1])).unflatten(2, (-1, size[0]))
+            padded = torch.nn.functional.pad(live, ends)
+            tiles = padded.reshape(batch, heads, -1, size[0], padded.shape[3] // size[1], size[1])
             found.append(tiles.sum(dim=(3, 5)).cpu().numpy())
     counts = np.concatenate(found, axis=2)
     counts = counts.reshape(batch * heads, *counts.shape[2:])
@@ -137,14 +140,27 @@ def listed(
     found: Kinds, shape: Shape, size: tuple[int, int], mask_mod: MaskMod, device: torch.device, separate: bool
 ) -> BlockMask:
     """The lists of blocks, by query and by key."""
-    lists: dict[str, Tensor] = {}
-    live = {"": found.kinds == PARTIAL, "full_": found.kinds == FULL} if separate else {"": found.kinds != EMPTY}
-    for which, blocks in live.items():
-        for side, order in (("kv", blocks), ("q", blocks.swapaxes(1, 2))):
-            for what, array in (("num_blocks", order.sum(-1)), ("indices", columns(order))):
-                each = array.astype(np.int32)[found.index]
-                wide = np.array(np.broadcast_to(each, (*shape[:2], *each.shape[2:])), order="C")
-                lists[f"{which}{side}_{what}"] = torch.from_numpy(wide).to(device)
-    if not separate:
-        lists |= dict.fromkeys(("full_kv_num_blocks", "full_kv_indices", "full_q_num_blocks", "full_q_indices"))
+    lists: dict[str, Any] = {}
+    live = found.kinds != EMPTY
+    parts = (
+        {"": found.kinds == PARTIAL, "full_": found.kinds == FULL} if separate else {"": live, "full_": None}
+    )
+    for which, blocks in parts.items():
+        for side in ("kv", "q"):
+            order = blocks if blocks is None or side == "kv" else blocks.swapaxes(1, 2)
+            for what, of in (("num_blocks", counted), ("indices", columns)):
+                each = None if order is None else of(order).astype(np.int32)[found.which]
+                lists[f"{which}{side}_{what}"] = None if each is None else spread(each, shape, device)
     return BlockMask(seq_lengths=shape[2:], BLOCK_SIZE=size, mask_mod=mask_mod, **lists)
+
+
+def counted(live: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Blocks of each row."""
+    return np.asarray(live.sum(-1))
+
+
+def spread(each: NDArray[np.int32], shape: Shape, device: torch.device) -> Tensor:
+    """With a row for all batch rows and heads."""
+    return torch.from_numpy(np.array(np.broadcast_to(each, (*shape[:2], *each.shape[2:])), order="C")).to(
+        device
+    )

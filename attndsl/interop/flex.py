@@ -6,7 +6,7 @@ import functools
 import random
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -17,8 +17,8 @@ from attndsl.attention import Attention, HeadGroup, Relation
 from attndsl.bound import Bound
 from attndsl.errors import AttnError, fail
 from attndsl.expr import Expr, Table
-from attndsl.interop.reading import B, INFINITE, TAKEN, Reader, S
-from attndsl.interop.symbols import OURS, Place, Reading, Refusal, Symbol, span_of
+from attndsl.interop.reading import INFINITE, TAKEN, B, Reader, S
+from attndsl.interop.symbols import OURS, Place, Reading, Refusal, Symbol
 from attndsl.interop.text import attention_text
 from attndsl.keywords import by_name
 from attndsl.program import parse
@@ -30,7 +30,7 @@ ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 POSITIONS = "bhqk"
 
 
-class Unread(AttnError):
+class Unread(AttnError):  # noqa: N818, of what was read it is no error
     """What torch evaluates and attndsl does not read."""
 
 
@@ -87,7 +87,9 @@ def from_score_mod(
     return imported(mask_mod, score_mod, sizes_of(length, q_length, batch, heads), device)
 
 
-def sizes_of(length: int | None, q_length: int | None, batch: int | None, heads: int | None) -> dict[str, int]:
+def sizes_of(
+    length: int | None, q_length: int | None, batch: int | None, heads: int | None
+) -> dict[str, int]:
     """By the names of positions, those that are given."""
     q_length = length if q_length is None else q_length
     sizes = {"b": batch, "h": heads, "q": q_length, "k": length}
@@ -137,7 +139,9 @@ def read(mask_mod: MaskMod | None, score_mod: ScoreMod | None, sizes: Mapping[st
     return Read(mask, score, {t: reader.tables[t.name] for t in reader.declared.values() if t in used})
 
 
-def called(mod: Callable[..., Any], kind: Literal["mask_mod", "score_mod"] | str, reading: Reading, device: str) -> Symbol | Tensor:
+def called(
+    mod: Callable[..., Any], kind: Literal["mask_mod", "score_mod"] | str, reading: Reading, device: str
+) -> Symbol | Tensor:
     """What a mod gives of symbols. Raises Refusal for what is no truth, or no real number, of one pair."""
     zero = torch.zeros((), dtype=torch.int64, device=device)
     arguments = [Symbol(zero, name=name) for name in POSITIONS]
@@ -154,18 +158,27 @@ def called(mod: Callable[..., Any], kind: Literal["mask_mod", "score_mod"] | str
         place = innermost(error) or defined(mod)
         raise Refusal(f"the {kind} raises {type(error).__name__}: {said}", "", place, mistake=True) from error
     if random.getstate() != drawn[1] or not torch.equal(torch.get_rng_state(), drawn[0]):
-        raise Refusal(f"the {kind} draws random numbers", "draw them before, and look them up", defined(mod), mistake=True)
+        raise Refusal(
+            f"the {kind} draws random numbers",
+            "draw them before, and look them up",
+            defined(mod),
+            mistake=True,
+        )
     wanted = "a Boolean tensor" if kind == "mask_mod" else "a tensor of real numbers"
     place = result.place if isinstance(result, Symbol) else defined(mod)
     if not isinstance(result, Symbol | Tensor):
         raise Refusal(f"the {kind} returns {type(result).__name__}, not {wanted}", "", place, mistake=True)
     dtype = str(result.dtype).removeprefix("torch.")
     if not (dtype == "bool" if kind == "mask_mod" else result.dtype.is_floating_point):
-        help = "compare it, or write `.bool()`" if kind == "mask_mod" else "write `score + ...`, or `.float()`"
+        help = (
+            "compare it, or write `.bool()`" if kind == "mask_mod" else "write `score + ...`, or `.float()`"
+        )
         raise Refusal(f"the {kind} returns {dtype}, not {wanted}", help, place, mistake=True)
     if result.ndim:
         help = "look up with an index for each axis, or join what is left: `.any()`, `.all()`, `.sum()`"
-        raise Refusal(f"the {kind} returns a tensor of {[*result.shape]} for one pair", help, place, mistake=True)
+        raise Refusal(
+            f"the {kind} returns a tensor of {[*result.shape]} for one pair", help, place, mistake=True
+        )
     return result
 
 
@@ -234,12 +247,18 @@ def by_batch(e: Expr, reader: Reader) -> Expr:
 
 def batch_rows(reader: Reader) -> Expr:
     if "b" not in reader.sizes:
-        raise Refusal("`b` is more than an index, and how many batch rows there are is not known", "give `batch=`", reader.batch_read)
+        raise Refusal(
+            "`b` is more than an index, and how many batch rows there are is not known",
+            "give `batch=`",
+            reader.batch_read,
+        )
     rows = torch.arange(reader.sizes["b"])
     return reader.look_up(rows, (B,))
 
 
-def imported(mask_mod: MaskMod | None, score_mod: ScoreMod | None, sizes: Mapping[str, int], device: str) -> Bound:
+def imported(
+    mask_mod: MaskMod | None, score_mod: ScoreMod | None, sizes: Mapping[str, int], device: str
+) -> Bound:
     """The attention of a text that is written of the mods."""
     found = read(mask_mod, score_mod, sizes, device)
     name = named(score_mod or mask_mod)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -36,7 +36,12 @@ INFINITE = ir.make("var", (), "-inf", "real")
 B, H, Q, K, S = (ir.var(name) for name in "bhqks")
 WITHOUT = "a mod may read one position in any way, and several by what the language has"
 GIVE = {"q": "length", "k": "length", "b": "batch", "h": "heads"}
-TAKEN = RESERVED | BUILT_IN | {*CLAUSES, *DEFINITIONS, *DTYPES, *ARGUMENTS, *SIZES} | set("and or not in mod else b v".split())
+TAKEN = (
+    RESERVED
+    | BUILT_IN
+    | {*CLAUSES, *DEFINITIONS, *DTYPES, *ARGUMENTS, *SIZES}
+    | set("and or not in mod else b v".split())
+)
 """What no table is called."""
 
 
@@ -67,9 +72,10 @@ class Reader:
         # symbols have no hash, and live as long as what was made of them
         self.values: dict[int, Value | Refusal] = {}
         self.below: dict[int, frozenset[Expr]] = {}
-        # of what was computed: what it is by
+        # by their storage: what tensors that were computed are by, and where others are looked up
         self.made: dict[int, str] = {}
-        self.finite: dict[int, tuple[Tensor, Tensor | None, Tensor]] = {}
+        self.written: dict[int, Place] = {}
+        self.finite: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}
         self.place: Place | None = None
         self.batch_read: Place | None = None
         # what reads one position is refused as a whole, and then computed as a whole
@@ -198,6 +204,8 @@ class Reader:
             if kept[i].value.ndim or kept[i].value.dtype in (torch.bool, *REAL_TYPES):
                 raise Refusal("an index that is no single integer")
         others = [i for i in range(len(kept)) if i not in axes]
+        if self.place is not None:
+            self.written.setdefault(tensor.untyped_storage().data_ptr(), self.place)
         tensor = tensor.permute(*range(held), *(held + i for i in (*axes, *others)))
         indices = [self.expression(kept[i]) for i in axes]
         return self.entry(Row(tensor, (*row.indices, *indices)))
@@ -214,23 +222,28 @@ class Reader:
     def look_up(self, tensor: Tensor, indices: tuple[Expr, ...]) -> Expr:
         """One entry."""
         if tensor.dtype in REAL_TYPES and not tensor.requires_grad:
-            if id(tensor) not in self.finite:
-                masked = torch.isneginf(tensor)
-                if not bool((torch.isfinite(tensor) | masked).all()):
-                    raise Refusal("a table has an entry that is infinite or no number")
-                some = bool(masked.any())
-                self.finite[id(tensor)] = tensor, masked if some else None, tensor.masked_fill(masked, 0.0) if some else tensor
-            _, masked, tensor = self.finite[id(tensor)]
+            tensor, finite, masked = self.without_infinity(tensor)
             if masked is not None:
-                self.finite[id(tensor)] = tensor, None, tensor
-                return ir.where(self.look_up(masked, indices), INFINITE, self.look_up(tensor, indices))
+                return ir.where(self.look_up(masked, indices), INFINITE, self.look_up(finite, indices))
         if not tensor.ndim and tensor.requires_grad:
             tensor, indices = tensor.reshape(1), (ir.ZERO,)
         at = [self.inside(i, size) for i, size in zip(indices, tensor.shape, strict=True)]
-        if all(i.op == "const" for i in at) and not tensor.requires_grad:
-            return constant(tensor[tuple([i.value for i in at])].item())
+        fixed = [ir.number(i) for i in at]
+        if None not in fixed and not tensor.requires_grad:
+            return constant(tensor[tuple([int(i or 0) for i in fixed])].item())
         table, order = self.table(tensor, tuple(at))
         return ir.lookup(table, *(at[i] for i in order))
+
+    def without_infinity(self, tensor: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Itself, with 0 in place of -inf, and where that is; None if it is nowhere."""
+        if id(tensor) not in self.finite:
+            masked = torch.isneginf(tensor)
+            if not bool((torch.isfinite(tensor) | masked).all()):
+                raise Refusal("a table has an entry that is infinite or no number")
+            some = bool(masked.any())
+            filled = tensor.masked_fill(masked, 0.0) if some else tensor
+            self.finite[id(tensor)] = tensor, filled, masked if some else None
+        return self.finite[id(tensor)]
 
     def member(self, e: Expr, row: Symbol) -> Expr | None:
         """Whether an integer is an entry of a row that is looked up; None if that is none."""
@@ -264,21 +277,23 @@ class Reader:
         implicit = [indices.index(e) for e in (B, H) if e in indices]
         order = [*implicit, *(i for i in range(len(indices)) if i not in implicit)]
         for i in implicit:
-            tensor = tensor.narrow(i, 0, min(tensor.shape[i], self.sizes.get(str(indices[i].value), tensor.shape[i])))
+            tensor = tensor.narrow(
+                i, 0, min(tensor.shape[i], self.sizes.get(str(indices[i].value), tensor.shape[i]))
+            )
         tensor = tensor.permute(*order, *range(len(indices), tensor.ndim))
         dims = [{B: "B", H: "H"}[indices[i]] for i in implicit]
         sizes = tensor.shape[len(dims) :]
         key = (tensor.data_ptr(), *dims, *tensor.shape, *tensor.stride(), tensor.dtype)
         if key not in self.declared:
             dtype = "bool" if tensor.dtype is torch.bool else "float" if tensor.dtype in REAL_TYPES else "int"
-            name = self.new_name(self.made.get(tensor.data_ptr(), ""))
+            name = self.new_name(tensor.untyped_storage().data_ptr())
             self.declared[key] = Table(name, dtype, (*dims, *sizes))  # type: ignore[arg-type]
             self.tables[name] = tensor
         return self.declared[key], order
 
-    def new_name(self, by: str) -> str:
+    def new_name(self, storage: int) -> str:
         """As what is looked up is written: `doc` of `self.doc[q]`; `by_q` of what was computed."""
-        span = span_of(self.place)
+        by, span = self.made.get(storage, ""), span_of(self.written.get(storage, self.place))
         written = re.match(r"[\w.]*?([A-Za-z]\w*)\s*\[", span.text) if span and not by else None
         stem = f"by_{by}" if by else written[1] if written else "table"
         name = stem = f"{stem}_" if stem in TAKEN else stem
@@ -293,16 +308,21 @@ class Reader:
         if id(symbol) in self.below:
             return self.below[id(symbol)]
         if symbol.name:
-            found = frozenset({self.value(symbol)})
+            found = frozenset({self.expression(symbol)})
         else:
             found = self.read_by(symbol)
-            if positions(found) > 1 and not symbol.value.ndim and symbol.value.dtype not in (torch.bool, *REAL_TYPES):
+            if (
+                positions(found) > 1
+                and not symbol.value.ndim
+                and symbol.value.dtype not in (torch.bool, *REAL_TYPES)
+            ):
                 whole, self.whole = self.whole, False
                 try:
                     e = self.value(symbol)
                 except Refusal:
                     pass
                 else:
+                    assert isinstance(e, Expr)
                     known = {atom for atoms in self.below.values() for atom in atoms}
                     found = frozenset({next((x for x in known if offset(e, x)), e)})
                 finally:
@@ -313,7 +333,8 @@ class Reader:
     def read_by(self, symbol: Symbol) -> frozenset[Expr]:
         """The atoms of its arguments."""
         args = symbols((*symbol.args, *symbol.kwargs.values()))
-        return frozenset().union(*(self.atoms(arg) for arg in args))
+        empty: frozenset[Expr] = frozenset()
+        return empty.union(*(self.atoms(arg) for arg in args))
 
     def tabulated(self, symbol: Symbol, refusal: Refusal) -> Row:
         """It at all values of its atoms. Raises the refusal where they are too many, or more than one."""
@@ -343,7 +364,7 @@ class Reader:
         ranges = [torch.arange(int(low), int(high) + 1, device=symbol.value.device) for low, high in spans]
         with getitem_by_index(), torch.no_grad():
             tensor = at(*ranges)
-        self.made[tensor.data_ptr()] = "".join(str(atom.value) if atom.op == "var" else "d" for atom in inner)
+        self.made[tensor.untyped_storage().data_ptr()] = "".join(str(atom.value) if atom.op == "var" else "d" for atom in inner)
         shifted = (ir.sub(atom, ir.const(int(low))) for atom, (low, _) in zip(inner, spans, strict=True))
         return Row(tensor, tuple(shifted))
 
@@ -364,7 +385,11 @@ class Reader:
     def ranked(self, symbol: Symbol, op: str, refusal: Refusal) -> Expr:
         """A comparison of real numbers of one position each: by their ranks among all."""
         left, right = symbol.args
-        if not (isinstance(left, Symbol) and isinstance(right, Symbol)) or left.value.ndim or right.value.ndim:
+        if (
+            not (isinstance(left, Symbol) and isinstance(right, Symbol))
+            or left.value.ndim
+            or right.value.ndim
+        ):
             raise refusal
         dtype = torch.result_type(left.value, right.value)
         rows = [self.tabulated(side, refusal) for side in (left, right)]
@@ -380,7 +405,10 @@ class Reader:
 
 
 def again(
-    symbol: Symbol, values: Mapping[Expr, Tensor], steps: Mapping[int, tuple[Expr, int, int]], memo: dict[int, Any]
+    symbol: Symbol,
+    values: Mapping[Expr, Tensor],
+    steps: Mapping[int, tuple[Expr, int, int]],
+    memo: dict[int, Any],
 ) -> Any:
     """Computed anew where atoms have these values."""
     if id(symbol) not in memo:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -39,7 +38,9 @@ def number_of(e: Expr) -> Expr:
 def real(e: Expr) -> Expr:
     """A number as a real one."""
     value = ir.number(e)
-    return e if e.type == "real" else ir.const(float(value)) if value is not None else ir.add(e, ir.const(0.0))
+    return (
+        e if e.type == "real" else ir.const(float(value)) if value is not None else ir.add(e, ir.const(0.0))
+    )
 
 
 def truth(e: Expr) -> Expr:
@@ -94,7 +95,9 @@ def plain(symbol: Symbol, *known: str) -> None:
     for dtype in {arg.dtype for arg in given if isinstance(arg, Symbol | Tensor)} & NARROW:
         for arg in given:
             if isinstance(arg, int) and not torch.iinfo(dtype).min <= arg <= torch.iinfo(dtype).max:
-                raise Refusal(f"{arg} is beyond {str(dtype).removeprefix('torch.')}", "write `.long()` before it")
+                raise Refusal(
+                    f"{arg} is beyond {str(dtype).removeprefix('torch.')}", "write `.long()` before it"
+                )
     for name, value in symbol.kwargs.items():
         if name not in known and not (name == "inplace" and not value):
             raise Refusal(f"`{name}=` of `{named(symbol.func).strip('_')}` is not read")
@@ -126,6 +129,13 @@ def arithmetic(f: Callable[[Expr, Expr], Expr], of_truths: Callable[[Expr, Expr]
         return numbers(reader, symbol)
 
     return rule
+
+
+def times(a: Expr, b: Expr) -> Expr:
+    """a * b, which is b where a is 1, also a real one."""
+    if ir.number(a) == 1:
+        return b
+    return a if ir.number(b) == 1 else ir.mul(a, b)
 
 
 def _divisor(b: Expr) -> int:
@@ -360,16 +370,18 @@ def clamped(reader: Reader, symbol: Symbol) -> Value:
     fit, found = Fitting(reader, symbol), reader.elements(x)
     for end, f in ((low, ir.maximum), (high, ir.minimum)):
         if end is not None:
-            found = as_elements(spread(lambda a, b, f=f: fit(f(number_of(a), number_of(b))), [found, reader.elements(end)]))
+            found = as_elements(
+                spread(lambda a, b, f=f: fit(f(number_of(a), number_of(b))), [found, reader.elements(end)])
+            )
     return found.item() if found.ndim == 0 else found
 
 
-def as_elements(value: Expr | Elements) -> Elements:
+def as_elements(value: Value) -> Elements:
     if isinstance(value, Expr):
         found = np.empty((), object)
         found[()] = value
         return found
-    return value
+    return np.asarray(value, object)
 
 
 def extreme(f: Callable[[Expr, Expr], Expr]) -> Rule:
@@ -427,11 +439,13 @@ def summed(reader: Reader, symbol: Symbol) -> Value:
 
 def inner(reader: Reader, *sides: Any) -> Value:
     """Of two rows that are looked up as that of vectors, else number by number."""
-    vectors = [reader.vector(side) for side in sides if at_origin(side).ndim == 1]
-    if len(vectors) == 2 and None not in vectors:
-        return ir.inner(*vectors)
+    a, b = (reader.vector(side) for side in sides)
+    if a is not None and b is not None:
+        return ir.inner(a, b)
     parts = np.broadcast_arrays(*(reader.elements(side) for side in sides))
-    return ir.add(*(ir.mul(number_of(a), number_of(b)) for a, b in zip(*(part.flat for part in parts), strict=True)))
+    return ir.add(
+        *(ir.mul(number_of(a), number_of(b)) for a, b in zip(*(part.flat for part in parts), strict=True))
+    )
 
 
 def some(reader: Reader, symbol: Symbol) -> Value:
@@ -572,13 +586,14 @@ def sign(x: Expr) -> Expr:
 
 RULES: dict[str, Rule] = {
     "add": arithmetic(ir.add, either), "radd": arithmetic(ir.add, either),
-    "mul": arithmetic(ir.mul, both), "rmul": arithmetic(ir.mul, both),
+    "mul": arithmetic(times, both), "rmul": arithmetic(times, both),
     "sub": elementwise(ir.sub), "rsub": elementwise(swapped(ir.sub)),
     "div": division, "rdiv": elementwise(swapped(divided)),
     "floordiv": elementwise(floordiv), "rfloordiv": elementwise(swapped(floordiv)),
     "mod": elementwise(remainder), "rmod": elementwise(swapped(remainder)), "fmod": elementwise(fmod),
     "pow": powers(), "rpow": powers(swap=True), "float_power": powers(),
-    "square": elementwise(lambda x: ir.mul(x, x)), "neg": elementwise(ir.neg), "pos": elementwise(lambda x: x),
+    "square": elementwise(lambda x: ir.mul(x, x)), "neg": elementwise(ir.neg),
+    "pos": elementwise(lambda x: x),
     "abs": elementwise(ir.absolute), "sign": elementwise(sign),
     "bitwise_and": bitwise(both, bits_and), "rand": bitwise(both, bits_and),
     "bitwise_or": bitwise(either, lambda x, c: ir.sub(ir.add(x, ir.const(c)), bits_and(x, c))),
@@ -593,10 +608,12 @@ RULES: dict[str, Rule] = {
     "clamp_min": elementwise(ir.maximum), "clamp_max": elementwise(ir.minimum),
     "minimum": elementwise(ir.minimum), "maximum": elementwise(ir.maximum),
     "min": extreme(ir.minimum), "max": extreme(ir.maximum),
-    "amin": reduced(ir.minimum), "amax": reduced(ir.maximum), "sum": summed, "dot": dot, "vdot": dot, "inner": dot,
+    "amin": reduced(ir.minimum), "amax": reduced(ir.maximum), "sum": summed,
+    "dot": dot, "vdot": dot, "inner": dot,
     "any": some, "all": every, "isin": is_in,
     **{name: compared(name) for name in COMPARED},
-    **dict.fromkeys("to bool int long short float double half bfloat16 clone contiguous detach cpu cuda".split(), cast),
+    **dict.fromkeys("to bool int long short float double half bfloat16".split(), cast),
+    **dict.fromkeys("clone contiguous detach cpu cuda".split(), cast),
     **dict.fromkeys("floor ceil round trunc".split(), rounded),
     **{name: function(name) for name in ("exp", "log", "log2", "sqrt", "tanh", "sigmoid", "sin", "cos")},
     "exp2": of_real(lambda x: ir.power(ir.const(2.0), x)),
@@ -615,4 +632,5 @@ RULES: dict[str, Rule] = {
     ),
 }  # fmt: skip
 RULES |= {"ror": RULES["bitwise_or"], "rxor": RULES["bitwise_xor"],
-          "rlshift": elementwise(swapped(shift(ir.mul))), "rrshift": elementwise(swapped(shift(ir.floordiv)))}  # fmt: skip
+          "rlshift": elementwise(swapped(shift(ir.mul))),
+          "rrshift": elementwise(swapped(shift(ir.floordiv)))}  # fmt: skip

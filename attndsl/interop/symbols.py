@@ -141,8 +141,8 @@ class Symbol:
 
 
 OPERATORS = (
-    "add radd sub rsub mul rmul truediv rtruediv floordiv rfloordiv mod rmod pow rpow and rand or ror xor rxor "
-    "lshift rlshift rshift rrshift lt le gt ge eq ne neg pos invert abs getitem matmul"
+    "add radd sub rsub mul rmul truediv rtruediv floordiv rfloordiv mod rmod pow rpow and rand or ror "
+    "xor rxor lshift rlshift rshift rrshift lt le gt ge eq ne neg pos invert abs getitem matmul"
 )
 
 
@@ -154,7 +154,9 @@ def _operator(name: str) -> Callable[..., Any]:
 for _name in OPERATORS.split():
     setattr(Symbol, f"__{_name}__", _operator(f"__{_name}__"))
 
-ASKS_SHAPE = frozenset("size dim numel stride is_floating_point is_complex is_contiguous element_size ndimension".split())
+ASKS_SHAPE = frozenset(
+    "size dim numel stride is_floating_point is_complex is_contiguous element_size ndimension".split()
+)
 """Methods whose answer is the same at all positions."""
 
 
@@ -187,7 +189,9 @@ def computed(symbol: Symbol, value: Callable[[Symbol], Any]) -> Any:
     return symbol.func(*args, **{name: replaced(arg, value) for name, arg in symbol.kwargs.items()})
 
 
-def applied(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str = "") -> Any:
+def applied(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str = ""
+) -> Any:
     """What a function of torch gives of symbols: symbols, or tensors where no position has a say."""
     name = name or named(func)
     refuse_mutation(name, kwargs)
@@ -233,9 +237,8 @@ def refuse_mutation(name: str, kwargs: Mapping[str, Any]) -> None:
         )
 
 
-MUTATORS = frozenset(f"__{name}__" for name in (
-    "setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "ilshift", "irshift"
-))  # fmt: skip
+IN_PLACE = "setitem iadd isub imul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift"
+MUTATORS = frozenset(f"__{name}__" for name in IN_PLACE.split())
 
 
 class Reading(TorchFunctionMode):

@@ -62,7 +62,7 @@ def tree(e: Expr, args: list[ast.Expression]) -> ast.Expression:
             return ast.Nary(e.op, tuple(args), span=NOWHERE)
         case "mul" if e.args[0].op == "const" and e.args[0].value in (-1, -1.0):
             return ast.Unary("-", args[1], span=NOWHERE)
-        case "mul" | "div" | "floordiv" | "mod" | "pow":
+        case "mul" | "div" | "floordiv" | "mod" | "pow" | "inner":
             return ast.Binary(ir.SYMBOLS[e.op].strip(), args[0], args[1], span=NOWHERE)
         case "not" if e.args[0].op == "eq":
             equal = cast(ast.Compare, args[0])
@@ -74,7 +74,9 @@ def tree(e: Expr, args: list[ast.Expression]) -> ast.Expression:
         case "abs":
             return ast.Abs(args[0], span=NOWHERE)
         case "inset":
-            return compare("in", args[0], ast.SetList(tuple(map(item, cast(IntSet, e.value).intervals)), span=NOWHERE))
+            return compare(
+                "in", args[0], ast.SetList(tuple(map(item, cast(IntSet, e.value).intervals)), span=NOWHERE)
+            )
         case "lookup":
             return looked_up(e, args)
         case "intable":
@@ -117,9 +119,9 @@ def summed(e: Expr, args: list[ast.Expression]) -> ast.Expression:
             plus.append(text)
     if not plus:
         plus = [ast.Unary("-", minus.pop(0), span=NOWHERE)] if minus else [number(0)]
-    found = plus[0] if len(plus) == 1 else ast.Nary("+", tuple(plus), span=NOWHERE)
+    found: ast.Expression = plus[0] if len(plus) == 1 else ast.Nary("+", tuple(plus), span=NOWHERE)
     if e.type == "real" and len(e.args) == 1:
         found = ast.Nary("+", (found, number(0.0)), span=NOWHERE)
-    for part in minus:
-        found = ast.Binary("-", found, part, span=NOWHERE)
+    for text in minus:
+        found = ast.Binary("-", found, text, span=NOWHERE)
     return found

@@ -357,8 +357,9 @@ def _part(node: Expr, data: Array) -> _Part:
         extremes = Extremes(data)
         return _Part(data, lambda spans: extremes(*spans[0]))
     if data.ndim == 2 and data.dtype == bool:
-        sums = np.zeros((data.shape[0] + 1, data.shape[1] + 1), np.int64)
-        sums[1:, 1:] = data.cumsum(0, dtype=np.int64).cumsum(1)
+        narrow = np.int32 if data.size < 2**31 else np.int64
+        sums = np.zeros((data.shape[0] + 1, data.shape[1] + 1), narrow)
+        np.cumsum(data.cumsum(1, dtype=narrow), axis=0, out=sums[1:, 1:])
         return _Part(data, lambda spans: _all_and_any(sums, *spans[0], *spans[1]))
     return _Part(data, lambda spans: _coarse(data, spans))
 

@@ -17,7 +17,7 @@ Array = NDArray[Any]
 LINKED = frozenset(("intable", "random", "exists"))
 """What boxes say nothing of."""
 TRIED = (2, 8)
-"""Positions on a side of a tile that are asked before all are: most tiles are partial, and some of these show it."""
+"""Positions on a side of a tile that are asked before all are: most tiles are partial, and these show it."""
 
 
 def kinds(
@@ -33,7 +33,9 @@ def kinds(
     source = Evaluator(mask, Frame(nq, n_keys), tables)
     rows, cols = (np.arange(0, length, block_size) for length in (nq, n_keys))
     step = max(1, CHUNK // len(cols))
-    parts = [_row(source, rows[at : at + step, None], cols[None], block_size) for at in range(0, len(rows), step)]
+    parts = [
+        _row(source, rows[at : at + step, None], cols[None], block_size) for at in range(0, len(rows), step)
+    ]
     return np.concatenate(parts)
 
 

@@ -20,7 +20,7 @@ from attndsl.keywords import instead
 from attndsl.meaning.intervals import check_range
 from attndsl.meaning.pointwise import evaluate
 from attndsl.streams import Numbers
-from attndsl.tiles.blockmask import BlockMask, Rows, Spans, TileGrid, intervals
+from attndsl.tiles.blockmask import BlockMask, Rows, Spans, intervals
 from attndsl.tiles.rows import HIGH, LOW, Keys, entries, keys_of
 
 if TYPE_CHECKING:
@@ -605,7 +605,9 @@ def told_apart(
     different: list[ClosedMask] = []
     index: dict[tuple[int, int], int] = {}
     for case in every:
-        contents = tuple((name, a.shape, a.tobytes()) for name, a in case.tables.items()) if len(every) > 1 else ()
+        contents = (
+            tuple((name, a.shape, a.tobytes()) for name, a in case.tables.items()) if len(every) > 1 else ()
+        )
         if (case.mask, contents) not in known:
             known[case.mask, contents] = len(different)
             different.append(case)
