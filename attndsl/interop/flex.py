@@ -21,6 +21,7 @@ from attndsl.interop.reading import INFINITE, TAKEN, B, Reader, S
 from attndsl.interop.symbols import OURS, Place, Reading, Refusal, Symbol
 from attndsl.interop.text import attention_text
 from attndsl.keywords import by_name
+from attndsl.meaning.intervals import never_negative
 from attndsl.program import parse
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -215,7 +216,7 @@ def masked(score: Expr, result: Symbol | Tensor) -> tuple[Expr, Expr]:
             cond, a, b = args
             live[node] = ir.any_of(ir.all_of(cond, parts[1]), ir.all_of(ir.negate(cond), parts[2]))
             value[node] = b if parts[1] is ir.FALSE else a if parts[2] is ir.FALSE else ir.where(cond, a, b)
-        elif node.op == "add" or (node.op == "mul" and positive(args[0])):
+        elif node.op == "add" or scaled(node, parts, args):
             live[node] = ir.all_of(*parts)
             value[node] = ir.rebuild(node, args)
         else:
@@ -224,9 +225,14 @@ def masked(score: Expr, result: Symbol | Tensor) -> tuple[Expr, Expr]:
     return live[score], value[score]
 
 
-def positive(e: Expr) -> bool:
-    value = ir.number(e)
-    return value is not None and value > 0
+def scaled(node: Expr, live: list[Expr], args: tuple[Expr, ...]) -> bool:
+    """Whether it is what may be -inf, by a number that is positive."""
+    if node.op not in ("mul", "div"):
+        return False
+    factor = 1 if node.op == "div" or live[1] is ir.TRUE else 0
+    e, value = args[factor], ir.number(args[factor])
+    positive = value > 0 if value is not None else e.type == "int" and never_negative(ir.sub(e, ir.ONE))
+    return live[factor] is ir.TRUE and positive
 
 
 def by_batch(e: Expr, reader: Reader) -> Expr:

@@ -364,7 +364,9 @@ class Reader:
         ranges = [torch.arange(int(low), int(high) + 1, device=symbol.value.device) for low, high in spans]
         with getitem_by_index(), torch.no_grad():
             tensor = at(*ranges)
-        self.made[tensor.untyped_storage().data_ptr()] = "".join(str(atom.value) if atom.op == "var" else "d" for atom in inner)
+        self.made[tensor.untyped_storage().data_ptr()] = "".join(
+            str(atom.value) if atom.op == "var" else "d" for atom in inner
+        )
         shifted = (ir.sub(atom, ir.const(int(low))) for atom, (low, _) in zip(inner, spans, strict=True))
         return Row(tensor, tuple(shifted))
 
