@@ -20,7 +20,7 @@ from torch import Tensor
 from attndsl import expr as ir
 from attndsl.expr import Expr, Table
 from attndsl.interop.rules import COMPARED, REAL_TYPES, RULES, moved, operation
-from attndsl.interop.symbols import Place, Refusal, Symbol, Unsized, computed, named, span_of, symbols
+from attndsl.interop.symbols import Place, Refusal, Settled, Symbol, computed, named, span_of, symbols
 from attndsl.language.vocabulary import BUILT_IN, RESERVED
 from attndsl.meaning.intervals import Interval
 from attndsl.meaning.intervals import bounds as interval
@@ -117,7 +117,7 @@ class Reader:
             return RULES[name](self, symbol)
         except Refusal as refusal:
             refusal.place = refusal.place or symbol.place
-            if refusal.mistake or isinstance(refusal, Unsized) or (outer and self.whole):
+            if refusal.mistake or isinstance(refusal, Settled) or (outer and self.whole):
                 raise
             self.whole = False
             try:
@@ -331,10 +331,9 @@ class Reader:
         return found
 
     def read_by(self, symbol: Symbol) -> frozenset[Expr]:
-        """The atoms of its arguments."""
-        args = symbols((*symbol.args, *symbol.kwargs.values()))
+        """The atoms of its arguments; of a position itself."""
         empty: frozenset[Expr] = frozenset()
-        return empty.union(*(self.atoms(arg) for arg in args))
+        return empty.union(*(self.atoms(arg) for arg in arguments(symbol)))
 
     def tabulated(self, symbol: Symbol, refusal: Refusal) -> Row:
         """It at all values of its atoms. Raises the refusal where they are too many, or more than one."""
@@ -345,7 +344,7 @@ class Reader:
         if needed:
             names = " and ".join(f"`{name}=`" for name in sorted({GIVE[name] for name in needed}))
             said = f"{refusal.message}; with lengths it is made a table"
-            raise Unsized(said, f"give {names}", refusal.place)
+            raise Settled(said, f"give {names}", refusal.place)
         inner = [atom for atom in (B, H) if atom in atoms] + [atom for atom in atoms if atom not in (B, H)]
         spans = [self.bounds(atom) for atom in inner]
         lengths = [int(high - low) + 1 for low, high in spans]
@@ -353,7 +352,7 @@ class Reader:
             raise refusal
 
         steps: dict[int, tuple[Expr, int, int]] = {}
-        for arg in symbols((*symbol.args, *symbol.kwargs.values())):
+        for arg in arguments(symbol):
             self.find_steps(arg, steps)
 
         def at(*values: Tensor) -> Any:
@@ -381,7 +380,7 @@ class Reader:
             assert found is not None
             steps[id(symbol)] = atom, *found
             return
-        for arg in symbols((*symbol.args, *symbol.kwargs.values())):
+        for arg in arguments(symbol):
             self.find_steps(arg, steps)
 
     def ranked(self, symbol: Symbol, op: str, refusal: Refusal) -> Expr:
@@ -420,6 +419,11 @@ def again(
         else:
             memo[id(symbol)] = computed(symbol, lambda arg: again(arg, values, steps, memo))
     return memo[id(symbol)]
+
+
+def arguments(symbol: Symbol) -> list[Symbol]:
+    """What it is made of; of a position itself."""
+    return [symbol] if symbol.name else [*symbols((*symbol.args, *symbol.kwargs.values()))]
 
 
 def positions(atoms: frozenset[Expr]) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from attndsl import expr as ir
 from attndsl.expr import Expr, IntSet
-from attndsl.interop.symbols import Refusal, Symbol, named
+from attndsl.interop.symbols import Refusal, Settled, Symbol, named
 
 if TYPE_CHECKING:
     from attndsl.interop.reading import Reader, Value
@@ -56,7 +56,7 @@ EXACTLY = "torch rounds it, and a mask is exact: compute with integers, as `//` 
 
 
 class Fitting:
-    """Whether values of one symbol are as in torch, which wraps integers and rounds real numbers."""
+    """Values of one symbol as in torch, which wraps integers and rounds real numbers."""
 
     def __init__(self, reader: Reader, symbol: Symbol) -> None:
         self.reader, self.dtype = reader, symbol.value.dtype
@@ -68,8 +68,8 @@ class Fitting:
             info = torch.iinfo(self.dtype)
             low, high = self.reader.bounds(e)
             if low < info.min or high > info.max:
-                said = f"an integer of {str(self.dtype).removeprefix('torch.')} could be beyond its range"
-                raise Refusal(said, "leave int64 as it is, or say how long the sequence is")
+                least = ir.const(info.min)
+                return ir.add(ir.mod(ir.sub(e, least), ir.const(2**info.bits)), least)
         return e
 
 
@@ -285,8 +285,8 @@ def logical(f: Callable[..., Expr]) -> Rule:
 
 def complement(reader: Reader, symbol: Symbol) -> Value:
     if symbol.value.dtype is not torch.bool:
-        raise Refusal(
-            "`~` of an integer is `-x - 1`, and never 0 for a truth",
+        raise Settled(
+            "`~` of an integer is `-x - 1`, and no truth",
             "for what is not so compare first: `~(x == y)`; for the number write `-x - 1`",
         )
     return spread(ir.negate, [reader.elements(symbol.args[0])])

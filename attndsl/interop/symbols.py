@@ -57,8 +57,8 @@ def here() -> Place | None:
     return None if frame is None else Place(frame.f_code, frame.f_lasti, frame.f_lineno)
 
 
-class Unsized(Refusal):
-    """One that lengths, which were not given, would lift."""
+class Settled(Refusal):
+    """One that holds though the values could be computed."""
 
 
 def wrong(message: str, help: str = "") -> Refusal:
@@ -83,7 +83,11 @@ def span_of(place: Place | None) -> Span | None:
     def at(line: int, column: int) -> int:
         return offsets[line - 1] + len(lines[line - 1].encode()[:column].decode(errors="ignore"))
 
-    return Span(Source(name, "".join(lines)), at(first, start), at(last, end))
+    source = Source(name, "".join(lines))
+    if (first, start) == (last, end):
+        # where a function begins stands no instruction: all of its line is meant
+        return Span(source, offsets[first - 1], offsets[first] - 1)
+    return Span(source, at(first, start), at(last, end))
 
 
 class Symbol:

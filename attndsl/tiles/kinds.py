@@ -17,7 +17,9 @@ Array = NDArray[Any]
 LINKED = frozenset(("intable", "random", "exists"))
 """What boxes say nothing of."""
 TRIED = (2, 8)
-"""Positions on a side of a tile that are asked before all are: most tiles are partial, and these show it."""
+"""Positions on a side of a tile that are asked first: most tiles are partial, and these show it."""
+PARTS = 8
+"""Boxes on a side of a tile that is still open."""
 
 
 def kinds(
@@ -50,17 +52,41 @@ def _row(source: Evaluator, q: Array, k: Array, size: int) -> NDArray[np.int8]:
 
 
 def _told(source: Evaluator, q: Array, k: Array, size: int) -> NDArray[np.int8]:
-    """Of boxes at q [u], k [u] that bounds leave open: first by some of their positions, at last by all."""
+    """Of boxes at q [u], k [u] that bounds leave open: by some of their positions, by the bounds of smaller
+    boxes in them, and at last by all positions of those that are open too."""
     frame = source.frame
     live = np.zeros(len(q), bool)
     dead = (q + size > frame.q) | (k + size > frame.k)
-    for side in (*TRIED, size):
+    for side in TRIED:
         open_ = np.flatnonzero(~(live & dead))
         offsets = np.linspace(0, size - 1, side).astype(np.int64)
-        for some in np.array_split(open_, 1 + len(open_) * side**2 // CHUNK):
-            rows = np.minimum(q[some, None] + offsets, frame.q - 1)[:, :, None]
-            cols = np.minimum(k[some, None] + offsets, frame.k - 1)[:, None, :]
-            inside = pointwise.evaluate(source.mask, rows, cols, source.tables)
-            live[some] |= inside.any(axis=(1, 2))
-            dead[some] |= ~inside.all(axis=(1, 2))
+        some, whole = _seen(source, q[open_], k[open_], offsets)
+        live[open_] |= some
+        dead[open_] |= ~whole
+    open_, part = np.flatnonzero(~(live & dead)), size // PARTS
+    for some in np.array_split(open_, 1 + len(open_) * PARTS**2 // CHUNK):
+        offsets = np.arange(PARTS) * part
+        rows, cols = (q[some, None] + offsets)[:, :, None], (k[some, None] + offsets)[:, None, :]
+        status, key = source.signatures(rows, cols, part)
+        status = np.broadcast_to(status, (len(some), PARTS, PARTS))
+        live[some] |= (status == FULL).any(axis=(1, 2))
+        dead[some] |= (status == EMPTY).any(axis=(1, 2))
+        at = np.nonzero(status == PARTIAL)
+        first, number = unique(pack(key, len(at[0])))
+        corner = [np.broadcast_to(x, status.shape)[tuple(i[first] for i in at)] for x in (rows, cols)]
+        has, whole = _seen(source, corner[0], corner[1], np.arange(part))
+        np.logical_or.at(live, some[at[0]], has[number])
+        np.logical_or.at(dead, some[at[0]], ~whole[number])
     return np.where(live, np.where(dead, PARTIAL, FULL), EMPTY).astype(np.int8)
+
+
+def _seen(source: Evaluator, q: Array, k: Array, offsets: Array) -> tuple[Array, Array]:
+    """Whether some, and whether all of the positions at these offsets from q [u], k [u] are live; those
+    outside of the matrix are left out."""
+    frame, some, all_ = source.frame, np.zeros(len(q), bool), np.ones(len(q), bool)
+    for part in np.array_split(np.arange(len(q)), 1 + len(q) * len(offsets) ** 2 // CHUNK):
+        rows = np.minimum(q[part, None] + offsets, frame.q - 1)[:, :, None]
+        cols = np.minimum(k[part, None] + offsets, frame.k - 1)[:, None, :]
+        inside = pointwise.evaluate(source.mask, rows, cols, source.tables)
+        some[part], all_[part] = inside.any(axis=(1, 2)), inside.all(axis=(1, 2))
+    return some, all_
