@@ -359,7 +359,7 @@ REFUSED: dict[str, tuple[Callable[..., Any], str, str]] = {
     "write": (changing, "`setitem` changes a tensor", "doc[q]"),
     "write by a method": (changing_by_method, "`add` changes a tensor", "doc.add_(1)"),
     "item": (lambda b, h, q, k: doc[q.item()] == k, "`item` asks for the value", "q.item()"),
-    "range": (lambda b, h, q, k: sum(k == i for i in range(q)) > 0, "for the value of a position", "range(q)"),
+    "range": (lambda b, h, q, k: sum(k == i for i in range(q)), "for the value of a position", "range(q)"),
     "numpy": (lambda b, h, q, k: np.maximum(q, 3) > k, "for the value of a position", "np.maximum(q, 3)"),
     "member": (lambda b, h, q, k: k in [1, 2], "is true", "k in [1, 2]"),
     "integers": (lambda b, h, q, k: q - k, "returns int64, not a Boolean tensor", "q - k"),
@@ -463,13 +463,13 @@ def test_a_mod_without_a_file_is_told_without_a_line() -> None:
 
 
 def test_names_that_the_language_has_get_another() -> None:
-    mask = inputs = nq = doc
+    mask, nq = doc, doc.clone()
 
     def pattern(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return (mask[q] == inputs[k]) & (nq[q] >= 0)
+        return (mask[q] == mask[k]) & (nq[q] >= 0)
 
     bound = attndsl.from_mask_mod(pattern)
-    assert (bound.name, [*bound.tables]) == ("pattern_", ["mask_"])
+    assert (bound.name, [*bound.tables]) == ("pattern_", ["mask_", "nq_"])
     assert attndsl.parse(str(bound))["pattern_"].attention == bound.attention
 
 

@@ -15,7 +15,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from attndsl.axis import Axis
 from attndsl.errors import AttnError, Diagnostic
-from attndsl.interop.flex import POSITIONS, MaskMod, Unread, named, read
+from attndsl.interop.flex import POSITIONS, MaskMod, Unread, called_as, read
 from attndsl.interop.reading import getitem_by_index
 from attndsl.tiles import lowering
 from attndsl.tiles.abstract import EMPTY, FULL, PARTIAL
@@ -67,7 +67,7 @@ def create_block_mask(
     try:
         found = tiled(mask_mod, shape, size, place)
     except Unread as error:
-        said = f"`{named(mask_mod)}` is asked for every pair, because it is not read:\n{error}"
+        said = f"`{called_as(mask_mod)}` is asked for every pair, because it is not read:\n{error}"
         warnings.warn(said, stacklevel=2)
         found = asked(mask_mod, shape, size, place)
     return listed(found, shape, size, mask_mod, place, separate_full_blocks)
@@ -87,8 +87,8 @@ def tiled(mask_mod: MaskMod, shape: Shape, size: tuple[int, int], device: torch.
     edge = math.gcd(*size)
     if edge % 8:
         raise Unread(Diagnostic(f"blocks of {size[0]} x {size[1]} are no tiles of a multiple of 8"))
-    mask = read(mask_mod, None, dict(zip(POSITIONS, shape, strict=True)), str(device))
-    attention = mask.attention(named(mask_mod))
+    mask = read(mask_mod, None, dict(zip(POSITIONS, shape, strict=True)), str(device), named=False)
+    attention = mask.attention(called_as(mask_mod))
     sizes = lowering.sizes(attention, n, nq, heads, q=Axis.starting(nq, (0,)))
     try:
         tables = lowering.checked_tables(attention, mask.given, sizes)

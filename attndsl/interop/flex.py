@@ -119,20 +119,27 @@ class Read:
         return Attention(name, groups, tuple(self.tables), offset=ir.ZERO)
 
 
-def read(mask_mod: MaskMod | None, score_mod: ScoreMod | None, sizes: Mapping[str, int], device: str) -> Read:
-    """Raises AttnError for a mod that is wrong, and Unread for one that torch would take."""
+def read(
+    mask_mod: MaskMod | None,
+    score_mod: ScoreMod | None,
+    sizes: Mapping[str, int],
+    device: str,
+    named: bool = True,
+) -> Read:
+    """Tables are `named` as the mods name them, or anyhow. Raises AttnError for a mod that is wrong, and Unread
+    for one that torch would take."""
+    mods: dict[str, Any] = {"mask_mod": mask_mod, "score_mod": score_mod}
+    mods = {kind: mod for kind, mod in mods.items() if mod is not None}
     try:
         reading = Reading()
-        mods: list[tuple[Callable[..., Any], Symbol | Tensor]] = []
-        for mod, kind in ((mask_mod, "mask_mod"), (score_mod, "score_mod")):
-            if mod is not None:
-                mods.append((mod, called(mod, kind, reading, device)))
-        reader = Reader(sizes, reading.trained)
-        found = {mod: reader.elements(result).item() for mod, result in mods}
-        mask = ir.TRUE if mask_mod is None else found[mask_mod]
-        score = S if score_mod is None else found[score_mod]
-        live, score = masked(score, mods[-1][1])
-        mask, score = (by_batch(e, reader) for e in (ir.all_of(mask, live), score))
+        results = {kind: called(mod, kind, reading, device) for kind, mod in mods.items()}
+        reader = Reader(sizes, reading.trained, [*mods.values()] if named else [])
+        found = {kind: reader.elements(result).item() for kind, result in results.items()}
+        live, score = ir.TRUE, S
+        if score_mod is not None:
+            live, score = masked(found["score_mod"], results["score_mod"])
+        mask = ir.all_of(found.get("mask_mod", ir.TRUE), live)
+        mask, score = by_batch(mask, reader), by_batch(score, reader)
     except Refusal as refusal:
         told = refusal.told()
         raise (told if refusal.mistake else Unread(*told.diagnostics)) from None
@@ -267,12 +274,12 @@ def imported(
 ) -> Bound:
     """The attention of a text that is written of the mods."""
     found = read(mask_mod, score_mod, sizes, device)
-    name = named(score_mod or mask_mod)
+    name = called_as(score_mod or mask_mod)
     bound = parse(attention_text(name, tuple(found.tables), found.mask, found.score, 0), f"<{name}>")[name]
     return bound.carrying(found.given)
 
 
-def named(mod: Any) -> str:
+def called_as(mod: Any) -> str:
     """What the attention of a mod is called."""
     while isinstance(mod, functools.partial):
         mod = mod.func

@@ -7,6 +7,8 @@ refused: nothing is approximated. Of a score real operations are as exact as any
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -19,8 +21,9 @@ from torch import Tensor
 
 from attndsl import expr as ir
 from attndsl.expr import Expr, Table
+from attndsl.interop.holding import names_of
 from attndsl.interop.rules import COMPARED, REAL_TYPES, RULES, moved, operation
-from attndsl.interop.symbols import Place, Refusal, Settled, Symbol, computed, named, span_of, symbols
+from attndsl.interop.symbols import Place, Refusal, Settled, Symbol, computed, named, symbols
 from attndsl.language.vocabulary import BUILT_IN, RESERVED
 from attndsl.meaning.intervals import Interval
 from attndsl.meaning.intervals import bounds as interval
@@ -61,20 +64,20 @@ class Reader:
 
     sizes:    how many batch rows (`b`), heads, queries and keys there are, as far as that is known.
     trained:  tensors that were computed of trained ones inside.
+    holders:  the mods, after whose tensors tables are named.
     tables:   what is looked up, by name, with the axes of its table.
     declared: these tables, in the order of their first use.
     """
 
-    def __init__(self, sizes: Mapping[str, int], trained: Sequence[Tensor]) -> None:
-        self.sizes, self.trained = sizes, trained
+    def __init__(self, sizes: Mapping[str, int], trained: Sequence[Tensor], holders: Sequence[Any]) -> None:
+        self.sizes, self.trained, self.holders = sizes, trained, holders
         self.tables: dict[str, Tensor] = {}
         self.declared: dict[tuple[Any, ...], Table] = {}
         # symbols have no hash, and live as long as what was made of them
         self.values: dict[int, Value | Refusal] = {}
         self.below: dict[int, frozenset[Expr]] = {}
-        # by their storage: what tensors that were computed are by, and where others are looked up
+        # of what was computed: what it is by, by the address of its storage
         self.made: dict[int, str] = {}
-        self.written: dict[int, Place] = {}
         self.finite: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}
         self.place: Place | None = None
         self.batch_read: Place | None = None
@@ -204,8 +207,6 @@ class Reader:
             if kept[i].value.ndim or kept[i].value.dtype in (torch.bool, *REAL_TYPES):
                 raise Refusal("an index that is no single integer")
         others = [i for i in range(len(kept)) if i not in axes]
-        if self.place is not None:
-            self.written.setdefault(tensor.untyped_storage().data_ptr(), self.place)
         tensor = tensor.permute(*range(held), *(held + i for i in (*axes, *others)))
         indices = [self.expression(kept[i]) for i in axes]
         return self.entry(Row(tensor, (*row.indices, *indices)))
@@ -291,16 +292,18 @@ class Reader:
             self.tables[name] = tensor
         return self.declared[key], order
 
+    @functools.cached_property
+    def held(self) -> dict[int, str]:
+        """Names of tensors."""
+        return names_of(*self.holders)
+
     def new_name(self, storage: int) -> str:
-        """As what is looked up is written: `doc` of `self.doc[q]`; `by_q` of what was computed."""
-        by, span = self.made.get(storage, ""), span_of(self.written.get(storage, self.place))
-        written = re.match(r"[\w.]*?([A-Za-z]\w*)\s*\[", span.text) if span and not by else None
-        stem = f"by_{by}" if by else written[1] if written else "table"
-        name = stem = f"{stem}_" if stem in TAKEN else stem
-        numbers = iter(range(2, 10**6))
-        while name in self.tables:
-            name = f"{stem}{next(numbers)}"
-        return name
+        """As it is called where it comes from; `by_q` of what was computed."""
+        by = self.made.get(storage)
+        stem = f"by_{by}" if by else re.sub(r"\W", "_", self.held.get(storage, "")).lstrip("_") or "table"
+        stem = f"{stem}_" if stem in TAKEN or stem[0].isdigit() else stem
+        names = itertools.chain([stem], (f"{stem}{number}" for number in itertools.count(2)))
+        return next(name for name in names if name not in self.tables)
 
     def atoms(self, symbol: Symbol) -> frozenset[Expr]:
         """Integers that it is a function of: positions, or one that is made of several, which is then the
