@@ -126,8 +126,8 @@ def read(
     device: str,
     named: bool = True,
 ) -> Read:
-    """Tables are `named` as the mods name them, or anyhow. Raises AttnError for a mod that is wrong, and Unread
-    for one that torch would take."""
+    """Tables are `named` as the mods name them, or anyhow. Raises AttnError for a mod that is wrong, and
+    Unread for one that torch would take."""
     mods: dict[str, Any] = {"mask_mod": mask_mod, "score_mod": score_mod}
     mods = {kind: mod for kind, mod in mods.items() if mod is not None}
     try:

@@ -22,8 +22,8 @@ from torch import Tensor
 from attndsl import expr as ir
 from attndsl.expr import Expr, Table
 from attndsl.interop.holding import names_of
-from attndsl.interop.rules import COMPARED, REAL_TYPES, RULES, moved, operation
-from attndsl.interop.symbols import Place, Refusal, Settled, Symbol, computed, named, symbols
+from attndsl.interop.rules import COMPARED, REAL_TYPES, RULES, as_elements, moved, operation, spread
+from attndsl.interop.symbols import Place, Refusal, Settled, Symbol, computed, named, symbolic, symbols
 from attndsl.language.vocabulary import BUILT_IN, RESERVED
 from attndsl.meaning.intervals import Interval
 from attndsl.meaning.intervals import bounds as interval
@@ -76,7 +76,9 @@ class Reader:
         # symbols have no hash, and live as long as what was made of them
         self.values: dict[int, Value | Refusal] = {}
         self.below: dict[int, frozenset[Expr]] = {}
-        # of what was computed: what it is by, by the address of its storage
+        # what stands for entries of tables
+        self.entries: dict[Expr, Row] = {}
+        # names of tensors that were computed, by the address of their storage
         self.made: dict[int, str] = {}
         self.finite: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}
         self.place: Place | None = None
@@ -181,14 +183,18 @@ class Reader:
     def looked_up(self, symbol: Symbol) -> Value:
         """`x[i, ...]`"""
         base, index = symbol.args
-        row = Row(self.untrained(base), ()) if isinstance(base, Tensor) else Row(base.value, ())
-        if isinstance(base, Symbol):
-            value = self.value(base)
-            if not any(True for _ in symbols([index])):
-                return moved(self, symbol)
-            if not isinstance(value, Row):
-                raise Refusal("what is computed of positions is looked up at another", WITHOUT)
-            row = value
+        if not symbolic([index]):
+            return moved(self, symbol)
+        value = Row(self.untrained(base), ()) if isinstance(base, Tensor) else self.value(base)
+        if isinstance(value, Row):
+            return self.entry(self.row(value, index))
+        if not (isinstance(value, np.ndarray) and isinstance(index, Symbol)) or index.value.ndim:
+            raise Refusal("what is computed of positions is looked up at others", WITHOUT)
+        at = self.inside(self.expression(index), len(value))
+        return spread(functools.partial(one_of, at), [as_elements(member) for member in value])
+
+    def row(self, row: Row, index: Any) -> Row:
+        """What is left of it at an index in which positions are."""
         places = list(index) if isinstance(index, tuple) else [index]
         held = len(row.indices)
         free = row.tensor.ndim - held
@@ -209,7 +215,7 @@ class Reader:
         others = [i for i in range(len(kept)) if i not in axes]
         tensor = tensor.permute(*range(held), *(held + i for i in (*axes, *others)))
         indices = [self.expression(kept[i]) for i in axes]
-        return self.entry(Row(tensor, (*row.indices, *indices)))
+        return Row(tensor, (*row.indices, *indices))
 
     def untrained(self, tensor: Tensor) -> Tensor:
         """Itself. Raises Refusal for what the mod computed of a tensor that is trained."""
@@ -243,6 +249,9 @@ class Reader:
                 raise Refusal("a table has an entry that is infinite or no number")
             some = bool(masked.any())
             filled = tensor.masked_fill(masked, 0.0) if some else tensor
+            if some:
+                self.made[masked.untyped_storage().data_ptr()] = f"no_{self.named(tensor)}"
+                self.made[filled.untyped_storage().data_ptr()] = self.named(tensor)
             self.finite[id(tensor)] = tensor, filled, masked if some else None
         return self.finite[id(tensor)]
 
@@ -287,7 +296,7 @@ class Reader:
         key = (tensor.data_ptr(), *dims, *tensor.shape, *tensor.stride(), tensor.dtype)
         if key not in self.declared:
             dtype = "bool" if tensor.dtype is torch.bool else "float" if tensor.dtype in REAL_TYPES else "int"
-            name = self.new_name(tensor.untyped_storage().data_ptr())
+            name = self.new_name(tensor)
             self.declared[key] = Table(name, dtype, (*dims, *sizes))  # type: ignore[arg-type]
             self.tables[name] = tensor
         return self.declared[key], order
@@ -297,11 +306,16 @@ class Reader:
         """Names of tensors."""
         return names_of(*self.holders)
 
-    def new_name(self, storage: int) -> str:
+    def named(self, tensor: Tensor) -> str:
         """As it is called where it comes from; `by_q` of what was computed."""
-        by = self.made.get(storage)
-        stem = f"by_{by}" if by else re.sub(r"\W", "_", self.held.get(storage, "")).lstrip("_") or "table"
-        stem = f"{stem}_" if stem in TAKEN or stem[0].isdigit() else stem
+        storage = tensor.untyped_storage().data_ptr()
+        found = self.made.get(storage) or self.held.get(storage, "")
+        stem = re.sub(r"\W", "_", found).lstrip("_") or "table"
+        return f"{stem}_" if stem in TAKEN or stem[0].isdigit() else stem
+
+    def new_name(self, tensor: Tensor) -> str:
+        """One that no other table has."""
+        stem = self.named(tensor)
         names = itertools.chain([stem], (f"{stem}{number}" for number in itertools.count(2)))
         return next(name for name in names if name not in self.tables)
 
@@ -314,24 +328,30 @@ class Reader:
             found = frozenset({self.expression(symbol)})
         else:
             found = self.read_by(symbol)
-            if (
-                positions(found) > 1
-                and not symbol.value.ndim
-                and symbol.value.dtype not in (torch.bool, *REAL_TYPES)
-            ):
+            if positions(found) > 1 and not symbol.value.ndim:
                 whole, self.whole = self.whole, False
-                try:
-                    e = self.value(symbol)
-                except Refusal:
-                    pass
-                else:
-                    assert isinstance(e, Expr)
-                    known = {atom for atoms in self.below.values() for atom in atoms}
-                    found = frozenset({next((x for x in known if offset(e, x)), e)})
-                finally:
-                    self.whole = whole
+                found = frozenset({atom}) if (atom := self.atom(symbol)) else found
+                self.whole = whole
         self.below[id(symbol)] = found
         return found
+
+    def atom(self, symbol: Symbol) -> Expr | None:
+        """What is read of several positions and stands for itself: an integer, or a real entry of a table."""
+        try:
+            if symbol.value.dtype in REAL_TYPES:
+                base, *index = symbol.args
+                if operation(symbol) != "getitem" or not isinstance(base, Tensor) or base.requires_grad:
+                    return None
+                entry = ir.make("var", (), f"entry {len(self.entries)}", "real")
+                self.entries[entry] = self.row(Row(base, ()), *index)
+                return entry
+            e = self.value(symbol)
+        except Refusal:
+            return None
+        if not isinstance(e, Expr) or e.type != "int":
+            return None
+        known = {atom for atoms in self.below.values() for atom in atoms}
+        return next((x for x in known if offset(e, x)), e)
 
     def read_by(self, symbol: Symbol) -> frozenset[Expr]:
         """The atoms of its arguments; of a position itself."""
@@ -343,6 +363,10 @@ class Reader:
         atoms = self.read_by(symbol)
         if positions(atoms) > 1 or S in atoms or symbol.value.requires_grad:
             raise refusal
+        if entry := next((atom for atom in atoms if atom in self.entries), None):
+            if len(atoms) > 1:
+                raise refusal
+            return self.tabulated_by_entry(symbol, entry)
         needed = {name for atom in atoms for name in atom.free if name not in self.sizes}
         if needed:
             names = " and ".join(f"`{name}=`" for name in sorted({GIVE[name] for name in needed}))
@@ -366,11 +390,22 @@ class Reader:
         ranges = [torch.arange(int(low), int(high) + 1, device=symbol.value.device) for low, high in spans]
         with getitem_by_index(), torch.no_grad():
             tensor = at(*ranges)
-        self.made[tensor.untyped_storage().data_ptr()] = "".join(
-            str(atom.value) if atom.op == "var" else "d" for atom in inner
-        )
+        by = "".join(str(atom.value) if atom.op == "var" else "d" for atom in inner)
+        self.made[tensor.untyped_storage().data_ptr()] = f"by_{by}"
         shifted = (ir.sub(atom, ir.const(int(low))) for atom, (low, _) in zip(inner, spans, strict=True))
         return Row(tensor, tuple(shifted))
+
+    def tabulated_by_entry(self, symbol: Symbol, entry: Expr) -> Row:
+        """What is computed of an entry of a table, as another table."""
+        tensor, indices = self.entries[entry]
+        steps: dict[int, tuple[Expr, int, int]] = {}
+        for arg in arguments(symbol):
+            self.find_steps(arg, steps)
+        at = torch.vmap(lambda value: again(symbol, {entry: value}, steps, {}))
+        with getitem_by_index(), torch.no_grad():
+            found = at(tensor.flatten())
+        self.made[found.untyped_storage().data_ptr()] = f"by_{self.named(tensor)}"
+        return Row(found.reshape(*tensor.shape, *found.shape[1:]), indices)
 
     def find_steps(self, symbol: Symbol, steps: dict[int, tuple[Expr, int, int]]) -> None:
         """What is an atom but for its sign and a constant, among what a symbol is made of and itself."""
@@ -379,7 +414,7 @@ class Reader:
         atoms = self.atoms(symbol)
         if symbol.name or (len(atoms) == 1 and positions(self.read_by(symbol)) > 1):
             (atom,) = atoms
-            found = offset(self.value(symbol), atom)
+            found = (1, 0) if atom in self.entries else offset(self.value(symbol), atom)
             assert found is not None
             steps[id(symbol)] = atom, *found
             return
@@ -427,6 +462,16 @@ def again(
 def arguments(symbol: Symbol) -> list[Symbol]:
     """What it is made of; of a position itself."""
     return [symbol] if symbol.name else [*symbols((*symbol.args, *symbol.kwargs.values()))]
+
+
+def one_of(at: Expr, *members: Expr) -> Expr:
+    """The member whose number this is."""
+    if members[0].type == "bool":
+        return ir.any_of(*(ir.all_of(ir.eq(at, ir.const(i)), e) for i, e in enumerate(members)))
+    found = members[-1]
+    for i, e in reversed([*enumerate(members[:-1])]):
+        found = ir.where(ir.eq(at, ir.const(i)), e, found)
+    return found
 
 
 def positions(atoms: frozenset[Expr]) -> int:

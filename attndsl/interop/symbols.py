@@ -177,11 +177,16 @@ def symbols(args: Any) -> Iterator[Symbol]:
             yield from symbols(arg)
 
 
+def symbolic(args: Any) -> bool:
+    """Whether a symbol is among arguments."""
+    return next(symbols(args), None) is not None
+
+
 def replaced(arg: Any, value: Callable[[Symbol], Any]) -> Any:
     """The argument with symbols replaced, those in lists too."""
     if isinstance(arg, Symbol):
         return value(arg)
-    if isinstance(arg, list | tuple) and any(True for _ in symbols(arg)):
+    if isinstance(arg, list | tuple) and symbolic(arg):
         return type(arg)([replaced(part, value) for part in arg])
     return arg
 
@@ -207,7 +212,7 @@ def applied(
     except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
         said = str(error).strip().splitlines()[0]
         raise wrong(f"torch refuses `{name.strip('_')}` here: {said}") from None
-    if name.startswith("new_") or name in ("ones_like", "zeros_like", "empty_like"):
+    if (name.startswith("new_") or name.endswith("_like")) and not symbolic((*args[1:], *kwargs.values())):
         return result
     if isinstance(result, tuple) and all(isinstance(part, Tensor) for part in result):
         return tuple([_part(made, i, part) for i, part in enumerate(result)])
@@ -257,7 +262,7 @@ class Reading(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if any(True for _ in symbols((*args, *kwargs.values()))):
+        if symbolic((*args, *kwargs.values())):
             return applied(func, args, kwargs)
         refuse_mutation(named(func), kwargs)
         result = func(*args, **kwargs)
