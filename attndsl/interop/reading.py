@@ -293,7 +293,7 @@ class Reader:
         tensor = tensor.permute(*order, *range(len(indices), tensor.ndim))
         dims = [{B: "B", H: "H"}[indices[i]] for i in implicit]
         sizes = tensor.shape[len(dims) :]
-        key = (tensor.data_ptr(), *dims, *tensor.shape, *tensor.stride(), tensor.dtype)
+        key = (*dims, located(tensor))
         if key not in self.declared:
             dtype = "bool" if tensor.dtype is torch.bool else "float" if tensor.dtype in REAL_TYPES else "int"
             name = self.new_name(tensor)
@@ -342,8 +342,10 @@ class Reader:
                 base, *index = symbol.args
                 if operation(symbol) != "getitem" or not isinstance(base, Tensor) or base.requires_grad:
                     return None
-                entry = ir.make("var", (), f"entry {len(self.entries)}", "real")
-                self.entries[entry] = self.row(Row(base, ()), *index)
+                row = self.row(Row(base, ()), *index)
+                # symbols that look the same entry up are one
+                entry = ir.make("var", (), (located(row.tensor), row.indices), "real")
+                self.entries[entry] = row
                 return entry
             e = self.value(symbol)
         except Refusal:
@@ -462,6 +464,11 @@ def again(
 def arguments(symbol: Symbol) -> list[Symbol]:
     """What it is made of; of a position itself."""
     return [symbol] if symbol.name else [*symbols((*symbol.args, *symbol.kwargs.values()))]
+
+
+def located(tensor: Tensor) -> tuple[Any, ...]:
+    """What two views have in common that are the same."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def one_of(at: Expr, *members: Expr) -> Expr:
