@@ -41,6 +41,7 @@ weights = torch.randn(64, generator=random_)
 seen = torch.rand(64, 64, generator=random_) < 0.4
 chosen = drawn(0, 10, B, H, 8, 3)
 few = torch.tensor([0, 7, 19])
+bias = torch.randn(64, 64, generator=random_)
 places = drawn(-9, 9, 64, dtype=torch.int32)
 bytes_ = drawn(0, 250, 64, dtype=torch.uint8)
 
@@ -131,6 +132,11 @@ MODS: dict[str, Callable[..., Any]] = {
     "table of one position": lambda b, h, q, k: doc.cumsum(0)[q] >= k,
     "sliced": lambda b, h, q, k: seen[:, 3][q] & seen[1, 2:][k] & seen[q, 2:9].any(),
     "filled": lambda b, h, q, k: (q >= k).masked_fill(k == 3, False),
+    "halves, which round": lambda b, h, q, k: (q + 4000).half() == k + 4000,
+    "singles, which round": lambda b, h, q, k: (q + 2**24) * 1.0 >= (k + 2**24).float(),
+    "of an axis": lambda b, h, q, k: chosen[b, h, q // 8].max(dim=0).values > chosen[b, h, k // 8].min(0)[0],
+    "member of a stack": lambda b, h, q, k: torch.stack([q >= k, q - k < 3, k < 2, q == k])[h],
+    "real entry": lambda b, h, q, k: (bias[q, k] * 2).floor() == h,
     "scalar": lambda b, h, q, k: q - k < lengths[0],
 }
 
@@ -264,7 +270,6 @@ def dense(
     return torch.softmax(logits.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0) @ v
 
 
-bias = torch.randn(64, 64, generator=random_)
 relative = torch.randn(H, 2 * N - 1, generator=random_)
 holes = bias.masked_fill(seen, -math.inf)
 rope = torch.randn(B, 64, 6, generator=random_)

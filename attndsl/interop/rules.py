@@ -56,7 +56,8 @@ EXACTLY = "torch rounds it, and a mask is exact: compute with integers, as `//` 
 
 
 class Fitting:
-    """Values of one symbol as in torch, which wraps integers and rounds real numbers."""
+    """Values of one symbol as in torch, which wraps integers and rounds real numbers: what torch holds as a
+    real number and is an integer here is exact."""
 
     def __init__(self, reader: Reader, symbol: Symbol) -> None:
         self.reader, self.dtype = reader, symbol.value.dtype
@@ -72,6 +73,10 @@ class Fitting:
                 return ir.add(ir.mod(ir.sub(e, least), ir.const(2**info.bits)), least)
         return e
 
+    def number(self, e: Expr) -> Expr:
+        """An argument as a number of this type, before it is computed with."""
+        return self(number_of(e)) if self.dtype in REAL_TYPES else number_of(e)
+
 
 def elementwise(f: Callable[..., Expr], fits: bool = True) -> Rule:
     """f of the numbers of all arguments."""
@@ -81,8 +86,7 @@ def elementwise(f: Callable[..., Expr], fits: bool = True) -> Rule:
         fit = Fitting(reader, symbol) if fits else None
 
         def one(*args: Expr) -> Expr:
-            found = f(*map(number_of, args))
-            return fit(found) if fit else found
+            return fit(f(*map(fit.number, args))) if fit else f(*map(number_of, args))
 
         return spread(one, [reader.elements(arg) for arg in symbol.args])
 
@@ -187,7 +191,7 @@ def division(reader: Reader, symbol: Symbol) -> Value:
     f = {None: divided, "floor": floordiv, "trunc": truncated}[symbol.kwargs.get("rounding_mode")]
     fit = Fitting(reader, symbol)
     arrays = [reader.elements(arg) for arg in symbol.args]
-    return spread(lambda a, b: fit(f(number_of(a), number_of(b))), arrays)
+    return spread(lambda a, b: fit(f(fit.number(a), fit.number(b))), arrays)
 
 
 def power(a: Expr, b: Expr) -> Expr:
@@ -203,7 +207,7 @@ def powers(swap: bool = False) -> Rule:
         fit = Fitting(reader, symbol)
 
         def one(a: Expr, b: Expr) -> Expr:
-            a, b = (number_of(x) for x in ((b, a) if swap else (a, b)))
+            a, b = (fit.number(x) for x in ((b, a) if swap else (a, b)))
             exponent = ir.number(b)
             whole = a.type == "int" and isinstance(exponent, int) and exponent >= 0
             return fit(power(a if whole or fit.dtype not in REAL_TYPES else real(a), b))
@@ -346,20 +350,21 @@ def where(reader: Reader, symbol: Symbol) -> Value:
         raise Refusal("`where` of a condition alone lists positions")
     others = [symbol.kwargs[name] for name in ("input", "other") if name in symbol.kwargs]
     arrays = [reader.elements(arg) for arg in (*symbol.args, *others)]
-    return spread(functools.partial(chosen, symbol.value.dtype), arrays)
+    return spread(functools.partial(chosen, Fitting(reader, symbol)), arrays)
 
 
-def chosen(dtype: torch.dtype, cond: Expr, a: Expr, b: Expr) -> Expr:
+def chosen(fit: Fitting, cond: Expr, a: Expr, b: Expr) -> Expr:
     cond = truth(cond)
-    if dtype is torch.bool:
+    if fit.dtype is torch.bool:
         return ir.any_of(ir.all_of(cond, a), ir.all_of(ir.negate(cond), b))
-    return ir.where(cond, number_of(a), number_of(b))
+    return ir.where(cond, fit.number(a), fit.number(b))
 
 
 def filled(reader: Reader, symbol: Symbol) -> Value:
     plain(symbol)
     x, mask, value = (reader.elements(arg) for arg in symbol.args)
-    return spread(lambda x, mask, value: chosen(symbol.value.dtype, mask, value, x), [x, mask, value])
+    fit = Fitting(reader, symbol)
+    return spread(lambda x, mask, value: chosen(fit, mask, value, x), [x, mask, value])
 
 
 def clamped(reader: Reader, symbol: Symbol) -> Value:
@@ -371,7 +376,7 @@ def clamped(reader: Reader, symbol: Symbol) -> Value:
     for end, f in ((low, ir.maximum), (high, ir.minimum)):
         if end is not None:
             found = as_elements(
-                spread(lambda a, b, f=f: fit(f(number_of(a), number_of(b))), [found, reader.elements(end)])
+                spread(lambda a, b, f=f: fit(f(fit.number(a), fit.number(b))), [found, reader.elements(end)])
             )
     return found.item() if found.ndim == 0 else found
 
@@ -402,8 +407,6 @@ def reduced(f: Callable[..., Expr], of_truths: bool = False) -> Rule:
     def rule(reader: Reader, symbol: Symbol) -> Value:
         x, *rest = symbol.args
         dim = symbol.kwargs.get("dim", symbol.kwargs.get("axis", rest[0] if rest else None))
-        if "[" in named(symbol.func):
-            raise Refusal("the place of an extreme is not read")
         elements = reader.elements(x)
         if elements.ndim == 0:
             return elements.item() if not of_truths else truth(elements.item())
@@ -413,7 +416,7 @@ def reduced(f: Callable[..., Expr], of_truths: bool = False) -> Rule:
         if not len(rows):
             raise Refusal("a row without entries")
         fit = Fitting(reader, symbol)
-        ready: Callable[[Expr], Expr] = truth if of_truths else number_of
+        ready: Callable[[Expr], Expr] = truth if of_truths else fit.number
         found = np.empty(rows.shape[1], object)
         for i, column in enumerate(rows.T):
             parts = [ready(e) for e in column]
@@ -502,10 +505,7 @@ def cast(reader: Reader, symbol: Symbol) -> Value:
         if dtype is torch.bool:
             return truth(e)
         e = number_of(e)
-        if dtype in REAL_TYPES:
-            # that one rounding is told where it matters
-            return e
-        if e.type == "real":
+        if e.type == "real" and dtype not in REAL_TYPES:
             raise Refusal("it rounds a real number to an integer", EXACTLY)
         return fit(e)
 
@@ -608,6 +608,7 @@ RULES: dict[str, Rule] = {
     "clamp_min": elementwise(ir.maximum), "clamp_max": elementwise(ir.minimum),
     "minimum": elementwise(ir.minimum), "maximum": elementwise(ir.maximum),
     "min": extreme(ir.minimum), "max": extreme(ir.maximum),
+    "min[0]": reduced(ir.minimum), "max[0]": reduced(ir.maximum),
     "amin": reduced(ir.minimum), "amax": reduced(ir.maximum), "sum": summed,
     "dot": dot, "vdot": dot, "inner": dot,
     "any": some, "all": every, "isin": is_in,

@@ -123,7 +123,7 @@ class Symbol:
             raise AttributeError(f"a tensor of a mod has no attribute `{name}`")
         method = getattr(torch.Tensor, name)
         if not callable(method):
-            return applied(lambda x: getattr(x, name), (self,), {}, name)
+            return applied(attribute(name), (self,), {})
         return lambda *args, **kwargs: applied(method, (self, *args), kwargs)
 
     def __repr__(self) -> str:
@@ -142,6 +142,16 @@ class Symbol:
     __int__ = __float__ = __index__ = __len__ = __hash__ = _no_number
     __iter__ = __array__ = __floor__ = __ceil__ = __round__ = __trunc__ = _no_number
     __str__ = __format__ = _no_text
+
+
+def attribute(name: str) -> Callable[[Tensor], Any]:
+    """What gives it, by its name."""
+
+    def given(x: Tensor) -> Any:
+        return getattr(x, name)
+
+    given.__name__ = name
+    return given
 
 
 OPERATORS = (
@@ -198,11 +208,9 @@ def computed(symbol: Symbol, value: Callable[[Symbol], Any]) -> Any:
     return symbol.func(*args, **{name: replaced(arg, value) for name, arg in symbol.kwargs.items()})
 
 
-def applied(
-    func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str = ""
-) -> Any:
+def applied(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """What a function of torch gives of symbols: symbols, or tensors where no position has a say."""
-    name = name or named(func)
+    name = named(func)
     refuse_mutation(name, kwargs)
     made = Symbol.__new__(Symbol)
     made.func, made.args, made.kwargs, made.name, made.place = func, args, kwargs, "", here()
@@ -215,7 +223,7 @@ def applied(
     if (name.startswith("new_") or name.endswith("_like")) and not symbolic((*args[1:], *kwargs.values())):
         return result
     if isinstance(result, tuple) and all(isinstance(part, Tensor) for part in result):
-        return tuple([_part(made, i, part) for i, part in enumerate(result)])
+        return type(result)([_part(made, i, part) for i, part in enumerate(result)])
     if isinstance(result, Tensor):
         made.value = result
         return made
