@@ -134,6 +134,8 @@ MODS: dict[str, Callable[..., Any]] = {
     "filled": lambda b, h, q, k: (q >= k).masked_fill(k == 3, False),
     "halves, which round": lambda b, h, q, k: (q + 4000).half() == k + 4000,
     "singles, which round": lambda b, h, q, k: (q + 2**24) * 1.0 >= (k + 2**24).float(),
+    "rounded before": lambda b, h, q, k: (q + 2**24) % 2.0 == k % 2,
+    "shifted": lambda b, h, q, k: ((q - k) ^ ((k - 3) - q)) > ((q + 2) - k).float().sin(),
     "of an axis": lambda b, h, q, k: chosen[b, h, q // 8].max(dim=0).values > chosen[b, h, k // 8].min(0)[0],
     "member of a stack": lambda b, h, q, k: torch.stack([q >= k, q - k < 3, k < 2, q == k])[h],
     "real entry": lambda b, h, q, k: (bias[q, k] * 2).floor() == h,
