@@ -354,9 +354,10 @@ def _corners(data: Array, rows: Array, cols: Array) -> Array:
     """How many entries hold from the first of these rows and columns to before each."""
     sums = np.zeros((len(rows), len(cols)), np.int64)
     if len(rows) > 1 and len(cols) > 1:
-        # bools are added ten times as fast along the axis in which they are adjacent
-        by_row = np.add.reduceat(data[: rows[-1], : cols[-1]], cols[:-1], axis=1, dtype=np.int32)
-        cells = np.add.reduceat(by_row, rows[:-1], axis=0)
+        # bools are added fast along the axis in which they are adjacent, and fastest in bytes
+        narrow = np.uint8 if np.diff(cols).max() < 256 else np.int32
+        by_row = np.add.reduceat(data[: rows[-1], : cols[-1]], cols[:-1], axis=1, dtype=narrow)
+        cells = np.add.reduceat(by_row, rows[:-1], axis=0, dtype=np.int32)
         sums[1:, 1:] = cells.cumsum(0, dtype=np.int64).cumsum(1)
     return sums
 
