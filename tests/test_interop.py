@@ -416,6 +416,14 @@ def test_what_torch_takes_is_asked_pair_by_pair(name: str, monkeypatch: pytest.M
         same_lists(ours, create_block_mask(*arguments))
 
 
+def test_blocks_of_other_sizes_are_asked_for() -> None:
+    with pytest.warns(UserWarning, match="blocks of 20 x 12 are no tiles"):
+        ours = attndsl.create_block_mask(causal, 1, 1, Q, N, "cpu", (20, 12))
+    same_lists(ours, create_block_mask(causal, 1, 1, Q, N, "cpu", (20, 12)))
+    with pytest.raises(AttnError, match="returns int64"):
+        attndsl.create_block_mask(REFUSED["integers"][0], 1, 1, Q, N, "cpu", (20, 12))
+
+
 def test_a_warning_comes_once() -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")

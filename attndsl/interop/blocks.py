@@ -84,10 +84,10 @@ class Kinds(NamedTuple):
 def tiled(mask_mod: MaskMod, shape: Shape, size: tuple[int, int], device: torch.device) -> Kinds:
     """Raises Unread for a mod that is not read, or whose tiles are too many."""
     _, heads, nq, n = shape
+    mask = read(mask_mod, None, dict(zip(POSITIONS, shape, strict=True)), str(device), named=False)
     edge = math.gcd(*size)
     if edge % 8:
         raise Unread(Diagnostic(f"blocks of {size[0]} x {size[1]} are no tiles of a multiple of 8"))
-    mask = read(mask_mod, None, dict(zip(POSITIONS, shape, strict=True)), str(device), named=False)
     attention = mask.attention(called_as(mask_mod))
     sizes = lowering.sizes(attention, n, nq, heads, q=Axis.starting(nq, (0,)))
     try:
