@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from attndsl.execution.plan import Plan, PlanModule, compile
     from attndsl.execution.session import Session
     from attndsl.execution.sums import SumPlan
+    from attndsl.interop.blocks import create_block_mask
+    from attndsl.interop.flex import from_mask_mod, from_score_mod
     from attndsl.relations.proofs import Verdict
     from attndsl.tiles.blockmask import BlockMask
 
@@ -44,7 +46,10 @@ __all__ = [
     "__version__",
     "analyze",
     "compile",
+    "create_block_mask",
     "examples",
+    "from_mask_mod",
+    "from_score_mod",
     "load",
     "parse",
     "prove",
@@ -59,6 +64,9 @@ LAZY = {
     "Verdict": "attndsl.relations.proofs",
     "analyze": "attndsl.analysis.report",
     "compile": "attndsl.execution.plan",
+    "create_block_mask": "attndsl.interop.blocks",
+    "from_mask_mod": "attndsl.interop.flex",
+    "from_score_mod": "attndsl.interop.flex",
     "spans": "attndsl.spans",
 }
 """What checking a file does not need is imported on first use: a check is to feel instant."""

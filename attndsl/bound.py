@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Never
 
 import numpy as np
@@ -43,11 +43,19 @@ class Bound:
     attention:  its meaning, all that plans and analyses read.
     parameters: the names that it takes, each with its value as it is written.
     rebind:     gives it with other parameters: what `bound(w=256)` calls.
+    tables:     run-time tables that it comes with, by name; a call may give another in place of one.
     """
 
     attention: Attention
     parameters: Mapping[str, str] = field(default_factory=Parameters, compare=False)
     rebind: Callable[..., Bound] | None = field(default=None, compare=False)
+    tables: Mapping[str, Any] = field(default_factory=dict, compare=False)
+
+    def carrying(self, tables: Mapping[str, Any]) -> Bound:
+        """The same with these `tables`."""
+        rebind = self.rebind
+        again = None if rebind is None else lambda *args, **params: rebind(*args, **params).carrying(tables)
+        return replace(self, tables=tables, rebind=again)
 
     @property
     def name(self) -> str:
@@ -74,6 +82,11 @@ class Bound:
     def __repr__(self) -> str:
         return f"<attention {self.written}{self.attention.described}>"
 
+    def __str__(self) -> str:
+        """Its definition as it is written."""
+        written = self.attention.written
+        return repr(self) if written is None else written.text
+
     def _repr_html_(self) -> str:
         return notebook.shown([self.pictured()])
 
@@ -81,10 +94,10 @@ class Bound:
         """Its mask for a notebook, at a length that shows its parts; or why there is no picture."""
         try:
             n = _telling(self.attention)
-            blocks = _example(self.attention, n)
+            blocks = _example(self, n)
             rows = np.flatnonzero(blocks.row_counts().any((0, 1)))
             if len(rows) and 2 * rows[-1] < n:
-                blocks = _example(self.attention, int(rows[-1]) + 1)
+                blocks = _example(self, int(rows[-1]) + 1)
         except AttnError as error:
             return notebook.text(f"{self!r}\nno picture: {error.diagnostics[0].message}")
         return notebook.figures(blocks, self.written, ", one drawn choice" if self.attention.selected else "")
@@ -153,7 +166,7 @@ class Bound:
         places = q_offset, k_offset, q_positions, k_positions, n
         sizes = lowering.sizes_of(self.attention, length, q_length, heads, *places)
         with placed(self.attention, heads):
-            return lowering.written_out(self.attention, sizes, inputs, counts=False)
+            return lowering.written_out(self.attention, sizes, {**self.tables, **inputs}, counts=False)
 
     @by_name
     def counts(
@@ -189,7 +202,7 @@ class Bound:
         places = q_offset, k_offset, q_positions, k_positions, n
         sizes = lowering.sizes_of(self.attention, length, q_length, heads, *places)
         with placed(self.attention, heads):
-            return lowering.written_out(self.attention, sizes, inputs, counts=True)
+            return lowering.written_out(self.attention, sizes, {**self.tables, **inputs}, counts=True)
 
     @by_name
     def block_mask(
@@ -227,7 +240,7 @@ class Bound:
         places = q_offset, k_offset, q_positions, k_positions, n
         sizes = lowering.sizes_of(self.attention, length, q_length, heads, *places)
         lowering.checked_block_size(block_size)
-        tables = lowering.checked_tables(self.attention, inputs, sizes)
+        tables = lowering.checked_tables(self.attention, {**self.tables, **inputs}, sizes)
         with placed(self.attention, heads):
             return lowering.block_mask(self.attention, sizes, tables, block_size)
 
@@ -257,19 +270,21 @@ class Bound:
         """
         from attndsl.analysis.graph import graph, tiles_of
 
-        return graph(tiles_of(self.attention, length, by, block_size, heads, head, inputs), by, self.name)
+        given = {**self.tables, **inputs}
+        return graph(tiles_of(self.attention, length, by, block_size, heads, head, given), by, self.name)
 
 
-def _example(attention: Attention, n: int) -> BlockMask:
+def _example(bound: Bound, n: int) -> BlockMask:
     """The tiles of n tokens, of a choice that is drawn where keys are chosen by content."""
     from attndsl.execution.selecting import drawn
     from attndsl.tiles import lowering
 
+    attention = bound.attention
     attention.require_pairs()
-    heads = attention.enough_heads()
+    heads = lowering.heads_of(attention, bound.tables)
     sizes = lowering.sizes(attention, n, n, heads)
     chosen = drawn(attention, sizes, heads, DRAWN_WIDTH, {}) if attention.selected else {}
-    tables = lowering.checked_tables(attention, chosen, sizes)
+    tables = lowering.checked_tables(attention, {**bound.tables, **chosen}, sizes)
     return lowering.block_mask(attention, sizes, tables, 8 if n < 1024 else 128)
 
 

@@ -25,11 +25,11 @@ HABITS = {
     ),
     **dict.fromkeys(("is_causal", "causal"), "write it into the text: `mask causal`"),
     **dict.fromkeys(("dropout_p", "dropout", "attn_dropout"), DROPPED),
-    **dict.fromkeys(("attn_mask", "mask", "attention_mask", "block_mask", "mask_mod"), TEXT_MASK),
+    **dict.fromkeys(("attn_mask", "mask", "attention_mask", "block_mask"), TEXT_MASK),
+    "mask_mod": "read it: `attndsl.from_mask_mod(mask_mod)` is an attention",
+    "score_mod": "read it: `attndsl.from_score_mod(score_mod)` is an attention",
     **dict.fromkeys(("key_padding_mask", "padding_mask"), PADDING),
-    **dict.fromkeys(
-        ("attn_bias", "bias", "score_mod"), "write it into the text: `score s + bias[q, k]`, and declare it"
-    ),
+    **dict.fromkeys(("attn_bias", "bias"), "write it into the text: `score s + bias[q, k]`, and declare it"),
     **dict.fromkeys(("softcap", "logit_cap"), "write it into the text: `score softcap(30.0)`"),
     **dict.fromkeys(("window_size", "window", "sliding_window"), WINDOW),
     "alibi_slopes": "write it into the text: `score alibi`",

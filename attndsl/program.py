@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import inspect
 import math
 import re
 import reprlib
@@ -518,6 +519,8 @@ def bound_of(value: object) -> Bound:
     help = ""
     if isinstance(value, str | Path):
         help = 'write `attndsl.load(...)["NAME"]`, or `attndsl.parse(text)["NAME"]`'
+    elif inspect.isfunction(value):
+        help = "a mod of FlexAttention is read by `attndsl.from_mask_mod` or `attndsl.from_score_mod`"
     elif isinstance(getattr(value, "attention", None), Attention):
         help = "give that of the plan: `plan.attention`"
     raise fail(f"expected an attention, not {type(value).__name__}", help=help)

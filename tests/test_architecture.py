@@ -44,6 +44,7 @@ ROOMS = (
     "examples",  # as programs
     "analysis.report",
     "execution",  # plans and the operator
+    "interop",  # what is written for other libraries
     "spans",  # adaptive spans in training
     "html",
     "command",

@@ -240,6 +240,8 @@ MENDED = [
     "inputs t : int[n] z : float[4] mask full score s + z[t[q] + t[k] - 2]",
     "inputs t : int[n] z : float[5] mask full score s + z[t[q] + t[k] - 2]",
     "inputs keep : bool[7] z : float[n] mask full score s + where(keep[q * k], z[k], 0.0)",
+    # a sum that no leaf may hold where its condition is another's
+    "inputs z : float[n] mask causal score where(k mod 3 < q mod 3, s, s + exp(z[q]) + 1.0)",
     # NaN in a condition is in the value
     "inputs z : float[n] mask causal score where(s * z[q] < 0, s, log(1 + s * z[q]))",
 ]  # fmt: skip

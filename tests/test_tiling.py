@@ -46,7 +46,9 @@ from attndsl.expr import (
 from attndsl.meaning import pointwise
 from attndsl.meaning.links import absorb, sample
 from attndsl.tiles import abstract, tiling
-from attndsl.tiles.blockmask import BlockMask, TileGrid
+from attndsl.tiles.abstract import EMPTY, FULL, PARTIAL
+from attndsl.tiles.blockmask import BlockMask, TileGrid, tile_codes
+from attndsl.tiles.kinds import kinds
 from attndsl.tiles.tiling import tile
 
 Q, K = var("q"), var("k")
@@ -197,7 +199,10 @@ def dense(
 def check(mask: Expr, nq: int, n: int, size: int, q_offset: int = 0, k_offset: int = 0) -> TileGrid:
     data = tables()
     places = {"q": add(Q, const(q_offset)), "k": add(K, const(k_offset))}
-    grid = tile(substitute(mask, places), nq, n, size, n=n + k_offset, tables=data)
+    moved = substitute(mask, places)
+    grid = tile(moved, nq, n, size, n=n + k_offset, tables=data)
+    found = kinds(moved, nq, n, size, n=n + k_offset, tables=data)
+    np.testing.assert_array_equal(found, np.array([EMPTY, FULL, PARTIAL])[np.minimum(tile_codes(grid, 0), 2)])
     expected = dense(mask, nq, n, q_offset, k_offset, data)
     np.testing.assert_array_equal(grid.to_dense(), expected)
     assert grid.nnz == expected.sum()

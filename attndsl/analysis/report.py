@@ -284,7 +284,7 @@ def subject_of(
     parameters: tuple[str, ...], inputs: Mapping[str, ArrayLike],
 ) -> Subject:  # fmt: skip
     bound = bound_of(value)
-    attention = bound.attention
+    attention, inputs = bound.attention, {**bound.tables, **inputs}
     heads = lowering.heads_of(attention, inputs) if heads is None else heads
     problem = Problem.of(
         attention, length=length, q_length=q_length, batch=batch, heads=heads, kv_heads=kv_heads,

@@ -118,7 +118,9 @@ class _LeftOver:
             return e
         e = _of_reals(e)
         if e.op == "add":
-            return ir.add(*(self.of(part, where) for part in self.gathered(e)))
+            parts = self.gathered(e)
+            # a sum that no leaf may hold here is one of its terms
+            return ir.add(*(self.of(part, where) for part in (e.args if parts == [e] else parts)))
         if e.op == "where":
             cond, a, b = e.args
             a, b = self.of(a, ir.all_of(where, cond)), self.of(b, ir.all_of(where, _not(cond)))

@@ -75,7 +75,8 @@ def compile(
     fit, an unknown backend, or a `backend` that declines: then no other is tried.
     """
     start = time.perf_counter()
-    attention = bound_of(attention).attention
+    bound = bound_of(attention)
+    attention = bound.attention
     problem = Problem.of(
         attention, length=length, q_length=q_length, batch=batch, heads=heads, kv_heads=kv_heads,
         head_dim=head_dim, dtype=dtype, device=device, block_size=block_size, training=training,
@@ -92,15 +93,23 @@ def compile(
     _check_device(problem.device)
     if attention.parts:
         return _added(attention, problem, backend)
-    blocks = None
-    if attention.approx is None and not lowering.mask_tables(attention):
-        sizes = lowering.sizes(attention, problem.length, problem.q_length, problem.heads)
-        with placed(attention, problem.heads):
-            blocks = lowering.block_mask(attention, sizes, {}, problem.block_size)
+    blocks = _tiled(attention, problem, bound.tables)
     seconds = time.perf_counter() - start
     left = attention.attended, problem.attended(attention)
     lowered, considered = taken(*left, choice.considered(*left, blocks), backend)
-    return Plan(attention, problem, lowered, considered, blocks, seconds, asked=backend is not None)
+    plan = Plan(attention, problem, lowered, considered, blocks, seconds, asked=backend is not None)
+    return replace(plan, tables=plan._held(bound.tables)) if bound.tables else plan
+
+
+def _tiled(attention: Attention, problem: Problem, tables: Mapping[str, Any]) -> BlockMask | None:
+    """The tiles at full length, if these tables are all that the mask needs."""
+    needed = lowering.mask_tables(attention)
+    if attention.approx is not None or not all(table.name in tables for table in needed):
+        return None
+    sizes = lowering.sizes(attention, problem.length, problem.q_length, problem.heads)
+    given = lowering.checked_tables(attention, tables, sizes, head_dim=problem.head_dim)
+    with placed(attention, problem.heads):
+        return lowering.block_mask(attention, sizes, given, problem.block_size)
 
 
 def _added(attention: Attention, problem: Problem, backend: str | None) -> SumPlan:
@@ -386,24 +395,21 @@ class Plan:
         start = time.perf_counter()
         self._refuse_made(inputs)
         lowering.check_names(self.attention, inputs)
+        bound = self._held(inputs)
+        blocks = self.block_masks
+        if lowering.mask_tables(self.attention):
+            blocks = _tiled(self.attention, self.problem, bound) or blocks
+        seconds = self.compile_seconds + time.perf_counter() - start
+        return replace(self, tables=bound, block_masks=blocks, compile_seconds=seconds)
+
+    def _held(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """What is bound, these among it. It stays as it is; a tensor that learns is the caller's own."""
         given = {
             table.name: self._tensor(table, inputs[table.name])
             for table in self.attention.inputs
             if table.name in inputs
         }
-        # what is bound stays as it is; a tensor that learns is the caller's own
-        bound = {**self.tables, **{k: v if v.requires_grad else v.clone() for k, v in given.items()}}
-        blocks = self.block_masks
-        needed = lowering.mask_tables(self.attention)
-        if self.attention.approx is None and needed and all(table.name in bound for table in needed):
-            sizes = lowering.sizes(
-                self.attention, self.problem.length, self.problem.q_length, self.problem.heads
-            )
-            tables = lowering.checked_tables(self.attention, bound, sizes, head_dim=self.problem.head_dim)
-            with placed(self.attention, self.problem.heads):
-                blocks = lowering.block_mask(self.attention, sizes, tables, self.problem.block_size)
-        seconds = self.compile_seconds + time.perf_counter() - start
-        return replace(self, tables=bound, block_masks=blocks, compile_seconds=seconds)
+        return {**self.tables, **{k: v if v.requires_grad else v.clone() for k, v in given.items()}}
 
     @by_name
     def session(

@@ -45,6 +45,14 @@ def stays_within(root: Expr, size: int, found: Mapping[Expr, Interval]) -> bool:
     return all(-size <= low and high <= size for low, high in whole)
 
 
+def bounds(root: Expr, variables: Mapping[str, Interval], tables: Mapping[str, Any]) -> Interval:
+    """Least and greatest value, with `variables` and `tables` as of `check_range`."""
+    known: dict[Expr, Interval] = {}
+    for node in nodes(root):
+        known[node] = _interval(node, known, variables, tables)
+    return known[root]
+
+
 def never_negative(e: Expr) -> bool:
     """Whether an integer is at least 0 at all positions, at every length, whatever is given."""
     known: dict[Expr, Interval] = {}

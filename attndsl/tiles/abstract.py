@@ -322,6 +322,46 @@ class Extremes:
         return least, most
 
 
+class Rectangles:
+    """Whether all, and whether some entries of a rectangle of a bool table hold, by sums of what is above and
+    left of its corners."""
+
+    def __init__(self, data: Array) -> None:
+        self.data = data
+        self.all_corners: Array | None = None
+
+    def __call__(self, top: Array, bottom: Array, left: Array, right: Array) -> tuple[Array, Array]:
+        """Least and greatest entry; bottom and right are inside."""
+        b, r = bottom + 1, right + 1
+        rows, cols = np.unique(np.append(top, b)), np.unique(np.append(left, r))
+        if self.all_corners is None and SPARSE * len(rows) * len(cols) < self.data.size:
+            sums = _corners(self.data, rows, cols)
+            at = [np.searchsorted(*pair) for pair in ((rows, top), (rows, b), (cols, left), (cols, r))]
+        else:
+            if self.all_corners is None:
+                self.all_corners = _corners(self.data, *(np.arange(size + 1) for size in self.data.shape))
+            sums, at = self.all_corners, [top, b, left, r]
+        above, below, before, behind = at
+        live = sums[below, behind] - sums[above, behind] - sums[below, before] + sums[above, before]
+        return (live == (b - top) * (r - left)).astype(np.int64), (live > 0).astype(np.int64)
+
+
+SPARSE = 16
+"""Entries for each corner from which on only what lies between corners is added up."""
+
+
+def _corners(data: Array, rows: Array, cols: Array) -> Array:
+    """How many entries hold from the first of these rows and columns to before each."""
+    sums = np.zeros((len(rows), len(cols)), np.int64)
+    if len(rows) > 1 and len(cols) > 1:
+        # bools are added fast along the axis in which they are adjacent, and fastest in bytes
+        narrow = np.uint8 if np.diff(cols).max() < 256 else np.int32
+        by_row = np.add.reduceat(data[: rows[-1], : cols[-1]], cols[:-1], axis=1, dtype=narrow)
+        cells = np.add.reduceat(by_row, rows[:-1], axis=0, dtype=np.int32)
+        sums[1:, 1:] = cells.cumsum(0, dtype=np.int64).cumsum(1)
+    return sums
+
+
 @dataclass(frozen=True, eq=False)
 class _Part:
     """A table with some axes fixed (None: fixed outside of it), and bounds of its values over boxes."""
@@ -357,17 +397,9 @@ def _part(node: Expr, data: Array) -> _Part:
         extremes = Extremes(data)
         return _Part(data, lambda spans: extremes(*spans[0]))
     if data.ndim == 2 and data.dtype == bool:
-        sums = np.zeros((data.shape[0] + 1, data.shape[1] + 1), np.int64)
-        sums[1:, 1:] = data.cumsum(0, dtype=np.int64).cumsum(1)
-        return _Part(data, lambda spans: _all_and_any(sums, *spans[0], *spans[1]))
+        rectangles = Rectangles(data)
+        return _Part(data, lambda spans: rectangles(*spans[0], *spans[1]))
     return _Part(data, lambda spans: _coarse(data, spans))
-
-
-def _all_and_any(sums: Array, top: Array, bottom: Array, left: Array, right: Array) -> tuple[Array, Array]:
-    """Least and greatest entry of bool rectangles, from the sums of all entries above and left."""
-    b, r = bottom + 1, right + 1
-    live = sums[b, r] - sums[top, r] - sums[b, left] + sums[top, left]
-    return (live == (b - top) * (r - left)).astype(np.int64), (live > 0).astype(np.int64)
 
 
 def _coarse(data: Array, spans: list[tuple[Array, Array]]) -> tuple[Array, Array]:

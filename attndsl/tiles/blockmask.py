@@ -371,7 +371,7 @@ class BlockMask:
         lists = [
             torch.from_numpy(array).to(device)
             for live in (codes >= 2, codes == 1)
-            for array in (live.sum(-1, dtype=np.int32), _columns(live))
+            for array in (live.sum(-1, dtype=np.int32), columns(live))
         ]
         code, bits = torch.from_numpy(codes).to(device), torch.from_numpy(contents).to(device)
         size, (b_last, h_last) = self.block_size, (extent - 1 for extent in self.index.shape)
@@ -419,6 +419,6 @@ def tile_codes(grid: TileGrid, first: int) -> NDArray[np.int32]:
     return codes
 
 
-def _columns(live: NDArray[np.bool_]) -> NDArray[np.int32]:
+def columns(live: NDArray[np.bool_]) -> NDArray[np.int32]:
     """For each row the columns of live tiles first, by rising column, then the others."""
     return np.argsort(~live, axis=-1, kind="stable").astype(np.int32)

@@ -20,7 +20,7 @@ from attndsl.keywords import instead
 from attndsl.meaning.intervals import check_range
 from attndsl.meaning.pointwise import evaluate
 from attndsl.streams import Numbers
-from attndsl.tiles.blockmask import BlockMask, Rows, Spans, TileGrid, intervals
+from attndsl.tiles.blockmask import BlockMask, Rows, Spans, intervals
 from attndsl.tiles.rows import HIGH, LOW, Keys, entries, keys_of
 
 if TYPE_CHECKING:
@@ -612,22 +612,34 @@ def block_mask(attention: Attention, sizes: Sizes, tables: Mapping[str, Array], 
         return found
     from attndsl.tiles.tiling import tile
 
-    grids: list[TileGrid] = []
-    closed: list[Expr] = []
-    known: dict[tuple[object, ...], int] = {}
-    index: dict[tuple[int, int], int] = {}
-    for case in cases(attention, sizes, tables):
-        contents = tuple((name, a.shape, a.tobytes()) for name, a in case.tables.items())
-        key = (case.mask, contents)
-        if key not in known:
-            known[key] = len(grids)
-            closed.append(case.mask)
-            grids.append(
-                tile(case.mask, nq, n_keys, block_size, n=case.n, query=case.query, tables=case.tables)
-            )
-        index[case.row, case.head] = known[key]
+    different, index = told_apart(attention, sizes, tables)
+    grids = [
+        tile(case.mask, nq, n_keys, block_size, n=case.n, query=case.query, tables=case.tables)
+        for case in different
+    ]
     rows = tuple([Rows.of_dense(grid.to_dense(), block_size) for grid in grids]) if few else ()
-    return BlockMask(nq, n_keys, block_size, rows or tuple(grids), _places(index), tuple(closed))
+    return BlockMask(
+        nq, n_keys, block_size, rows or tuple(grids), index, tuple([case.mask for case in different])
+    )
+
+
+def told_apart(
+    attention: Attention, sizes: Sizes, tables: Mapping[str, Array]
+) -> tuple[list[ClosedMask], NDArray[np.int32]]:
+    """The masks that differ, and which one each batch row and head has, as `BlockMask.index`."""
+    every = list(cases(attention, sizes, tables))
+    known: dict[tuple[object, ...], int] = {}
+    different: list[ClosedMask] = []
+    index: dict[tuple[int, int], int] = {}
+    for case in every:
+        contents = (
+            tuple((name, a.shape, a.tobytes()) for name, a in case.tables.items()) if len(every) > 1 else ()
+        )
+        if (case.mask, contents) not in known:
+            known[case.mask, contents] = len(different)
+            different.append(case)
+        index[case.row, case.head] = known[case.mask, contents]
+    return different, _places(index)
 
 
 def _places(index: Mapping[tuple[int, int], int]) -> NDArray[np.int32]:

@@ -235,6 +235,23 @@ def test_masks(case: Case) -> None:
         assert (np.broadcast_to(ours.reshape(-1, nq, n), theirs.shape[1:]) == theirs[0]).all()
 
 
+@pytest.mark.parametrize("case", MASKS, ids=lambda case: case.name)
+def test_masks_are_read(case: Case) -> None:
+    """As `from_mask_mod` does: the same pairs, a text that says the same, and torch's lists of blocks."""
+    batch, heads = (case.batch, case.heads) if case.heads > 1 else (2, 4)
+    nq, n = case.sizes[-1]
+    bound = attndsl.from_mask_mod(case.theirs, length=n, q_length=nq, batch=batch, heads=heads)
+    assert attndsl.parse(str(bound))[bound.name].attention == bound.attention
+    theirs = create_mask(case.theirs, batch, heads, nq, n, device="cpu").numpy()
+    ours = bound.mask(n, nq, heads=heads)
+    assert (np.broadcast_to(ours if ours.ndim == 4 else ours[None], theirs.shape) == theirs).all()
+    arguments = (case.theirs, batch, heads, nq, n, "cpu", 8)
+    made, expected = attndsl.create_block_mask(*arguments), create_block_mask(*arguments)
+    for which in ("kv_num_blocks", "kv_indices", "q_num_blocks", "q_indices"):
+        for name in (which, f"full_{which}"):
+            assert torch.equal(getattr(made, name), getattr(expected, name))
+
+
 def test_natten_on_a_canvas_that_is_not_square() -> None:
     """attention-gym divides an index by the width and clamps the row to the width: wrong off squares.
     Here the definition is what counts: as many keys for each query, nearest to it, on the canvas."""

@@ -14,6 +14,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_mask
 
 import attndsl
 from attndsl import expr as ir
@@ -133,6 +134,17 @@ def test_masks(case: Case, n: int) -> None:
     assert (case.mask(n, n) == theirs.expand(2, 1, n, n)[:, 0].numpy()).all()
     eager = hf.eager_mask(2, n, n, mask_function=case.theirs)
     assert (case.mask(n, n) == (eager == 0).expand(2, 1, n, n)[:, 0].numpy()).all()
+
+
+@pytest.mark.parametrize("case", MASKS, ids=lambda case: case.name)
+@pytest.mark.parametrize("n", [1, 6, 11])
+def test_masks_are_read(case: Case, n: int) -> None:
+    """As `from_mask_mod` does: the same pairs, and a text that says the same."""
+    bound = attndsl.from_mask_mod(case.theirs, length=n, batch=2, heads=4)
+    assert attndsl.parse(str(bound))[bound.name].attention == bound.attention
+    theirs = create_mask(case.theirs, 2, 4, n, n, device="cpu").numpy()
+    ours = bound.mask(n, heads=4)
+    assert (np.broadcast_to(ours if ours.ndim == 4 else ours[None], theirs.shape) == theirs).all()
 
 
 @pytest.mark.parametrize("case", [case for case in MASKS if not case.inputs], ids=lambda case: case.name)
