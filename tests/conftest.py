@@ -43,6 +43,15 @@ def _compiled_in_less_time() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module")
+def quick() -> Iterator[None]:
+    """Kernels that are compiled in half of that again, for small sizes."""
+    from cpu_builds import QUICK, built_with
+
+    with built_with(*QUICK):
+        yield
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """What `make test` may take is said in CONTRIBUTING.md."""
     terminalreporter.write_line(f"{sum(os.times()[:4]):.0f} seconds of a core, children included")

@@ -22,7 +22,7 @@ import attndsl
 from attndsl.errors import AttnError
 from attndsl.plugins.cpu import build, kernel
 
-pytestmark = compiled
+pytestmark = [compiled, pytest.mark.usefixtures("quick")]
 Named = dict[str, Tensor]
 
 
@@ -116,8 +116,8 @@ def agree(bound: Any, sizes: Sizes, tables: Mapping[str, Any], seed: int = 0, **
         )
 
 
-PROGRAMS = [program(Random(1000 + seed), scores=True, depth=1 + seed % 2) for seed in range(60)]
-FAST = range(0, 60, 8)
+PROGRAMS = [program(Random(1000 + seed), scores=True, depth=1 + seed % 2) for seed in range(36)]
+FAST = range(0, 36, 6)
 """A source takes half a second to compile."""
 
 
@@ -199,9 +199,11 @@ def test_scores_over_masks(number: int, score: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("score", SCORES)
-def test_scores_over_more_masks(score: str, norm: str) -> None:
+@pytest.mark.parametrize("turn", [1, 3])
+@pytest.mark.parametrize(("number", "score"), [*enumerate(SCORES)])
+def test_scores_over_more_masks(number: int, score: str, turn: int) -> None:
+    """What becomes of a logit knows nothing of how it was made: each score meets some of the norms."""
+    norm = NORMS[(number + turn) % len(NORMS)]
     tried(score, norm, 24, len(score) + len(norm))
 
 

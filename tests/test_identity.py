@@ -81,7 +81,12 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     program = torch.export.export(model, given)
     torch.export.save(program, folder / "program.pt2")
     torch.save((*given, model(*given)), folder / "tensors.pt")
-    torch._inductor.aoti_compile_and_package(program, package_path=str(folder / "package.pt2"))
+    # the headers are precompiled for those who compile more than once
+    torch._inductor.aoti_compile_and_package(
+        program,
+        package_path=str(folder / "package.pt2"),
+        inductor_configs={"aot_inductor.precompile_headers": False},
+    )
     return folder
 
 
