@@ -91,6 +91,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("others", [0, 12])
 def test_a_saved_program_is_the_same_in_a_process_with_so_many_other_plans(saved: Path, others: int) -> None:
