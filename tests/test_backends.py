@@ -65,8 +65,7 @@ TRIED = [
     for i, case in enumerate(CASES)
     for backend in ("torch", ("reference", "sdpa")[(i + i // 4) % 2])
 ]
-"""A mechanism has four draws or more: all of them are tried where most is done, half of them on each of the
-others."""
+"""All draws of a mechanism where most is done, and on the others each in turn."""
 
 
 def test_each_backend_meets_each_mechanism() -> None:
