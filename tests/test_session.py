@@ -219,7 +219,7 @@ def test_rows_give_what_their_sequences_give_alone(case: tuple[str, int]) -> Non
     assert s.slots == (sum(ROLLING[name]) - 1 + REWIND if name in ROLLING else LENGTH)
 
 
-@pytest.mark.parametrize("name", STREAMS)
+@pytest.mark.parametrize("name", thin(STREAMS, 2))
 def test_rows_of_streams_give_what_their_sequences_give_alone(name: str) -> None:
     random, generator = Random(name), torch.Generator().manual_seed(0)
     plan = compiled(STREAMS[name], ("reference", "torch", None)[len(name) % 3])
@@ -310,7 +310,7 @@ def test_sessions_of_streams_are_refused_where_keys_do_not_last(text: str, why: 
 
 
 @pytest.mark.parametrize("held", [3, 64])
-@pytest.mark.parametrize("name", STATES)
+@pytest.mark.parametrize("name", thin(STATES, 2))
 def test_rows_with_a_state_give_what_their_sequences_give_alone(monkeypatch, name: str, held: int) -> None:
     monkeypatch.setattr(statesession, "HELD", held)
     random, generator = Random(f"{name} {held}"), torch.Generator().manual_seed(held)
