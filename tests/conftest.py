@@ -14,7 +14,7 @@ NUMBER = itertools.count()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--programs", type=int, default=60, help="random programs that the backend `cpu` runs")
+    parser.addoption("--programs", type=int, default=36, help="random programs that the backend `cpu` runs")
 
 
 @pytest.fixture
@@ -44,6 +44,15 @@ def _compiled_in_less_time() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "FLAGS", (*build.FLAGS, "-O1"))
+        yield
+
+
+@pytest.fixture(scope="module")
+def quick() -> Iterator[None]:
+    """Kernels that are compiled in half of that again, for small sizes."""
+    from cpu_builds import QUICK, built_with
+
+    with built_with(*QUICK):
         yield
 
 

@@ -76,7 +76,8 @@ class Writer:
         return rng.choice([one, one, f"{one} | {other}", f"{one} & {other}", f"{one} - {other}"])
 
 
-PROGRAMS = [Writer(seed).pattern() for seed in range(200)]
+PROGRAMS = [Writer(seed).pattern() for seed in range(100)]
+PARTS = 5
 NAMED = [
     "causal & last(5000)",
     "radius(256)",
@@ -116,14 +117,14 @@ def symbolic(formula: str, lengths: list[int]) -> list[int]:
     return [expression.subs(n, length) for length in lengths]
 
 
-@pytest.mark.parametrize("part", thin(range(10), 5))
+@pytest.mark.parametrize("part", thin(range(PARTS), PARTS))
 def test_closed_forms_of_random_programs(part: int) -> None:
-    texts = PROGRAMS[part::10]
+    texts = PROGRAMS[part::PARTS]
     assert sum(map(check, texts)) >= 0.8 * len(texts)
 
 
 def test_nine_of_ten_random_programs_have_a_closed_form() -> None:
-    assert sum(counting.closed_form(mask_of(text)) is not None for text in PROGRAMS) >= 180
+    assert sum(counting.closed_form(mask_of(text)) is not None for text in PROGRAMS) >= 90
 
 
 @pytest.mark.parametrize("text", NAMED)

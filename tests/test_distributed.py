@@ -141,17 +141,25 @@ CASES = {
 }
 
 
-def work(rank: int, name: str, folder: str) -> None:
+def work(rank: int, folder: str) -> None:
     distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=RANKS
     )
-    torch.save(CASES[name][0](rank), f"{folder}/{rank}")
+    for name, (of_rank, _) in CASES.items():
+        torch.save(of_rank(rank), f"{folder}/{name} {rank}")
     distributed.destroy_process_group()
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What each rank has of each case: processes take seconds to start."""
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(work, (str(folder),), RANKS)
+    return folder
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_two_processes_are_one(name: str, tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(work, (name, str(tmp_path)), RANKS)
+def test_two_processes_are_one(name: str, saved: Path) -> None:
     expected = CASES[name][1]()
     for rank in range(RANKS):
-        torch.testing.assert_close(torch.load(tmp_path / str(rank)), expected)
+        torch.testing.assert_close(torch.load(saved / f"{name} {rank}"), expected)

@@ -81,11 +81,17 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     program = torch.export.export(model, given)
     torch.export.save(program, folder / "program.pt2")
     torch.save((*given, model(*given)), folder / "tensors.pt")
-    torch._inductor.aoti_compile_and_package(program, package_path=str(folder / "package.pt2"))
+    # the headers are precompiled for those who compile more than once
+    torch._inductor.aoti_compile_and_package(
+        program,
+        package_path=str(folder / "package.pt2"),
+        inductor_configs={"aot_inductor.precompile_headers": False},
+    )
     return folder
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("others", [0, 12])
 def test_a_saved_program_is_the_same_in_a_process_with_so_many_other_plans(saved: Path, others: int) -> None:

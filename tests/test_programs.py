@@ -27,10 +27,10 @@ from attndsl.syntax.parse import parse, parse_expression
 from attndsl.tiles import lowering
 
 MASKS = [
-    *(programs.program(Random(seed)) for seed in range(90)),
-    *(programs.program(Random(seed), integral=True) for seed in range(45)),
+    *(programs.program(Random(seed)) for seed in range(60)),
+    *(programs.program(Random(seed), integral=True) for seed in range(30)),
 ]
-SCORES = [programs.program(Random(seed), scores=True, depth=2) for seed in range(72)]
+SCORES = [programs.program(Random(seed), scores=True, depth=2) for seed in range(54)]
 
 
 @functools.cache

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from thin import thin
+from thin import pairwise
 
 import attndsl
 from attndsl.attention import Attention
@@ -190,9 +190,7 @@ SHAPES = [(1, 8, 8, 1), (1, 8, 2, 3), (5, 8, 2, 2), (16, 4, 4, 2), (3, 6, 2, 1)]
 TOLERANCE = {"float32": 1e-5, "float64": 1e-12, "bfloat16": 0.03}
 
 
-@pytest.mark.parametrize("mask", thin([*MASKS[-2:], *MASKS[1:-2]], 3))
-@pytest.mark.parametrize("body", BODIES)
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("mask", "body", "dtype"), pairwise(MASKS[1:], BODIES, [*TOLERANCE]))
 def test_few_rows_equal_the_reference(mask: str, body: str, dtype: str) -> None:
     attention = attndsl.parse(f"attention a {{ mask {mask} {body} }}")["a"]
     torch.manual_seed(0)

@@ -21,7 +21,8 @@ from attndsl.relations import proofs, relation
 from attndsl.relations.relation import Abstraction, Translation, domain
 
 PAIRS = 600
-PARTS = 6
+TRIED = 100
+PARTS = 4
 
 
 def contradictions(found: Iterator[Pair]) -> Iterator[tuple[Pair, str, str]]:
@@ -34,17 +35,16 @@ def contradictions(found: Iterator[Pair]) -> Iterator[tuple[Pair, str, str]]:
             continue
 
 
-@pytest.mark.parametrize("part", thin(range(PARTS), 3))
+@pytest.mark.parametrize("part", thin(range(PARTS), PARTS))
 def test_no_verdict_contradicts_brute_force(part: int) -> None:
     statuses: Counter[str] = Counter()
     seeds = range(part * PAIRS, (part + 1) * PAIRS)
-    for pair, status, wrong in contradictions(islice(pairs(seeds), PAIRS // PARTS)):
+    for pair, status, wrong in contradictions(islice(pairs(seeds), TRIED)):
         assert not wrong, (*pair.key, wrong)
         statuses[status] += 1
-    tried = PAIRS // PARTS
-    assert statuses["proved"] > 0.32 * tried, statuses
-    assert statuses["refuted"] > 0.2 * tried, statuses
-    assert statuses["undecided"] < 0.16 * tried, statuses
+    assert statuses["proved"] > 0.32 * TRIED, statuses
+    assert statuses["refuted"] > 0.2 * TRIED, statuses
+    assert statuses["undecided"] < 0.16 * TRIED, statuses
 
 
 HEADS = """

@@ -144,12 +144,13 @@ def test_line_ends_tabs_and_byte_order_mark() -> None:
 
 def test_one_mistake_costs_one_definition() -> None:
     for i, broken in enumerate(DEFINITION):
-        good = DEFINITION[:i] + DEFINITION[i + 1 :]
+        before, after = DEFINITION[max(i - 2, 0) : i], DEFINITION[i + 1 : i + 3]
         head = re.sub(r"[(){}\[\]|]", "", broken.split("=")[0].split("{")[0])
-        text = "".join([*DEFINITION[:i], head, " ** \n", *DEFINITION[i + 1 :]])
+        text = "".join([*before, head, " ** \n", *after])
         module, diagnostics = parse_partial(Source("<text>", text))
         assert len(diagnostics) == 1
-        assert [item.span.text for item in module.items] == [x.span.text for x in parse("".join(good)).items]
+        good = parse("".join([*before, *after])).items
+        assert [item.span.text for item in module.items] == [item.span.text for item in good]
 
 
 @pytest.mark.parametrize("missing", ["}", ")", "]"])
@@ -169,13 +170,13 @@ def test_comments_survive_in_every_gap(text: str) -> None:
         comment = ("# c", "## c")[position % 2]
         assert token.start_pos is not None
         cut = chunk.start + token.start_pos
-        for gap in (f" {comment} 1\n", f"\n{comment} 1\n\n {comment} 2\n", f" {comment} 1\n {comment} 2\n"):
-            commented = text[:cut] + gap + text[cut:]
-            formatted = format(commented)
-            assert parse(formatted) == module
-            assert format(formatted) == formatted
-            assert re.findall("#.*", formatted) == [line.rstrip() for line in re.findall("#.*", commented)]
-            assert owners(formatted) == owners(commented)
+        gaps = f" {comment} 1\n", f"\n{comment} 1\n\n {comment} 2\n", f" {comment} 1\n {comment} 2\n"
+        commented = text[:cut] + gaps[position % 3] + text[cut:]
+        formatted = format(commented)
+        assert parse(formatted) == module
+        assert format(formatted) == formatted
+        assert re.findall("#.*", formatted) == [line.rstrip() for line in re.findall("#.*", commented)]
+        assert owners(formatted) == owners(commented)
 
 
 def owners(text: str) -> list[tuple[int, bool]]:
@@ -247,7 +248,7 @@ def compound(inner: st.SearchStrategy[nodes.Expression]) -> st.SearchStrategy[no
     )
 
 
-@settings(STEADY, max_examples=300)
+@settings(STEADY, max_examples=150)
 @given(st.recursive(LEAVES, compound, max_leaves=25))
 def test_render_is_the_inverse_of_parse(tree: nodes.Expression) -> None:
     text = f"let x = {render(tree)}"
@@ -258,7 +259,7 @@ def test_render_is_the_inverse_of_parse(tree: nodes.Expression) -> None:
     assert all(len(line) <= 100 for line in formatted.split("\n")) or len(text) > 100
 
 
-@settings(STEADY, max_examples=200)
+@settings(STEADY, max_examples=100)
 @given(st.recursive(LEAVES, compound, max_leaves=8))
 def test_render_writes_no_needless_parentheses(tree: nodes.Expression) -> None:
     text = render(tree)
@@ -299,7 +300,7 @@ def never_crashes(text: str) -> None:
         assert format(formatted) == formatted
 
 
-@settings(STEADY, max_examples=250)
+@settings(STEADY, max_examples=120)
 @given(st.lists(SOUP, max_size=25), st.sampled_from(["", " "]))
 def test_token_soup(words: list[str], glue: str) -> None:
     never_crashes(glue.join(words))
@@ -307,7 +308,7 @@ def test_token_soup(words: list[str], glue: str) -> None:
     never_crashes("let x = " + glue.join(words))
 
 
-@settings(STEADY, max_examples=250)
+@settings(STEADY, max_examples=120)
 @given(st.data())
 def test_mutations_of_programs(data: st.DataObject) -> None:
     text = "".join(data.draw(st.lists(st.sampled_from(DEFINITION), min_size=1, max_size=2)))
@@ -368,15 +369,15 @@ def test_limits_are_not_hit_below_them() -> None:
         assert render(expression(text))
         assert messages("let a = (" + text + ") - 1" if text[0] != "n" else "let a = not not " + text)
     for op in ("|", "&", "+", " or ", " and "):
-        tree = expression(op.join(["x"] * 10_000))
+        tree = expression(op.join(["x"] * 3_000))
         assert isinstance(tree, nodes.Nary)
-        assert len(tree.args) == 10_000
+        assert len(tree.args) == 3_000
         hash(tree), repr(tree), render(tree)
     expression(str(2**63 - 1))
 
 
 def test_many_definitions() -> None:
-    text = "\n".join(f"pattern p{i} = causal" for i in range(20_000))
+    text = "\n".join(f"pattern p{i} = causal" for i in range(10_000))
     start = time.process_time()
-    assert len(parse(text).items) == 20_000
-    assert time.process_time() - start < 5
+    assert len(parse(text).items) == 10_000
+    assert time.process_time() - start < 2.5

@@ -9,6 +9,7 @@ from io import BytesIO
 
 import pytest
 import torch
+from thin import thin
 from torch import Tensor
 
 import attndsl
@@ -111,7 +112,7 @@ def module(task: Task) -> torch.nn.Module:
     return attndsl.compile(attention, **sizes, training=True, backend="torch").module()  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", thin(TASKS, 2))
 def test_a_student_learns_what_the_teacher_does(name: str) -> None:
     task = TASKS[name]
     torch.manual_seed(1)

@@ -40,7 +40,7 @@ from attndsl.tiles import lowering
 
 LENGTHS = (1, 2, 15, 16, 17, 40, 64, 65)
 """Around multiples of what pieces are long."""
-SEEDS = 20
+SEEDS = 10
 BATCH, HEADS, KV_HEADS, WIDTH = 2, 4, 2, 8
 FLIPS = 0.002
 """Of all entries those that rounding to float32 may change."""
