@@ -7,14 +7,16 @@ from dataclasses import replace
 
 from attndsl.attention import Attention
 from attndsl.backend import Kernel, Problem, predicted
+from attndsl.emit.score import score_of
 from attndsl.errors import fail
 from attndsl.execution.torch_eval import FEATURES
 from attndsl.tiles.blockmask import BlockMask
 
 from .build import MISSING, compiler, library
 from .cost import SECONDS, TRAINING, counts
-from .kernel import Compiled, score_of
+from .kernel import Compiled
 from .layout import ROWS
+from .score import code
 
 
 class Cpu:
@@ -55,7 +57,7 @@ class Cpu:
         for group in attention.groups:
             score = score_of(group, problem.head_dim, True)
             assert not isinstance(score, str)
-            made = library(score.code(None), "forward", ("DOUBLE",) if problem.dtype == "float64" else ())
+            made = library(code(score, None), "forward", ("DOUBLE",) if problem.dtype == "float64" else ())
             if isinstance(made, str):
                 raise fail(f"the backend `cpu` cannot be compiled: {made}")
         return Compiled(attention)
