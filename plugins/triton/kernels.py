@@ -1,0 +1,355 @@
+# mypy: ignore-errors
+"""The kernels: forward, dQ, dK and dV, of blocks of queries or keys over the tiles of a mask.
+
+Lines of tiles (layout.py) have first their full tiles, where no pair is masked and no bound is looked at, then
+the partial ones with a bit for each pair. What a score is at each pair is generated and comes as functions
+(emit/triton.py): HELD, SCORE, SLOPES ... `held` is what there is of leaves, `at` and `grads` where leaves and
+their gradients are, an address for each leaf of each batch row and head, `sizes` those of tables.
+
+    Q [B, H, nq, D], K [B, Hkv, n, D], V [B, Hkv, n, DV] by their strides, features side by side
+    OUT, GRAD_OUT [B, H, nq, DV], GQ [B, H, nq, D], GK, GV as K, V: contiguous
+    LSE, TOP, SUM, DELTA   [B, H, nq], of rows; SINK [B, H]
+    GRID                   [B, H], which mask, -1 where nothing is asked of a head
+    WRONG                  [B, H, lines], the first pair q * n + k without a value, or NEVER
+    packed, unit           what Q @ K is multiplied with, and what slopes by that are
+    BM, BN                 queries and keys of a tile
+    WIDE_D, WIDE_DV        features, up to a power of two
+"""
+
+import triton
+import triton.language as tl
+from triton.knobs import runtime
+
+INTERPRETED = tl.constexpr(runtime.interpret)
+NEVER = tl.constexpr(2**62)
+LN_2 = tl.constexpr(0.6931471805599453)
+NONE = tl.constexpr(float("-inf"))
+MARGIN = tl.constexpr(128)
+"""Entries before and after those of leaves: what whole tiles reach."""
+
+
+@triton.jit
+def product(a, b, c, PRECISION: tl.constexpr):
+    if INTERPRETED:
+        # its products of bfloat16 are of the bits
+        a, b = a.to(c.dtype), b.to(c.dtype)
+    return tl.dot(a, b, c, input_precision=PRECISION, out_dtype=c.dtype)
+
+
+@triton.jit
+def vectors(X, first, lane, stride, many, WIDTH: tl.constexpr, WIDE: tl.constexpr, INSIDE: tl.constexpr):
+    """Rows first + lane of X [many, WIDTH]; zeros beyond it. INSIDE: no row is."""
+    feature = tl.arange(0, WIDE)
+    at = X + first * stride + (lane[:, None] * stride + feature[None, :])
+    if INSIDE:
+        if WIDTH == WIDE:
+            return tl.load(at)
+        else:
+            return tl.load(at, mask=feature[None, :] < WIDTH, other=0.0)
+    else:
+        return tl.load(at, mask=(first + lane < many)[:, None] & (feature[None, :] < WIDTH), other=0.0)
+
+
+@triton.jit
+def keep(X, x, first, lane, many, WIDTH: tl.constexpr, WIDE: tl.constexpr):
+    """Stores rows first + lane of X [many, WIDTH]."""
+    feature = tl.arange(0, WIDE)
+    at = X + first * WIDTH + (lane[:, None] * WIDTH + feature[None, :])
+    mask = (first + lane < many)[:, None] & (feature[None, :] < WIDTH)
+    tl.store(at, x.to(X.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def live_of(words, content, row, col, BM: tl.constexpr, BN: tl.constexpr):
+    """The pairs of a partial tile, by their places in it; tiles of fewer than 32 keys have words of their own."""
+    WORDS: tl.constexpr = (BN + 31) // 32
+    word = tl.load(words + (content * BM + row) * WORDS + col // 32)
+    return ((word >> (col % 32)) & 1) != 0
+
+
+@triton.jit
+def noted(wrong, bad, row, key, n):
+    """The first pair without a value so far."""
+    pair = row.to(tl.int64) * n + key
+    return tl.minimum(wrong, tl.min(tl.min(tl.where(bad, pair, NEVER), 1), 0))
+
+
+@triton.jit
+def more_keys(
+    acc, total, top, wrong, q, K, V, held, words, content, first, row, nq, n, kn, vn, packed, origin,
+    SCORE: tl.constexpr, FULL: tl.constexpr, NORM: tl.constexpr, CHECKED: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, WIDE_D: tl.constexpr, DV: tl.constexpr,
+    WIDE_DV: tl.constexpr, REAL: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """What a tile of keys adds to the rows of a block of queries."""
+    SOFTMAX: tl.constexpr = NORM[0]
+    FACTOR: tl.constexpr = NORM[1]
+    BASE: tl.constexpr = NORM[2]
+    lane = tl.arange(0, BN)
+    key = (first + lane).to(tl.int32)[None, :]
+    k = vectors(K, first, lane, kn, n, D, WIDE_D, FULL)
+    x = product(q, tl.trans(k), tl.zeros([BM, BN], REAL), PRECISION) * packed
+    if FULL:
+        live = tl.full([BM, BN], 1, tl.int1)
+    else:
+        live = live_of(words, content, tl.arange(0, BM)[:, None], lane[None, :], BM, BN)
+    x, factor, bad = SCORE(x, row, key, live, held, origin, True, REAL, WHOLE)
+    if FACTOR:
+        bad = bad | (live & (factor < 0))
+        if SOFTMAX:
+            x = tl.where(factor > 0, x + tl.log(tl.where(factor > 0, factor, 1.0)), NONE)
+        else:
+            x = x * factor
+    if CHECKED:
+        wrong = noted(wrong, bad, row, key, n)
+    if SOFTMAX:
+        if not FULL:
+            x = tl.where(live, x, NONE)
+        now = tl.maximum(top, tl.max(x, 1))
+        base = tl.where(now == NONE, 0.0, now)
+        weight = tl.exp2((x - base[:, None]) * BASE)
+        shrunk = tl.exp2((top - base) * BASE)
+        total = total * shrunk + tl.sum(weight, 1)
+        acc = acc * shrunk[:, None]
+        top = now
+    else:
+        weight = tl.where(live, x, 0.0)
+        total += tl.sum(weight, 1)
+    v = vectors(V, first, lane, vn, n, DV, WIDE_DV, FULL)
+    acc = product(weight.to(v.dtype), v, acc, PRECISION)
+    return acc, total, top, wrong
+
+
+@triton.jit
+def result(acc, total, top, sink, NORM: tl.constexpr, SINK: tl.constexpr):
+    """The output, log-sum-exp, greatest logit and sum of weights over that, of whole rows."""
+    SOFTMAX: tl.constexpr = NORM[0]
+    BASE: tl.constexpr = NORM[2]
+    SHARED: tl.constexpr = NORM[3]
+    if SOFTMAX:
+        empty = top == NONE
+        if SINK:
+            # a sink far above all keys would leave no number for them
+            above = tl.where(empty, top, tl.maximum(top, sink))
+            base = tl.where(empty, 0.0, above)
+            shrunk = tl.exp2((top - base) * BASE)
+            total = total * shrunk + tl.exp2((sink - base) * BASE)
+            acc = acc * shrunk[:, None]
+            top = above
+        safe = tl.where(empty, 1.0, total)
+        if BASE == 1.0:
+            lse = (top + tl.log2(safe)) * LN_2
+        else:
+            lse = top + tl.log(safe)
+    else:
+        empty = total == 0
+        safe = tl.where(empty, 1.0, total)
+        lse = tl.where(empty, NONE, tl.log(safe))
+    if SHARED:
+        acc = acc * tl.where(empty, 0.0, 1.0 / safe)[:, None]
+    return acc, lse, top, total
+
+
+@triton.jit(do_not_specialize=["nq", "n", "lines", "heads", "share"])
+def forward(
+    Q, K, V, OUT, LSE, TOP, SUM,
+    GRID, HEADS, order, run_ptr, run_start, run_end, part_ptr, part_at, part_content, words,
+    leaves, sizes, SINK, WRONG,
+    qb, qh, qn, kb, kh, kn, vb, vh, vn, nq, n, lines, heads, share, packed,
+    HELD: tl.constexpr, SCORE: tl.constexpr, LEAVES: tl.constexpr, NORM: tl.constexpr,
+    CHECKED: tl.constexpr, SUNK: tl.constexpr, TOPS: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, WIDE_D: tl.constexpr, DV: tl.constexpr,
+    WIDE_DV: tl.constexpr, REAL: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """A block of queries of one head."""
+    h, b = tl.load(HEADS + tl.program_id(1)).to(tl.int64), tl.program_id(2).to(tl.int64)
+    of = b * heads + h
+    grid = tl.load(GRID + of)
+    block = tl.load(order + grid * lines + tl.program_id(0))
+    line = grid * lines + block
+    lane = tl.arange(0, BM)
+    first = block.to(tl.int64) * BM
+    row = (first + lane).to(tl.int32)[:, None]
+    q = vectors(Q + b * qb + h * qh, first, lane, qn, nq, D, WIDE_D, False)
+    K += b * kb + (h // share) * kh
+    V += b * vb + (h // share) * vh
+    held = HELD(leaves + of * LEAVES, sizes, row, REAL, WHOLE)
+    acc, total = tl.zeros([BM, WIDE_DV], REAL), tl.zeros([BM], REAL)
+    top, wrong = tl.full([BM], NONE, REAL), tl.full([], NEVER, tl.int64)
+    for run in range(tl.load(run_ptr + line), tl.load(run_ptr + line + 1)):
+        for tile in range(tl.load(run_start + run), tl.load(run_end + run)):
+            acc, total, top, wrong = more_keys(
+                acc, total, top, wrong, q, K, V, held, words, 0, (tl.zeros([], tl.int64) + tile) * BN, row,
+                nq, n, kn, vn, packed, n - 1 + MARGIN, SCORE, True, NORM, CHECKED, PRECISION, BM, BN, D, WIDE_D,
+                DV, WIDE_DV, REAL, WHOLE,
+            )  # fmt: skip
+    for part in range(tl.load(part_ptr + line), tl.load(part_ptr + line + 1)):
+        acc, total, top, wrong = more_keys(
+            acc, total, top, wrong, q, K, V, held, words, tl.load(part_content + part),
+            tl.load(part_at + part).to(tl.int64) * BN, row, nq, n, kn, vn, packed, n - 1 + MARGIN, SCORE, False,
+            NORM, CHECKED, PRECISION, BM, BN, D, WIDE_D, DV, WIDE_DV, REAL, WHOLE,
+        )  # fmt: skip
+    sink = tl.load(SINK + of) if SUNK else 0.0
+    acc, lse, top, total = result(acc, total, top, sink, NORM, SUNK)
+    inside, rows = first + lane < nq, of * nq + first + lane
+    keep(OUT + of * nq * DV, acc, first, lane, nq, DV, WIDE_DV)
+    tl.store(LSE + rows, lse, mask=inside)
+    if TOPS:
+        tl.store(TOP + rows, top, mask=inside)
+        tl.store(SUM + rows, total, mask=inside)
+    if CHECKED:
+        tl.store(WRONG + of * lines + block, wrong)
+
+
+@triton.jit
+def measures(TOP, SUM, DELTA, rows, inside):
+    """Of rows: what is subtracted from logits, what weights are multiplied with, and what is subtracted from
+    what comes back to them. An empty row has no weights."""
+    level = tl.load(TOP + rows, mask=inside, other=NONE)
+    empty = level == NONE
+    share = 1.0 / tl.where(empty, 1.0, tl.load(SUM + rows, mask=inside, other=1.0))
+    return tl.where(empty, float("inf"), level), share, tl.load(DELTA + rows, mask=inside, other=0.0)
+
+
+@triton.jit
+def more_of_queries(
+    gq, sums, q, grad, level, share, delta, K, V, held, grads, words, content, first, row, n, kn, vn, packed,
+    origin, SLOPES: tl.constexpr, FULL: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, D: tl.constexpr, WIDE_D: tl.constexpr, DV: tl.constexpr, WIDE_DV: tl.constexpr,
+    REAL: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    lane = tl.arange(0, BN)
+    key = (first + lane).to(tl.int32)[None, :]
+    k = vectors(K, first, lane, kn, n, D, WIDE_D, FULL)
+    v = vectors(V, first, lane, vn, n, DV, WIDE_DV, FULL)
+    s = product(q, tl.trans(k), tl.zeros([BM, BN], REAL), PRECISION) * packed
+    come = product(grad, tl.trans(v), tl.zeros([BM, BN], REAL), PRECISION) - delta[:, None]
+    if FULL:
+        live = tl.full([BM, BN], 1, tl.int1)
+    else:
+        live = live_of(words, content, tl.arange(0, BM)[:, None], lane[None, :], BM, BN)
+    back = (level[:, None], share[:, None], come)
+    _, by_s, sums = SLOPES(s, row, key, live, back, held, sums, grads, origin, True, REAL, WHOLE)
+    if not FULL:
+        by_s = tl.where(live, by_s, 0.0)
+    return product(by_s.to(k.dtype), k, gq, PRECISION), sums
+
+
+@triton.jit(do_not_specialize=["nq", "n", "lines", "heads", "share"])
+def backward_queries(
+    Q, K, V, GRAD_OUT, TOP, SUM, DELTA, GQ,
+    GRID, HEADS, order, run_ptr, run_start, run_end, part_ptr, part_at, part_content, words,
+    leaves, sizes, slopes,
+    qb, qh, qn, kb, kh, kn, vb, vh, vn, nq, n, lines, heads, share, packed, unit,
+    HELD: tl.constexpr, SLOPES: tl.constexpr, BEGIN: tl.constexpr, FINISH: tl.constexpr, LEAVES: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, WIDE_D: tl.constexpr,
+    DV: tl.constexpr, WIDE_DV: tl.constexpr, REAL: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a block of queries of one head, and of leaves but for those of keys."""
+    h, b = tl.load(HEADS + tl.program_id(1)).to(tl.int64), tl.program_id(2).to(tl.int64)
+    of = b * heads + h
+    grid = tl.load(GRID + of)
+    block = tl.load(order + grid * lines + tl.program_id(0))
+    line = grid * lines + block
+    lane = tl.arange(0, BM)
+    first = block.to(tl.int64) * BM
+    row = (first + lane).to(tl.int32)[:, None]
+    q = vectors(Q + b * qb + h * qh, first, lane, qn, nq, D, WIDE_D, False)
+    grad = vectors(GRAD_OUT + of * nq * DV, first, lane, DV, nq, DV, WIDE_DV, False)
+    level, part_of, delta = measures(TOP, SUM, DELTA, of * nq + first + lane, first + lane < nq)
+    K += b * kb + (h // share) * kh
+    V += b * vb + (h // share) * vh
+    held = HELD(leaves + of * LEAVES, sizes, row, REAL, WHOLE)
+    grads = slopes + of * LEAVES
+    gq, sums = tl.zeros([BM, WIDE_D], REAL), BEGIN(BM, REAL)
+    for run in range(tl.load(run_ptr + line), tl.load(run_ptr + line + 1)):
+        for tile in range(tl.load(run_start + run), tl.load(run_end + run)):
+            gq, sums = more_of_queries(
+                gq, sums, q, grad, level, part_of, delta, K, V, held, grads, words, 0,
+                (tl.zeros([], tl.int64) + tile) * BN, row, n, kn, vn, packed, n - 1 + MARGIN, SLOPES, True,
+                PRECISION, BM, BN, D, WIDE_D, DV, WIDE_DV, REAL, WHOLE,
+            )  # fmt: skip
+    for part in range(tl.load(part_ptr + line), tl.load(part_ptr + line + 1)):
+        gq, sums = more_of_queries(
+            gq, sums, q, grad, level, part_of, delta, K, V, held, grads, words,
+            tl.load(part_content + part), tl.load(part_at + part).to(tl.int64) * BN, row, n, kn, vn, packed,
+            n - 1 + MARGIN, SLOPES, False, PRECISION, BM, BN, D, WIDE_D, DV, WIDE_DV, REAL, WHOLE,
+        )  # fmt: skip
+    keep(GQ + of * nq * D, gq * (packed * unit), first, lane, nq, D, WIDE_D)
+    FINISH(sums, grads, block, first + lane, REAL)
+
+
+@triton.jit
+def more_of_keys(
+    gk, gv, sums, k, v, Q, GRAD_OUT, TOP, SUM, DELTA, held, grads, words, content, first, key, nq, qn, packed,
+    origin, SLOPES: tl.constexpr, FULL: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, D: tl.constexpr, WIDE_D: tl.constexpr, DV: tl.constexpr, WIDE_DV: tl.constexpr,
+    REAL: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """What a tile of queries gives to a block of keys: its pairs are [BN, BM]."""
+    lane = tl.arange(0, BM)
+    row = (first + lane).to(tl.int32)[None, :]
+    q = vectors(Q, first, lane, qn, nq, D, WIDE_D, FULL)
+    grad = vectors(GRAD_OUT, first, lane, DV, nq, DV, WIDE_DV, FULL)
+    level, share, delta = measures(TOP, SUM, DELTA, first + lane, first + lane < nq)
+    s = product(k, tl.trans(q), tl.zeros([BN, BM], REAL), PRECISION) * packed
+    come = product(v, tl.trans(grad), tl.zeros([BN, BM], REAL), PRECISION) - delta[None, :]
+    if FULL:
+        live = tl.full([BN, BM], 1, tl.int1)
+    else:
+        live = live_of(words, content, lane[None, :], tl.arange(0, BN)[:, None], BM, BN)
+    back = (level[None, :], share[None, :], come)
+    weight, by_s, sums = SLOPES(s, row, key, live, back, held, sums, grads, origin, False, REAL, WHOLE)
+    if not FULL:
+        by_s = tl.where(live, by_s, 0.0)
+    gv = product(weight.to(grad.dtype), grad, gv, PRECISION)
+    gk = product(by_s.to(q.dtype), q, gk, PRECISION)
+    return gk, gv, sums
+
+
+@triton.jit(do_not_specialize=["nq", "n", "lines", "heads", "share"])
+def backward_keys(
+    Q, K, V, GRAD_OUT, TOP, SUM, DELTA, GK, GV,
+    GRID, order, run_ptr, run_start, run_end, part_ptr, part_at, part_content, words,
+    leaves, sizes, slopes,
+    qb, qh, qn, kb, kh, kn, vb, vh, vn, nq, n, lines, heads, share, packed, unit,
+    HELD: tl.constexpr, SLOPES: tl.constexpr, BEGIN: tl.constexpr, FINISH: tl.constexpr, LEAVES: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, WIDE_D: tl.constexpr,
+    DV: tl.constexpr, WIDE_DV: tl.constexpr, REAL: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a block of keys and values, from all heads that share them, and of leaves of keys."""
+    kv, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    grid = tl.maximum(tl.load(GRID + b * heads + kv * share), 0)
+    block = tl.load(order + grid * lines + tl.program_id(0))
+    lane = tl.arange(0, BN)
+    first = block.to(tl.int64) * BN
+    key = (first + lane).to(tl.int32)[:, None]
+    k = vectors(K + b * kb + kv * kh, first, lane, kn, n, D, WIDE_D, False)
+    v = vectors(V + b * vb + kv * vh, first, lane, vn, n, DV, WIDE_DV, False)
+    gk, gv = tl.zeros([BN, WIDE_D], REAL), tl.zeros([BN, WIDE_DV], REAL)
+    for h in range(kv * share, kv * share + share):
+        of = b * heads + h
+        grid = tl.load(GRID + of)
+        if grid >= 0:
+            line = grid * lines + block
+            held = HELD(leaves + of * LEAVES, sizes, key, REAL, WHOLE)
+            grads = slopes + of * LEAVES
+            sums = BEGIN(BN, REAL)
+            for run in range(tl.load(run_ptr + line), tl.load(run_ptr + line + 1)):
+                for tile in range(tl.load(run_start + run), tl.load(run_end + run)):
+                    gk, gv, sums = more_of_keys(
+                        gk, gv, sums, k, v, Q + b * qb + h * qh, GRAD_OUT + of * nq * DV, TOP + of * nq,
+                        SUM + of * nq, DELTA + of * nq, held, grads, words, 0,
+                        (tl.zeros([], tl.int64) + tile) * BM, key, nq, qn, packed, n - 1 + MARGIN, SLOPES, True,
+                        PRECISION, BM, BN, D, WIDE_D, DV, WIDE_DV, REAL, WHOLE,
+                    )  # fmt: skip
+            for part in range(tl.load(part_ptr + line), tl.load(part_ptr + line + 1)):
+                gk, gv, sums = more_of_keys(
+                    gk, gv, sums, k, v, Q + b * qb + h * qh, GRAD_OUT + of * nq * DV, TOP + of * nq,
+                    SUM + of * nq, DELTA + of * nq, held, grads, words, tl.load(part_content + part),
+                    tl.load(part_at + part).to(tl.int64) * BM, key, nq, qn, packed, n - 1 + MARGIN, SLOPES,
+                    False, PRECISION, BM, BN, D, WIDE_D, DV, WIDE_DV, REAL, WHOLE,
+                )  # fmt: skip
+            FINISH(sums, grads, block, first + lane, REAL)
+    keep(GK + (b * (heads // share) + kv) * n * D, gk * (packed * unit), first, lane, n, D, WIDE_D)
+    keep(GV + (b * (heads // share) + kv) * n * DV, gv, first, lane, n, DV, WIDE_DV)

@@ -1,0 +1,48 @@
+"""Generated scores as functions that kernels call."""
+
+from __future__ import annotations
+
+import hashlib
+import linecache
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from attndsl.emit.leaves import Leaf
+from attndsl.emit.score import Score
+from attndsl.emit.triton import Written
+
+
+@dataclass(frozen=True, eq=False)
+class Functions:
+    """Of one score, by the names in its text."""
+
+    written: Written
+    text: str
+    by_name: dict[str, Any]
+
+    def __getitem__(self, name: str) -> Any:
+        return self.by_name[name]
+
+
+@lru_cache(maxsize=256)
+def functions(score: Score, wanted: frozenset[Leaf] = frozenset()) -> Functions:
+    """With gradients of the `wanted` leaves. Triton finds their text by a file name of its own, and keeps
+    what it compiles by the text: equal scores are compiled once on a machine."""
+    import triton
+    import triton.language
+
+    from . import pairs
+
+    written = Written(score, wanted)
+    text = written.text
+    name = f"<attndsl score {hashlib.sha256(text.encode()).hexdigest()[:16]}>"
+    linecache.cache[name] = len(text), None, text.splitlines(True), name
+    space: dict[str, Any] = {
+        **vars(pairs),
+        "triton": triton,
+        "tl": triton.language,
+        "__name__": pairs.__name__,
+    }
+    exec(compile(text, name, "exec"), space)
+    return Functions(written, text, space)
