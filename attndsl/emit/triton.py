@@ -1,4 +1,4 @@
-"""The spelling of Triton, over tiles of pairs; what it calls stands beside the kernels (plugins/triton/pairs.py).
+"""The spelling of Triton, over tiles of pairs; what it calls stands beside the kernels, in pairs.py.
 
 `held` is a tuple with what there is of each leaf: a number itself, else a pointer; of what is fixed for a
 program, its queries or its keys, the entries; behind a table the sizes of its axes.
@@ -158,9 +158,9 @@ class Written:
         code = Code(self.target, {S: "s", GAIN: "gain", FACTOR: "by_factor"})
         names = [code.real(root) for root in self.score.roots]
         factor = names[1] if len(names) > 1 else "s"
-        code.lines.append(
-            f"weight, gain, by_factor = weighed({names[0]}, {factor}, live, back, {str(self.norm[:3])[1:-1]})"
-        )
+        told = ", ".join(map(repr, self.norm[:3]))
+        weighed = f"weighed({names[0]}, {factor}, live, back, DIVIDED, {told})"
+        code.lines.append(f"weight, gain, by_factor = {weighed}")
         reads = [node for root in self.score.roots for node in ir.nodes(root) if node.op in READS]
         mine = [*CARRIED[side], *(SCATTERED if side == "query" else ())]
         asked = [
@@ -180,9 +180,10 @@ class Written:
                 code.lines.append(self.scattered(node, slope, code.names))
         end = code.name(found[S]) if S in found else "tl.where(live, 0.0, 0.0).to(REAL)"
         carry = f"({''.join(f'{x}, ' for x in sums.values())})"
-        head = f"slopes_{side}(s, row, key, live, back, held, sums, grads, origin, QUERIES, REAL, WHOLE)"
+        constants = ("DIVIDED", "QUERIES", "REAL", "WHOLE")
+        given = ", ".join(["s, row, key, live, back, held, sums, grads, origin", *constants])
         lines = [*self.unharmed, *code.lines]
-        return _function(head, lines, f"weight, {end}, {carry}", ("QUERIES", "REAL", "WHOLE"))
+        return _function(f"slopes_{side}({given})", lines, f"weight, {end}, {carry}", constants)
 
     def scattered(self, node: Expr, slope: str, names: Mapping[Expr, str]) -> str:
         leaf = leaf_of(node)

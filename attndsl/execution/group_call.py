@@ -131,30 +131,31 @@ class GroupCall:
 
     def rows(
         self, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, tops: Tops
-    ) -> dict[str, Tensor]:
-        """Of each row, contiguous: what is subtracted from logits (`top`), what weights are divided by
-        (`sum`), and what is subtracted from what comes back to weights (`delta`).
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Of each row, contiguous: what is subtracted from logits, what weights are divided by if they are,
+        and what is subtracted from what comes back to them.
 
         tops  gives a number near the greatest logit of each row, and the sum of weights over that
         """
         score, shared = self.score, self.group.norm.kind in ("softmax", "linear")
+        total: Tensor | None = None
         if _far(lse):
             # beside its greatest logit the log-sum-exp of a row has lost what tells weights apart, and of a
             # negative sum there is none
             top, total = tops()
         elif score.softmax:
-            top, total = lse / score.unit, torch.ones_like(lse)
+            top = lse / score.unit
         else:
             total = lse.exp()
         if not score.softmax:
+            assert total is not None
             top, total = torch.zeros_like(lse), total.masked_fill(total == 0, torch.inf)
         delta = (grad_out * out).sum(-1) if shared else torch.zeros_like(lse)
         if grad_lse is not None:
             shift = grad_lse.masked_fill(lse == -torch.inf, 0.0)
-            delta = delta - (shift if shared else shift / total)
-        if not shared:
-            total = torch.ones_like(lse)
-        return {"top": top.contiguous(), "sum": total.contiguous(), "delta": delta.contiguous()}
+            delta = delta - (shift if shared or total is None else shift / total)
+        divided = total.contiguous() if shared and total is not None else None
+        return top.contiguous(), divided, delta.contiguous()
 
     def asks(self, leaf: Leaf, tables: Mapping[str, Tensor]) -> bool:
         """Whether a gradient goes from it to anything."""

@@ -227,7 +227,8 @@ class Part:
         """Adds to those of q, k and v and of tables."""
         call, score = self.call, self.score
         (batch, heads, _, d), (_, kv_heads, n, dv) = call.q.shape, call.v.shape
-        rows = self.host.rows(out, lse, grad_out, grad_lse, self.tops)
+        top, total, delta = self.host.rows(out, lse, grad_out, grad_lse, self.tops)
+        rows = {"top": top, "sum": torch.ones_like(top) if total is None else total, "delta": delta}
         pieces = self.pieces
         gk, gv = (call.k.new_zeros((batch, kv_heads, pieces, n, -(-w // LANES) * LANES)) for w in (d, dv))
         asked = {leaf: self.slope(leaf, pieces) for leaf in score.leaves if self.host.asks(leaf, tables)}
@@ -246,7 +247,7 @@ class Part:
         grads[1].add_(gk[..., :d], alpha=score.packed * score.unit)
         grads[2].add_(gv[..., :dv])
         self.host.pull({leaf: x.sum(2) for leaf, x in asked.items()}, grads, tables)
-        self.host.sink_gradient(lse, rows["delta"], tables)
+        self.host.sink_gradient(lse, delta, tables)
 
     def tops(self) -> tuple[Tensor, Tensor]:
         """Of each row a number near its greatest logit, and the sum of weights over that."""

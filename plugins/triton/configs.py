@@ -11,7 +11,8 @@ import torch
 
 from attndsl.backend import Problem, device_kind
 
-Kernel: TypeAlias = Literal["forward", "backward_queries", "backward_keys", "decode"]
+Kernel: TypeAlias = Literal["forward", "backward_queries", "backward_keys", "backward_shared", "decode"]
+"""`backward_shared` is `backward_keys` where several heads share keys."""
 Arithmetic: TypeAlias = Literal["half", "tf32", "tf32x3"]
 """Products of 16 bits, of float32 in 10 bits of mantissa, of float32 in three of those."""
 SMALLEST, GREATEST = 16, 128
@@ -35,6 +36,7 @@ CONFIGS: dict[tuple[str, Arithmetic], dict[Kernel, dict[int, Config]]] = {
         "forward": {64: Config(128, 64, 4, 3), 128: Config(128, 64, 8, 3)},
         "backward_queries": {64: Config(128, 64, 8, 2), 128: Config(128, 64, 8, 2)},
         "backward_keys": {64: Config(64, 128, 8, 2), 128: Config(32, 128, 8, 2)},
+        "backward_shared": {64: Config(32, 128, 8, 2), 128: Config(32, 64, 8, 2)},
     },
 }
 """By the greater of the widths of queries and values, up to a power of two from 64 on: what spills nothing
@@ -121,7 +123,8 @@ def declined(problem: Problem) -> str | None:
         return "kernels in float64 have no tensor cores and do not fit the registers"
     if problem.block_size % SMALLEST:
         return f"tiles of {problem.block_size} tokens are no multiple of {SMALLEST}"
-    kernels: tuple[Kernel, ...] = ("forward", "backward_queries", "backward_keys")
+    keys: Kernel = "backward_keys" if problem.heads == problem.kv_heads else "backward_shared"
+    kernels: tuple[Kernel, ...] = ("forward", "backward_queries", keys)
     for kernel in kernels if problem.training else kernels[:1]:
         dtype = getattr(torch, problem.dtype)
         found = config(problem.device, dtype, kernel, problem.head_dim, problem.block_size)

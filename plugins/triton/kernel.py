@@ -66,7 +66,8 @@ class Compiled:
             if isinstance(score, str):
                 raise fail(f"the backend `triton` declines: {score}")
             if (which == i).any():
-                found.append(Part(GroupCall(call, group, score, which == i, MARGINS, self.leaves), self))
+                own = GroupCall(call, group, score, which == i, MARGINS, self.leaves)
+                found.append(Part(own, self))
         return found
 
     def gradient(
@@ -78,14 +79,14 @@ class Compiled:
         grad_out: Tensor,
         grad_lse: Tensor | None,
     ) -> Gradients:
-        grads = tuple(
+        gq, gk, gv = (
             torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (call.q, call.k, call.v)
         )
         tables = {name: torch.zeros_like(x) for name, x in singles(call.tables, wanted).items()}
         if call.q.numel() and call.k.numel():
             for part in self.parts(call):
-                part.gradient(out, lse, grad_out, grad_lse, grads, tables)
-        gq, gk, gv = (g.to(x.dtype) for g, x in zip(grads, (call.q, call.k, call.v), strict=True))
+                part.gradient(out, lse, grad_out, grad_lse, (gq, gk, gv), tables)
+        gq, gk, gv = (g.to(x.dtype) for g, x in ((gq, call.q), (gk, call.k), (gv, call.v)))
         return gq, gk, gv, {name: g.to(call.tables[name].dtype) for name, g in tables.items()}
 
 
@@ -145,7 +146,7 @@ class Part:
         import triton.language as tl
 
         q, k, v = self.vectors
-        (_, heads, nq, d), (_, kv_heads, n, dv) = q.shape, v.shape
+        (_, heads, nq, d), (_, _, n, dv) = q.shape, v.shape
         names = [f"{x}{axis}" for x in "qkv" for axis in "bhn"]
         strides = dict(zip(names, (s for x in (q, k, v) for s in x.stride()[:3]), strict=True))
         kind = arithmetic(q.dtype)
@@ -153,7 +154,7 @@ class Part:
         return {
             "Q": q, "K": k, "V": v, "GRID": tiles.grid, **tiles.arrays,
             "leaves": self.leaves, "sizes": self.sizes, **strides, "nq": nq, "n": n, "lines": tiles.lines,
-            "heads": heads, "share": heads // kv_heads, "packed": self.score.packed,
+            "heads": heads, "packed": self.score.packed,
             "LEAVES": max(1, len(self.score.leaves)),
             "PRECISION": "ieee" if kind == "half" or q.dtype == torch.float64 else kind,
             "D": d, "WIDE_D": wide(d), "DV": dv, "WIDE_DV": wide(dv),
@@ -179,7 +180,7 @@ class Part:
             TOP=lse if top is None else top, SUM=lse if total is None else total,
             SINK=lse if sink is None else sink, WRONG=wrong, HELD=written["held_query"],
             SCORE=written["score"], NORM=written.written.norm, CHECKED=checked,
-            SUNK=sink is not None, TOPS=top is not None,
+            SUNK=sink is not None, TOPS=top is not None, share=heads // self.call.k.shape[1],
         )  # fmt: skip
         if checked:
             self.look(wrong)
@@ -215,31 +216,38 @@ class Part:
         call, own, score = self.call, self.own, self.score
         asked = [leaf for leaf in score.leaves if own.asks(leaf, tables)]
         written = functions(score, frozenset(asked))
-        rows = own.rows(out, lse, grad_out, grad_lse, self.tops)
-        by_queries, by_keys = self.tile("backward_queries"), self.tile("backward_keys")
+        level, total, delta = own.rows(out, lse, grad_out, grad_lse, self.tops)
+        # an empty row has no weights
+        level = level.masked_fill(level == -torch.inf, torch.inf)
+        share = call.q.shape[1] // call.k.shape[1]
+        by_queries = self.tile("backward_queries")
+        by_keys = self.tile("backward_keys" if share == 1 else "backward_shared")
         tiles = self.tiles(by_queries)
         slopes = {leaf: self.slope(leaf, tiles.lines) for leaf in asked}
         at = on(self.device, addresses([slopes.get(leaf) for leaf in score.leaves], call.q.shape[:2]))
         back = {
-            "GRAD_OUT": grad_out.to(call.q.dtype).contiguous(), "TOP": rows["top"], "SUM": rows["sum"],
-            "DELTA": rows["delta"], "slopes": at, "unit": score.unit,
+            "GRAD_OUT": grad_out.to(call.q.dtype).contiguous(), "LEVEL": level, "DELTA": delta,
+            "SHARE": level if total is None else torch.where(level == torch.inf, 0.0, 1 / total),
+            "DIVIDED": total is not None, "slopes": at, "unit": score.unit,
         }  # fmt: skip
         gq, gk, gv = (torch.zeros_like(x) for x in grads)
         batch, kv_heads = call.q.shape[0], call.k.shape[1]
         run(
             kernels.backward_queries, (tiles.lines, len(tiles.heads), batch), by_queries, self.device,
-            **self.common(tiles, written), **back, HEADS=tiles.heads, GQ=gq, **_functions(written, "query"),
+            **self.common(tiles, written), **back, HEADS=tiles.heads, GQ=gq, share=share,
+            **_functions(written, "query"),
         )  # fmt: skip
         tiles = self.tiles(by_keys, by_keys=True)
         run(
             kernels.backward_keys, (tiles.lines, kv_heads, batch), by_keys, self.device,
-            **self.common(tiles, written), **back, GK=gk, GV=gv, **_functions(written, "key"),
+            **self.common(tiles, written), **back, GK=gk, GV=gv, SHARED_BY=share,
+            **_functions(written, "key"),
         )  # fmt: skip
         for total, mine in zip(grads, (gq, gk, gv), strict=True):
             total.add_(mine)
         summed = {leaf: x.sum(2, keepdim=True) if leaf.kind == "number" else x for leaf, x in slopes.items()}
         own.pull(summed, grads, tables)
-        own.sink_gradient(lse, rows["delta"], tables)
+        own.sink_gradient(lse, delta, tables)
 
     def slope(self, leaf: Leaf, lines: int) -> Tensor:
         """Where kernels add up the gradient of a leaf: [B, H, entries], of a number one for each line."""

@@ -1,14 +1,14 @@
 # mypy: ignore-errors
 """The kernels: forward, dQ, dK and dV, of blocks of queries or keys over the tiles of a mask.
 
-Lines of tiles (layout.py) have first their full tiles, where no pair is masked and no bound is looked at, then
-the partial ones with a bit for each pair. What a score is at each pair is generated and comes as functions
-(emit/triton.py): HELD, SCORE, SLOPES ... `held` is what there is of leaves, `at` and `grads` where leaves and
-their gradients are, an address for each leaf of each batch row and head, `sizes` those of tables.
+Of a line of tiles (layout.py) come first the full ones, where no pair is masked and no bound is looked at,
+then the partial ones with a bit for each pair. What a score is at each pair is generated and comes as
+functions (emit/triton.py): HELD, SCORE, SLOPES ... `held` is what there is of leaves, `leaves` and `slopes`
+addresses of each, and of its gradient, for each batch row and head, `sizes` those of tables.
 
     Q [B, H, nq, D], K [B, Hkv, n, D], V [B, Hkv, n, DV] by their strides, features side by side
     OUT, GRAD_OUT [B, H, nq, DV], GQ [B, H, nq, D], GK, GV as K, V: contiguous
-    LSE, TOP, SUM, DELTA   [B, H, nq], of rows; SINK [B, H]
+    LSE, LEVEL, SHARE, DELTA   [B, H, nq], of rows; SINK [B, H]
     GRID                   [B, H], which mask, -1 where nothing is asked of a head
     WRONG                  [B, H, lines], the first pair q * n + k without a value, or NEVER
     packed, unit           what Q @ K is multiplied with, and what slopes by that are
@@ -60,11 +60,15 @@ def keep(X, x, first, lane, many, WIDTH: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
-def live_of(words, content, row, col, BM: tl.constexpr, BN: tl.constexpr):
-    """The pairs of a partial tile, by their places in it; tiles of fewer than 32 keys have words of their own."""
-    WORDS: tl.constexpr = (BN + 31) // 32
-    word = tl.load(words + (content * BM + row) * WORDS + col // 32)
-    return ((word >> (col % 32)) & 1) != 0
+def live_of(words, content, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """The pairs of a partial tile. A word for all of 32 pairs is loaded once for each line of the tile."""
+    WORDS: tl.constexpr = (WIDTH + 31) // 32
+    at = words + (content * HEIGHT + tl.arange(0, HEIGHT)) * WORDS
+    place = tl.arange(0, WIDTH)
+    word = tl.zeros([HEIGHT, WIDTH], tl.int32)
+    for i in tl.static_range(WORDS):
+        word = tl.where((place // 32 == i)[None, :], tl.load(at + i)[:, None], word)
+    return ((word >> (place % 32)[None, :]) & 1) != 0
 
 
 @triton.jit
@@ -77,9 +81,9 @@ def noted(wrong, bad, row, key, n):
 @triton.jit
 def more_keys(
     acc, total, top, wrong, q, K, V, held, words, content, first, row, nq, n, kn, vn, packed, origin,
-    SCORE: tl.constexpr, FULL: tl.constexpr, NORM: tl.constexpr, CHECKED: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, WIDE_D: tl.constexpr, DV: tl.constexpr,
-    WIDE_DV: tl.constexpr, REAL: tl.constexpr, WHOLE: tl.constexpr,
+    SCORE: tl.constexpr, FULL: tl.constexpr, NORM: tl.constexpr, CHECKED: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, WIDE_D: tl.constexpr,
+    DV: tl.constexpr, WIDE_DV: tl.constexpr, REAL: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """What a tile of keys adds to the rows of a block of queries."""
     SOFTMAX: tl.constexpr = NORM[0]
@@ -92,7 +96,7 @@ def more_keys(
     if FULL:
         live = tl.full([BM, BN], 1, tl.int1)
     else:
-        live = live_of(words, content, tl.arange(0, BM)[:, None], lane[None, :], BM, BN)
+        live = live_of(words, content, BM, BN)
     x, factor, bad = SCORE(x, row, key, live, held, origin, True, REAL, WHOLE)
     if FACTOR:
         bad = bad | (live & (factor < 0))
@@ -180,14 +184,14 @@ def forward(
         for tile in range(tl.load(run_start + run), tl.load(run_end + run)):
             acc, total, top, wrong = more_keys(
                 acc, total, top, wrong, q, K, V, held, words, 0, (tl.zeros([], tl.int64) + tile) * BN, row,
-                nq, n, kn, vn, packed, n - 1 + MARGIN, SCORE, True, NORM, CHECKED, PRECISION, BM, BN, D, WIDE_D,
-                DV, WIDE_DV, REAL, WHOLE,
+                nq, n, kn, vn, packed, n - 1 + MARGIN, SCORE, True, NORM, CHECKED, PRECISION, BM, BN, D,
+                WIDE_D, DV, WIDE_DV, REAL, WHOLE,
             )  # fmt: skip
     for part in range(tl.load(part_ptr + line), tl.load(part_ptr + line + 1)):
         acc, total, top, wrong = more_keys(
             acc, total, top, wrong, q, K, V, held, words, tl.load(part_content + part),
-            tl.load(part_at + part).to(tl.int64) * BN, row, nq, n, kn, vn, packed, n - 1 + MARGIN, SCORE, False,
-            NORM, CHECKED, PRECISION, BM, BN, D, WIDE_D, DV, WIDE_DV, REAL, WHOLE,
+            tl.load(part_at + part).to(tl.int64) * BN, row, nq, n, kn, vn, packed, n - 1 + MARGIN, SCORE,
+            False, NORM, CHECKED, PRECISION, BM, BN, D, WIDE_D, DV, WIDE_DV, REAL, WHOLE,
         )  # fmt: skip
     sink = tl.load(SINK + of) if SUNK else 0.0
     acc, lse, top, total = result(acc, total, top, sink, NORM, SUNK)
@@ -202,21 +206,26 @@ def forward(
 
 
 @triton.jit
-def measures(TOP, SUM, DELTA, rows, inside):
+def measures(LEVEL, SHARE, DELTA, rows, inside, FULL: tl.constexpr, DIVIDED: tl.constexpr):
     """Of rows: what is subtracted from logits, what weights are multiplied with, and what is subtracted from
-    what comes back to them. An empty row has no weights."""
-    level = tl.load(TOP + rows, mask=inside, other=NONE)
-    empty = level == NONE
-    share = 1.0 / tl.where(empty, 1.0, tl.load(SUM + rows, mask=inside, other=1.0))
-    return tl.where(empty, float("inf"), level), share, tl.load(DELTA + rows, mask=inside, other=0.0)
+    what comes back to them."""
+    if FULL:
+        level, delta = tl.load(LEVEL + rows), tl.load(DELTA + rows)
+    else:
+        level = tl.load(LEVEL + rows, mask=inside, other=float("inf"))
+        delta = tl.load(DELTA + rows, mask=inside, other=0.0)
+    share = level
+    if DIVIDED:
+        share = tl.load(SHARE + rows, mask=inside, other=0.0)
+    return level, share, delta
 
 
 @triton.jit
 def more_of_queries(
     gq, sums, q, grad, level, share, delta, K, V, held, grads, words, content, first, row, n, kn, vn, packed,
-    origin, SLOPES: tl.constexpr, FULL: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, D: tl.constexpr, WIDE_D: tl.constexpr, DV: tl.constexpr, WIDE_DV: tl.constexpr,
-    REAL: tl.constexpr, WHOLE: tl.constexpr,
+    origin, SLOPES: tl.constexpr, FULL: tl.constexpr, DIVIDED: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, WIDE_D: tl.constexpr, DV: tl.constexpr,
+    WIDE_DV: tl.constexpr, REAL: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     lane = tl.arange(0, BN)
     key = (first + lane).to(tl.int32)[None, :]
@@ -227,9 +236,9 @@ def more_of_queries(
     if FULL:
         live = tl.full([BM, BN], 1, tl.int1)
     else:
-        live = live_of(words, content, tl.arange(0, BM)[:, None], lane[None, :], BM, BN)
+        live = live_of(words, content, BM, BN)
     back = (level[:, None], share[:, None], come)
-    _, by_s, sums = SLOPES(s, row, key, live, back, held, sums, grads, origin, True, REAL, WHOLE)
+    _, by_s, sums = SLOPES(s, row, key, live, back, held, sums, grads, origin, DIVIDED, True, REAL, WHOLE)
     if not FULL:
         by_s = tl.where(live, by_s, 0.0)
     return product(by_s.to(k.dtype), k, gq, PRECISION), sums
@@ -237,13 +246,13 @@ def more_of_queries(
 
 @triton.jit(do_not_specialize=["nq", "n", "lines", "heads", "share"])
 def backward_queries(
-    Q, K, V, GRAD_OUT, TOP, SUM, DELTA, GQ,
+    Q, K, V, GRAD_OUT, LEVEL, SHARE, DELTA, GQ,
     GRID, HEADS, order, run_ptr, run_start, run_end, part_ptr, part_at, part_content, words,
     leaves, sizes, slopes,
     qb, qh, qn, kb, kh, kn, vb, vh, vn, nq, n, lines, heads, share, packed, unit,
     HELD: tl.constexpr, SLOPES: tl.constexpr, BEGIN: tl.constexpr, FINISH: tl.constexpr, LEAVES: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, WIDE_D: tl.constexpr,
-    DV: tl.constexpr, WIDE_DV: tl.constexpr, REAL: tl.constexpr, WHOLE: tl.constexpr,
+    DIVIDED: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
+    WIDE_D: tl.constexpr, DV: tl.constexpr, WIDE_DV: tl.constexpr, REAL: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a block of queries of one head, and of leaves but for those of keys."""
     h, b = tl.load(HEADS + tl.program_id(1)).to(tl.int64), tl.program_id(2).to(tl.int64)
@@ -256,7 +265,8 @@ def backward_queries(
     row = (first + lane).to(tl.int32)[:, None]
     q = vectors(Q + b * qb + h * qh, first, lane, qn, nq, D, WIDE_D, False)
     grad = vectors(GRAD_OUT + of * nq * DV, first, lane, DV, nq, DV, WIDE_DV, False)
-    level, part_of, delta = measures(TOP, SUM, DELTA, of * nq + first + lane, first + lane < nq)
+    rows, inside = of * nq + first + lane, first + lane < nq
+    level, part_of, delta = measures(LEVEL, SHARE, DELTA, rows, inside, False, DIVIDED)
     K += b * kb + (h // share) * kh
     V += b * vb + (h // share) * vh
     held = HELD(leaves + of * LEAVES, sizes, row, REAL, WHOLE)
@@ -267,13 +277,13 @@ def backward_queries(
             gq, sums = more_of_queries(
                 gq, sums, q, grad, level, part_of, delta, K, V, held, grads, words, 0,
                 (tl.zeros([], tl.int64) + tile) * BN, row, n, kn, vn, packed, n - 1 + MARGIN, SLOPES, True,
-                PRECISION, BM, BN, D, WIDE_D, DV, WIDE_DV, REAL, WHOLE,
+                DIVIDED, PRECISION, BM, BN, D, WIDE_D, DV, WIDE_DV, REAL, WHOLE,
             )  # fmt: skip
     for part in range(tl.load(part_ptr + line), tl.load(part_ptr + line + 1)):
         gq, sums = more_of_queries(
             gq, sums, q, grad, level, part_of, delta, K, V, held, grads, words,
             tl.load(part_content + part), tl.load(part_at + part).to(tl.int64) * BN, row, n, kn, vn, packed,
-            n - 1 + MARGIN, SLOPES, False, PRECISION, BM, BN, D, WIDE_D, DV, WIDE_DV, REAL, WHOLE,
+            n - 1 + MARGIN, SLOPES, False, DIVIDED, PRECISION, BM, BN, D, WIDE_D, DV, WIDE_DV, REAL, WHOLE,
         )  # fmt: skip
     keep(GQ + of * nq * D, gq * (packed * unit), first, lane, nq, D, WIDE_D)
     FINISH(sums, grads, block, first + lane, REAL)
@@ -281,25 +291,28 @@ def backward_queries(
 
 @triton.jit
 def more_of_keys(
-    gk, gv, sums, k, v, Q, GRAD_OUT, TOP, SUM, DELTA, held, grads, words, content, first, key, nq, qn, packed,
-    origin, SLOPES: tl.constexpr, FULL: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, D: tl.constexpr, WIDE_D: tl.constexpr, DV: tl.constexpr, WIDE_DV: tl.constexpr,
-    REAL: tl.constexpr, WHOLE: tl.constexpr,
+    gk, gv, sums, k, v, Q, GRAD_OUT, LEVEL, SHARE, DELTA, held, grads, words, content, first, key, nq, qn,
+    packed, origin, SLOPES: tl.constexpr, FULL: tl.constexpr, DIVIDED: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, WIDE_D: tl.constexpr, DV: tl.constexpr,
+    WIDE_DV: tl.constexpr, REAL: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """What a tile of queries gives to a block of keys: its pairs are [BN, BM]."""
     lane = tl.arange(0, BM)
     row = (first + lane).to(tl.int32)[None, :]
     q = vectors(Q, first, lane, qn, nq, D, WIDE_D, FULL)
     grad = vectors(GRAD_OUT, first, lane, DV, nq, DV, WIDE_DV, FULL)
-    level, share, delta = measures(TOP, SUM, DELTA, first + lane, first + lane < nq)
+    inside = first + lane < nq
+    level, share, delta = measures(LEVEL, SHARE, DELTA, first + lane, inside, FULL, DIVIDED)
     s = product(k, tl.trans(q), tl.zeros([BN, BM], REAL), PRECISION) * packed
     come = product(v, tl.trans(grad), tl.zeros([BN, BM], REAL), PRECISION) - delta[None, :]
     if FULL:
         live = tl.full([BN, BM], 1, tl.int1)
     else:
-        live = live_of(words, content, lane[None, :], tl.arange(0, BN)[:, None], BM, BN)
+        live = live_of(words, content, BN, BM)
     back = (level[None, :], share[None, :], come)
-    weight, by_s, sums = SLOPES(s, row, key, live, back, held, sums, grads, origin, False, REAL, WHOLE)
+    weight, by_s, sums = SLOPES(
+        s, row, key, live, back, held, sums, grads, origin, DIVIDED, False, REAL, WHOLE
+    )
     if not FULL:
         by_s = tl.where(live, by_s, 0.0)
     gv = product(weight.to(grad.dtype), grad, gv, PRECISION)
@@ -307,19 +320,20 @@ def more_of_keys(
     return gk, gv, sums
 
 
-@triton.jit(do_not_specialize=["nq", "n", "lines", "heads", "share"])
+@triton.jit(do_not_specialize=["nq", "n", "lines", "heads"])
 def backward_keys(
-    Q, K, V, GRAD_OUT, TOP, SUM, DELTA, GK, GV,
+    Q, K, V, GRAD_OUT, LEVEL, SHARE, DELTA, GK, GV,
     GRID, order, run_ptr, run_start, run_end, part_ptr, part_at, part_content, words,
     leaves, sizes, slopes,
-    qb, qh, qn, kb, kh, kn, vb, vh, vn, nq, n, lines, heads, share, packed, unit,
+    qb, qh, qn, kb, kh, kn, vb, vh, vn, nq, n, lines, heads, packed, unit,
     HELD: tl.constexpr, SLOPES: tl.constexpr, BEGIN: tl.constexpr, FINISH: tl.constexpr, LEAVES: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, WIDE_D: tl.constexpr,
-    DV: tl.constexpr, WIDE_DV: tl.constexpr, REAL: tl.constexpr, WHOLE: tl.constexpr,
+    SHARED_BY: tl.constexpr, DIVIDED: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, D: tl.constexpr, WIDE_D: tl.constexpr, DV: tl.constexpr, WIDE_DV: tl.constexpr,
+    REAL: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a block of keys and values, from all heads that share them, and of leaves of keys."""
     kv, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    grid = tl.maximum(tl.load(GRID + b * heads + kv * share), 0)
+    grid = tl.maximum(tl.load(GRID + b * heads + kv * SHARED_BY), 0)
     block = tl.load(order + grid * lines + tl.program_id(0))
     lane = tl.arange(0, BN)
     first = block.to(tl.int64) * BN
@@ -327,7 +341,8 @@ def backward_keys(
     k = vectors(K + b * kb + kv * kh, first, lane, kn, n, D, WIDE_D, False)
     v = vectors(V + b * vb + kv * vh, first, lane, vn, n, DV, WIDE_DV, False)
     gk, gv = tl.zeros([BN, WIDE_D], REAL), tl.zeros([BN, WIDE_DV], REAL)
-    for h in range(kv * share, kv * share + share):
+    for i in range(SHARED_BY):
+        h = kv * SHARED_BY + i
         of = b * heads + h
         grid = tl.load(GRID + of)
         if grid >= 0:
@@ -338,18 +353,18 @@ def backward_keys(
             for run in range(tl.load(run_ptr + line), tl.load(run_ptr + line + 1)):
                 for tile in range(tl.load(run_start + run), tl.load(run_end + run)):
                     gk, gv, sums = more_of_keys(
-                        gk, gv, sums, k, v, Q + b * qb + h * qh, GRAD_OUT + of * nq * DV, TOP + of * nq,
-                        SUM + of * nq, DELTA + of * nq, held, grads, words, 0,
-                        (tl.zeros([], tl.int64) + tile) * BM, key, nq, qn, packed, n - 1 + MARGIN, SLOPES, True,
-                        PRECISION, BM, BN, D, WIDE_D, DV, WIDE_DV, REAL, WHOLE,
+                        gk, gv, sums, k, v, Q + b * qb + h * qh, GRAD_OUT + of * nq * DV, LEVEL + of * nq,
+                        SHARE + of * nq, DELTA + of * nq, held, grads, words, 0,
+                        (tl.zeros([], tl.int64) + tile) * BM, key, nq, qn, packed, n - 1 + MARGIN, SLOPES,
+                        True, DIVIDED, PRECISION, BM, BN, D, WIDE_D, DV, WIDE_DV, REAL, WHOLE,
                     )  # fmt: skip
             for part in range(tl.load(part_ptr + line), tl.load(part_ptr + line + 1)):
                 gk, gv, sums = more_of_keys(
-                    gk, gv, sums, k, v, Q + b * qb + h * qh, GRAD_OUT + of * nq * DV, TOP + of * nq,
-                    SUM + of * nq, DELTA + of * nq, held, grads, words, tl.load(part_content + part),
+                    gk, gv, sums, k, v, Q + b * qb + h * qh, GRAD_OUT + of * nq * DV, LEVEL + of * nq,
+                    SHARE + of * nq, DELTA + of * nq, held, grads, words, tl.load(part_content + part),
                     tl.load(part_at + part).to(tl.int64) * BM, key, nq, qn, packed, n - 1 + MARGIN, SLOPES,
-                    False, PRECISION, BM, BN, D, WIDE_D, DV, WIDE_DV, REAL, WHOLE,
+                    False, DIVIDED, PRECISION, BM, BN, D, WIDE_D, DV, WIDE_DV, REAL, WHOLE,
                 )  # fmt: skip
             FINISH(sums, grads, block, first + lane, REAL)
-    keep(GK + (b * (heads // share) + kv) * n * D, gk * (packed * unit), first, lane, n, D, WIDE_D)
-    keep(GV + (b * (heads // share) + kv) * n * DV, gv, first, lane, n, DV, WIDE_DV)
+    keep(GK + (b * (heads // SHARED_BY) + kv) * n * D, gk * (packed * unit), first, lane, n, D, WIDE_D)
+    keep(GV + (b * (heads // SHARED_BY) + kv) * n * DV, gv, first, lane, n, DV, WIDE_DV)

@@ -22,13 +22,14 @@ class Layout:
     run_start, run_end      of each run of full tiles the first along the line, and one past the last
     part_ptr   [lines + 1]  likewise for partial tiles
     part_at, part_content   where along the line one stands, and its content
-    words      [contents, rows of a tile, ceil(columns / 32)]  bits of distinct contents, little-endian along
-               the keys, whichever the lines are
+    width      of tiles, along the lines
+    words      [contents, height, ceil(width / 32)]  bits of distinct contents, little-endian along the lines
 
     A full tile lies inside the matrix as a whole: kernels look at no bounds there.
     """
 
     across: int
+    width: int
     run_ptr: Ints
     run_start: Ints
     run_end: Ints
@@ -48,7 +49,8 @@ class Layout:
         down, along = size // rows, size // columns
         bits = np.unpackbits(grid.masks, axis=2, bitorder="little").reshape(-1, down, rows, along, columns)
         cells = bits.swapaxes(2, 3).reshape(-1, down, along, rows * columns)
-        kinds = cells.any(3).astype(np.int8) + cells.all(3)
+        # 0 is an empty one, 2 a full one
+        kinds: NDArray[np.int8] = cells.any(3).astype(np.int8) + cells.all(3)
         # runs reach over all rows of the tiles that they are of
         line = (grid.run_row[:, None] * down + np.arange(down)).ravel()
         starts, ends = (np.repeat(x.astype(np.int64) * along, down) for x in (grid.run_start, grid.run_end))
@@ -68,7 +70,8 @@ class Layout:
             packed.reshape(len(packed), rows * packed.shape[2]), axis=0, return_inverse=True
         )
         words = kept.reshape(-1, *packed.shape[1:])
-        return _ordered(high * down, wide * along, runs, (own[0][part], own[1][part], same[which]), words)
+        parts = own[0][part], own[1][part], same[which]
+        return Layout(wide * along, columns, words=words, **_ordered(high * down, runs, parts))
 
     @cached_property
     def work(self) -> NDArray[np.int64]:
@@ -83,7 +86,7 @@ class Layout:
         return np.argsort(-self.work, kind="stable").astype(np.int32)
 
     def transposed(self) -> Layout:
-        """The same with columns for lines, and contents as they are."""
+        """The same with columns for lines."""
         lines = np.repeat(np.arange(self.lines), np.diff(self.run_ptr))
         # along each line the runs that the line before does not have begin, and those that only it has end
         row = np.concatenate([lines, lines, lines + 1, lines + 1])
@@ -100,13 +103,15 @@ class Layout:
             ends.append(np.array([column[mine], at[mine]])[:, np.lexsort((at[mine], column[mine]))])
         runs = ends[0][0], ends[0][1], ends[1][1]
         parts = self.part_at.astype(np.int64), np.repeat(np.arange(self.lines), np.diff(self.part_ptr))
-        return _ordered(self.across, self.lines, runs, (*parts, self.part_content), self.words)
+        bits = np.unpackbits(self.words.view(np.uint8), axis=2, count=self.width, bitorder="little")
+        ordered = _ordered(self.across, runs, (*parts, self.part_content))
+        return Layout(self.lines, self.words.shape[1], words=_words(bits.swapaxes(1, 2)), **ordered)
 
 
-Columns = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
+Columns = tuple[NDArray[np.integer], NDArray[np.integer], NDArray[np.integer]]
 
 
-def _joined(line: NDArray[np.int64], start: NDArray[np.int64], end: NDArray[np.int64]) -> Columns:
+def _joined(line: NDArray[np.integer], start: NDArray[np.integer], end: NDArray[np.integer]) -> Columns:
     """By line and start, runs that touch as one."""
     order = np.lexsort((start, line))
     line, start, end = line[order], start[order], end[order]
@@ -116,22 +121,21 @@ def _joined(line: NDArray[np.int64], start: NDArray[np.int64], end: NDArray[np.i
     return line[fresh], start[fresh], end[last]
 
 
-def _ordered(
-    lines: int, across: int, runs: Columns, parts: tuple[NDArray[np.int64], ...], words: Ints
-) -> Layout:
-    """Of runs (line, start, end) and partial tiles (line, place, content) in any order."""
-    found = []
-    for line, *others in (runs, parts):
-        order = np.lexsort((others[0], line))
-        found += [np.searchsorted(line[order], np.arange(lines + 1)), *(x[order] for x in others)]
-    return Layout(across, *(x.astype(np.int32) for x in found), words)
+def _ordered(lines: int, runs: Columns, parts: Columns) -> dict[str, Ints]:
+    """The arrays of a Layout, of runs (line, start, end) and partial tiles (line, place, content)."""
+    found = {}
+    for names, (line, *others) in ((("run", "start", "end"), runs), (("part", "at", "content"), parts)):
+        order, kind = np.lexsort((others[0], line)), names[0]
+        found[f"{kind}_ptr"] = np.searchsorted(line[order], np.arange(lines + 1))
+        found |= {f"{kind}_{name}": x[order] for name, x in zip(names[1:], others, strict=True)}
+    return {name: x.astype(np.int32) for name, x in found.items()}
 
 
 def _words(bits: NDArray[np.uint8]) -> Ints:
     """[.., columns] as [.., words]."""
     spare = -bits.shape[-1] % 32
     padded = np.pad(bits, [*[(0, 0)] * (bits.ndim - 1), (0, spare)])
-    return np.packbits(padded, axis=-1, bitorder="little").view(np.int32)
+    return np.ascontiguousarray(np.packbits(padded, axis=-1, bitorder="little")).view(np.int32)
 
 
 @dataclass(frozen=True, eq=False)

@@ -158,24 +158,38 @@ def scatter_table(to, indices, sizes, x, live):
 
 
 @triton.jit
-def weighed(logit, factor, live, back, SOFTMAX: tl.constexpr, FACTOR: tl.constexpr, BASE: tl.constexpr):
+def weighed(
+    logit, factor, live, back,
+    DIVIDED: tl.constexpr, SOFTMAX: tl.constexpr, FACTOR: tl.constexpr, BASE: tl.constexpr,
+):  # fmt: skip
     """The weight, from the logit and its factor, and the slopes by both; without a softmax the first is the
-    weight itself. `back`: what logits and weights of each row are measured by, and what comes back."""
+    weight itself. `back`: what logits of each row are measured by, what weights are multiplied with if they
+    are DIVIDED, and what comes back."""
     level, share, come = back
     if SOFTMAX:
         if FACTOR:
             none = factor == 0
             more = logit - level + tl.log(tl.where(none, 1.0, factor))
-            bare = tl.exp2(tl.minimum(more, 64.0) * BASE) * share
-            weight = tl.where(live & (factor != 0), bare, 0.0)
-            by_factor = tl.where(none, bare, bare / tl.where(none, 1.0, factor)) * come
+            weight = tl.exp2(tl.minimum(more, 64.0) * BASE)
         else:
-            weight = tl.where(live, tl.exp2((logit - level) * BASE) * share, 0.0)
+            weight = tl.exp2((logit - level) * BASE)
+        if DIVIDED:
+            weight = weight * share
+        if FACTOR:
+            by_factor = tl.where(none, weight, weight / tl.where(none, 1.0, factor)) * come
+            weight = tl.where(live & (factor != 0), weight, 0.0)
+        else:
+            weight = tl.where(live, weight, 0.0)
             by_factor = weight
         return weight, weight * come, by_factor
     else:
-        slope = come * share
+        weight = logit
         if FACTOR:
-            return tl.where(live, logit * factor * share, 0.0), slope * factor, slope * logit
-        else:
-            return tl.where(live, logit * share, 0.0), slope, slope
+            weight = logit * factor
+        if DIVIDED:
+            weight = weight * share
+            come = come * share
+        by_factor = come * logit
+        if FACTOR:
+            come = come * factor
+        return tl.where(live, weight, 0.0), come, by_factor
