@@ -37,6 +37,7 @@ CONFIGS: dict[tuple[str, Arithmetic], dict[Kernel, dict[int, Config]]] = {
         "backward_queries": {64: Config(128, 64, 8, 2), 128: Config(128, 64, 8, 2)},
         "backward_keys": {64: Config(64, 128, 8, 2), 128: Config(32, 128, 8, 2)},
         "backward_shared": {64: Config(32, 128, 8, 2), 128: Config(32, 64, 8, 2)},
+        "decode": {64: Config(16, 64, 4, 3), 128: Config(16, 64, 4, 3)},
     },
 }
 """By the greater of the widths of queries and values, up to a power of two from 64 on: what spills nothing
@@ -91,6 +92,18 @@ def config(device: str, dtype: torch.dtype, kernel: Kernel, width: int, block_si
         return f"vectors of {width} numbers do not fit its registers on {name}"
     most = block_size & -block_size
     return Config(min(found.queries, most), min(found.keys, most), found.warps, found.stages)
+
+
+MOST_SPLITS = 64
+"""Parts of the keys of one step."""
+
+
+def splits_of(device: torch.device, programs: int, units: int) -> int:
+    """Parts that units of keys are split into, so that all processors have work and each part some units."""
+    processors = (
+        torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    )
+    return max(1, min(MOST_SPLITS, 2 * processors // programs, units // 2))
 
 
 def device_kind_of(device: str) -> str:

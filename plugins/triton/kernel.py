@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -20,8 +20,9 @@ from attndsl.execution.group_call import GroupCall, KnownLeaves, Margins, addres
 from attndsl.execution.torch_eval import singles
 from attndsl.tiles.lowering import head_groups
 
-from .configs import GREATEST, Config, Kernel, arithmetic, config, wide
-from .launch import KnownTiles, Tiles, on, run, strided
+from .configs import GREATEST, Config, Kernel, arithmetic, config, splits_of, wide
+from .launch import KnownTiles, Tiles, on, run, start, strided
+from .layout import Units
 from .source import Functions, functions
 
 MARGINS: Margins = {
@@ -32,6 +33,8 @@ MARGINS: Margins = {
     "table": (0, 1),
 }
 """Entries beside those of a leaf, which no pair asks for but whole tiles hold."""
+FEW = 64
+"""Queries of all heads that share keys up to which their keys are split among programs."""
 NEVER = 2**62
 """Of a pair that is none."""
 
@@ -54,7 +57,7 @@ class Compiled:
         lse = q.new_full(q.shape[:3], -torch.inf, dtype=wide_dtype)
         if q.numel() and call.k.numel():
             for part in self.parts(call):
-                part.forward(out, lse)
+                part.decode(out, lse) if part.few else part.forward(out, lse)
         return out, lse
 
     def parts(self, call: Call) -> list[Part]:
@@ -141,8 +144,51 @@ class Part:
         """Of the axes of tables, int64 [leaves, AXES]."""
         return on(self.device, np.array([self.own.sizes(leaf) for leaf in self.score.leaves], np.int64))
 
-    def common(self, tiles: Tiles, written: Functions) -> dict[str, Any]:
-        """Arguments of every kernel."""
+    @cached_property
+    def few(self) -> bool:
+        """Whether the queries of all heads that share keys are one tile, and have one mask."""
+        blocks, (_, heads, nq, _) = self.call.block_mask, self.call.q.shape
+        index = blocks.index[:, np.arange(heads) % blocks.index.shape[1]]
+        grouped = index.reshape(len(index), self.call.k.shape[1], -1)
+        rows, same = nq * grouped.shape[2], bool((grouped == grouped[..., :1]).all())
+        return blocks.rows is not None and rows <= FEW and same and bool(self.own.heads.all())
+
+    def decode(self, out: Tensor, lse: Tensor) -> None:
+        """As `forward`, of few queries: the keys are split among programs, by what is live."""
+        from . import kernels
+
+        q, _, v = self.vectors
+        (batch, heads, nq, _), kv_heads, dv = q.shape, self.call.k.shape[1], v.shape[3]
+        share, blocks = heads // kv_heads, self.call.block_mask
+        tile = replace(self.tile("decode"), queries=wide(nq * share))
+        units = Units.of(blocks.rows or (), tile.keys)
+        index = np.broadcast_to(blocks.index[:, np.arange(heads) % blocks.index.shape[1]], (batch, heads))
+        splits = splits_of(self.device, batch * kv_heads, int(units.heads[:, 2].max()))
+        parts = q.new_empty((splits, batch, heads, nq, dv), dtype=self.own.wide)
+        top, total = (parts.new_empty(parts.shape[:4]) for _ in range(2))
+        written, sink = functions(self.score), self.own.sink
+        checked = written.written.checked
+        wrong = torch.full((batch * kv_heads * splits if checked else 1,), NEVER, device=self.device)
+        sizes = {"nq": nq, "splits": splits, "rows_of_all": batch * heads * nq}
+        norm = {"NORM": written.written.norm, "TOP": top, "SUM": total, "PARTS": parts}
+        common = {**self.common, **sizes, **norm}
+        run(
+            kernels.decode, (splits, kv_heads, batch), tile, self.device, **common,
+            GRID=on(self.device, index.astype(np.int32)), units=on(self.device, units.heads),
+            unit_at=on(self.device, units.at), words=on(self.device, units.words), WRONG=wrong,
+            HELD=written["held_query"], SCORE=written["score"], CHECKED=checked, SHARED_BY=share,
+        )  # fmt: skip
+        start(
+            kernels.merge, (batch * heads * nq,), self.device, **sizes, **norm, OUT=out, LSE=lse,
+            SINK=lse if sink is None else sink, SUNK=sink is not None, SPLITS=wide(splits), DV=dv,
+            WIDE_DV=wide(dv), num_warps=4,
+        )  # fmt: skip
+        if checked:
+            self.look(wrong)
+
+    @cached_property
+    def common(self) -> dict[str, Any]:
+        """Arguments of every kernel over tiles."""
         import triton.language as tl
 
         q, k, v = self.vectors
@@ -152,8 +198,7 @@ class Part:
         kind = arithmetic(q.dtype)
         leaves = self.own.leaves.values()
         return {
-            "Q": q, "K": k, "V": v, "GRID": tiles.grid, **tiles.arrays,
-            "leaves": self.leaves, "sizes": self.sizes, **strides, "nq": nq, "n": n, "lines": tiles.lines,
+            "Q": q, "K": k, "V": v, "leaves": self.leaves, "sizes": self.sizes, **strides, "nq": nq, "n": n,
             "heads": heads, "packed": self.score.packed,
             "LEAVES": max(1, len(self.score.leaves)),
             "PRECISION": "ieee" if kind == "half" or q.dtype == torch.float64 else kind,
@@ -173,10 +218,10 @@ class Part:
         tiles, written = self.tiles(tile), functions(self.score)
         batch, heads = self.call.q.shape[:2]
         checked, sink = written.written.checked, self.own.sink
-        wrong = torch.full((batch, heads, tiles.lines) if checked else (1,), NEVER, device=self.device)
+        wrong = torch.full((batch * heads * tiles.lines if checked else 1,), NEVER, device=self.device)
         run(
             kernels.forward, (tiles.lines, len(tiles.heads), batch), tile, self.device,
-            **self.common(tiles, written), HEADS=tiles.heads, OUT=out, LSE=lse,
+            **self.common, **tiles.arguments, HEADS=tiles.heads, OUT=out, LSE=lse,
             TOP=lse if top is None else top, SUM=lse if total is None else total,
             SINK=lse if sink is None else sink, WRONG=wrong, HELD=written["held_query"],
             SCORE=written["score"], NORM=written.written.norm, CHECKED=checked,
@@ -187,10 +232,8 @@ class Part:
 
     def look(self, wrong: Tensor) -> None:
         """Raises AttnError for a pair without a value."""
-        (batch, heads), pairs = self.call.q.shape[:2], self.call.q.shape[2] * self.call.k.shape[2]
-        first = wrong.view(batch * heads, -1).amin(1)
-        for line in (first < NEVER).nonzero().flatten().tolist()[:1]:
-            self.own.refuse(line * pairs + int(first[line]))
+        if (pair := int(wrong.min())) < NEVER:
+            self.own.refuse(pair)
 
     def tops(self) -> tuple[Tensor, Tensor]:
         (batch, heads, nq, _), dv = self.call.q.shape, self.call.v.shape[3]
@@ -234,13 +277,13 @@ class Part:
         batch, kv_heads = call.q.shape[0], call.k.shape[1]
         run(
             kernels.backward_queries, (tiles.lines, len(tiles.heads), batch), by_queries, self.device,
-            **self.common(tiles, written), **back, HEADS=tiles.heads, GQ=gq, share=share,
+            **self.common, **tiles.arguments, **back, HEADS=tiles.heads, GQ=gq, share=share,
             **_functions(written, "query"),
         )  # fmt: skip
         tiles = self.tiles(by_keys, by_keys=True)
         run(
             kernels.backward_keys, (tiles.lines, kv_heads, batch), by_keys, self.device,
-            **self.common(tiles, written), **back, GK=gk, GV=gv, SHARED_BY=share,
+            **self.common, **tiles.arguments, **back, GK=gk, GV=gv, SHARED_BY=share,
             **_functions(written, "key"),
         )  # fmt: skip
         for total, mine in zip(grads, (gq, gk, gv), strict=True):

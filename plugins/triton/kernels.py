@@ -10,7 +10,7 @@ addresses of each, and of its gradient, for each batch row and head, `sizes` tho
     OUT, GRAD_OUT [B, H, nq, DV], GQ [B, H, nq, D], GK, GV as K, V: contiguous
     LSE, LEVEL, SHARE, DELTA   [B, H, nq], of rows; SINK [B, H]
     GRID                   [B, H], which mask, -1 where nothing is asked of a head
-    WRONG                  [B, H, lines], the first pair q * n + k without a value, or NEVER
+    WRONG                  of each program the first pair [B, H, nq, n] without a value, or NEVER
     packed, unit           what Q @ K is multiplied with, and what slopes by that are
     BM, BN                 queries and keys of a tile
     WIDE_D, WIDE_DV        features, up to a power of two
@@ -60,27 +60,27 @@ def keep(X, x, first, lane, many, WIDTH: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
-def live_of(words, content, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
-    """The pairs of a partial tile. A word for all of 32 pairs is loaded once for each line of the tile."""
+def live_of(words, content, height, line, WIDTH: tl.constexpr):
+    """The pairs of a partial tile at these lines of its `height`: a word for all of 32 is loaded once."""
     WORDS: tl.constexpr = (WIDTH + 31) // 32
-    at = words + (content * HEIGHT + tl.arange(0, HEIGHT)) * WORDS
+    at = words + (content * height + line) * WORDS
     place = tl.arange(0, WIDTH)
-    word = tl.zeros([HEIGHT, WIDTH], tl.int32)
-    for i in tl.static_range(WORDS):
+    word = tl.load(at)[:, None]
+    for i in tl.static_range(1, WORDS):
         word = tl.where((place // 32 == i)[None, :], tl.load(at + i)[:, None], word)
     return ((word >> (place % 32)[None, :]) & 1) != 0
 
 
 @triton.jit
-def noted(wrong, bad, row, key, n):
-    """The first pair without a value so far."""
-    pair = row.to(tl.int64) * n + key
-    return tl.minimum(wrong, tl.min(tl.min(tl.where(bad, pair, NEVER), 1), 0))
+def noted(wrong, bad, rows, key, n):
+    """The first pair without a value so far, of rows counted over all heads."""
+    return tl.minimum(wrong, tl.min(tl.min(tl.where(bad, rows[:, None] * n + key, NEVER), 1), 0))
 
 
 @triton.jit
 def more_keys(
-    acc, total, top, wrong, q, K, V, held, words, content, first, row, nq, n, kn, vn, packed, origin,
+    acc, total, top, wrong, q, K, V, held, words, content, height, line, first, row, rows, n, kn, vn, packed,
+    origin,
     SCORE: tl.constexpr, FULL: tl.constexpr, NORM: tl.constexpr, CHECKED: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, WIDE_D: tl.constexpr,
     DV: tl.constexpr, WIDE_DV: tl.constexpr, REAL: tl.constexpr, WHOLE: tl.constexpr,
@@ -96,7 +96,7 @@ def more_keys(
     if FULL:
         live = tl.full([BM, BN], 1, tl.int1)
     else:
-        live = live_of(words, content, BM, BN)
+        live = live_of(words, content, height, line, BN)
     x, factor, bad = SCORE(x, row, key, live, held, origin, True, REAL, WHOLE)
     if FACTOR:
         bad = bad | (live & (factor < 0))
@@ -105,7 +105,7 @@ def more_keys(
         else:
             x = x * factor
     if CHECKED:
-        wrong = noted(wrong, bad, row, key, n)
+        wrong = noted(wrong, bad, rows, key, n)
     if SOFTMAX:
         if not FULL:
             x = tl.where(live, x, NONE)
@@ -173,7 +173,7 @@ def forward(
     line = grid * lines + block
     lane = tl.arange(0, BM)
     first = block.to(tl.int64) * BM
-    row = (first + lane).to(tl.int32)[:, None]
+    row, rows = (first + lane).to(tl.int32)[:, None], of * nq + first + lane
     q = vectors(Q + b * qb + h * qh, first, lane, qn, nq, D, WIDE_D, False)
     K += b * kb + (h // share) * kh
     V += b * vb + (h // share) * vh
@@ -183,19 +183,19 @@ def forward(
     for run in range(tl.load(run_ptr + line), tl.load(run_ptr + line + 1)):
         for tile in range(tl.load(run_start + run), tl.load(run_end + run)):
             acc, total, top, wrong = more_keys(
-                acc, total, top, wrong, q, K, V, held, words, 0, (tl.zeros([], tl.int64) + tile) * BN, row,
-                nq, n, kn, vn, packed, n - 1 + MARGIN, SCORE, True, NORM, CHECKED, PRECISION, BM, BN, D,
-                WIDE_D, DV, WIDE_DV, REAL, WHOLE,
+                acc, total, top, wrong, q, K, V, held, words, 0, BM, lane,
+                (tl.zeros([], tl.int64) + tile) * BN, row, rows, n, kn, vn, packed, n - 1 + MARGIN, SCORE,
+                True, NORM, CHECKED, PRECISION, BM, BN, D, WIDE_D, DV, WIDE_DV, REAL, WHOLE,
             )  # fmt: skip
     for part in range(tl.load(part_ptr + line), tl.load(part_ptr + line + 1)):
         acc, total, top, wrong = more_keys(
-            acc, total, top, wrong, q, K, V, held, words, tl.load(part_content + part),
-            tl.load(part_at + part).to(tl.int64) * BN, row, nq, n, kn, vn, packed, n - 1 + MARGIN, SCORE,
+            acc, total, top, wrong, q, K, V, held, words, tl.load(part_content + part), BM, lane,
+            tl.load(part_at + part).to(tl.int64) * BN, row, rows, n, kn, vn, packed, n - 1 + MARGIN, SCORE,
             False, NORM, CHECKED, PRECISION, BM, BN, D, WIDE_D, DV, WIDE_DV, REAL, WHOLE,
         )  # fmt: skip
     sink = tl.load(SINK + of) if SUNK else 0.0
     acc, lse, top, total = result(acc, total, top, sink, NORM, SUNK)
-    inside, rows = first + lane < nq, of * nq + first + lane
+    inside = first + lane < nq
     keep(OUT + of * nq * DV, acc, first, lane, nq, DV, WIDE_DV)
     tl.store(LSE + rows, lse, mask=inside)
     if TOPS:
@@ -203,6 +203,80 @@ def forward(
         tl.store(SUM + rows, total, mask=inside)
     if CHECKED:
         tl.store(WRONG + of * lines + block, wrong)
+
+
+@triton.jit(do_not_specialize=["nq", "n", "heads", "splits", "rows_of_all"])
+def decode(
+    Q, K, V, PARTS, TOP, SUM, GRID, units, unit_at, words, leaves, sizes, WRONG,
+    qb, qh, qn, kb, kh, kn, vb, vh, vn, nq, n, heads, splits, rows_of_all, packed,
+    HELD: tl.constexpr, SCORE: tl.constexpr, LEAVES: tl.constexpr, NORM: tl.constexpr,
+    CHECKED: tl.constexpr, SHARED_BY: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, D: tl.constexpr, WIDE_D: tl.constexpr, DV: tl.constexpr, WIDE_DV: tl.constexpr,
+    REAL: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """The few queries of all heads that share keys, over one part of the units that they see: of each row the
+    sum of weighted values, its greatest logit and the sum of weights over that. All of them have one mask."""
+    split, kv, b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    place = tl.arange(0, BM)
+    inside = place < SHARED_BY * nq
+    # rows beyond are the last one again
+    place = tl.minimum(place, SHARED_BY * nq - 1)
+    h, line = kv * SHARED_BY + place // nq, place % nq
+    of, feature = b * heads + h, tl.arange(0, WIDE_D)
+    rows, row = of * nq + line, line[:, None]
+    at = Q + b * qb + (h * qh + line * qn)[:, None] + feature[None, :]
+    q = tl.load(at, mask=(feature < D)[None, :], other=0.0)
+    K += b * kb + kv * kh
+    V += b * vb + kv * vh
+    held = HELD(leaves + (of * LEAVES)[:, None], sizes, row, REAL, WHOLE)
+    unit = units + 4 * tl.load(GRID + b * heads + kv * SHARED_BY)
+    first, full, many, content = tl.load(unit), tl.load(unit + 1), tl.load(unit + 2), tl.load(unit + 3)
+    low, high = many * split // splits, many * (split + 1) // splits
+    acc, total = tl.zeros([BM, WIDE_DV], REAL), tl.zeros([BM], REAL)
+    top, wrong = tl.full([BM], NONE, REAL), tl.full([], NEVER, tl.int64)
+    for i in range(tl.minimum(low, full), tl.minimum(high, full)):
+        acc, total, top, wrong = more_keys(
+            acc, total, top, wrong, q, K, V, held, words, 0, nq, line,
+            tl.load(unit_at + first + i).to(tl.int64) * BN, row, rows, n, kn, vn, packed, n - 1 + MARGIN,
+            SCORE, True, NORM, CHECKED, PRECISION, BM, BN, D, WIDE_D, DV, WIDE_DV, REAL, WHOLE,
+        )  # fmt: skip
+    for i in range(tl.maximum(low, full), tl.maximum(high, full)):
+        acc, total, top, wrong = more_keys(
+            acc, total, top, wrong, q, K, V, held, words, content + i - full, nq, line,
+            tl.load(unit_at + first + i).to(tl.int64) * BN, row, rows, n, kn, vn, packed, n - 1 + MARGIN,
+            SCORE, False, NORM, CHECKED, PRECISION, BM, BN, D, WIDE_D, DV, WIDE_DV, REAL, WHOLE,
+        )  # fmt: skip
+    rows += split.to(tl.int64) * rows_of_all
+    wide = tl.arange(0, WIDE_DV)
+    tl.store(PARTS + rows[:, None] * DV + wide[None, :], acc, mask=inside[:, None] & (wide < DV)[None, :])
+    tl.store(TOP + rows, top, mask=inside)
+    tl.store(SUM + rows, total, mask=inside)
+    if CHECKED:
+        tl.store(WRONG + (b * tl.num_programs(1) + kv) * splits + split, wrong)
+
+
+@triton.jit(do_not_specialize=["nq", "splits", "rows_of_all"])
+def merge(
+    PARTS, TOP, SUM, OUT, LSE, SINK, nq, splits, rows_of_all,
+    NORM: tl.constexpr, SUNK: tl.constexpr, SPLITS: tl.constexpr, DV: tl.constexpr, WIDE_DV: tl.constexpr,
+):  # fmt: skip
+    """A row of what `decode` left in parts, of SPLITS at most."""
+    row = tl.program_id(0).to(tl.int64)
+    split, wide = tl.arange(0, SPLITS), tl.arange(0, WIDE_DV)
+    rows, inside = row + split * rows_of_all, split < splits
+    total = tl.load(SUM + rows, mask=inside, other=0.0)
+    mask = inside[:, None] & (wide < DV)[None, :]
+    acc = tl.load(PARTS + rows[:, None] * DV + wide[None, :], mask=mask, other=0.0)
+    tops = tl.load(TOP + rows, mask=inside, other=NONE)
+    top = tl.max(tops[None, :], 1)
+    if NORM[0]:
+        scale = tl.exp2((tops - tl.where(top == NONE, 0.0, top)) * NORM[2])
+        total, acc = total * scale, acc * scale[:, None]
+    sink = tl.load(SINK + row // nq) if SUNK else 0.0
+    acc, lse, _, _ = result(tl.sum(acc, 0)[None, :], tl.sum(total[None, :], 1), top, sink, NORM, SUNK)
+    one = tl.arange(0, 1)
+    keep(OUT, acc, row, one, row + 1, DV, WIDE_DV)
+    tl.store(LSE + row + one, lse)
 
 
 @triton.jit
@@ -236,7 +310,7 @@ def more_of_queries(
     if FULL:
         live = tl.full([BM, BN], 1, tl.int1)
     else:
-        live = live_of(words, content, BM, BN)
+        live = live_of(words, content, BM, tl.arange(0, BM), BN)
     back = (level[:, None], share[:, None], come)
     _, by_s, sums = SLOPES(s, row, key, live, back, held, sums, grads, origin, DIVIDED, True, REAL, WHOLE)
     if not FULL:
@@ -308,7 +382,7 @@ def more_of_keys(
     if FULL:
         live = tl.full([BN, BM], 1, tl.int1)
     else:
-        live = live_of(words, content, BN, BM)
+        live = live_of(words, content, BN, tl.arange(0, BN), BM)
     back = (level[None, :], share[None, :], come)
     weight, by_s, sums = SLOPES(
         s, row, key, live, back, held, sums, grads, origin, DIVIDED, False, REAL, WHOLE

@@ -56,6 +56,10 @@ class Tiles:
             stack.lines, arrays, on(device, grid), on(device, np.flatnonzero(heads).astype(np.int32))
         )
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return {"GRID": self.grid, "lines": self.lines, **self.arrays}
+
 
 KnownTiles = WeakKeyDictionary[BlockMask, dict[tuple[object, ...], Tiles]]
 
@@ -72,8 +76,13 @@ def strided(x: Tensor) -> Tensor:
 
 
 def run(kernel: Any, programs: Sequence[int], tile: Config, device: torch.device, **arguments: Any) -> None:
-    """Starts a kernel; nobody waits for it."""
+    """Starts a kernel over tiles."""
+    sizes = {"BM": tile.queries, "BN": tile.keys, "num_warps": tile.warps, "num_stages": tile.stages}
+    start(kernel, programs, device, **arguments, **sizes)
+
+
+def start(kernel: Any, programs: Sequence[int], device: torch.device, **arguments: Any) -> None:
+    """Nobody waits for it."""
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        kernel[tuple(programs)](
-            **arguments, BM=tile.queries, BN=tile.keys, num_warps=tile.warps, num_stages=tile.stages
-        )
+        # what is multiplied and added may be so in one rounding
+        kernel[tuple(programs)](**arguments, enable_fp_fusion=True)

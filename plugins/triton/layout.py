@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from attndsl.tiles.blockmask import TileGrid
+from attndsl.tiles.blockmask import Rows, TileGrid
 
 Ints = NDArray[np.int32]
 
@@ -50,7 +51,7 @@ class Layout:
         bits = np.unpackbits(grid.masks, axis=2, bitorder="little").reshape(-1, down, rows, along, columns)
         cells = bits.swapaxes(2, 3).reshape(-1, down, along, rows * columns)
         # 0 is an empty one, 2 a full one
-        kinds: NDArray[np.int8] = cells.any(3).astype(np.int8) + cells.all(3)
+        kinds = np.add(cells.any(3), cells.all(3), dtype=np.int8)
         # runs reach over all rows of the tiles that they are of
         line = (grid.run_row[:, None] * down + np.arange(down)).ravel()
         starts, ends = (np.repeat(x.astype(np.int64) * along, down) for x in (grid.run_start, grid.run_end))
@@ -123,7 +124,7 @@ def _joined(line: NDArray[np.integer], start: NDArray[np.integer], end: NDArray[
 
 def _ordered(lines: int, runs: Columns, parts: Columns) -> dict[str, Ints]:
     """The arrays of a Layout, of runs (line, start, end) and partial tiles (line, place, content)."""
-    found = {}
+    found: dict[str, NDArray[Any]] = {}
     for names, (line, *others) in ((("run", "start", "end"), runs), (("part", "at", "content"), parts)):
         order, kind = np.lexsort((others[0], line)), names[0]
         found[f"{kind}_ptr"] = np.searchsorted(line[order], np.arange(lines + 1))
@@ -168,3 +169,39 @@ class Stack:
             joined("run_end"), joined("part_ptr", "part_at"), joined("part_at"),
             joined("part_content", "words"), joined("words"),
         )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Units:
+    """Masks of few rows in units of so many keys, those of all masks end to end, of each the full ones first.
+
+    heads    [masks, 4]: the first unit, how many are full, how many there are, the first content
+    at       [units]: which keys
+    words    [contents, rows, ceil(keys / 32)]: the bits of those that are not full
+    """
+
+    heads: Ints
+    at: Ints
+    words: Ints
+
+    @staticmethod
+    def of(masks: Sequence[Rows], keys: int) -> Units:
+        heads: list[tuple[int, ...]] = []
+        at: list[NDArray[np.int64]] = []
+        words: list[Ints] = []
+        first = contents = 0
+        for mask in masks:
+            runs = [run for run in mask.runs if run.start < run.stop]
+            live = [np.arange(run.start // keys, -(-run.stop // keys)) for run in runs]
+            units = np.unique(np.concatenate([*live, np.zeros(0, np.int64)]))
+            flat = np.zeros((len(mask.spans), len(units) * keys), np.uint8)
+            for run in runs:
+                begin = np.searchsorted(units, run.start // keys) * keys + run.start % keys
+                flat[:, begin : begin + run.stop - run.start] = True if run.mask is None else run.mask
+            bits = flat.reshape(len(flat), len(units), keys).swapaxes(0, 1)
+            full = bits.all((1, 2))
+            heads.append((first, int(full.sum()), len(units), contents))
+            at.append(np.concatenate([units[full], units[~full]]))
+            words.append(_words(bits[~full]))
+            first, contents = first + len(units), contents + len(words[-1])
+        return Units(np.array(heads, np.int32), np.concatenate(at).astype(np.int32), np.concatenate(words))
