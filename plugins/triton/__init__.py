@@ -6,12 +6,12 @@ from dataclasses import replace
 
 from attndsl.attention import Attention
 from attndsl.backend import Kernel, Problem
-from attndsl.emit.score import score_of
 from attndsl.execution.torch_eval import FEATURES
 from attndsl.tiles.blockmask import BlockMask
 
 from .configs import declined
 from .kernel import Compiled
+from .source import score_of_pairs
 
 SECONDS: dict[str, dict[str, float]] = {}
 """None are measured."""
@@ -32,7 +32,7 @@ class Triton:
     def supports(self, attention: Attention, problem: Problem) -> str | None:
         for group in attention.groups:
             for adjacent in (True, False):
-                if isinstance(score := score_of(group, problem.head_dim, adjacent), str):
+                if isinstance(score := score_of_pairs(group, problem.head_dim, adjacent), str):
                     return score
         return declined(problem)
 

@@ -31,13 +31,50 @@ class Config:
 
 SHARED = {"sm_80": 166_912, "sm_90": 232_448, "gfx942": 65_536}
 """Bytes of shared memory that a program may have, by architecture."""
-CONFIGS: dict[tuple[str, Arithmetic], dict[Kernel, dict[int, Config]]] = {
+Two = tuple[Config, Config]
+"""Of scores that are computed at each pair, and of those that look something up there."""
+
+
+def same(*of: int) -> Two:
+    return Config(*of), Config(*of)
+
+
+CONFIGS: dict[tuple[str, Arithmetic], dict[Kernel, dict[int, Two]]] = {
     ("sm_90", "half"): {
-        "forward": {64: Config(128, 64, 4, 3), 128: Config(128, 64, 8, 3)},
-        "backward_queries": {64: Config(128, 64, 8, 2), 128: Config(128, 64, 8, 2)},
-        "backward_keys": {64: Config(64, 128, 8, 2), 128: Config(32, 128, 8, 2)},
-        "backward_shared": {64: Config(32, 128, 8, 2), 128: Config(32, 64, 8, 2)},
-        "decode": {64: Config(16, 64, 4, 3), 128: Config(16, 64, 4, 3)},
+        "forward": {
+            64: (Config(128, 64, 8, 3), Config(64, 64, 4, 3)),
+            128: same(128, 64, 8, 3),
+            256: same(128, 32, 8, 2),
+        },
+        "backward_queries": {64: same(128, 64, 8, 2), 128: same(128, 64, 8, 2), 256: same(32, 64, 8, 1)},
+        "backward_keys": {
+            64: same(64, 128, 8, 2),
+            128: (Config(32, 128, 8, 2), Config(32, 64, 8, 2)),
+            256: same(64, 32, 8, 1),
+        },
+        "backward_shared": {64: same(32, 128, 8, 2), 128: same(32, 64, 8, 2), 256: same(64, 32, 8, 1)},
+        "decode": {64: same(16, 64, 4, 3), 128: same(16, 64, 4, 3), 256: same(16, 32, 4, 2)},
+    },
+    ("sm_90", "tf32"): {
+        "forward": {64: same(128, 32, 8, 2), 128: same(64, 32, 8, 2)},
+        "backward_queries": {64: same(64, 32, 8, 2), 128: same(32, 32, 8, 2)},
+        "backward_keys": {64: same(32, 64, 8, 2), 128: same(32, 32, 8, 2)},
+        "backward_shared": {64: same(32, 64, 8, 2), 128: same(32, 32, 8, 2)},
+        "decode": {64: same(16, 32, 4, 2), 128: same(16, 32, 4, 2)},
+    },
+    ("sm_80", "half"): {
+        "forward": {64: same(128, 32, 4, 3), 128: same(64, 64, 4, 2)},
+        "backward_queries": {64: same(64, 64, 8, 2), 128: same(64, 64, 8, 2)},
+        "backward_keys": {64: same(32, 64, 8, 2), 128: same(64, 32, 8, 2)},
+        "backward_shared": {64: same(32, 64, 8, 2), 128: same(64, 32, 8, 2)},
+        "decode": {64: same(16, 64, 4, 3), 128: same(16, 64, 4, 3)},
+    },
+    ("gfx942", "half"): {
+        "forward": {64: same(64, 64, 4, 1), 128: same(64, 32, 4, 1)},
+        "backward_queries": {64: same(64, 64, 4, 1), 128: same(64, 32, 4, 1)},
+        "backward_keys": {64: same(64, 64, 4, 1), 128: same(32, 64, 4, 1)},
+        "backward_shared": {64: same(64, 64, 4, 1), 128: same(32, 64, 4, 1)},
+        "decode": {64: same(16, 64, 4, 2), 128: same(16, 64, 4, 2)},
     },
 }
 """By the greater of the widths of queries and values, up to a power of two from 64 on: what spills nothing
@@ -78,8 +115,11 @@ def wide(width: int) -> int:
     return max(SMALLEST, 1 << (width - 1).bit_length())
 
 
-def config(device: str, dtype: torch.dtype, kernel: Kernel, width: int, block_size: int) -> Config | str:
-    """For vectors that wide, with tiles that divide those of the mask; or why there is none."""
+def config(
+    device: str, dtype: torch.dtype, kernel: Kernel, width: int, block_size: int, looks_up: bool
+) -> Config | str:
+    """For vectors that wide and a score that looks something up at pairs or not, with tiles that divide those
+    of the mask; or why there is none."""
     if device_kind_of(device) == "cpu":
         found: Config | None = INTERPRETED
     else:
@@ -87,7 +127,8 @@ def config(device: str, dtype: torch.dtype, kernel: Kernel, width: int, block_si
         kernels = CONFIGS.get((name, kind))
         if kernels is None:
             return _unknown(name, kind)
-        found = kernels[kernel].get(max(64, wide(width)))
+        two = kernels[kernel].get(max(64, wide(width)))
+        found = None if two is None else two[looks_up]
     if found is None:
         return f"vectors of {width} numbers do not fit its registers on {name}"
     most = block_size & -block_size
@@ -140,7 +181,7 @@ def declined(problem: Problem) -> str | None:
     kernels: tuple[Kernel, ...] = ("forward", "backward_queries", keys)
     for kernel in kernels if problem.training else kernels[:1]:
         dtype = getattr(torch, problem.dtype)
-        found = config(problem.device, dtype, kernel, problem.head_dim, problem.block_size)
+        found = config(problem.device, dtype, kernel, problem.head_dim, problem.block_size, True)
         if isinstance(found, str):
             return found
     return None

@@ -14,7 +14,7 @@ from torch import Tensor
 from attndsl.attention import Attention
 from attndsl.backend import Call, Gradients, Problem
 from attndsl.emit.leaves import Leaf
-from attndsl.emit.score import Score, score_of
+from attndsl.emit.score import Score
 from attndsl.errors import fail
 from attndsl.execution.group_call import GroupCall, KnownLeaves, Margins, addresses
 from attndsl.execution.torch_eval import singles
@@ -23,7 +23,7 @@ from attndsl.tiles.lowering import head_groups
 from .configs import GREATEST, Config, Kernel, arithmetic, config, splits_of, wide
 from .launch import KnownTiles, Tiles, on, run, start, strided
 from .layout import Units
-from .source import Functions, functions
+from .source import Functions, functions, looks_up, score_of_pairs
 
 MARGINS: Margins = {
     "number": (0, 0),
@@ -65,7 +65,7 @@ class Compiled:
         (_, heads, _, d) = call.q.shape
         which, found = np.array(head_groups(self.attention, heads)), []
         for i, group in enumerate(self.attention.groups):
-            score = score_of(group, d, call.adjacent)
+            score = score_of_pairs(group, d, call.adjacent)
             if isinstance(score, str):
                 raise fail(f"the backend `triton` declines: {score}")
             if (which == i).any():
@@ -115,7 +115,9 @@ class Part:
     def tile(self, kernel: Kernel) -> Config:
         call, problem = self.call, self.kernel.problem
         width = max(call.q.shape[3], call.v.shape[3])
-        found = config(str(self.device), call.q.dtype, kernel, width, problem.block_size)
+        found = config(
+            str(self.device), call.q.dtype, kernel, width, problem.block_size, looks_up(self.score)
+        )
         if isinstance(found, str):
             raise fail(f"the backend `triton` declines: {found}")
         return found
