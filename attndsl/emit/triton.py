@@ -42,9 +42,11 @@ def _of_type(whole: str, real: str) -> Spelling:
 
 
 def _const(e: Expr, args: list[str]) -> str:
-    if e.type == "real" and not math.isfinite(cast(float, e.value)):
-        return f'float("{e.value}")'
-    return f"({e.value!r})"
+    if e.type != "real":
+        return f"({e.value!r})"
+    value = repr(e.value) if math.isfinite(cast(float, e.value)) else f'float("{e.value}")'
+    # a number of Python's would be float32 among such alone
+    return f"tl.full([], {value}, REAL)"
 
 
 def _inset(e: Expr, args: list[str]) -> str:
@@ -129,7 +131,7 @@ class Written:
     @property
     def score_text(self) -> str:
         code = Code(self.target, {S: "s"})
-        names = [code.real(root) for root in self.score.roots]
+        names = [f"tl.broadcast_to({code.real(root)}, live.shape)" for root in self.score.roots]
         head = "score(s, row, key, live, held, origin, QUERIES, REAL, WHOLE)"
         lines = [*self.unharmed, *code.lines]
         last = f"{names[0]}, {names[1] if len(names) > 1 else 's'}, {'bad' if self.checked else 'live'}"
@@ -156,7 +158,7 @@ class Written:
     def slopes(self, side: Side) -> str:
         """Weights, slopes by `s`, and the sums of the slopes by what is carried."""
         code = Code(self.target, {S: "s", GAIN: "gain", FACTOR: "by_factor"})
-        names = [code.real(root) for root in self.score.roots]
+        names = [f"tl.broadcast_to({code.real(root)}, live.shape)" for root in self.score.roots]
         factor = names[1] if len(names) > 1 else "s"
         told = ", ".join(map(repr, self.norm[:3]))
         weighed = f"weighed({names[0]}, {factor}, live, back, DIVIDED, {told})"
@@ -239,7 +241,7 @@ class Written:
 
 
 def _as_real(text: str) -> str:
-    return f"({text[1:-1]}.0)" if text[1:-1].lstrip("-").isdigit() else f"{text}.to(REAL)"
+    return f"tl.full([], {text}, REAL)" if text.startswith("(") else f"{text}.to(REAL)"
 
 
 def _function(head: str, lines: Collection[str], result: str, constants: Collection[str]) -> str:

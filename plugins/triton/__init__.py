@@ -34,6 +34,8 @@ class Triton:
             for adjacent in (True, False):
                 if isinstance(score := score_of_pairs(group, problem.head_dim, adjacent), str):
                     return score
+            if problem.dtype == "float16" and group.norm.kind not in ("softmax", "sigmoid"):
+                return f"weights of the norm `{group.norm.kind}` may exceed what float16 holds"
         return declined(problem)
 
     def cost(self, attention: Attention, problem: Problem, block_mask: BlockMask | None) -> float | None:

@@ -170,7 +170,7 @@ def compiled(cell: Cell) -> Figures:
         "SHARED_BY": 1 if cell.kernel == "backward_keys" else GROUP,
         "PRECISION": "ieee" if cell.arithmetic == "half" else cell.arithmetic,
         "BM": tile.queries, "BN": tile.keys, "D": cell.width, "WIDE_D": cell.width, "DV": cell.width,
-        "WIDE_DV": cell.width, "REAL": tl.float32, "WHOLE": tl.int64,
+        "WIDE_DV": cell.width, "REAL": tl.float32, "WHOLE": tl.int32,
         "SCORE": made["score"], **{name: made[function] for name, function in named.items()},
     }  # fmt: skip
     dtype = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[cell.dtype]

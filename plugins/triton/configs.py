@@ -41,11 +41,7 @@ def same(*of: int) -> Two:
 
 CONFIGS: dict[tuple[str, Arithmetic], dict[Kernel, dict[int, Two]]] = {
     ("sm_90", "half"): {
-        "forward": {
-            64: (Config(128, 64, 8, 3), Config(64, 64, 4, 3)),
-            128: same(128, 64, 8, 3),
-            256: same(128, 32, 8, 2),
-        },
+        "forward": {64: same(128, 64, 8, 3), 128: same(128, 64, 8, 3), 256: same(128, 32, 8, 2)},
         "backward_queries": {64: same(128, 64, 8, 2), 128: same(128, 64, 8, 2), 256: same(32, 64, 8, 1)},
         "backward_keys": {
             64: same(64, 128, 8, 2),
@@ -132,7 +128,10 @@ def config(
     if found is None:
         return f"vectors of {width} numbers do not fit its registers on {name}"
     most = block_size & -block_size
-    return Config(min(found.queries, most), min(found.keys, most), found.warps, found.stages)
+    if most >= max(found.queries, found.keys):
+        return found
+    # smaller tiles are not worth as many warps
+    return Config(min(found.queries, most), min(found.keys, most), min(found.warps, 4), found.stages)
 
 
 MOST_SPLITS = 64

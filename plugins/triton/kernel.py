@@ -53,9 +53,12 @@ class Compiled:
         wide_dtype = torch.promote_types(q.dtype, torch.float32)
         # the backward pass sees no rounding of the output
         dtype = wide_dtype if self.problem.training else q.dtype
-        out = q.new_zeros((*q.shape[:3], v.shape[3]), dtype=dtype)
-        lse = q.new_full(q.shape[:3], -torch.inf, dtype=wide_dtype)
-        if q.numel() and call.k.numel():
+        out = q.new_empty((*q.shape[:3], v.shape[3]), dtype=dtype)
+        lse = q.new_empty(q.shape[:3], dtype=wide_dtype)
+        if not (q.numel() and call.k.numel()):
+            out.zero_()
+            lse.fill_(-torch.inf)
+        else:
             for part in self.parts(call):
                 part.decode(out, lse) if part.few else part.forward(out, lse)
         return out, lse
@@ -206,7 +209,7 @@ class Part:
             "PRECISION": "ieee" if kind == "half" or q.dtype == torch.float64 else kind,
             "D": d, "WIDE_D": wide(d), "DV": dv, "WIDE_DV": wide(dv),
             "REAL": tl.float64 if q.dtype == torch.float64 else tl.float32,
-            "WHOLE": tl.int32 if any(x.dtype == torch.int32 for x in leaves) else tl.int64,
+            "WHOLE": tl.int64 if any(x.dtype == torch.int64 for x in leaves) else tl.int32,
         }  # fmt: skip
 
     def forward(
@@ -275,7 +278,9 @@ class Part:
             "SHARE": level if total is None else torch.where(level == torch.inf, 0.0, 1 / total),
             "DIVIDED": total is not None, "slopes": at, "unit": score.unit,
         }  # fmt: skip
-        gq, gk, gv = (torch.zeros_like(x) for x in grads)
+        # other groups of heads add theirs
+        alone = own.heads.all()
+        gq, gk, gv = grads if alone else (torch.zeros_like(x) for x in grads)
         batch, kv_heads = call.q.shape[0], call.k.shape[1]
         run(
             kernels.backward_queries, (tiles.lines, len(tiles.heads), batch), by_queries, self.device,
@@ -288,8 +293,9 @@ class Part:
             **self.common, **tiles.arguments, **back, GK=gk, GV=gv, SHARED_BY=share,
             **_functions(written, "key"),
         )  # fmt: skip
-        for total, mine in zip(grads, (gq, gk, gv), strict=True):
-            total.add_(mine)
+        if not alone:
+            for total, mine in zip(grads, (gq, gk, gv), strict=True):
+                total.add_(mine)
         summed = {leaf: x.sum(2, keepdim=True) if leaf.kind == "number" else x for leaf, x in slopes.items()}
         own.pull(summed, grads, tables)
         own.sink_gradient(lse, delta, tables)
