@@ -28,6 +28,7 @@ class Triton:
         tables={"given", "learned", "drawn", "known", "int", "bool", "float"},
     )
     seconds = SECONDS
+    remark = "compiled and interpreted, not yet run on a GPU"
 
     def supports(self, attention: Attention, problem: Problem) -> str | None:
         for group in attention.groups:

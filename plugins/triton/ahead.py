@@ -29,7 +29,7 @@ from attndsl.emit.triton import Written
 from attndsl.program import parse
 
 from .configs import CONFIGS, Arithmetic, Config
-from .source import looks_up, score_of_pairs
+from .source import functions, looks_up, score_of_pairs
 
 FILE = Path(__file__).with_name("compiled.csv")
 PINNED = "3.7.1"
@@ -150,19 +150,12 @@ POINTERS = {
 """Arguments by their type; the others are i32. Pointers and strides are multiples of 16."""
 
 
-def compiled(cell: Cell) -> Figures:
-    """Compiles a cell, which takes seconds."""
-    import triton
+def signature(cell: Cell, kernel: Any) -> tuple[dict[str, str], dict[str, Any], list[int]]:
+    """Of the function of a cell: types of arguments, those that are constants, and which are aligned."""
     import triton.language as tl
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from . import kernels
-    from .source import functions
 
     made, tile = functions(cell.computed, cell.wanted), cell.config
-    kernel = getattr(kernels, FUNCTIONS.get(cell.kernel, cell.kernel))
-    side = "key" if kernel is kernels.backward_keys else "query"
+    side = "key" if kernel.__name__ == "backward_keys" else "query"
     named = {name.upper(): f"{name}_{side}" for name in ("held", "slopes", "begin", "finish")}
     constants: dict[str, Any] = {
         "LEAVES": max(1, len(cell.computed.leaves)), "DIVIDED": False, "CHECKED": made.written.checked,
@@ -176,14 +169,23 @@ def compiled(cell: Cell) -> Figures:
     dtype = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[cell.dtype]
     types = {name: kind.format(dtype=dtype) for kind, names in POINTERS.items() for name in names}
     names = kernel.arg_names
-    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
-    aligned = [
-        i for i, name in enumerate(names) if signature[name][0] == "*" or re.fullmatch("[qkv][bhn]", name)
-    ]
-    source = ASTSource(
-        kernel, signature, constexprs={name: x for name, x in constants.items() if name in names},
-        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
-    )  # fmt: skip
+    found = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+    aligned = [i for i, name in enumerate(names) if found[name][0] == "*" or re.fullmatch("[qkv][bhn]", name)]
+    return found, {name: x for name, x in constants.items() if name in names}, aligned
+
+
+def compiled(cell: Cell) -> Figures:
+    """Compiles a cell, which takes seconds."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from . import kernels
+
+    kernel, tile = getattr(kernels, FUNCTIONS.get(cell.kernel, cell.kernel)), cell.config
+    types, constants, aligned = signature(cell, kernel)
+    hints = {(i,): [["tt.divisibility", 16]] for i in aligned}
+    source = ASTSource(kernel, types, constexprs=constants, attrs=hints)
     hip = cell.architecture.startswith("gfx")
     target = (
         GPUTarget("hip", cell.architecture, 64) if hip else GPUTarget("cuda", int(cell.architecture[3:]), 32)
