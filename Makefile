@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALL = $(BIN)/pip install --quiet --constraint constraints.txt --editable
 
-.PHONY: run test slow bench docs lint types dist clean
+.PHONY: run test slow bench aot docs lint types dist clean
 
 run: $(VENV)/run
 	$(BIN)/attndsl run examples/longformer.attn --length 4096 --heads 12 --text examples/data/us-constitution.txt
@@ -17,6 +17,9 @@ slow: $(VENV)/oracle
 
 bench: $(VENV)/run
 	for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done
+
+aot: $(VENV)/oracle
+	$(BIN)/python -m attndsl.plugins.triton.ahead
 
 docs: $(VENV)/docs
 	$(BIN)/sphinx-build --fail-on-warning --keep-going --conf-dir docs . build/site

@@ -42,25 +42,33 @@ def same(*of: int) -> Two:
 CONFIGS: dict[tuple[str, Arithmetic], dict[Kernel, dict[int, Two]]] = {
     ("sm_90", "half"): {
         "forward": {64: same(128, 64, 8, 3), 128: same(128, 64, 8, 3), 256: same(128, 32, 8, 2)},
-        "backward_queries": {64: same(128, 64, 8, 2), 128: same(128, 64, 8, 2), 256: same(32, 64, 8, 1)},
+        "backward_queries": {
+            64: (Config(128, 64, 8, 2), Config(64, 64, 8, 2)),
+            128: (Config(128, 64, 8, 2), Config(64, 32, 8, 2)),
+            256: same(32, 64, 8, 1),
+        },
         "backward_keys": {
             64: same(64, 128, 8, 2),
             128: (Config(32, 128, 8, 2), Config(32, 64, 8, 2)),
             256: same(64, 32, 8, 1),
         },
-        "backward_shared": {64: same(32, 128, 8, 2), 128: same(32, 64, 8, 2), 256: same(64, 32, 8, 1)},
-        "decode": {64: same(16, 64, 4, 3), 128: same(16, 64, 4, 3), 256: same(16, 32, 4, 2)},
+        "backward_shared": {
+            64: same(32, 128, 8, 2),
+            128: (Config(32, 64, 8, 1), Config(32, 32, 8, 2)),
+            256: same(64, 32, 8, 1),
+        },
+        "decode": {64: same(16, 64, 4, 3), 128: same(16, 64, 4, 2), 256: same(16, 32, 8, 2)},
     },
     ("sm_90", "tf32"): {
         "forward": {64: same(128, 32, 8, 2), 128: same(64, 32, 8, 2)},
-        "backward_queries": {64: same(64, 32, 8, 2), 128: same(32, 32, 8, 2)},
-        "backward_keys": {64: same(32, 64, 8, 2), 128: same(32, 32, 8, 2)},
-        "backward_shared": {64: same(32, 64, 8, 2), 128: same(32, 32, 8, 2)},
+        "backward_queries": {64: same(64, 32, 8, 2), 128: same(32, 32, 4, 2)},
+        "backward_keys": {64: (Config(32, 64, 8, 2), Config(32, 32, 8, 2)), 128: same(32, 32, 8, 2)},
+        "backward_shared": {64: same(32, 32, 8, 2), 128: same(32, 32, 8, 2)},
         "decode": {64: same(16, 32, 4, 2), 128: same(16, 32, 4, 2)},
     },
     ("sm_80", "half"): {
-        "forward": {64: same(128, 32, 4, 3), 128: same(64, 64, 4, 2)},
-        "backward_queries": {64: same(64, 64, 8, 2), 128: same(64, 64, 8, 2)},
+        "forward": {64: same(128, 32, 4, 3), 128: (Config(64, 64, 4, 2), Config(64, 32, 4, 2))},
+        "backward_queries": {64: (Config(64, 64, 8, 2), Config(64, 32, 8, 2)), 128: same(64, 64, 8, 2)},
         "backward_keys": {64: same(32, 64, 8, 2), 128: same(64, 32, 8, 2)},
         "backward_shared": {64: same(32, 64, 8, 2), 128: same(64, 32, 8, 2)},
         "decode": {64: same(16, 64, 4, 3), 128: same(16, 64, 4, 3)},
