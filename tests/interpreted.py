@@ -1,5 +1,5 @@
-"""The kernels of the backend `triton` in numpy, by Triton's interpreter: a script, for that is asked for before
-triton is imported, and a kernel that reads beyond its operands may end the process.
+"""The kernels of the backend `triton` in numpy, by the interpreter of Triton: a script, for that is asked for
+before triton is imported, and a kernel that reads beyond its operands may end the process.
 
     python tests/interpreted.py KIND NAMES    a line of JSON for each name: [name, what is wrong]
 """

@@ -22,13 +22,26 @@ from attndsl.plugins.triton import kernel, launch, layout, source
 FOLDER = Path(plugin.__file__).parent
 MUTATIONS = (
     # a row beyond the last is read
-    ("kernels.py", "< many)[:, None] & (feature[None, :] < WIDTH), other", "<= many)[:, None] & (feature[None, :] < WIDTH), other", "causal"),
+    (
+        "kernels.py", "< many)[:, None] & (feature[None, :] < WIDTH), other",
+        "<= many)[:, None] & (feature[None, :] < WIDTH), other", "causal",
+    ),
     ("kernels.py", "(word >> (place % 32)[None, :])", "(word >> (place % 31)[None, :])", "causal"),
     ("kernels.py", "(place // 32 == i)", "(place // 32 != i)", "rectangle"),
-    ("kernels.py", "base = tl.where(now == NONE, 0.0, now)", "base = tl.where(now == NONE, now, now)", "empty rows"),
-    ("kernels.py", "total = total * shrunk + tl.sum(weight, 1)", "total = total + tl.sum(weight, 1)", "empty rows"),
+    (
+        "kernels.py", "base = tl.where(now == NONE, 0.0, now)",
+        "base = tl.where(now == NONE, now, now)", "empty rows",
+    ),
+    (
+        "kernels.py", "total = total * shrunk + tl.sum(weight, 1)",
+        "total = total + tl.sum(weight, 1)", "empty rows",
+    ),
     # the second run of a row
-    ("kernels.py", "range(tl.load(run_ptr + line), tl.load(run_ptr + line + 1))", "range(tl.load(run_ptr + line + 1) - 1, tl.load(run_ptr + line + 1))", "runs"),
+    (
+        "kernels.py", "range(tl.load(run_ptr + line), tl.load(run_ptr + line + 1))",
+        "range(tl.load(run_ptr + line + 1) - 1, tl.load(run_ptr + line + 1))",
+        "runs",
+    ),
     ("kernels.py", "h = kv * SHARED_BY + i\n", "h = kv * SHARED_BY\n", "relu"),
     ("kernels.py", "PRECISION) - delta[:, None]", "PRECISION) + delta[:, None]", "empty rows"),
     ("kernels.py", "PRECISION) - delta[None, :]", "PRECISION) + delta[None, :]", "empty rows"),
@@ -39,7 +52,10 @@ MUTATIONS = (
     ("kernels.py", "scale = tl.exp2((tops - ", "scale = tl.exp2((tops + ", "steps"),
     ("pairs.py", "found = found * sizes[i] + indices[i]", "found = found + indices[i]", "look-up"),
     ("pairs.py", "come = come * factor", "come = come", "counted"),
-    ("pairs.py", "by_factor = tl.where(none, weight, weight / ", "by_factor = tl.where(none, weight, weight * ", "decay"),
+    (
+        "pairs.py", "by_factor = tl.where(none, weight, weight / ",
+        "by_factor = tl.where(none, weight, weight * ", "decay",
+    ),
     ("layout.py", "_words(bits.swapaxes(1, 2))", "_words(bits)", "laws"),
     ("layout.py", "own[1][full] + 1]", "own[1][full] + 2]", "laws"),
     ("layout.py", "(line[1:] != line[:-1]) |", "(line[1:] == line[:-1]) |", "laws"),
