@@ -34,7 +34,7 @@ INSTALLED = find_spec("triton") is not None
 installed = pytest.mark.skipif(not INSTALLED, reason="triton is not installed")
 FAST = ("causal", "distances", "look-up", "steps")
 """Probes of `make test`: forward and backward, full tiles and partial ones, all kinds of leaves."""
-CASES = [str(case) for case in interpreted.small_cases(40)]
+CASES = [str(case) for case in interpreted.small_cases(24)]
 
 
 def ran(kind: str, *names: str) -> dict[str, str | None]:
@@ -222,7 +222,8 @@ def test_plans_on_a_gpu_take_it(gpu: Any) -> None:
     ("change", "capability", "reason"),
     [
         ({"dtype": "float64"}, (9, 0), "float64"),
-        ({"dtype": "float32"}, (9, 0), "set_float32_matmul_precision('high')"),
+        ({"dtype": "float32", "head_dim": 128}, (9, 0), "set_float32_matmul_precision('high')"),
+        ({"dtype": "float32"}, (8, 0), "set_float32_matmul_precision('high')"),
         ({"head_dim": 512}, (9, 0), "vectors of 512 numbers"),
         ({"block_size": 24}, (9, 0), "tiles of 24 tokens"),
         ({}, (7, 5), "nothing was compiled for sm_75"),
@@ -245,7 +246,8 @@ def test_float32_follows_the_precision_of_torch(gpu: Any) -> None:
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("high")
-        assert attndsl.compile(LM, **{**vars(P), "dtype": "float32"}).backend == "triton"
+        asked = {**vars(P), "dtype": "float32", "head_dim": 128}
+        assert attndsl.compile(LM, **asked).backend == "triton"
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -391,11 +393,14 @@ def test_kernels_fit_their_processors() -> None:
     for cell, (figures, _) in ahead.read().items():
         assert figures.shared <= configs.SHARED[cell.architecture], cell
         assert figures.tensor_core or cell.kernel == "merge", cell
-        assert figures.spills <= SPILLS.get((cell.architecture, cell.kernel, cell.score, cell.width), 0), cell
+        assert figures.spills <= SPILLS.get((cell.kernel, cell.score, cell.arithmetic, cell.width), 0), cell
 
 
-SPILLS: dict[tuple[str, str, str, int], int] = {}
-"""Of those that spill all the same, the most instructions."""
+SPILLS = {
+    ("backward_queries", "softcap", "tf32", 128): 14,
+    ("backward_queries", "distances", "tf32x3", 64): 3,
+}
+"""Those that spill all the same, and the most instructions that move what they do."""
 
 
 @installed

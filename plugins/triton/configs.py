@@ -66,6 +66,13 @@ CONFIGS: dict[tuple[str, Arithmetic], dict[Kernel, dict[int, Two]]] = {
         "backward_shared": {64: same(32, 32, 8, 2), 128: same(32, 32, 8, 2)},
         "decode": {64: same(16, 32, 4, 2), 128: same(16, 32, 4, 2)},
     },
+    ("sm_90", "tf32x3"): {
+        "forward": {64: same(64, 32, 4, 3)},
+        "backward_queries": {64: same(32, 32, 4, 2)},
+        "backward_keys": {64: same(32, 32, 8, 1)},
+        "backward_shared": {64: same(32, 32, 8, 1)},
+        "decode": {64: same(16, 32, 4, 2)},
+    },
     ("sm_80", "half"): {
         "forward": {64: same(128, 32, 4, 3), 128: (Config(64, 64, 4, 2), Config(64, 32, 4, 2))},
         "backward_queries": {64: (Config(64, 64, 8, 2), Config(64, 32, 8, 2)), 128: same(64, 64, 8, 2)},
@@ -134,7 +141,7 @@ def config(
         two = kernels[kernel].get(max(64, wide(width)))
         found = None if two is None else two[looks_up]
     if found is None:
-        return f"vectors of {width} numbers do not fit its registers on {name}"
+        return f"vectors of {width} numbers do not fit its registers on {name}{_less(kind)}"
     most = block_size & -block_size
     if most >= max(found.queries, found.keys):
         return found
@@ -162,10 +169,13 @@ def _unknown(name: str, kind: Arithmetic) -> str:
     known = sorted({arch for arch, _ in CONFIGS})
     if name not in known:
         return f"nothing was compiled for {name}: it knows {', '.join(known)}"
-    if kind == "tf32x3":
-        said = "float32 in full precision does not fit the registers"
-        return f"{said} of {name}: torch.set_float32_matmul_precision('high') asks for less"
-    return f"nothing was compiled for {kind} on {name}"
+    return f"nothing was compiled for {kind} on {name}{_less(kind)}"
+
+
+def _less(kind: Arithmetic) -> str:
+    """What more would fit with."""
+    said = "to full precision: torch.set_float32_matmul_precision('high') asks for less"
+    return f" {said}" if kind == "tf32x3" else ""
 
 
 def declined(problem: Problem) -> str | None:

@@ -171,17 +171,17 @@ class Part:
         splits = splits_of(self.device, batch * kv_heads, int(units.heads[:, 2].max()))
         parts = q.new_empty((splits, batch, heads, nq, dv), dtype=self.own.wide)
         top, total = (parts.new_empty(parts.shape[:4]) for _ in range(2))
-        written, sink = functions(self.score), self.own.sink
-        checked = written.written.checked
+        made, sink = functions(self.score), self.own.sink
+        checked = made.written.checked
         wrong = torch.full((batch * kv_heads * splits if checked else 1,), NEVER, device=self.device)
         sizes = {"nq": nq, "splits": splits, "rows_of_all": batch * heads * nq}
-        norm = {"NORM": written.written.norm, "TOP": top, "SUM": total, "PARTS": parts}
+        norm = {"NORM": made.written.norm, "TOP": top, "SUM": total, "PARTS": parts}
         common = {**self.common, **sizes, **norm}
         run(
             kernels.decode, (splits, kv_heads, batch), tile, self.device, **common,
             GRID=on(self.device, index.astype(np.int32)), units=on(self.device, units.heads),
             unit_at=on(self.device, units.at), words=on(self.device, units.words), WRONG=wrong,
-            HELD=written["held_query"], SCORE=written["score"], CHECKED=checked, SHARED_BY=share,
+            HELD=made["held_query"], SCORE=made["score"], CHECKED=checked, SHARED_BY=share,
         )  # fmt: skip
         start(
             kernels.merge, (batch * heads * nq,), self.device, **sizes, **norm, OUT=out, LSE=lse,
@@ -220,16 +220,16 @@ class Part:
         from . import kernels
 
         tile = self.tile("forward")
-        tiles, written = self.tiles(tile), functions(self.score)
+        tiles, made = self.tiles(tile), functions(self.score)
         batch, heads = self.call.q.shape[:2]
-        checked, sink = written.written.checked, self.own.sink
+        checked, sink = made.written.checked, self.own.sink
         wrong = torch.full((batch * heads * tiles.lines if checked else 1,), NEVER, device=self.device)
         run(
             kernels.forward, (tiles.lines, len(tiles.heads), batch), tile, self.device,
             **self.common, **tiles.arguments, HEADS=tiles.heads, OUT=out, LSE=lse,
             TOP=lse if top is None else top, SUM=lse if total is None else total,
-            SINK=lse if sink is None else sink, WRONG=wrong, HELD=written["held_query"],
-            SCORE=written["score"], NORM=written.written.norm, CHECKED=checked,
+            SINK=lse if sink is None else sink, WRONG=wrong, HELD=made["held_query"],
+            SCORE=made["score"], NORM=made.written.norm, CHECKED=checked,
             SUNK=sink is not None, TOPS=top is not None, share=heads // self.call.k.shape[1],
         )  # fmt: skip
         if checked:
@@ -241,6 +241,7 @@ class Part:
             self.own.refuse(pair)
 
     def tops(self) -> tuple[Tensor, Tensor]:
+        """Of each row a number near its greatest logit, and the sum of weights over that."""
         (batch, heads, nq, _), dv = self.call.q.shape, self.call.v.shape[3]
         top, total, lse = (
             torch.full((batch, heads, nq), -torch.inf, dtype=self.own.wide, device=self.device)
@@ -263,7 +264,7 @@ class Part:
 
         call, own, score = self.call, self.own, self.score
         asked = [leaf for leaf in score.leaves if own.asks(leaf, tables)]
-        written = functions(score, frozenset(asked))
+        made = functions(score, frozenset(asked))
         level, total, delta = own.rows(out, lse, grad_out, grad_lse, self.tops)
         # an empty row has no weights
         level = level.masked_fill(level == -torch.inf, torch.inf)
@@ -285,13 +286,13 @@ class Part:
         run(
             kernels.backward_queries, (tiles.lines, len(tiles.heads), batch), by_queries, self.device,
             **self.common, **tiles.arguments, **back, HEADS=tiles.heads, GQ=gq, share=share,
-            **_functions(written, "query"),
+            **_functions(made, "query"),
         )  # fmt: skip
         tiles = self.tiles(by_keys, by_keys=True)
         run(
             kernels.backward_keys, (tiles.lines, kv_heads, batch), by_keys, self.device,
             **self.common, **tiles.arguments, **back, GK=gk, GV=gv, SHARED_BY=share,
-            **_functions(written, "key"),
+            **_functions(made, "key"),
         )  # fmt: skip
         if not alone:
             for total, mine in zip(grads, (gq, gk, gv), strict=True):
@@ -306,5 +307,5 @@ class Part:
         return x.new_zeros((*self.call.q.shape[:2], lines if leaf.kind == "number" else x.shape[2]))
 
 
-def _functions(written: Functions, side: str) -> dict[str, Any]:
-    return {name.upper(): written[f"{name}_{side}"] for name in ("held", "slopes", "begin", "finish")}
+def _functions(made: Functions, side: str) -> dict[str, Any]:
+    return {name.upper(): made[f"{name}_{side}"] for name in ("held", "slopes", "begin", "finish")}
