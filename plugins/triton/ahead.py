@@ -65,10 +65,7 @@ class Cell:
 
     @property
     def computed(self) -> Score:
-        (group,) = parse(SCORES[self.score])["a"].attention.groups
-        score = score_of_pairs(group, self.width, True)
-        assert isinstance(score, Score)
-        return score
+        return _computed(self.score, self.width)
 
     @property
     def wanted(self) -> frozenset[Leaf]:
@@ -105,6 +102,14 @@ def matrix() -> Iterator[Cell]:
             for width in kernels["decode" if kernel == "merge" else kernel]:  # type: ignore[index]
                 for score in SCORES if kernel != "merge" else ("plain",):
                     yield Cell(architecture, kernel, score, dtype, arithmetic, width)
+
+
+@cache
+def _computed(name: str, width: int) -> Score:
+    (group,) = parse(SCORES[name])["a"].attention.groups
+    score = score_of_pairs(group, width, True)
+    assert isinstance(score, Score)
+    return score
 
 
 @cache
