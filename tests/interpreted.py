@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -74,9 +74,14 @@ def bound(probe: Probe) -> Any:
     ]
 
 
-def results(backend: str, probe: Probe) -> Iterator[tuple[str, Tensor]]:
-    """Output, log-sum-exp and all gradients of both."""
-    random, dtype = torch.Generator().manual_seed(0), torch.float64
+def results(
+    backend: str,
+    probe: Probe,
+    dtype: torch.dtype = torch.float64,
+    laid: Callable[[Tensor], Tensor] | None = None,
+) -> Iterator[tuple[str, Tensor]]:
+    """Output, log-sum-exp and all gradients of both. `laid` says how keys and values lie in memory."""
+    random = torch.Generator().manual_seed(0)
 
     def drawn(*shape: int) -> Tensor:
         return torch.randn(shape, generator=random, dtype=dtype)
@@ -84,7 +89,7 @@ def results(backend: str, probe: Probe) -> Iterator[tuple[str, Tensor]]:
     p, attention = probe, bound(probe)
     plan = attndsl.compile(
         attention, length=p.n, q_length=p.nq, batch=p.batch, heads=p.heads, kv_heads=p.kv_heads, head_dim=p.d,
-        dtype="float64", block_size=p.block, training=p.training, backend=backend,
+        dtype=str(dtype).removeprefix("torch."), block_size=p.block, training=p.training, backend=backend,
     )  # fmt: skip
     leaves = {
         "q": drawn(p.batch, p.heads, p.nq, p.d),
@@ -94,8 +99,10 @@ def results(backend: str, probe: Probe) -> Iterator[tuple[str, Tensor]]:
     learned = {table.name: plan.initial(table) for table in attention.learned}
     learned = {name: x + 0.1 * drawn(*x.shape) for name, x in learned.items()}
     given = {table.name: drawn(p.batch, p.n) for table in attention.inputs}
+    if laid is not None:
+        leaves |= {"k": laid(leaves["k"]), "v": laid(leaves["v"])}
     leaves = {name: x.requires_grad_(p.training) for name, x in (leaves | learned | given).items()}
-    vectors = [guarded(leaves[name]) for name in "qkv"]
+    vectors = [leaves[name] if laid else guarded(leaves[name]) for name in "qkv"]
     out, lse = plan(
         *vectors, return_lse=True, learned={x: leaves[x] for x in learned}, **{x: leaves[x] for x in given}
     )
@@ -155,6 +162,20 @@ def small_cases(most: float) -> list[Case]:
     ]
 
 
+def far_apart(name: str) -> str | None:
+    """Whether it matters that the third batch row lies 2^31 numbers from the first, in memory that nobody
+    touches."""
+
+    def laid(x: Tensor) -> Tensor:
+        far = 2**30 + 64
+        held = torch.empty(far * (len(x) - 1) + x[0].numel(), dtype=x.dtype)
+        return held.as_strided(x.shape, (far, *x.stride()[1:])).copy_(x)
+
+    probe = replace(PROBES[name], batch=3)
+    near, far = (dict(results("triton", probe, torch.float32, how)) for how in (Tensor.clone, laid))
+    return None if all(torch.equal(near[what], far[what]) for what in near) else "other results"
+
+
 def refused(text: str) -> str | None:
     """What a call in which a pair has no value says."""
     attention = attndsl.parse(f"attention a {{ inputs z : float[m] {text} }}")["a"]
@@ -181,7 +202,7 @@ def halves(dtype: str) -> str | None:
     return None if error < 8 * torch.finfo(of).eps else f"error {error:.2e}"
 
 
-KINDS = {"probes": probed, "conformance": conforms, "refused": refused, "halves": halves}
+KINDS = {"probes": probed, "conformance": conforms, "apart": far_apart, "refused": refused, "halves": halves}
 
 
 def main(kind: str, *names: str) -> None:

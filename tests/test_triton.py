@@ -84,6 +84,12 @@ def test_changes_of_one_token_are_seen() -> None:
 
 @installed
 @pytest.mark.slow
+def test_batch_rows_may_lie_far_apart() -> None:
+    assert ran("apart", "rectangle") == {"rectangle": None}
+
+
+@installed
+@pytest.mark.slow
 def test_halves() -> None:
     assert ran("halves", "float16", "bfloat16") == {"float16": None, "bfloat16": None}
 
