@@ -396,17 +396,11 @@ def test_a_digest_is_of_what_a_kernel_uses() -> None:
 
 
 def test_kernels_fit_their_processors() -> None:
+    assert len(ahead.read()) > 200
     for cell, (figures, _) in ahead.read().items():
         assert figures.shared <= configs.SHARED[cell.architecture], cell
         assert figures.tensor_core or cell.kernel == "merge", cell
-        assert figures.spills <= SPILLS.get((cell.kernel, cell.score, cell.arithmetic, cell.width), 0), cell
-
-
-SPILLS = {
-    ("backward_queries", "softcap", "tf32", 128): 14,
-    ("backward_queries", "distances", "tf32x3", 64): 3,
-}
-"""Those that spill all the same, and the most instructions that move what they do."""
+        assert figures.spills == 0, cell
 
 
 @installed
