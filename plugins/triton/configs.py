@@ -29,7 +29,7 @@ class Config:
     stages: int
 
 
-SHARED = {"sm_80": 166_912, "sm_90": 232_448, "gfx942": 65_536}
+SHARED = {"sm_80": 166_912, "sm_86": 101_376, "sm_89": 101_376, "sm_90": 232_448, "gfx942": 65_536}
 """Bytes of shared memory that a program may have, by architecture."""
 Two = tuple[Config, Config]
 """Of scores that are computed at each pair, and of those that look something up there."""
@@ -78,7 +78,7 @@ CONFIGS: dict[tuple[str, Arithmetic], dict[Kernel, dict[int, Two]]] = {
         "backward_queries": {64: (Config(64, 64, 8, 2), Config(64, 32, 8, 2)), 128: same(64, 64, 8, 2)},
         "backward_keys": {64: same(32, 64, 8, 2), 128: same(64, 32, 8, 2)},
         "backward_shared": {64: same(32, 64, 8, 2), 128: same(64, 32, 8, 2)},
-        "decode": {64: same(16, 64, 4, 3), 128: same(16, 64, 4, 3)},
+        "decode": {64: same(16, 64, 4, 3), 128: same(16, 32, 4, 3)},
     },
     ("sm_80", "tf32"): {
         "forward": {64: same(64, 32, 8, 2), 128: same(64, 32, 8, 2)},
@@ -97,6 +97,7 @@ CONFIGS: dict[tuple[str, Arithmetic], dict[Kernel, dict[int, Two]]] = {
 }
 """By the greater of the widths of queries and values, up to a power of two from 64 on: what spills nothing
 when it is compiled ahead (compiled.csv)."""
+CONFIGS |= {(name, "half"): CONFIGS["sm_80", "half"] for name in ("sm_86", "sm_89")}
 INTERPRETED = Config(64, 64, 1, 1)
 
 
