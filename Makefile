@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALL = $(BIN)/pip install --quiet --constraint constraints.txt --editable
 
-.PHONY: run test slow programs bench docs lint types dist clean
+.PHONY: run test slow programs bench aot docs lint types dist clean
 
 run: $(VENV)/run
 	$(BIN)/attndsl run examples/longformer.attn --length 4096 --heads 12 --text examples/data/us-constitution.txt
@@ -20,6 +20,9 @@ programs: $(VENV)/test
 
 bench: $(VENV)/run
 	for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done
+
+aot: $(VENV)/oracle
+	$(BIN)/python -m attndsl.plugins.triton.ahead
 
 docs: $(VENV)/docs
 	$(BIN)/sphinx-build --fail-on-warning --keep-going --conf-dir docs . build/site

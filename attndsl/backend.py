@@ -272,6 +272,15 @@ class Counting(Protocol):
         `written`: numbers that go through memory in between, such as weights."""
 
 
+@runtime_checkable
+class Remarking(Protocol):
+    """What a backend may have beside: something that users are to know where it is chosen or could be."""
+
+    @property
+    def remark(self) -> str:
+        """In a few words, which stand in print(plan)."""
+
+
 def weighed(seconds: Mapping[str, float], counts: Mapping[str, float]) -> float:
     return sum(second * counts[name] for name, second in seconds.items())
 

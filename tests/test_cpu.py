@@ -25,11 +25,12 @@ from attndsl.attention import HeadGroup, Relation
 from attndsl.backend import Differentiable
 from attndsl.conformance import Case, check, supported
 from attndsl.conformance.cases import attention_of
+from attndsl.emit.score import score_of
 from attndsl.expr import TRUE, var
 from attndsl.plugins import cpu as backend_cpu
 from attndsl.plugins.cpu import build, compiling, families, passes
-from attndsl.plugins.cpu.kernel import score_of
 from attndsl.plugins.cpu.layout import Layout
+from attndsl.plugins.cpu.score import code
 
 REASON = "" if build.compiler() else build.MISSING
 compiled = pytest.mark.skipif(bool(REASON), reason=f"the backend `cpu` declines: {REASON}")
@@ -41,7 +42,7 @@ CASES = supported("cpu")
 def sources(case: Case) -> object:
     """What is compiled for it: mechanisms that differ in masks, lengths and tables share it."""
     scores = [score_of(group, case.head_dim, True) for group in attention_of(case.mechanism).attended.groups]
-    return tuple([score if isinstance(score, str) else score.code(None) for score in scores])
+    return tuple([score if isinstance(score, str) else code(score, None) for score in scores])
 
 
 FIRST = {sources(case): case for case in reversed(CASES)}.values()
@@ -303,7 +304,7 @@ PLAIN = score_of(HeadGroup(Relation(TRUE), var("s")), 64, True)
 def made() -> Any:
     """The library of a plain score, or why there is none."""
     assert not isinstance(PLAIN, str)
-    return build.library(PLAIN.code(None), "forward")
+    return build.library(code(PLAIN, None), "forward")
 
 
 def compiler(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
@@ -425,7 +426,7 @@ def test_scores_of_a_family_have_one_header(family: str, clauses: str) -> None:
     text = f"let kerple(x) = 0.2 * log(1 + 0.1 * |x|)\nattention a {{ mask causal  {clauses} }}"
     score = score_of(attndsl.parse(text)["a"].attention.groups[0], 80, True)
     assert not isinstance(score, str)
-    assert score.code(None) == (compiling.PACKAGED / f"{family}-forward.h").read_text()
+    assert code(score, None) == (compiling.PACKAGED / f"{family}-forward.h").read_text()
 
 
 @compiled
@@ -464,12 +465,13 @@ def test_a_digest_of_any_bytes_is_no_error(home: Path) -> None:
 TOGETHER = """
 import pathlib, sys
 from attndsl.attention import HeadGroup, Relation
+from attndsl.emit.score import score_of
 from attndsl.expr import TRUE, var
 from attndsl.plugins.cpu import build
-from attndsl.plugins.cpu.kernel import score_of
+from attndsl.plugins.cpu.score import code
 build.platformdirs.user_cache_path = lambda _: pathlib.Path(sys.argv[1])
-code = score_of(HeadGroup(Relation(TRUE), var("s")), 64, True).code(None)
-made = build.library(code, "forward")
+text = code(score_of(HeadGroup(Relation(TRUE), var("s")), 64, True), None)
+made = build.library(text, "forward")
 assert not isinstance(made, str), made
 """
 

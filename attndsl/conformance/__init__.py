@@ -58,15 +58,15 @@ FAR = -1000
 """The log-sum-exp of a row that a large number masks wholly is less."""
 
 
-def check(backend: str, case: Case) -> str | None:
+def check(backend: str, case: Case, device: str = "cpu") -> str | None:
     """None where the backend of this name agrees on a `case`, one of CASES, or the reason that it gave for
-    declining. Raises AssertionError where it does not agree."""
-    training = declined(backend, case, training=True) is None
-    if not training and (reason := declined(backend, case)):
+    declining. Raises AssertionError where it does not agree. `device` is torch's name of where it runs."""
+    training = declined(backend, case, True, device) is None
+    if not training and (reason := declined(backend, case, False, device)):
         return reason
     exact = _exact(case)
     with _poisoned_memory():
-        found = _run(backend, case, exact.inputs, training)
+        found = _run(backend, case, exact.inputs, training, device)
     for name, result in found.items():
         _compare(name, result.double(), exact)
     return None
@@ -99,9 +99,10 @@ def supported(backend: str) -> list[Case]:
     return [case for case in CASES if declined(backend, case) is None]
 
 
-def declined(backend: str, case: Case, training: bool = False) -> str | None:
-    """The reason that the backend gives for declining the case, with gradients if `training`, or None."""
-    problem = _problem(case, training)
+def declined(backend: str, case: Case, training: bool = False, device: str = "cpu") -> str | None:
+    """The reason that the backend gives for declining the case, with gradients if `training`, or None;
+    `device` as of `check`."""
+    problem = _problem(case, training, device)
     plugin = registry.plugin("backends", backend)
     attention = _attention(case.mechanism)
     reason: object = choice.declined(plugin, attention.attended, problem.attended(attention))
@@ -198,7 +199,7 @@ def _poisoned_memory() -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
-def _problem(case: Case, training: bool) -> Problem:
+def _problem(case: Case, training: bool, device: str) -> Problem:
     return Problem(
         length=case.tokens,
         q_length=case.nq,
@@ -207,24 +208,28 @@ def _problem(case: Case, training: bool) -> Problem:
         kv_heads=case.kv_heads,
         head_dim=case.head_dim,
         dtype=case.dtype,
+        device=device,
         block_size=case.block_size,
         training=training,
     )
 
 
-def _run(backend: str, case: Case, inputs: Named, training: bool) -> Named:
+def _run(backend: str, case: Case, inputs: Named, training: bool, device: str) -> Named:
     """What the backend makes of the case."""
     attention = _attention(case.mechanism)
-    plan = attndsl.compile(attention, **vars(_problem(case, training)), backend=backend)
+    plan = attndsl.compile(attention, **vars(_problem(case, training, device)), backend=backend)
     leaves = leaves_of(inputs, case, getattr(torch, case.dtype))
-    learned = {table.name: leaves[table.name] for table in attention.learned}
-    tables: dict[str, Any] = {table.name: leaves[table.name] for table in attention.inputs}
-    q, k, v = leaves["q"], leaves["k"], leaves["v"]
+    there = {name: x.to(device) for name, x in leaves.items()}
+    learned = {table.name: there[table.name] for table in attention.learned}
+    tables: dict[str, Any] = {table.name: there[table.name] for table in attention.inputs}
+    places = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in case.places.items()}
+    q, k, v = there["q"], there["k"], there["v"]
     with _Watched() if training and case.n % 2 else nullcontext():  # type: ignore[no-untyped-call]
         if m := case.mechanism.memory:
             tables["memory"] = k[:, :, :m], v[:, :, :m]
             k, v = k[:, :, m:], v[:, :, m:]
-        out, lse = plan(q, k, v, learned=learned, **case.places, return_lse=True, **tables)
+        out, lse = plan(q, k, v, learned=learned, **places, return_lse=True, **tables)
+        out, lse = out.cpu(), lse.cpu()
     if not training:
         return {"out": out.detach(), "lse": lse.detach()}
     return _results(out, lse, leaves, case.with_lse)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
 
 from attndsl.attention import Attention
-from attndsl.backend import Backend, Counting, Features, Problem, device_kind, weighed
+from attndsl.backend import Backend, Counting, Features, Problem, Remarking, device_kind, weighed
 from attndsl.errors import AttnError, asking, fail, suggest
 from attndsl.execution import registry
 from attndsl.expr import Expr, Selected, Table, nodes, var
@@ -39,6 +39,15 @@ def considered(attention: Attention, problem: Problem, blocks: BlockMask | None)
 
     verdicts = {name: judged(name, attention, problem, blocks) for name in sorted(registry.names("backends"))}
     return {name: verdicts[name] for name in sorted(verdicts, key=turn)}
+
+
+def said(name: str, verdict: Verdict) -> str:
+    """A verdict in words."""
+    if isinstance(verdict, str):
+        return verdict
+    cost = UNKNOWN if verdict is None else f"{verdict:.3g} s predicted"
+    backend = registry.plugin("backends", name)
+    return f"{cost}; {backend.remark}" if isinstance(backend, Remarking) else cost
 
 
 def judged(name: str, attention: Attention, problem: Problem, blocks: BlockMask | None) -> Verdict:

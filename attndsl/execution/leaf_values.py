@@ -59,14 +59,21 @@ class LeafValues:
             return None
         if e.free & VECTORS:
             return None
-        live = self.asked(leaf.kind) if guarded(leaf) else torch.ones(1, 1, 1, 1, dtype=torch.bool)
+        live = (
+            self.asked(leaf.kind)
+            if guarded(leaf)
+            else torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.env.device)
+        )
         return Linear.of(e, self.around(leaf.kind, e, self.call), live)
 
     def around(self, kind: Kind, e: Expr, call: Call) -> Env:
         """With the entries along the third or the fourth axis, and the vectors that are read."""
         values = dict(self.env.values)
         if kind == "distance":
-            values |= {"q": self.distances[..., None], "k": torch.zeros((), dtype=torch.int64)}
+            values |= {
+                "q": self.distances[..., None],
+                "k": torch.zeros((), dtype=torch.int64, device=self.env.device),
+            }
         for name, x in (("Q", call.q), ("K", call.k)):
             if name in e.free:
                 wide, share = x.to(self.env.dtype), call.q.shape[1] // x.shape[1]
@@ -93,7 +100,7 @@ class LeafValues:
     def entries(self, table: Table, call: Call) -> Tensor:
         """With axes of batch rows and heads."""
         known, lead = table.known, len(table.implicit)
-        values = call.tables[table.name] if known is None else torch.from_numpy(known)
+        values = call.tables[table.name] if known is None else torch.from_numpy(known).to(self.env.device)
         values = values.to(self.env.dtype) if table.dtype == "float" else values
         sizes = dict(zip(table.dims[:lead], values.shape[:lead], strict=True))
         return values.reshape(sizes.get("B", 1), sizes.get("H", 1), *values.shape[lead:])
@@ -103,7 +110,7 @@ class LeafValues:
         """[B or 1, 1, L]"""
         first_q, first_k = (np.array(axis.starts) for axis in (self.call.q_at, self.call.k_at))
         apart = torch.arange(1 - self.call.k.shape[2], self.call.q.shape[2])
-        return torch.from_numpy(first_q - first_k).view(-1, 1, 1) + apart
+        return (torch.from_numpy(first_q - first_k).view(-1, 1, 1) + apart).to(self.env.device)
 
     def live(self, shadow: Callable[[TileGrid], NDArray[np.bool_]]) -> Tensor:
         """[B or 1, H or 1, entries]"""
@@ -111,7 +118,8 @@ class LeafValues:
         index = blocks.index
         if index.shape[1] > 1:
             index = index[:, np.arange(heads) % index.shape[1]]
-        return torch.from_numpy(np.stack([shadow(grid) for grid in blocks.grids])[index])
+        found = np.stack([shadow(grid) for grid in blocks.grids])[index]
+        return torch.from_numpy(found).to(self.env.device)
 
 
 SINGULAR = frozenset({*LEAST, "exp", "log", "sqrt", "div"})
@@ -159,8 +167,8 @@ def pair_environment(call: Call, b: int, h: int, q: int, k: int) -> Env:
         "q": env.values["q"][row, 0, q, 0],
         "k": env.values["k"][b % len(env.values["k"]), 0, 0, k],
         "n": env.values["n"].flatten()[b % len(env.values["n"])],
-        "b": torch.tensor(b),
-        "h": torch.tensor(h),
+        "b": torch.tensor(b, device=env.device),
+        "h": torch.tensor(h, device=env.device),
         "s": (mine * other).sum() / call.q.shape[3] ** 0.5,
     }
     single = {name: value.view(1, 1, 1, 1) for name, value in values.items()}

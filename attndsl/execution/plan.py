@@ -636,8 +636,7 @@ class Plan:
             lines.insert(1, f"  keys      {described(self.attention.streams)}")
         for name, verdict in self.considered.items():
             mark = "->" if name == self.backend else "  "
-            said = f"{verdict:.3g} s predicted" if isinstance(verdict, float) else verdict or choice.UNKNOWN
-            lines.append(f"  {mark} {name:10} {said}")
+            lines.append(f"  {mark} {name:10} {choice.said(name, verdict)}")
         return "\n".join(lines)
 
 

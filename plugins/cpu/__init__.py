@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from attndsl.attention import Attention
 from attndsl.backend import Kernel, Problem, predicted
+from attndsl.emit.score import score_of
 from attndsl.errors import fail
 from attndsl.execution.apart import counted, in_parts
 from attndsl.execution.torch_eval import FEATURES
@@ -14,8 +15,9 @@ from attndsl.tiles.blockmask import BlockMask
 
 from .build import compiler, lacking, library
 from .cost import SECONDS, TRAINING, counts
-from .kernel import Compiled, asked, score_of
+from .kernel import Compiled, asked
 from .layout import ROWS
+from .score import code
 
 
 class Cpu:
@@ -52,7 +54,7 @@ class Cpu:
         for group in attention.groups:
             score = score_of(group, problem.head_dim, True)
             assert not isinstance(score, str)
-            made = library(score.code(None), "forward", ("DOUBLE",) if problem.dtype == "float64" else ())
+            made = library(code(score, None), "forward", ("DOUBLE",) if problem.dtype == "float64" else ())
             if isinstance(made, str):
                 raise fail(f"the backend `cpu` cannot be compiled: {made}")
         return in_parts(attention, Compiled)

@@ -8,12 +8,12 @@ from attndsl import expr as ir
 from attndsl.attention import Attention
 from attndsl.backend import DTYPES, Problem
 from attndsl.emit.leaves import READS
+from attndsl.emit.score import Score, score_of
 from attndsl.tiles.blockmask import BlockMask, Rows, TileGrid
 from attndsl.tiles.lowering import head_groups
 
-from .kernel import FEW, score_of
+from .kernel import FEW
 from .layout import ROWS
-from .score import Score
 
 SECONDS = {
     "cpu": {

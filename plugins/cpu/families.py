@@ -7,10 +7,10 @@ python -m attndsl.plugins.cpu.families
 from __future__ import annotations
 
 import attndsl
+from attndsl.emit.score import Score, score_of
 
 from .compiling import PACKAGED
-from .kernel import score_of
-from .score import Score
+from .score import code
 
 FAMILIES = {
     "plain": "",
@@ -28,10 +28,10 @@ def headers() -> dict[str, str]:
         (group,) = attndsl.parse(f"attention a {{ {clauses} }}")["a"].attention.groups
         score = score_of(group, 64, True)
         assert isinstance(score, Score)
-        found[f"{name}-forward.h"] = score.code(None)
-        found[f"{name}-backward.h"] = score.code(())
+        found[f"{name}-forward.h"] = code(score, None)
+        found[f"{name}-backward.h"] = code(score, ())
         if distances := [leaf for leaf in score.leaves if leaf.kind == "distance"]:
-            found[f"{name}-backward-learned.h"] = score.code(distances)
+            found[f"{name}-backward-learned.h"] = code(score, distances)
     return found
 
 

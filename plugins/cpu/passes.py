@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-import math
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -97,14 +96,3 @@ def fields_of(q: Tensor, k: Tensor, v: Tensor) -> dict[str, int]:
         "qb": qb, "qh": qh, "qn": qn, "kb": kb, "kh": kh, "kn": kn, "vb": vb, "vh": vh, "vn": vn,
         "threads": torch.get_num_threads(),
     }  # fmt: skip
-
-
-def addresses(tensors: Sequence[Tensor | None], shape: Sequence[int]) -> NDArray[np.int64]:
-    """Of each [..., entries], contiguous, whose leading axes are those of `shape` or 1, where the entries of
-    each place begin: [*shape, tensors], 0 where there is no tensor."""
-    found = np.zeros((*shape, max(len(tensors), 1)), np.int64)
-    for i, x in enumerate(tensors):
-        if x is not None:
-            places = np.arange(math.prod(x.shape[:-1])).reshape(x.shape[:-1])
-            found[..., i] = x.data_ptr() + places * x.shape[-1] * x.element_size()
-    return found

@@ -1,0 +1,222 @@
+"""A group of heads in one call, for kernels whose scores are code: what its leaves hold, and where what comes
+back to leaves, rows and sinks goes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from attndsl import expr as ir
+from attndsl.attention import HeadGroup
+from attndsl.backend import Call
+from attndsl.emit.leaves import READS, Kind, Leaf, leaf_of
+from attndsl.emit.score import AXES, Score
+from attndsl.execution.leaf_values import LeafValues, pair_environment, passes_gradients, sizes_of
+from attndsl.execution.operator import vjp
+from attndsl.execution.torch_eval import Linear, decay_factor, environment, evaluate, singles
+from attndsl.expr import Expr
+from attndsl.meaning.intervals import stays_within
+from attndsl.tiles.blockmask import BlockMask
+
+NARROW = 2**23
+"""Integers of pairs up to which reals divide them."""
+FAR = 32.0
+"""Beyond this a log-sum-exp in float32 moves weights by more than two roundings of their own."""
+
+KnownLeaves = WeakKeyDictionary[BlockMask, dict[tuple[object, ...], "Linear | None"]]
+Margins = Mapping[Kind, tuple[int, int]]
+Tops = Callable[[], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, eq=False)
+class GroupCall:
+    """One group of heads of a call whose vectors are in the dtype of the arithmetic, or narrower.
+
+    heads    bool [H]: which they are
+    margins  entries before and after those of a leaf, which no pair asks for but whole tiles of pairs hold
+    known    what leaves are over tables, kept for the masks of other calls
+    """
+
+    call: Call
+    group: HeadGroup
+    score: Score
+    heads: NDArray[np.bool_]
+    margins: Margins
+    known: KnownLeaves
+
+    @cached_property
+    def wide(self) -> torch.dtype:
+        """Of the arithmetic."""
+        return torch.promote_types(self.call.q.dtype, torch.float32)
+
+    @cached_property
+    def leaves(self) -> dict[Leaf, Tensor]:
+        """What each holds, [B or 1, H or 1, entries], `wide` or int64, with margins; int32 where all
+        integers of pairs stay small."""
+        made, wide = LeafValues(self.call), self.wide
+        found = {}
+        for leaf, node in self.score.leaves.items():
+            if (linear := self.linear(leaf, made)) is not None:
+                x = made.flat(leaf.kind, linear.values(self.call.tables, wide))
+            else:
+                x = made.of(leaf, self.call).to(wide if node.type == "real" else torch.int64)
+            found[leaf] = torch.nn.functional.pad(x, self.margins[leaf.kind]).contiguous()
+        if found and self.narrow(found):
+            found = {leaf: x if x.dtype == wide else x.to(torch.int32) for leaf, x in found.items()}
+        return found
+
+    def linear(self, leaf: Leaf, made: LeafValues) -> Linear | None:
+        """What a leaf is over tables, where that is so, and the same in every call of its kind."""
+        call = self.call
+        known = self.known.setdefault(call.block_mask, {})
+        shapes = tuple([x.shape for x in call.tables.values()])
+        key = (leaf, call.q_at, call.k_at, call.n, call.q.shape[:3], call.q.dtype, shapes)
+        if key not in known:
+            known[key] = made.linear(leaf)
+        return known[key]
+
+    def narrow(self, leaves: Mapping[Leaf, Tensor]) -> bool:
+        """Whether integers of 32 bits suffice."""
+        if self.wide == torch.float64 or not any(
+            n.type == "int" for e in self.score.roots for n in ir.nodes(e)
+        ):
+            return False
+        ends = {
+            node: (int(leaves[leaf_of(node)].min()), int(leaves[leaf_of(node)].max()))
+            for e in self.score.roots
+            for node in ir.nodes(e)
+            if node.op in READS and node.type != "real"
+        }
+        (nq, n) = self.call.q.shape[2], self.call.k.shape[2]
+        ends |= {ir.make("entry", (), side, "int"): (0, size) for side, size in (("query", nq), ("key", n))}
+        small = all(x.shape[2] < 2**31 for x in leaves.values())
+        return small and all(stays_within(e, NARROW, ends) for e in self.score.roots)
+
+    def sizes(self, leaf: Leaf) -> tuple[int, ...]:
+        """Of the axes of a table; of a number -1, for its gradient is a sum over all pairs."""
+        if not isinstance(leaf.of, Expr):
+            sizes = sizes_of(leaf.of, self.call)
+            return (*sizes, *(1,) * (AXES - len(sizes)))
+        return (-1 if leaf.kind == "number" else 0,) * AXES
+
+    @cached_property
+    def sink(self) -> Tensor | None:
+        """Of each batch row and head [B, H], as the kernels' logits are."""
+        if self.group.norm.sink is None:
+            return None
+        return (self.sink_of(self.call) / self.score.unit).contiguous()
+
+    def sink_of(self, call: Call) -> Tensor:
+        assert self.group.norm.sink is not None
+        env = replace(environment(self.call), tables=call.tables)
+        found = evaluate(self.group.norm.sink, env).to(self.wide)
+        return found.expand(*call.q.shape[:2], 1, 1).flatten(1)
+
+    def refuse(self, pair: int) -> None:
+        """Raises AttnError for a pair that has no value."""
+        (batch, heads, nq, _), n = self.call.q.shape, self.call.k.shape[2]
+        env = pair_environment(self.call, *map(int, np.unravel_index(pair, (batch, heads, nq, n))))
+        live = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.call.q.device)
+        evaluate(self.group.score, env, live)
+        assert self.group.decay is not None
+        decay_factor(self.group.decay, env, live)
+
+    def rows(
+        self, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, tops: Tops | None
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Of each row, contiguous: what is subtracted from logits, what weights are divided by if they are,
+        and what is subtracted from what comes back to them.
+
+        tops  gives a number near the greatest logit of each row, and the sum of weights over that; None where
+              the log-sum-exp is of more keys than those of the call
+        """
+        score, shared = self.score, self.group.norm.kind in ("softmax", "linear")
+        total: Tensor | None = None
+        if tops is not None and _far(lse):
+            # beside its greatest logit the log-sum-exp of a row has lost what tells weights apart, and of a
+            # negative sum there is none
+            top, total = tops()
+        elif score.softmax:
+            top = lse / score.unit
+        else:
+            total = lse.exp()
+        if not score.softmax:
+            assert total is not None
+            top, total = torch.zeros_like(lse), total.masked_fill(total == 0, torch.inf)
+        delta = (grad_out * out).sum(-1) if shared else torch.zeros_like(lse)
+        if grad_lse is not None:
+            shift = grad_lse.masked_fill(lse == -torch.inf, 0.0)
+            delta = delta - (shift if shared or total is None else shift / total)
+        divided = total.contiguous() if shared and total is not None else None
+        return top.contiguous(), divided, delta.contiguous()
+
+    def asks(self, leaf: Leaf, tables: Mapping[str, Tensor]) -> bool:
+        """Whether a gradient goes from it to anything."""
+        return self.score.leaves[leaf].type == "real" and passes_gradients(leaf, tables.keys())
+
+    def pull(
+        self,
+        slopes: Mapping[Leaf, Tensor],
+        grads: tuple[Tensor, Tensor, Tensor],
+        tables: Mapping[str, Tensor],
+    ) -> None:
+        """Adds what those of leaves [B, H, entries], with margins, give to those of q, k and tables."""
+        if not slopes:
+            return
+        call, made = self.call, LeafValues(self.call)
+        own = torch.from_numpy(self.heads).to(call.q.device).view(-1, 1)
+
+        def values(q: Tensor, k: Tensor, more: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+            there = _with(replace(call, q=q, k=k), more)
+            return tuple([made.of(leaf, there) for leaf in slopes])
+
+        found, pull = vjp(values, call.q, call.k, singles(call.tables, tables))
+        back = [
+            (x.narrow(2, self.margins[leaf.kind][0], value.shape[2]) * own).sum_to_size(value.shape)
+            for (leaf, x), value in zip(slopes.items(), found, strict=True)
+        ]
+        gq, gk, more = pull(tuple(back))
+        grads[0].add_(gq)
+        grads[1].add_(gk)
+        for name, g in more.items():
+            tables[name].add_(g)
+
+    def sink_gradient(self, lse: Tensor, delta: Tensor, tables: Mapping[str, Tensor]) -> None:
+        """It is a key with the sink for a logit and a value of zeros."""
+        if self.group.norm.sink is None or not tables:
+            return
+        call = self.call
+        value, pull = vjp(lambda more: self.sink_of(_with(call, more)), singles(call.tables, tables))
+        weight = torch.exp(value[..., None] - lse.masked_fill(lse == -torch.inf, torch.inf))
+        slope = -(weight * delta).sum(-1)
+        (found,) = pull(torch.where(torch.from_numpy(self.heads).to(slope.device), slope, 0.0))
+        for name, g in found.items():
+            tables[name].add_(g)
+
+
+def addresses(tensors: Sequence[Tensor | None], shape: Sequence[int]) -> NDArray[np.int64]:
+    """Of each [..., entries], contiguous, whose leading axes are those of `shape` or 1, where the entries of
+    each place begin: [*shape, tensors], 0 where there is no tensor."""
+    found = np.zeros((*shape, max(len(tensors), 1)), np.int64)
+    for i, x in enumerate(tensors):
+        if x is not None:
+            places = np.arange(math.prod(x.shape[:-1])).reshape(x.shape[:-1])
+            found[..., i] = x.data_ptr() + places * x.shape[-1] * x.element_size()
+    return found
+
+
+def _with(call: Call, tables: Mapping[str, Tensor]) -> Call:
+    return replace(call, tables={**call.tables, **tables})
+
+
+def _far(lse: Tensor) -> bool:
+    """Whether the log-sum-exp of some row has lost digits that its weights need, or is none."""
+    return not bool(((lse.abs() <= FAR) | (lse == -torch.inf)).all())

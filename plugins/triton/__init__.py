@@ -1,0 +1,59 @@
+"""The `triton` backend: kernels for GPUs over tiles, forward and backward, with the score generated from its
+expression. They are compiled ahead and run by Triton's interpreter in tests, and have not run on a GPU yet.
+"""
+
+from dataclasses import replace
+
+from attndsl.attention import Attention
+from attndsl.backend import Kernel, Problem
+from attndsl.execution.torch_eval import FEATURES
+from attndsl.tiles.blockmask import BlockMask
+
+from .configs import declined
+from .kernel import Compiled
+from .source import score_of_pairs
+
+SECONDS: dict[str, dict[str, float]] = {}
+"""None are measured."""
+
+
+class Triton:
+    """Registered as `triton`."""
+
+    # of a query, a key or a distance alone any operation is evaluated; which of a pair are, `supports` says
+    features = replace(
+        FEATURES,
+        clauses={"score", "decay", "count", "sink", "heads"},
+        norms={"softmax", "sigmoid", "relu", "linear", "none"},
+        tables={"given", "learned", "drawn", "known", "int", "bool", "float"},
+    )
+    seconds = SECONDS
+    remark = "compiled and interpreted, not yet run on a GPU"
+
+    def supports(self, attention: Attention, problem: Problem) -> str | None:
+        for group in attention.groups:
+            for adjacent in (True, False):
+                if isinstance(score := score_of_pairs(group, problem.head_dim, adjacent), str):
+                    return score
+            if problem.dtype == "float16" and group.norm.kind not in ("softmax", "sigmoid"):
+                return f"weights of the norm `{group.norm.kind}` may exceed what float16 holds"
+        return declined(problem)
+
+    def cost(self, attention: Attention, problem: Problem, block_mask: BlockMask | None) -> float | None:
+        return None
+
+    def counts(
+        self, attention: Attention, problem: Problem, block_mask: BlockMask | None
+    ) -> dict[str, float]:
+        """Pairs of tiles; weights are never written."""
+        area = float(problem.q_length * problem.length)
+        if block_mask is not None:
+            size, tiles = problem.block_size**2, block_mask.tiles
+            area = size * (tiles.full + tiles.partial) / block_mask.index.size
+        return {"pairs": problem.batch * problem.heads * area, "written": 0.0}
+
+    def lower(self, attention: Attention, problem: Problem) -> Kernel:
+        return Compiled(attention, problem)
+
+
+backend = Triton()

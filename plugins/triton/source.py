@@ -1,0 +1,73 @@
+"""Generated scores as functions that kernels call."""
+
+from __future__ import annotations
+
+import hashlib
+import linecache
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from attndsl import expr as ir
+from attndsl.attention import HeadGroup
+from attndsl.emit.leaves import Leaf
+from attndsl.emit.score import Score, score_of
+from attndsl.emit.triton import Written
+
+COMPUTED = 8
+"""Operations up to which a score is computed at each pair and not looked up by distance, where they are some
+of these: a look-up takes as long as many of them, and more registers."""
+LIGHT = frozenset("const var leaf add mul abs min max where le lt eq and or not".split())
+
+
+@lru_cache(maxsize=256)
+def score_of_pairs(group: HeadGroup, head_dim: int, adjacent: bool) -> Score | str:
+    """As `score_of`, by distance only where that spares something."""
+    computed = score_of(group, head_dim, False)
+    if not adjacent or isinstance(computed, str):
+        return score_of(group, head_dim, adjacent)
+    ops = [node.op for root in computed.roots for node in ir.nodes(root)]
+    light = (
+        LIGHT.issuperset(ops) and len([op for op in ops if op not in ("const", "var", "leaf")]) <= COMPUTED
+    )
+    return computed if light else score_of(group, head_dim, True)
+
+
+def looks_up(score: Score) -> bool:
+    """Whether something is looked up at each pair."""
+    return any(leaf.kind in ("distance", "table") for leaf in score.leaves)
+
+
+@dataclass(frozen=True, eq=False)
+class Functions:
+    """Of one score, by the names in its text."""
+
+    written: Written
+    text: str
+    by_name: dict[str, Any]
+
+    def __getitem__(self, name: str) -> Any:
+        return self.by_name[name]
+
+
+@lru_cache(maxsize=256)
+def functions(score: Score, wanted: frozenset[Leaf] = frozenset()) -> Functions:
+    """With gradients of the `wanted` leaves. Triton finds their text by a file name of its own, and keeps
+    what it compiles by the text: equal scores are compiled once on a machine."""
+    import triton
+    import triton.language
+
+    from . import pairs
+
+    written = Written(score, wanted)
+    text = written.text
+    name = f"<attndsl score {hashlib.sha256(text.encode()).hexdigest()[:16]}>"
+    linecache.cache[name] = len(text), None, text.splitlines(True), name
+    space: dict[str, Any] = {
+        **vars(pairs),
+        "triton": triton,
+        "tl": triton.language,
+        "__name__": pairs.__name__,
+    }
+    exec(compile(text, name, "exec"), space)
+    return Functions(written, text, space)

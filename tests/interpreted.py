@@ -1,0 +1,216 @@
+"""The kernels of the backend `triton` in numpy, by the interpreter of Triton: a script, for that is asked for
+before triton is imported, and a kernel that reads beyond its operands may end the process.
+
+    python tests/interpreted.py KIND NAMES    a line of JSON for each name: [name, what is wrong]
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import attndsl
+from attndsl.conformance import CASES, Case, check
+from attndsl.errors import AttnError
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A mechanism on sizes, in float64 against `reference`, gradients too."""
+
+    text: str
+    nq: int
+    n: int
+    heads: int = 2
+    kv_heads: int = 1
+    d: int = 16
+    dv: int = 16
+    batch: int = 2
+    block: int = 32
+    training: bool = True
+    tables: dict[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
+
+
+ATTENTION = "attention a{} {{ {} }}"
+PROBES = {
+    "causal": Probe("mask causal", 70, 70, heads=4, kv_heads=2, d=24, dv=20, batch=1),
+    # several runs of full tiles in a row, and in a column
+    "runs": Probe("mask band(-180 .. -100) | band(-70 .. 3) | global([0])", 230, 230, d=8, batch=1),
+    "rectangle": Probe("mask radius(30)", 70, 133, d=20, dv=33, block=64),
+    "per head": Probe("mask { q, k : q - k <= 30 * h and k <= q }", 90, 90, heads=4, kv_heads=2, batch=1),
+    "empty rows": Probe("mask { q, k : q mod 3 == 0 and k < q }", 70, 70),
+    "none": Probe("mask none", 40, 40),
+    "alibi": Probe("mask causal score s - slope * |q - k|", 80, 80, heads=4, kv_heads=2),
+    "distances": Probe("mask radius(25) score s + table[clamp(q - k, -5, 5) + 5] * (q - k)", 70, 70),
+    "softcap": Probe("mask causal & last(50) score softcap(3.0)", 80, 80),
+    "look-up": Probe("mask causal score s * x[q] + z[q mod 3, k mod 2]", 70, 70),
+    "sink": Probe("mask causal & last(30) norm softmax(sink = slope)", 70, 70),
+    "decay": Probe("mask radius(40) score s - 1.5 decay max(3 * slope - |q - k| / 30, 0.0)", 80, 80),
+    "sigmoid": Probe("mask causal score s - slope norm sigmoid", 70, 70),
+    "counted": Probe("mask radius(8) + last(4) score s * slope norm sigmoid", 50, 50),
+    "relu": Probe("mask radius(20) norm relu", 70, 70, heads=3, kv_heads=1),
+    "groups": Probe("heads 0 { mask causal } else { mask radius(9) score softcap(2.0) }", 70, 70),
+    "vectors": Probe("mask causal & last(20) score s + (K @ u + Q @ u) / 4", 70, 70),
+    "step": Probe("mask causal & last(250) | global([0..3])", 1, 700, heads=4, training=False),
+    "steps": Probe("mask causal score s - slope * |q - k| norm softmax(sink = slope)", 3, 500, heads=4,
+                   kv_heads=2, d=24, training=False),
+}  # fmt: skip
+PARAMETERS = {"slope": "H", "table": "H, 11", "z": "3, 2", "u": "H, D", "x": ""}
+
+
+def bound(probe: Probe) -> Any:
+    words = probe.text.replace("[", " [ ").replace("*", " * ").replace(")", " ) ").split()
+    learned = [f"{x} = learn[{axes}](0.3)" for x, axes in PARAMETERS.items() if x in words and x != "x"]
+    inputs = "inputs x : float[B, n] " if "x" in words else ""
+    return attndsl.parse(ATTENTION.format(f"({', '.join(learned)})" if learned else "", inputs + probe.text))[
+        "a"
+    ]
+
+
+def results(
+    backend: str,
+    probe: Probe,
+    dtype: torch.dtype = torch.float64,
+    laid: Callable[[Tensor], Tensor] | None = None,
+) -> Iterator[tuple[str, Tensor]]:
+    """Output, log-sum-exp and all gradients of both. `laid` says how keys and values lie in memory."""
+    random = torch.Generator().manual_seed(0)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random, dtype=dtype)
+
+    p, attention = probe, bound(probe)
+    plan = attndsl.compile(
+        attention, length=p.n, q_length=p.nq, batch=p.batch, heads=p.heads, kv_heads=p.kv_heads, head_dim=p.d,
+        dtype=str(dtype).removeprefix("torch."), block_size=p.block, training=p.training, backend=backend,
+    )  # fmt: skip
+    leaves = {
+        "q": drawn(p.batch, p.heads, p.nq, p.d),
+        "k": drawn(p.batch, p.kv_heads, p.n, p.d),
+        "v": drawn(p.batch, p.kv_heads, p.n, p.dv),
+    }
+    learned = {table.name: plan.initial(table) for table in attention.learned}
+    learned = {name: x + 0.1 * drawn(*x.shape) for name, x in learned.items()}
+    given = {table.name: drawn(p.batch, p.n) for table in attention.inputs}
+    if laid is not None:
+        leaves |= {"k": laid(leaves["k"]), "v": laid(leaves["v"])}
+    leaves = {name: x.requires_grad_(p.training) for name, x in (leaves | learned | given).items()}
+    vectors = [leaves[name] if laid else guarded(leaves[name]) for name in "qkv"]
+    out, lse = plan(
+        *vectors, return_lse=True, learned={x: leaves[x] for x in learned}, **{x: leaves[x] for x in given}
+    )
+    yield from {"out": out, "lse": lse}.items()
+    if p.training:
+        ends = [out, torch.where(lse == -torch.inf, 0.0, lse)]
+        ends = [end for end in ends if end.requires_grad]
+        grads = torch.autograd.grad(
+            ends, [*leaves.values()], [drawn(*end.shape) for end in ends], materialize_grads=True,
+            allow_unused=True,
+        )  # fmt: skip
+        yield from zip(leaves, grads, strict=True)
+
+
+def guarded(x: Tensor) -> Tensor:
+    """The same numbers amid NaN."""
+    wide = x.new_full((*x.shape[:2], x.shape[2] + 70, x.shape[3] + 16), torch.nan)
+    return wide[:, :, 32 : 32 + x.shape[2], 8 : 8 + x.shape[3]].copy_(x)
+
+
+def probed(name: str) -> str | None:
+    """What is wrong."""
+    exact = dict(results("reference", PROBES[name]))
+    for what, mine in results("triton", PROBES[name]):
+        wanted, mine = exact[what].detach(), mine.detach()
+        if not torch.equal(mine == -torch.inf, wanted == -torch.inf):
+            return f"{what}: other rows are -inf"
+        mine, wanted = (x.masked_fill(x == -torch.inf, 0.0) for x in (mine, wanted))
+        error = float((mine - wanted).abs().max()) / max(1.0, float(wanted.abs().max()))
+        if not error <= 1e-12:
+            return f"{what}: error {error:.2e}"
+    return None
+
+
+def conforms(name: str) -> str | None:
+    (case,) = (case for case in CASES if str(case) == name)
+    try:
+        reason = check("triton", case)
+    except (AssertionError, AttnError) as error:
+        return f"{type(error).__name__}: {error}"
+    return f"declined: {reason}" if reason else None
+
+
+def work(case: Case) -> float:
+    """Steps of the interpreter, about: tiles of a forward and a backward pass, and programs."""
+    tile = min(64, case.block_size)
+    rows, columns = -(-case.nq // tile), -(-case.n // tile)
+    return case.batch * case.heads * (rows * columns + rows + columns)
+
+
+def small_cases(most: float) -> list[Case]:
+    """Of each mechanism the cases of little work and some keys, in float64."""
+    return [
+        case
+        for case in CASES
+        if case.dtype == "float64" and not case.odd and work(case) <= most and min(case.nq, case.n) > 0
+    ]
+
+
+def far_apart(name: str) -> str | None:
+    """Whether it matters that the third batch row lies 2^31 numbers from the first, in memory that nobody
+    touches."""
+
+    def laid(x: Tensor) -> Tensor:
+        far = 2**30 + 64
+        held = torch.empty(far * (len(x) - 1) + x[0].numel(), dtype=x.dtype)
+        return held.as_strided(x.shape, (far, *x.stride()[1:])).copy_(x)
+
+    probe = replace(PROBES[name], batch=3)
+    near, far = (dict(results("triton", probe, torch.float32, how)) for how in (Tensor.clone, laid))
+    return None if all(torch.equal(near[what], far[what]) for what in near) else "other results"
+
+
+def refused(text: str) -> str | None:
+    """What a call in which a pair has no value says."""
+    attention = attndsl.parse(f"attention a {{ inputs z : float[m] {text} }}")["a"]
+    plan = attndsl.compile(attention, length=40, heads=2, head_dim=16, block_size=32, backend="triton")
+    x = torch.randn(1, 2, 40, 16)
+    try:
+        plan(x, x, x, z=torch.ones(20))
+    except AttnError as error:
+        return error.diagnostics[0].message
+    return None
+
+
+def halves(dtype: str) -> str | None:
+    """What is wrong in 16 bits: bfloat16 is cut there and not rounded, so that twice the error is allowed."""
+    q, k, v = torch.randn(3, 1, 2, 90, 32, generator=torch.Generator().manual_seed(0)).unbind()
+    attention = attndsl.parse("attention a { mask causal & last(40) score softcap(2.0) }")["a"]
+    sizes: Any = {"length": 90, "heads": 2, "head_dim": 32, "block_size": 32}
+    of = getattr(torch, dtype)
+    mine = attndsl.compile(attention, dtype=dtype, backend="triton", **sizes)(q.to(of), k.to(of), v.to(of))
+    wanted = attndsl.compile(attention, dtype="float64", backend="reference", **sizes)(
+        *(x.to(of).double() for x in (q, k, v))
+    )
+    error = float((mine.double() - wanted).abs().max())
+    return None if error < 8 * torch.finfo(of).eps else f"error {error:.2e}"
+
+
+KINDS = {"probes": probed, "conformance": conforms, "apart": far_apart, "refused": refused, "halves": halves}
+
+
+def main(kind: str, *names: str) -> None:
+    for name in names:
+        sys.stdout.write(json.dumps([name, KINDS[kind](name)]) + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    assert os.environ.get("TRITON_INTERPRET") == "1"
+    main(*sys.argv[1:])
