@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
@@ -154,6 +155,8 @@ class Plan:
     asked: bool = False
     others: dict[tuple[str, str], Lowered] = field(default_factory=dict, repr=False)
     """What was lowered for calls in other dtypes, and by `reference` for weights."""
+    owned: set[str] = field(default_factory=set, repr=False)
+    """Parameters that a module has, of which a call with their first values is still to be told."""
 
     if not TYPE_CHECKING:  # a type checker is to tell what is no attribute
 
@@ -440,6 +443,7 @@ class Plan:
     @by_name
     def module(self) -> PlanModule:
         """An nn.Module that owns the learned parameters under the names they are bound to."""
+        self.owned.update(table.name for table in self.attention.learned if table.learned)
         return PlanModule(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -499,6 +503,11 @@ class Plan:
         tables = {table.name: table for table in self.attention.learned}
         if given is not None:
             check_learned(tables, given)
+        elif self.owned and not torch.compiler.is_compiling():
+            names = ", ".join(f"`{name}`" for name in sorted(self.owned))
+            self.owned.clear()
+            said = f"`plan` itself has the first values of {names}: call the module, or pass `learned=`"
+            warnings.warn(said, stacklevel=5)
         first = {t.name: self.initial(t) for t in tables.values() if given is None or not t.learned}
         given = {**first, **(given or {})}
         for name, table in tables.items():

@@ -291,6 +291,9 @@ class SumPlan:
     def module(self) -> SumModule:
         """An nn.Module that owns what is learned: gates under their names, and for each part that learns a
         module of its own under the part's."""
+        for gate in self.gates.values():
+            if not isinstance(gate, float):
+                gate.owned.update(table.name for table in gate.attention.learned if table.learned)
         return SumModule(self)
 
     def initial(self, table: Table) -> Tensor:
