@@ -26,7 +26,7 @@ from attndsl.execution.session import REWIND, Session
 from attndsl.execution.statesession import StateSession, stateful
 from attndsl.execution.streaming import Pair, begun, held_of, keys_and_values
 from attndsl.execution.streamsession import StreamSession
-from attndsl.execution.sums import SumPlan, check_learned, gate_of, of_part, refuse_learned
+from attndsl.execution.sums import Parts, SumPlan, check_learned, gate_of, of_part, refuse_learned
 from attndsl.expr import Learned, Table
 from attndsl.keywords import by_name, missing
 from attndsl.language.lookups import placed
@@ -107,7 +107,7 @@ def compile(
 def _added(attention: Attention, problem: Problem, backend: str | None) -> SumPlan:
     asked = vars(problem)
     wide = "float64" if problem.dtype == "float64" else "float32"
-    parts: dict[str, Any] = {}
+    parts: dict[str, Any] = Parts()
     gates: dict[str, Any] = {}
     for part in attention.parts:
         name, gate = part.attention.name, gate_of(attention, part)
@@ -800,6 +800,9 @@ def _array_like(name: str, value: Any) -> Any:
         if value.is_meta:
             raise fail(f"`{name}` is a tensor without data, on the device meta")
         return value
+    if isinstance(value, nn.Module):
+        help = f"give its numbers: `{name}.weight`" if "weight" in dict(value.named_parameters()) else ""
+        raise fail(f"`{name}` is no tensor, but {type(value).__name__}", help=help)
     if isinstance(value, list | tuple) and any(isinstance(item, torch.Tensor) for item in value):
         raise fail(f"`{name}` is a list of tensors", help="give `torch.stack(...)` of them")
     try:

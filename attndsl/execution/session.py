@@ -150,6 +150,12 @@ class Session:
         refuse_gradients(q, k, v, *inputs.values())
         if learned is None and self.learned is not None:
             learned = self.learned()
+        names = ", ".join(f"`{table.name}`" for table in self.plan.attention.learned if table.learned)
+        if learned is None and self.plan.problem.training and names:
+            raise fail(
+                f"a session of a plan for training has no values of {names}",
+                help="make it of the module: `module.session(batch, capacity)`",
+            )
         if torch.is_autocast_enabled(self.k.device.type):
             q, k, v = self._cast(q, k, v)
         counts = self._counts(q, k, v, tokens)
@@ -174,6 +180,7 @@ class Session:
                     said = f"`{table.name}` has {quantity(new, 'entry', 'entries')}, and there are {n} tokens"
                     raise fail(said, help="give the entries of all tokens so far, not of the new ones alone")
 
+    @by_name
     def copy(self) -> Session:
         """Another one that has its own memory."""
         made = copy.copy(self)
@@ -396,6 +403,8 @@ def picked(x: Tensor, entries: Array) -> Tensor:
 
 def _integers(name: str, given: Any) -> tuple[int, ...] | int:
     listed = given.tolist() if hasattr(given, "tolist") else given
+    if isinstance(listed, str | bytes):
+        raise fail(f"`{name}` is an integer or a list of them, not {type(listed).__name__}")
     if not isinstance(listed, Sequence):
         return checked_length(name, listed)
     if any(isinstance(value, Sequence) for value in listed):
