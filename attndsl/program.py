@@ -349,6 +349,7 @@ class Program:
     if not TYPE_CHECKING:  # a type checker is to tell that it is none
 
         def __call__(self, *names, **params):
+            """A program is no function: raises AttnError with how `names` are read; `params` come after."""
             name = names[0] if names and isinstance(names[0], str) else "NAME"
             raise fail("a program is no function", help=f'write `program["{name}"]`')
 

@@ -67,6 +67,7 @@ class Session:
             for width in (p.head_dim, p.head_dim if v_dim is None else checked_length("v_dim", v_dim))
         )
         self.lengths = self.reached = (0,) * batch
+        self.wanting = [f"`{x.name}`" for x in plan.attention.learned if x.learned and p.training]
         self.learned: Callable[[], Mapping[str, Tensor]] | None = None
         """Of the module that made it."""
 
@@ -150,10 +151,9 @@ class Session:
         refuse_gradients(q, k, v, *inputs.values())
         if learned is None and self.learned is not None:
             learned = self.learned()
-        names = ", ".join(f"`{table.name}`" for table in self.plan.attention.learned if table.learned)
-        if learned is None and self.plan.problem.training and names:
+        if learned is None and self.wanting:
             raise fail(
-                f"a session of a plan for training has no values of {names}",
+                f"a session of a plan for training has no values of {', '.join(self.wanting)}",
                 help="make it of the module: `module.session(batch, capacity)`",
             )
         if torch.is_autocast_enabled(self.k.device.type):
