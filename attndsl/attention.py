@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -22,6 +23,7 @@ from attndsl.expr import (
     substitute,
     var,
 )
+from attndsl.keywords import NoCall
 from attndsl.streams import Numbers, Streams, described, memory, some_key, tokens_read
 
 HEADS_TRIED = 256
@@ -102,7 +104,8 @@ class Attention:
               number of an entry, as streams.py says.
     numbered: of such an attention without its streams: which numbers entries have. Where they stand is all
               in its expressions.
-    written:  where its definition is, for what is told of it later; no part of what it is.
+    written:  where its definition is, and
+    parameters: what that takes, for what is told of it later; no part of what it is.
     """
 
     name: str
@@ -116,6 +119,7 @@ class Attention:
     streams: Streams = ()
     numbered: Numbers | None = None
     written: Span | None = field(default=None, compare=False, repr=False)
+    parameters: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
     @staticmethod
     def of_pattern(name: str, relation: Relation) -> Attention:
@@ -270,3 +274,6 @@ class Attention:
             which = substitute(all_of(group.heads, mask), {"h": var("?h")})
             found.append(exists("?h", ZERO, heads, which) if "h" in mask.free else mask)
         return any_of(*found)
+
+
+sys.modules[__name__].__class__ = NoCall

@@ -110,6 +110,13 @@ class Bound:
                 raise AttributeError(f"an attention has no attribute `{name}`: {help}")
             raise missing("an attention", name, dir(Bound))
 
+        def _of_texts(self, *other):
+            help = "write it there: `pattern both = a & b`, or a claim, `assert a <= b`"
+            raise fail("patterns are put together and compared in the text", help=help)
+
+        __and__ = __rand__ = __or__ = __ror__ = __sub__ = __add__ = __invert__ = _of_texts
+        __le__ = __lt__ = __ge__ = __gt__ = _of_texts
+
     def __call__(self, *args: Any, **params: Any) -> Bound:
         """The same with other parameters; those that are not given keep their values.
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+
 from attndsl import shipped
+from attndsl.keywords import NoCall
 from attndsl.program import Program, load
 
 
@@ -14,3 +17,6 @@ def __getattr__(name: str) -> Program:
     if name not in shipped.names():
         raise AttributeError(shipped.missing(name))
     return load(shipped.PREFIX + name)
+
+
+sys.modules[__name__].__class__ = NoCall

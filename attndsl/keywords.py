@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Sequence
-from typing import ParamSpec, TypeVar
+from types import ModuleType
+from typing import Never, ParamSpec, TypeVar
 
 from attndsl.errors import AttnError, fail, suggest
 
@@ -28,7 +29,8 @@ HABITS = {
     **dict.fromkeys(("attn_mask", "mask", "attention_mask", "block_mask"), TEXT_MASK),
     "mask_mod": "read it: `attndsl.from_mask_mod(mask_mod)` is an attention",
     "score_mod": "read it: `attndsl.from_score_mod(score_mod)` is an attention",
-    **dict.fromkeys(("key_padding_mask", "padding_mask"), PADDING),
+    "key_padding_mask": f"{PADDING}; where that of torch is True a key is left out: `keep=~key_padding_mask`",
+    "padding_mask": PADDING,
     **dict.fromkeys(("attn_bias", "bias"), "write it into the text: `score s + bias[q, k]`, and declare it"),
     **dict.fromkeys(("softcap", "logit_cap"), "write it into the text: `score softcap(30.0)`"),
     **dict.fromkeys(("window_size", "window", "sliding_window"), WINDOW),
@@ -36,11 +38,13 @@ HABITS = {
     **dict.fromkeys(("past_key_value", "past_key_values", "use_cache", "cache", "kv_cache"), CACHE),
     **dict.fromkeys(("cu_seqlens", "cu_seqlens_q", "cu_seqlens_k", "cu_seq_lens"), DOCUMENTS),
     **dict.fromkeys(
-        ("position_ids", "cache_position", "start_pos"),
-        "leave it out: a session knows where its tokens stand",
+        ("position_ids", "cache_position", "positions"),
+        "a session knows them; to a plan give `q_positions=p, k_positions=p`; if they begin anew in each "
+        "document, write `mask causal & documents(doc)`",
     ),
     **dict.fromkeys(("max_seqlen", "max_seqlen_q", "max_seqlen_k"), "leave it out: shapes say it"),
     **{name: f"it is the plan's: `compile(..., {name}={value})`" for name, value in PLANNED.items()},
+    "start_pos": "leave it out: a session knows where its tokens stand",
     "enable_gqa": "leave it out: `compile(..., kv_heads=...)` says how many heads k and v have",
 }
 """What the text says, or nothing does."""
@@ -64,10 +68,24 @@ ELSEWHERE = {
     "parts": "only part",
     "training": "train requires_grad",
     "q_offset": "offset start_pos past_length",
-    "q_positions": "positions position_ids cache_position",
     "v_dim": "value_dim d_v head_dim_v",
 }
 """What arguments are called elsewhere, by their names here."""
+
+
+class NoCall(ModuleType):
+    """A module that has the name of a function or of a dictionary elsewhere."""
+
+    def __call__(self, *args: object, **more: object) -> Never:
+        raise fail(f"`{self.__name__}` is a module", help=self._instead(args[0] if args else None))
+
+    def __getitem__(self, name: object) -> Never:
+        raise fail(f"`{self.__name__}` is a module", help=self._instead(name))
+
+    def _instead(self, name: object) -> str:
+        if self.__name__ == "attndsl.examples":
+            return f"write `attndsl.examples.{name if isinstance(name, str) else 'NAME'}`"
+        return ATTRIBUTES["attndsl"]["attention"]
 
 
 def renamed(name: str, known: Iterable[str]) -> str:
@@ -162,6 +180,8 @@ def _misfit(
     help = instead(unknown[0], known) or listed
     if name == "compile" and help.startswith("there are"):
         help += "; parameters are bound before, as `attention(w=8)`, and tables are given to the plan"
+    elif name == "parse":
+        help = 'parameters are bound after: `attndsl.parse(text)["NAME"](w=8)`'
     return fail(f"`{name}` has no argument `{unknown[0]}`", help=help)
 
 

@@ -22,7 +22,7 @@ from attndsl import syntax
 from attndsl.attention import Attention
 from attndsl.bound import Bound, Parameters, Unbound
 from attndsl.errors import AttnError, Diagnostic, Source, Span, fail, suggest
-from attndsl.keywords import missing
+from attndsl.keywords import by_name, missing
 from attndsl.language.arguments import bind_arguments, name_span, signature
 from attndsl.language.assertions import Assertion, prove, typed
 from attndsl.language.elaborate import STEP_LIMIT, Elaborator, inputs_of
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 Definition = ast.Definition | ast.AttentionDef
 FILE_LIMIT = 64
+BOUND_AFTER = 'parameters are bound after: `attndsl.parse(text)["NAME"](w=8)`'
 LISTED, PICTURED = 20, 8
 """Names and masks that are shown of a program."""
 DEFINITION_LIMIT = 20_000
@@ -62,11 +63,14 @@ def prelude() -> Mapping[str, Definition]:
     return syntax.Definitions(Source("prelude.attn", text))
 
 
+@by_name
 def parse(text: str, name: str = "<text>") -> Program:
     """The program of a text; `name` stands for it in messages. Raises AttnError with everything that is wrong
     in it."""
     if not isinstance(text, str):
         raise fail(f"a program is a text, not {type(text).__name__}", help="a file is read by attndsl.load")
+    if not isinstance(name, str):
+        raise fail(f"`name` is a text, not {type(name).__name__}", help=BOUND_AFTER)
     if re.fullmatch(r"\S+\.attn|example:\S+", text):
         raise fail(f"`{text}` is the name of a file, and no text", help="it is read by attndsl.load")
     return _program(Source(name, text), None)
@@ -343,6 +347,13 @@ class Program:
             return cast(Bound, unbound)
         return self._bind(item, (), {})
 
+    if not TYPE_CHECKING:  # a type checker is to tell that it is none
+
+        def __call__(self, *names, **params):
+            """A program is no function: raises AttnError with how `names` are read; `params` come after."""
+            name = names[0] if names and isinstance(names[0], str) else "NAME"
+            raise fail("a program is no function", help=f'write `program["{name}"]`')
+
     def default(self) -> str:
         """The name meant where none is given: the only attention, or the one named like the file."""
         stem = Path(self.name).stem.rpartition(":")[2]
@@ -380,7 +391,7 @@ class Program:
         }
         values = {name: self._argument(name, texts.get(name, value)) for name, value in given.items()}
         value = self.elaborator.instance(item, values, Scope({}), item.name_span, given=texts)
-        attention = replace(_as_attention(item.name, value), written=item.span)
+        attention = replace(_as_attention(item.name, value), written=item.span, parameters=tuple(names))
         self._tell_empty(attention, values)
         defaults = {param.name: param.default for param in item.params if param.default is not None}
         written = {name: _shown(given[name]) if name in given else render(defaults[name]) for name in names}
@@ -410,6 +421,10 @@ class Program:
             return Num(value)
         if isinstance(value, ast.Expression):
             return self.elaborator.value(value, Scope({}, integral=False, binding=name), TOKENS)
+        if getattr(value, "is_meta", False):
+            raise fail(f"`{name}` is a tensor without data, on the device meta")
+        if isinstance(value, Bound | Unbound):
+            raise fail(f"`{name}` is given as a text of the language", help=f'write `{name}="{value.name}"`')
         if hasattr(value, "tolist"):
             value = value.tolist()
         if isinstance(value, range | list | tuple | set):
@@ -444,7 +459,8 @@ class Program:
 
     @functools.cached_property
     def warnings(self) -> list[Diagnostic]:
-        """What is legal and probably not meant, in the order of the text."""
+        """What is legal and probably not meant, in the order of the text. Which selections look ahead is not
+        in it: `attndsl check` finds that by running them."""
         from attndsl.language import lint
 
         return _in_order(lint.warnings(list(self.own.values()), self.elaborator))

@@ -794,6 +794,14 @@ def test_dense_attention_does_the_same_work_or_its_mask_alone(clauses, work):
     assert trial.masked_work(attndsl.compile(attention, length=64)) == work
 
 
+def test_run_says_where_a_score_is_not_finite(tmp_path):
+    file = tmp_path / "a.attn"
+    file.write_text("attention a { mask causal  score s + 1 / (q - k) }")
+    done = CliRunner().invoke(main, ["run", str(file), "--length", "16"])
+    assert done.exit_code == 1
+    assert "error: the score of `a` is not finite at some pair: `(s + (1 / " in done.stderr
+
+
 def test_run_says_what_dense_attention_did(tmp_path):
     file = write(tmp_path / "a.attn", "attention a { mask causal  score alibi }")
     done = attn_process("run", file, "--length", 128)

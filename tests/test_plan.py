@@ -360,6 +360,21 @@ def test_values_of_parameters_are_checked():
             plan(q, k, v, learned=dict.fromkeys(names, value))
 
 
+@pytest.mark.parametrize("added", ["", "attention other { mask causal } attention both = a + weight * other"])
+def test_first_values_are_told_of_once_where_a_module_owns_others(added):
+    text = "let b = learn[1](0.5) let weight = learn[H](1.0) attention a { mask causal score s * b[0] }"
+    program = attndsl.parse(f"{text} {added}")
+    plan = attndsl.compile(program["both" if added else "a"], length=8, head_dim=4)
+    q = torch.randn(1, 1, 8, 4)
+    plan(q, q, q)
+    module = plan.module()
+    module(q, q, q)
+    with pytest.warns(UserWarning, match="first values of `(b|weight)`: call the module, or pass") as told:
+        plan.session(1, 8).step(q, q, q)
+    plan(q, q, q)
+    assert [str(found.message).split("`")[3] for found in told] == (["b", "weight"] if added else ["b"])
+
+
 def test_a_plan_whose_backend_was_not_asked_for_takes_another_in_a_dtype_that_it_declines(monkeypatch):
     backend = registry.plugin("backends", "torch")
     monkeypatch.setattr(backend, "features", replace(backend.features, dtypes={"float32"}))

@@ -230,6 +230,8 @@ def chosen(parts: Iterable[str] | None) -> list[str]:
     """Names of parts, where that is None of all: those that cannot be used come last."""
     if isinstance(parts, str):
         raise fail("`parts` is a list of names", help=f"write `parts=[{parts!r}]`")
+    if not isinstance(parts, Iterable | None):
+        raise fail(f"`parts` is a list of names, not {type(parts).__name__}")
     known = list(dict.fromkeys([*usable(), *registry.names("analyses")]))
     named = known if parts is None else list(parts)
     for name in named:

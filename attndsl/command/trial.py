@@ -129,11 +129,23 @@ def verify(
     for start in starts:
         part = slice(start, start + rows)
         wanted = reference(q[:, :, part].double(), keys, values, q_offset=first + start, **tables)
+        if not wanted.isfinite().all():
+            raise fail(
+                f"the score of `{plan.attention.name}` is not finite at some pair: "
+                + (" or ".join(f"`{score}`" for score in _scored(plan.attention)) or "`s`"),
+                help="leave such pairs out of the mask, or guard what is divided by",
+            )
         gap = (out[:, :, part].double() - wanted).abs()
         error = max(error, float(torch.where(gap.isnan(), torch.inf, gap).max()))
         largest = max(largest, float(wanted.abs().max()))
         covered.update(range(start, min(start + rows, p.q_length)))
     return Verified(len(covered), largest, error, 64 * torch.finfo(out.dtype).eps * max(1.0, largest))
+
+
+def _scored(attention: Attention) -> list[str]:
+    """What is written for scores, but where that is `s` alone."""
+    own = [str(group.score) for group in attention.groups if group.score is not var("s")]
+    return list(dict.fromkeys([*own, *(x for part in attention.parts for x in _scored(part.attention))]))
 
 
 def _depends_on_nq(attention: Attention) -> bool:

@@ -128,7 +128,7 @@ def used(attention: Attention, problem: Problem) -> Features:
 
 def _clauses(attention: Attention) -> Iterator[tuple[str, Any]]:
     yield from _set(
-        attention, "name groups inputs learned offset least_heads approx streams numbered written"
+        attention, "name groups inputs learned offset least_heads approx streams numbered written parameters"
     )
     for group in attention.groups:
         yield from _set(group, "relation norm")

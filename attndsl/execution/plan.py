@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
@@ -25,7 +26,7 @@ from attndsl.execution.session import REWIND, Session
 from attndsl.execution.statesession import StateSession, stateful
 from attndsl.execution.streaming import Pair, begun, held_of, keys_and_values
 from attndsl.execution.streamsession import StreamSession
-from attndsl.execution.sums import SumPlan, check_learned, gate_of, of_part, refuse_learned
+from attndsl.execution.sums import Parts, SumPlan, check_learned, gate_of, of_part, refuse_learned
 from attndsl.expr import Learned, Table
 from attndsl.keywords import by_name, missing
 from attndsl.language.lookups import placed
@@ -115,7 +116,7 @@ def _tiled(attention: Attention, problem: Problem, tables: Mapping[str, Any]) ->
 def _added(attention: Attention, problem: Problem, backend: str | None) -> SumPlan:
     asked = vars(problem)
     wide = "float64" if problem.dtype == "float64" else "float32"
-    parts: dict[str, Any] = {}
+    parts: dict[str, Any] = Parts()
     gates: dict[str, Any] = {}
     for part in attention.parts:
         name, gate = part.attention.name, gate_of(attention, part)
@@ -163,6 +164,8 @@ class Plan:
     asked: bool = False
     others: dict[tuple[str, str], Lowered] = field(default_factory=dict, repr=False)
     """What was lowered for calls in other dtypes, and by `reference` for weights."""
+    owned: set[str] = field(default_factory=set, repr=False)
+    """Parameters that a module has, of which a call with their first values is still to be told."""
 
     if not TYPE_CHECKING:  # a type checker is to tell what is no attribute
 
@@ -446,6 +449,7 @@ class Plan:
     @by_name
     def module(self) -> PlanModule:
         """An nn.Module that owns the learned parameters under the names they are bound to."""
+        self.owned.update(table.name for table in self.attention.learned if table.learned)
         return PlanModule(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -505,6 +509,11 @@ class Plan:
         tables = {table.name: table for table in self.attention.learned}
         if given is not None:
             check_learned(tables, given)
+        elif self.owned and not torch.compiler.is_compiling():
+            names = ", ".join(f"`{name}`" for name in sorted(self.owned))
+            self.owned.clear()
+            said = f"`plan` itself has the first values of {names}: call the module, or pass `learned=`"
+            warnings.warn(said, stacklevel=5)
         first = {t.name: self.initial(t) for t in tables.values() if given is None or not t.learned}
         given = {**first, **(given or {})}
         for name, table in tables.items():
@@ -796,6 +805,9 @@ def _array_like(name: str, value: Any) -> Any:
         if value.is_meta:
             raise fail(f"`{name}` is a tensor without data, on the device meta")
         return value
+    if isinstance(value, nn.Module):
+        help = f"give its numbers: `{name}.weight`" if "weight" in dict(value.named_parameters()) else ""
+        raise fail(f"`{name}` is no tensor, but {type(value).__name__}", help=help)
     if isinstance(value, list | tuple) and any(isinstance(item, torch.Tensor) for item in value):
         raise fail(f"`{name}` is a list of tensors", help="give `torch.stack(...)` of them")
     try:

@@ -67,6 +67,7 @@ class Session:
             for width in (p.head_dim, p.head_dim if v_dim is None else checked_length("v_dim", v_dim))
         )
         self.lengths = self.reached = (0,) * batch
+        self.wanting = [f"`{x.name}`" for x in plan.attention.learned if x.learned and p.training]
         self.learned: Callable[[], Mapping[str, Tensor]] | None = None
         """Of the module that made it."""
 
@@ -150,6 +151,11 @@ class Session:
         refuse_gradients(q, k, v, *inputs.values())
         if learned is None and self.learned is not None:
             learned = self.learned()
+        if learned is None and self.wanting:
+            raise fail(
+                f"a session of a plan for training has no values of {', '.join(self.wanting)}",
+                help="make it of the module: `module.session(batch, capacity)`",
+            )
         if torch.is_autocast_enabled(self.k.device.type):
             q, k, v = self._cast(q, k, v)
         counts = self._counts(q, k, v, tokens)
@@ -174,6 +180,7 @@ class Session:
                     said = f"`{table.name}` has {quantity(new, 'entry', 'entries')}, and there are {n} tokens"
                     raise fail(said, help="give the entries of all tokens so far, not of the new ones alone")
 
+    @by_name
     def copy(self) -> Session:
         """Another one that has its own memory."""
         made = copy.copy(self)
@@ -396,6 +403,8 @@ def picked(x: Tensor, entries: Array) -> Tensor:
 
 def _integers(name: str, given: Any) -> tuple[int, ...] | int:
     listed = given.tolist() if hasattr(given, "tolist") else given
+    if isinstance(listed, str | bytes):
+        raise fail(f"`{name}` is an integer or a list of them, not {type(listed).__name__}")
     if not isinstance(listed, Sequence):
         return checked_length(name, listed)
     if any(isinstance(value, Sequence) for value in listed):

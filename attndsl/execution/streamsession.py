@@ -16,6 +16,7 @@ from attndsl.axis import Axis
 from attndsl.errors import fail
 from attndsl.execution.session import Session, following, picked
 from attndsl.execution.streaming import Pair, checked_memory, made_of
+from attndsl.keywords import by_name
 from attndsl.streams import Pool, Stream, Stretch, many_at, memory
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ class StreamSession(Session):
             if isinstance(stream, Pool) and stream.of == Stretch():
                 yield stream
 
+    @by_name
     def copy(self) -> StreamSession:
         made = super().copy()
         assert isinstance(made, StreamSession)

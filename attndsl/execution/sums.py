@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
+from typing import TYPE_CHECKING, Any, Literal, Never, NoReturn, overload
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from attndsl.attention import Attention, HeadGroup, Norm, Relation, Summand
 from attndsl.backend import Problem
-from attndsl.errors import AttnError, fail
+from attndsl.errors import AttnError, fail, suggest
 from attndsl.execution import choice
 from attndsl.execution.operator import refuse_script
 from attndsl.execution.session import STEP, check_step, following, refuse_gradients
@@ -40,6 +40,14 @@ def gate_of(attention: Attention, part: Summand) -> Attention | float:
     given = tuple(table for table in attention.inputs if table in tables)
     learned = tuple(table for table in tables if table.origin != Given())
     return Attention(attention.name, (group,), given, learned, attention.offset)
+
+
+class Parts(dict[str, "Plan"]):
+    """The plan of each part, by name."""
+
+    def __missing__(self, name: object) -> Never:
+        help = suggest(str(name), self) or f"its parts: {', '.join(self)}"
+        raise fail(f"there is no part `{name}`", help=help)
 
 
 @dataclass(frozen=True, eq=False)
@@ -273,7 +281,7 @@ class SumPlan:
         lowering.check_names(self.attention, inputs)
         return replace(
             self,
-            parts={name: plan.bind(**of(plan, inputs)) for name, plan in self.parts.items()},
+            parts=Parts({name: plan.bind(**of(plan, inputs)) for name, plan in self.parts.items()}),
             gates={
                 name: gate if isinstance(gate, float) else gate.bind(**of(gate, inputs))
                 for name, gate in self.gates.items()
@@ -291,6 +299,9 @@ class SumPlan:
     def module(self) -> SumModule:
         """An nn.Module that owns what is learned: gates under their names, and for each part that learns a
         module of its own under the part's."""
+        for gate in self.gates.values():
+            if not isinstance(gate, float):
+                gate.owned.update(table.name for table in gate.attention.learned if table.learned)
         return SumModule(self)
 
     def initial(self, table: Table) -> Tensor:
@@ -476,6 +487,7 @@ class SumSession:
             with torch.no_grad():
                 return self.plan.added(q, found.items(), weight if some else lambda gate: 1.0)
 
+    @by_name
     def copy(self) -> SumSession:
         """Another one that has its own memory."""
         made = copy.copy(self)

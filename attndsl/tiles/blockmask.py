@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from attndsl.errors import fail
 from attndsl.keywords import missing
 
 if TYPE_CHECKING:
@@ -362,6 +363,13 @@ class BlockMask:
         """
         import torch
         from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
+
+        if not isinstance(device, str | torch.device):
+            raise fail(f"`device` is the name of one, not {type(device).__name__}", help='such as "cuda:0"')
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError):
+            raise fail(f"no device `{device}`", help="cpu, or cuda where there is one") from None
 
         contents = np.concatenate([grid.masks for grid in self.grids])
         first = np.cumsum([0, *(len(grid.masks) for grid in self.grids)])

@@ -83,8 +83,9 @@ def sizes(
 ) -> Sizes:
     """What is not given filled in: keys from position 0 on, n the greatest position of a key + 1, queries
     where the attention says. Of streams `n_keys` are the tokens, and keys are entries by their numbers.
-    Raises AttnError for a key that is not below n, for the first query of an offset that is not, with
-    `inside` for any query, for a default position below 0, and where streams are placed elsewhere."""
+    Raises AttnError for a key that is not below n, for an n beyond the keys where nothing is placed, for the
+    first query of an offset that is not, with `inside` for any query, for a default position below 0, and
+    where streams are placed elsewhere."""
     numbered, entries = attention.numbered, n_keys
     each: tuple[int, ...]
     if attention.streams:
@@ -99,6 +100,11 @@ def sizes(
         n = numbered.tokens(entries, nq) if n is None else n
         each, k = (n,), Axis.starting(entries, (numbered.at(n)[0],))
     else:
+        if n is not None and n > n_keys and q is None and k is None and attention.offset is None:
+            raise fail(
+                f"`n` is {n}, and {quantity(n_keys, 'key')} would stand from position 0 on",
+                help=f"say where they stand: `k_offset={n - n_keys}` if they are the last",
+            )
         k = k or Axis.starting(n_keys, (0,))
         each = tuple([k.span(row)[1] + 1 for row in range(len(k.rows))])
         if n is not None:
@@ -308,7 +314,7 @@ def check_names(
     for name, value in given.items():
         if name not in known:
             near = instead(name, {*known, *beside})
-            if not near and isinstance(value, int | float | str):
+            if not near and name in attention.parameters:
                 near = f"a parameter is bound before: `attention({name}={value!r})`"
             inputs = ", ".join(table.name for table in attention.inputs)
             help = near or f"its inputs: {inputs or 'none'}"
@@ -365,6 +371,15 @@ def _numbered(table: Table, array: Any, bound: Mapping[str, int]) -> str:
     return f"these are ends of documents; a number for each token is `{made}`"
 
 
+def _turned(table: Table, shape: Sequence[int], bound: Mapping[str, int]) -> str:
+    """That the axes are the other way round, as those of a layer's weight, where that fits."""
+    if len(shape) != 2 or shape[0] == shape[1]:
+        return ""
+    wanted = zip((bound.get(str(axis), axis) for axis in table.dims), reversed(shape), strict=True)
+    fits = all(isinstance(size, str) or size == turned for size, turned in wanted)
+    return f"its axes are the other way round: pass `{table.name}.T`" if fits else ""
+
+
 def _check(table: Table, array: Any, bound: dict[str, int]) -> None:
     check_kind(table, array)
     if array.ndim != len(table.dims):
@@ -379,6 +394,7 @@ def _check(table: Table, array: Any, bound: dict[str, int]) -> None:
             help=help,
         )
     listed = isinstance(table.origin, Selected) and table.origin.of is not None
+    turned = _turned(table, array.shape, bound)
     for axis, size in zip(table.dims, array.shape, strict=True):
         # of fewer units a list has fewer entries
         if (axis == "B" and size == 1) or (listed and isinstance(axis, int) and size < axis):
@@ -391,7 +407,7 @@ def _check(table: Table, array: Any, bound: dict[str, int]) -> None:
                 f"{has} on its axis `{axis}`, and there `{axis}` is {wanted}"
                 if isinstance(axis, str)
                 else f"{has} on an axis of {axis}",
-                help=shared if axis == "H" and size == 1 else _numbered(table, array, bound),
+                help=shared if axis == "H" and size == 1 else turned or _numbered(table, array, bound),
             )
 
 
@@ -598,9 +614,11 @@ def sizes_of(
     """The sizes of a call as users write it. Raises AttnError for what fits none."""
     keys = checked_length("length", length)
     nq = keys if q_length is None else checked_length("q_length", q_length)
+    if checked_length("heads", heads) == 0:
+        raise fail("`heads` is 0, and must be positive")
     q, k = axis("q", nq, q_offset, q_positions), axis("k", keys, k_offset, k_positions)
     inside = q_positions is not None or n is not None
-    return sizes(attention, keys, nq, checked_length("heads", heads), q, k, n, inside)
+    return sizes(attention, keys, nq, heads, q, k, n, inside)
 
 
 def block_mask(attention: Attention, sizes: Sizes, tables: Mapping[str, Array], block_size: int) -> BlockMask:
