@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import reprlib
 import textwrap
 import traceback
 from collections.abc import Iterable, Iterator
@@ -154,6 +155,12 @@ def asking(plugin: str) -> Iterator[None]:
 def fail(message: str, span: Span | None = None, help: str = "") -> AttnError:
     """An AttnError of one diagnostic, to be raised by the caller."""
     return AttnError(Diagnostic(message, span, help))
+
+
+def brief(value: object) -> str:
+    """A value of a user's, of any size, in at most 60 characters."""
+    text = value if isinstance(value, str) else reprlib.repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def quantity(number: int, one: str, many: str = "") -> str:

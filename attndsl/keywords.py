@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
 from typing import Never, ParamSpec, TypeVar
 
-from attndsl.errors import AttnError, fail, suggest
+from attndsl.errors import AttnError, brief, fail, suggest
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -123,7 +123,7 @@ def checked_dtype(dtype: object) -> str:
         return name
     near = dtype_meant(name)
     help = f"write `{near}`" if near else suggest(name, NICKNAMES)
-    raise fail(f"`dtype` is {name}, and must be one of {', '.join(NICKNAMES)}", help=help)
+    raise fail(f"`dtype` is {brief(name)}, and must be one of {', '.join(NICKNAMES)}", help=help)
 
 
 CALLED = {"__call__": "plan", "forward": "module"}

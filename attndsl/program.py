@@ -21,7 +21,7 @@ from attndsl import expr as ir
 from attndsl import syntax
 from attndsl.attention import Attention
 from attndsl.bound import Bound, Parameters, Unbound
-from attndsl.errors import AttnError, Diagnostic, Source, Span, fail, suggest
+from attndsl.errors import AttnError, Diagnostic, Source, Span, brief, fail, suggest
 from attndsl.keywords import by_name, missing
 from attndsl.language.arguments import bind_arguments, name_span, signature
 from attndsl.language.assertions import Assertion, prove, typed
@@ -503,13 +503,13 @@ def _listed(
     elif len(value) > ir.ENTRY_LIMIT:
         raise fail(f"`{name}` lists more than {ir.ENTRY_LIMIT:,} members")
     elif not all(isinstance(v, int | float) and not isinstance(v, bool) for v in value):
-        raise fail(f"`{name}` is a list of numbers, and this is {value}")
+        raise fail(f"`{name}` is a list of numbers, and this is {brief(value)}")
     elif all(isinstance(v, int) for v in value):
         members = ir.IntSet.of((v, v) for v in value)
 
     def contains(p: ir.Expr, space: Space) -> ir.Expr:
         if members is None:
-            raise fail(f"`{name}` is a set of integers, and this is {value}")
+            raise fail(f"`{name}` is a set of integers, and this is {brief(value)}")
         for lo, hi in members.intervals:
             # a range may begin before 0, and each entry of a list is meant
             last = hi if isinstance(value, range) else min(hi, -1)

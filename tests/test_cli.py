@@ -156,6 +156,17 @@ def attn_process(*arguments):
         (["analyze", "FILE:lm", "--length", "8", "--in", "n"], 1, "a formula in n is told anyhow"),
         (["analyze", "FILE:lm", "--length", "8", "--in", "w,v"], 1, "`--in w --in v`"),
         (["analyze", "FILE:lm", "--length", "8", "--only", "flops"], 1, "it is in the part `cost`"),
+        (["analyze", "FILE:lm", "--length", "8", "--only", "reach", "nnz"], 1, "commas: `--only reach,nnz`"),
+        (["analyze", "FILE", "--length", "8", "--only", "reach", "nnz"], 1, "commas: `--only reach,nnz`"),
+        (["analyze", "FILE", "--length", "8", "--only", "nnz,", "reach"], 1, "commas: `--only nnz,reach`"),
+        (["run", "FILE:lm", "--head", "4"], 2, "no option `--head`: write `--heads 4`"),
+        (
+            ["compare", "FILE:lm", "--sweep", "n=64", "128"],
+            2,
+            "joined by commas, as in `--sweep n=1024,4096`",
+        ),
+        (["check", "examples:longformer"], 1, "help: an example is `example:longformer`"),
+        (["show", "examples:longformer", "--length", "8"], 1, "help: an example is `example:longformer`"),
     ],
 )
 def test_a_mistake_is_said_on_stderr_without_a_traceback(good, arguments, code, said):
@@ -1019,3 +1030,19 @@ def test_bash_itself_completes_the_name_of_an_example(tmp_path):
         ["bash", "-c", f"{source}\n{words}"], env=run, capture_output=True, text=True, check=False
     )
     assert done.stdout == "mistral\n"
+
+
+def test_blanks_around_a_value_and_between_parts_mean_nothing(good):
+    said = attn("analyze", f"{good}:lm", "--length", "8", "--set", "w = 2", "--only", "nnz, reach")
+    assert said.exit_code == 0
+    assert (
+        said.stdout
+        == attn("analyze", f"{good}:lm", "--length", "8", "--set", "w=2", "--only", "nnz,reach").stdout
+    )
+
+
+def test_a_list_that_is_too_short_for_the_heads_is_named_by_analyze(tmp_path):
+    path = write(tmp_path / "short.attn", "attention a(w = [2, 4]) { mask causal & last(w[h]) }")
+    said = attn("analyze", str(path), "--length", "8", "--heads", "4", "--only", "nnz")
+    assert said.exit_code == 1
+    assert "nothing is known of `a`: `w` has 2 entries for 4 heads" in said.stderr

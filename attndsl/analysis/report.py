@@ -16,6 +16,7 @@ from attndsl.errors import AttnError, asking, fail, suggest
 from attndsl.execution import registry
 from attndsl.execution.selecting import drawn
 from attndsl.keywords import by_name, missing
+from attndsl.language.lookups import placed
 from attndsl.pictures import notebook
 from attndsl.program import bound_of
 from attndsl.selection import bounds
@@ -273,7 +274,7 @@ def extended(report: Report, name: str, subject: Subject) -> Report:
             given = {t.name: subject.inputs[t.name] for t in wide.inputs if t.name in subject.inputs}
             whole = replace(subject.bound, attention=wide)
             subject = replace(subject, bound=whole, inputs=given, fixed=fixed)
-        with asking(f"the analysis `{name}`"):
+        with placed(subject.attention, subject.problem.heads), asking(f"the analysis `{name}`"):
             found = part.find(subject)
         return replace(report, findings={**report.findings, name: found})
     except AttnError as error:

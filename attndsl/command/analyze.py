@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,6 +20,7 @@ from attndsl.command.given import (
     bound,
     echo_json,
     file_and_name,
+    is_file,
     read,
     tables,
     tell_heads,
@@ -79,11 +81,13 @@ def analyze(
     **sizes: Any,
 ) -> None:
     """What the attention costs and sees, exactly, and for every n where that can be had."""
-    attention, shown = titled(file, name, params)
+    parts = [part.strip() for part in only.split(",") if part.strip()] if only else None
+    with joining(parts, name):
+        attention, shown = titled(file, name, params)
     given = tables(inputs)
     tell_heads(attention.attention, given, sizes["heads"])
     subject = subject_of(attention, parameters=parameters, inputs=given, **sizes)
-    (report,) = analyzed([(subject, shown)], only.split(",") if only else None, time_limit)
+    (report,) = analyzed([(subject, shown)], parts, time_limit)
     if as_json:
         echo_json(report.to_dict())
     elif report.known or len(report.reasons) != 1:  # the only reason is the error's
@@ -128,6 +132,9 @@ def analyzed(named: list[tuple[Subject, str]], parts: list[str] | None, time_lim
 
 def each(ctx: click.Context, param: click.Parameter, targets: tuple[str, ...]) -> tuple[str, ...]:
     """Attentions, each FILE:NAME."""
+    for target in targets:
+        if re.fullmatch(r"\d[\d,]*", target) and not is_file(target):
+            ctx.fail(f"`{target}` is no file: values are joined by commas, as in `--sweep n=1024,4096`")
     if bare := bare_names(targets):
         file, name = file_and_name(targets[0])
         written = " ".join(f"{file}:{other}" for other in [*filter(None, [name]), *bare])
@@ -204,6 +211,18 @@ def compare(
     rows = [comparison.row(report, column) for report, column in zip(reports, swept, strict=True)]
     click.echo(comparison.FORMATS[form](rows))
     demand_known(reports)
+
+
+@contextmanager
+def joining(parts: list[str] | None, name: str | None) -> Iterator[None]:
+    """A part that stands behind `--only` with a blank is read as the name of an attention."""
+    try:
+        yield
+    except AttnError as error:
+        if not parts or name not in names("analyses"):
+            raise
+        help = f"parts are joined by commas: `--only {','.join([*parts, name])}`"
+        raise AttnError(*(replace(told, help=help) for told in error.diagnostics)) from None
 
 
 @contextmanager

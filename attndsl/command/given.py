@@ -16,7 +16,7 @@ from attndsl.attention import Attention
 from attndsl.bound import Bound, Unbound
 from attndsl.errors import AttnError, Source, fail
 from attndsl.program import Program, load, parse
-from attndsl.shipped import PREFIX, elsewhere, located
+from attndsl.shipped import PREFIX, elsewhere, located, names
 from attndsl.syntax.format import render
 
 INSTANCE = "name it in the file: `attention wide = lm(w = 8)`"
@@ -119,6 +119,8 @@ def file_and_name(target: str) -> tuple[str, str | None]:
     file, _, name = target.rpartition(":")
     if f"{file}:" == PREFIX:
         return target, None
+    if f"{file}:" == f"{PREFIX[:-1]}s:" and name in names() and not Path(target).exists():
+        raise fail(f"cannot read `{target}`", help=f"an example is `{PREFIX}{name}`")
     return (file, name or None) if file and not Path(target).exists() else (target, None)
 
 

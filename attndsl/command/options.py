@@ -74,6 +74,8 @@ class Command(click.Command):
             return f"write `{written}`"
         if help := OF_COMMAND.get(ctx.info_name or "", {}).get(name):
             return help
+        if f"--{option}s" in self.long:
+            return f"write `--{option}s{f' {value}' if value.isdecimal() else ''}`"
         if others := [f"`{other} {written}`" for other in self.others(ctx, there)]:
             return f"`{ctx.info_name}` takes none; there is {', '.join(others)}"
         if "--length" in self.long and name in HABITS:
@@ -117,7 +119,7 @@ def pair(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) ->
     """`name=value` options as a dictionary."""
     found: dict[str, str] = {}
     for value in values:
-        name, equals, rest = value.partition("=")
+        name, equals, rest = (part.strip() for part in value.partition("="))
         if not (name and equals and rest):
             known = (
                 f": write `{param.opts[0]} {Path(value).stem}=...`" if Path(value).stem.isidentifier() else ""

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 from attndsl.attention import Attention
 from attndsl.backend import Backend, Counting, Features, Problem, Remarking, device_kind, weighed
-from attndsl.errors import AttnError, asking, fail, suggest
+from attndsl.errors import AttnError, asking, brief, fail, suggest
 from attndsl.execution import registry
 from attndsl.expr import Expr, Selected, Table, nodes, var
 from attndsl.keywords import BACKENDS
@@ -164,7 +164,7 @@ def chosen(considered: Mapping[str, Verdict], backend: str | None) -> str:
                 or suggest(backend, considered)
                 or f"there are {', '.join(sorted(considered))}"
             )
-            raise fail(f"no backend is named `{backend}`", help=help)
+            raise fail(f"no backend is named `{brief(backend)}`", help=help)
         registry.plugin("backends", backend)  # one that cannot be used says so itself
         verdict = considered[backend]
         if isinstance(verdict, str):

@@ -17,7 +17,7 @@ from attndsl.attention import Attention
 from attndsl.axis import Axis
 from attndsl.backend import DTYPES, Problem, State, device_kind
 from attndsl.bound import Bound
-from attndsl.errors import AttnError, fail, quantity
+from attndsl.errors import AttnError, brief, fail, quantity
 from attndsl.execution import choice
 from attndsl.execution.choosing import chosen
 from attndsl.execution.lowered import At, Lowered, Places, taken
@@ -135,7 +135,7 @@ def _check_device(name: str) -> None:
     count = {"cpu": 1, "cuda": torch.cuda.device_count()}.get(kind, 0)
     if not count or (index and not (index.isdecimal() and int(index) < count)):
         there = "cpu and cuda" if torch.cuda.is_available() else "cpu alone"
-        raise fail(f"there is no device `{name}`", help=f"there is {there}")
+        raise fail(f"there is no device `{brief(name)}`", help=f"there is {there}")
 
 
 @dataclass(frozen=True, eq=False)

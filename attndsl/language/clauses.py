@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -188,7 +189,11 @@ class AttentionBuilder:
             which = ir.eq(h, value.expr)
         else:
             listed = quoted(e.args[-1]) if isinstance(e, ast.Compare) and e.ops == ("in",) else "0..5"
-            raise expected("a set of heads", value, e, f"write `{listed}` or `[0, 2]`")
+            help = f"write `{listed}` or `[0, 2]`"
+            if isinstance(value, Truth) and value.expr.free == {"h"} and listed == "0..5":
+                rule = re.sub(r"\bh\b", "p", quoted(e))
+                help = f"write `{{ p : {rule} }}`" if rule != "..." else "write `{ p : ... }`"
+            raise expected("a set of heads", value, e, help)
         if not which.free <= {"h", "H"} or which.tables:
             raise fail("a set of heads depends on h and H alone", e.span)
         if "H" not in which.free and not listed_heads(which):
@@ -332,6 +337,8 @@ class AttentionBuilder:
             if arg.name != "sink" or len(args) > 1:
                 meant = suggest(arg.name, ("sink",))
                 help = meant or "leave it out: the softmax is over the keys of a query"
+                if not arg.name and len(args) == 1:
+                    help = f"write `softmax(sink = {quoted(arg.value)})`"
                 raise fail("`softmax` takes one argument, `sink = ...`", arg.span, help)
             sink = self.real(arg.value, replace(env, binding="sink"))
             if not sink.free <= {"b", "h", "H", "n", "nq", "D"}:

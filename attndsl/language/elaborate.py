@@ -29,7 +29,7 @@ from attndsl.language.mistakes import (
     quoted,
     truth_of,
 )
-from attndsl.language.unknown import condition_around, fitting, habit, remedy, wanted
+from attndsl.language.unknown import argument_around, condition_around, fitting, habit, remedy, wanted
 from attndsl.language.values import (
     TOKENS,
     AttentionOf,
@@ -100,7 +100,9 @@ class Elaborator:
             return Num(space.n)
         if name.id in POSITIONS or name.id == "layer" or (name.id == "D" and env.integral):
             inside = self.definitions.get(env.calls[-1]) if env.calls else None
-            raise out_of_place(name, env.units, condition_around(name, inside) if inside else None)
+            around = condition_around(name, inside) if inside else None
+            given = argument_around(name, inside, self.definitions, self.registered) if inside else ""
+            raise out_of_place(name, env.units, around, given)
         if name.id in ("nq", "h", "H", "D"):
             return Num(ir.var(name.id))
         if name.id in self.definitions:

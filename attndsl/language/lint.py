@@ -14,7 +14,7 @@ from attndsl.attention import Attention, HeadGroup
 from attndsl.errors import AttnError, Diagnostic, Span
 from attndsl.expr import Expr, Selected, Table
 from attndsl.features import FeatureForm, feature_form
-from attndsl.language.arguments import input_table, score_call
+from attndsl.language.arguments import input_table, name_span, score_call
 from attndsl.language.elaborate import Elaborator
 from attndsl.language.idle import idle_parts, looked
 from attndsl.language.lookups import at_lookup, lookups_of
@@ -37,7 +37,7 @@ def warnings(definitions: list[Definition], elaborator: Elaborator) -> list[Diag
     added = {name.id for e in sums for name in ast.walk(e) if isinstance(name, ast.Name)}
     placed, moved = _placed(definitions), _moved(definitions)
     for item in definitions:
-        found += _of_text(item, placed)
+        found += [*_of_text(item, placed), *_unread(item)]
         if not all(param.default is not None for param in item.params):
             continue
         if isinstance(item, ast.AttentionDef):
@@ -83,6 +83,25 @@ def _placed(definitions: list[Definition]) -> set[str]:
 
 def _warning(message: str, span: Span, help: str = "") -> Diagnostic:
     return Diagnostic(message, span, help, "warning")
+
+
+def _unread(item: Definition) -> Iterator[Diagnostic]:
+    """Parameters and tables that are declared, and not named again."""
+    read = {node.id for node in ast.walk(item) if isinstance(node, ast.Name)}
+    for param in item.params:
+        if param.name not in read:
+            yield _warning(
+                f"parameter `{param.name}` is not used", name_span(param), "leave it out, or read it"
+            )
+    for decl in (node for node in ast.walk(item) if isinstance(node, ast.InputDecl)):
+        if decl.name not in read:
+            table = input_table(decl)
+            help = {
+                "int": f"documents are kept apart by `mask documents({decl.name})`",
+                "bool": f"keys are left out by `mask columns({decl.name})`",
+            }.get(table.dtype, "")
+            by_position = table.explicit == ("n",)
+            yield _warning(f"nothing reads `{decl.name}`", name_span(decl), help if by_position else "")
 
 
 def _of_text(item: Definition, placed: Set[str]) -> Iterator[Diagnostic]:

@@ -19,7 +19,7 @@ REMEDIES = {
         "a vector",
     ): "an inner product is a number, `Q @ {v}`, and so is `sum({x})`",
     ("a truth", "a vector of truths"): "it may be the condition of a `where` alone",
-    ("a truth", "a number"): "compare it, as in `{x} == 0`",
+    ("a truth", "a number"): "compare it, as in `{x} != 0`",
     ("a truth", "a pattern"): "look it up: `{r}[q, k]`",
     ("a set", "a number"): "write `[{x}]`, or `a..b` with both ends",
     ("a pattern", "a truth"): "write `{{ q, k : {x} }}`",
@@ -134,9 +134,10 @@ def not_integer(number: Expr, e: ast.Expression, help: str = "") -> AttnError:
 
 
 def out_of_place(
-    name: ast.Name, units: tuple[int, int] | None = None, condition: Span | None = None
+    name: ast.Name, units: tuple[int, int] | None = None, condition: Span | None = None, given: str = ""
 ) -> AttnError:
-    """For a reserved name where it means nothing; `condition` is the whole one that it is part of."""
+    """For a reserved name where it means nothing; `condition` is the whole one that it is part of, `given`
+    the help where it is an argument."""
     if units and name.id in ("Q", "K"):
         return other_unit(name.id, name.span, units)
     if units and name.id in ("q", "k"):
@@ -145,6 +146,7 @@ def out_of_place(
         help = "write `{ q, k : ... }` around it"
         if condition is not None and len(condition.text) <= SHOWN and "\n" not in condition.text:
             help = f"write `{{ q, k : {condition.text} }}`"
+        help = given or help
         return fail(f"`{name.id}` has no meaning outside a pattern or a score", name.span, help)
     if name.id == "stream":
         help = "an attention with `keys` may name it, and give it to a pattern as an argument"

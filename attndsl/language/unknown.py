@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 
 from attndsl.errors import Span
 from attndsl.language.arguments import signature
+from attndsl.language.mistakes import quoted
 from attndsl.language.vocabulary import BUILT_IN, FUNCTIONS
 from attndsl.selection import Selection
 from attndsl.syntax import nodes as ast
@@ -159,6 +160,39 @@ def condition_around(name: ast.Name, inside: Definition) -> Span | None:
             case _ if found is not None:
                 break
     return found
+
+
+def argument_around(
+    name: ast.Name, inside: Definition, definitions: Mapping[str, Definition], selection: Selections
+) -> str:
+    """The help for a position in what a call is given in place of a table or of a number; empty elsewhere."""
+    path = _path(inside, name)
+    for i in range(len(path) - 2, 0, -1):
+        match path[i - 1], path[i], path[i + 1]:
+            case _, ast.Index() | ast.Binary() | ast.Nary("+") | ast.Unary("-") | ast.Abs(), _:
+                pass
+            case ast.Call(ast.Name(called)), ast.Argument(_, value), _:
+                if called in FUNCTIONS or _is_function(definitions.get(called)):
+                    continue
+                kind = _kind(path[: i + 2], name.id, definitions, selection, 8)
+                if kind == "pattern":
+                    return ""
+                if "[" not in kind:
+                    return "a number is wanted here that is the same for every query and key"
+                return (
+                    f"the whole table is given: `{quoted(value.base)}`"
+                    if isinstance(value, ast.Index)
+                    else ""
+                )
+            case _, ast.Call(), _:
+                pass
+            case _:
+                return ""
+    return ""
+
+
+def _is_function(definition: Definition | None) -> bool:
+    return isinstance(definition, ast.Definition) and definition.word != "pattern"
 
 
 def _with(inside: ast.AttentionDef, param: str) -> str:

@@ -373,7 +373,9 @@ def header(r: Refused) -> Explained | None:
     if r.bad.type == "LBRACE" and "ASSIGN" in r.accepts and r.tokens[0].type == "PATTERN":
         head = r.text[extent(r.tokens[0])[0] : extent(r.tokens[-1])[1]]
         inside = " ".join(r.text[r.there :].strip().removesuffix("}").split())
-        condition = inside and ":" not in inside and len(inside) <= SHOWN
+        inside = inside.removeprefix("mask ")
+        clauses = {*CLAUSES} & {*inside.split()}
+        condition = inside and ":" not in inside and len(inside) <= SHOWN and not clauses
         body = "{ q, k : ... }" if not condition else inside
         if condition and re.search(r"[<>=]|\bin\b", inside):
             body = f"{{ q, k : {inside} }}"
@@ -521,10 +523,14 @@ def between(r: Refused, left: Token) -> str:
     text, right = r.source.text, r.bad
     if r.tokens[0].type == "ASSERT" and right == "for":
         return habits.WORDS["forall"]
+    if left == "every_row" and right.type == "NAME":
+        return f"write `every_row({right})`"
     if help := habits.WORDS.get(right) or habits.WORDS.get(left):
         return help
     if left.type in ("INT", "FLOAT") and right.type == "NAME":
         return f"write `{left} * {right}`"
+    if left == "softmax" and last_clause(r.tokens) == "norm":
+        return "a sink stands in parentheses: `softmax(sink = learn[H])`"
     called = takes(text, left) if left.type == "NAME" else False
     number = NUMERAL.match(r.text, r.there)
     if right.type == "NAME" and r.clauses_due and number and number[1].isdecimal():

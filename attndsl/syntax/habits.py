@@ -12,6 +12,7 @@ OPERATORS = (
     (r"%", "write `mod`"),
     (r"\^", "a power is `a ** b`; of truths and patterns, what is in one of two: `(a | b) - (a & b)`"),
     (r";", "leave it out: nothing stands between clauses or definitions"),
+    (r"'-?inf(?:inity)?'", "there is no infinity: `mask` takes pairs out, and a large number is `-1e9`"),
     (r"'", 'write a string in `"`'),
     (r"\?", "write `where(condition, a, b)`"),
     (r"=>", "write `>=`"),

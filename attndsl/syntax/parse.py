@@ -27,6 +27,8 @@ TEXT_LIMIT = 2_000_000
 SIZE_LIMIT = 100_000
 """Words and signs in one definition."""
 NESTING_LIMIT = 100
+HALF_OPEN = re.compile(r"\[\s*(\w+)\s*,\s*(\w+)\s*\)")
+"""A range that other notations write so, its end left out."""
 ERROR_LIMIT = 100
 MISTAKES = 10
 """That are told of one definition."""
@@ -335,6 +337,11 @@ def check_depth(root: Node) -> None:
                 values.extend(value)
 
 
+def _before(end: str) -> str:
+    """The last integer below `end`."""
+    return str(int(end) - 1) if end.isdecimal() else f"{end} - 1"
+
+
 def too_long(source: Source) -> Diagnostic:
     return Diagnostic(f"`{source.name}` has {len(source.text)} characters, the limit is {TEXT_LIMIT}")
 
@@ -409,7 +416,13 @@ def cut(source: Source) -> Iterator[Chunk]:
             continue
         elif not found[0].isalpha():
             if found not in [CLOSER[bracket] for bracket, _ in brackets]:
-                wrong(f"`{found}` closes nothing", start, end)
+                half = HALF_OPEN.match(text, brackets[-1][1]) if brackets and found == ")" else None
+                wrong(
+                    f"`{found}` closes nothing",
+                    start,
+                    end,
+                    f"write `{half[1]}..{_before(half[2])}`" if half else "",
+                )
             else:
                 while CLOSER[(bracket := brackets.pop())[0]] != found:
                     unclosed(bracket)
