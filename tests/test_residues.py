@@ -23,6 +23,10 @@ LONGNET = "{ q, k : q // 128 == k // 128 and q mod 4 == h mod 4 and k mod 4 == h
 MASKS = {
     "strided": "mask strided(32)",
     "sink": "mask strided(32) norm softmax(sink = learn[H])",
+    "sink of classes": "mask dilate(4, causal & last(50)) norm softmax(sink = learn[H])",
+    "sink of some rows": (
+        f"mask causal & (last(9) & {{ q, k : q > 200 }} | {SHIFTED}) norm softmax(sink = learn[H])"
+    ),
     "dilated": "mask dilate(4, causal & last(50))",
     "alibi": "mask dilate(3, radius(20)) score alibi",
     "learned": "mask causal & (last(20) | { q, k : (k - q) mod 16 == 0 }) score s + slope * |k - q|",

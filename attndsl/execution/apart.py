@@ -27,8 +27,9 @@ SORTED = "sorted"
 
 
 def divides(attention: Attention) -> bool:
-    """Whether masks of the attention may be taken apart at all."""
-    softmax = all(group.norm.kind == "softmax" for group in attention.groups)
+    """Whether masks of the attention may be taken apart at all. A sink counts once in a row, and no part need
+    hold a key of every row."""
+    softmax = all(group.norm == Norm() for group in attention.groups)
     masks = (quantifier_free(group.relation.mask) for group in attention.groups)
     return softmax and attention.approx is None and any(map(residues.possible, masks))
 
@@ -40,10 +41,7 @@ def in_parts(attention: Attention, make: Callable[[Attention, bool], Differentia
     whole = make(attention, True)
     if not divides(attention):
         return whole
-    without = tuple([replace(group, norm=Norm()) for group in attention.groups])
-    sinks = any(group.norm.sink is not None for group in attention.groups)
-    part = make(attention, False)
-    return InParts(whole, part, make(replace(attention, groups=without), False) if sinks else part)
+    return InParts(whole, make(attention, False))
 
 
 def counted(counts: Counts) -> Counts:
@@ -91,11 +89,10 @@ Part = tuple[Differentiable, Call, "Places | None"]
 
 @dataclass(frozen=True, eq=False)
 class InParts:
-    """`kernel`, in parts: `first` and, which knows no sinks, `beside` for all others."""
+    """`kernel`, in parts that `part` runs."""
 
     kernel: Differentiable
-    first: Differentiable
-    beside: Differentiable
+    part: Differentiable
     known: WeakKeyDictionary[Sorted, dict[tuple[object, ...], Places]] = field(
         default_factory=WeakKeyDictionary
     )
@@ -141,15 +138,13 @@ class InParts:
         return gq, gk, gv, tables
 
     def parts(self, apart: Apart, call: Call) -> Iterator[Part]:
-        kernel = self.first
+        kernel = self.part
         if (rest := apart.rest) is not None:
             yield kernel, replace(call, tiles=_given(rest)), None
-            kernel = self.beside
         for one in apart.classes:
             ready = kernel.in_place(call, one) if isinstance(kernel, InPlace) else None
             if ready is not None:
                 yield ready, replace(call, tiles=_given(one.block_mask)), None
-                kernel = self.beside
                 continue
             places = self.places(one, call)
             q, k, v = (
@@ -157,7 +152,6 @@ class InParts:
                 for x, at in ((call.q, places.queries), (call.k, places.keys), (call.v, places.keys))
             )
             yield kernel, Call(q, k, v, _given(one.block_mask), call.tables, *places[:2], call.n), places
-            kernel = self.beside
 
     def places(self, one: Sorted, call: Call) -> Places:
         known = self.known.setdefault(one, {})
