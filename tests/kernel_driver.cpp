@@ -57,7 +57,7 @@ int main() {
 
     Call c = {};
     c.q = q.data(), c.k = k.data(), c.v = v.data(), c.grids = &grid, c.index = index.data();
-    c.batch = batch, c.heads = heads, c.kv_heads = kv_heads, c.nq = nq, c.n = n, c.d = d, c.dv = dv;
+    c.batch = batch, c.heads = heads, c.kv_heads = kv_heads, c.nq = nq, c.n = n, c.d = d, c.dv = dv, c.places = nq;
     c.qs[0] = heads * nq * d, c.qs[1] = nq * d, c.qs[2] = d;
     c.ks[0] = kv_heads * n * d, c.ks[1] = n * d, c.ks[2] = d;
     c.vs[0] = kv_heads * n * dv, c.vs[1] = n * dv, c.vs[2] = dv;

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from test_cpu import FIRST
 
 from attndsl.conformance.cases import attention_of
+from attndsl.emit.score import Score, score_of
 from attndsl.plugins.cpu import build, compiling
-from attndsl.plugins.cpu.kernel import score_of
-from attndsl.plugins.cpu.score import Score
+from attndsl.plugins.cpu.score import code
 
 CROSS, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 missing = [tool for tool in (CROSS, EMULATOR) if shutil.which(tool) is None]
@@ -37,7 +37,7 @@ def written(
     """What a pass writes on operands drawn by a rule."""
     folder.mkdir()
     gradients = frozenset(leaf for leaf, node in score.leaves.items() if node.type == "real")
-    (folder / "score.h").write_text(score.code(gradients if name == "backward" else None))
+    (folder / "score.h").write_text(code(score, gradients if name == "backward" else None))
     kinds = {
         "INTEGERS": [node.type != "real" for node in score.leaves.values()],
         "TRUTHS": [node.type == "bool" for node in score.leaves.values()],

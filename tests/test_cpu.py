@@ -433,24 +433,24 @@ def test_scores_of_a_family_have_one_header(family: str, clauses: str) -> None:
 def test_a_packaged_library_is_taken_before_the_compiler(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the sources that it was made of alone; and the compiler where it cannot be loaded."""
     assert not isinstance(PLAIN, str)
-    code = PLAIN.code(None)
+    text = code(PLAIN, None)
     monkeypatch.setattr(compiling, "PACKAGED", home)
     monkeypatch.setattr(build, "PACKAGED", home)
-    place = compiling.place("forward", code, build.levels()[0])
+    place = compiling.place("forward", text, build.levels()[0])
     command = [str(build.compiler()), *compiling.FLAGS, "-O0"]
-    assert compiling.compiled(command, "forward", code, place) is None
+    assert compiling.compiled(command, "forward", text, place) is None
     assert not isinstance(made(), str)
     assert not (home / "cache").exists()
-    assert build.packaged(code, "forward", ("DOUBLE",)) is None
-    assert build.packaged(code, "decode", ()) is None
+    assert build.packaged(text, "forward", ("DOUBLE",)) is None
+    assert build.packaged(text, "decode", ()) is None
     with monkeypatch.context() as changed:
         changed.setattr(compiling, "sources", lambda: (b"others",))
-        assert build.packaged(code, "forward", ()) is None
-    compiling.place("decode", code, build.levels()[0]).write_text("no library")
-    assert not isinstance(build.library(code, "decode"), str)
+        assert build.packaged(text, "forward", ()) is None
+    compiling.place("decode", text, build.levels()[0]).write_text("no library")
+    assert not isinstance(build.library(text, "decode"), str)
     assert [*(home / "cache" / "kernels").glob("*.so")]
     monkeypatch.setattr(build, "compiler", lambda: None)
-    assert "cannot be loaded" in build.library(code, "decode")
+    assert "cannot be loaded" in build.library(text, "decode")
 
 
 @compiled

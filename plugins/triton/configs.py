@@ -61,7 +61,7 @@ CONFIGS: dict[tuple[str, Arithmetic], dict[Kernel, dict[int, Two]]] = {
     },
     ("sm_90", "tf32"): {
         "forward": {64: same(128, 32, 8, 2), 128: same(64, 32, 8, 2)},
-        "backward_queries": {64: same(64, 32, 8, 2), 128: (Config(64, 16, 8, 2), Config(32, 32, 4, 2))},
+        "backward_queries": {64: same(64, 32, 8, 2), 128: (Config(64, 16, 8, 2), Config(32, 32, 4, 1))},
         "backward_keys": {64: (Config(32, 64, 8, 2), Config(32, 32, 8, 2)), 128: same(32, 32, 8, 2)},
         "backward_shared": {64: same(32, 32, 8, 2), 128: same(32, 32, 8, 2)},
         "decode": {64: same(16, 32, 4, 2), 128: same(16, 32, 4, 2)},
