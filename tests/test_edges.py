@@ -167,3 +167,28 @@ def test_gradients_of_parameters_in_bfloat16_are_summed_in_float32(clauses: str)
         module(q, k, v + 1).sum().backward()
         found.append([float(x.grad) for x in module.parameters() if x.grad is not None])
     assert found[1] == pytest.approx(found[0], rel=2e-2)
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize("nq", [300, 1])
+@pytest.mark.parametrize(
+    "mask",
+    [
+        "causal & last(20)",
+        "causal & last(3) | { q, k : (q - k) mod 48 == 5 }",
+        "causal & (last(9) | sinks(4))",
+    ],
+)
+def test_logits_of_infinite_keys(mask: str, nq: int, backend: str) -> None:
+    """A row all of whose logits are -inf has no weights, alone and merged with other parts."""
+    q, k, v = (torch.randn(1, 2, 300, 16, generator=torch.Generator().manual_seed(i)).abs() for i in range(3))
+    k[:, :, :100] = -torch.inf
+    mine, exact = (
+        attndsl.compile(
+            attndsl.parse(f"attention a {{ mask {mask} }}")["a"],
+            length=300, q_length=nq, heads=2, head_dim=16, backend=each, block_size=64,
+        )(q[:, :, :nq], k, v, q_offset=0 if nq == 300 else 60, return_lse=True)
+        for each in (backend, "reference")
+    )  # fmt: skip
+    for x, y in zip(mine, exact, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)

@@ -15,7 +15,7 @@ from torch import Tensor
 from attndsl.attention import Attention, Norm
 from attndsl.axis import Axis
 from attndsl.backend import Call, Differentiable, Gradients, Problem
-from attndsl.execution.torch_eval import singles, strained
+from attndsl.execution.torch_eval import singles, strained, widened
 from attndsl.tiles import residues
 from attndsl.tiles.blockmask import BlockMask
 from attndsl.tiles.lowering import quantifier_free
@@ -34,14 +34,10 @@ def divides(attention: Attention) -> bool:
     return softmax and attention.approx is None and any(map(residues.possible, masks))
 
 
-def in_parts(attention: Attention, make: Callable[[Attention, bool], Differentiable]) -> Differentiable:
-    """The kernel of an attention, in parts where the mask is better taken apart. `make` gives one of an
-    attention, that is asked for gradients by the log-sum-exp of its own keys, or (False) by that of others
-    too."""
-    whole = make(attention, True)
-    if not divides(attention):
-        return whole
-    return InParts(whole, make(attention, False))
+def in_parts(attention: Attention, whole: Differentiable, part: Differentiable) -> Differentiable:
+    """The kernel `whole` of an attention; where the mask is better taken apart `part` runs the parts: another
+    one, that takes the log-sum-exp given to its backward pass for that of more keys than its own."""
+    return InParts(whole, part) if divides(attention) else whole
 
 
 def counted(counts: Counts) -> Counts:
@@ -89,7 +85,7 @@ Part = tuple[Differentiable, Call, "Places | None"]
 
 @dataclass(frozen=True, eq=False)
 class InParts:
-    """`kernel`, in parts that `part` runs."""
+    """`kernel`, or in parts `part`."""
 
     kernel: Differentiable
     part: Differentiable
@@ -102,7 +98,7 @@ class InParts:
         if apart is None:
             return self.kernel(call)
         found: tuple[Tensor, Tensor] | None = None
-        for kernel, part, places in self.parts(apart, _widened(call)):
+        for kernel, part, places in self.parts(apart, widened(call)):
             out, lse = (_taken(x, places and places.q_places) for x in kernel(part))
             found = (out, lse) if found is None else _merged(found, (out, lse))
         assert found is not None
@@ -121,7 +117,7 @@ class InParts:
         apart = residues.apart(call.block_mask)
         if apart is None or strained(lse):
             return self.kernel.gradient(call, wanted, out, lse, grad_out, grad_lse)
-        wide = _widened(call)
+        wide = widened(call)
         tables = {name: torch.zeros_like(x) for name, x in singles(call.tables, wanted).items()}
         totals = [torch.zeros_like(x) for x in (wide.q, wide.k, wide.v)]
         for kernel, part, places in self.parts(apart, wide):
@@ -180,9 +176,3 @@ def _merged(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[T
     for out, lse in (one, other):
         out.mul_(torch.exp(lse - over)[..., None])
     return one[0].add_(other[0]), total
-
-
-def _widened(call: Call) -> Call:
-    """With vectors of at least float32."""
-    wide = torch.promote_types(call.q.dtype, torch.float32)
-    return replace(call, q=call.q.to(wide), k=call.k.to(wide), v=call.v.to(wide))

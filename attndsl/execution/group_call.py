@@ -4,7 +4,7 @@ back to leaves, rows and sinks goes."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cached_property
 from weakref import WeakKeyDictionary
@@ -158,10 +158,6 @@ class GroupCall:
         divided = total.contiguous() if shared and total is not None else None
         return top.contiguous(), divided, delta.contiguous()
 
-    def asks(self, leaf: Leaf, tables: Mapping[str, Tensor]) -> bool:
-        """Whether a gradient goes from it to anything."""
-        return self.score.leaves[leaf].type == "real" and passes_gradients(leaf, tables.keys())
-
     def pull(
         self,
         slopes: Mapping[Leaf, Tensor],
@@ -200,6 +196,11 @@ class GroupCall:
         (found,) = pull(torch.where(torch.from_numpy(self.heads).to(slope.device), slope, 0.0))
         for name, g in found.items():
             tables[name].add_(g)
+
+
+def sloped(score: Score, tables: Set[str]) -> list[Leaf]:
+    """The leaves from which a gradient goes to vectors or to tables of these names."""
+    return [leaf for leaf, e in score.leaves.items() if e.type == "real" and passes_gradients(leaf, tables)]
 
 
 def addresses(tensors: Sequence[Tensor | None], shape: Sequence[int]) -> NDArray[np.int64]:

@@ -244,6 +244,14 @@ STRAIN = 2.0**10
 """A log-sum-exp beyond this says less and less of how many keys it is of: nothing where -1e9 is a mask."""
 
 
+def widened(call: Call) -> Call:
+    """The call with vectors of at least float32."""
+    wide = torch.promote_types(call.q.dtype, torch.float32)
+    if all(x.dtype == wide for x in (call.q, call.k, call.v)):
+        return call
+    return replace(call, q=call.q.to(wide), k=call.k.to(wide), v=call.v.to(wide))
+
+
 def strained(lse: Tensor) -> bool:
     """Whether in some row exp(logit - lse) is not the weight to all digits."""
     # in two steps what else takes six, a row without keys aside

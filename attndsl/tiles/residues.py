@@ -28,8 +28,6 @@ LARGEST = 512
 """Modulus."""
 WORTH = 0.6
 """Of the pairs of all tiles, those that may be left where positions are sorted."""
-
-
 FEW = 2**20
 """Pairs of tiles up to which the search takes longer than they do."""
 

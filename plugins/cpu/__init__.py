@@ -57,7 +57,7 @@ class Cpu:
             made = library(code(score, None), "forward", ("DOUBLE",) if problem.dtype == "float64" else ())
             if isinstance(made, str):
                 raise fail(f"the backend `cpu` cannot be compiled: {made}")
-        return in_parts(attention, Compiled)
+        return in_parts(attention, Compiled(attention), Compiled(attention, alone=False))
 
 
 backend = Cpu()

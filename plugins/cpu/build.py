@@ -28,8 +28,8 @@ MISSING = "there is no C++ compiler (c++, g++ or clang++)"
 
 @cache
 def library(score: str, name: str, defined: tuple[str, ...] = ()) -> Any:
-    """The function `forward`, `backward` or `decode` for a score (header of Score.code) and with `DOUBLE` or
-    `NARROW` defined, or why there is none."""
+    """The function `forward`, `backward` or `decode` for a score (a header, as `code` of score.py has it),
+    with `DOUBLE` or `NARROW` defined, or why there is none."""
     there = packaged(score, name, defined)
     found = None if there is None else _loaded(there, name)
     if found is None or (isinstance(found, str) and compiler()):

@@ -26,9 +26,9 @@ SECONDS = {
         "sorted": 7e-10,
     }
 }
-"""Of one core with AVX-512 where `torch` takes its constants: leaves and operations measured beside it by
-`python -m benchmarks.cost`, the rest from causal masks and windows of 16 to 1,024 tokens, which are told to
-15 %, and steps of decoding."""
+"""Beside those of `torch`: of one core with AVX-512 from causal masks and windows of 16 to 1,024 tokens, told
+to 15 %, and from steps of decoding; leaves and operations by `python -m benchmarks.cost` on one with
+AVX2, scaled as `torch` is slower there."""
 TRAINING = 3.8
 """Forward and backward beside forward: 5 matrix products more to 2."""
 GROUP = 16

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 
@@ -15,9 +15,8 @@ from attndsl.attention import Attention, HeadGroup
 from attndsl.backend import Call, Gradients, Problem
 from attndsl.emit.leaves import Leaf, Products
 from attndsl.emit.score import Score, score_of
-from attndsl.execution.group_call import GroupCall, KnownLeaves, Margins, addresses
-from attndsl.execution.leaf_values import passes_gradients
-from attndsl.execution.torch_eval import singles
+from attndsl.execution.group_call import GroupCall, KnownLeaves, Margins, addresses, sloped
+from attndsl.execution.torch_eval import singles, widened
 from attndsl.tiles.blockmask import Rows, TileGrid
 from attndsl.tiles.lowering import head_groups
 from attndsl.tiles.residues import Sorted, Steps
@@ -44,11 +43,6 @@ MARGINS: Margins = {
     "table": (0, 1),
 }
 """Entries beside those of a leaf, which no pair asks for but vectors of pairs hold."""
-
-
-def sloped(score: Score, tables: Set[str]) -> list[Leaf]:
-    """Those from which a gradient goes to vectors or to tables of these names."""
-    return [leaf for leaf, e in score.leaves.items() if e.type == "real" and passes_gradients(leaf, tables)]
 
 
 def asked(attention: Attention, problem: Problem) -> Iterator[tuple[str, str, tuple[str, ...]]]:
@@ -80,8 +74,8 @@ def _function(score: Score, name: str, wanted: frozenset[Leaf] | None, defined: 
 
 @dataclass(frozen=True, eq=False)
 class Compiled:
-    """The kernel of one attention over tiles; `alone` as of `in_parts`, `steps` where tiles are of sorted
-    entries."""
+    """The kernel of one attention over tiles; `alone` where the log-sum-exp that comes back is that of
+    the keys of the call, `steps` where tiles are of sorted entries."""
 
     attention: Attention
     alone: bool = True
@@ -103,8 +97,9 @@ class Compiled:
 
     def in_place(self, call: Call, one: Sorted) -> Compiled | None:
         """Leaves have an entry for each place, and so would vectors that they are made of."""
-        plain = all(not part.score.leaves for part in self.parts(call))
-        return replace(self, steps=one.steps) if one.steps is not None and plain else None
+        if one.steps is None or any(part.score.leaves for part in self.parts(call)):
+            return None
+        return replace(self, steps=one.steps)
 
     def parts(self, call: Call) -> list[Part]:
         """One for each group of heads."""
@@ -159,13 +154,10 @@ class Compiled:
 
 def _widened(call: Call) -> Call:
     """With vectors of at least float32, each of adjacent numbers."""
-    vectors = (call.q, call.k, call.v)
-    wide = torch.promote_types(call.q.dtype, torch.float32)
-    if all(x.dtype == wide and x.stride(3) == 1 for x in vectors):
+    call = widened(call)
+    if all(x.stride(3) == 1 for x in (call.q, call.k, call.v)):
         return call
-    q, k, v = (
-        x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous() for x in (x.to(wide) for x in vectors)
-    )
+    q, k, v = (x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous() for x in (call.q, call.k, call.v))
     return replace(call, q=q, k=k, v=v)
 
 

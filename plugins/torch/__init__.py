@@ -11,7 +11,7 @@ Memory grows with the entries of the BlockMask and the tokens, never with their 
 from dataclasses import replace
 
 from attndsl.attention import Attention
-from attndsl.backend import Differentiable, Kernel, Problem, predicted
+from attndsl.backend import Kernel, Problem, predicted
 from attndsl.execution.apart import counted, in_parts
 from attndsl.execution.torch_eval import FEATURES
 from attndsl.tiles.blockmask import BlockMask
@@ -39,10 +39,8 @@ class Torch:
         return predicted(SECONDS, self.counts(attention, problem, block_mask), problem, TRAINING)
 
     def lower(self, attention: Attention, problem: Problem) -> Kernel:
-        def kernel(attention: Attention, _: bool) -> Differentiable:
-            return BlockSparse(attention, problem.training, all_simple(attention, problem.head_dim))
-
-        return in_parts(attention, kernel)
+        kernel = BlockSparse(attention, problem.training, all_simple(attention, problem.head_dim))
+        return in_parts(attention, kernel, kernel)
 
 
 backend = Torch()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attndsl.attention import Attention
 from attndsl.backend import BLOCK_SIZE, Call
-from attndsl.execution.torch_eval import peak, singles, strained
+from attndsl.execution.torch_eval import peak, singles, strained, widened
 from attndsl.tiles.lowering import Sizes, as_array, block_mask, mask_tables
 
 from . import lists, orders, rows
@@ -21,12 +21,6 @@ from .gradient import Back, Rows, bias_gradient, part_gradient, room_of, sink_gr
 from .lanes import Lane, Simple, lanes
 from .slabs import rooms
 from .work import Work, normalise
-
-
-def widened(call: Call) -> Call:
-    """The call with vectors of at least float32."""
-    wide = torch.promote_types(call.q.dtype, torch.float32)
-    return replace(call, q=call.q.to(wide), k=call.k.to(wide), v=call.v.to(wide))
 
 
 @dataclass(frozen=True, eq=False)

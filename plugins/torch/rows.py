@@ -23,7 +23,7 @@ from attndsl.tiles.blockmask import BlockMask, Rows, Run
 from attndsl.tiles.lowering import head_groups
 
 from .lanes import Simple
-from .work import closing, flash
+from .work import closing, flash, without_weights
 
 SHORT, FEW = 256, 2
 """Keys of a run below which it is short; more than so many short ones are gathered."""
@@ -101,6 +101,8 @@ def _attended(piece: Piece, sink: Expr | None, simple: Simple, call: Call) -> tu
             o, more = o.reshape(q.shape), more.reshape(q.shape[:3])
         if dead is not None:
             more, masked = more.masked_fill(dead, -torch.inf), True
+        told = without_weights(more, stacked, some[0], folded, simple.scale)
+        more, masked = told, masked or told is not more
         if out is None or lse is None:
             out, lse = o, more
         else:

@@ -30,6 +30,16 @@ from .slabs import Slab
 
 flash: Callable[..., tuple[Tensor, Tensor]] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
+
+def without_weights(lse: Tensor, q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """What `flash` gave of these, with -inf where all logits are: it says 0, as of one logit of 0."""
+    if not bool((lse == 0).any()):
+        return lse
+    logit = q @ k.transpose(-1, -2) * scale
+    most = (logit if mask is None else logit + mask).amax(-1).view(lse.shape)
+    return lse.masked_fill((lse == 0) & (most == -torch.inf), -torch.inf)
+
+
 KEPT = 2**20
 """Numbers of a chunk's addend up to which it stays in memory between calls."""
 
@@ -176,10 +186,12 @@ class Work:
             # heads that share keys are rows of one product
             q = q.view(1, 1, -1, q.shape[3])
             mask = mask if mask is None else mask.expand(*shape, -1).reshape(1, 1, q.shape[2], -1)
-        out, lse = flash(*self.fused_inputs(q, k, v), attn_mask=mask, scale=self.simple.scale)
+        q, k, v = self.fused_inputs(q, k, v)
+        out, lse = flash(q, k, v, attn_mask=mask, scale=self.simple.scale)
         out, lse = out.view(*shape, -1), lse.view(shape)
         if dead is not None:
             lse = lse.masked_fill(dead, -torch.inf)
+        lse = without_weights(lse, q, k, mask, self.simple.scale)
         return out[..., : self.v.shape[2]], lse
 
     def sources(self, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,7 +16,7 @@ from attndsl.backend import Call, Gradients, Problem
 from attndsl.emit.leaves import Leaf
 from attndsl.emit.score import Score
 from attndsl.errors import fail
-from attndsl.execution.group_call import GroupCall, KnownLeaves, Margins, addresses
+from attndsl.execution.group_call import GroupCall, KnownLeaves, Margins, addresses, sloped
 from attndsl.execution.torch_eval import singles
 from attndsl.tiles.lowering import head_groups
 
@@ -263,7 +263,7 @@ class Part:
         from . import kernels
 
         call, own, score = self.call, self.own, self.score
-        asked = [leaf for leaf in score.leaves if own.asks(leaf, tables)]
+        asked = sloped(score, tables.keys())
         made = functions(score, frozenset(asked))
         level, total, delta = own.rows(out, lse, grad_out, grad_lse, self.tops)
         # an empty row has no weights
