@@ -590,15 +590,19 @@ extern "C" int backward(const struct Call *c) {
 #ifdef DECODE
 #define SEGMENT 2048
 
-// of each lane the sum of the vector of that number
+// lanes whose bit HALF is not set: sums of two of a's, the others: of b's
 template <int HALF>
-INLINE vec sums_of(const vec *x) {
-    vec a, b;
-    if constexpr (HALF == 1) a = x[0], b = x[1];
-    else a = sums_of<HALF / 2>(x), b = sums_of<HALF / 2>(x + HALF);
+INLINE vec joined(vec a, vec b) {
     ivec other = {};
     for (int i = 0; i < LANES; i++) other[i] = i & HALF ? -1 : 0;
     return select(other, b, a) + swapped<HALF>(select(other, a, b));
+}
+
+// of each lane the sum of the vector of that number, of which two and two are joined
+template <int HALF>
+INLINE vec sums_of(const vec *x) {
+    if constexpr (HALF == 1) return x[0];
+    else return joined<HALF>(sums_of<HALF / 2>(x), sums_of<HALF / 2>(x + HALF / 2));
 }
 
 INLINE vec first_of(const real *p, long count) {
@@ -607,33 +611,35 @@ INLINE vec first_of(const real *p, long count) {
     return found;
 }
 
-// s[r][LANES] = q[r] @ k[i] of R rows, `qs` apart, and LANES keys, of which the last stands for those from `keys` on
+// s[r][LANES] = q[r] @ k[i] of R rows, `qs` apart, and LANES keys, of which the last stands for those from `keys` on.
+// LANES vectors from `ahead` on, `as` apart, are asked for meanwhile: all at once would wait for memory.
 template <int R>
-INLINE void dots(real *s, const real *q, long qs, const real *k, long ks, long keys, long d) {
-    vec sums[R][LANES];
+INLINE void dots(real *s, const real *q, long qs, const real *k, long ks, long keys, long d, const real *ahead, long as) {
+    vec pairs[R][LANES / 2];
     // more keys at once are read out of order, of which memory is slow: 16 take 1.8 times as long, of 16,384 keys
-    const int AT_ONCE = 2;
-    for (int base = 0; base < LANES; base += AT_ONCE) {
-        const real *at[AT_ONCE];
-        vec sum[R][AT_ONCE] = {};
-        for (int i = 0; i < AT_ONCE; i++) at[i] = k + (base + i < keys ? base + i : keys - 1) * ks;
+    for (int base = 0; base < LANES; base += 2) {
+        const real *first = k + (base < keys ? base : keys - 1) * ks;
+        const real *second = k + (base + 1 < keys ? base + 1 : keys - 1) * ks;
+        vec sum[R][2] = {};
         long j = 0;
         for (; j + LANES <= d; j += LANES) {
-            vec x[R];
-            for (int r = 0; r < R; r++) x[r] = load(q + r * qs + j);
-            for (int i = 0; i < AT_ONCE; i++) {
-                vec y = load(at[i] + j);
-                for (int r = 0; r < R; r++) sum[r][i] += x[r] * y;
+            vec y = load(first + j), z = load(second + j);
+            __builtin_prefetch(ahead + base * as + j, 0, 3), __builtin_prefetch(ahead + (base + 1) * as + j, 0, 3);
+            for (int r = 0; r < R; r++) {
+                vec x = load(q + r * qs + j);
+                sum[r][0] += x * y, sum[r][1] += x * z;
             }
         }
-        for (int i = 0; j < d && i < AT_ONCE; i++) {
-            vec y = first_of(at[i] + j, d - j);
-            for (int r = 0; r < R; r++) sum[r][i] += load(q + r * qs + j) * y;
+        if (j < d) {
+            vec y = first_of(first + j, d - j), z = first_of(second + j, d - j);
+            for (int r = 0; r < R; r++) {
+                vec x = load(q + r * qs + j);
+                sum[r][0] += x * y, sum[r][1] += x * z;
+            }
         }
-        for (int r = 0; r < R; r++)
-            for (int i = 0; i < AT_ONCE; i++) sums[r][base + i] = sum[r][i];
+        for (int r = 0; r < R; r++) pairs[r][base / 2] = joined<1>(sum[r][0], sum[r][1]);
     }
-    for (int r = 0; r < R; r++) store(s + r * STEP, sums_of<LANES / 2>(sums[r]));
+    for (int r = 0; r < R; r++) store(s + r * STEP, sums_of<LANES / 2>(pairs[r]));
 }
 
 INLINE real greatest_of(vec x) {
@@ -692,12 +698,14 @@ static void decode_segment(const struct Call *c, long b, long h0, long heads, lo
         if (key + keys > high) keys = high - key;
         const real *ka = k + key * c->ks[2], *va = v + key * c->vs[2];
         for (long i = 0; i < keys; i += LANES) {
-            // values come while keys are computed with
-            for (long l = i; l < i + LANES && l < keys; l++)
-                for (long j = 0; j < dv; j += 64 / sizeof(real)) __builtin_prefetch(va + l * c->vs[2] + j, 0, 2);
-            long r = 0;
-            for (; r + 2 <= rows; r += 2) dots<2>(s + r * STEP + i, q + r * dp, dp, ka + i * c->ks[2], c->ks[2], keys - i, d);
-            if (r < rows) dots<1>(s + r * STEP + i, q + r * dp, dp, ka + i * c->ks[2], c->ks[2], keys - i, d);
+            // what comes next is asked for while this is computed with: values, and the keys after these
+            const real *at = ka + i * c->ks[2], *next[] = {va + i * c->vs[2], at + LANES * c->ks[2]};
+            long r = 0, apart[] = {c->vs[2], c->ks[2]};
+            for (; r + 4 <= rows; r += 4)
+                dots<4>(s + r * STEP + i, q + r * dp, dp, at, c->ks[2], keys - i, d, next[r / 4 % 2], apart[r / 4 % 2]);
+            for (; r + 2 <= rows; r += 2)
+                dots<2>(s + r * STEP + i, q + r * dp, dp, at, c->ks[2], keys - i, d, next[r / 2 % 2], apart[r / 2 % 2]);
+            if (r < rows) dots<1>(s + r * STEP + i, q + r * dp, dp, at, c->ks[2], keys - i, d, next[0], apart[0]);
         }
         for (long r = 0; r < rows; r++) {
             real *sr = s + r * STEP, *part = parts + r * width;
