@@ -6,10 +6,13 @@
 // NARROW is defined where all integers are below 2^23 and all tables have less than 2^31 entries
 #if defined(NARROW) && !defined(DOUBLE)
 typedef int32_t integer;
+typedef uint32_t natural;
 #else
 typedef int64_t integer;
+typedef uint64_t natural;
 #endif
 typedef integer whole __attribute__((vector_size(sizeof(integer) * LANES)));
+typedef natural naturals __attribute__((vector_size(sizeof(natural) * LANES)));
 typedef integer loose_whole __attribute__((vector_size(sizeof(integer) * LANES), aligned(sizeof(integer)), may_alias));
 
 INLINE whole wholes(integer x) { return x - (whole){}; }
@@ -168,7 +171,7 @@ INLINE whole entry(struct Place *at, int i, ivec *inside, Index... indices) {
     *inside = truths(true);
     const whole asked[] = {indices...};
     for (const whole &index : asked) {
-        *inside &= truth((index >= 0) & (index < (integer)*size));
+        *inside &= truth((naturals)index < (naturals)wholes((integer)*size));
         found = found * (integer)*size++ + index;
     }
     return select(*inside, found, wholes(0));
@@ -180,12 +183,19 @@ INLINE whole checked(struct Place *at, int i, long row, long key, ivec live, Ind
     if (any(live & ~inside)) note(at, row, key, live & ~inside);
     return found;
 }
+INLINE vec fetched(const real *from, whole where) {
+#if SIXTEEN && defined(NARROW)
+    return (vec)__builtin_ia32_gathersiv16sf((vec){}, from, where, (unsigned short)-1, 4);
+#else
+    vec found;
+    for (int j = 0; j < LANES; j++) found[j] = from[where[j]];
+    return found;
+#endif
+}
 template <class... Index>
 INLINE vec real_of_table(struct Place *at, int i, long row, long key, ivec live, Index... indices) {
     whole where = checked(at, i, row, key, live, indices...);
-    vec found;
-    for (int j = 0; j < LANES; j++) found[j] = REALS(i)[where[j]];
-    return found;
+    return fetched(REALS(i), where);
 }
 template <class... Index>
 INLINE whole int_of_table(struct Place *at, int i, long row, long key, ivec live, Index... indices) {

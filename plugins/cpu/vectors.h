@@ -33,11 +33,19 @@ INLINE vec select(ivec where, vec a, vec b) { return where ? a : b; }
 // of a NaN and a number: b
 INLINE vec larger(vec a, vec b) { return a > b ? a : b; }
 INLINE vec smaller(vec a, vec b) { return a < b ? a : b; }
-// by the smallest registers: compilers take lanes out one at a time
+#if defined(__AVX512F__) && !defined(__clang__) && !defined(DOUBLE)
+// what compilers do not make of loops over 16 lanes
+#define SIXTEEN 1
+#endif
 INLINE bool any(ivec where) {
+#if SIXTEEN
+    return __builtin_ia32_ptestmd512(where, where, (unsigned short)-1);
+#else
+    // by the smallest registers: compilers take lanes out one at a time
     typedef int64_t pair __attribute__((vector_size(16)));
     pair parts[BYTES / 16], found = {};
     __builtin_memcpy(parts, &where, BYTES);
     for (pair part : parts) found |= part;
     return (found[0] | found[1]) != 0;
+#endif
 }
