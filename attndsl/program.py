@@ -27,11 +27,24 @@ from attndsl.language.arguments import bind_arguments, name_span, signature
 from attndsl.language.assertions import Assertion, prove, typed
 from attndsl.language.elaborate import STEP_LIMIT, Elaborator, inputs_of
 from attndsl.language.mistakes import out_of_place
-from attndsl.language.values import TOKENS, AttentionOf, K, Num, Pattern, Q, Scope, SetOf, Space, Value, Vec
+from attndsl.language.values import (
+    TOKENS,
+    K,
+    Num,
+    Pattern,
+    Q,
+    Scope,
+    SetOf,
+    Space,
+    Value,
+    Vec,
+    attention_named,
+)
 from attndsl.language.vocabulary import BUILT_IN, RESERVED
 from attndsl.pictures import notebook
 from attndsl.selection import Selection
 from attndsl.shipped import elsewhere, located, nearby
+from attndsl.stacks.reading import stack_of
 from attndsl.syntax import nodes as ast
 from attndsl.syntax.format import render
 
@@ -39,6 +52,7 @@ if TYPE_CHECKING:
     from attndsl.relations.proofs import Verdict
 
 Definition = ast.Definition | ast.AttentionDef
+Named = Definition | ast.StackDef
 FILE_LIMIT = 64
 BOUND_AFTER = 'parameters are bound after: `attndsl.parse(text)["NAME"](w=8)`'
 LISTED, PICTURED = 20, 8
@@ -126,16 +140,18 @@ def _program(source: Source, path: Path | None) -> Program:
     shelf = Shelf("", path.parent) if path else None
     unread: set[str] = set()
     items = list(_items(source, shelf, (path,) if path else (), set(), problems, unread))
-    definitions: dict[str, Definition] = {}
+    named: dict[str, Named] = {}
     assertions: list[ast.Assert] = []
     for item in items:
         if isinstance(item, ast.Assert):
             assertions.append(item)
-        elif isinstance(item, Definition):
-            problems += _declare(item, definitions)
-    if len(definitions) > DEFINITION_LIMIT:
+        elif isinstance(item, Named):
+            problems += _declare(item, named)
+    definitions = {name: item for name, item in named.items() if not isinstance(item, ast.StackDef)}
+    stacks = {name: item for name, item in named.items() if isinstance(item, ast.StackDef)}
+    if len(named) > DEFINITION_LIMIT:
         raise fail(f"more than {DEFINITION_LIMIT:,} definitions in a program")
-    program = Program(source.name, definitions)
+    program = Program(source.name, definitions, stacks)
     program.elaborator.broken |= unread
     program.elaborator.whole = "use" not in unread and not any(isinstance(item, ast.Use) for item in items)
     problems += program._check_definitions()
@@ -226,7 +242,7 @@ def _library(name: str, span: Span) -> Shelf:
     raise fail(f"no library `{name}` is installed", span, known)
 
 
-def _declare(item: Definition, definitions: dict[str, Definition]) -> list[Diagnostic]:
+def _declare(item: Named, definitions: dict[str, Named]) -> list[Diagnostic]:
     problems = []
     name, earlier = item.name, definitions.get(item.name)
     if earlier is not None:
@@ -282,10 +298,13 @@ class Program:
     """Definitions by name. `program["longformer"]` is a Bound with the defaults bound.
 
     assertions  its `assert`s, typed, for `prove`
+    stacks      those of its definitions that are layers of attentions
     """
 
-    def __init__(self, name: str, definitions: Mapping[str, Definition]) -> None:
-        self.name, self.own = name, definitions
+    def __init__(
+        self, name: str, definitions: Mapping[str, Definition], stacks: Mapping[str, ast.StackDef]
+    ) -> None:
+        self.name, self.own, self.stacks = name, definitions, stacks
         self.assertions: list[Assertion] = []
         both: ChainMap[str, Definition] = ChainMap(definitions, prelude())  # type: ignore[arg-type]  # read only
         self.elaborator = Elaborator(both, _selection, _selections)
@@ -294,7 +313,7 @@ class Program:
         return iter(self.names)
 
     def __contains__(self, name: object) -> bool:
-        return name in self.names
+        return name in self.names or name in self.stacks
 
     def __len__(self) -> int:
         return len(self.names)
@@ -330,14 +349,14 @@ class Program:
         return tuple(name for name, item in self.own.items() if isinstance(item, ast.AttentionDef))
 
     def __getitem__(self, name: str) -> Bound:
-        """An attention or pattern, of this program or of the prelude, with its defaults bound.
+        """An attention or pattern, of this program or of the prelude, with its defaults bound; or a Stack.
 
         One without a default is an Unbound: call it with its parameters. Raises AttnError for an unknown
         `name`, and for that of a score, a number or a function.
         """
-        item = self.elaborator.definitions.get(name)
+        item: Named | None = self.stacks.get(name) or self.elaborator.definitions.get(name)
         if item is None:
-            known = suggest(str(name), self.own)
+            known = suggest(str(name), [*self.own, *self.stacks])
             known = known or f"it defines {', '.join(f'`{own}`' for own in self.names) or 'nothing'}"
             raise fail(f"`{self.name}` defines no `{name}`", help=known)
         if not _compilable(item):
@@ -366,7 +385,7 @@ class Program:
         help = f"give the name of one: `{self.name}:{self.names[0]}`" if self.names else ""
         raise fail(f"`{self.name}` defines {listed}", help=help)
 
-    def _bind(self, item: Definition, args: tuple[Any, ...], params: Mapping[str, Any]) -> Bound:
+    def _bind(self, item: Named, args: tuple[Any, ...], params: Mapping[str, Any]) -> Bound:
         """An attention, or a pattern as an attention of its own, with parameters from Python."""
         names = [param.name for param in item.params]
         if len(args) > len(names):
@@ -390,17 +409,30 @@ class Program:
             if isinstance(value, str)
         }
         values = {name: self._argument(name, texts.get(name, value)) for name, value in given.items()}
-        value = self.elaborator.instance(item, values, Scope({}), item.name_span, given=texts)
-        attention = replace(_as_attention(item.name, value), written=item.span, parameters=tuple(names))
-        self._tell_empty(attention, values)
         defaults = {param.name: param.default for param in item.params if param.default is not None}
         written = {name: _shown(given[name]) if name in given else render(defaults[name]) for name in names}
+        if isinstance(item, ast.StackDef):
+            return cast(Bound, stack_of(self.elaborator, item, self._scope(item, values), written))
+        value = self.elaborator.instance(item, values, Scope({}), item.name_span, given=texts)
+        attention = replace(attention_named(item.name, value), written=item.span, parameters=tuple(names))
+        self._tell_empty(attention, values)
 
         def rebind(*args: Any, **params: Any) -> Bound:
             kept = {name: value for name, value in given.items() if name not in names[: len(args)]}
             return self._bind(item, args, kept | params)
 
         return Bound(attention, Parameters(written), rebind)
+
+    def _scope(self, item: ast.StackDef, values: Mapping[str, Value]) -> Scope:
+        """The parameters of a stack, those that are not given by their defaults."""
+        scope = Scope({}, integral=False, calls=(item.name,))
+        for param in item.params:
+            at = replace(scope, binding=param.name)
+            value = values.get(param.name)
+            if value is None and param.default is not None:
+                value = self.elaborator.value(param.default, at, TOKENS)
+            scope = scope.bind(**{param.name: value or Num(ir.ZERO)})
+        return scope
 
     def _tell_empty(self, attention: Attention, values: Mapping[str, Value]) -> None:
         """Warns of numbers with which nothing is related, on the line that binds them."""
@@ -451,6 +483,13 @@ class Program:
                 self.elaborator.broken.add(name)
             if self.elaborator.steps > STEP_LIMIT:
                 break
+        for stack in self.stacks.values():
+            if stack.name in self.elaborator.broken or any(param.default is None for param in stack.params):
+                continue
+            try:
+                stack_of(self.elaborator, stack, self._scope(stack, {}), {})
+            except AttnError as error:
+                problems += error.diagnostics
         return problems
 
     def check(self) -> tuple[tuple[Assertion, Verdict], ...]:
@@ -612,15 +651,5 @@ def _name_problems(item: Definition, elaborator: Elaborator) -> list[Diagnostic]
     return list({d.message: d for d in reversed(problems)}.values())
 
 
-def _compilable(item: Definition) -> bool:
-    return isinstance(item, ast.AttentionDef) or item.word == "pattern"
-
-
-def _as_attention(name: str, value: Value) -> Attention:
-    if isinstance(value, AttentionOf):
-        return value.attention
-    if isinstance(value, Pattern):
-        return Attention.of_pattern(name, value.at(Q, K, TOKENS))
-    raise fail(
-        f"`{name}` is {value.noun}, which cannot stand alone", help="give it to grid(height, width, ...)"
-    )
+def _compilable(item: Named) -> bool:
+    return isinstance(item, ast.AttentionDef | ast.StackDef) or item.word == "pattern"

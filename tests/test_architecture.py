@@ -40,6 +40,8 @@ ROOMS = (
     "execution.leaks",  # and whether later tokens change it
     "analysis",  # one question a file
     "bound",  # what users hold
+    "stacks.tree",  # layers of attentions
+    "stacks.reading",
     "program",
     "examples",  # as programs
     "analysis.report",

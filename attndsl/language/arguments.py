@@ -78,7 +78,7 @@ def name_span(node: ast.Argument | ast.Param | ast.InputDecl) -> Span:
     return replace(node.span, end=node.span.start + len(node.name))
 
 
-def signature(definition: ast.Definition | ast.AttentionDef) -> str:
+def signature(definition: ast.Definition | ast.AttentionDef | ast.StackDef) -> str:
     params = (p.name if p.default is None else f"{p.name} = {render(p.default)}" for p in definition.params)
     return f"{definition.name}({', '.join(params)})" if definition.params else definition.name
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from attndsl import expr as ir
 from attndsl.attention import Attention, Relation
+from attndsl.errors import fail
 from attndsl.expr import Expr, Table
 from attndsl.syntax import nodes as ast
 
@@ -237,3 +238,14 @@ def as_set(value: Value) -> Value:
 
 def is_whole(value: Value) -> bool:
     return isinstance(value, TableOf) and not value.indices
+
+
+def attention_named(name: str, value: Value) -> Attention:
+    """An attention, or a pattern as one of its own."""
+    if isinstance(value, AttentionOf):
+        return value.attention
+    if isinstance(value, Pattern):
+        return Attention.of_pattern(name, value.at(Q, K, TOKENS))
+    raise fail(
+        f"`{name}` is {value.noun}, which cannot stand alone", help="give it to grid(height, width, ...)"
+    )

@@ -34,6 +34,8 @@ from attndsl.syntax.nodes import (
     Param,
     Range,
     SetList,
+    StackDef,
+    Stage,
     Text,
     Unary,
     Use,
@@ -115,6 +117,16 @@ class Build(Transformer[Token, Any]):
         return AttentionDef(
             str(name), params, clauses, sum=value, span=around(word, value), name_span=span_of(name)
         )
+
+    def stack(self, children: list[Any]) -> StackDef:
+        word, name, params, *stages, end = children
+        return StackDef(str(name), params, tuple(stages), span=around(word, end), name_span=span_of(name))
+
+    def stage(self, children: list[Any]) -> Stage:
+        name, *rest = children
+        stages = tuple(part for part in rest if isinstance(part, Stage))
+        args = tuple(part for part in rest if isinstance(part, Argument))
+        return Stage(name_of(name), args, stages or None, span=around(name, children[-1]))
 
     def assertion(self, children: list[Any]) -> Assert:
         return Assert(children[1], span=around(*children))

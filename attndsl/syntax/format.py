@@ -140,7 +140,8 @@ def set_gaps(tokens: list[Token], leaves: list[Leaf]) -> None:
         closes = position in bars and not opens
         called = operand and before != "RBRACE" and kind in ("LPAR", "LSQB")
         leaf.gap = 0 if tight or closes or called or kind in ("COMMA", "RPAR", "RSQB") else 1
-        if (kind in CLAUSE_TYPES and before != "LBRACE") or (kind == "NAME" and before == "RSQB"):
+        stage = kind == "NAME" and operand and tokens[0].type == "STACK" and position > 1
+        if (kind in CLAUSE_TYPES and before != "LBRACE") or (kind == "NAME" and before == "RSQB") or stage:
             leaf.gap = 2
         prefix = kind in ("MINUS", "TILDE") and not operand
         if position not in bars and not prefix:
@@ -159,8 +160,11 @@ def grouped(leaves: list[Leaf]) -> Items:
             opener, items = stack.pop()
             assert opener is not None
             tighten_ranges(items)
-            clauses = opener.type == "LBRACE" and (not items or first_leaf(items).type in CLAUSE_TYPES)
-            stack[-1][1].append(Group(opener, items, leaf, clauses))
+            stages = leaves[0].type == "STACK" and all(
+                leaf is None or leaf.type == "LBRACE" for leaf, _ in stack
+            )
+            clauses = not items or stages or first_leaf(items).type in CLAUSE_TYPES
+            stack[-1][1].append(Group(opener, items, leaf, opener.type == "LBRACE" and clauses))
         else:
             stack[-1][1].append(leaf)
     tighten_ranges(stack[0][1])
@@ -239,12 +243,26 @@ def lay_out(items: Items, one_line: bool) -> None:
 
 
 def lay_block(block: Group, indent: int) -> None:
-    """One clause to a line."""
+    """One clause, or one stage, to a line."""
     block.open.indent = indent
-    for clause in split(block.items, lambda leaf: leaf.type in CLAUSE_TYPES):
-        start_line(first_leaf(clause), indent + INDENT)
-        lay_clause(clause, indent + INDENT)
+    clauses = first_leaf(block.items).type in CLAUSE_TYPES
+    for part in split(
+        block.items, lambda leaf: leaf.type in CLAUSE_TYPES or (not clauses and leaf.type == "NAME")
+    ):
+        start_line(first_leaf(part), indent + INDENT)
+        (lay_clause if clauses else lay_stage)(part, indent + INDENT)
     start_line(block.close, indent)
+
+
+def lay_stage(stage: Items, indent: int) -> None:
+    width, block = flat_width(stage), stage[-1]
+    if width is not None and indent + width <= WIDTH:
+        return
+    if isinstance(block, Group) and block.block:
+        fill(stage[:-1], indent, indent + INDENT, indent, len(" {"))
+        lay_block(block, indent)
+    else:
+        fill(stage, indent, indent + INDENT, indent, 0)
 
 
 def lay_clause(clause: Items, indent: int) -> None:

@@ -202,6 +202,26 @@ class AttentionDef(Node):
 
 
 @dataclass(frozen=True)
+class Stage(Node):
+    """`layers(12) { ... }`, `cycle { a  a  b }`, or the attention of a layer; `body` is None without braces."""
+
+    name: Name
+    args: tuple[Argument, ...] = ()
+    body: tuple[Stage, ...] | None = None
+
+
+@dataclass(frozen=True)
+class StackDef(Node):
+    """Layers of attentions."""
+
+    name: str
+    params: tuple[Param, ...]
+    stages: tuple[Stage, ...]
+    doc: str = ""
+    name_span: Span = field(compare=False, repr=False, kw_only=True)
+
+
+@dataclass(frozen=True)
 class Assert(Node):
     expr: Expression
 
@@ -211,7 +231,7 @@ class Use(Node):
     path: str
 
 
-Item = Definition | AttentionDef | Assert | Use
+Item = Definition | AttentionDef | StackDef | Assert | Use
 
 
 @dataclass(frozen=True)

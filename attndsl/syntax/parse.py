@@ -20,7 +20,7 @@ from attndsl.errors import AttnError, Diagnostic, Source, Span, fail
 from attndsl.syntax.boundaries import CLAUSE_WORDS, Cut, clause_around
 from attndsl.syntax.build import Build, place
 from attndsl.syntax.explain import DEFINITION, explain
-from attndsl.syntax.nodes import Argument, AttentionDef, Definition, Expression, Item, Module, Node
+from attndsl.syntax.nodes import Argument, AttentionDef, Definition, Expression, Item, Module, Node, StackDef
 from attndsl.syntax.tokens import CLAUSES, extent
 
 TEXT_LIMIT = 2_000_000
@@ -40,12 +40,14 @@ STACK_LIMIT = 10 * NESTING_LIMIT
 LINE = rf"^[ \t]*(?:else\b|(?:{'|'.join(CLAUSES)})\b(?=[ \t]+(?!(?:and|or|in|mod)\b)[A-Za-z{{~\d]))"
 """A clause, or the last group of heads, at the start of a line."""
 SCAN = re.compile(
-    rf'\n|#[^\n]*|"[^"\n]*"?|[(){{}}\[\]]|{LINE}|\b(?:pattern|score|let|attention|assert|use)\b',
+    rf'\n|#[^\n]*|"[^"\n]*"?|[(){{}}\[\]]|{LINE}|\b(?:pattern|score|let|attention|stack|assert|use)\b',
     re.MULTILINE,
 )
 BUILDER = re.compile(r"\{\s*\(?\s*[A-Za-z_]\w*\s*[,:]")
-NAMED = re.compile(r"\b(?:pattern|score|let|attention)\s+([A-Za-z_]\w*)")
-INNER = re.compile(r"\b(?:pattern|let|attention|score(?=\s+\w+\s*(?:\([^()]*\)\s*)?=(?!=)))\s+([A-Za-z_]\w*)")
+NAMED = re.compile(r"\b(?:pattern|score|let|attention|stack)\s+([A-Za-z_]\w*)")
+INNER = re.compile(
+    r"\b(?:pattern|let|attention|stack|score(?=\s+\w+\s*(?:\([^()]*\)\s*)?=(?!=)))\s+([A-Za-z_]\w*)"
+)
 """A definition in the middle of a text: `score NAME` may be a clause there."""
 ASSIGNED = re.compile(r"([A-Za-z_]\w*)\s*=(?!=)")
 """A name without its word, as in other languages."""
@@ -196,7 +198,7 @@ def parse_chunk(source: Source, chunk: Chunk) -> None:
         if isinstance(tree, Module):
             for item in tree.items:
                 chunk.item = item
-                if chunk.doc and isinstance(item, Definition | AttentionDef):
+                if chunk.doc and isinstance(item, Definition | AttentionDef | StackDef):
                     chunk.item = replace(item, doc=chunk.doc)
             return
         assert isinstance(tree, Mistake)

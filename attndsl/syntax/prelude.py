@@ -6,7 +6,7 @@ import re
 from functools import cache
 from importlib.resources import files
 
-HEAD = r"^[ \t]*(pattern|score|let|attention)[ \t]+([A-Za-z_]\w*)(\(?)"
+HEAD = r"^[ \t]*(pattern|score|let|attention|stack)[ \t]+([A-Za-z_]\w*)(\(?)"
 
 
 @cache

@@ -15,7 +15,7 @@ STARTS = OPERANDS | frozenset([*OPENERS, "BAR", "MINUS", "TILDE", "NOT"])
 LOOSE = frozenset(["_OR", "_AND", "COMPARE", "DOTS", "AMP"])
 """Operators that `|x|` cannot hold without parentheses."""
 OPERATORS = LOOSE | frozenset(["BAR", "PLUS", "MINUS", "MULTIPLY", "POW", "CONCAT"])
-DEFINITIONS = ("pattern", "score", "let", "attention", "assert", "use")
+DEFINITIONS = ("pattern", "score", "let", "attention", "stack", "assert", "use")
 DTYPES = ("int", "bool", "float")
 CLAUSES = ("inputs", "mask", "score", "decay", "norm", "offset", "heads", "keys", "approx")
 

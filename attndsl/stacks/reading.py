@@ -1,0 +1,161 @@
+"""From syntax to stages: words, names and numbers of a stack resolved, each layer with its `layer` bound."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from itertools import count
+from typing import Literal, cast, get_args
+
+from attndsl import expr as ir
+from attndsl.errors import AttnError, fail, suggest
+from attndsl.language.arguments import bind_arguments, bind_arguments_of
+from attndsl.language.elaborate import Elaborator
+from attndsl.language.values import TOKENS, Num, Scope, attention_named
+from attndsl.stacks.tree import FeedForward, Layers, Norm, Stack, Sublayer
+from attndsl.syntax import nodes as ast
+
+LAYER_LIMIT = 1024
+
+USAGE = {
+    "layers": "layers(N) { ... }",
+    "loop": "loop(N) { ... }",
+    "cycle": "cycle { a  a  b }",
+    "share": "share { ... }",
+    "ffn": "ffn(4)",
+}
+"""How the words of stages are written."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A stack being read: `weights` numbers sets of weights, and `known` holds those that turns share."""
+
+    elaborator: Elaborator
+    env: Scope
+    weights: Callable[[], int]
+    known: dict[int, int]
+
+
+def read(elaborator: Elaborator, item: ast.StackDef, env: Scope) -> tuple[Layers, ...]:
+    """The stages of a stack with its parameters in `env`. Raises AttnError."""
+    reading = Reading(elaborator, replace(env, integral=False), count().__next__, {})
+    return tuple(stage(reading, each) for each in item.stages)
+
+
+def stage(reading: Reading, e: ast.Stage) -> Layers:
+    """What stands in the braces of a stack."""
+    word = e.name.id
+    if word not in ("layers", "loop"):
+        inside = word in USAGE or word in reading.elaborator.definitions
+        help = (
+            f"write `layers(1) {{ {e.span.text} }}`"
+            if inside and e.body is None
+            else "it stands in `layers(N) { ... }`"
+        )
+        if not inside:
+            raise unknown(reading, e, ("layers", "loop"))
+        raise fail(f"`{word}` is no stage of a stack", e.name.span, help)
+    given = bind_arguments_of(word, ("N",), ("norm",), call(e), USAGE[word])
+    turns = reading.elaborator.constant(
+        given["N"], reading.env, TOKENS, f"the number of {word if word == 'layers' else 'turns'}"
+    )
+    if not 1 <= turns <= LAYER_LIMIT:
+        raise fail(f"`{word}({turns})`: from 1 to {LAYER_LIMIT:,}", given["N"].span)
+    body = braces(e)
+    layers = []
+    for layer in range(turns):
+        env = reading.env.bind(layer=Num(ir.const(layer)))
+        inner = replace(reading, env=env)
+        layers.append(tuple(sub for part in body for sub in sublayers(inner, part, layer, False)))
+    return Layers(cast("Literal['layers', 'loop']", word), tuple(layers), norm(given.get("norm")))
+
+
+def norm(e: ast.Expression | None) -> Norm:
+    if e is None:
+        return "pre"
+    words = get_args(Norm)
+    if isinstance(e, ast.Name) and e.id in words:
+        return cast("Norm", e.id)
+    raise fail(
+        f"expected one of {', '.join(words)}",
+        e.span,
+        "norms stand before each sublayer, or after it, or both",
+    )
+
+
+def sublayers(reading: Reading, e: ast.Stage, layer: int, shared: bool) -> tuple[Sublayer, ...]:
+    """What a layer is made of; `shared`: its weights are those of every turn."""
+    word = e.name.id
+    if word in ("cycle", "share"):
+        bind_arguments_of(word, (), (), call(e), USAGE[word])
+        parts = braces(e)
+        if word == "cycle":
+            return sublayers(reading, parts[layer % len(parts)], layer, shared)
+        if shared:
+            raise fail("`share` stands in `share`", e.name.span)
+        return tuple(sub for part in parts for sub in sublayers(reading, part, layer, True))
+    if e.body is not None:
+        if word in USAGE:
+            raise fail(f"`{word}` stands in the braces of a stack, not of a layer", e.name.span)
+        raise fail(f"`{word}` takes no braces", e.body[0].span)
+    if word == "ffn":
+        return (weighted(reading, feed_forward(reading, e), e, shared),)
+    definition = reading.elaborator.definitions.get(word)
+    if definition is None:
+        raise unknown(reading, e, ("cycle", "share", "ffn"))
+    if isinstance(definition, ast.Definition) and definition.word != "pattern":
+        raise fail(f"`{word}` is a {definition.word}, and a layer is made of attentions", e.name.span)
+    values = reading.elaborator.arguments(definition, e.args, reading.env, TOKENS)
+    given = bind_arguments(definition, e.args)
+    value = reading.elaborator.instance(definition, values, reading.env, e.span, given=given)
+    return (weighted(reading, Sublayer(word, attention_named(word, value), -1), e, shared),)
+
+
+def weighted(reading: Reading, made: Sublayer, e: ast.Stage, shared: bool) -> Sublayer:
+    if not shared:
+        return replace(made, weights=reading.weights())
+    if id(e) not in reading.known:
+        reading.known[id(e)] = reading.weights()
+    return replace(made, weights=reading.known[id(e)])
+
+
+def feed_forward(reading: Reading, e: ast.Stage) -> Sublayer:
+    given = bind_arguments_of("ffn", (), ("times", "chunks"), call(e), "ffn(4, chunks = 1)")
+    times = 4.0
+    if "times" in given:
+        number = ir.number(reading.elaborator.num(given["times"], reading.env, TOKENS))
+        if number is None or number <= 0:
+            raise fail("how many times as wide it is inside is a positive number", given["times"].span)
+        times = float(number)
+    chunks = 1
+    if "chunks" in given:
+        chunks = reading.elaborator.constant(given["chunks"], reading.env, TOKENS, "the number of chunks")
+        if chunks < 1:
+            raise fail(f"{chunks} chunks", given["chunks"].span, "one or more")
+    return Sublayer("ffn", FeedForward(times, chunks), -1)
+
+
+def call(e: ast.Stage) -> ast.Call:
+    return ast.Call(e.name, e.args, span=e.span)
+
+
+def braces(e: ast.Stage) -> tuple[ast.Stage, ...]:
+    if e.body is None:
+        raise fail(f"`{e.name.id}` has its layers in braces", e.span, f"write `{USAGE[e.name.id]}`")
+    return e.body
+
+
+def unknown(reading: Reading, e: ast.Stage, words: tuple[str, ...]) -> AttnError:
+    if e.name.id in reading.elaborator.broken or not reading.elaborator.whole:
+        return AttnError()
+    known = [*words, *(name for name, item in reading.elaborator.definitions.items() if is_attention(item))]
+    return fail(f"unknown name `{e.name.id}`", e.name.span, suggest(e.name.id, known))
+
+
+def is_attention(item: ast.Definition | ast.AttentionDef) -> bool:
+    return isinstance(item, ast.AttentionDef) or item.word == "pattern"
+
+
+def stack_of(elaborator: Elaborator, item: ast.StackDef, env: Scope, written: Mapping[str, str]) -> Stack:
+    return Stack(item.name, read(elaborator, item, env), item.span, tuple(written.items()))

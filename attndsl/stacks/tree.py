@@ -1,0 +1,81 @@
+"""What a stack is: its stages, every layer of them written out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from attndsl.attention import Attention
+from attndsl.errors import Span
+
+Norm = Literal["pre", "post", "sandwich"]
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """Two linear maps with a GELU between them, `times` as wide inside, of `chunks` pieces of the positions one
+    after the other: the same result in less memory (Kitaev et al. 2020, section 3)."""
+
+    times: float
+    chunks: int = 1
+
+
+@dataclass(frozen=True)
+class Sublayer:
+    """What is added to the residual stream.
+
+    weights: sublayers of one number have the same.
+    """
+
+    name: str
+    what: Attention | FeedForward
+    weights: int
+
+
+@dataclass(frozen=True)
+class Layers:
+    """`layers(N) { ... }` or `loop(N) { ... }`: the sublayers of each layer, or turn.
+
+    norm: where norms stand: before each sublayer (pre), after each sum (post), or before and after (sandwich).
+    """
+
+    word: Literal["layers", "loop"]
+    turns: tuple[tuple[Sublayer, ...], ...]
+    norm: Norm = "pre"
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A stack with its parameters bound.
+
+    written: where it is defined; parameters: each with its value as it is written.
+    """
+
+    name: str
+    stages: tuple[Layers, ...]
+    written: Span
+    parameters: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def turns(self) -> tuple[tuple[Sublayer, ...], ...]:
+        """The sublayers of every layer and turn, from the input on."""
+        return tuple(turn for stage in self.stages for turn in stage.turns)
+
+    @property
+    def sublayers(self) -> Iterator[Sublayer]:
+        """One of each set of weights, in the order of their first use."""
+        seen: set[int] = set()
+        for turn in self.turns:
+            for sublayer in turn:
+                if sublayer.weights not in seen:
+                    seen.add(sublayer.weights)
+                    yield sublayer
+
+    def __repr__(self) -> str:
+        given = ", ".join(f"{name} = {value}" for name, value in self.parameters)
+        count = len(self.turns)
+        return f"<stack {self.name}{f'({given})' * bool(given)}: {count} layer{'s' * (count != 1)}>"
+
+    def __str__(self) -> str:
+        return self.written.text
