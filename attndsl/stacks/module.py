@@ -1,0 +1,199 @@
+"""A stack as an nn.Module that trains."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from attndsl.attention import Attention
+from attndsl.errors import fail
+from attndsl.execution.plan import PlanModule, compile
+from attndsl.stacks.tree import FeedForward, Layers, Stack, Sublayer
+
+INITS = ("gpt2", "torch")
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a run of a stack tells besides its output.
+
+    losses: what is to be added to the loss, by the stage that asks for it.
+    """
+
+    losses: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Mixer(nn.Module):
+    """Attention of x [B, n, width] with projections of its own; `plan` is shared by layers of one attention."""
+
+    def __init__(self, plan: PlanModule, width: int, heads: int, kv_heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.heads, self.kv_heads = heads, kv_heads
+        self.q = nn.Linear(width, heads * head_dim, bias=False)
+        self.k = nn.Linear(width, kv_heads * head_dim, bias=False)
+        self.v = nn.Linear(width, kv_heads * head_dim, bias=False)
+        self.o = nn.Linear(heads * head_dim, width, bias=False)
+        self.attention = plan
+
+    def forward(self, x: Tensor, tables: Mapping[str, Any]) -> Tensor:
+        q, k, v = (
+            made(x).unflatten(-1, (heads, -1)).transpose(1, 2)
+            for made, heads in ((self.q, self.heads), (self.k, self.kv_heads), (self.v, self.kv_heads))
+        )
+        names = [table.name for table in self.attention.plan.attention.inputs]
+        mixed = self.attention(q, k, v, **{name: tables[name] for name in names if name in tables})
+        return cast(Tensor, self.o(mixed.transpose(1, 2).flatten(2)))
+
+
+class FFN(nn.Module):
+    """`FeedForward` of x [B, n, width]."""
+
+    def __init__(self, what: FeedForward, width: int) -> None:
+        super().__init__()
+        inner = round(what.times * width)
+        self.chunks = what.chunks
+        self.up, self.down = nn.Linear(width, inner), nn.Linear(inner, width)
+
+    def forward(self, x: Tensor, tables: Mapping[str, Any]) -> Tensor:
+        pieces = [self.down(nn.functional.gelu(self.up(piece))) for piece in x.chunk(self.chunks, 1)]
+        return torch.cat(pieces, 1) if len(pieces) > 1 else cast(Tensor, pieces[0])
+
+
+class Residual(nn.Module):
+    """What one sublayer adds to x, with the norms around it."""
+
+    def __init__(self, inner: Mixer | FFN, norm: str, make_norm: Callable[[int], nn.Module], width: int) -> None:
+        super().__init__()
+        self.inner = inner
+        self.before = make_norm(width) if norm in ("pre", "sandwich") else nn.Identity()
+        self.behind = make_norm(width) if norm == "sandwich" else nn.Identity()
+        self.after = make_norm(width) if norm == "post" else nn.Identity()
+
+    def forward(self, x: Tensor, tables: Mapping[str, Any]) -> Tensor:
+        return cast(Tensor, self.after(x + self.behind(self.inner(self.before(x), tables))))
+
+
+class StackModule(nn.Module):
+    """A stack that trains: `y, record = module(x, **tables)`.
+
+    x, y: [B, n, width], n up to the `length` it was built for. `tables` are the run-time inputs of its
+    attentions, by name. Raises AttnError for an x that does not fit and a table that no attention has.
+    """
+
+    def __init__(self, stack: Stack, width: int, length: int, parts: Mapping[int, Residual], last: nn.Module) -> None:
+        super().__init__()
+        self.stack, self.width, self.length = stack, width, length
+        self.parts = nn.ModuleDict({str(weights): part for weights, part in parts.items()})
+        self.last = last
+
+    def forward(self, x: Tensor, **tables: Any) -> tuple[Tensor, Record]:
+        """What it makes of x [B, n, width], and what the run tells."""
+        self._check(x, tables)
+        for turn in self.stack.turns:
+            for sublayer in turn:
+                x = self.parts[str(sublayer.weights)](x, tables)
+        return self.last(x), Record()
+
+    def _check(self, x: Tensor, tables: Mapping[str, Any]) -> None:
+        if x.ndim != 3 or x.shape[-1] != self.width:
+            raise fail(f"x is [B, n, {self.width}], not {[*x.shape]}")
+        if x.shape[1] > self.length:
+            raise fail(f"x has {x.shape[1]:,} positions, and the stack is built for {self.length:,}")
+        known = {table.name for what in attentions(self.stack) for table in what.inputs}
+        for name in tables:
+            if name not in known:
+                raise fail(f"no attention of `{self.stack.name}` has an input `{name}`")
+
+    def extra_repr(self) -> str:
+        """Its line in print(model)."""
+        return f"{self.stack!r}, width={self.width}, length={self.length}"
+
+
+def attentions(stack: Stack) -> Iterator[Attention]:
+    """Every attention of a stack, each once."""
+    seen = {sub.what: None for turn in stack.turns for sub in turn if isinstance(sub.what, Attention)}
+    return iter(seen)
+
+
+def build(
+    stack: Stack,
+    *,
+    width: int,
+    heads: int,
+    length: int,
+    kv_heads: int | None = None,
+    head_dim: int | None = None,
+    batch: int = 1,
+    dtype: str = "float32",
+    device: str = "cpu",
+    backend: str | None = None,
+    norm: Callable[[int], nn.Module] = nn.LayerNorm,
+    init: str = "gpt2",
+) -> StackModule:
+    """A stack as an nn.Module: projections, norms and feed-forward are torch's own, attentions are plans.
+
+    stack     one of a program, its parameters bound
+    width     numbers of a position
+    heads     query heads of every attention
+    length    positions, the most of a call
+    kv_heads  heads of keys and values, a divisor of `heads`; as many if not given
+    head_dim  numbers of a head; width / heads if not given
+    batch     batch rows that costs are predicted for
+    dtype     of parameters and of x
+    device    torch's name of it
+    backend   of every attention; the cheapest of each if not given
+    norm      makes a norm of so many numbers: nn.LayerNorm, nn.RMSNorm
+    init      of weights: "gpt2", normal with deviation 0.02, what enters the residual stream divided by the
+              square root of how often that happens (Radford et al. 2019, section 2.3); "torch": as torch does
+
+    Raises AttnError for sizes that do not fit, an unknown `init`, and what a plan refuses.
+    """
+    if head_dim is None:
+        if width % heads:
+            raise fail(f"a width of {width} is no multiple of {heads} heads", help="give `head_dim`")
+        head_dim = width // heads
+    if init not in INITS:
+        raise fail(f"unknown init `{init}`", help=f"there are {', '.join(INITS)}")
+    plans = {
+        what: compile(
+            what, length=length, batch=batch, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
+            dtype=dtype, device=device, training=True, backend=backend,
+        )
+        for what in attentions(stack)
+    }  # fmt: skip
+    parts: dict[int, Residual] = {}
+    for stage, sublayer in used(stack):
+        if sublayer.weights not in parts:
+            inner: Mixer | FFN
+            if isinstance(sublayer.what, FeedForward):
+                inner = FFN(sublayer.what, width)
+            else:
+                plan = cast(PlanModule, plans[sublayer.what].module())
+                inner = Mixer(plan, width, heads, kv_heads or heads, head_dim)
+            parts[sublayer.weights] = Residual(inner, stage.norm, norm, width)
+    last = nn.Identity() if stack.stages[-1].norm == "post" else norm(width)
+    module = StackModule(stack, width, length, parts, last).to(device, getattr(torch, dtype))
+    if init == "gpt2":
+        initialise(module)
+    return module
+
+
+def used(stack: Stack) -> Iterator[tuple[Layers, Sublayer]]:
+    return ((stage, sub) for stage in stack.stages for turn in stage.turns for sub in turn)
+
+
+def initialise(module: StackModule) -> None:
+    """As in GPT-2 (Radford et al. 2019, section 2.3)."""
+    scale = 1 / math.sqrt(sum(len(turn) for turn in module.stack.turns))
+    for part in module.parts.values():
+        inner = cast(Residual, part).inner
+        for name, child in inner.named_children():
+            if isinstance(child, nn.Linear):
+                nn.init.normal_(child.weight, std=0.02 * (scale if name in ("o", "down") else 1))
+                if child.bias is not None:
+                    nn.init.zeros_(child.bias)
