@@ -44,7 +44,7 @@ from attndsl.language.vocabulary import BUILT_IN, RESERVED
 from attndsl.pictures import notebook
 from attndsl.selection import Selection
 from attndsl.shipped import elsewhere, located, nearby
-from attndsl.stacks.reading import stack_of
+from attndsl.stacks.reading import masks, stack_of
 from attndsl.syntax import nodes as ast
 from attndsl.syntax.format import render
 
@@ -308,6 +308,7 @@ class Program:
         self.assertions: list[Assertion] = []
         both: ChainMap[str, Definition] = ChainMap(definitions, prelude())  # type: ignore[arg-type]  # read only
         self.elaborator = Elaborator(both, _selection, _selections)
+        self.elaborator.layers_of = self._layers_of
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
@@ -433,6 +434,19 @@ class Program:
                 value = self.elaborator.value(param.default, at, TOKENS)
             scope = scope.bind(**{param.name: value or Num(ir.ZERO)})
         return scope
+
+    def _layers_of(self, e: ast.Call) -> tuple[ir.Expr, ...] | None:
+        of = e.args[0].value if e.args else e
+        called = of if isinstance(of, ast.Call) else ast.Call(of, (), span=of.span)
+        item = self.stacks.get(called.func.id) if isinstance(called.func, ast.Name) else None
+        if item is None:
+            return None
+        if len(e.args) > 1:
+            raise fail("a stack says itself how many layers it has", e.args[1].span)
+        env = Scope({}, integral=False)
+        given = bind_arguments(item, called.args)
+        values = {name: self.elaborator.value(value, env, TOKENS) for name, value in given.items()}
+        return masks(stack_of(self.elaborator, item, self._scope(item, values), {}))
 
     def _tell_empty(self, attention: Attention, values: Mapping[str, Value]) -> None:
         """Warns of numbers with which nothing is related, on the line that binds them."""

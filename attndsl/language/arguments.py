@@ -15,7 +15,7 @@ from attndsl.syntax.format import render
 
 
 def bind_arguments(
-    definition: ast.Definition | ast.AttentionDef, args: tuple[ast.Argument, ...]
+    definition: ast.Definition | ast.AttentionDef | ast.StackDef, args: tuple[ast.Argument, ...]
 ) -> dict[str, ast.Expression]:
     """Arguments of a definition, by parameter; those left out are not in it."""
     names = tuple(param.name for param in definition.params)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import TYPE_CHECKING, Literal
 
 from attndsl import expr as ir
@@ -30,13 +31,13 @@ class PerHead:
 
 @dataclass(frozen=True)
 class Reach:
-    """What `layers` layers of the mask reach, the residual stream included: (R | radius(0)) ** layers.
+    """What layers reach, the residual stream included: the product of all (R | radius(0)).
 
+    steps  masks, from the input on, each of so many layers
     heads  the truth over H that it is about
     """
 
-    of: Expr
-    layers: int
+    steps: tuple[tuple[Expr, int], ...]
     heads: Expr
 
 
@@ -177,12 +178,15 @@ def _compared(
 def _side(e: ast.Expression, elaborator: Elaborator) -> PerHead | Reach | Quantity | float:
     name = _called(e)
     if name == "reach":
+        assert isinstance(e, ast.Call)
+        if (masks := elaborator.layers_of(e)) is not None:
+            return Reach(tuple((mask, len([*same])) for mask, same in groupby(masks)), ir.TRUE)
         args = _arguments(e)
         layers = elaborator.constant(args["layers"], Scope({}), TOKENS, "the number of layers")
         if layers < 0:
             raise fail(f"the number of layers is {layers}, and must not be negative", args["layers"].span)
         of = elaborator.pattern(args["of"], Scope({}, claims=True), TOKENS)
-        return Reach(of.at(Q, K, TOKENS).mask, layers, _enough(args["of"], elaborator))
+        return Reach(((of.at(Q, K, TOKENS).mask, layers),), _enough(args["of"], elaborator))
     if name in ("density", "nnz", "diameter"):
         return _quantity(name, e, elaborator)  # type: ignore[arg-type]
     try:
@@ -338,9 +342,9 @@ def _worst(verdicts: list[Verdict]) -> Verdict:
 def _per_head(side: PerHead | Reach) -> tuple[tuple[Expr, Expr], ...]:
     if isinstance(side, PerHead):
         return side.groups
-    from attndsl.layers.reach import reach
+    from attndsl.layers.reach import through
 
-    return ((reach(side.of, side.layers), side.heads),)
+    return ((through(side.steps), side.heads),)
 
 
 def _measured(side: Quantity | float) -> tuple[float, float] | None:

@@ -62,7 +62,8 @@ class Elaborator:
 
     `definitions` maps a name to its syntax, a file's own before the prelude's; `broken` holds those whose
     error was reported already: their users stay silent. `whole` is False where a file that is used was not
-    found, which was reported: any unknown name may be there.
+    found, which was reported: any unknown name may be there. `layers_of` gives the masks of the layers of a
+    stack whose `reach` is asked for, None of what is no stack.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class Elaborator:
         self.steps = 0
         self.serials: dict[tuple[object, ...], int] = {}
         self.leaves: dict[Selected, tuple[int, Span]] = {}
+        self.layers_of: Callable[[ast.Call], tuple[Expr, ...] | None] = lambda e: None
 
     # names
 

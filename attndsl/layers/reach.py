@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -64,6 +65,30 @@ def joined(mask: Expr) -> Expr:
     return any_of(eliminate(over_heads(mask), SELF), SAME)
 
 
+def through(steps: Sequence[tuple[Expr, int]]) -> Expr:
+    """The pairs joined through masks, from the input on, each of so many layers of some head, for every n;
+    the residual stream counts."""
+    apart = [sides(joined(mask)) for mask, _ in steps]
+    both = [pair for pair in apart if pair is not None]
+    if len(both) == len(steps) > 1:
+        period = math.lcm(*(side.period for pair in both for side in pair))
+        shown = [tuple(side.unrolled(len(side.bits) + period) for side in pair) for pair in both]
+        if period <= PERIOD and walkable(cast("list[tuple[Bits, Bits]]", shown)):
+            totals = []
+            for lower, *others in zip(*both, strict=True):
+                sums = [
+                    side.over(period).times(layers)
+                    for side, (_, layers) in zip((lower, *others), steps, strict=True)
+                ]
+                totals.append(functools.reduce(Distances.plus, sums))
+            return any_of(*(total.mask() for total in totals))
+    result = SAME
+    for mask, layers in steps:
+        step = reach(mask, layers)
+        result = step if result is SAME else product(step, result)
+    return result
+
+
 def reach(mask: Expr, layers: int) -> Expr:
     """The pairs joined through `layers` layers of some head, for every n; the residual stream counts."""
     if layers == 0:
@@ -117,6 +142,10 @@ class Distances:
         return Distances(
             self.bits[: (differ[-1] + 1 if len(differ) else 0) + self.period], self.period, self.sign
         )
+
+    def over(self, period: int) -> Distances:
+        """The same, written with a multiple of its period."""
+        return Distances(self.unrolled(self.start + period), period, self.sign)
 
     def times(self, count: int) -> Distances:
         """All sums of `count` members."""

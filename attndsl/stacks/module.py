@@ -67,7 +67,9 @@ class FFN(nn.Module):
 class Residual(nn.Module):
     """What one sublayer adds to x, with the norms around it."""
 
-    def __init__(self, inner: Mixer | FFN, norm: str, make_norm: Callable[[int], nn.Module], width: int) -> None:
+    def __init__(
+        self, inner: Mixer | FFN, norm: str, make_norm: Callable[[int], nn.Module], width: int
+    ) -> None:
         super().__init__()
         self.inner = inner
         self.before = make_norm(width) if norm in ("pre", "sandwich") else nn.Identity()
@@ -85,7 +87,9 @@ class StackModule(nn.Module):
     attentions, by name. Raises AttnError for an x that does not fit and a table that no attention has.
     """
 
-    def __init__(self, stack: Stack, width: int, length: int, parts: Mapping[int, Residual], last: nn.Module) -> None:
+    def __init__(
+        self, stack: Stack, width: int, length: int, parts: Mapping[int, Residual], last: nn.Module
+    ) -> None:
         super().__init__()
         self.stack, self.width, self.length = stack, width, length
         self.parts = nn.ModuleDict({str(weights): part for weights, part in parts.items()})

@@ -8,6 +8,7 @@ from itertools import count
 from typing import Literal, cast, get_args
 
 from attndsl import expr as ir
+from attndsl.attention import Attention
 from attndsl.errors import AttnError, fail, suggest
 from attndsl.language.arguments import bind_arguments, bind_arguments_of
 from attndsl.language.elaborate import Elaborator
@@ -159,3 +160,10 @@ def is_attention(item: ast.Definition | ast.AttentionDef) -> bool:
 
 def stack_of(elaborator: Elaborator, item: ast.StackDef, env: Scope, written: Mapping[str, str]) -> Stack:
     return Stack(item.name, read(elaborator, item, env), item.span, tuple(written.items()))
+
+
+def masks(stack: Stack) -> tuple[ir.Expr, ...]:
+    """What some head of each attention relates, from the input on."""
+    return tuple(
+        sub.what.any_head() for turn in stack.turns for sub in turn if isinstance(sub.what, Attention)
+    )
