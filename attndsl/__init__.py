@@ -17,6 +17,7 @@ from attndsl.errors import AttnError
 from attndsl.keywords import missing
 from attndsl.language.assertions import Assertion, prove
 from attndsl.program import Program, load, parse
+from attndsl.stacks.tree import Stack
 
 if TYPE_CHECKING:
     from attndsl import spans as spans
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from attndsl.interop.blocks import create_block_mask
     from attndsl.interop.flex import from_mask_mod, from_score_mod
     from attndsl.relations.proofs import Verdict
+    from attndsl.stacks.module import StackModule, build
     from attndsl.tiles.blockmask import BlockMask
 
 
@@ -41,10 +43,13 @@ __all__ = [
     "Program",
     "Report",
     "Session",
+    "Stack",
+    "StackModule",
     "SumPlan",
     "Verdict",
     "__version__",
     "analyze",
+    "build",
     "compile",
     "create_block_mask",
     "examples",
@@ -60,9 +65,11 @@ LAZY = {
     "PlanModule": "attndsl.execution.plan",
     "Report": "attndsl.analysis.report",
     "Session": "attndsl.execution.session",
+    "StackModule": "attndsl.stacks.module",
     "SumPlan": "attndsl.execution.sums",
     "Verdict": "attndsl.relations.proofs",
     "analyze": "attndsl.analysis.report",
+    "build": "attndsl.stacks.module",
     "compile": "attndsl.execution.plan",
     "create_block_mask": "attndsl.interop.blocks",
     "from_mask_mod": "attndsl.interop.flex",

@@ -44,7 +44,8 @@ from attndsl.language.vocabulary import BUILT_IN, RESERVED
 from attndsl.pictures import notebook
 from attndsl.selection import Selection
 from attndsl.shipped import elsewhere, located, nearby
-from attndsl.stacks.reading import masks, stack_of
+from attndsl.stacks.reading import masks, read
+from attndsl.stacks.tree import Stack
 from attndsl.syntax import nodes as ast
 from attndsl.syntax.format import render
 
@@ -308,7 +309,7 @@ class Program:
         self.assertions: list[Assertion] = []
         both: ChainMap[str, Definition] = ChainMap(definitions, prelude())  # type: ignore[arg-type]  # read only
         self.elaborator = Elaborator(both, _selection, _selections)
-        self.elaborator.layers_of = self._layers_of
+        self.elaborator.layers_of, self.elaborator.stacks = self._layers_of, stacks.keys()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
@@ -398,7 +399,7 @@ class Program:
                 raise fail(f"`{name}` is given twice")
             if name not in names:
                 help = suggest(name, names) or f"write `{signature(item)}`"
-                if name in inputs_of(item):
+                if not isinstance(item, ast.StackDef) and name in inputs_of(item):
                     given_by = f"`plan(q, k, v, {name}=...)`, on the command line `--input {name}=FILE.npy`"
                     help = f"it is a table: {given_by}"
                 raise fail(f"`{item.name}` has no parameter `{name}`", help=help)
@@ -413,7 +414,13 @@ class Program:
         defaults = {param.name: param.default for param in item.params if param.default is not None}
         written = {name: _shown(given[name]) if name in given else render(defaults[name]) for name in names}
         if isinstance(item, ast.StackDef):
-            return cast(Bound, stack_of(self.elaborator, item, self._scope(item, values), written))
+            stages = read(self.elaborator, item, self._scope(item, values))
+
+            def again(*args: Any, **params: Any) -> Stack:
+                kept = {name: value for name, value in given.items() if name not in names[: len(args)]}
+                return cast(Stack, self._bind(item, args, kept | params))
+
+            return cast(Bound, Stack(item.name, stages, item.span, written, again))
         value = self.elaborator.instance(item, values, Scope({}), item.name_span, given=texts)
         attention = replace(attention_named(item.name, value), written=item.span, parameters=tuple(names))
         self._tell_empty(attention, values)
@@ -446,7 +453,7 @@ class Program:
         env = Scope({}, integral=False)
         given = bind_arguments(item, called.args)
         values = {name: self.elaborator.value(value, env, TOKENS) for name, value in given.items()}
-        return masks(stack_of(self.elaborator, item, self._scope(item, values), {}))
+        return masks(read(self.elaborator, item, self._scope(item, values)))
 
     def _tell_empty(self, attention: Attention, values: Mapping[str, Value]) -> None:
         """Warns of numbers with which nothing is related, on the line that binds them."""
@@ -501,7 +508,7 @@ class Program:
             if stack.name in self.elaborator.broken or any(param.default is None for param in stack.params):
                 continue
             try:
-                stack_of(self.elaborator, stack, self._scope(stack, {}), {})
+                read(self.elaborator, stack, self._scope(stack, {}))
             except AttnError as error:
                 problems += error.diagnostics
         return problems
@@ -582,6 +589,10 @@ def bound_of(value: object) -> Bound:
         return Bound(value)
     if isinstance(value, Unbound):
         raise value.refusal
+    if isinstance(value, Stack):
+        raise fail(
+            f"`{value.name}` is a stack, and no attention", help="its module is made by `attndsl.build`"
+        )
     if isinstance(value, Program):
         names = ", ".join(value.names)
         raise fail("a program is taken one attention at a time", help=f'write program["..."]: {names}')

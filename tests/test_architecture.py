@@ -47,6 +47,7 @@ ROOMS = (
     "analysis.report",
     "execution",  # plans and the operator
     "interop",  # what is written for other libraries
+    "stacks",  # as modules
     "spans",  # adaptive spans in training
     "html",
     "command",

@@ -17,6 +17,7 @@ from attndsl.bound import Bound, Unbound
 from attndsl.errors import AttnError, Source, fail
 from attndsl.program import Program, load, parse
 from attndsl.shipped import PREFIX, elsewhere, located, names
+from attndsl.stacks.tree import Stack
 from attndsl.syntax.format import render
 
 INSTANCE = "name it in the file: `attention wide = lm(w = 8)`"
@@ -53,12 +54,15 @@ def titled(file: str, name: str | None, params: dict[str, str] | None) -> tuple[
         raise fail(f"`{name}` has parameters behind the name", help=how)
     program = program_of(file)
     name = name or program.default()
-    definition = program[name]
+    definition: Any = program[name]
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         attention = definition(**params) if params else definition
     for found in told:
         click.echo(f"warning: {found.message}", err=True)
+    if isinstance(attention, Stack):
+        own = dict.fromkeys(sub.name for turn in attention.turns for sub in turn if sub.name in program)
+        raise fail(f"`{name}` is a stack", help=f"ask for one of its attentions: {', '.join(own)}")
     if isinstance(attention, Unbound):
         raise fail(str(attention).strip("<>"), help=how)
     return attention, title(program, name, params or {})

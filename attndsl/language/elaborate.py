@@ -6,7 +6,7 @@ What an expression denotes, and how it is evaluated, say expressions.py and comb
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 
 from attndsl import expr as ir
@@ -62,8 +62,8 @@ class Elaborator:
 
     `definitions` maps a name to its syntax, a file's own before the prelude's; `broken` holds those whose
     error was reported already: their users stay silent. `whole` is False where a file that is used was not
-    found, which was reported: any unknown name may be there. `layers_of` gives the masks of the layers of a
-    stack whose `reach` is asked for, None of what is no stack.
+    found, which was reported: any unknown name may be there. `stacks` are names of stacks, and `layers_of`
+    gives the masks of the layers of one whose `reach` is asked for, None of what is none.
     """
 
     def __init__(
@@ -79,6 +79,7 @@ class Elaborator:
         self.steps = 0
         self.serials: dict[tuple[object, ...], int] = {}
         self.leaves: dict[Selected, tuple[int, Span]] = {}
+        self.stacks: Collection[str] = ()
         self.layers_of: Callable[[ast.Call], tuple[Expr, ...] | None] = lambda e: None
 
     # names
@@ -119,6 +120,9 @@ class Elaborator:
         """For a name without a meaning; `looked_up` as a table is."""
         if name.id in self.broken or not self.whole:
             return AttnError()
+        if name.id in self.stacks:
+            help = f"of a stack there is the reach: `reach({name.id})`" if env.claims else ""
+            return fail(f"`{name.id}` is a stack, and no pattern", name.span, help)
         if (comment := _comment_before(name.span)) is not None:
             return fail("unexpected `//`", comment, "a comment begins with `#`")
         if name.id == "learn":

@@ -29,7 +29,7 @@ class Record:
 
 
 class Mixer(nn.Module):
-    """Attention of x [B, n, width] with projections of its own; `plan` is shared by layers of one attention."""
+    """Attention of x [B, n, width] with projections of its own; layers of one attention share a plan."""
 
     def __init__(self, plan: PlanModule, width: int, heads: int, kv_heads: int, head_dim: int) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class StackModule(nn.Module):
     ) -> None:
         super().__init__()
         self.stack, self.width, self.length = stack, width, length
-        self.parts = nn.ModuleDict({str(weights): part for weights, part in parts.items()})
+        self.parts = nn.ModuleDict({key(sub): parts[sub.weights] for sub in stack.sublayers})
         self.last = last
 
     def forward(self, x: Tensor, **tables: Any) -> tuple[Tensor, Record]:
@@ -100,7 +100,7 @@ class StackModule(nn.Module):
         self._check(x, tables)
         for turn in self.stack.turns:
             for sublayer in turn:
-                x = self.parts[str(sublayer.weights)](x, tables)
+                x = self.parts[key(sublayer)](x, tables)
         return self.last(x), Record()
 
     def _check(self, x: Tensor, tables: Mapping[str, Any]) -> None:
@@ -116,6 +116,11 @@ class StackModule(nn.Module):
     def extra_repr(self) -> str:
         """Its line in print(model)."""
         return f"{self.stack!r}, width={self.width}, length={self.length}"
+
+
+def key(sublayer: Sublayer) -> str:
+    """Under which its weights stand in a `state_dict`."""
+    return f"{sublayer.weights}_{sublayer.name}"
 
 
 def attentions(stack: Stack) -> Iterator[Attention]:
@@ -157,6 +162,10 @@ def build(
 
     Raises AttnError for sizes that do not fit, an unknown `init`, and what a plan refuses.
     """
+    if not isinstance(stack, Stack):
+        raise fail(
+            f"expected a stack, not {type(stack).__name__}", help="write `stack NAME { layers(N) { ... } }`"
+        )
     if head_dim is None:
         if width % heads:
             raise fail(f"a width of {width} is no multiple of {heads} heads", help="give `head_dim`")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Literal, cast, get_args
@@ -12,8 +12,8 @@ from attndsl.attention import Attention
 from attndsl.errors import AttnError, fail, suggest
 from attndsl.language.arguments import bind_arguments, bind_arguments_of
 from attndsl.language.elaborate import Elaborator
-from attndsl.language.values import TOKENS, Num, Scope, attention_named
-from attndsl.stacks.tree import FeedForward, Layers, Norm, Stack, Sublayer
+from attndsl.language.values import TOKENS, Num, Scope, Value, attention_named
+from attndsl.stacks.tree import FeedForward, Layers, Norm, Sublayer
 from attndsl.syntax import nodes as ast
 
 LAYER_LIMIT = 1024
@@ -109,8 +109,19 @@ def sublayers(reading: Reading, e: ast.Stage, layer: int, shared: bool) -> tuple
         raise fail(f"`{word}` is a {definition.word}, and a layer is made of attentions", e.name.span)
     values = reading.elaborator.arguments(definition, e.args, reading.env, TOKENS)
     given = bind_arguments(definition, e.args)
+    for name, argument in given.items():
+        beyond(values[name], argument, layer)
     value = reading.elaborator.instance(definition, values, reading.env, e.span, given=given)
     return (weighted(reading, Sublayer(word, attention_named(word, value), -1), e, shared),)
+
+
+def beyond(value: Value, e: ast.Expression, layer: int) -> None:
+    """Refuses a list that has no entry for a layer."""
+    for node in ir.nodes(value.expr) if isinstance(value, Num) else ():
+        if node.op == "lookup" and (index := ir.number(node.args[0])) is not None:
+            raise fail(
+                f"{node.value} has no entry {index}, which layer {layer} reads", e.span, "layers count from 0"
+            )
 
 
 def weighted(reading: Reading, made: Sublayer, e: ast.Stage, shared: bool) -> Sublayer:
@@ -150,6 +161,8 @@ def braces(e: ast.Stage) -> tuple[ast.Stage, ...]:
 def unknown(reading: Reading, e: ast.Stage, words: tuple[str, ...]) -> AttnError:
     if e.name.id in reading.elaborator.broken or not reading.elaborator.whole:
         return AttnError()
+    if e.name.id in reading.elaborator.stacks:
+        raise fail(f"`{e.name.id}` is a stack, and stands in no other", e.name.span)
     known = [*words, *(name for name, item in reading.elaborator.definitions.items() if is_attention(item))]
     return fail(f"unknown name `{e.name.id}`", e.name.span, suggest(e.name.id, known))
 
@@ -158,12 +171,7 @@ def is_attention(item: ast.Definition | ast.AttentionDef) -> bool:
     return isinstance(item, ast.AttentionDef) or item.word == "pattern"
 
 
-def stack_of(elaborator: Elaborator, item: ast.StackDef, env: Scope, written: Mapping[str, str]) -> Stack:
-    return Stack(item.name, read(elaborator, item, env), item.span, tuple(written.items()))
-
-
-def masks(stack: Stack) -> tuple[ir.Expr, ...]:
+def masks(stages: tuple[Layers, ...]) -> tuple[ir.Expr, ...]:
     """What some head of each attention relates, from the input on."""
-    return tuple(
-        sub.what.any_head() for turn in stack.turns for sub in turn if isinstance(sub.what, Attention)
-    )
+    every = (sub.what for stage in stages for turn in stage.turns for sub in turn)
+    return tuple(what.any_head() for what in every if isinstance(what, Attention))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from attndsl.attention import Attention
 from attndsl.errors import Span
@@ -14,8 +14,11 @@ Norm = Literal["pre", "post", "sandwich"]
 
 @dataclass(frozen=True)
 class FeedForward:
-    """Two linear maps with a GELU between them, `times` as wide inside, of `chunks` pieces of the positions one
-    after the other: the same result in less memory (Kitaev et al. 2020, section 3)."""
+    """Two linear maps with a GELU between them, `times` as wide inside.
+
+    chunks: pieces of the positions that are done one after the other: the same in less memory (Kitaev et al.
+    2020, section 3).
+    """
 
     times: float
     chunks: int = 1
@@ -37,7 +40,8 @@ class Sublayer:
 class Layers:
     """`layers(N) { ... }` or `loop(N) { ... }`: the sublayers of each layer, or turn.
 
-    norm: where norms stand: before each sublayer (pre), after each sum (post), or before and after (sandwich).
+    norm: where norms stand: before each sublayer (pre), after each sum (post), or on both sides of each
+    sublayer (sandwich).
     """
 
     word: Literal["layers", "loop"]
@@ -49,13 +53,21 @@ class Layers:
 class Stack:
     """A stack with its parameters bound.
 
-    written: where it is defined; parameters: each with its value as it is written.
+    written:    where it is defined.
+    parameters: the names that it takes, each with its value as it is written.
+    rebind:     gives it with other parameters: what `stack(w=256)` calls.
     """
 
     name: str
     stages: tuple[Layers, ...]
     written: Span
-    parameters: tuple[tuple[str, str], ...] = ()
+    parameters: Mapping[str, str] = field(default_factory=dict, compare=False)
+    rebind: Callable[..., Stack] | None = field(default=None, compare=False)
+
+    def __call__(self, *args: Any, **params: Any) -> Stack:
+        """With parameters in place of the ones it has, in their order or by name."""
+        assert self.rebind is not None, "a stack of a program"
+        return self.rebind(*args, **params)
 
     @property
     def turns(self) -> tuple[tuple[Sublayer, ...], ...]:
@@ -73,7 +85,7 @@ class Stack:
                     yield sublayer
 
     def __repr__(self) -> str:
-        given = ", ".join(f"{name} = {value}" for name, value in self.parameters)
+        given = ", ".join(f"{name} = {value}" for name, value in self.parameters.items())
         count = len(self.turns)
         return f"<stack {self.name}{f'({given})' * bool(given)}: {count} layer{'s' * (count != 1)}>"
 

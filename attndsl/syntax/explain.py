@@ -440,6 +440,29 @@ def word_out_of_place(r: Refused) -> Explained | None:
     return None
 
 
+def stage(r: Refused) -> Explained | None:
+    """In a stack, whose stages stand one behind the other."""
+    if not r.tokens or r.tokens[0].type != "STACK" or "LBRACE" not in r.accepts | {r.bad.type}:
+        return None
+    if r.bad.type == "ASSIGN" and "RBRACE" not in r.accepts:
+        return r.it("expected `{`, not `=`", f"write `stack {r.tokens[1]} {{ layers(N) {{ ... }} }}`")
+    if "RBRACE" not in r.accepts or r.kind(1) not in ("NAME", "RPAR"):
+        return None
+    if r.bad.type == "COMMA":
+        return r.without_it("a comma between stages", "leave it out: each begins with a name")
+    if r.bad.type == "INT" and r.kind(1) == "NAME":
+        return r.it(f"expected `(`, not {r.shown}", f"write `{r.tokens[-1]}({r.bad})`")
+    if r.bad.type == "ASSIGN":
+        return r.it(
+            "unexpected `=`",
+            f"a parameter stands behind the name: `stack {r.tokens[1]}({r.tokens[-1]} = ...)`",
+        )
+    if r.bad.type in OPERATORS | {"LSQB"}:
+        help = "give it a name, `attention NAME = ...`, and write that"
+        return r.it("a sublayer is a name or a call, and no expression", help)
+    return None
+
+
 def clauses_of_sum(r: Refused) -> Explained | None:
     """Behind attentions that are added: clauses are those of the parts."""
     kinds = [token.type for token in r.tokens]
@@ -576,6 +599,7 @@ RULES: tuple[Rule, ...] = (
     definition,
     header,
     clause,
+    stage,
     clauses_of_sum,
     word_out_of_place,
     compared_heads,

@@ -203,7 +203,7 @@ class AttentionDef(Node):
 
 @dataclass(frozen=True)
 class Stage(Node):
-    """`layers(12) { ... }`, `cycle { a  a  b }`, or the attention of a layer; `body` is None without braces."""
+    """`layers(12) { ... }`, `cycle { a  a  b }`, or an attention; without braces `body` is None."""
 
     name: Name
     args: tuple[Argument, ...] = ()

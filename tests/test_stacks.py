@@ -1,0 +1,219 @@
+"""Stacks: their layers, what these reach, and their modules beside the reference."""
+
+from __future__ import annotations
+
+import functools
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from numpy.typing import NDArray
+
+import attndsl
+from attndsl.command.cli import main
+from attndsl.expr import Expr, const, substitute
+from attndsl.layers.reach import through
+from attndsl.meaning.pointwise import evaluate
+from attndsl.stacks.reference import reference
+
+TEXT = """
+let windows = [2, 3, 5]
+attention local(w = 4, step = 1) { mask causal & band(1 - w * step .. 0, step = step)  score alibi }
+attention packed(z = learn[H](0.1)) { inputs doc : int[n]  mask causal & documents(doc)  score s + z }
+attention whole { mask causal }
+stack cycled(w = 2) { layers(5) { cycle { local(w)  local(w + 1)  whole }  ffn(4) } }
+stack growing { layers(3) { local(w = windows[layer], step = [1, 2, 1][layer])  ffn(2, chunks = 3) } }
+stack turning { loop(4) { share { local  ffn(2) } } }
+stack mixed {
+    layers(2) { local  share { ffn(1.5) } }
+    layers(2, norm = post) { packed  ffn }
+    loop(2, norm = sandwich) { share { packed  ffn(1) } }
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def program() -> attndsl.Program:
+    return attndsl.parse(TEXT)
+
+
+def stack(program: attndsl.Program, name: str) -> attndsl.Stack:
+    found: object = program[name]
+    assert isinstance(found, attndsl.Stack)
+    return found
+
+
+def test_every_layer_is_written_out(program: attndsl.Program) -> None:
+    cycled = stack(program, "cycled")
+    assert [turn[0].name for turn in cycled.turns] == ["local", "local", "whole", "local", "local"]
+    first, second, *_ = cycled.turns
+    assert first[0].what == program["local"](2).attention
+    assert second[0].what == program["local"](3).attention
+    assert cycled(w=3).turns[0][0].what == second[0].what
+    assert str(cycled).startswith("stack cycled(w = 2) {")
+    assert repr(cycled(3)) == "<stack cycled(w = 3): 5 layers>"
+
+
+def test_shared_turns_have_one_set_of_weights(program: attndsl.Program) -> None:
+    turning, mixed = stack(program, "turning"), stack(program, "mixed")
+    assert [[sub.weights for sub in turn] for turn in turning.turns] == [[0, 1]] * 4
+    assert [[sub.weights for sub in turn] for turn in mixed.turns[:2]] == [[0, 1], [2, 1]]
+    sizes = {count: numbers(attndsl.parse(TEXT.replace("loop(4)", f"loop({count})"))) for count in (1, 4)}
+    assert sizes[1] == sizes[4]
+
+
+def numbers(program: attndsl.Program) -> int:
+    module = attndsl.build(stack(program, "turning"), width=8, heads=2, length=8)
+    return sum(weight.numel() for weight in module.parameters())
+
+
+@pytest.mark.parametrize("name", ["cycled", "growing", "turning", "mixed"])
+def test_modules_do_what_the_reference_says(program: attndsl.Program, name: str) -> None:
+    torch.manual_seed(0)
+    module = attndsl.build(
+        stack(program, name), width=12, heads=4, kv_heads=2, length=24, dtype="float64", init="torch"
+    )
+    x = torch.randn(2, 19, 12, dtype=torch.float64, requires_grad=True)
+    tables = {"doc": torch.arange(19) // 7} if name == "mixed" else {}
+    found, record = module(x, **tables)
+    meant = reference(module, x, **tables)
+    assert record.losses == {}
+    torch.testing.assert_close(found, meant, rtol=0, atol=1e-12)
+    ends = (x, *module.parameters())
+    back = torch.randn_like(found)
+    for mine, theirs in zip(
+        torch.autograd.grad(found, ends, back), torch.autograd.grad(meant, ends, back), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-10)
+
+
+def test_the_reference_is_the_formula() -> None:
+    """One layer of one head by hand."""
+    one = attndsl.parse("stack one { layers(1) { causal  ffn(2) } }")
+    torch.manual_seed(1)
+    module = attndsl.build(stack(one, "one"), width=4, heads=1, length=5, dtype="float64", init="torch")
+    x = torch.randn(1, 5, 4, dtype=torch.float64)
+    weights = {name: weight.numpy() for name, weight in module.state_dict().items()}
+
+    def normed(x: NDArray[np.float64]) -> NDArray[np.float64]:
+        centred = x - x.mean(-1, keepdims=True)
+        scaled: NDArray[np.float64] = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5)
+        return scaled
+
+    def by(name: str, x: NDArray[np.float64]) -> NDArray[np.float64]:
+        made: NDArray[np.float64] = x @ weights[f"{name}.weight"].T + weights.get(f"{name}.bias", 0)
+        return made
+
+    y = x[0].numpy()
+    q, k, v = (by(f"parts.0_causal.inner.{name}", normed(y)) for name in "qkv")
+    logits = np.where(np.tri(5, dtype=bool), q @ k.T / 2, -np.inf)
+    shares = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    y = y + by("parts.0_causal.inner.o", shares @ v)
+    wide = torch.nn.functional.gelu(torch.from_numpy(by("parts.1_ffn.inner.up", normed(y)))).numpy()
+    y = normed(y + by("parts.1_ffn.inner.down", wide))
+    np.testing.assert_allclose(reference(module, x)[0].detach().numpy(), y, rtol=0, atol=1e-12)
+
+
+def test_layers_of_one_attention_share_a_plan(program: attndsl.Program) -> None:
+    module = attndsl.build(stack(program, "cycled"), width=8, heads=2, length=8)
+    plans = {
+        id(part.inner.attention.plan) for part in module.parts.values() if hasattr(part.inner, "attention")
+    }
+    assert len(plans) == 3
+
+
+def test_chunks_change_nothing(program: attndsl.Program) -> None:
+    chunked = stack(program, "growing")
+    whole = stack(attndsl.parse(TEXT.replace("ffn(2, chunks = 3)", "ffn(2)")), "growing")
+    module, other = (attndsl.build(one, width=8, heads=2, length=16) for one in (chunked, whole))
+    other.load_state_dict(module.state_dict())
+    x = torch.randn(1, 16, 8)
+    torch.testing.assert_close(module(x)[0], other(x)[0])
+
+
+MASKS = (
+    "causal & last(3)",
+    "radius(1)",
+    "causal & { q, k : (q - k) mod 3 == 0 }",
+    "causal & { q, k : (q - k) mod 4 <= 1 and q - k < 9 }",
+    "band(1 .. 2)",
+    "global([0])",
+    "block(4)",
+)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_reach_is_the_product_of_the_layers(seed: int) -> None:
+    chosen = random.Random(seed).choices(MASKS[: 4 if seed < 4 else None], k=3)
+    masks = [attndsl.parse(f"attention a {{ mask {mask} }}")["a"].attention.any_head() for mask in chosen]
+    n = 17
+    steps = [matrix(mask, n) | np.eye(n, dtype=bool) for mask in masks]
+    meant = functools.reduce(
+        lambda lower, upper: (upper @ lower).astype(bool), (s.astype(int) for s in steps)
+    )
+    found = matrix(through([(mask, 1) for mask in masks]), n)
+    np.testing.assert_array_equal(found, meant.astype(bool), str(chosen))
+
+
+def matrix(mask: Expr, n: int) -> NDArray[np.bool_]:
+    q, k = np.mgrid[:n, :n]
+    return evaluate(substitute(mask, {"n": const(n)}), q, k).astype(bool)
+
+
+def test_assertions_are_about_all_layers() -> None:
+    text = TEXT + "\n".join(
+        f"assert {claim}"
+        for claim in (
+            "reach(cycled) == causal",
+            "reach(growing) == causal & last(1 + 1 + 4 + 4)",
+            "reach(growing) <= causal & last(9)",
+            "reach(turning) == causal & last(13)",
+            "reach(cycled(w = 5)) <= causal",
+            "reach(mixed) <= causal",
+        )
+    )
+    verdicts = [verdict.status for _, verdict in attndsl.parse(text).check()]
+    assert verdicts == ["proved", "proved", "refuted", "proved", "proved", "proved"]
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        ({"width": 10, "heads": 4, "length": 8}, "a width of 10 is no multiple of 4 heads"),
+        ({"width": 8, "heads": 4, "length": 8, "init": "xavier"}, "unknown init `xavier`"),
+        ({"width": 8, "heads": 4, "kv_heads": 3, "length": 8}, "heads"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(
+    program: attndsl.Program, call: dict[str, object], said: str
+) -> None:
+    with pytest.raises(attndsl.AttnError, match=said):
+        attndsl.build(stack(program, "cycled"), **call)  # type: ignore[arg-type]
+
+
+def test_calls_that_do_not_fit_are_refused(program: attndsl.Program) -> None:
+    module = attndsl.build(stack(program, "cycled"), width=8, heads=2, length=8)
+    for given, said in (
+        (torch.zeros(1, 9, 8), "x has 9 positions, and the stack is built for 8"),
+        (torch.zeros(1, 4, 6), r"x is \[B, n, 8\], not \[1, 4, 6\]"),
+        (torch.zeros(4, 8), r"x is \[B, n, 8\], not \[4, 8\]"),
+    ):
+        with pytest.raises(attndsl.AttnError, match=said):
+            module(given)
+    with pytest.raises(attndsl.AttnError, match="no attention of `cycled` has an input `doc`"):
+        module(torch.zeros(1, 4, 8), doc=torch.zeros(4))
+
+
+def test_stacks_are_no_attentions(program: attndsl.Program, tmp_path: Path) -> None:
+    with pytest.raises(attndsl.AttnError, match="`cycled` is a stack, and no attention"):
+        attndsl.compile(program["cycled"], length=8)
+    with pytest.raises(attndsl.AttnError, match="expected a stack, not Bound"):
+        attndsl.build(program["local"], width=8, heads=2, length=8)  # type: ignore[arg-type]
+    file = tmp_path / "model.attn"
+    file.write_text(TEXT, encoding="utf-8")
+    result = CliRunner().invoke(main, ["analyze", f"{file}:cycled", "--length", "8"])
+    assert "`cycled` is a stack" in result.output
+    assert result.exit_code != 0
