@@ -46,7 +46,7 @@ html_copy_source = False
 
 NAVIGATION = {
     "Use": ["strings", "modules", "decoding", "packed", "flex", "torch", "refused"],
-    "The language": ["language", "selections", "streams", "sums", "gallery/index"],
+    "The language": ["language", "selections", "streams", "sums", "stacks", "gallery/index"],
     "Reference": ["api", "analysis"],
     "The project": ["/CONTRIBUTING", "/CHANGELOG"],
 }

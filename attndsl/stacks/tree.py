@@ -65,7 +65,7 @@ class Stack:
     rebind: Callable[..., Stack] | None = field(default=None, compare=False)
 
     def __call__(self, *args: Any, **params: Any) -> Stack:
-        """With parameters in place of the ones it has, in their order or by name."""
+        """With parameters in place of the ones it has: `args` in their order, `params` by name."""
         assert self.rebind is not None, "a stack of a program"
         return self.rebind(*args, **params)
 

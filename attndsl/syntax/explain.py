@@ -36,7 +36,6 @@ from attndsl.syntax.tokens import (
     extent,
 )
 
-LATER = ("stack",)
 TWO_ENDS = "a range has two ends"
 LOOSER = frozenset(["_OR", "_AND", "NOT", "COMPARE", "ASSIGN"])
 """Than `..`, and what stands before an expression."""
@@ -410,7 +409,7 @@ def clause(r: Refused) -> Explained | None:
         return r.up_to_next_clause(
             f"the pattern {r.shown} without its clause", f"write `mask {pattern_at(r)}`"
         )
-    if r.begins or r.bad in LATER or close(r.bad, CLAUSES):
+    if r.begins or close(r.bad, CLAUSES):
         return r.up_to_next_clause(*unknown(CLAUSE, r.bad, r.shown, CLAUSES))
     return None
 
@@ -658,8 +657,6 @@ def close(word: str, words: Iterable[str]) -> str:
 
 
 def unknown(kind: str, word: str, shown: str, words: tuple[str, ...]) -> tuple[str, str]:
-    if word in LATER:
-        return f"`{word}` is not supported yet", ""
     if kind == DEFINITION and word in habits.DEFINITIONS:
         return f"{kind} {shown}", habits.DEFINITIONS[word]
     return f"{kind} {shown}", f"did you mean `{near}`?" if (near := close(word, words)) else listing(words)
