@@ -96,8 +96,7 @@ class StackModule(nn.Module):
         self.last = last
 
     def forward(self, x: Tensor, **tables: Any) -> tuple[Tensor, Record]:
-        """What it makes of `x` [B, n, width], and what the run tells; `tables` by name, as its attentions have
-        them."""
+        """What it makes of `x` [B, n, width], with `tables` by name, and what the run tells."""
         self._check(x, tables)
         for turn in self.stack.turns:
             for sublayer in turn:
