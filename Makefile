@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALL = $(BIN)/pip install --quiet --constraint constraints.txt --editable
 
-.PHONY: run test slow programs bench aot docs lint types dist clean
+.PHONY: run test slow programs sanitize bench aot docs lint types dist clean
 
 run: $(VENV)/run
 	$(BIN)/attndsl run examples/longformer.attn --length 4096 --heads 12 --text examples/data/us-constitution.txt
@@ -17,6 +17,9 @@ slow: $(VENV)/oracle
 
 programs: $(VENV)/test
 	$(BIN)/pytest tests/test_cpu_programs.py -k random --programs 300
+
+sanitize: $(VENV)/test
+	$(BIN)/pytest tests/test_cpu.py -k memory_and_arithmetic --sanitized 1
 
 bench: $(VENV)/run
 	for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done

@@ -15,6 +15,7 @@ NUMBER = itertools.count()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--programs", type=int, default=36, help="random programs that the backend `cpu` runs")
+    parser.addoption("--sanitized", type=int, default=23, help="one case in so many, under sanitizers")
 
 
 @pytest.fixture
