@@ -5,19 +5,23 @@ from __future__ import annotations
 import functools
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
 import attndsl
 from attndsl.command.cli import main
 from attndsl.expr import Expr, const, substitute
 from attndsl.layers.reach import through
 from attndsl.meaning.pointwise import evaluate
+from attndsl.stacks import halting
 from attndsl.stacks.reference import reference
+from attndsl.stacks.tree import FeedForward, Sublayer
 
 TEXT = """
 let windows = [2, 3, 5]
@@ -115,6 +119,89 @@ def test_the_reference_is_the_formula() -> None:
     wide = torch.nn.functional.gelu(torch.from_numpy(by("parts.1_ffn.inner.up", normed(y)))).numpy()
     y = normed(y + by("parts.1_ffn.inner.down", wide))
     np.testing.assert_allclose(reference(module, x)[0].detach().numpy(), y, rtol=0, atol=1e-12)
+
+
+HALTING = """
+attention local(w = 4) { mask causal & last(w)  score alibi }
+attention packed { inputs doc : int[n]  mask causal & documents(doc) }
+attention far { mask causal & topk(2, of = causal, by = Q @ K) }
+stack shared {
+    loop(act(eps = 0.05), max = 6) { share { local  ffn(2)  packed  ffn(1) } }
+    layers(1) { causal }
+}
+stack own { loop(act, max = 5, norm = post) { local  ffn(2)  share { causal } } }
+stack choosing { loop(act(eps = 0.1), max = 4, norm = sandwich) { share { far  ffn(1) } } }
+"""
+
+
+@pytest.mark.parametrize("name", ["shared", "own", "choosing"])
+def test_halted_tokens_are_attended_to_as_they_were(name: str) -> None:
+    torch.manual_seed(0)
+    made = stack(attndsl.parse(HALTING), name)
+    module = attndsl.build(made, width=16, heads=2, length=40, dtype="float64", init="torch")
+    torch.nn.init.normal_(module.chances["0"].weight, std=0.5)
+    torch.nn.init.constant_(module.chances["0"].bias, -1.0)
+    x = torch.randn(3, 33, 16, dtype=torch.float64, requires_grad=True)
+    tables = {"doc": torch.arange(33) // 9} if name == "shared" else {}
+    found, record = module(x, **tables)
+    meant = reference(module, x, **tables)
+    torch.testing.assert_close(found, meant, rtol=0, atol=1e-12)
+    assert len(record.turns[0].unique()) >= 3
+    ends = (x, *module.parameters())
+    back = torch.randn_like(found)
+    for mine, theirs in zip(
+        torch.autograd.grad(found, ends, back), torch.autograd.grad(meant, ends, back), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-10)
+
+
+def test_the_published_numbers_of_halting() -> None:
+    """p = (.3, .3, .5), eps = .01: three turns, .4 remains for the last, and the weights are (.3, .3, .4)."""
+    probabilities = [0.3, 0.3, 0.5]
+    turns = [[Sublayer("count", FeedForward(1), i)] for i in range(5)]
+    states = [torch.full((1, 1, 1), float(10**i)) for i in range(5)]
+
+    class Counted:
+        """The state of turn i is 10^i."""
+
+        def __init__(self, i: int) -> None:
+            self.i = i
+
+        def before(self, x: Tensor) -> Tensor:
+            return x
+
+        def inner(self, x: Tensor, tables: object) -> Tensor:
+            return x
+
+        def added(self, x: Tensor, made: Tensor) -> Tensor:
+            return states[self.i]
+
+    class Chance(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tensor(probabilities[int(x.log10().round())]).logit().reshape(1, 1, 1)
+
+    def part(sublayer: Sublayer) -> Any:
+        return Counted(sublayer.weights)
+
+    found = halting.run(turns, part, Chance(), 0.01, torch.zeros(1, 1, 1), {})  # type: ignore[arg-type]
+    assert found.turns.item() == 3
+    assert found.remainder.item() == pytest.approx(0.4)
+    assert found.y.item() == pytest.approx(0.3 * 1 + 0.3 * 10 + 0.4 * 100)
+
+
+def test_pondering_is_a_loss_that_shortens_it() -> None:
+    torch.manual_seed(0)
+    made = stack(attndsl.parse(HALTING), "choosing")
+    module = attndsl.build(made, width=8, heads=2, length=16)
+    torch.nn.init.constant_(module.chances["0"].bias, -1.0)
+    optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
+    x = torch.randn(2, 16, 8)
+    first = module(x)[1].turns[0].float().mean()
+    for _ in range(8):
+        optimizer.zero_grad()
+        module(x)[1].losses["ponder.0"].backward()
+        optimizer.step()
+    assert module(x)[1].turns[0].float().mean() < first - 0.5
 
 
 def test_layers_of_one_attention_share_a_plan(program: attndsl.Program) -> None:

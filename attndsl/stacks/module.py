@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from attndsl.attention import Attention
 from attndsl.errors import fail
 from attndsl.execution.plan import PlanModule, compile
+from attndsl.stacks import halting
+from attndsl.stacks.layers import FFN, Mixer, Residual
 from attndsl.stacks.tree import FeedForward, Layers, Stack, Sublayer
 
 INITS = ("gpt2", "torch")
@@ -22,62 +24,13 @@ INITS = ("gpt2", "torch")
 class Record:
     """What a run of a stack tells besides its output.
 
-    losses: what is to be added to the loss, by the stage that asks for it.
+    losses: what may be added to the loss, with a weight: of stage I, a loop that halts, `ponder.I`, the mean
+            of the turns that a token takes and of what remained for the last of them.
+    turns:  by that number, how many each token took, [B, n].
     """
 
     losses: Mapping[str, Tensor] = field(default_factory=dict)
-
-
-class Mixer(nn.Module):
-    """Attention of x [B, n, width] with projections of its own; layers of one attention share a plan."""
-
-    def __init__(self, plan: PlanModule, width: int, heads: int, kv_heads: int, head_dim: int) -> None:
-        super().__init__()
-        self.heads, self.kv_heads = heads, kv_heads
-        self.q = nn.Linear(width, heads * head_dim, bias=False)
-        self.k = nn.Linear(width, kv_heads * head_dim, bias=False)
-        self.v = nn.Linear(width, kv_heads * head_dim, bias=False)
-        self.o = nn.Linear(heads * head_dim, width, bias=False)
-        self.attention = plan
-
-    def forward(self, x: Tensor, tables: Mapping[str, Any]) -> Tensor:
-        q, k, v = (
-            made(x).unflatten(-1, (heads, -1)).transpose(1, 2)
-            for made, heads in ((self.q, self.heads), (self.k, self.kv_heads), (self.v, self.kv_heads))
-        )
-        names = [table.name for table in self.attention.plan.attention.inputs]
-        mixed = self.attention(q, k, v, **{name: tables[name] for name in names if name in tables})
-        return cast(Tensor, self.o(mixed.transpose(1, 2).flatten(2)))
-
-
-class FFN(nn.Module):
-    """`FeedForward` of x [B, n, width]."""
-
-    def __init__(self, what: FeedForward, width: int) -> None:
-        super().__init__()
-        inner = round(what.times * width)
-        self.chunks = what.chunks
-        self.up, self.down = nn.Linear(width, inner), nn.Linear(inner, width)
-
-    def forward(self, x: Tensor, tables: Mapping[str, Any]) -> Tensor:
-        pieces = [self.down(nn.functional.gelu(self.up(piece))) for piece in x.chunk(self.chunks, 1)]
-        return torch.cat(pieces, 1) if len(pieces) > 1 else cast(Tensor, pieces[0])
-
-
-class Residual(nn.Module):
-    """What one sublayer adds to x, with the norms around it."""
-
-    def __init__(
-        self, inner: Mixer | FFN, norm: str, make_norm: Callable[[int], nn.Module], width: int
-    ) -> None:
-        super().__init__()
-        self.inner = inner
-        self.before = make_norm(width) if norm in ("pre", "sandwich") else nn.Identity()
-        self.behind = make_norm(width) if norm == "sandwich" else nn.Identity()
-        self.after = make_norm(width) if norm == "post" else nn.Identity()
-
-    def forward(self, x: Tensor, tables: Mapping[str, Any]) -> Tensor:
-        return cast(Tensor, self.after(x + self.behind(self.inner(self.before(x), tables))))
+    turns: Mapping[int, Tensor] = field(default_factory=dict)
 
 
 class StackModule(nn.Module):
@@ -94,14 +47,28 @@ class StackModule(nn.Module):
         self.stack, self.width, self.length = stack, width, length
         self.parts = nn.ModuleDict({key(sub): parts[sub.weights] for sub in stack.sublayers})
         self.last = last
+        halts = [i for i, stage in enumerate(stack.stages) if stage.halting is not None]
+        self.chances = nn.ModuleDict({str(i): halting.initial(width) for i in halts})
 
     def forward(self, x: Tensor, **tables: Any) -> tuple[Tensor, Record]:
         """What it makes of `x` [B, n, width], with `tables` by name, and what the run tells."""
         self._check(x, tables)
-        for turn in self.stack.turns:
-            for sublayer in turn:
-                x = self.parts[key(sublayer)](x, tables)
-        return self.last(x), Record()
+        losses, turns = {}, {}
+        for i, stage in enumerate(self.stack.stages):
+            if stage.halting is not None:
+                chance = cast(nn.Linear, self.chances[str(i)])
+                found = halting.run(stage.turns, self.part, chance, stage.halting.eps, x, tables)
+                x, turns[i] = found.y, found.turns
+                losses[f"ponder.{i}"] = (found.turns + found.remainder).mean()
+                continue
+            for turn in stage.turns:
+                for sublayer in turn:
+                    x = self.part(sublayer)(x, tables)
+        return self.last(x), Record(losses, turns)
+
+    def part(self, sublayer: Sublayer) -> Residual:
+        """The module of a sublayer."""
+        return cast(Residual, self.parts[key(sublayer)])
 
     def _check(self, x: Tensor, tables: Mapping[str, Any]) -> None:
         if x.ndim != 3 or x.shape[-1] != self.width:

@@ -13,7 +13,7 @@ from attndsl.errors import AttnError, fail, suggest
 from attndsl.language.arguments import bind_arguments, bind_arguments_of
 from attndsl.language.elaborate import Elaborator
 from attndsl.language.values import TOKENS, Num, Scope, Value, attention_named
-from attndsl.stacks.tree import FeedForward, Layers, Norm, Sublayer
+from attndsl.stacks.tree import FeedForward, Halting, Layers, Norm, Sublayer
 from attndsl.syntax import nodes as ast
 
 LAYER_LIMIT = 1024
@@ -21,6 +21,7 @@ LAYER_LIMIT = 1024
 USAGE = {
     "layers": "layers(N) { ... }",
     "loop": "loop(N) { ... }",
+    "act": "loop(act(eps = 0.01), max = N) { ... }",
     "cycle": "cycle { a  a  b }",
     "share": "share { ... }",
     "ffn": "ffn(4)",
@@ -57,19 +58,40 @@ def stage(reading: Reading, e: ast.Stage) -> Layers:
         if not inside:
             raise unknown(reading, e, ("layers", "loop"))
         raise fail(f"`{word}` is no stage of a stack", e.name.span, help)
-    given = bind_arguments_of(word, ("N",), ("norm",), call(e), USAGE[word])
-    turns = reading.elaborator.constant(
-        given["N"], reading.env, TOKENS, f"the number of {word if word == 'layers' else 'turns'}"
-    )
+    optional = ("max", "norm") if word == "loop" else ("norm",)
+    given = bind_arguments_of(word, ("N",), optional, call(e), USAGE[word])
+    halts = halting(reading, given["N"]) if word == "loop" else None
+    counted = given["N"] if halts is None else given.get("max")
+    if counted is None:
+        raise fail("a loop that halts has a last turn", given["N"].span, f"write `{USAGE['act']}`")
+    if halts is None and "max" in given:
+        raise fail("`max` is of a loop that halts", given["max"].span, f"write `{USAGE['act']}`")
+    turns = reading.elaborator.constant(counted, reading.env, TOKENS, "the number of layers")
     if not 1 <= turns <= LAYER_LIMIT:
-        raise fail(f"`{word}({turns})`: from 1 to {LAYER_LIMIT:,}", given["N"].span)
+        raise fail(
+            f"{turns} {'layers' if word == 'layers' else 'turns'}", counted.span, f"from 1 to {LAYER_LIMIT:,}"
+        )
     body = braces(e)
     layers = []
     for layer in range(turns):
         env = reading.env.bind(layer=Num(ir.const(layer)))
         inner = replace(reading, env=env)
         layers.append(tuple(sub for part in body for sub in sublayers(inner, part, layer, False)))
-    return Layers(cast("Literal['layers', 'loop']", word), tuple(layers), norm(given.get("norm")))
+    return Layers(cast("Literal['layers', 'loop']", word), tuple(layers), norm(given.get("norm")), halts)
+
+
+def halting(reading: Reading, e: ast.Expression) -> Halting | None:
+    """How tokens leave a loop, None of a number of turns."""
+    made = e if isinstance(e, ast.Call) else ast.Call(e, (), span=e.span)
+    if not isinstance(made.func, ast.Name) or made.func.id != "act":
+        return None
+    given = bind_arguments_of("act", (), ("eps",), made, USAGE["act"])
+    if "eps" not in given:
+        return Halting(0.01)
+    eps = ir.number(reading.elaborator.num(given["eps"], reading.env, TOKENS))
+    if eps is None or not 0 < eps < 1:
+        raise fail("`eps` is what may be left of the sum of 1: between 0 and 1", given["eps"].span)
+    return Halting(float(eps))
 
 
 def norm(e: ast.Expression | None) -> Norm:

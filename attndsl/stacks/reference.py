@@ -9,24 +9,52 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, linear
 
 from attndsl.execution.plan import compile
-from attndsl.stacks.module import FFN, Mixer, Residual, StackModule, key
+from attndsl.stacks.layers import FFN, Mixer
+from attndsl.stacks.module import StackModule
+from attndsl.stacks.tree import Layers, Sublayer
 
 
 def reference(module: StackModule, x: Tensor, **tables: Any) -> Tensor:
     """What `module` makes of x [B, n, width], in float64; `tables` as it takes them."""
     x = x.double()
-    for stage in module.stack.stages:
+    for i, stage in enumerate(module.stack.stages):
+        if stage.halting is not None:
+            chance = cast(nn.Linear, module.chances[str(i)])
+            x = _halting(module, stage, stage.halting.eps, chance, x, tables)
+            continue
         for turn in stage.turns:
             for sublayer in turn:
-                part = cast(Residual, module.parts[key(sublayer)])
-                match stage.norm:
-                    case "pre":
-                        x = x + _inner(part.inner, _normed(part.before, x), tables)
-                    case "post":
-                        x = _normed(part.after, x + _inner(part.inner, x, tables))
-                    case "sandwich":
-                        x = x + _normed(part.behind, _inner(part.inner, _normed(part.before, x), tables))
+                x = _sublayer(module, stage, sublayer, x, tables)
     return _normed(module.last, x)
+
+
+def _sublayer(module: StackModule, stage: Layers, of: Sublayer, x: Tensor, tables: dict[str, Any]) -> Tensor:
+    part = module.part(of)
+    match stage.norm:
+        case "pre":
+            return x + _inner(part.inner, _normed(part.before, x), tables)
+        case "post":
+            return _normed(part.after, x + _inner(part.inner, x, tables))
+        case "sandwich":
+            return x + _normed(part.behind, _inner(part.inner, _normed(part.before, x), tables))
+
+
+def _halting(
+    module: StackModule, stage: Layers, eps: float, chance: nn.Linear, x: Tensor, tables: dict[str, Any]
+) -> Tensor:
+    """Every token is computed in every turn; one that has halted keeps its state."""
+    running = torch.ones(x.shape[:2], dtype=torch.bool)
+    total, y = torch.zeros(x.shape[:2], dtype=torch.float64), torch.zeros_like(x)
+    for number, turn in enumerate(stage.turns):
+        for sublayer in turn:
+            x = torch.where(running[..., None], _sublayer(module, stage, sublayer, x, tables), x)
+        p = torch.sigmoid(linear(x, chance.weight.double(), chance.bias.double()))[..., 0]
+        halts = running & ((total + p >= 1 - eps) | (number == len(stage.turns) - 1))
+        weight = torch.where(halts, 1 - total, torch.where(running, p, 0))
+        y = y + weight[..., None] * x
+        total = total + torch.where(running, p, 0)
+        running = running & ~halts
+    return y
 
 
 def _headed(x: Tensor, heads: int) -> Tensor:

@@ -37,8 +37,19 @@ class Sublayer:
 
 
 @dataclass(frozen=True)
+class Halting:
+    """`act(eps = 0.01)`: a token runs until its chances to halt sum up to 1 - eps. It becomes the sum of its
+    states weighted by them, the last by what remains (Graves 2016, section 2.1).
+    """
+
+    eps: float
+
+
+@dataclass(frozen=True)
 class Layers:
     """`layers(N) { ... }` or `loop(N) { ... }`: the sublayers of each layer, or turn.
+
+    halting: how tokens leave a loop before its last turn.
 
     norm: where norms stand: before each sublayer (pre), after each sum (post), or on both sides of each
     sublayer (sandwich).
@@ -47,6 +58,7 @@ class Layers:
     word: Literal["layers", "loop"]
     turns: tuple[tuple[Sublayer, ...], ...]
     norm: Norm = "pre"
+    halting: Halting | None = None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,152 @@
+"""Turns that tokens leave one by one: what has left is computed no more, and still attended to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attndsl.stacks.layers import Mixer, Residual
+from attndsl.stacks.tree import Sublayer
+
+Pair = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Halted:
+    """y [B, n, width], and [B, n] the turns that each token took and what remained for its last."""
+
+    y: Tensor
+    turns: Tensor
+    remainder: Tensor
+
+
+@dataclass(frozen=True)
+class Places:
+    """Tokens [B, m] of each batch row; beyond those that are `real` stand others, to fill the row."""
+
+    index: Tensor
+    real: Tensor
+
+    @staticmethod
+    def of(chosen: Tensor) -> Places:
+        """Of chosen [B, n], in their order."""
+        counts = chosen.sum(1)
+        most = int(counts.max())
+        index = chosen.logical_not().to(torch.uint8).argsort(stable=True, dim=1)[:, :most]
+        return Places(index, torch.arange(most, device=chosen.device) < counts[:, None])
+
+    def taken(self, x: Tensor) -> Tensor:
+        """Of x [B, n, ...] the tokens, [B, m, ...]."""
+        return x.gather(1, self._wide(self.index, x).expand(-1, -1, *x.shape[2:]))
+
+    def put(self, x: Tensor, new: Tensor) -> Tensor:
+        """x with `new` [B, m, ...] for them."""
+        kept = torch.where(self._wide(self.real, x), new, self.taken(x))
+        return x.scatter(1, self._wide(self.index, x).expand_as(kept), kept)
+
+    @staticmethod
+    def _wide(index: Tensor, x: Tensor) -> Tensor:
+        return index.reshape(*index.shape, *(1 for _ in x.shape[2:]))
+
+
+def run(
+    turns: Sequence[Sequence[Sublayer]],
+    part: Callable[[Sublayer], Residual],
+    chance: nn.Linear,
+    eps: float,
+    x: Tensor,
+    tables: Mapping[str, Any],
+) -> Halted:
+    """Adaptive computation time of x [B, n, width] (Graves 2016, section 2.1; of each token: Dehghani et al.
+    2019, section 2.2).
+
+    After each turn a token halts with the probability that `chance` makes of its state; where these sum up to
+    1 - eps, or at the last turn, its weight is what remains. Later turns of others attend to its last state.
+    """
+    y = torch.zeros_like(x)
+    left = x.new_ones(x.shape[:2])
+    took = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)
+    running, halted = torch.ones_like(took, dtype=torch.bool), torch.zeros_like(took, dtype=torch.bool)
+    keys: dict[int, tuple[int, Pair]] = {}
+    for number, turn in enumerate(turns):
+        places = None if bool(running.all()) else Places.of(running)
+        _keep(turn, part, keys, x, Places.of(halted) if places is not None and bool(halted.any()) else None)
+        x = _turn(turn, part, keys, x, places, tables)
+        now = torch.where(running, chance(x)[..., 0].sigmoid(), 0)
+        last = number == len(turns) - 1
+        halted = running & ((left - now <= eps) | last)
+        weight = torch.where(halted, left, now)
+        y = y + weight[..., None] * x
+        took = took + running
+        running = running & ~halted
+        left = torch.where(running, left - now, left)
+        if not bool(running.any()):
+            break
+    return Halted(y, took, left)
+
+
+def _keep(
+    turn: Sequence[Sublayer],
+    part: Callable[[Sublayer], Residual],
+    keys: dict[int, tuple[int, Pair]],
+    x: Tensor,
+    halted: Places | None,
+) -> None:
+    """Keys and values of the last states of tokens that left in the turn before; of all tokens where other
+    weights make them now."""
+    for i, sublayer in enumerate(turn):
+        residual = part(sublayer)
+        if not isinstance(residual.inner, Mixer) or i not in keys:
+            continue
+        weights, pair = keys[i]
+        if weights != sublayer.weights:
+            keys[i] = sublayer.weights, residual.inner.keys(residual.before(x))
+        elif halted is not None:
+            made = residual.inner.keys(residual.before(halted.taken(x)))
+            keys[i] = weights, _put(halted, pair, made)
+
+
+def _put(places: Places, pair: Pair, made: Pair) -> Pair:
+    return places.put(pair[0], made[0]), places.put(pair[1], made[1])
+
+
+def _turn(
+    turn: Sequence[Sublayer],
+    part: Callable[[Sublayer], Residual],
+    keys: dict[int, tuple[int, Pair]],
+    x: Tensor,
+    places: Places | None,
+    tables: Mapping[str, Any],
+) -> Tensor:
+    """x with the states of the tokens at `places`, or of all, after a turn."""
+    state = x if places is None else places.taken(x)
+    for i, sublayer in enumerate(turn):
+        residual = part(sublayer)
+        inner, normed = residual.inner, residual.before(state)
+        if not isinstance(inner, Mixer):
+            state = residual.added(state, inner(normed, tables))
+            continue
+        made = inner.keys(normed)
+        if places is not None:
+            made = _put(places, keys[i][1], made)
+        keys[i] = sublayer.weights, made
+        if places is None or inner.placed:
+            at = None if places is None else places.index
+            mixed = inner.mixed(inner.queries(normed), *made, tables, at)
+        else:
+            whole = residual.before(places.put(x, state))
+            mixed = places.taken(inner.mixed(inner.queries(whole), *made, tables, None))
+        state = residual.added(state, mixed)
+    return state if places is None else places.put(x, state)
+
+
+def initial(width: int) -> nn.Linear:
+    """What makes the probability to halt of a state; it begins near 0.73, a bias of 1 as in tensor2tensor."""
+    chance = nn.Linear(width, 1)
+    nn.init.zeros_(chance.weight)
+    nn.init.ones_(chance.bias)
+    return chance
