@@ -14,10 +14,12 @@ from attndsl.attention import Attention, HeadGroup
 from attndsl.errors import AttnError, Diagnostic, Span
 from attndsl.expr import Expr, Selected, Table
 from attndsl.features import FeatureForm, feature_form
-from attndsl.language.arguments import input_table, name_span, score_call
+from attndsl.language.arguments import input_table, name_span
 from attndsl.language.elaborate import Elaborator
 from attndsl.language.idle import idle_parts, looked
+from attndsl.language.logits import names_in, no_numbers, scaled_twice
 from attndsl.language.lookups import at_lookup, lookups_of
+from attndsl.language.loose import loosened, named
 from attndsl.language.mistakes import quoted
 from attndsl.language.unknown import LENGTH, habit
 from attndsl.language.values import TOKENS, AttentionOf, K, Pattern, Q, Scope
@@ -37,7 +39,7 @@ def warnings(definitions: list[Definition], elaborator: Elaborator) -> list[Diag
     added = {name.id for e in sums for name in ast.walk(e) if isinstance(name, ast.Name)}
     placed, moved = _placed(definitions), _moved(definitions)
     for item in definitions:
-        found += [*_of_text(item, placed), *_unread(item)]
+        found += [*_of_text(item, placed), *_unread(item), *_loosened(item, elaborator)]
         if not all(param.default is not None for param in item.params):
             continue
         if isinstance(item, ast.AttentionDef):
@@ -53,6 +55,20 @@ def warnings(definitions: list[Definition], elaborator: Elaborator) -> list[Diag
                 alone = Attention.of_pattern(item.name, value.at(Q, K, TOKENS))
                 found += _undefined(alone, [item.body], item.name_span)
     return found
+
+
+def _loosened(item: Definition, elaborator: Elaborator) -> Iterator[Diagnostic]:
+    """Of tokens: keys of streams are numbered from the first of each."""
+    if isinstance(item, ast.Definition):
+        if item.word == "pattern":
+            yield from loosened(item.body, named(elaborator, item.params))
+    elif not any(isinstance(clause, ast.Keys) for clause in item.clauses):
+        inside = named(elaborator, item.params, item.clauses)
+        masks = [
+            node for node in ast.walk(item.clauses) if isinstance(node, ast.Clause) and node.word == "mask"
+        ]
+        for clause in masks:
+            yield from loosened(clause.value, inside)
 
 
 def _moved(definitions: list[Definition]) -> set[str]:
@@ -153,9 +169,12 @@ def _of_attention(
             yield from _empty_rows(some, heads, span)
         yield from _shift_variance(group, item)
         yield from _vanishing(group, [c for c in _clauses_of(item, i) if c.word == "norm"])
-        yield from _weights(group, [c for c in _clauses_of(item, i) if c.word == "score"])
-        yield from _alike(group, [c for c in _clauses_of(item, i) if c.word == "score"], elaborator)
-        yield from _blindness(group, [c for c in _clauses_of(item, i) if c.word == "score"], elaborator)
+        scores = [c for c in _clauses_of(item, i) if c.word == "score"]
+        yield from _weights(group, scores)
+        yield from _alike(group, scores, elaborator)
+        yield from _blindness(group, scores, elaborator)
+        yield from scaled_twice(group, scores, elaborator)
+        yield from no_numbers(value.attention, group, scores, elaborator)
         yield from _crowded(group, [clause.value for clause in masks], span)
     yield from _lengths(value.attention, item)
     yield from _beyond(value.attention, item, elaborator)
@@ -621,7 +640,7 @@ def _alike(group: HeadGroup, scores: list[ast.Clause], elaborator: Elaborator) -
         rows = matrix.dims[-2]
         if rows in ("D", 1):
             continue
-        clause = next((c for c in scores if matrix.name in _names(c, elaborator)), scores[-1])
+        clause = next((c for c in scores if matrix.name in names_in(c, elaborator)), scores[-1])
         yield _warning(
             f"the {rows} rows of `{matrix.name}` begin alike, and equal gradients keep them so",
             clause.value.span,
@@ -644,19 +663,12 @@ def _blindness(group: HeadGroup, scores: list[ast.Clause], elaborator: Elaborato
     if gated or group.score.free & CONTENT:
         return
     # a cap that follows reads `s`, and is not what lost it
-    losing = [clause for clause in scores if not _names(clause, elaborator) & CONTENT]
+    losing = [clause for clause in scores if not names_in(clause, elaborator) & CONTENT]
     yield _warning(
         "no `s`, `Q` or `K` in this score: what is in the keys changes no weight",
         (losing or scores)[-1].value.span,
         "add it to the logit: `s + ...`",
     )
-
-
-def _names(score: ast.Clause, elaborator: Elaborator) -> set[str]:
-    """The names in a clause, and in the body of the score that it calls."""
-    called = score_call(score.value, elaborator.definitions, Scope({}))
-    read = (score.value,) if called is None else (score.value, called[0].body)
-    return {name.id for name in ast.walk(read) if isinstance(name, ast.Name)}
 
 
 def _clauses_of(item: ast.AttentionDef, group: int) -> Iterator[ast.Clause]:
