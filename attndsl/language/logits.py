@@ -1,4 +1,5 @@
-"""Warnings about scores: a logit that is scaled twice, and one that is no number at a pair that is seen."""
+"""Warnings about scores: a logit that is scaled or exponentiated twice, that masks or favours what is far, or
+is no number at a pair that is seen."""
 
 from __future__ import annotations
 
@@ -25,6 +26,8 @@ LENGTHS = (1, 2, 3, 40)
 HEADS = 8
 """And the most heads."""
 HEAD_DIM = 64
+HIDDEN = -1000
+"""A logit that leaves no weight beside others."""
 TRIES = 4
 """Logits and tables with which it has to be no number."""
 
@@ -58,6 +61,79 @@ def _by_root(node: Expr) -> bool:
             if small and large and math.isclose(large / small, 2 if node.op == "div" else 0.5):
                 return True
     return False
+
+
+def exponential(group: HeadGroup, scores: Sequence[ast.Clause]) -> Iterator[Diagnostic]:
+    """`exp(s)`, of which a softmax takes the exponential."""
+    if group.norm.kind == "softmax" and group.score.op == "exp" and "s" in group.score.free:
+        help = "leave `exp` out, or write `norm linear`, which divides by the sum alone"
+        yield Diagnostic("a softmax takes the exponential itself", scores[-1].value.span, help, "warning")
+
+
+def far_first(attention: Attention, group: HeadGroup, clauses: Sequence[ast.Clause]) -> Iterator[Diagnostic]:
+    """A bias or a decay by which each key before the query counts less than the one before that."""
+    terms = group.score.args if group.score.op == "add" and ir.var("s") in group.score.args else ()
+    bias = [term for term in terms if term.free & {"q", "k"} and term.free <= POSITIONS and not term.tables]
+    decay = group.decay
+    if bias and _falls(attention, group, ir.add(*bias)):
+        span = next(c.value.span for c in reversed(clauses) if c.word == "score")
+        help = "`k - q` is below 0 for keys before the query: exchange `q` and `k`, or turn the sign"
+        yield Diagnostic("this bias grows with the distance: far keys count most", span, help, "warning")
+    if decay is not None and decay.free <= POSITIONS and not decay.tables and _falls(attention, group, decay):
+        span = next(c.value.span for c in reversed(clauses) if c.word == "decay")
+        help = "write a number below 1 to the power `q - k`"
+        yield Diagnostic("this decay grows with the distance: far keys count most", span, help, "warning")
+
+
+def _falls(attention: Attention, group: HeadGroup, value: Expr) -> bool:
+    """Whether it is the less, the later a key is of those that the last query sees before itself."""
+    from attndsl.meaning.pointwise import evaluate
+
+    if attention.offset is not None or attention.of_streams or group.relation.mask.tables:
+        return False
+    n = LENGTHS[-1]
+    heads = attention.enough_heads()
+    q, k = np.array([n - 1]), np.arange(n)
+    for h in range(min(heads, HEADS)):
+        at = {x: ir.const(size) for x, size in {"n": n, "nq": n, "h": h, "H": heads, "D": HEAD_DIM}.items()}
+        if ir.substitute(group.heads, at) is not ir.TRUE:
+            continue
+        with np.errstate(all="ignore"):
+            try:
+                live = evaluate(ir.substitute(group.relation.mask, at), q, k)
+                values = evaluate(ir.substitute(value, at), q, k)[live & (k <= q)]
+            except AttnError:
+                return False  # it is refused there, which is told elsewhere
+        return len(values) > 2 and bool(np.all(np.diff(values) < 0))
+    return False
+
+
+def masked_by_score(
+    attention: Attention, group: HeadGroup, scores: Sequence[ast.Clause]
+) -> Iterator[Diagnostic]:
+    """A large negative number in place of a logit, for more pairs than one a query."""
+    from attndsl.meaning.pointwise import evaluate
+
+    mask, n = group.relation.mask, LENGTHS[-1]
+    if attention.offset is not None or attention.of_streams or not mask.free <= {*"qkn"} or mask.tables:
+        return
+    (q, k), at = np.indices((n, n)), {"n": ir.const(n), "nq": ir.const(n)}
+    for node in ir.nodes(group.score):
+        if node.op != "where" or node.args[0].tables or not node.args[0].free <= {*"qkn"}:
+            continue
+        hidden = [(ir.number(value) or 0) <= HIDDEN for value in node.args[1:]]
+        if sum(hidden) != 1:
+            continue
+        condition = node.args[0] if hidden[0] else ir.negate(node.args[0])
+        try:
+            many = int(evaluate(ir.substitute(ir.all_of(mask, condition), at), q, k).sum())
+        except AttnError:
+            continue  # it is refused there, which is told elsewhere
+        if many > n:
+            help = "write the condition into `mask`: what it takes out costs nothing"
+            said = "these pairs are seen all the same, with a weight of about 0"
+            yield Diagnostic(said, scores[-1].value.span, help, "warning")
+            return
 
 
 def no_numbers(
