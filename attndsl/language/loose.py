@@ -9,7 +9,7 @@ from attndsl.errors import AttnError, Diagnostic
 from attndsl.expr import Expr
 from attndsl.language.arguments import input_table
 from attndsl.language.elaborate import Elaborator
-from attndsl.language.idle import Looked, alone, around_condition
+from attndsl.language.idle import PARTS, Looked, alone, around_condition
 from attndsl.language.mistakes import written
 from attndsl.language.values import TOKENS, K, Q, Scope, TableOf, Value
 from attndsl.syntax import nodes as ast
@@ -26,12 +26,12 @@ def loosened(e: ast.Expression, looked: Looked) -> Iterator[Diagnostic]:
     if not isinstance(union, ast.Nary) or union.op not in CLOSER:
         return
     closer = CLOSER[union.op]
-    for i, cut in enumerate(union.args):
+    for i, cut in enumerate(union.args[:PARTS]):
         joined = _joined(cut, closer)
         causal = next((arg for arg in joined if _is_causal(put(arg), looked)), None)
         if causal is None:
             continue
-        bare = (other for other in union.args[i + 1 :] if not _joined(other, closer))
+        bare = (other for other in union.args[i + 1 : PARTS] if not _joined(other, closer))
         pairs = ((other, _later(put(other), looked)) for other in bare)
         for other, pair in ((other, pair) for other, pair in pairs if pair):
             kept = f" {closer} ".join(written(arg) for arg in joined if arg is not causal)
