@@ -520,7 +520,7 @@ class Program:
     @functools.cached_property
     def warnings(self) -> list[Diagnostic]:
         """What is legal and probably not meant, in the order of the text. Which selections look ahead is not
-        in it: `attndsl check` finds that by running them."""
+        in it: `attndsl check` asks them."""
         from attndsl.language import lint
 
         return _in_order(lint.warnings(list(self.own.values()), self.elaborator))

@@ -375,6 +375,34 @@ def test_first_values_are_told_of_once_where_a_module_owns_others(added):
     assert [str(found.message).split("`")[3] for found in told] == (["b", "weight"] if added else ["b"])
 
 
+def test_a_call_that_asks_for_gradients_and_trains_nothing_is_told():
+    text = "attention a(b = learn[H](1.0)) { mask causal  score s * b }"
+    plan = attndsl.compile(attndsl.parse(text)["a"], length=8, heads=2, head_dim=4)
+    q = torch.randn(1, 2, 8, 4)
+    plan(q, q, q)
+    asked = q.clone().requires_grad_()
+    with torch.no_grad():
+        plan(asked, q, q)
+    plan.module()(asked, q, q)
+    plan(asked, q, q, learned={"b": torch.ones(2)})
+    with pytest.warns(
+        UserWarning, match=r"no gradients for `b`: call `plan.module\(\)`, or pass `learned=`"
+    ) as told:
+        plan(q, asked, q)
+    assert told[0].filename == __file__
+
+
+@pytest.mark.parametrize(
+    ("index", "said"), [("[1, 2, 3, 4, 5, 6][h]", "behind entry 3"), ("[1, 2, 3][h // 2]", "behind entry 1")]
+)
+def test_a_list_with_more_entries_than_heads_is_told(index, said):
+    bound = attndsl.parse(f"attention a {{ mask causal  score s * {index} }}")["a"]
+    with pytest.warns(UserWarning, match=f"{said} are read by none of 4 heads") as told:
+        attndsl.compile(bound, length=8, heads=4, head_dim=4)
+    assert told[0].filename == __file__
+    attndsl.compile(bound, length=8, heads=6, head_dim=4)
+
+
 def test_a_plan_whose_backend_was_not_asked_for_takes_another_in_a_dtype_that_it_declines(monkeypatch):
     backend = registry.plugin("backends", "torch")
     monkeypatch.setattr(backend, "features", replace(backend.features, dtypes={"float32"}))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from random_masks import CHOSEN, DOC, FLAG, Masks, truths
 
+import attndsl
 from attndsl import expr as x
 from attndsl.expr import Expr, Table, all_of, any_of, const, eq, le, lt, negate, sub, var
 from attndsl.layers.reach import product
@@ -200,3 +201,16 @@ def test_a_table_without_axes_is_searched() -> None:
     verdict = subset(CAUSAL, le(start, K))
     assert verdict.status == "refuted"
     assert verdict.tables is not None
+
+
+def test_a_refutation_says_what_stands_for_all_heads_together() -> None:
+    text = """
+    attention b(w) { heads 0 { mask last(3) } else { mask last(w) } }
+    attention c { mask causal }
+    assert T(b(5)) <= causal
+    assert every_row(b(4) - radius(0))
+    assert b(4) <= last(3)
+    assert T(c) <= causal
+    """
+    reasons = [verdict.reason for _, verdict in attndsl.parse(text).check()]
+    assert reasons == [*["`b` stands for all heads together"] * 2, "", ""]

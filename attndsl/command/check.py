@@ -145,17 +145,11 @@ def looking_ahead(program: Program) -> Iterator[Diagnostic]:
         parts = definition.attention.parts
         tables = [table for table in leaks.unstable(definition.attention) if not (parts and table in told)]
         told |= {*tables}
-        found = leaks.witness(definition.attention) if tables else None
         for table in tables:
             origin = table.origin
             assert isinstance(origin, Selected)
             _, span = program.elaborator.leaves[origin]
-            shown = "later tokens may change what an earlier query sees"
-            if found is not None:
-                shown = (
-                    f"with n = {found.n} an edit of token {found.edited} changes what query {found.row} sees"
-                )
-            message = f"`{origin.selection}` looks ahead: {shown}"
+            message = f"`{origin.selection}` looks ahead: later tokens may change what an earlier query sees"
             help = COUNTED if leaks.counted(table, definition.attention) else _safe(origin)
             yield Diagnostic(message, span, help, "warning")
 

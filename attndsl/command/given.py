@@ -5,7 +5,8 @@ from __future__ import annotations
 import shutil
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,16 @@ def bound(file: str, name: str | None, params: dict[str, str] | None) -> Bound:
     return titled(file, name, params)[0]
 
 
+@contextmanager
+def telling() -> Iterator[None]:
+    """Warnings of Python that are met inside are said as our own."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        yield
+    for found in told:
+        click.echo(f"warning: {found.message}", err=True)
+
+
 def titled(file: str, name: str | None, params: dict[str, str] | None) -> tuple[Bound, str]:
     """The attention, and its name with the parameters that differ from the defaults.
 
@@ -55,11 +66,8 @@ def titled(file: str, name: str | None, params: dict[str, str] | None) -> tuple[
     program = program_of(file)
     name = name or program.default()
     definition: Any = program[name]
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
+    with telling():
         attention = definition(**params) if params else definition
-    for found in told:
-        click.echo(f"warning: {found.message}", err=True)
     if isinstance(attention, Stack):
         own = dict.fromkeys(sub.name for turn in attention.turns for sub in turn if sub.name in program)
         raise fail(f"`{name}` is a stack", help=f"ask for one of its attentions: {', '.join(own)}")

@@ -9,7 +9,7 @@ import click
 
 from attndsl.attention import Attention
 from attndsl.command import child, terminal
-from attndsl.command.given import bound, echo_json, first_query, heads_of, tables
+from attndsl.command.given import bound, echo_json, first_query, heads_of, tables, telling
 from attndsl.command.options import JSON, PROBLEM, TARGET, Command
 from attndsl.errors import fail
 from attndsl.execution.choice import UNKNOWN
@@ -192,7 +192,8 @@ def planned(
         help = "cpu, or cuda where there is one"
         raise fail(f"no device `{problem['device']}`", help=help) from None
     stage("tiling", time_limit)
-    plan = attndsl.compile(attention, **problem)
+    with telling():
+        plan = attndsl.compile(attention, **problem)
     return plan.bind(**given) if given else plan
 
 

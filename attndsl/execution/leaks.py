@@ -1,13 +1,12 @@
 """Whether what is chosen for a query depends on tokens after it.
 
 A choice is stable where every key that its score reads stands at or before the query: that is a question
-about positions, which the prover answers. Where it is not, an edit of the last token shows it.
+about positions, which the prover answers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
@@ -27,19 +26,9 @@ if TYPE_CHECKING:
     from torch import Generator, Tensor
 
 CAUSAL = ir.le(ir.var("k"), ir.var("q"))
-LENGTHS = (48, 192, 768, 3072)
-"""At which an edit is tried."""
-EDITS = 20
+LENGTH, TRIED = 48, 20
+"""Of choices that are tried where no proof says whether a mask is causal, and how many."""
 WIDTH = 16
-
-
-@dataclass(frozen=True)
-class Witness:
-    """With `n` tokens an edit of the one at `edited` changes which keys the query at `row` sees."""
-
-    n: int
-    edited: int
-    row: int
 
 
 def unstable(attention: Attention) -> tuple[Table, ...]:
@@ -54,9 +43,12 @@ def causal(attention: Attention) -> bool:
     verdict = subset(attention.any_head(), CAUSAL)
     if verdict.status != "undecided" or attention.streams:
         return verdict.status == "proved"
-    sizes = lowering.sizes(attention, LENGTHS[0], LENGTHS[0], attention.enough_heads())
-    given = (_given(attention, sizes, _generator(seed)) for seed in range(EDITS))
-    return not any(np.triu(_seen(attention, sizes, *each), 1).any() for each in given)
+    import torch
+
+    sizes = lowering.sizes(attention, LENGTH, LENGTH, attention.enough_heads())
+    generators = (torch.Generator().manual_seed(seed) for seed in range(TRIED))
+    given = (random_call(attention, sizes, generator) for generator in generators)
+    return not any(np.triu(seen(attention, sizes, *each), 1).any() for each in given)
 
 
 def stable(table: Table, attention: Attention) -> bool:
@@ -79,34 +71,10 @@ def counted(table: Table, attention: Attention) -> bool:
     return any(node.op == "count_of" and node.value == table for e in masks for node in ir.nodes(e))
 
 
-def witness(attention: Attention) -> Witness | None:
-    """Made by trying; None where no edit shows anything."""
-    for n in LENGTHS:
-        heads = attention.enough_heads()
-        sizes = lowering.sizes(attention, n, n, heads)
-        for seed in range(EDITS):
-            for found in changed(attention, sizes, seed):
-                return Witness(n, n - 1, found)
-    return None
-
-
-def changed(attention: Attention, sizes: lowering.Sizes, seed: int) -> Iterator[int]:
-    """Rows before the last whose keys change with the last token."""
-    import torch
-
-    generator = _generator(seed)
-    q, k, tables = _given(attention, sizes, generator)
-    before = _seen(attention, sizes, q, k, tables)
-    q, k = q.clone(), k.clone()
-    q[:, :, -1], k[:, :, -1] = (4 * torch.randn((WIDTH,), generator=generator) for _ in range(2))
-    differ = (before != _seen(attention, sizes, q, k, tables)).any((0, 1, 3))[:-1]
-    yield from np.flatnonzero(differ).tolist()
-
-
 Given: TypeAlias = "tuple[Tensor, Tensor, dict[str, Tensor]]"
 
 
-def _given(attention: Attention, sizes: lowering.Sizes, generator: Generator) -> Given:
+def random_call(attention: Attention, sizes: lowering.Sizes, generator: Generator) -> Given:
     """Random q, k and inputs."""
     import torch
 
@@ -115,18 +83,12 @@ def _given(attention: Attention, sizes: lowering.Sizes, generator: Generator) ->
     return q, k, {table.name: _drawn(table, n, heads, generator) for table in attention.inputs}
 
 
-def _seen(
+def seen(
     attention: Attention, sizes: lowering.Sizes, q: Tensor, k: Tensor, tables: Mapping[str, Tensor]
 ) -> NDArray[np.bool_]:
     """The mask with what is chosen of these."""
     made = {**tables, **choices(attention, q, k, tables, sizes)}
     return lowering.dense(attention, sizes, {name: x.numpy() for name, x in made.items()})
-
-
-def _generator(seed: int) -> Generator:
-    import torch
-
-    return torch.Generator().manual_seed(seed)
 
 
 def _drawn(table: Table, n: int, heads: int, generator: Generator) -> Tensor:

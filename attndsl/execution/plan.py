@@ -29,7 +29,7 @@ from attndsl.execution.streamsession import StreamSession
 from attndsl.execution.sums import Parts, SumPlan, check_learned, gate_of, of_part, refuse_learned
 from attndsl.expr import Learned, Table
 from attndsl.keywords import by_name, missing
-from attndsl.language.lookups import placed
+from attndsl.language.lookups import beyond_heads, placed
 from attndsl.pictures import notebook
 from attndsl.program import bound_of
 from attndsl.streams import described
@@ -73,7 +73,8 @@ def compile(
     training    whether gradients are asked for: what has none declines, and costs are of both passes
 
     A plan serves every length up to `length` without recompiling. Raises AttnError for sizes that do not
-    fit, an unknown backend, or a `backend` that declines: then no other is tried.
+    fit, an unknown backend, or a `backend` that declines: then no other is tried. Warns of a list or table
+    that is read by the head and has more entries than there are heads.
     """
     start = time.perf_counter()
     bound = bound_of(attention)
@@ -92,6 +93,8 @@ def compile(
         if name in inspect.signature(Plan.__call__).parameters:
             raise fail(f"the {what} `{name}` has the name of an argument of the call", help="rename it")
     _check_device(problem.device)
+    for said in beyond_heads(attention, problem.heads):
+        warnings.warn(said, stacklevel=3)
     if attention.parts:
         return _added(attention, problem, backend)
     blocks = _tiled(attention, problem, bound.tables)
@@ -267,13 +270,10 @@ class Plan:
         `module` owns; without it they have their first ones. `inputs` are run-time tables by name, arrays or
         tensors with the axes that they are declared with; those that are bound may be left out. Raises
         AttnError for tensors, positions and tables that do not fit the plan, and where parameters without
-        values are to be trained.
+        values are to be trained; warns where they are not, and gradients are asked for.
         """
-        if learned is None and self.problem.training and any(t.learned for t in self.attention.learned):
-            names = ", ".join(f"`{table.name}`" for table in self.attention.learned if table.learned)
-            raise fail(
-                f"a call of the plan does not train {names}", help=f"use plan.module(), which owns {names}"
-            )
+        if learned is None and any(table.learned for table in self.attention.learned):
+            self._untrained(q, k, v)
         if return_lse and self.attention.approx is not None:
             raise fail(f"`{self.attention.approx.kind}` has no log-sum-exp: it sums no weights of pairs")
         held = held_of(self.attention, memory)
@@ -297,6 +297,21 @@ class Plan:
             return (out, lse) if return_lse else out
         out, weights = out[..., : v.shape[3]], out[..., v.shape[3] :]
         return (out, lse, weights) if return_lse else (out, weights)
+
+    def _untrained(self, *given: Tensor) -> None:
+        """Of a call that has first values of parameters. Raises AttnError where gradients are asked for at
+        compile, and warns where they are at the call."""
+        names = ", ".join(f"`{table.name}`" for table in self.attention.learned if table.learned)
+        if self.problem.training:
+            said = f"a call of the plan does not train {names}"
+            raise fail(said, help=f"use plan.module(), which owns {names}")
+        asked = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in given)
+        if asked and not torch.compiler.is_compiling():
+            self.owned.clear()
+            said = (
+                f"a call of the plan has no gradients for {names}: call `plan.module()`, or pass `learned=`"
+            )
+            warnings.warn(said, stacklevel=4)
 
     def _step(
         self,

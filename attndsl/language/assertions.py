@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Literal
@@ -43,19 +43,21 @@ class Reach:
 
 @dataclass(frozen=True)
 class Included:
-    """`left <= right`, or `==`."""
+    """`left <= right`, or `==`; `united` are the attentions that stand for all of their heads together."""
 
     left: PerHead | Reach
     right: PerHead | Reach
     equal: bool
     names: tuple[str, str]
+    united: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class EveryRow:
-    """No query is without a key."""
+    """No query is without a key; `united` as above."""
 
     of: PerHead
+    united: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -115,9 +117,11 @@ def _claims(e: ast.Expression, elaborator: Elaborator) -> list[Claim]:
         of = _arguments(e)["of"]
         attention = _attention(of, elaborator)
         if attention is None:
-            return [EveryRow(_heads(of, elaborator))]
+            return [EveryRow(_heads(of, elaborator), _united(of, elaborator))]
         enough = _enough(of, elaborator)
-        return [EveryRow(PerHead(tuple([(m, ir.all_of(enough, heads)) for m, heads in attention.keyed()])))]
+        return [
+            EveryRow(PerHead(tuple([(m, ir.all_of(enough, heads)) for m, heads in attention.keyed()])), ())
+        ]
     if isinstance(e, ast.Compare):
         return [
             _compared(op, left, right, e, elaborator)
@@ -155,7 +159,8 @@ def _compared(
         if op not in ("<=", "=="):
             help = "write `<=`: every pair of the left is in the right" if op == "<" else ""
             raise fail(f"patterns are compared with `<=` and `==`, not `{op}`", e.span, help)
-        return Included(relations[0], relations[1], op == "==", (left.span.text, right.span.text))
+        names, united = (left.span.text, right.span.text), _united(e, elaborator)
+        return Included(relations[0], relations[1], op == "==", names, united)
     if relations:
         at = left if isinstance(sides[0], PerHead | Reach) else right
         raise fail(
@@ -222,7 +227,7 @@ def _quantity(
         least = _least_heads(args["of"], elaborator)
         if heads < least:
             raise fail(f"{quoted(args['of'])} has {least} heads or more", args["heads"].span)
-    elif len(attention.groups) > 1 or any({"h", "H"} & g.relation.mask.free for g in attention.groups):
+    elif _by_head(attention):
         raise fail(f"the {kind} depends on the heads", args["of"].span, help=f"write {kind}(..., heads = 12)")
     return Quantity(kind, attention, n, heads)
 
@@ -238,6 +243,10 @@ def _attention(e: ast.Expression, elaborator: Elaborator) -> Attention | None:
 
 def _least_heads(e: ast.Expression, elaborator: Elaborator) -> int:
     """At which every group of every attention that `e` names holds a head; 1 where it names none."""
+    return max((attention.enough_heads() for attention in _named(e, elaborator)), default=1)
+
+
+def _named(e: ast.Expression, elaborator: Elaborator) -> Iterator[Attention]:
     parts = list(ast.walk(e))
     bound = {name.id for x in parts if isinstance(x, ast.Builder) for group in x.vars for name in group}
     called = {id(x.func) for x in parts if isinstance(x, ast.Call)}
@@ -247,7 +256,19 @@ def _least_heads(e: ast.Expression, elaborator: Elaborator) -> int:
         if isinstance(x, ast.Call) or (isinstance(x, ast.Name) and id(x) not in called and x.id not in bound)
     )
     attentions = (_attention(x, elaborator) for x in names)
-    return max((attention.enough_heads() for attention in attentions if attention is not None), default=1)
+    yield from (attention for attention in attentions if attention is not None)
+
+
+def _united(e: ast.Expression, elaborator: Elaborator) -> tuple[str, ...]:
+    """The attentions with heads that differ, inside of what is more than their name."""
+    sides = e.args if isinstance(e, ast.Compare) else (e,)
+    inside = (side for side in sides if _attention(side, elaborator) is None)
+    found = (attention for side in inside for attention in _named(side, elaborator))
+    return tuple(dict.fromkeys(attention.name for attention in found if _by_head(attention)))
+
+
+def _by_head(attention: Attention) -> bool:
+    return len(attention.groups) > 1 or any({"h", "H"} & g.relation.mask.free for g in attention.groups)
 
 
 def _enough(e: ast.Expression, elaborator: Elaborator) -> Expr:
@@ -288,6 +309,15 @@ def prove(assertion: Assertion) -> Verdict:
 
 
 def _verdict(claim: Claim) -> Verdict:
+    found = _decided(claim)
+    if found.status != "refuted" or isinstance(claim, Compared) or not claim.united:
+        return found
+    names = " and ".join(f"`{name}`" for name in claim.united)
+    said = f"{names} stand{'s' * (len(claim.united) == 1)} for all heads together"
+    return replace(found, reason=f"{found.reason}; {said}" if found.reason else said)
+
+
+def _decided(claim: Claim) -> Verdict:
     from attndsl.relations import proofs
 
     if isinstance(claim, EveryRow):

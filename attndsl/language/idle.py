@@ -1,4 +1,4 @@
-"""Parts of masks that relate nothing, or all but nothing, wherever they stand."""
+"""Parts of masks that relate nothing, or all but nothing, or take nothing away, wherever they stand."""
 
 from __future__ import annotations
 
@@ -28,6 +28,8 @@ SHORT = 16
 """A length at which most masks have a pair."""
 PARTS = 64
 """Of one mask that are looked at."""
+JOINED = 16
+"""Operands up to which each is compared with all others."""
 COVERED = frozenset("blocks within grid T sym shift dilate".split())
 """What relates nothing where its last argument does not."""
 LISTED = frozenset("columns rows global".split())
@@ -35,11 +37,15 @@ LISTED = frozenset("columns rows global".split())
 
 @dataclass(frozen=True)
 class Looked:
-    """What parts are asked about; `scope` has parameters left open, `streams` are those of the keys."""
+    """What parts are asked about; `scope` has parameters left open, `streams` are those of the keys.
+
+    least  where those whose defaults are positive are so
+    """
 
     elaborator: Elaborator
     scope: Scope
     streams: Streams = ()
+    least: Expr = ir.TRUE
 
     def relation(self, e: ast.Expression) -> Expr | None:
         """The mask of a pattern, where all its names are known."""
@@ -68,13 +74,15 @@ class Looked:
 
 def looked(elaborator: Elaborator, params: Iterable[ast.Param], streams: Streams = ()) -> Looked:
     """Parameters that are numbers are left open; of the others nothing is known."""
-    numbers = (param.name for param in params if isinstance(param.default, ast.Number))
-    scope = Scope({name: Num(ir.var(f"?{name}")) for name in numbers})
-    return Looked(elaborator, scope.bind(stream=Num(ir.var("stream"))) if streams else scope, streams)
+    numbers = [(p.name, p.default.value) for p in params if isinstance(p.default, ast.Number)]
+    scope = Scope({name: Num(ir.var(f"?{name}")) for name, _ in numbers})
+    least = ir.all_of(*(ir.le(ir.ONE, ir.var(f"?{name}")) for name, value in numbers if value >= 1))
+    return Looked(elaborator, scope.bind(stream=Num(ir.var("stream"))) if streams else scope, streams, least)
 
 
 def idle_parts(e: ast.Expression, looked: Looked) -> list[Diagnostic]:
-    """The least parts of a pattern that relate nothing, and intersections of distances with one in common."""
+    """The least parts of a pattern that relate nothing, intersections of distances with one in common, and
+    operands that take nothing away."""
     found: list[Diagnostic] = []
     left = [PARTS]
 
@@ -87,13 +95,12 @@ def idle_parts(e: ast.Expression, looked: Looked) -> list[Diagnostic]:
         if any(below) or _turned_off(part, looked.elaborator):
             return any(below)
         mask = looked.mask(put(part))
-        if mask is None:
-            return False
-        told = _told(part, put, mask, looked)
+        told = [] if mask is None else _told(part, put, mask, looked)
+        told = told or [*_needless(part, put, looked)]
         found.extend(told)
         return bool(told)
 
-    visit(e, _alone)
+    visit(e, alone)
     return found
 
 
@@ -112,6 +119,57 @@ def _told(part: ast.Expression, put: Put, mask: Expr, looked: Looked) -> list[Di
     if crossed:
         return [Diagnostic("each query has only itself in this", part.span, crossed, "warning")]
     return []
+
+
+def _needless(part: ast.Expression, put: Put, looked: Looked) -> Iterator[Diagnostic]:
+    """The first operand that all pairs of the others satisfy, or none where it is taken off. `causal` beside
+    what is causal is no mistake, nor is a bound that all positions keep."""
+    from attndsl.relations.proofs import follows
+
+    joined = part.pred if isinstance(part, ast.Builder) else part
+    off = isinstance(joined, ast.Binary) and joined.op == "-"
+    met = isinstance(joined, ast.Nary) and joined.op in ("&", "and") and len(joined.args) <= JOINED
+    if looked.streams or not (off or met):
+        return  # a key has a position in each of the streams
+    operands = [(arg, looked.mask(put(around(arg))), around(arg)) for arg, around in _parts(part)]
+    if off and (last := operands[1][1]) is not None:
+        operands[1] = (operands[1][0], ir.negate(last), operands[1][2])
+    for i, (arg, mask, itself) in enumerate(operands):
+        if mask is None or (off and i == 0):
+            continue
+        beside = [other for j, (_, other, _) in enumerate(operands) if other is not None and j != i]
+        others = ir.all_of(looked.least, *beside)
+        if not _takes_nothing(mask, others) or any(map(_is_a_side, (mask, looked.mask(itself)))):
+            continue
+        turned, help = _turned(mask), "leave it out"
+        alike = _takes_nothing(turned, others) or follows(ir.all_of(turned, others), ir.eq(Q, K))
+        if _of_distance(mask) and not alike:
+            help = f"distances are k - q, below 0 for keys before the query: {_mirrored(arg)}"
+        yield Diagnostic("this takes nothing away from what stands beside it", arg.span, help, "warning")
+        return
+
+
+def _takes_nothing(mask: Expr, others: Expr) -> bool:
+    from attndsl.meaning.pointwise import partial
+    from attndsl.relations.proofs import follows
+
+    if not mask.free & {"q", "k"} or partial(mask) or partial(others):
+        return False
+    return follows(others, mask) and not follows(ir.TRUE, mask)
+
+
+def _is_a_side(mask: Expr | None) -> bool:
+    """Whether it says no more than that keys stand before or after the query."""
+    from attndsl.relations.proofs import follows
+
+    if mask is None:
+        return False
+    sides = ((ir.lt(K, Q), ir.le(K, Q)), (ir.lt(Q, K), ir.le(Q, K)))
+    return any(follows(least, mask) and follows(mask, most) for least, most in sides)
+
+
+def _turned(mask: Expr) -> Expr:
+    return ir.substitute(mask, {"q": K, "k": Q})
 
 
 def never(mask: Expr) -> bool:
@@ -151,8 +209,7 @@ def _crossed(operands: list[tuple[ast.Expression, ast.Expression]], looked: Look
             continue
         # a definition that is named means what it says
         for arg, mask, against in sorted(((b, other, one), (a, one, other)), key=lambda x: _named(x[0])):
-            turned = ir.substitute(mask, {"q": K, "k": Q})
-            if not follows(ir.all_of(turned, against), itself):
+            if not follows(ir.all_of(_turned(mask), against), itself):
                 return f"distances are k - q, below 0 for keys before the query: {_mirrored(arg)}"
     return ""
 
@@ -175,6 +232,8 @@ def _mirrored(e: ast.Expression) -> str:
             return f"write `band({_negative(hi)}..{_negative(lo)})`"
         case ast.Call(ast.Name("T"), (ast.Argument(value=turned),)):
             return f"write `{quoted(turned)}`"
+        case ast.Builder(_, ast.Compare() as inner) | ast.Unary("~", inner):
+            return _mirrored(inner)
         case ast.Compare() | ast.Unary("not") | ast.Nary("and" | "or") | ast.Index():
             return f"exchange query and key in `{quoted(e)}`"
     return f"write `T({quoted(e)})`"
@@ -213,14 +272,14 @@ def _without_members(node: ast.Node) -> bool:
 def _parts(e: ast.Expression) -> Iterator[tuple[ast.Expression, Put]]:
     match e:
         case ast.Nary("&" | "|" | "+" | "and" | "or", args):
-            yield from ((arg, _alone) for arg in args)
+            yield from ((arg, alone) for arg in args)
         case ast.Binary("-" | "@", left, right):
-            yield from ((left, _alone), (right, _alone))
+            yield from ((left, alone), (right, alone))
         case ast.Unary("~" | "not", arg):
-            yield arg, _alone
+            yield arg, alone
         case ast.Builder(_, pred):
             for part, around in _parts(pred):
-                yield part, _within(lambda x: replace(e, pred=x), around)
+                yield part, _within(around_condition(e), around)
         case ast.Compare(("in",), (position, ast.SetList(items))):
             for item in items if len(items) > 1 else ():
                 yield ast.SetList((item,), span=item.span), lambda x: replace(e, args=(position, x))
@@ -232,8 +291,14 @@ def _parts(e: ast.Expression) -> Iterator[tuple[ast.Expression, Put]]:
                 yield one, lambda x: replace(e, args=(replace(only, value=x),))
 
 
-def _alone(e: ast.Expression) -> ast.Expression:
+def alone(e: ast.Expression) -> ast.Expression:
+    """The place of a part that nothing stands around."""
     return e
+
+
+def around_condition(e: ast.Builder) -> Put:
+    """The place of a part of its condition."""
+    return lambda x: replace(e, pred=x)
 
 
 def free(e: ast.Node) -> frozenset[str]:

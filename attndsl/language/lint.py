@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Set
 from dataclasses import replace
 from typing import Any
@@ -14,10 +15,19 @@ from attndsl.attention import Attention, HeadGroup
 from attndsl.errors import AttnError, Diagnostic, Span
 from attndsl.expr import Expr, Selected, Table
 from attndsl.features import FeatureForm, feature_form
-from attndsl.language.arguments import input_table, name_span, score_call
+from attndsl.language.arguments import input_table, name_span
 from attndsl.language.elaborate import Elaborator
 from attndsl.language.idle import idle_parts, looked
+from attndsl.language.logits import (
+    exponential,
+    far_first,
+    masked_by_score,
+    names_in,
+    no_numbers,
+    scaled_twice,
+)
 from attndsl.language.lookups import at_lookup, lookups_of
+from attndsl.language.loose import loosened, named
 from attndsl.language.mistakes import quoted
 from attndsl.language.unknown import LENGTH, habit
 from attndsl.language.values import TOKENS, AttentionOf, K, Pattern, Q, Scope
@@ -28,6 +38,10 @@ from attndsl.syntax import nodes as ast
 
 Definition = ast.Definition | ast.AttentionDef
 
+_POSITION = re.compile(r"[qkij]|[qk]_?idx|kv_idx")
+_LENGTHS = re.compile(r"(?:^|_)(?:seq)?(?:len|lens|length|lengths)$")
+"""What positions and numbers of positions are called."""
+
 
 def warnings(definitions: list[Definition], elaborator: Elaborator) -> list[Diagnostic]:
     """Of definitions that are right: by their text first, then by what their masks relate."""
@@ -37,7 +51,7 @@ def warnings(definitions: list[Definition], elaborator: Elaborator) -> list[Diag
     added = {name.id for e in sums for name in ast.walk(e) if isinstance(name, ast.Name)}
     placed, moved = _placed(definitions), _moved(definitions)
     for item in definitions:
-        found += [*_of_text(item, placed), *_unread(item)]
+        found += [*_of_text(item, placed), *_unread(item), *_loosened(item, elaborator)]
         if not all(param.default is not None for param in item.params):
             continue
         if isinstance(item, ast.AttentionDef):
@@ -53,6 +67,20 @@ def warnings(definitions: list[Definition], elaborator: Elaborator) -> list[Diag
                 alone = Attention.of_pattern(item.name, value.at(Q, K, TOKENS))
                 found += _undefined(alone, [item.body], item.name_span)
     return found
+
+
+def _loosened(item: Definition, elaborator: Elaborator) -> Iterator[Diagnostic]:
+    """Of tokens: keys of streams are numbered from the first of each."""
+    if isinstance(item, ast.Definition):
+        if item.word == "pattern":
+            yield from loosened(item.body, named(elaborator, item.params))
+    elif not any(isinstance(clause, ast.Keys) for clause in item.clauses):
+        inside = named(elaborator, item.params, item.clauses)
+        masks = [
+            node for node in ast.walk(item.clauses) if isinstance(node, ast.Clause) and node.word == "mask"
+        ]
+        for clause in masks:
+            yield from loosened(clause.value, inside)
 
 
 def _moved(definitions: list[Definition]) -> set[str]:
@@ -123,6 +151,18 @@ def _of_text(item: Definition, placed: Set[str]) -> Iterator[Diagnostic]:
         match node:
             case ast.Range(lo=ast.Number(value=lo), hi=ast.Number(value=hi)) if lo > hi:
                 yield _warning(f"the range {lo}..{hi} is empty", node.span, f"write `{hi}..{lo}`")
+            case ast.Binary("-", ast.Name(id=a), ast.Binary("mod" | "//" as op, ast.Name(id=b)) as cut):
+                bare = cut.span.start == cut.left.span.start
+                if bare and _POSITION.fullmatch(a) and _POSITION.fullmatch(b):
+                    yield _warning(
+                        f"`{op}` binds closer than `-`: this is `{a} - ({quoted(cut)})`",
+                        node.span,
+                        f"write `({a} - {b}) {op} {quoted(cut.right)}`, or those brackets if it is meant",
+                    )
+            case ast.Compare(("<=",), (ast.Name(id="q" | "k" as x), ast.Name(id=size))):
+                if _LENGTHS.search(size):
+                    message = f"positions begin at 0: `{x} <= {size}` holds at one more than `{size}`"
+                    yield _warning(message, node.span, f"write `{x} < {size}`")
             case ast.Binary("//", ast.Unary("-", half), ast.Number() as divisor) if not isinstance(
                 half, ast.Number
             ):
@@ -153,11 +193,20 @@ def _of_attention(
             yield from _empty_rows(some, heads, span)
         yield from _shift_variance(group, item)
         yield from _vanishing(group, [c for c in _clauses_of(item, i) if c.word == "norm"])
-        yield from _weights(group, [c for c in _clauses_of(item, i) if c.word == "score"])
-        yield from _alike(group, [c for c in _clauses_of(item, i) if c.word == "score"], elaborator)
-        yield from _blindness(group, [c for c in _clauses_of(item, i) if c.word == "score"], elaborator)
+        scores = [c for c in _clauses_of(item, i) if c.word == "score"]
+        yield from _weights(group, scores)
+        yield from _alike(group, scores, elaborator)
+        yield from _blindness(group, scores, elaborator)
+        yield from scaled_twice(group, scores, elaborator)
+        yield from exponential(group, scores)
+        yield from far_first(value.attention, group, [*_clauses_of(item, i)])
+        yield from masked_by_score(value.attention, group, scores)
+        yield from no_numbers(value.attention, group, scores, elaborator)
         yield from _crowded(group, [clause.value for clause in masks], span)
     yield from _lengths(value.attention, item)
+    yield from _listed_keys(value.attention, item)
+    if not added:
+        yield from _backward(value.attention, masks, span)
     yield from _beyond(value.attention, item, elaborator)
     yield from _constant(value.attention, item, definitions)
     yield from _leaking(value.attention, item)
@@ -246,6 +295,35 @@ def _lengths(attention: Attention, item: ast.AttentionDef) -> Iterator[Diagnosti
                 decl.span,
                 f"{LENGTH}: write `{table.name} : {table.dtype}[{axes}]`",
             )
+
+
+def _listed_keys(attention: Attention, item: ast.AttentionDef) -> Iterator[Diagnostic]:
+    """A table with an integer for each position that is read as a list of keys: 0 and 1 are none."""
+    nodes = (node for group in attention.groups for node in ir.nodes(group.relation.mask))
+    listing = {node.value for node in nodes if node.op == "intable" and node.args[0] is K}
+    for decl in (decl for c in item.clauses if isinstance(c, ast.Inputs) for decl in c.decls):
+        table = input_table(decl)
+        if table in listing and table.dims[-1] == "n":
+            axes = ", ".join(map(str, table.dims))
+            yield _warning(
+                f"`{table.name}` lists keys here: one of zeros and ones lists keys 0 and 1",
+                decl.span,
+                f"a mask of keys is `{table.name} : bool[{axes}]`",
+            )
+
+
+def _backward(attention: Attention, masks: list[ast.Clause], span: Span) -> Iterator[Diagnostic]:
+    """Keys from the query on alone, with no word that says so."""
+    from attndsl.relations.proofs import follows
+
+    named = {name.id for clause in masks for name in ast.walk(clause) if isinstance(name, ast.Name)}
+    mask = ir.any_of(*(group.relation.mask for group in attention.groups))
+    told_elsewhere = attention.offset is not None or attention.of_streams or mask.tables
+    if told_elsewhere or "T" in named or not mask.free <= {*"qkn"}:
+        return
+    if follows(mask, ir.le(Q, K)) and not follows(mask, ir.eq(Q, K)):
+        help = "keys before the query have `k <= q`; where it is meant write `T(causal)`"
+        yield _warning("no query sees a key before it", span, help)
 
 
 def _read_at_positions(lookup: Expr) -> Iterator[str]:
@@ -621,7 +699,7 @@ def _alike(group: HeadGroup, scores: list[ast.Clause], elaborator: Elaborator) -
         rows = matrix.dims[-2]
         if rows in ("D", 1):
             continue
-        clause = next((c for c in scores if matrix.name in _names(c, elaborator)), scores[-1])
+        clause = next((c for c in scores if matrix.name in names_in(c, elaborator)), scores[-1])
         yield _warning(
             f"the {rows} rows of `{matrix.name}` begin alike, and equal gradients keep them so",
             clause.value.span,
@@ -644,19 +722,12 @@ def _blindness(group: HeadGroup, scores: list[ast.Clause], elaborator: Elaborato
     if gated or group.score.free & CONTENT:
         return
     # a cap that follows reads `s`, and is not what lost it
-    losing = [clause for clause in scores if not _names(clause, elaborator) & CONTENT]
+    losing = [clause for clause in scores if not names_in(clause, elaborator) & CONTENT]
     yield _warning(
         "no `s`, `Q` or `K` in this score: what is in the keys changes no weight",
         (losing or scores)[-1].value.span,
         "add it to the logit: `s + ...`",
     )
-
-
-def _names(score: ast.Clause, elaborator: Elaborator) -> set[str]:
-    """The names in a clause, and in the body of the score that it calls."""
-    called = score_call(score.value, elaborator.definitions, Scope({}))
-    read = (score.value,) if called is None else (score.value, called[0].body)
-    return {name.id for name in ast.walk(read) if isinstance(name, ast.Name)}
 
 
 def _clauses_of(item: ast.AttentionDef, group: int) -> Iterator[ast.Clause]:

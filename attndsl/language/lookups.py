@@ -7,8 +7,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
+from attndsl import expr as ir
 from attndsl.attention import Attention
-from attndsl.errors import AttnError, Diagnostic, Span
+from attndsl.errors import AttnError, Diagnostic, Span, quantity
+from attndsl.expr import Table
 from attndsl.language.mistakes import quoted
 from attndsl.syntax import nodes as ast
 from attndsl.syntax import parse_partial
@@ -46,6 +48,30 @@ def _by_head(told: Diagnostic, heads: int) -> Diagnostic:
     return replace(told, message=f"{has} for {heads} heads", help=help)
 
 
+def beyond_heads(attention: Attention, heads: int) -> Iterator[str]:
+    """Of lists and tables whose length the text says and that are read by the head: what is said of those
+    with entries that no head reads."""
+    told: set[Table] = set()
+    for group in attention.groups:
+        read = (group.relation.mask, group.relation.count, group.score, group.decay, group.norm.sink)
+        for node in (node for e in read if e is not None for node in ir.nodes(e) if node.op == "lookup"):
+            table = node.value
+            assert isinstance(table, Table)
+            for index, size in zip(node.args, table.dims, strict=False):
+                by_head = "h" in index.free and index.free <= {"h", "H"} and not index.tables
+                if table in told or not isinstance(size, int) or not by_head:
+                    continue
+                at = ({"h": ir.const(h), "H": ir.const(heads)} for h in range(heads))
+                entries = [ir.number(ir.substitute(index, each)) for each in at]
+                if all(isinstance(entry, int) and entry < size - 1 for entry in entries):
+                    told.add(table)
+                    last = max(entry for entry in entries if entry is not None)
+                    yield (
+                        f"`{table.name}` has {size} entries, and those behind entry {last} are read by none "
+                        f"of {quantity(heads, 'head')}"
+                    )
+
+
 def at_lookup(told: Diagnostic, parts: Sequence[ast.Node]) -> Diagnostic:
     """What is told of a look-up that leaves a table, at the one in these parts that may. A list is called
     by the name that it has there."""
@@ -68,7 +94,7 @@ def lookups_of(table: str, parts: Sequence[ast.Node]) -> Iterator[tuple[ast.Inde
         (node, parents)
         for part in parts
         for node, parents in _below(part, ())
-        if isinstance(node, ast.Index) and quoted(node.base) in names
+        if isinstance(node, ast.Index) and _called(node.base) in names
     ]
     # at a position itself nothing can be outside of a table of positions
     moved = [one for one in found if not all(isinstance(i, ast.Name) for i in one[0].indices)]
@@ -82,15 +108,15 @@ def _names(table: str, parts: Sequence[ast.Node]) -> set[str]:
     definitions = {node.name: node for node in nodes if isinstance(node, ast.Definition | ast.AttentionDef)}
     names = {table}
     while True:
-        more = {param.name for param in _params(nodes) if param.default and quoted(param.default) in names}
+        more = {param.name for param in _params(nodes) if param.default and _called(param.default) in names}
         more |= {
-            x.name for x in definitions.values() if isinstance(x, ast.Definition) and quoted(x.body) in names
+            x.name for x in definitions.values() if isinstance(x, ast.Definition) and _called(x.body) in names
         }
         for call in nodes:
             if isinstance(call, ast.Call) and (called := definitions.get(quoted(call.func))):
                 params = [param.name for param in called.params]
                 for position, arg in enumerate(call.args[: len(params)]):
-                    if quoted(arg.value) in names:
+                    if _called(arg.value) in names:
                         more.add(arg.name or params[position])
         if more <= names:
             break
@@ -98,6 +124,14 @@ def _names(table: str, parts: Sequence[ast.Node]) -> set[str]:
     if names == {table} and table.startswith("["):
         names |= {param.name for param in _params(nodes) if isinstance(param.default, ast.SetList)}
     return names
+
+
+def _called(e: ast.Expression) -> str:
+    """The name of the table that it is: of a list, as `Table.listed` has it."""
+    if not isinstance(e, ast.SetList):
+        return quoted(e)
+    entries = [quoted(item) for item in e.items]
+    return f"[{', '.join([*entries[:4], *['...'] * (len(entries) > 4)])}]"
 
 
 def _params(nodes: Iterable[ast.Node]) -> Iterator[ast.Param]:

@@ -177,12 +177,16 @@ SHOWN = 40
 
 def quoted(e: ast.Expression, tight: bool = False, most: int = SHOWN) -> str:
     """What was written, for a help line: without the parentheses around it, unless it is to stand `tight`."""
-    text = e.span.text
-    if len(text) > most or "\n" in text:
-        return "..."
+    text = written(e, most)
     loose = isinstance(e, ast.Nary | ast.Binary | ast.Unary | ast.Compare | ast.Range)
     bare = text[1:-1].strip() if loose and _enclosed(text) else text
     return f"({bare})" if loose and tight else bare
+
+
+def written(e: ast.Expression, most: int = SHOWN) -> str:
+    """The same with its parentheses."""
+    text = e.span.text
+    return "..." if len(text) > most or "\n" in text else text
 
 
 def _enclosed(text: str) -> bool:

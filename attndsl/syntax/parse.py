@@ -232,6 +232,9 @@ def mended(chunk: Chunk, text: str) -> str:
     (error,) = chunk.errors
     assert error.span is not None
     at = error.span.start - chunk.start
+    if text[at] == ")" and error.help:
+        text = f"{text[:at]}]{text[at + 1 :]}"  # of a range without its end
+        return text if balanced(text) else ""
     if text[at] in CLOSER.values():
         return without(chunk, text, (at, at + 1))
     if text[at] == "{" and not BUILDER.match(text, at):
@@ -436,7 +439,8 @@ def cut(source: Source) -> Iterator[Chunk]:
             nested = found == "attention" and BEGUN.match(text, end)
             inside = brackets and not nested and (not blank or start - line > indent)
             remark = before.lstrip().startswith(("//", "--", "/*")) and not BEGUN.match(text, end)
-            if named or clause or inside or remark:
+            imported = found == "use" and before.lstrip().startswith(("from ", "import "))
+            if named or clause or inside or remark or imported:
                 word_end = end
                 continue
             ended()

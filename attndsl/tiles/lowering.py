@@ -380,6 +380,15 @@ def _turned(table: Table, shape: Sequence[int], bound: Mapping[str, int]) -> str
     return f"its axes are the other way round: pass `{table.name}.T`" if fits else ""
 
 
+def _narrower(table: Table, shape: Sequence[int]) -> str:
+    """The sizes without axes of one, as a mask of a batch has them elsewhere, where as many are left."""
+    more = len(shape) - len(table.dims)
+    ones = [i for i, size in enumerate(shape) if size == 1 and i > 0][: max(more, 0)]
+    return (
+        ", ".join(str(size) for i, size in enumerate(shape) if i not in ones) if more == len(ones) > 0 else ""
+    )
+
+
 def _check(table: Table, array: Any, bound: dict[str, int]) -> None:
     check_kind(table, array)
     if array.ndim != len(table.dims):
@@ -388,6 +397,11 @@ def _check(table: Table, array: Any, bound: dict[str, int]) -> None:
             help = f"one row for the batch: pass `{table.name}[None]`"
         elif array.ndim > len(table.dims) and not table.batched:
             help = _wider(table, array.shape, bound)
+        elif array.ndim == len(table.dims) - 1 and "H" in table.dims and not help:
+            axes = ", ".join(str(axis) for axis in table.dims if axis != "H")
+            help = f"one for all heads is declared `{table.name} : {table.dtype}[{axes}]`"
+        elif kept := _narrower(table, array.shape):
+            help = f"pass `{table.name}.reshape({kept})`"
         raise fail(
             f"`{table.name}` is {_shape_text(table)}, and was given with "
             f"{quantity(array.ndim, 'axis', 'axes')}: {list(array.shape)}",
@@ -395,7 +409,7 @@ def _check(table: Table, array: Any, bound: dict[str, int]) -> None:
         )
     listed = isinstance(table.origin, Selected) and table.origin.of is not None
     turned = _turned(table, array.shape, bound)
-    for axis, size in zip(table.dims, array.shape, strict=True):
+    for at, (axis, size) in enumerate(zip(table.dims, array.shape, strict=True)):
         # of fewer units a list has fewer entries
         if (axis == "B" and size == 1) or (listed and isinstance(axis, int) and size < axis):
             continue
@@ -403,11 +417,12 @@ def _check(table: Table, array: Any, bound: dict[str, int]) -> None:
         if size != wanted:
             shared = f"one for all heads: leave `H` out of `{table.name}`, and the axis out of the tensor"
             has = f"`{table.name}` has {quantity(size, 'entry', 'entries')}"
+            cut = f"pass `{table.name}[{':, ' * at}:{wanted}]`" if axis == "n" and size > wanted else ""
             raise fail(
                 f"{has} on its axis `{axis}`, and there `{axis}` is {wanted}"
                 if isinstance(axis, str)
                 else f"{has} on an axis of {axis}",
-                help=shared if axis == "H" and size == 1 else turned or _numbered(table, array, bound),
+                help=shared if axis == "H" and size == 1 else turned or _numbered(table, array, bound) or cut,
             )
 
 
@@ -420,6 +435,8 @@ def check_kind(table: Table, array: Any) -> None:
     if kind != table.dtype:
         cast = CASTS[table.dtype][hasattr(array, "detach")]
         help = f"pass `{table.name}{cast}`" if kind in KINDS else ""
+        if (table.dtype, kind) == ("bool", "float") and not bool((array > 0).any()):
+            help = f"these are added to logits elsewhere, and 0 keeps a key: pass `{table.name} == 0`"
         raise fail(f"`{table.name}` is {_shape_text(table)}, and was given as {dtype}", help=help)
     if dtype == "uint64":
         raise fail(f"`{table.name}` is uint64, and integers have 63 bits and a sign", help="give it as int64")
