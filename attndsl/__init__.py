@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from attndsl.interop.blocks import create_block_mask
     from attndsl.interop.flex import from_mask_mod, from_score_mod
     from attndsl.relations.proofs import Verdict
+    from attndsl.stacks.decoding import StackSession, generate
     from attndsl.stacks.module import StackModule, build
     from attndsl.tiles.blockmask import BlockMask
 
@@ -45,6 +46,7 @@ __all__ = [
     "Session",
     "Stack",
     "StackModule",
+    "StackSession",
     "SumPlan",
     "Verdict",
     "__version__",
@@ -55,6 +57,7 @@ __all__ = [
     "examples",
     "from_mask_mod",
     "from_score_mod",
+    "generate",
     "load",
     "parse",
     "prove",
@@ -66,6 +69,7 @@ LAZY = {
     "Report": "attndsl.analysis.report",
     "Session": "attndsl.execution.session",
     "StackModule": "attndsl.stacks.module",
+    "StackSession": "attndsl.stacks.decoding",
     "SumPlan": "attndsl.execution.sums",
     "Verdict": "attndsl.relations.proofs",
     "analyze": "attndsl.analysis.report",
@@ -74,6 +78,7 @@ LAZY = {
     "create_block_mask": "attndsl.interop.blocks",
     "from_mask_mod": "attndsl.interop.flex",
     "from_score_mod": "attndsl.interop.flex",
+    "generate": "attndsl.stacks.decoding",
     "spans": "attndsl.spans",
 }
 """What checking a file does not need is imported on first use: a check is to feel instant."""

@@ -204,6 +204,57 @@ def test_pondering_is_a_loss_that_shortens_it() -> None:
     assert module(x)[1].turns[0].float().mean() < first - 0.5
 
 
+CAUSAL = """
+attention local(w = 4) { mask causal & last(w)  score alibi }
+attention whole { mask causal }
+stack plain { layers(4) { cycle { local  whole }  ffn(2) } }
+stack posted { layers(2, norm = post) { local  ffn(1) }  loop(2) { share { whole  ffn(1) } } }
+stack halting { loop(act(eps = 0.05), max = 5) { share { local  ffn(1)  whole } }  layers(1) { whole } }
+"""
+
+
+@pytest.mark.parametrize("name", ["plain", "posted", "halting"])
+def test_steps_are_the_last_tokens_of_the_whole_run(name: str) -> None:
+    torch.manual_seed(0)
+    made = stack(attndsl.parse(CAUSAL), name)
+    module = attndsl.build(made, width=8, heads=2, length=20, dtype="float64", init="torch")
+    for chance in module.chances.values():
+        torch.nn.init.normal_(chance.weight, std=0.5)
+        torch.nn.init.constant_(chance.bias, -1.0)
+    x = torch.randn(2, 17, 8, dtype=torch.float64)
+    session = module.session(2, 17)
+    pieces = [session.step(piece) for piece in x.split([6, 1, 1, 4, 1, 1, 1, 2], 1)]
+    torch.testing.assert_close(torch.cat(pieces, 1), module(x)[0], rtol=0, atol=1e-12)
+    assert repr(session).endswith("17 tokens in 2 rows>")
+
+
+def test_generated_tokens_are_those_of_the_whole_run() -> None:
+    torch.manual_seed(0)
+    made = stack(attndsl.parse(CAUSAL), "plain")
+    module = attndsl.build(made, width=8, heads=2, length=24, dtype="float64", init="torch")
+    embedding = nn.Embedding(11, 8, dtype=torch.float64)
+    prompt = torch.randint(11, (2, 5))
+
+    def readout(y: Tensor) -> Tensor:
+        return y @ embedding.weight.T
+
+    found = attndsl.generate(module, prompt, 9, embed=embedding, readout=readout)
+    tokens = prompt
+    for _ in range(9):
+        following = readout(module(embedding(tokens))[0][:, -1]).argmax(-1)
+        tokens = torch.cat([tokens, following[:, None]], 1)
+    assert torch.equal(found, tokens)
+
+
+def test_stacks_that_look_ahead_do_not_generate() -> None:
+    made = stack(attndsl.parse("stack both { layers(2) { radius(2)  ffn } }"), "both")
+    module = attndsl.build(made, width=8, heads=2, length=24)
+    with pytest.raises(attndsl.AttnError, match="`radius` has no sessions"):
+        attndsl.generate(
+            module, torch.zeros(1, 3, dtype=torch.long), 2, embed=nn.Embedding(5, 8), readout=nn.Linear(8, 5)
+        )
+
+
 def test_layers_of_one_attention_share_a_plan(program: attndsl.Program) -> None:
     module = attndsl.build(stack(program, "cycled"), width=8, heads=2, length=8)
     plans = {

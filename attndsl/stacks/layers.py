@@ -40,12 +40,16 @@ class Mixer(nn.Module):
         """Keys and values, [B, n, kv_heads, head_dim]."""
         return _headed(self.k(x), self.kv_heads), _headed(self.v(x), self.kv_heads)
 
+    def given(self, tables: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of the tables that the attention has."""
+        names = [table.name for table in self.attention.plan.attention.inputs]
+        return {name: tables[name] for name in names if name in tables}
+
     def mixed(
         self, q: Tensor, k: Tensor, v: Tensor, tables: Mapping[str, Any], at: Tensor | None = None
     ) -> Tensor:
         """[B, m, width] of queries that stand at `at` [B, m], or are those of all tokens."""
-        names = [table.name for table in self.attention.plan.attention.inputs]
-        given = {name: tables[name] for name in names if name in tables}
+        given = self.given(tables)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         out = (
             self.attention(q, k, v, **given)

@@ -14,6 +14,7 @@ from attndsl.attention import Attention
 from attndsl.errors import fail
 from attndsl.execution.plan import PlanModule, compile
 from attndsl.stacks import halting
+from attndsl.stacks.decoding import StackSession
 from attndsl.stacks.layers import FFN, Mixer, Residual
 from attndsl.stacks.tree import FeedForward, Layers, Stack, Sublayer
 
@@ -65,6 +66,10 @@ class StackModule(nn.Module):
                 for sublayer in turn:
                     x = self.part(sublayer)(x, tables)
         return self.last(x), Record(losses, turns)
+
+    def session(self, batch: int, capacity: int) -> StackSession:
+        """An empty StackSession of `batch` rows of up to `capacity` tokens."""
+        return StackSession(self, batch, capacity)
 
     def part(self, sublayer: Sublayer) -> Residual:
         """The module of a sublayer."""
