@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 
@@ -57,6 +57,12 @@ def asked(attention: Attention, problem: Problem) -> Iterator[tuple[str, str, tu
             yield code(score, sloped(score, tables)), "backward", double
 
 
+def stands(scores: Iterable[Score], one: Sorted) -> bool:
+    """Whether sorted entries are read where they stand: leaves have an entry for each place, and so would
+    vectors that they are made of."""
+    return one.steps is not None and not any(score.leaves for score in scores)
+
+
 @dataclass(frozen=True, eq=False)
 class Group:
     """What one group of heads runs; `heads` bool [H] says which they are."""
@@ -96,10 +102,9 @@ class Compiled:
         return out, lse
 
     def in_place(self, call: Call, one: Sorted) -> Compiled | None:
-        """Leaves have an entry for each place, and so would vectors that they are made of."""
-        if one.steps is None or any(part.score.leaves for part in self.parts(call)):
-            return None
-        return replace(self, steps=one.steps)
+        """As `apart.InPlace`."""
+        stand = stands([part.score for part in self.parts(call)], one)
+        return replace(self, steps=one.steps) if stand else None
 
     def parts(self, call: Call) -> list[Part]:
         """One for each group of heads."""
