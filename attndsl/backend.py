@@ -216,6 +216,19 @@ class Differentiable(Protocol):
         """
 
 
+@runtime_checkable
+class Repeatable(Protocol):
+    """A kernel that is told what to prepare for calls like one that it had."""
+
+    def __call__(self, call: Call) -> tuple[Tensor, Tensor]:
+        """Output and log-sum-exp of a call, as `Kernel`."""
+
+    def repeated(self, call: Call) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] | None:
+        """What gives as much of other q, k and v of the same shapes, strides and dtypes and with as many
+        threads, all else being as in this call, whose vectors it does not keep; the call reads no table. None
+        where there is nothing to prepare."""
+
+
 State: TypeAlias = "tuple[Tensor, ...]"
 """What a kernel keeps of earlier keys: tensors whose first axis is the batch."""
 

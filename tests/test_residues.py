@@ -13,6 +13,7 @@ import attndsl
 from attndsl import expr as ir
 from attndsl.backend import Problem
 from attndsl.execution import registry
+from attndsl.execution.apart import InParts
 from attndsl.meaning.pointwise import evaluate
 from attndsl.tiles import residues
 from attndsl.tiles.blockmask import BlockMask
@@ -23,7 +24,14 @@ LONGNET = "{ q, k : q // 128 == k // 128 and q mod 4 == h mod 4 and k mod 4 == h
 MASKS = {
     "strided": "mask strided(32)",
     "sink": "mask strided(32) norm softmax(sink = learn[H])",
-    "sink of classes": "mask dilate(4, causal & last(50)) norm softmax(sink = learn[H])",
+    "sinks of heads": (
+        "heads 0..1 { mask dilate(5, radius(12)) norm softmax(sink = learn[H]) } "
+        "else { mask strided(48) norm softmax(sink = -1.5) }"
+    ),
+    "sink of a head": (
+        "inputs z : float[B, H] heads [2] { mask dilate(4, causal & last(50)) norm softmax(sink = z) } "
+        "else { mask causal & last(40) }"
+    ),
     "sink of some rows": (
         f"mask causal & (last(9) & {{ q, k : q > 200 }} | {SHIFTED}) norm softmax(sink = learn[H])"
     ),
@@ -104,16 +112,21 @@ def results(
         attention_of(text), length=n, q_length=nq, heads=HEADS, kv_heads=kv_heads, head_dim=16,
         batch=2, dtype=dtype, backend=backend, training=True, block_size=64,
     ).module()  # fmt: skip
+    for name, parameter in module.named_parameters():
+        if name == "sink":
+            parameter.data.copy_(torch.tensor([-torch.inf, 8.0, -1.0, 0.5]))
     generator = torch.Generator().manual_seed(n)
     shapes = (HEADS, nq, 16), (kv_heads, n, 16), (kv_heads, n, 24)
     leaves = [
         (scale * torch.randn(2, *shape, generator=generator)).to(getattr(torch, dtype)).requires_grad_()
         for shape in shapes
     ]
-    out, lse = module(*leaves, return_lse=True)
+    sinks = torch.linspace(-2, 6, 2 * HEADS, dtype=leaves[0].dtype).view(2, HEADS).requires_grad_()
+    given = {"z": sinks} if "z :" in text else {}
+    out, lse = module(*leaves, return_lse=True, **given)
     over = torch.linspace(-1, 1, nq)
     loss = (out * over[:, None]).sum() + (lse * over)[lse > -torch.inf].sum()
-    return [out, lse, *torch.autograd.grad(loss, [*leaves, *module.parameters()])]
+    return [out, lse, *torch.autograd.grad(loss, [*leaves, *module.parameters(), *given.values()])]
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
@@ -174,7 +187,29 @@ def test_pairs_at_length(text: str, most: float, monkeypatch: pytest.MonkeyPatch
     for name in ("torch", "cpu"):
         counts = registry.plugin("backends", name).counts(attention, problem, mask)
         assert counts["pairs"] < 1.5 * most * mask.nnz
-        assert counts["sorted"] > 0
+        assert (counts["sorted"] > 0) == (name == "torch" or found.rest is not None)
+
+
+@pytest.mark.parametrize("name", ["dilated", "alibi", "strided", "sinks of heads"])
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_what_is_counted_as_sorted_is_sorted(
+    name: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n, sorts = 517, []
+    places = InParts.places
+    monkeypatch.setattr(
+        InParts, "places", lambda self, one, call: sorts.append(one) or places(self, one, call)
+    )
+    plan = attndsl.compile(
+        attention_of(MASKS[name]), length=n, heads=HEADS, head_dim=16, backend=backend, block_size=64
+    )
+    plan(*torch.randn(3, 1, HEADS, n, 16))
+    counts = registry.plugin("backends", backend).counts(plan.attention, plan.problem, plan.block_masks)
+    apart = residues.apart(plan.block_masks)
+    assert apart is not None
+    parts = len(apart.classes) + (apart.rest is not None)
+    merges = 3 * (parts - 1) + ("sink" in name)
+    assert counts["sorted"] == (4 * len(sorts) + merges) * HEADS * n * 16
 
 
 @pytest.mark.parametrize("name", MASKS)

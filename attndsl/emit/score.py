@@ -69,11 +69,11 @@ class Score:
     def softmax(self) -> bool:
         return self.norm == "softmax"
 
-    @property
+    @cached_property
     def plain(self) -> bool:
         return self.roots == (S,) and self.softmax
 
-    @property
+    @cached_property
     def unit(self) -> float:
         """What slopes by `s` are multiplied with: a natural logarithm over a logit."""
         return math.log(2.0) if self.plain else 1.0

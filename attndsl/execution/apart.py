@@ -12,9 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attndsl.attention import Attention, Norm
+from attndsl.attention import Attention
 from attndsl.axis import Axis
 from attndsl.backend import Call, Differentiable, Gradients, Problem
+from attndsl.execution import sinks
+from attndsl.execution.sinks import without_sinks
 from attndsl.execution.torch_eval import singles, strained, widened
 from attndsl.tiles import residues
 from attndsl.tiles.blockmask import BlockMask
@@ -22,38 +24,51 @@ from attndsl.tiles.lowering import quantifier_free
 from attndsl.tiles.residues import Apart, Sorted
 
 Counts = Callable[[Attention, Problem, BlockMask | None], Mapping[str, float]]
+Standing = Callable[[Attention, Problem, Sorted], bool]
 SORTED = "sorted"
 """The count of numbers that go through memory to be sorted and merged."""
 
 
 def divides(attention: Attention) -> bool:
-    """Whether masks of the attention may be taken apart at all. A sink counts once in a row, and no part need
-    hold a key of every row."""
-    softmax = all(group.norm == Norm() for group in attention.groups)
+    """Whether masks of the attention may be taken apart at all."""
+    softmax = all(group.norm.kind == "softmax" for group in attention.groups)
     masks = (quantifier_free(group.relation.mask) for group in attention.groups)
     return softmax and attention.approx is None and any(map(residues.possible, masks))
 
 
-def in_parts(attention: Attention, whole: Differentiable, part: Differentiable) -> Differentiable:
-    """The kernel `whole` of an attention; where the mask is better taken apart `part` runs the parts: another
-    one, that takes the log-sum-exp given to its backward pass for that of more keys than its own."""
-    return InParts(whole, part) if divides(attention) else whole
+def in_parts(
+    attention: Attention, whole: Differentiable, part: Callable[[Attention], Differentiable]
+) -> Differentiable:
+    """The kernel `whole` of an attention; where the mask is better taken apart, what `part` makes of it
+    without sinks runs the parts: a kernel that takes the log-sum-exp given to its backward pass for that of
+    more keys than its own. A sink counts once in a row, and comes in when the parts are merged."""
+    return InParts(attention, whole, part(without_sinks(attention))) if divides(attention) else whole
 
 
-def counted(counts: Counts) -> Counts:
-    """The counts of a kernel `in_parts`, of those of the kernel."""
+def always_sorted(attention: Attention, problem: Problem, one: Sorted) -> bool:
+    """That of a kernel that is not `InPlace`."""
+    return False
+
+
+def counted(counts: Counts, in_place: Standing = always_sorted) -> Counts:
+    """The counts of a kernel `in_parts`, of those of the kernel; `in_place` says whether that reads the
+    entries of a part where they stand."""
 
     def of(attention: Attention, problem: Problem, block_mask: BlockMask | None) -> Mapping[str, float]:
         apart = residues.apart(block_mask) if block_mask is not None and divides(attention) else None
         if apart is None:
             return {**counts(attention, problem, block_mask), SORTED: 0.0}
+        left = without_sinks(attention)
         each = ([apart.rest] if apart.rest is not None else []) + [part.block_mask for part in apart.classes]
         total: dict[str, float] = {}
         for part in each:
-            found = counts(attention, replace(problem, q_length=part.nq, length=part.n), part)
+            found = counts(left, replace(problem, q_length=part.nq, length=part.n), part)
             total = {name: total.get(name, 0.0) + count for name, count in found.items()}
-        moved = 2 * problem.heads * problem.q_length + 2 * problem.kv_heads * problem.length
-        total[SORTED] = float(problem.batch * moved * problem.head_dim * len(each))
+        queries, keys = problem.heads * problem.q_length, problem.kv_heads * problem.length
+        copies = sum([not in_place(left, problem, part) for part in apart.classes])
+        merges = 3 * (len(each) - 1) + (left != attention)
+        moved = copies * 2 * (queries + keys) + merges * queries
+        total[SORTED] = float(problem.batch * moved * problem.head_dim)
         return total
 
     return of
@@ -85,8 +100,9 @@ Part = tuple[Differentiable, Call, "Places | None"]
 
 @dataclass(frozen=True, eq=False)
 class InParts:
-    """`kernel`, or in parts `part`."""
+    """The kernel of an attention, or in parts `part`, which knows no sinks."""
 
+    attention: Attention
     kernel: Differentiable
     part: Differentiable
     known: WeakKeyDictionary[Sorted, dict[tuple[object, ...], Places]] = field(
@@ -102,8 +118,11 @@ class InParts:
             out, lse = (_taken(x, places and places.q_places) for x in kernel(part))
             found = (out, lse) if found is None else _merged(found, (out, lse))
         assert found is not None
+        out, lse = found
+        if groups := self.sinks(call):
+            lse = sinks.merge(groups, call, out, lse)
         # far from 0 a log-sum-exp has lost what parts are merged by
-        return self.kernel(call) if strained(found[1]) else found
+        return self.kernel(call) if strained(lse) else (out, lse)
 
     def gradient(
         self,
@@ -130,8 +149,16 @@ class InParts:
                 total += x
             for name, x in more.items():
                 tables[name] += x
+        if groups := self.sinks(call):
+            delta = (grad_out * out).sum(-1)
+            if grad_lse is not None:
+                delta -= grad_lse.masked_fill(lse == -torch.inf, 0.0)
+            sinks.add_gradients(groups, call, lse, delta, tables)
         gq, gk, gv = (x.to(given.dtype) for x, given in zip(totals, (call.q, call.k, call.v), strict=True))
         return gq, gk, gv, tables
+
+    def sinks(self, call: Call) -> sinks.Groups:
+        return sinks.groups_of(self.attention, call.q.shape[1])
 
     def parts(self, apart: Apart, call: Call) -> Iterator[Part]:
         kernel = self.part

@@ -19,17 +19,19 @@ from attndsl.attention import HeadGroup
 from attndsl.backend import Call
 from attndsl.emit.leaves import READS, Kind, Leaf, leaf_of
 from attndsl.emit.score import AXES, Score
+from attndsl.execution import sinks
 from attndsl.execution.leaf_values import LeafValues, pair_environment, passes_gradients, sizes_of
 from attndsl.execution.operator import vjp
-from attndsl.execution.torch_eval import Linear, decay_factor, environment, evaluate, singles
+from attndsl.execution.torch_eval import Linear, decay_factor, evaluate, singles, within
 from attndsl.expr import Expr
 from attndsl.meaning.intervals import stays_within
 from attndsl.tiles.blockmask import BlockMask
 
 NARROW = 2**23
 """Integers of pairs up to which reals divide them."""
-FAR = 32.0
-"""Beyond this a log-sum-exp in float32 moves weights by more than two roundings of their own."""
+FAR = 128.0
+"""Beyond this the rounding of a log-sum-exp in float32 adds a third or more to the errors that that of logits
+leaves in gradients; to do without it takes another forward pass."""
 
 KnownLeaves = WeakKeyDictionary[BlockMask, dict[tuple[object, ...], "Linear | None"]]
 Margins = Mapping[Kind, tuple[int, int]]
@@ -107,18 +109,14 @@ class GroupCall:
             return (*sizes, *(1,) * (AXES - len(sizes)))
         return (-1 if leaf.kind == "number" else 0,) * AXES
 
+    @property
+    def sinks(self) -> sinks.Groups:
+        return () if self.group.norm.sink is None else ((self.group, self.heads),)
+
     @cached_property
     def sink(self) -> Tensor | None:
         """Of each batch row and head [B, H], as the kernels' logits are."""
-        if self.group.norm.sink is None:
-            return None
-        return (self.sink_of(self.call) / self.score.unit).contiguous()
-
-    def sink_of(self, call: Call) -> Tensor:
-        assert self.group.norm.sink is not None
-        env = replace(environment(self.call), tables=call.tables)
-        found = evaluate(self.group.norm.sink, env).to(self.wide)
-        return found.expand(*call.q.shape[:2], 1, 1).flatten(1)
+        return (sinks.logits(self.sinks, self.call) / self.score.unit).contiguous() if self.sinks else None
 
     def refuse(self, pair: int) -> None:
         """Raises AttnError for a pair that has no value."""
@@ -186,16 +184,8 @@ class GroupCall:
             tables[name].add_(g)
 
     def sink_gradient(self, lse: Tensor, delta: Tensor, tables: Mapping[str, Tensor]) -> None:
-        """It is a key with the sink for a logit and a value of zeros."""
-        if self.group.norm.sink is None or not tables:
-            return
-        call = self.call
-        value, pull = vjp(lambda more: self.sink_of(_with(call, more)), singles(call.tables, tables))
-        weight = torch.exp(value[..., None] - lse.masked_fill(lse == -torch.inf, torch.inf))
-        slope = -(weight * delta).sum(-1)
-        (found,) = pull(torch.where(torch.from_numpy(self.heads).to(slope.device), slope, 0.0))
-        for name, g in found.items():
-            tables[name].add_(g)
+        """Adds what comes through the sink."""
+        sinks.add_gradients(self.sinks, self.call, lse, delta, tables)
 
 
 def sloped(score: Score, tables: Set[str]) -> list[Leaf]:
@@ -220,4 +210,4 @@ def _with(call: Call, tables: Mapping[str, Tensor]) -> Call:
 
 def _far(lse: Tensor) -> bool:
     """Whether the log-sum-exp of some row has lost digits that its weights need, or is none."""
-    return not bool(((lse.abs() <= FAR) | (lse == -torch.inf)).all())
+    return not within(lse, FAR) and not bool(((lse.abs() <= FAR) | (lse == -torch.inf)).all())

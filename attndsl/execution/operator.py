@@ -29,6 +29,8 @@ from attndsl.execution.lowered import At, Lowered, Places
 from attndsl.language.lookups import placed
 from attndsl.tiles.lowering import Sizes
 
+Again = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""What a `Repeatable` kernel prepared."""
 RECORDING = torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView
 
 
@@ -89,8 +91,19 @@ def attend(
 
 
 def _attend(
-    found: Lowered, q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], sizes: Sizes
+    found: Lowered,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tensors: Sequence[Tensor],
+    sizes: Sizes,
+    again: Again | None = None,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """`again`, if it is given, takes no halves, and what it returns has been checked before."""
+    if again is not None:
+        out, lse = again(q, k, v)
+        if spoiled.finite([out]):
+            return out, lse, []
     if not len(q):
         wide = torch.promote_types(q.dtype, torch.float32)
         out = q.new_zeros((*q.shape[:3], v.shape[3]))
@@ -102,7 +115,9 @@ def _attend(
         else:
             # one number that is not finite reaches all rows, and no pair tells which
             out, lse = _forward(found, call)
-    return out.to(q.dtype), lse, [out.to(lse.dtype)] if _rounds(q) else []
+    if not _rounds(q):
+        return out, lse, []
+    return out.to(q.dtype), lse, [out.to(lse.dtype)]
 
 
 def step(
@@ -134,18 +149,27 @@ def _rounds(q: Tensor) -> bool:
 
 
 def _forward(found: Lowered, call: Call) -> tuple[Tensor, Tensor]:
-    with placed(found.attention, call.q.shape[1]), asking(f"the backend `{found.backend}`"):
+    try:
         result = found.kernel(call)
+    except Exception:
+        # here alone: to enter both takes as long as to build the call
+        with placed(found.attention, call.q.shape[1]), asking(f"the backend `{found.backend}`"):
+            raise
     return _checked(found.backend, call, result)
 
 
 def _checked(backend: str, call: Call, result: object) -> tuple[Tensor, Tensor]:
     """The result, if it is what `Kernel` promises."""
-    if not isinstance(result, tuple) or [isinstance(part, Tensor) for part in result] != [True, True]:
+    if not (
+        isinstance(result, tuple)
+        and len(result) == 2
+        and isinstance(result[0], Tensor)
+        and isinstance(result[1], Tensor)
+    ):
         raise fail(f"the backend `{backend}` returned {_described(result)}, not (output, log-sum-exp)")
     out, lse = result
-    q, v = call.q, call.v
-    if any(x is y for x in result for y in (q, call.k, v)):
+    q, k, v = call.q, call.k, call.v
+    if out is q or out is k or out is v or lse is q or lse is k or lse is v:
         raise fail(f"the backend `{backend}` returned one of its arguments: it must return new tensors")
     wide = torch.promote_types(q.dtype, torch.float32)
     wanted = (
@@ -370,9 +394,16 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, found: Lowered, sizes: Sizes, q: Tensor, k: Tensor, v: Tensor, *others: Tensor
+        ctx: Any,
+        found: Lowered,
+        sizes: Sizes,
+        again: Again | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *others: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        out, lse, kept = _attend(found, q, k, v, others, sizes)
+        out, lse, kept = _attend(found, q, k, v, others, sizes, again)
         ctx.set_materialize_grads(False)
         ctx.found, ctx.sizes = found, sizes
         ctx.save_for_backward(kept[0] if kept else out, lse, q, k, v, *others)
@@ -384,11 +415,11 @@ class _Function(torch.autograd.Function):
         out, lse, q, k, v, *others = ctx.saved_tensors
         if grad_out is None:
             grad_out = torch.zeros_like(out, dtype=q.dtype)
-        wanted = ctx.needs_input_grad[5:]
+        wanted = ctx.needs_input_grad[6:]
         results, slopes = (out, lse), (grad_out, grad_lse)
         grads = iter(_gradients(ctx.found, slopes, results, q, k, v, others, wanted, ctx.sizes))
         dense = [next(grads) for _ in range(3)]
-        return None, None, *dense, *(next(grads) if w else None for w in wanted)
+        return None, None, None, *dense, *(next(grads) if w else None for w in wanted)
 
 
 def _looped(function: type[torch.autograd.Function]) -> Callable[..., Any]:
@@ -492,17 +523,21 @@ def _tensor_of(at: At) -> Tensor | None:
 PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def run(
-    found: Lowered, q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], places: Places
-) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp, by whichever way in is right for what watches the call."""
-    watched = bool(
+def watched(q: Tensor) -> bool:
+    """Whether something is to see one operator in place of what it does."""
+    return bool(
         torch.compiler.is_compiling()
         or q.is_meta
         or torch._C._len_torch_dispatch_stack()
         or torch._C._get_tracing_state() is not None
         or torch._C._autograd._profiler_enabled()
     )
+
+
+def run(
+    found: Lowered, q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], places: Places
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp, by whichever way in is right for what watches the call."""
     others = [type(x) for x in (q, k, v, *tensors) if type(x) not in PLAIN]
     # by name: to import the class takes as long as to import torch
     if any((x.__module__, x.__name__) == ("torch.distributed.tensor", "DTensor") for x in others):
@@ -510,13 +545,13 @@ def run(
             "a plan takes no DTensor: how it may be sharded depends on the attention",
             help="call it inside `local_map`, on the parts of each rank: docs/torch.md shows how",
         )
-    watched = watched or bool(others)
-    if watched:
+    by_operator = watched(q) or bool(others)
+    if by_operator:
         q_offset, q_at, k_offset, k_at, n = places
         places = q_offset, _tensor_of(q_at), k_offset, _tensor_of(k_at), n
     if found.selected:
-        tensors = [*tensors, *chosen(found, q, k, tensors, places, watched)]
-    if watched:
+        tensors = [*tensors, *chosen(found, q, k, tensors, places, by_operator)]
+    if by_operator:
         # AOTInductor passes no empty list on
         out, lse, _ = attend(q, k, v, list(tensors) or [q.new_empty(0)], *places, found.identity)
         return out, lse
@@ -524,7 +559,18 @@ def run(
     if torch._C._are_functorch_transforms_active():
         out, lse, _ = _Transformed.apply(found, sizes, q, k, v, *tensors)  # type: ignore[no-untyped-call]
     elif torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *tensors)):
-        out, lse = _Function.apply(found, sizes, q, k, v, *tensors)  # type: ignore[no-untyped-call]
+        out, lse = _Function.apply(found, sizes, None, q, k, v, *tensors)  # type: ignore[no-untyped-call]
     else:
         out, lse, _ = _attend(found, q, k, v, tensors, sizes)
+    return out, lse
+
+
+def repeat(
+    found: Lowered, sizes: Sizes, again: Again, q: Tensor, k: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As `run`, of a call that nothing watches and that is like the one which `again` was prepared by."""
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        out, lse = _Function.apply(found, sizes, again, q, k, v)  # type: ignore[no-untyped-call]
+    else:
+        out, lse, _ = _attend(found, q, k, v, (), sizes, again)
     return out, lse

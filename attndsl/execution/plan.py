@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 import numpy as np
@@ -15,13 +16,14 @@ from torch import Tensor, nn
 
 from attndsl.attention import Attention
 from attndsl.axis import Axis
-from attndsl.backend import DTYPES, Problem, State, device_kind
+from attndsl.backend import DTYPES, Problem, Repeatable, State, device_kind
 from attndsl.bound import Bound
 from attndsl.errors import AttnError, brief, fail, quantity
 from attndsl.execution import choice
 from attndsl.execution.choosing import chosen
 from attndsl.execution.lowered import At, Lowered, Places, taken
 from attndsl.execution.operator import check_tangents, refuse_script, run, step
+from attndsl.execution.repeats import Repeats, likeness
 from attndsl.execution.session import REWIND, Session
 from attndsl.execution.statesession import StateSession, stateful
 from attndsl.execution.streaming import Pair, begun, held_of, keys_and_values
@@ -169,6 +171,7 @@ class Plan:
     """What was lowered for calls in other dtypes, and by `reference` for weights."""
     owned: set[str] = field(default_factory=set, repr=False)
     """Parameters that a module has, of which a call with their first values is still to be told."""
+    repeats: Repeats = field(default_factory=Repeats, repr=False)
 
     if not TYPE_CHECKING:  # a type checker is to tell what is no attribute
 
@@ -186,6 +189,13 @@ class Plan:
     def rejected(self) -> dict[str, choice.Verdict]:
         """The other backends: seconds, or why not."""
         return {name: verdict for name, verdict in self.considered.items() if name != self.backend}
+
+    @cached_property
+    def _bare(self) -> bool:
+        """Whether a call needs nothing but q, k and v, and may be prepared by one like it."""
+        attention = self.attention
+        beside = attention.inputs or attention.learned or attention.selected or attention.streams
+        return not (beside or attention.approx) and isinstance(self.lowered.kernel, Repeatable)
 
     @overload
     def __call__(
@@ -272,6 +282,14 @@ class Plan:
         AttnError for tensors, positions and tables that do not fit the plan, and where parameters without
         values are to be trained; warns where they are not, and gradients are asked for.
         """
+        like = None
+        beside = (q_offset, k_offset, q_positions, k_positions, n, memory, learned)
+        more = inputs or return_weights or [x for x in beside if x is not None]
+        if not (more or torch.compiler.is_compiling()) and self._bare:
+            like = likeness(q, k, v)
+            found = None if like is None else self.repeats.results(like, q, k, v)
+            if found is not None:
+                return found if return_lse else found[0]
         if learned is None and any(table.learned for table in self.attention.learned):
             self._untrained(q, k, v)
         if return_lse and self.attention.approx is not None:
@@ -293,6 +311,8 @@ class Plan:
         k, v, places = self._keys(k, v, held, given, places)
         values = _beside_identity(q, v) if return_weights else v
         out, lse = run(lowered, q, k, values, lowered.tensors(given), places)
+        if like is not None:
+            self.repeats.keep(like, lowered, q, k, v)
         if not return_weights:
             return (out, lse) if return_lse else out
         out, weights = out[..., : v.shape[3]], out[..., v.shape[3] :]
@@ -698,7 +718,7 @@ class PlanModule(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, **call: Any) -> Any:
         """The plan's call of q, k and v, with the parameters as they are; `call` is what else that takes."""
         refuse_learned(call)
-        return self.plan(q, k, v, learned=self._learned(), **call)
+        return self.plan(q, k, v, learned=self._learned() or None, **call)
 
     def extra_repr(self) -> str:
         """Its line in print(model)."""

@@ -4,6 +4,7 @@ expression, compiled once by the system's compiler.
 
 import os
 from dataclasses import replace
+from functools import partial
 
 from attndsl.attention import Attention
 from attndsl.backend import Kernel, Problem, predicted
@@ -14,7 +15,7 @@ from attndsl.execution.torch_eval import FEATURES
 from attndsl.tiles.blockmask import BlockMask
 
 from .build import compiler, lacking, library
-from .cost import SECONDS, TRAINING, counts
+from .cost import SECONDS, TRAINING, counts, in_place
 from .kernel import Compiled, asked
 from .layout import ROWS
 from .score import code
@@ -33,7 +34,7 @@ class Cpu:
     )
 
     seconds = SECONDS
-    counts = staticmethod(counted(counts))
+    counts = staticmethod(counted(counts, in_place))
 
     def supports(self, attention: Attention, problem: Problem) -> str | None:
         if problem.block_size % ROWS:
@@ -57,7 +58,7 @@ class Cpu:
             made = library(code(score, None), "forward", ("DOUBLE",) if problem.dtype == "float64" else ())
             if isinstance(made, str):
                 raise fail(f"the backend `cpu` cannot be compiled: {made}")
-        return in_parts(attention, Compiled(attention), Compiled(attention, alone=False))
+        return in_parts(attention, Compiled(attention), partial(Compiled, alone=False))
 
 
 backend = Cpu()

@@ -11,8 +11,9 @@ from attndsl.emit.leaves import READS
 from attndsl.emit.score import Score, score_of
 from attndsl.tiles.blockmask import BlockMask, Rows, TileGrid
 from attndsl.tiles.lowering import head_groups
+from attndsl.tiles.residues import Sorted
 
-from .kernel import FEW
+from .kernel import FEW, stands
 from .layout import ROWS
 
 SECONDS = {
@@ -83,6 +84,13 @@ def counts(attention: Attention, problem: Problem, block_mask: BlockMask | None)
         total["read"] += problem.batch * problem.kv_heads * problem.length * 2.0 * width
     total["leaves"] = float(sum([len(score.leaves) for score in scores if isinstance(score, Score)]))
     return total
+
+
+def in_place(attention: Attention, problem: Problem, one: Sorted) -> bool:
+    """Whether the kernel reads sorted entries where they stand."""
+    used = {*head_groups(attention, problem.heads)}
+    scores = [score_of(attention.groups[i], problem.head_dim, True) for i in used]
+    return stands([score for score in scores if isinstance(score, Score)], one)
 
 
 def operations(score: Score) -> float:

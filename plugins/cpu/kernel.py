@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 
@@ -22,7 +22,7 @@ from attndsl.tiles.lowering import head_groups
 from attndsl.tiles.residues import Sorted, Steps
 
 from .layout import ROWS, Layout, Layouts
-from .passes import Function, Known, Masks, fields_of, function, run
+from .passes import Function, Known, Masks, Prepared, fields_of, function, run
 from .score import code
 
 PIECES = 8
@@ -57,6 +57,12 @@ def asked(attention: Attention, problem: Problem) -> Iterator[tuple[str, str, tu
             yield code(score, sloped(score, tables)), "backward", double
 
 
+def stands(scores: Iterable[Score], one: Sorted) -> bool:
+    """Whether sorted entries are read where they stand: leaves have an entry for each place, and so would
+    vectors that they are made of."""
+    return one.steps is not None and not any(score.leaves for score in scores)
+
+
 @dataclass(frozen=True, eq=False)
 class Group:
     """What one group of heads runs; `heads` bool [H] says which they are."""
@@ -65,6 +71,11 @@ class Group:
     score: Score
     heads: NDArray[np.bool_]
     double: bool
+
+    @cached_property
+    def alone(self) -> bool:
+        """Whether there is no other group."""
+        return bool(self.heads.all())
 
 
 @lru_cache(maxsize=256)
@@ -96,10 +107,24 @@ class Compiled:
         return out, lse
 
     def in_place(self, call: Call, one: Sorted) -> Compiled | None:
-        """Leaves have an entry for each place, and so would vectors that they are made of."""
-        if one.steps is None or any(part.score.leaves for part in self.parts(call)):
+        """As `apart.InPlace`."""
+        stand = stands([part.score for part in self.parts(call)], one)
+        return replace(self, steps=one.steps) if stand else None
+
+    def repeated(self, call: Call) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] | None:
+        """As `Repeatable`: where all but the addresses of vectors is known."""
+        parts, shape = self.parts(call), (*call.q.shape[:3], call.v.shape[3])
+        if _widened(call) is not call or not all(part.bare for part in parts):
             return None
-        return replace(self, steps=one.steps)
+        prepared = [part.prepared() for part in parts]
+
+        def again(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            out, lse = q.new_empty(shape), q.new_empty(shape[:3])
+            for one in prepared:
+                one(q, k, v, out, lse)
+            return out, lse
+
+        return again
 
     def parts(self, call: Call) -> list[Part]:
         """One for each group of heads."""
@@ -125,12 +150,19 @@ class Compiled:
         grad_lse: Tensor | None,
     ) -> Gradients:
         given, call = call, _widened(call)
-        gq, gk, gv = (torch.zeros(x.shape, dtype=x.dtype) for x in (call.q, call.k, call.v))
         tables = {name: torch.zeros_like(x) for name, x in singles(call.tables, wanted).items()}
-        if gq.numel() and gk.numel():
-            for part in self.parts(call):
-                part.gradient(out, lse, grad_out.to(gq.dtype), grad_lse, (gq, gk, gv), tables)
-        gq, gk, gv = (g.to(x.dtype) for g, x in zip((gq, gk, gv), (given.q, given.k, given.v), strict=True))
+        if call.q.numel() and call.k.numel():
+            back = out, lse, grad_out.to(call.q.dtype), grad_lse
+            first, *others = [part.gradient(*back, tables) for part in self.parts(call)]
+            for more in others:
+                for total, x in zip(first, more, strict=True):
+                    total += x
+            gq, gk, gv = first
+        else:
+            gq, gk, gv = (torch.zeros(x.shape, dtype=x.dtype) for x in (call.q, call.k, call.v))
+        if call is not given:
+            vectors = zip((gq, gk, gv), (given.q, given.k, given.v), strict=True)
+            gq, gk, gv = (g.to(x.dtype) for g, x in vectors)
         return gq, gk, gv, {name: g.to(given.tables[name].dtype) for name, g in tables.items()}
 
     def masks(self, call: Call, group: Group, few: bool) -> Masks:
@@ -155,7 +187,7 @@ class Compiled:
 def _widened(call: Call) -> Call:
     """With vectors of at least float32, each of adjacent numbers."""
     call = widened(call)
-    if all(x.stride(3) == 1 for x in (call.q, call.k, call.v)):
+    if call.q.stride(3) == call.k.stride(3) == call.v.stride(3) == 1:
         return call
     q, k, v = (x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous() for x in (call.q, call.k, call.v))
     return replace(call, q=q, k=k, v=v)
@@ -176,8 +208,8 @@ class Part:
     def forward(self, tensors: Mapping[str, Tensor]) -> None:
         """Writes the contiguous tensors `out` and `lse` and, where they are there, `top` and `sum`."""
         call = self.call
-        (batch, heads, nq, _), dv, blocks = call.q.shape, call.v.shape[3], call.block_mask
-        few = "top" not in tensors and nq * (heads // call.k.shape[1]) <= FEW and blocks.rows is not None
+        (batch, heads, nq, _), dv = call.q.shape, call.v.shape[3]
+        few = "top" not in tensors and self.few
         masks = self.kernel.masks(call, self.own, few)
         fields: dict[str, int] = {name: x.data_ptr() for name, x in tensors.items()}
         if few:
@@ -185,9 +217,39 @@ class Part:
             segments = -(-(high - low) // SEGMENT)
             parts = call.q.new_empty((segments, batch, heads, nq, dv + 2))
             fields |= {"low": low, "segments": segments, "parts": parts.data_ptr()}
-        if (sink := self.host.sink) is not None:
+        sink = self.host.sink if self.own.group.norm.sink is not None else None
+        if sink is not None:
             fields["sink"] = sink.data_ptr()
         self.run("decode" if few else "forward", masks, fields)
+
+    @property
+    def few(self) -> bool:
+        """Whether keys are lanes in place of queries."""
+        (_, heads, nq, _), kv_heads = self.call.q.shape, self.call.k.shape[1]
+        return nq * (heads // kv_heads) <= FEW and self.call.block_mask.rows is not None
+
+    @property
+    def bare(self) -> bool:
+        """Whether there is a forward pass, and it reads nothing but vectors and tiles."""
+        there = self.call.q.numel() and self.call.k.numel()
+        return bool(there) and not (self.score.leaves or self.own.group.norm.sink is not None or self.few)
+
+    def prepared(self) -> Prepared:
+        """A forward pass, if it is `bare`."""
+        masks = self.kernel.masks(self.call, self.own, few=False)
+        return Prepared.of(_function(self.score, "forward", None, self.defined), masks, self.fields(masks))
+
+    def fields(self, masks: Masks) -> dict[str, int | float]:
+        """What every pass is told."""
+        call, score, steps = self.call, self.score, self.kernel.steps
+        return {
+            **fields_of(call.q, call.k, call.v),
+            **masks.fields,
+            "packed": score.packed,
+            "unit": score.unit,
+            "places": call.block_mask.nq,
+            **({} if steps is None else steps._asdict()),
+        }
 
     def run(
         self,
@@ -198,16 +260,7 @@ class Part:
     ) -> None:
         call, score = self.call, self.score
         made = _function(score, name, wanted, self.defined)
-        asked = {
-            **fields_of(call.q, call.k, call.v),
-            **masks.fields,
-            **fields,
-            "packed": score.packed,
-            "unit": score.unit,
-            "places": call.block_mask.nq,
-        }
-        if self.kernel.steps is not None:
-            asked |= self.kernel.steps._asdict()
+        asked = {**self.fields(masks), **fields}
         if not score.leaves:
             run(made, asked)
             return
@@ -229,9 +282,9 @@ class Part:
 
     @property
     def leaves(self) -> dict[Leaf, Tensor]:
-        return self.host.leaves
+        return self.host.leaves if self.score.leaves else {}
 
-    @cached_property
+    @property
     def defined(self) -> tuple[str, ...]:
         """What the library is compiled with."""
         narrow = any(x.dtype == torch.int32 for x in self.leaves.values())
@@ -243,10 +296,9 @@ class Part:
         lse: Tensor,
         grad_out: Tensor,
         grad_lse: Tensor | None,
-        grads: tuple[Tensor, Tensor, Tensor],
         tables: Mapping[str, Tensor],
-    ) -> None:
-        """Adds to those of q, k and v and of tables."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Those of q, k and v; adds to those of tables."""
         call, score = self.call, self.score
         (batch, heads, _, d), (_, kv_heads, n, dv) = call.q.shape, call.v.shape
         top, total, delta = self.host.rows(
@@ -254,24 +306,26 @@ class Part:
         )
         rows = {"top": top, "sum": torch.ones_like(top) if total is None else total, "delta": delta}
         pieces = self.pieces
-        gk, gv = (call.k.new_zeros((batch, kv_heads, pieces, n, -(-w // LANES) * LANES)) for w in (d, dv))
+        shape = (batch, kv_heads, n) if pieces == 1 else (batch, kv_heads, pieces, n)
+        gk, gv = (call.k.new_zeros((*shape, -(-w // LANES) * LANES)) for w in (d, dv))
         asked = {leaf: self.slope(leaf, pieces) for leaf in sloped(score, tables.keys())}
         slopes = addresses([asked.get(leaf) for leaf in score.leaves], (batch, heads, pieces))
-        gq = grads[0] if self.own.heads.all() else torch.zeros_like(grads[0])
+        # each row of a head of its own is written
+        gq = call.q.new_empty(call.q.shape) if self.own.alone else call.q.new_zeros(call.q.shape)
         tensors = {**rows, "grad_out": grad_out.contiguous(), "gq": gq, "gk": gk, "gv": gv}
         fields = {
             **{name: x.data_ptr() for name, x in tensors.items()},
-            "grads": slopes.ctypes.data, "pieces": pieces, "dp": gk.shape[4], "dvp": gv.shape[4],
+            "grads": slopes.ctypes.data, "pieces": pieces, "dp": gk.shape[-1], "dvp": gv.shape[-1],
         }  # fmt: skip
         masks = self.kernel.masks(call, self.own, few=False)
         self.run("backward", masks, fields, frozenset(asked))
-        gk, gv = (x[:, :, 0] if pieces == 1 else x.sum(2) for x in (gk, gv))
-        if gq is not grads[0]:
-            grads[0].add_(gq)
-        grads[1].add_(gk[..., :d], alpha=score.packed * score.unit)
-        grads[2].add_(gv[..., :dv])
-        self.host.pull({leaf: x.sum(2) for leaf, x in asked.items()}, grads, tables)
+        if pieces > 1:
+            gk, gv = gk.sum(2), gv.sum(2)
+        gk, gv = (x if x.shape[3] == w else x[..., :w].contiguous() for x, w in ((gk, d), (gv, dv)))
+        gk *= score.packed * score.unit
+        self.host.pull({leaf: x.sum(2) for leaf, x in asked.items()}, (gq, gk, gv), tables)
         self.host.sink_gradient(lse, delta, tables)
+        return gq, gk, gv
 
     def tops(self) -> tuple[Tensor, Tensor]:
         """Of each row a number near its greatest logit, and the sum of weights over that."""

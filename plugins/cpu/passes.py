@@ -6,6 +6,7 @@ import ctypes
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -38,6 +39,8 @@ FIELDS = {
 """Of `struct Call`, in order."""
 NAMES = " ".join(FIELDS).split()
 PACKING = struct.Struct("".join(kind * len(names.split()) for names, kind in FIELDS.items()))
+VECTORS = struct.Struct("5P")
+"""Those of the first five."""
 NONE = dict.fromkeys(NAMES, 0)
 
 
@@ -52,7 +55,11 @@ def function(code: str, name: str, defined: tuple[str, ...]) -> Function:
 
 def run(made: Function, fields: Mapping[str, int | float]) -> None:
     """Pointers, sizes and numbers by name; what is not named is 0."""
-    if made(PACKING.pack(*{**NONE, **fields}.values())):
+    _run(made, PACKING.pack(*{**NONE, **fields}.values()))
+
+
+def _run(made: Function, packed: bytes) -> None:
+    if made(packed):
         raise MemoryError("there is no room for a block of queries")
 
 
@@ -72,7 +79,7 @@ class Masks:
         index = np.broadcast_to(index[:, np.arange(len(heads)) % index.shape[1]], (batch, len(heads)))
         return Masks(layouts, grids, np.ascontiguousarray(np.where(heads, index, -1), np.int32))
 
-    @property
+    @cached_property
     def fields(self) -> dict[str, int]:
         return {"grids": self.grids.ctypes.data, "index": self.index.ctypes.data}
 
@@ -81,6 +88,24 @@ class Masks:
         """The first key of any, and one past the last."""
         starts = [int(y.start[0]) for y in self.layouts if len(y.start)]
         return min(starts, default=0), max([int(y.end[-1]) for y in self.layouts if len(y.end)], default=0)
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A forward pass of vectors that are yet to come; `rest` is what comes behind their addresses, some of it
+    addresses of the masks."""
+
+    made: Function
+    masks: Masks
+    rest: bytes
+
+    @staticmethod
+    def of(made: Function, masks: Masks, fields: Mapping[str, int | float]) -> Prepared:
+        return Prepared(made, masks, PACKING.pack(*{**NONE, **fields}.values())[VECTORS.size :])
+
+    def __call__(self, *vectors: Tensor) -> None:
+        """q, k, v, out and lse of the sizes and strides that the fields say."""
+        _run(self.made, VECTORS.pack(*[x.data_ptr() for x in vectors]) + self.rest)
 
 
 Known = WeakKeyDictionary[BlockMask, dict[tuple[object, ...], Masks]]

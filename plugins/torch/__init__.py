@@ -39,8 +39,10 @@ class Torch:
         return predicted(SECONDS, self.counts(attention, problem, block_mask), problem, TRAINING)
 
     def lower(self, attention: Attention, problem: Problem) -> Kernel:
-        kernel = BlockSparse(attention, problem.training, all_simple(attention, problem.head_dim))
-        return in_parts(attention, kernel, kernel)
+        def kernel(of: Attention) -> BlockSparse:
+            return BlockSparse(of, problem.training, all_simple(of, problem.head_dim))
+
+        return in_parts(attention, kernel(attention), kernel)
 
 
 backend = Torch()
