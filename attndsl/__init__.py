@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from attndsl.interop.flex import from_mask_mod, from_score_mod
     from attndsl.relations.proofs import Verdict
     from attndsl.stacks.decoding import StackSession, generate
+    from attndsl.stacks.depth import Depth, depth
     from attndsl.stacks.module import StackModule, build
     from attndsl.tiles.blockmask import BlockMask
 
@@ -39,6 +40,7 @@ __all__ = [
     "AttnError",
     "BlockMask",
     "Bound",
+    "Depth",
     "Plan",
     "PlanModule",
     "Program",
@@ -54,6 +56,7 @@ __all__ = [
     "build",
     "compile",
     "create_block_mask",
+    "depth",
     "examples",
     "from_mask_mod",
     "from_score_mod",
@@ -64,6 +67,7 @@ __all__ = [
 ]
 LAZY = {
     "BlockMask": "attndsl.tiles.blockmask",
+    "Depth": "attndsl.stacks.depth",
     "Plan": "attndsl.execution.plan",
     "PlanModule": "attndsl.execution.plan",
     "Report": "attndsl.analysis.report",
@@ -76,6 +80,7 @@ LAZY = {
     "build": "attndsl.stacks.module",
     "compile": "attndsl.execution.plan",
     "create_block_mask": "attndsl.interop.blocks",
+    "depth": "attndsl.stacks.depth",
     "from_mask_mod": "attndsl.interop.flex",
     "from_score_mod": "attndsl.interop.flex",
     "generate": "attndsl.stacks.decoding",

@@ -591,7 +591,8 @@ def bound_of(value: object) -> Bound:
         raise value.refusal
     if isinstance(value, Stack):
         raise fail(
-            f"`{value.name}` is a stack, and no attention", help="its module is made by `attndsl.build`"
+            f"`{value.name}` is a stack, and no attention",
+            help="`attndsl.build` makes its module, and `attndsl.depth` says what it costs",
         )
     if isinstance(value, Program):
         names = ", ".join(value.names)

@@ -13,6 +13,7 @@ import torch
 from click.testing import CliRunner
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import attndsl
 from attndsl.command.cli import main
@@ -130,11 +131,12 @@ stack shared {
     layers(1) { causal }
 }
 stack own { loop(act, max = 5, norm = post) { local  ffn(2)  share { causal } } }
+stack changing { loop(act, max = 6) { cycle { local  ffn(2)  causal } } }
 stack choosing { loop(act(eps = 0.1), max = 4, norm = sandwich) { share { far  ffn(1) } } }
 """
 
 
-@pytest.mark.parametrize("name", ["shared", "own", "choosing"])
+@pytest.mark.parametrize("name", ["shared", "own", "changing", "choosing"])
 def test_halted_tokens_are_attended_to_as_they_were(name: str) -> None:
     torch.manual_seed(0)
     made = stack(attndsl.parse(HALTING), name)
@@ -255,6 +257,36 @@ def test_stacks_that_look_ahead_do_not_generate() -> None:
         )
 
 
+@pytest.mark.parametrize(("text", "name"), [(TEXT, "cycled"), (TEXT, "growing"), (HALTING, "own")])
+def test_costs_are_those_that_torch_counts(text: str, name: str) -> None:
+    made = stack(attndsl.parse(text), name)
+    module = attndsl.build(made, width=16, heads=4, kv_heads=2, length=40)
+    for chance in module.chances.values():
+        torch.nn.init.constant_(chance.bias, -50.0)
+    found = attndsl.depth(made, length=40, width=16, heads=4, kv_heads=2)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        module(torch.randn(1, 40, 16))
+    assert found.flops == counter.get_total_flops()
+    assert found.parameters == sum(weight.numel() for weight in module.parameters())
+    assert f"{found.parameters:,}" in str(found)
+    session = module.session(1, 40)
+    session.step(torch.randn(1, 40, 16))
+    assert found.bytes <= sum(held.k.nbytes + held.v.nbytes for held in session.sessions.values())
+
+
+def test_depth_says_what_the_last_query_sees(program: attndsl.Program) -> None:
+    """That is, what changes its output: a change in one token, of each of them."""
+    made = stack(program, "growing")
+    found = attndsl.depth(made, length=24, width=8, heads=2)
+    module = attndsl.build(made, width=8, heads=2, length=24, dtype="float64", init="torch")
+    x = torch.randn(1, 24, 8, dtype=torch.float64)
+    changed = x.repeat(24, 1, 1)
+    changed[range(24), range(24), 0] += 1
+    ends = module(changed)[0][:, -1] - module(x)[0][:, -1]
+    assert found.levels[-1].sees == int((ends.abs().amax(-1) > 1e-12).sum())
+    assert [level.sees for level in found.levels] == [2, 6, 10]
+
+
 def test_layers_of_one_attention_share_a_plan(program: attndsl.Program) -> None:
     module = attndsl.build(stack(program, "cycled"), width=8, heads=2, length=8)
     plans = {
@@ -352,6 +384,8 @@ def test_stacks_are_no_attentions(program: attndsl.Program, tmp_path: Path) -> N
         attndsl.build(program["local"], width=8, heads=2, length=8)  # type: ignore[arg-type]
     file = tmp_path / "model.attn"
     file.write_text(TEXT, encoding="utf-8")
-    result = CliRunner().invoke(main, ["analyze", f"{file}:cycled", "--length", "8"])
+    result = CliRunner().invoke(main, ["show", f"{file}:cycled", "--length", "8"])
     assert "`cycled` is a stack" in result.output
     assert result.exit_code != 0
+    told = CliRunner().invoke(main, ["analyze", f"{file}:cycled", "--length", "8", "--heads", "2"]).output
+    assert "cycled: 5 layers at 8 tokens" in told

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial, reduce
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +18,7 @@ from attndsl.command import child, comparison
 from attndsl.command.given import (
     bare_names,
     bound,
+    defined,
     echo_json,
     file_and_name,
     is_file,
@@ -44,6 +45,8 @@ from attndsl.execution.registry import names
 from attndsl.html.masks import Mask, masks
 from attndsl.html.page import render
 from attndsl.pictures import Drawing
+from attndsl.stacks.depth import Depth, depth
+from attndsl.stacks.tree import Stack
 
 T = TypeVar("T")
 
@@ -80,11 +83,19 @@ def analyze(
     as_json: bool,
     **sizes: Any,
 ) -> None:
-    """What the attention costs and sees, exactly, and for every n where that can be had."""
+    """What the attention costs and sees, exactly, and for every n where that can be had; of a stack layer by
+    layer, as wide as its heads together."""
     parts = [part.strip() for part in only.split(",") if part.strip()] if only else None
     with joining(parts, name):
-        attention, shown = titled(file, name, params)
+        attention, shown = defined(file, name, params)
     given = tables(inputs)
+    if isinstance(attention, Stack):
+        told = replace(stacked(attention, sizes, given), name=shown)
+        if as_json:
+            echo_json(asdict(told))
+        else:
+            click.echo(told)
+        return
     tell_heads(attention.attention, given, sizes["heads"])
     subject = subject_of(attention, parameters=parameters, inputs=given, **sizes)
     (report,) = analyzed([(subject, shown)], parts, time_limit)
@@ -93,6 +104,13 @@ def analyze(
     elif report.known or len(report.reasons) != 1:  # the only reason is the error's
         click.echo(report)
     demand_known([report])
+
+
+def stacked(stack: Stack, sizes: dict[str, Any], given: dict[str, Any]) -> Depth:
+    """Of these sizes of attentions."""
+    heads = sizes["heads"] or 1
+    of = {name: sizes[name] for name in ("length", "kv_heads", "head_dim", "dtype")}
+    return depth(stack, width=heads * sizes["head_dim"], heads=heads, **of, **given)
 
 
 def demand_known(reports: Sequence[Report]) -> None:

@@ -51,7 +51,16 @@ def telling() -> Iterator[None]:
 
 
 def titled(file: str, name: str | None, params: dict[str, str] | None) -> tuple[Bound, str]:
-    """The attention, and its name with the parameters that differ from the defaults.
+    """The attention, and its name with the parameters that differ from the defaults."""
+    found, shown = defined(file, name, params)
+    if isinstance(found, Stack):
+        own = dict.fromkeys(sub.name for turn in found.turns for sub in turn if sub.name != "ffn")
+        raise fail(f"`{found.name}` is a stack", help=f"ask for one of its attentions: {', '.join(own)}")
+    return found, shown
+
+
+def defined(file: str, name: str | None, params: dict[str, str] | None) -> tuple[Bound | Stack, str]:
+    """The attention or stack, and its name with the parameters that differ from the defaults.
 
     Without a name `file` may be FILE:NAME.
     """
@@ -67,17 +76,15 @@ def titled(file: str, name: str | None, params: dict[str, str] | None) -> tuple[
     name = name or program.default()
     definition: Any = program[name]
     with telling():
-        attention = definition(**params) if params else definition
-    if isinstance(attention, Stack):
-        own = dict.fromkeys(sub.name for turn in attention.turns for sub in turn if sub.name in program)
-        raise fail(f"`{name}` is a stack", help=f"ask for one of its attentions: {', '.join(own)}")
-    if isinstance(attention, Unbound):
-        raise fail(str(attention).strip("<>"), help=how)
-    return attention, title(program, name, params or {})
+        found = definition(**params) if params else definition
+    if isinstance(found, Unbound):
+        raise fail(str(found).strip("<>"), help=how)
+    return found, title(program, name, params or {})
 
 
 def title(program: Program, name: str, params: dict[str, str]) -> str:
-    defaults = {param.name: param.default for param in program.elaborator.definitions[name].params}
+    item = program.stacks.get(name) or program.elaborator.definitions[name]
+    defaults = {param.name: param.default for param in item.params}
     given = {param: render(syntax.parse_expression(Source("", text))) for param, text in params.items()}
     other = [
         f"{param} = {given[param]}"

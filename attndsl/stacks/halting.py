@@ -74,7 +74,8 @@ def run(
     keys: dict[int, tuple[int, Pair]] = {}
     for number, turn in enumerate(turns):
         places = None if bool(running.all()) else Places.of(running)
-        _keep(turn, part, keys, x, Places.of(halted) if places is not None and bool(halted.any()) else None)
+        if places is not None:
+            _keep(turn, part, keys, x, halted)
         x = _turn(turn, part, keys, x, places, tables)
         now = torch.where(running, chance(x)[..., 0].sigmoid(), 0)
         last = number == len(turns) - 1
@@ -94,20 +95,20 @@ def _keep(
     part: Callable[[Sublayer], Residual],
     keys: dict[int, tuple[int, Pair]],
     x: Tensor,
-    halted: Places | None,
+    halted: Tensor,
 ) -> None:
     """Keys and values of the last states of tokens that left in the turn before; of all tokens where other
     weights make them now."""
+    left = Places.of(halted)
     for i, sublayer in enumerate(turn):
         residual = part(sublayer)
-        if not isinstance(residual.inner, Mixer) or i not in keys:
+        if not isinstance(residual.inner, Mixer):
             continue
-        weights, pair = keys[i]
-        if weights != sublayer.weights:
+        weights, pair = keys.get(i, (None, None))
+        if pair is None or weights != sublayer.weights:
             keys[i] = sublayer.weights, residual.inner.keys(residual.before(x))
-        elif halted is not None:
-            made = residual.inner.keys(residual.before(halted.taken(x)))
-            keys[i] = weights, _put(halted, pair, made)
+        elif left.index.shape[1]:
+            keys[i] = sublayer.weights, _put(left, pair, residual.inner.keys(residual.before(left.taken(x))))
 
 
 def _put(places: Places, pair: Pair, made: Pair) -> Pair:
