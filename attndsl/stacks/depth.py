@@ -73,13 +73,14 @@ class Depth:
             )
             for i, level in enumerate(self.levels)
         ]  # fmt: skip
-        headers = ["layer", "live pairs", "FLOP", "keys kept", "of", "last query sees"]
+        headers = ["layer", "live pairs", "FLOP", "keys kept", "KV cache", "sees"]
         return "\n".join(
             [
                 f"{self.name}: {len(self.levels)} layers at {self.length:,} tokens",
                 line("parameters", f"{self.parameters:,}"),
                 line("FLOP", f"{_scaled(self.flops)} forward{', at most: tokens may halt' * self.halts}"),
                 line("KV cache", f"{scaled(self.bytes, 'B')} of a sequence"),
+                line("sees", "keys of the input that the last query has seen after a layer"),
                 "",
                 table(headers, rows),
             ]
@@ -147,7 +148,7 @@ def depth(
             masks.append(what.any_head())
         flops = None if pairs is None else 2 * length * weights + 4 * of["head_dim"] * pairs
         held = 2 * kept * of["kv_heads"] * of["head_dim"] * BYTES[dtype]
-        named = "  ".join(sublayer.name for sublayer in turn)
+        named = " ".join(sublayer.name for sublayer in turn)
         levels.append(Level(named, pairs, flops, kept, held, _sees(masks, length)))
     return Depth(
         stack.name, length, tuple(levels), _parameters(stack, width, projections, heads), any(chances)
