@@ -79,7 +79,7 @@ RULES = {
     "t5:t5_decoder": "keep everything",
     "vsa": "keep at most everything: it depends on the table `chosen`",
     "wav2vec2_bert": "keep everything",
-    "universal": "keep everything",
+    "universal:block": "keep everything",
 }
 """What decoding with each example keeps, for every n."""
 SMALL = {
