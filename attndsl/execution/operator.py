@@ -21,7 +21,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from attndsl.analysis.work import products
 from attndsl.axis import Axis
-from attndsl.backend import Call, Gradients, State, Stateful
+from attndsl.backend import Call, Gradients, Paged, Pages, State, Stateful
 from attndsl.errors import AttnError, asking, fail
 from attndsl.execution import lowered, spoiled
 from attndsl.execution.choosing import chosen
@@ -95,14 +95,32 @@ def _attend(
         wide = torch.promote_types(q.dtype, torch.float32)
         out = q.new_zeros((*q.shape[:3], v.shape[3]))
         return out, q.new_zeros(q.shape[:3], dtype=wide), [out.to(wide)] if _rounds(q) else []
-    with _full_precision(q.device):
-        call = found.call_of(q, k, v, found.named(tensors), sizes)
-        if found.attention.approx is None:
-            out, lse = spoiled.forward(call, lambda call: _forward(found, call))
-        else:
-            # one number that is not finite reaches all rows, and no pair tells which
-            out, lse = _forward(found, call)
+    out, lse = attended(found, found.call_of(q, k, v, found.named(tensors), sizes))
     return out.to(q.dtype), lse, [out.to(lse.dtype)] if _rounds(q) else []
+
+
+def attended(found: Lowered, call: Call) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of a call, as in `Kernel`."""
+    with _full_precision(call.q.device):
+        if found.attention.approx is None:
+            return spoiled.forward(call, lambda call: _forward(found, call))
+        # one number that is not finite reaches all rows, and no pair tells which
+        return _forward(found, call)
+
+
+def attended_in_pages(found: Lowered, call: Call, pages: Pages) -> tuple[Tensor, Tensor] | None:
+    """The same by a kernel that finds keys in pages; None where it cannot, and where the output is not
+    finite: which rows have read what is not then takes the keys themselves."""
+    kernel = found.kernel
+    if not isinstance(kernel, Paged):
+        return None
+    heads, backend = call.q.shape[1], f"the backend `{found.backend}`"
+    with _full_precision(call.q.device), placed(found.attention, heads), asking(backend):
+        result = kernel.paged(call, pages)
+    if result is None:
+        return None
+    out, lse = _checked(found.backend, call, result)
+    return (out, lse) if spoiled.finite([out]) else None
 
 
 def step(

@@ -22,6 +22,7 @@ from attndsl.execution import choice
 from attndsl.execution.choosing import chosen
 from attndsl.execution.lowered import At, Lowered, Places, taken
 from attndsl.execution.operator import check_tangents, refuse_script, run, step
+from attndsl.execution.paged import attend, check_attention, checked_lengths, checked_pages
 from attndsl.execution.session import REWIND, Session
 from attndsl.execution.statesession import StateSession, stateful
 from attndsl.execution.streaming import Pair, begun, held_of, keys_and_values
@@ -269,11 +270,7 @@ class Plan:
         AttnError for tensors, positions and tables that do not fit the plan, and where parameters without
         values are to be trained.
         """
-        if learned is None and self.problem.training and any(t.learned for t in self.attention.learned):
-            names = ", ".join(f"`{table.name}`" for table in self.attention.learned if table.learned)
-            raise fail(
-                f"a call of the plan does not train {names}", help=f"use plan.module(), which owns {names}"
-            )
+        self._refuse_training(learned)
         if return_lse and self.attention.approx is not None:
             raise fail(f"`{self.attention.approx.kind}` has no log-sum-exp: it sums no weights of pairs")
         held = held_of(self.attention, memory)
@@ -297,6 +294,71 @@ class Plan:
             return (out, lse) if return_lse else out
         out, weights = out[..., : v.shape[3]], out[..., v.shape[3] :]
         return (out, lse, weights) if return_lse else (out, weights)
+
+    @overload
+    def paged(
+        self,
+        q: Tensor,
+        pool: tuple[Tensor, Tensor],
+        block_table: Tensor,
+        lens: Tensor,
+        *,
+        learned: Mapping[str, Tensor] | None = None,
+        return_lse: Literal[False] = False,
+        **inputs: Any,
+    ) -> Tensor: ...
+    @overload
+    def paged(
+        self,
+        q: Tensor,
+        pool: tuple[Tensor, Tensor],
+        block_table: Tensor,
+        lens: Tensor,
+        *,
+        return_lse: Literal[True],
+        **call: Any,
+    ) -> tuple[Tensor, Tensor]: ...
+    @by_name
+    def paged(
+        self,
+        q: Tensor,
+        pool: tuple[Tensor, Tensor],
+        block_table: Tensor,
+        lens: Tensor,
+        *,
+        learned: Mapping[str, Tensor] | None = None,
+        return_lse: bool = False,
+        **inputs: Any,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Attention of the last tokens of each row to keys in pages, q [B, H, m, D] -> [B, H, m, Dv].
+
+        q            of m tokens, 1 to 16, at the positions len - m to len - 1 of their row
+        pool         keys [pages, page_size, Hkv, D] and values [pages, page_size, Hkv, Dv] in q's dtype, by
+                     any strides: vLLM's layout, and NHD of FlashInfer, whose HND is `x.transpose(1, 2)`
+        block_table  int32 or int64 [B, most pages]: position p of a row is entry p % page_size of the page
+                     block_table[row, p // page_size]
+        lens         int32 or int64 [B], the tokens of each row, the new ones included; a row of none gives 0
+        learned      values of parameters by name, as in a call
+        return_lse   whether the log-sum-exp [B, H, m] comes beside the output
+        inputs       run-time tables by name; `n` is the length of the longest row, and what stands behind a
+                     shorter one is not read
+
+        What a row gives is what the plan gives for it alone, with its keys side by side. Keys that no query
+        reads are not touched, and pages that hold no other may have any number. Raises AttnError for what
+        does not fit, keys that are chosen by content or made of tokens, and gradients.
+        """
+        self._refuse_training(learned)
+        check_attention(self.attention)
+        if isinstance(q, Tensor) and torch.is_autocast_enabled(q.device.type):
+            q = q.to(torch.get_autocast_dtype(q.device.type))
+        p = self.problem
+        self._check_vectors({"q": (q, p.heads, p.q_length, p.head_dim)}, q)
+        pages = checked_pages(p, q, pool, block_table)
+        lengths = checked_lengths(p, q, pages, lens)
+        given = self._given(q, learned, inputs)
+        with torch.no_grad():
+            out, lse = attend(self._served(q.dtype, self.backend), q, pages, lengths, given)
+        return (out, lse) if return_lse else out
 
     def _step(
         self,
@@ -339,6 +401,13 @@ class Plan:
         keys, values = made(given)
         out, _ = run(lowered, q, keys, values, lowered.tensors(given), (None, q_at, None, None, n))
         return out
+
+    def _refuse_training(self, learned: Mapping[str, Tensor] | None) -> None:
+        if learned is None and self.problem.training and any(t.learned for t in self.attention.learned):
+            names = ", ".join(f"`{table.name}`" for table in self.attention.learned if table.learned)
+            raise fail(
+                f"a call of the plan does not train {names}", help=f"use plan.module(), which owns {names}"
+            )
 
     def _given(
         self, q: Tensor, learned: Mapping[str, Tensor] | None, inputs: Mapping[str, Any]
@@ -546,6 +615,14 @@ class Plan:
             "k": (k, p.kv_heads, p.length, p.head_dim),
             "v": (v, p.kv_heads, p.length, None),
         }
+        self._check_vectors(wanted, q)
+        if k.shape[2] != v.shape[2]:
+            raise fail(f"`k` has length {k.shape[2]}, and `v` has {v.shape[2]}")
+
+    def _check_vectors(self, wanted: Mapping[str, tuple[Tensor, int, int, int | None]], q: Tensor) -> None:
+        """Raises AttnError for tensors that are not [batch, heads, length, features], by name, or not like
+        q."""
+        p = self.problem
         for name, (tensor, heads, length, width) in wanted.items():
             if not isinstance(tensor, torch.Tensor):
                 raise _no_tensor(name, tensor)
@@ -587,8 +664,6 @@ class Plan:
                 help = f"pass `{name}.expand({q.shape[0]}, -1, -1, -1)`" if shape[0] == 1 else ""
                 said = f"`{name}` has {quantity(shape[0], 'batch row')}, and `q` has {q.shape[0]}"
                 raise fail(said, help=help)
-        if k.shape[2] != v.shape[2]:
-            raise fail(f"`k` has length {k.shape[2]}, and `v` has {v.shape[2]}")
 
     def _tensors(self, given: Mapping[str, Any], q: Tensor) -> dict[str, Tensor]:
         """The inputs on the device, in the dtype of their kind; one batch row serves all."""
@@ -684,6 +759,18 @@ class PlanModule(nn.Module):
         """The plan's call of q, k and v, with the parameters as they are; `call` is what else that takes."""
         refuse_learned(call)
         return self.plan(q, k, v, learned=self._learned(), **call)
+
+    @by_name
+    def paged(
+        self, q: Tensor, pool: tuple[Tensor, Tensor], block_table: Tensor, lens: Tensor, **call: Any
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """As `Plan.paged` of `q`, `pool`, `block_table` and `lens`, with the parameters as they are; `call`
+        is what else that takes."""
+        refuse_learned(call)
+        found: Tensor | tuple[Tensor, Tensor] = self.plan.paged(
+            q, pool, block_table, lens, learned=self._learned(), **call
+        )
+        return found
 
     def extra_repr(self) -> str:
         """Its line in print(model)."""
