@@ -145,6 +145,12 @@ def test_rows_give_what_they_give_alone(case: tuple[str, int, str | None]) -> No
     same(served.paged(plan), wanted)
 
 
+@pytest.mark.parametrize("name", ["full", "last of all"])
+def test_a_row_ends_at_its_own_length(name: str) -> None:
+    plan, served = plan_of(TEXTS[name], "torch"), Served([30, 17, 9], 2, 8)
+    same(served.paged(plan), served.alone(plan))
+
+
 def test_pages_outside_a_window_may_be_given_to_others() -> None:
     served = Served([96, 40], 1, 8)
     assert served.forget(TEXTS["sinks"]) == 10 + 10
@@ -203,6 +209,26 @@ def test_autocast_takes_pools_in_its_dtype() -> None:
         with pytest.raises(AttnError, match="`k_pool` is float64 on cpu, and `q` is bfloat16"):
             plan.paged(served.q.float(), served.pool, served.table, served.lens)
     assert out.dtype == torch.bfloat16
+
+
+@pytest.mark.slow
+def test_compiled_graphs_see_one_operator() -> None:
+    """Which reads the lengths itself."""
+    served, plan = Served([30, 17], 1, 8), plan_of(TEXTS["capped"], "torch").module()
+    given = served.q, served.pool, served.table
+
+    def twice(lens: Tensor) -> Tensor:
+        return 2 * plan.paged(*given, lens)  # type: ignore[no-any-return]
+
+    compiled = torch.compile(twice, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        for lens in (served.lens, served.lens - 1):
+            assert torch.equal(compiled(lens), twice(lens))
+    lowered = plan.plan.lowered
+    tensors = lowered.tensors(plan.plan._given(served.q, plan._learned(), {}))
+    flat = served.q, *served.pool, served.table, served.lens, tensors, lowered.identity
+    with torch.no_grad():
+        torch.library.opcheck(torch.ops.attndsl.attend_paged, flat)
 
 
 REFUSED = {

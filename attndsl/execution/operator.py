@@ -510,10 +510,8 @@ def _tensor_of(at: At) -> Tensor | None:
 PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def run(
-    found: Lowered, q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], places: Places
-) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp, by whichever way in is right for what watches the call."""
+def is_watched(q: Tensor, *more: Tensor) -> bool:
+    """Whether something is to see a call of these tensors as one operator. Raises AttnError for a DTensor."""
     watched = bool(
         torch.compiler.is_compiling()
         or q.is_meta
@@ -521,14 +519,21 @@ def run(
         or torch._C._get_tracing_state() is not None
         or torch._C._autograd._profiler_enabled()
     )
-    others = [type(x) for x in (q, k, v, *tensors) if type(x) not in PLAIN]
+    others = [type(x) for x in (q, *more) if type(x) not in PLAIN]
     # by name: to import the class takes as long as to import torch
     if any((x.__module__, x.__name__) == ("torch.distributed.tensor", "DTensor") for x in others):
         raise fail(
             "a plan takes no DTensor: how it may be sharded depends on the attention",
             help="call it inside `local_map`, on the parts of each rank: docs/torch.md shows how",
         )
-    watched = watched or bool(others)
+    return watched or bool(others)
+
+
+def run(
+    found: Lowered, q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], places: Places
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp, by whichever way in is right for what watches the call."""
+    watched = is_watched(q, k, v, *tensors)
     if watched:
         q_offset, q_at, k_offset, k_at, n = places
         places = q_offset, _tensor_of(q_at), k_offset, _tensor_of(k_at), n

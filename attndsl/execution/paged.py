@@ -16,8 +16,8 @@ from attndsl.attention import Attention
 from attndsl.axis import Axis
 from attndsl.backend import Call, Pages, Problem
 from attndsl.errors import fail, quantity
-from attndsl.execution.lowered import Lowered
-from attndsl.execution.operator import attended, attended_in_pages, check_tangents
+from attndsl.execution.lowered import Lowered, find
+from attndsl.execution.operator import attended, attended_in_pages, check_tangents, is_watched
 from attndsl.tiles.blockmask import BlockMask, Rows, Spans
 from attndsl.tiles.lowering import FEW_ROWS, Sizes
 from attndsl.tiles.rows import both, either
@@ -27,14 +27,39 @@ POOL = "k_pool", "v_pool"
 
 
 def attend(
-    found: Lowered, q: Tensor, pages: Pages, lengths: Sequence[int], given: Mapping[str, Tensor]
+    found: Lowered, q: Tensor, pages: Pages, lens: Tensor, tensors: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp of q [B, H, m, D], the last tokens of rows of these lengths; `given` are the
-    tables of the call by name."""
-    check_tangents(q, pages.k, pages.v, *given.values())
+    """Output and log-sum-exp of q [B, H, m, D], the last tokens of rows of these lengths; `tensors` as in
+    `Lowered.tensors`."""
+    check_tangents(q, pages.k, pages.v, *tensors)
+    given = q, pages.k, pages.v, pages.table, lens
+    if is_watched(*given, *tensors):
+        out, lse = attend_paged(*given, [*tensors], found.identity)
+        return out, lse
+    return _attend(found, q, pages, lens, tensors)
+
+
+@torch.library.custom_op("attndsl::attend_paged", mutates_args=())
+def attend_paged(
+    q: Tensor, k: Tensor, v: Tensor, table: Tensor, lens: Tensor, tensors: list[Tensor], identity: str
+) -> tuple[Tensor, Tensor]:
+    """The same as one operator, with what is in `Pages`; `identity` is that of a Lowered."""
+    return _attend(find(identity, tensors), q, Pages(k, v, table), lens, tensors)
+
+
+@attend_paged.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=wide)
+
+
+def _attend(
+    found: Lowered, q: Tensor, pages: Pages, lens: Tensor, tensors: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    lengths = _checked_lengths(found.problem, q, pages, lens)
     out = q.new_zeros(*q.shape[:3], pages.v.shape[3])
     lse = out.new_full(q.shape[:3], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
-    attention, most = found.attention, max(lengths, default=0)
+    attention, given, most = found.attention, found.named(tensors), max(lengths, default=0)
     for rows in _together(attention, lengths) if q.shape[2] else ():
         here = slice(None) if len(rows) == len(q) else torch.tensor(rows, device=q.device)
         some = [lengths[row] for row in rows]
@@ -64,8 +89,11 @@ def check_attention(attention: Attention) -> None:
         raise fail(f"`{attention.approx.kind}` is computed of all tokens at once, and takes no pages")
 
 
-def checked_pages(problem: Problem, q: Tensor, pool: Any, block_table: Any) -> Pages:
+def checked_pages(problem: Problem, q: Tensor, pool: Any, block_table: Any, lens: Any) -> Pages:
     """The pages of queries that fit the problem. Raises AttnError for what does not fit them."""
+    _check_integers("lens", lens)
+    if lens.shape != q.shape[:1]:
+        raise fail(f"`lens` is {[*lens.shape]}, and there are {quantity(len(q), 'batch row')}")
     if q.shape[2] > FEW_ROWS:
         raise fail(
             f"`q` has {q.shape[2]} tokens of a row, and pages are read by {FEW_ROWS} at most",
@@ -111,11 +139,8 @@ def _check_integers(name: str, x: Any) -> None:
         raise fail(f"`{name}` is {str(x.dtype).removeprefix('torch.')}, and must be int32 or int64")
 
 
-def checked_lengths(problem: Problem, q: Tensor, pages: Pages, lens: Any) -> list[int]:
-    """The tokens of each row, read here: a device waits for it. Raises AttnError for what does not fit."""
-    _check_integers("lens", lens)
-    if lens.shape != q.shape[:1]:
-        raise fail(f"`lens` is {[*lens.shape]}, and there are {quantity(len(q), 'batch row')}")
+def _checked_lengths(problem: Problem, q: Tensor, pages: Pages, lens: Tensor) -> list[int]:
+    """The tokens of each row, read here alone: a device waits for it."""
     lengths: list[int] = lens.tolist()
     new, room = q.shape[2], pages.size * pages.table.shape[1]
     for row, length in enumerate(lengths):

@@ -22,7 +22,7 @@ from attndsl.execution import choice
 from attndsl.execution.choosing import chosen
 from attndsl.execution.lowered import At, Lowered, Places, taken
 from attndsl.execution.operator import check_tangents, refuse_script, run, step
-from attndsl.execution.paged import attend, check_attention, checked_lengths, checked_pages
+from attndsl.execution.paged import attend, check_attention, checked_pages
 from attndsl.execution.session import REWIND, Session
 from attndsl.execution.statesession import StateSession, stateful
 from attndsl.execution.streaming import Pair, begun, held_of, keys_and_values
@@ -353,11 +353,11 @@ class Plan:
             q = q.to(torch.get_autocast_dtype(q.device.type))
         p = self.problem
         self._check_vectors({"q": (q, p.heads, p.q_length, p.head_dim)}, q)
-        pages = checked_pages(p, q, pool, block_table)
-        lengths = checked_lengths(p, q, pages, lens)
+        pages = checked_pages(p, q, pool, block_table, lens)
         given = self._given(q, learned, inputs)
+        lowered = self._served(q.dtype, self.backend)
         with torch.no_grad():
-            out, lse = attend(self._served(q.dtype, self.backend), q, pages, lengths, given)
+            out, lse = attend(lowered, q, pages, lens, lowered.tensors(given))
         return (out, lse) if return_lse else out
 
     def _step(
