@@ -121,9 +121,9 @@ class Served:
         return taken
 
 
-def same(mine: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor], close: float = 1e-12) -> None:
+def same(mine: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:
     for a, b in zip(mine, wanted, strict=True):
-        torch.testing.assert_close(a, b, rtol=close, atol=close)
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 BATCHES = ([37, 20, 0, 64], 1, 8), ([37, 37], 3, 5), ([5, 70, 33], 4, 16), ([96], 16, 96)
@@ -186,9 +186,35 @@ def test_parameters_are_those_of_the_module() -> None:
         getattr(trained, name).add_(1.0)
     given = served.q, served.pool, served.table, served.lens
     assert (trained.paged(*given) - first).abs().max() > 1e-3
-    same((trained.paged(*given),) * 2, (plan.paged(*given, learned=dict(trained.state_dict())),) * 2)
+    same([trained.paged(*given)], [plan.paged(*given, learned=dict(trained.state_dict()))])
     with pytest.raises(AttnError, match="does not train"):
         trained.plan.paged(*given)
+
+
+SUM = """
+attention near { mask causal & last(7)  score alibi }
+attention far { mask causal & sinks(9) }
+attention a(g = learn[H](0.8)) { inputs w : float[n] } = g * near - (w[q] + n / 100) * far
+"""
+
+
+def test_a_sum_adds_what_its_parts_give() -> None:
+    """With gates that depend on where queries stand and on the length of the row."""
+    attention = attndsl.parse(SUM)["a"]
+    sizes = {"length": LENGTH, "heads": HEADS, "kv_heads": KV_HEADS, "head_dim": WIDTH, "dtype": "float64"}
+    module = attndsl.compile(attention, **sizes).module()
+    plan, served, w = module.plan, Served([50, 33, 0], 2, 8), torch.linspace(0, 2, 50, dtype=torch.float64)
+    mine = module.paged(served.q, served.pool, served.table, served.lens, w=w)
+    learned = dict(module.state_dict())
+    for row, n in enumerate([50, 33]):
+        q, k, v = served.q[row, None], served.k[row, None, :, :n], served.v[row, None, :, :n]
+        wanted = plan(q, k, v, q_offset=n - 2, w=w[:n], learned=learned)
+        same([mine[row, None]], [wanted])
+    assert not mine[2].any()
+    with pytest.raises(AttnError, match="in `near`: `lens` is"):
+        plan.paged(served.q, served.pool, served.table, served.lens[:2], w=w, learned=learned)
+    with pytest.raises(AttnError, match="has no input `far`"):
+        plan.paged(served.q, served.pool, served.table, served.lens, w=w, far=(served.q,) * 3)
 
 
 def test_rows_without_tokens_or_any_row() -> None:
