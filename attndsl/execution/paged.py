@@ -270,6 +270,7 @@ class Read:
         read = [either([span for mask in masks for span in mask]) for masks in inside]
         most = max(sum(stop - start for start, stop in spans) for spans in read)
         listed = [_listed(spans, most) for spans in read]
+        places = tuple([_pieces(spans) for spans in read])
         moved = [
             [tuple([_moved(spans, there) for spans in mask]) for mask in masks]
             for masks, there in zip(inside, read, strict=True)
@@ -277,7 +278,7 @@ class Read:
         return Read(
             _mask(inside, blocks.n, size),
             np.stack(listed),
-            Axis(most, tuple([_pieces(spans) for spans in read])),
+            Axis(most, places[:1] if len(set(places)) == 1 else places),
             _mask(moved, most, size),
         )
 
