@@ -18,7 +18,7 @@ from attndsl.axis import Axis
 from attndsl.backend import DTYPES, Problem, State, device_kind
 from attndsl.bound import Bound
 from attndsl.errors import AttnError, brief, fail, quantity
-from attndsl.execution import choice
+from attndsl.execution import choice, varlen
 from attndsl.execution.choosing import chosen
 from attndsl.execution.lowered import At, Lowered, Places, taken
 from attndsl.execution.operator import check_tangents, refuse_script, run, step
@@ -359,6 +359,26 @@ class Plan:
         with torch.no_grad():
             out, lse = attend(lowered, q, pages, lens, lowered.tensors(given))
         return (out, lse) if return_lse else out
+
+    @by_name
+    def varlen(
+        self, q: Tensor, k: Tensor, v: Tensor, cu_q: Any, cu_k: Any = None, **call: Any
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Attention of sequences one behind the other, each to itself alone, [total, H, D] -> [total, H, Dv].
+
+        q, k, v  [total, H, D], [total, Hkv, D] and [total, Hkv, Dv]
+        cu_q     integers [sequences + 1]: where the queries of each begin, from 0 on, and the end of the last
+        cu_k     the same of keys and values; `cu_q` if not given
+        call     `learned`, `return_lse` and run-time tables, as in a call: of those with an axis B each
+                 sequence has a row. The log-sum-exp is [total, H]
+
+        What a sequence gives is what a call gives of it, gradients too: sequences of one length go into one
+        call. Raises AttnError as a call does, and for tokens that `cu_q` and `cu_k` do not tell of.
+        """
+        found: Tensor | tuple[Tensor, Tensor] = varlen.attend(
+            self, self.attention, (q, k, v), cu_q, cu_k, call
+        )
+        return found
 
     def _step(
         self,
@@ -769,6 +789,17 @@ class PlanModule(nn.Module):
         refuse_learned(call)
         found: Tensor | tuple[Tensor, Tensor] = self.plan.paged(
             q, pool, block_table, lens, learned=self._learned(), **call
+        )
+        return found
+
+    @by_name
+    def varlen(
+        self, q: Tensor, k: Tensor, v: Tensor, cu_q: Any, cu_k: Any = None, **call: Any
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """As `Plan.varlen` of `q`, `k`, `v`, `cu_q`, `cu_k` and `call`, with the parameters as they are."""
+        refuse_learned(call)
+        found: Tensor | tuple[Tensor, Tensor] = varlen.attend(
+            self, self.plan.attention, (q, k, v), cu_q, cu_k, call
         )
         return found
 

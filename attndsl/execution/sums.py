@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from attndsl.attention import Attention, HeadGroup, Norm, Relation, Summand
 from attndsl.backend import Problem
 from attndsl.errors import AttnError, fail, suggest
-from attndsl.execution import choice
+from attndsl.execution import choice, varlen
 from attndsl.execution.operator import refuse_script
 from attndsl.execution.session import STEP, check_step, following, refuse_gradients
 from attndsl.execution.streaming import held_of_parts
@@ -247,6 +247,13 @@ class SumPlan:
         with torch.no_grad():
             return self.added(q, outputs(), weight if len(q) else lambda gate: 1.0)
 
+    @by_name
+    def varlen(self, q: Tensor, k: Tensor, v: Tensor, cu_q: Any, cu_k: Any = None, **call: Any) -> Tensor:
+        """As `Plan.varlen` of `q`, `k`, `v`, `cu_q` and `cu_k`: the sum for each sequence alone; `call` are
+        `learned` and inputs, as in a call."""
+        found: Tensor = varlen.attend(self, self.attention, (q, k, v), cu_q, cu_k, call)
+        return found
+
     def added(
         self, q: Tensor, outputs: Iterable[tuple[str, Tensor]], weight: Callable[[Plan], Tensor | float]
     ) -> Tensor:
@@ -424,6 +431,14 @@ class SumModule(nn.Module):
         are."""
         refuse_learned(inputs)
         found: Tensor = self.plan.paged(q, pool, block_table, lens, learned=self._learned(), **inputs)
+        return found
+
+    @by_name
+    def varlen(self, q: Tensor, k: Tensor, v: Tensor, cu_q: Any, cu_k: Any = None, **inputs: Any) -> Tensor:
+        """As `SumPlan.varlen` of `q`, `k`, `v`, `cu_q`, `cu_k` and `inputs`, with the parameters as they
+        are."""
+        refuse_learned(inputs)
+        found: Tensor = varlen.attend(self, self.plan.attention, (q, k, v), cu_q, cu_k, inputs)
         return found
 
     def _learned(self) -> dict[str, Tensor]:
