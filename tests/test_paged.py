@@ -237,6 +237,15 @@ def test_autocast_takes_pools_in_its_dtype() -> None:
     assert out.dtype == torch.bfloat16
 
 
+class Decoding(torch.nn.Module):
+    def __init__(self, attention: Any) -> None:
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, *given: Any) -> Any:
+        return self.attention.paged(*given)
+
+
 @pytest.mark.slow
 def test_compiled_graphs_see_one_operator() -> None:
     """Which reads the lengths itself."""
@@ -250,6 +259,8 @@ def test_compiled_graphs_see_one_operator() -> None:
     with torch.no_grad():
         for lens in (served.lens, served.lens - 1):
             assert torch.equal(compiled(lens), twice(lens))
+        exported = torch.export.export(Decoding(plan), (*given, served.lens)).module()
+        assert torch.equal(exported(*given, served.lens - 1), plan.paged(*given, served.lens - 1))
     lowered = plan.plan.lowered
     tensors = lowered.tensors(plan.plan._given(served.q, plan._learned(), {}))
     flat = served.q, *served.pool, served.table, served.lens, tensors, lowered.identity

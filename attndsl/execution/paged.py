@@ -34,7 +34,8 @@ def attend(
     check_tangents(q, pages.k, pages.v, *tensors)
     given = q, pages.k, pages.v, pages.table, lens
     if is_watched(*given, *tensors):
-        out, lse = attend_paged(*given, [*tensors], found.identity)
+        # AOTInductor passes no empty list on
+        out, lse = attend_paged(*given, [*tensors] or [q.new_empty(0)], found.identity)
         return out, lse
     return _attend(found, q, pages, lens, tensors)
 
