@@ -245,6 +245,41 @@ class Stateful(Protocol):
         state after those that the last query of each row sees. `state` stays as it is."""
 
 
+@dataclass(frozen=True, eq=False)
+class Pages:
+    """Keys and values in pages of a pool: what stands at position p of batch row b is entry p % size of the
+    page that `table[b, p // size]` is the number of.
+
+    k, v   [pages, size, Hkv, D] and [pages, size, Hkv, Dv], by any strides
+    table  int32 or int64 [B, most pages], on the same device; what no live key is in may be no number of a
+           page, and such a page holds anything
+    """
+
+    k: Tensor
+    v: Tensor
+    table: Tensor
+
+    @property
+    def size(self) -> int:
+        """Tokens of a page."""
+        return self.k.shape[1]
+
+
+@runtime_checkable
+class Paged(Protocol):
+    """A kernel that finds keys and values in pages by itself; for any other they are gathered."""
+
+    def __call__(self, call: Call) -> tuple[Tensor, Tensor]:
+        """Output and log-sum-exp of a call, as `Kernel`."""
+
+    def paged(self, call: Call, pages: Pages) -> tuple[Tensor, Tensor] | None:
+        """The same of few queries whose keys, from position 0 on, stand in pages; None where it cannot.
+
+        call   k and v are on the device `meta`: they have shapes alone
+        pages  what stands at keys that no pair reads is not to be multiplied with anything
+        """
+
+
 class Backend(Protocol):
     """A lowering, registered under the entry-point group `attndsl.backends` by an object like this."""
 

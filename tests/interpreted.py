@@ -137,6 +137,43 @@ def probed(name: str) -> str | None:
     return None
 
 
+PAGED = {
+    "pages: full units": ("full", [700, 333, 0], 2, 16),
+    "pages: window": ("sinks", [330, 37, 61], 1, 8),
+    "pages: queries": ("capped", [200, 37], 16, 5),
+    "pages: documents": ("documents", [70, 37, 70], 3, 64),
+    "pages: batches": ("alibi", [37, 65, 70], 1, 32),
+    "pages: empty rows": ("some rows empty", [41, 50], 1, 4),
+}
+"""A mechanism of test_paged, tokens of each row, queries, tokens of a page."""
+
+
+def probed_in_pages(name: str) -> str | None:
+    """What is wrong with rows that the kernel finds in pages amid NaN, of which those that are not read have
+    no number."""
+    import test_paged
+
+    from attndsl.execution import paged
+
+    mechanism, lens, new, size = PAGED[name]
+    text, served = test_paged.TEXTS[mechanism], test_paged.Served(lens, new, size)
+    sizes = {"length": 700, "block_size": 32}
+    wanted = served.alone(test_paged.plan_of(text, "reference", **sizes))
+    served.forget(text)
+
+    def gathered(*_: Any) -> Any:
+        raise AssertionError("its keys are gathered")
+
+    attended, paged.attended = paged.attended, gathered
+    try:
+        test_paged.same(served.paged(test_paged.plan_of(text, "triton", **sizes)), wanted)
+    except (AssertionError, AttnError) as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        paged.attended = attended
+    return None
+
+
 def conforms(name: str) -> str | None:
     (case,) = (case for case in CASES if str(case) == name)
     try:
@@ -202,7 +239,10 @@ def halves(dtype: str) -> str | None:
     return None if error < 8 * torch.finfo(of).eps else f"error {error:.2e}"
 
 
-KINDS = {"probes": probed, "conformance": conforms, "apart": far_apart, "refused": refused, "halves": halves}
+KINDS = {
+    "probes": lambda name: probed_in_pages(name) if name in PAGED else probed(name),
+    "conformance": conforms, "apart": far_apart, "refused": refused, "halves": halves,
+}  # fmt: skip
 
 
 def main(kind: str, *names: str) -> None:

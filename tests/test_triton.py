@@ -32,8 +32,8 @@ from attndsl.tiles.blockmask import Rows, TileGrid
 
 INSTALLED = find_spec("triton") is not None
 installed = pytest.mark.skipif(not INSTALLED, reason="triton is not installed")
-FAST = ("causal", "distances", "look-up", "steps")
-"""Probes of `make test`: forward and backward, full tiles and partial ones, all kinds of leaves."""
+FAST = ("causal", "distances", "look-up", "steps", "pages: window")
+"""Probes of `make test`: forward and backward, full tiles and partial ones, all kinds of leaves, pages."""
 CASES = [str(case) for case in interpreted.small_cases(24)]
 
 
@@ -54,7 +54,7 @@ def test_kernels_are_right_interpreted() -> None:
 @installed
 @pytest.mark.slow
 def test_kernels_are_right_interpreted_on_all_else() -> None:
-    rest = [name for name in interpreted.PROBES if name not in FAST]
+    rest = [name for name in (*interpreted.PROBES, *interpreted.PAGED) if name not in FAST]
     assert ran("probes", *rest) == dict.fromkeys(rest)
 
 
@@ -315,6 +315,15 @@ def trained(text: str, n: int, heads: int = 2, batch: int = 1, **tables: Any) ->
     plan(q, k, v, **tables).sum().backward()
 
 
+def decoded_in_pages(text: str, size: int) -> None:
+    plan = attndsl.compile(
+        attndsl.parse(text)["a"], length=256, heads=8, kv_heads=2, head_dim=64, dtype="bfloat16",
+        backend="triton",
+    )  # fmt: skip
+    q, pool = (torch.zeros(shape, dtype=torch.bfloat16) for shape in ((1, 8, 1, 64), (2, 16, size, 2, 64)))
+    plan.paged(q, pool.unbind(), torch.arange(16, dtype=torch.int32)[None], torch.tensor([250]))
+
+
 @installed
 def test_masks_lengths_and_constants_are_data(launches: list[tuple[Any, dict[str, Any]]]) -> None:
     """Another compiles nothing anew."""
@@ -338,10 +347,13 @@ def test_masks_lengths_and_constants_are_data(launches: list[tuple[Any, dict[str
 def test_what_is_compiled_ahead_is_what_runs(launches: list[tuple[Any, dict[str, Any]]], gpu: Any) -> None:
     """The same arguments, with the same types."""
     trained(ahead.SCORES["alibi"], 256)
-    seen = {"forward", "backward_queries", "backward_keys"}
-    assert {function.__name__ for function, _ in launches} == seen
-    for function, arguments in launches:
-        cell = ahead.Cell("sm_90", function.__name__, "alibi", "bfloat16", "half", 64)
+    decoded_in_pages(ahead.SCORES["alibi"], ahead.PAGE)
+    seen = ["forward", "backward_queries", "backward_keys", "decode_paged"]
+    # parts of a row are merged in another dtype where a backward pass follows
+    ran = [launch for launch in launches if launch[0].__name__ != "merge"]
+    assert [function.__name__ for function, _ in ran] == [name.removesuffix("_paged") for name in seen]
+    for name, (function, arguments) in zip(seen, ran, strict=True):
+        cell = ahead.Cell("sm_90", name, "alibi", "bfloat16", "half", 64)
         signature, constants, _ = ahead.signature(cell, function)
         assert set(signature) == {name for name in arguments if name in function.arg_names}
         for name, kind in signature.items():
@@ -413,6 +425,7 @@ def test_kernels_fit_their_processors() -> None:
         ("backward_queries", "distances"),
         ("backward_keys", "alibi"),
         ("decode", "softcap"),
+        ("decode_paged", "alibi"),
     ],
 )
 def test_kernels_compile_ahead_as_recorded(kernel: str, score: str) -> None:

@@ -50,6 +50,12 @@ MUTATIONS = (
     ("kernels.py", "many * (split + 1) // splits", "many * (split + 1) // (splits + 1)", "step"),
     ("kernels.py", "place // nq, place % nq", "place // nq, place % 1", "steps"),
     ("kernels.py", "scale = tl.exp2((tops - ", "scale = tl.exp2((tops + ", "steps"),
+    ("kernels.py", ".to(tl.int64), key % PAGE", ".to(tl.int64), key % 3", "pages: window"),
+    ("kernels.py", "page * page_stride + entry", "page + entry", "pages: window"),
+    ("kernels.py", "TABLE += b * most_pages", "TABLE += b", "pages: full units"),
+    # what no query reads
+    ("kernels.py", "tl.where(read, key, tl.max(", "tl.where(key >= 0, key, tl.max(", "pages: window"),
+    ("kernels.py", "if PAGE else begin + lane", "if not PAGE else begin + lane", "pages: queries"),
     ("pairs.py", "found = found * sizes[i] + indices[i]", "found = found + indices[i]", "look-up"),
     ("pairs.py", "come = come * factor", "come = come", "counted"),
     (
@@ -85,7 +91,7 @@ def seen(file: str, old: str, new: str, probe: str) -> str | None:
         if file == "layout.py":
             return lawful(made)
         setattr(plugin, file.removesuffix(".py"), made)
-        return interpreted.probed(probe)
+        return interpreted.KINDS["probes"](probe)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
 

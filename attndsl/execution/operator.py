@@ -21,7 +21,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from attndsl.analysis.work import products
 from attndsl.axis import Axis
-from attndsl.backend import Call, Gradients, State, Stateful
+from attndsl.backend import Call, Gradients, Paged, Pages, State, Stateful
 from attndsl.errors import AttnError, asking, fail
 from attndsl.execution import lowered, spoiled
 from attndsl.execution.choosing import chosen
@@ -108,16 +108,32 @@ def _attend(
         wide = torch.promote_types(q.dtype, torch.float32)
         out = q.new_zeros((*q.shape[:3], v.shape[3]))
         return out, q.new_zeros(q.shape[:3], dtype=wide), [out.to(wide)] if _rounds(q) else []
-    with _full_precision(q.device):
-        call = found.call_of(q, k, v, found.named(tensors), sizes)
+    out, lse = attended(found, found.call_of(q, k, v, found.named(tensors), sizes))
+    return (out.to(q.dtype), lse, [out.to(lse.dtype)]) if _rounds(q) else (out, lse, [])
+
+
+def attended(found: Lowered, call: Call) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of a call, as in `Kernel`."""
+    with _full_precision(call.q.device):
         if found.attention.approx is None:
-            out, lse = spoiled.forward(call, lambda call: _forward(found, call))
-        else:
-            # one number that is not finite reaches all rows, and no pair tells which
-            out, lse = _forward(found, call)
-    if not _rounds(q):
-        return out, lse, []
-    return out.to(q.dtype), lse, [out.to(lse.dtype)]
+            return spoiled.forward(call, lambda call: _forward(found, call))
+        # one number that is not finite reaches all rows, and no pair tells which
+        return _forward(found, call)
+
+
+def attended_in_pages(found: Lowered, call: Call, pages: Pages) -> tuple[Tensor, Tensor] | None:
+    """The same by a kernel that finds keys in pages; None where it cannot, and where the output is not
+    finite: which rows have read what is not then takes the keys themselves."""
+    kernel = found.kernel
+    if not isinstance(kernel, Paged):
+        return None
+    heads, backend = call.q.shape[1], f"the backend `{found.backend}`"
+    with _full_precision(call.q.device), placed(found.attention, heads), asking(backend):
+        result = kernel.paged(call, pages)
+    if result is None:
+        return None
+    out, lse = _checked(found.backend, call, result)
+    return (out, lse) if spoiled.finite([out]) else None
 
 
 def step(
@@ -534,18 +550,23 @@ def watched(q: Tensor) -> bool:
     )
 
 
-def run(
-    found: Lowered, q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], places: Places
-) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp, by whichever way in is right for what watches the call."""
-    others = [type(x) for x in (q, k, v, *tensors) if type(x) not in PLAIN]
+def is_watched(q: Tensor, *more: Tensor) -> bool:
+    """Whether a call of these tensors is to be one operator. Raises AttnError for a DTensor."""
+    others = [type(x) for x in (q, *more) if type(x) not in PLAIN]
     # by name: to import the class takes as long as to import torch
     if any((x.__module__, x.__name__) == ("torch.distributed.tensor", "DTensor") for x in others):
         raise fail(
             "a plan takes no DTensor: how it may be sharded depends on the attention",
             help="call it inside `local_map`, on the parts of each rank: docs/torch.md shows how",
         )
-    by_operator = watched(q) or bool(others)
+    return watched(q) or bool(others)
+
+
+def run(
+    found: Lowered, q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], places: Places
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp, by whichever way in is right for what watches the call."""
+    by_operator = is_watched(q, k, v, *tensors)
     if by_operator:
         q_offset, q_at, k_offset, k_at, n = places
         places = q_offset, _tensor_of(q_at), k_offset, _tensor_of(k_at), n

@@ -19,10 +19,11 @@ from attndsl.axis import Axis
 from attndsl.backend import DTYPES, Problem, Repeatable, State, device_kind
 from attndsl.bound import Bound
 from attndsl.errors import AttnError, brief, fail, quantity
-from attndsl.execution import choice
+from attndsl.execution import choice, varlen
 from attndsl.execution.choosing import chosen
 from attndsl.execution.lowered import At, Lowered, Places, taken
 from attndsl.execution.operator import check_tangents, refuse_script, run, step
+from attndsl.execution.paged import attend, check_attention, checked_pages
 from attndsl.execution.repeats import Repeats, likeness
 from attndsl.execution.session import REWIND, Session
 from attndsl.execution.statesession import StateSession, stateful
@@ -290,8 +291,7 @@ class Plan:
             found = None if like is None else self.repeats.results(like, q, k, v)
             if found is not None:
                 return found if return_lse else found[0]
-        if learned is None and any(table.learned for table in self.attention.learned):
-            self._untrained(q, k, v)
+        self._tell_untrained(learned, q, k, v)
         if return_lse and self.attention.approx is not None:
             raise fail(f"`{self.attention.approx.kind}` has no log-sum-exp: it sums no weights of pairs")
         held = held_of(self.attention, memory)
@@ -318,20 +318,90 @@ class Plan:
         out, weights = out[..., : v.shape[3]], out[..., v.shape[3] :]
         return (out, lse, weights) if return_lse else (out, weights)
 
-    def _untrained(self, *given: Tensor) -> None:
-        """Of a call that has first values of parameters. Raises AttnError where gradients are asked for at
-        compile, and warns where they are at the call."""
-        names = ", ".join(f"`{table.name}`" for table in self.attention.learned if table.learned)
-        if self.problem.training:
-            said = f"a call of the plan does not train {names}"
-            raise fail(said, help=f"use plan.module(), which owns {names}")
-        asked = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in given)
-        if asked and not torch.compiler.is_compiling():
-            self.owned.clear()
-            said = (
-                f"a call of the plan has no gradients for {names}: call `plan.module()`, or pass `learned=`"
-            )
-            warnings.warn(said, stacklevel=4)
+    @overload
+    def paged(
+        self,
+        q: Tensor,
+        pool: tuple[Tensor, Tensor],
+        block_table: Tensor,
+        lens: Tensor,
+        *,
+        learned: Mapping[str, Tensor] | None = None,
+        return_lse: Literal[False] = False,
+        **inputs: Any,
+    ) -> Tensor: ...
+    @overload
+    def paged(
+        self,
+        q: Tensor,
+        pool: tuple[Tensor, Tensor],
+        block_table: Tensor,
+        lens: Tensor,
+        *,
+        return_lse: Literal[True],
+        **call: Any,
+    ) -> tuple[Tensor, Tensor]: ...
+    @by_name
+    def paged(
+        self,
+        q: Tensor,
+        pool: tuple[Tensor, Tensor],
+        block_table: Tensor,
+        lens: Tensor,
+        *,
+        learned: Mapping[str, Tensor] | None = None,
+        return_lse: bool = False,
+        **inputs: Any,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Attention of the last tokens of each row to keys in pages, q [B, H, m, D] -> [B, H, m, Dv].
+
+        q            of m tokens, 1 to 16, at the positions len - m to len - 1 of their row
+        pool         keys [pages, page_size, Hkv, D] and values [pages, page_size, Hkv, Dv] in q's dtype, by
+                     any strides: vLLM's layout, and NHD of FlashInfer, whose HND is `x.transpose(1, 2)`
+        block_table  int32 or int64 [B, most pages]: position p of a row is entry p % page_size of the page
+                     block_table[row, p // page_size]
+        lens         int32 or int64 [B], the tokens of each row, the new ones included; a row of none gives 0
+        learned      values of parameters by name, as in a call
+        return_lse   whether the log-sum-exp [B, H, m] comes beside the output
+        inputs       run-time tables by name; `n` is the length of the longest row, and what stands behind a
+                     shorter one is not read
+
+        What a row gives is what the plan gives for it alone, with its keys side by side. Keys that no query
+        reads are not touched, and pages that hold no other may have any number. Raises AttnError for what
+        does not fit, keys that are chosen by content or made of tokens, and gradients.
+        """
+        self._tell_untrained(learned)
+        check_attention(self.attention)
+        if isinstance(q, Tensor) and torch.is_autocast_enabled(q.device.type):
+            q = q.to(torch.get_autocast_dtype(q.device.type))
+        p = self.problem
+        self._check_vectors({"q": (q, p.heads, p.q_length, p.head_dim)}, q)
+        pages = checked_pages(p, q, pool, block_table, lens)
+        given = self._given(q, learned, inputs)
+        lowered = self._served(q.dtype, self.backend)
+        with torch.no_grad():
+            out, lse = attend(lowered, q, pages, lens, lowered.tensors(given))
+        return (out, lse) if return_lse else out
+
+    @by_name
+    def varlen(
+        self, q: Tensor, k: Tensor, v: Tensor, cu_q: Any, cu_k: Any = None, **call: Any
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Attention of sequences one behind the other, each to itself alone, [total, H, D] -> [total, H, Dv].
+
+        q, k, v  [total, H, D], [total, Hkv, D] and [total, Hkv, Dv]
+        cu_q     integers [sequences + 1]: where the queries of each begin, from 0 on, and the end of the last
+        cu_k     the same of keys and values; `cu_q` if not given
+        call     `learned`, `return_lse` and run-time tables, as in a call: of those with an axis B each
+                 sequence has a row. The log-sum-exp is [total, H]
+
+        What a sequence gives is what a call gives of it, gradients too: sequences of one length go into one
+        call. Raises AttnError as a call does, and for tokens that `cu_q` and `cu_k` do not tell of.
+        """
+        found: Tensor | tuple[Tensor, Tensor] = varlen.attend(
+            self, self.attention, (q, k, v), cu_q, cu_k, call
+        )
+        return found
 
     def _step(
         self,
@@ -374,6 +444,23 @@ class Plan:
         keys, values = made(given)
         out, _ = run(lowered, q, keys, values, lowered.tensors(given), (None, q_at, None, None, n))
         return out
+
+    def _tell_untrained(self, learned: Mapping[str, Tensor] | None, *given: Tensor) -> None:
+        """Where parameters have their first values: raises AttnError if gradients were asked for at compile,
+        and warns if they are at a call of `given`."""
+        if learned is not None or not any(table.learned for table in self.attention.learned):
+            return
+        names = ", ".join(f"`{table.name}`" for table in self.attention.learned if table.learned)
+        if self.problem.training:
+            said = f"a call of the plan does not train {names}"
+            raise fail(said, help=f"use plan.module(), which owns {names}")
+        asked = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in given)
+        if asked and not torch.compiler.is_compiling():
+            self.owned.clear()
+            said = (
+                f"a call of the plan has no gradients for {names}: call `plan.module()`, or pass `learned=`"
+            )
+            warnings.warn(said, stacklevel=4)
 
     def _given(
         self, q: Tensor, learned: Mapping[str, Tensor] | None, inputs: Mapping[str, Any]
@@ -581,6 +668,14 @@ class Plan:
             "k": (k, p.kv_heads, p.length, p.head_dim),
             "v": (v, p.kv_heads, p.length, None),
         }
+        self._check_vectors(wanted, q)
+        if k.shape[2] != v.shape[2]:
+            raise fail(f"`k` has length {k.shape[2]}, and `v` has {v.shape[2]}")
+
+    def _check_vectors(self, wanted: Mapping[str, tuple[Tensor, int, int, int | None]], q: Tensor) -> None:
+        """Raises AttnError for tensors that are not [batch, heads, length, features], by name, or not like
+        q."""
+        p = self.problem
         for name, (tensor, heads, length, width) in wanted.items():
             if not isinstance(tensor, torch.Tensor):
                 raise _no_tensor(name, tensor)
@@ -622,8 +717,6 @@ class Plan:
                 help = f"pass `{name}.expand({q.shape[0]}, -1, -1, -1)`" if shape[0] == 1 else ""
                 said = f"`{name}` has {quantity(shape[0], 'batch row')}, and `q` has {q.shape[0]}"
                 raise fail(said, help=help)
-        if k.shape[2] != v.shape[2]:
-            raise fail(f"`k` has length {k.shape[2]}, and `v` has {v.shape[2]}")
 
     def _tensors(self, given: Mapping[str, Any], q: Tensor) -> dict[str, Tensor]:
         """The inputs on the device, in the dtype of their kind; one batch row serves all."""
@@ -719,6 +812,29 @@ class PlanModule(nn.Module):
         """The plan's call of q, k and v, with the parameters as they are; `call` is what else that takes."""
         refuse_learned(call)
         return self.plan(q, k, v, learned=self._learned() or None, **call)
+
+    @by_name
+    def paged(
+        self, q: Tensor, pool: tuple[Tensor, Tensor], block_table: Tensor, lens: Tensor, **call: Any
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """As `Plan.paged` of `q`, `pool`, `block_table` and `lens`, with the parameters as they are; `call`
+        is what else that takes."""
+        refuse_learned(call)
+        found: Tensor | tuple[Tensor, Tensor] = self.plan.paged(
+            q, pool, block_table, lens, learned=self._learned(), **call
+        )
+        return found
+
+    @by_name
+    def varlen(
+        self, q: Tensor, k: Tensor, v: Tensor, cu_q: Any, cu_k: Any = None, **call: Any
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """As `Plan.varlen` of `q`, `k`, `v`, `cu_q`, `cu_k` and `call`, with the parameters as they are."""
+        refuse_learned(call)
+        found: Tensor | tuple[Tensor, Tensor] = varlen.attend(
+            self, self.plan.attention, (q, k, v), cu_q, cu_k, call
+        )
+        return found
 
     def extra_repr(self) -> str:
         """Its line in print(model)."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from attndsl.attention import Attention, HeadGroup, Norm, Relation, Summand
 from attndsl.backend import Problem
 from attndsl.errors import AttnError, fail, suggest
-from attndsl.execution import choice
+from attndsl.execution import choice, varlen
 from attndsl.execution.operator import refuse_script
 from attndsl.execution.session import STEP, check_step, following, refuse_gradients
 from attndsl.execution.streaming import held_of_parts
@@ -211,6 +211,49 @@ class SumPlan:
 
         return self.added(q, outputs(), weight)
 
+    @by_name
+    def paged(
+        self,
+        q: Tensor,
+        pool: tuple[Tensor, Tensor],
+        block_table: Tensor,
+        lens: Tensor,
+        *,
+        learned: Mapping[str, Tensor] | None = None,
+        **inputs: Any,
+    ) -> Tensor:
+        """The sum, [B, H, m, Dv], of what each part gives of q [B, H, m, D] and of keys and values in pages.
+
+        `pool`, `block_table` and `lens` are as of `Plan.paged`, and all parts have them; `learned` are
+        parameters, with the names of a call, and `inputs` run-time tables by name. Raises AttnError as
+        `Plan.paged` does.
+        """
+        lowering.check_names(self.attention, inputs)
+        if learned is not None:
+            check_learned(self.learned_tables, learned)
+
+        def outputs() -> Iterator[tuple[str, Tensor]]:
+            for name, plan in self.parts.items():
+                mine = {**of(plan, inputs), "learned": None if learned is None else under(name, learned)}
+                yield name, _told(name, plan.paged, (q, pool, block_table, lens), mine)
+
+        def weight(gate: Plan) -> Tensor:
+            places = dict.fromkeys(("q_positions", "k_positions", "n")) | {
+                "q_offset": (lens - q.shape[2]).clamp(min=0),
+                "k_offset": (lens - 1).clamp(min=0),
+            }
+            return self.gate(gate, q, 1, places, learned, inputs)
+
+        with torch.no_grad():
+            return self.added(q, outputs(), weight if len(q) else lambda gate: 1.0)
+
+    @by_name
+    def varlen(self, q: Tensor, k: Tensor, v: Tensor, cu_q: Any, cu_k: Any = None, **call: Any) -> Tensor:
+        """As `Plan.varlen` of `q`, `k`, `v`, `cu_q` and `cu_k`: the sum for each sequence alone; `call` are
+        `learned` and inputs, as in a call."""
+        found: Tensor = varlen.attend(self, self.attention, (q, k, v), cu_q, cu_k, call)
+        return found
+
     def added(
         self, q: Tensor, outputs: Iterable[tuple[str, Tensor]], weight: Callable[[Plan], Tensor | float]
     ) -> Tensor:
@@ -379,6 +422,24 @@ class SumModule(nn.Module):
         """The plan's call of q, k and v, with the parameters as they are; `call` is what else that takes."""
         refuse_learned(call)
         return self.plan(q, k, v, learned=self._learned(), **call)
+
+    @by_name
+    def paged(
+        self, q: Tensor, pool: tuple[Tensor, Tensor], block_table: Tensor, lens: Tensor, **inputs: Any
+    ) -> Tensor:
+        """As `SumPlan.paged` of `q`, `pool`, `block_table`, `lens` and `inputs`, with the parameters as they
+        are."""
+        refuse_learned(inputs)
+        found: Tensor = self.plan.paged(q, pool, block_table, lens, learned=self._learned(), **inputs)
+        return found
+
+    @by_name
+    def varlen(self, q: Tensor, k: Tensor, v: Tensor, cu_q: Any, cu_k: Any = None, **inputs: Any) -> Tensor:
+        """As `SumPlan.varlen` of `q`, `k`, `v`, `cu_q`, `cu_k` and `inputs`, with the parameters as they
+        are."""
+        refuse_learned(inputs)
+        found: Tensor = varlen.attend(self, self.plan.attention, (q, k, v), cu_q, cu_k, inputs)
+        return found
 
     def _learned(self) -> dict[str, Tensor]:
         learned = {table.name: getattr(self, table.name) for table in self.plan.attention.learned}
@@ -579,7 +640,7 @@ def of_part(name: str, error: AttnError) -> AttnError:
     return AttnError(*[replace(d, message=f"in `{name}`: {d.message}") for d in error.diagnostics])
 
 
-def _told(name: str, plan: Plan, own: Sequence[Any], call: Mapping[str, Any]) -> Tensor:
+def _told(name: str, plan: Callable[..., Any], own: Sequence[Any], call: Mapping[str, Any]) -> Tensor:
     """A call of a part. What is wrong with it names the part."""
     try:
         found: Tensor = plan(*own, **call)

@@ -67,7 +67,11 @@ def attend(attention: Attention, simple: Sequence[Simple], call: Call) -> tuple[
     if not batch or v.shape[3] != width or not q.is_cpu:
         return None
     here = pieces(attention, call.block_mask, heads, v.shape[1])
-    found = [_attended(p, attention.groups[p.group].norm.sink, simple[p.group], call) for p in here]
+    sinks = [group.norm.sink for group in attention.groups]
+    needed = any(sinks[p.group] is not None or simple[p.group].bias is not None for p in here)
+    # once for all pieces: it has the positions of every batch row
+    env = environment(call) if needed else None
+    found = [_attended(p, sinks[p.group], simple[p.group], call, env) for p in here]
     if not found or any(merged and strained(lse) for _, lse, merged in found):
         return None
     out, lse, _ = found[0]
@@ -79,7 +83,9 @@ def attend(attention: Attention, simple: Sequence[Simple], call: Call) -> tuple[
     return out, lse
 
 
-def _attended(piece: Piece, sink: Expr | None, simple: Simple, call: Call) -> tuple[Tensor, Tensor, bool]:
+def _attended(
+    piece: Piece, sink: Expr | None, simple: Simple, call: Call, env: Env | None
+) -> tuple[Tensor, Tensor, bool]:
     """Output, log-sum-exp, and whether anything has been merged."""
     q, k, v = call.q, call.k, call.v
     if piece.heads is not ALL:
@@ -88,7 +94,7 @@ def _attended(piece: Piece, sink: Expr | None, simple: Simple, call: Call) -> tu
     share, merged, masked = heads // k.shape[1], False, False
     stacked = q if share == 1 else q.reshape(batch, -1, share * nq, width)
     stacked, k, v = (fused_rows(x, width) for x in (stacked, k, v))
-    env = None if simple.bias is None and sink is None else _environment(piece, call)
+    env = None if env is None else _of_piece(env, piece)
     out = lse = None
     for keys, mask in reads(piece.rows):
         addend = dead = None
@@ -146,9 +152,8 @@ def _live(run: Run, nq: int) -> NDArray[np.bool_]:
     return np.ones((nq, run.stop - run.start), bool) if run.mask is None else run.mask
 
 
-def _environment(piece: Piece, call: Call) -> Env:
+def _of_piece(env: Env, piece: Piece) -> Env:
     """Of the piece: axes [B, H, nq, n]."""
-    env = environment(call)
     values = {name: x[piece.batch] if x.dim() and len(x) > 1 else x for name, x in env.values.items()}
     return replace(env, values={**values, "h": env.values["h"][:, piece.heads]})
 

@@ -43,8 +43,10 @@ SCORES = {
 """A table by distance is learned: its gradient is scattered."""
 GROUP = 4
 """Heads that share keys where some do."""
-FUNCTIONS = {"backward_shared": "backward_keys"}
+FUNCTIONS = {"backward_shared": "backward_keys", "decode_paged": "decode"}
 """The function of a kernel, where it has another name."""
+PAGE = 16
+"""Tokens of a page."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ POINTERS = {
     "*fp32": ("OUT", "GQ", "GK", "GV", "LSE", "TOP", "SUM", "SINK", "LEVEL", "SHARE", "DELTA", "PARTS"),
     "*i64": ("leaves", "sizes", "slopes", "WRONG"),
     "*i32": (
-        "GRID", "HEADS", "order", "words", "run_ptr", "run_start", "run_end", "part_ptr", "part_at",
+        "GRID", "HEADS", "TABLE", "order", "words", "run_ptr", "run_start", "run_end", "part_ptr", "part_at",
         "part_content", "units", "unit_at",
     ),
     "fp32": ("packed", "unit"),
@@ -170,6 +172,7 @@ def signature(cell: Cell, kernel: Any) -> tuple[dict[str, str], dict[str, Any], 
     constants: dict[str, Any] = {
         "LEAVES": max(1, len(cell.computed.leaves)), "DIVIDED": False, "CHECKED": made.written.checked,
         "SUNK": False, "TOPS": False, "NORM": made.written.norm, "SPLITS": 16,
+        "PAGE": PAGE if cell.kernel == "decode_paged" else 0,
         "SHARED_BY": 1 if cell.kernel == "backward_keys" else GROUP,
         "PRECISION": "ieee" if cell.arithmetic == "half" else cell.arithmetic,
         "BM": tile.queries, "BN": tile.keys, "D": cell.width, "WIDE_D": cell.width, "DV": cell.width,

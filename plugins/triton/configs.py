@@ -11,8 +11,11 @@ import torch
 
 from attndsl.backend import Problem, device_kind
 
-Kernel: TypeAlias = Literal["forward", "backward_queries", "backward_keys", "backward_shared", "decode"]
-"""`backward_shared` is `backward_keys` where several heads share keys."""
+Kernel: TypeAlias = Literal[
+    "forward", "backward_queries", "backward_keys", "backward_shared", "decode", "decode_paged"
+]
+"""`backward_shared` is `backward_keys` where several heads share keys, `decode_paged` `decode` of keys in
+pages."""
 Arithmetic: TypeAlias = Literal["half", "tf32", "tf32x3"]
 """Products of 16 bits, of float32 in 10 bits of mantissa, of float32 in three of those."""
 SMALLEST, GREATEST = 16, 128
@@ -58,6 +61,7 @@ CONFIGS: dict[tuple[str, Arithmetic], dict[Kernel, dict[int, Two]]] = {
             256: same(64, 32, 8, 1),
         },
         "decode": {64: same(16, 64, 4, 3), 128: same(16, 64, 4, 2), 256: same(16, 32, 8, 2)},
+        "decode_paged": {64: same(16, 64, 4, 3), 128: same(16, 64, 4, 2), 256: same(16, 32, 8, 2)},
     },
     ("sm_90", "tf32"): {
         "forward": {64: same(128, 32, 8, 2), 128: same(64, 32, 8, 2)},
@@ -65,6 +69,7 @@ CONFIGS: dict[tuple[str, Arithmetic], dict[Kernel, dict[int, Two]]] = {
         "backward_keys": {64: (Config(32, 64, 8, 2), Config(32, 32, 8, 2)), 128: same(32, 32, 8, 2)},
         "backward_shared": {64: same(32, 32, 8, 2), 128: same(32, 32, 8, 2)},
         "decode": {64: same(16, 32, 4, 2), 128: same(16, 32, 4, 2)},
+        "decode_paged": {64: same(16, 32, 8, 2), 128: same(16, 32, 4, 2)},
     },
     ("sm_90", "tf32x3"): {
         "forward": {64: same(64, 32, 4, 3)},
@@ -72,6 +77,7 @@ CONFIGS: dict[tuple[str, Arithmetic], dict[Kernel, dict[int, Two]]] = {
         "backward_keys": {64: same(32, 32, 8, 1)},
         "backward_shared": {64: same(32, 32, 8, 1)},
         "decode": {64: same(16, 32, 4, 2)},
+        "decode_paged": {64: same(16, 32, 4, 1)},
     },
     ("sm_80", "half"): {
         "forward": {64: same(128, 32, 4, 3), 128: (Config(64, 64, 4, 2), Config(64, 32, 4, 2))},
@@ -79,6 +85,7 @@ CONFIGS: dict[tuple[str, Arithmetic], dict[Kernel, dict[int, Two]]] = {
         "backward_keys": {64: same(32, 64, 8, 2), 128: same(64, 32, 8, 2)},
         "backward_shared": {64: same(32, 64, 8, 2), 128: same(64, 32, 8, 2)},
         "decode": {64: same(16, 64, 4, 3), 128: same(16, 32, 4, 3)},
+        "decode_paged": {64: same(16, 64, 4, 2), 128: same(16, 32, 4, 3)},
     },
     ("sm_80", "tf32"): {
         "forward": {64: same(64, 32, 8, 2), 128: same(64, 32, 8, 2)},
@@ -86,6 +93,7 @@ CONFIGS: dict[tuple[str, Arithmetic], dict[Kernel, dict[int, Two]]] = {
         "backward_keys": {64: (Config(32, 32, 4, 2), Config(32, 32, 8, 1)), 128: same(32, 32, 8, 2)},
         "backward_shared": {64: same(32, 32, 8, 2), 128: same(32, 32, 8, 2)},
         "decode": {64: same(16, 32, 4, 2), 128: same(16, 32, 4, 2)},
+        "decode_paged": {64: same(16, 32, 4, 2), 128: same(16, 32, 4, 2)},
     },
     ("gfx942", "half"): {
         "forward": {64: same(64, 64, 4, 1), 128: same(64, 32, 4, 1)},
@@ -93,6 +101,7 @@ CONFIGS: dict[tuple[str, Arithmetic], dict[Kernel, dict[int, Two]]] = {
         "backward_keys": {64: same(64, 64, 4, 1), 128: same(32, 64, 4, 1)},
         "backward_shared": {64: same(64, 64, 4, 1), 128: same(32, 64, 4, 1)},
         "decode": {64: same(16, 64, 4, 2), 128: same(16, 64, 4, 2)},
+        "decode_paged": {64: same(16, 64, 4, 2), 128: same(16, 64, 4, 2)},
     },
 }
 """By the greater of the widths of queries and values, up to a power of two from 64 on: what spills nothing

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from attndsl.attention import Attention
-from attndsl.backend import Call, Gradients, Problem
-from attndsl.emit.leaves import Leaf
+from attndsl.backend import Call, Gradients, Pages, Problem
+from attndsl.emit.leaves import Leaf, Products
 from attndsl.emit.score import Score
 from attndsl.errors import fail
 from attndsl.execution.group_call import GroupCall, KnownLeaves, Margins, addresses, sloped
 from attndsl.execution.torch_eval import singles
+from attndsl.expr import KEY_VECTORS, Table
 from attndsl.tiles.lowering import head_groups
 
 from .configs import GREATEST, Config, Kernel, arithmetic, config, splits_of, wide
@@ -63,7 +64,19 @@ class Compiled:
                 part.decode(out, lse) if part.few else part.forward(out, lse)
         return out, lse
 
-    def parts(self, call: Call) -> list[Part]:
+    def paged(self, call: Call, pages: Pages) -> tuple[Tensor, Tensor] | None:
+        """As `Paged`; None also for a pair without a value, which is told where keys are at hand."""
+        part, *others = self.parts(call, pages)
+        beside = any(x.stride(3) != 1 for x in (pages.k, pages.v))
+        if others or beside or not part.few or part.reads_keys:
+            return None
+        wide_dtype = torch.promote_types(call.q.dtype, torch.float32)
+        out = call.q.new_empty((*call.q.shape[:3], pages.v.shape[3]))
+        lse = call.q.new_empty(call.q.shape[:3], dtype=wide_dtype)
+        wrong = part.decode(out, lse)
+        return (out, lse) if wrong is None or int(wrong.min()) == NEVER else None
+
+    def parts(self, call: Call, pages: Pages | None = None) -> list[Part]:
         """One for each group of heads."""
         (_, heads, _, d) = call.q.shape
         which, found = np.array(head_groups(self.attention, heads)), []
@@ -73,7 +86,7 @@ class Compiled:
                 raise fail(f"the backend `triton` declines: {score}")
             if (which == i).any():
                 own = GroupCall(call, group, score, which == i, MARGINS, self.leaves)
-                found.append(Part(own, self))
+                found.append(Part(own, self, pages))
         return found
 
     def gradient(
@@ -98,10 +111,11 @@ class Compiled:
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """What one group of heads does in one call."""
+    """What one group of heads does in one call, whose keys and values may be in pages."""
 
     own: GroupCall
     kernel: Compiled
+    pages: Pages | None
 
     @property
     def call(self) -> Call:
@@ -136,8 +150,20 @@ class Part:
 
     @cached_property
     def vectors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of pages keys and values are [pages, Hkv, size, features], and nothing is copied."""
+        if self.pages is not None:
+            return strided(self.call.q), self.pages.k.transpose(1, 2), self.pages.v.transpose(1, 2)
         q, k, v = (strided(x) for x in (self.call.q, self.call.k, self.call.v))
         return q, k, v
+
+    @property
+    def reads_keys(self) -> bool:
+        """Whether something beside products with queries is computed of keys."""
+        return any(
+            leaf.of.of == "key" if isinstance(leaf.of, Products) else bool(leaf.of.free & KEY_VECTORS)
+            for leaf in self.score.leaves
+            if not isinstance(leaf.of, Table)
+        )
 
     @cached_property
     def leaves(self) -> Tensor:
@@ -158,14 +184,16 @@ class Part:
         rows, same = nq * grouped.shape[2], bool((grouped == grouped[..., :1]).all())
         return blocks.rows is not None and rows <= FEW and same and bool(self.own.heads.all())
 
-    def decode(self, out: Tensor, lse: Tensor) -> None:
-        """As `forward`, of few queries: the keys are split among programs, by what is live."""
+    def decode(self, out: Tensor, lse: Tensor) -> Tensor | None:
+        """As `forward`, of few queries: the keys are split among programs, by what is live. Of keys in pages
+        it gives the first pairs without a value, if there may be any."""
         from . import kernels
 
         q, _, v = self.vectors
         (batch, heads, nq, _), kv_heads, dv = q.shape, self.call.k.shape[1], v.shape[3]
         share, blocks = heads // kv_heads, self.call.block_mask
-        tile = replace(self.tile("decode"), queries=wide(nq * share))
+        tile = self.tile("decode" if self.pages is None else "decode_paged")
+        tile = replace(tile, queries=wide(nq * share))
         units = Units.of(blocks.rows or (), tile.keys)
         index = np.broadcast_to(blocks.index[:, np.arange(heads) % blocks.index.shape[1]], (batch, heads))
         splits = splits_of(self.device, batch * kv_heads, int(units.heads[:, 2].max()))
@@ -177,9 +205,12 @@ class Part:
         sizes = {"nq": nq, "splits": splits, "rows_of_all": batch * heads * nq}
         norm = {"NORM": made.written.norm, "TOP": top, "SUM": total, "PARTS": parts}
         common = {**self.common, **sizes, **norm}
+        grid = on(self.device, index.astype(np.int32))
+        table = grid if self.pages is None else self.pages.table.contiguous()
         run(
             kernels.decode, (splits, kv_heads, batch), tile, self.device, **common,
-            GRID=on(self.device, index.astype(np.int32)), units=on(self.device, units.heads),
+            GRID=grid, TABLE=table, most_pages=table.shape[1],
+            PAGE=0 if self.pages is None else self.pages.size, units=on(self.device, units.heads),
             unit_at=on(self.device, units.at), words=on(self.device, units.words), WRONG=wrong,
             HELD=made["held_query"], SCORE=made["score"], CHECKED=checked, SHARED_BY=share,
         )  # fmt: skip
@@ -188,8 +219,9 @@ class Part:
             SINK=lse if sink is None else sink, SUNK=sink is not None, SPLITS=wide(splits), DV=dv,
             WIDE_DV=wide(dv), num_warps=4,
         )  # fmt: skip
-        if checked:
+        if checked and self.pages is None:
             self.look(wrong)
+        return wrong if checked else None
 
     @cached_property
     def common(self) -> dict[str, Any]:
@@ -197,7 +229,7 @@ class Part:
         import triton.language as tl
 
         q, k, v = self.vectors
-        (_, heads, nq, d), (_, _, n, dv) = q.shape, v.shape
+        (_, heads, nq, d), n, dv = q.shape, self.call.k.shape[2], v.shape[3]
         names = [f"{x}{axis}" for x in "qkv" for axis in "bhn"]
         strides = dict(zip(names, (s for x in (q, k, v) for s in x.stride()[:3]), strict=True))
         kind = arithmetic(q.dtype)

@@ -205,17 +205,45 @@ def forward(
         tl.store(WRONG + of * lines + block, wrong)
 
 
-@triton.jit(do_not_specialize=["nq", "n", "heads", "splits", "rows_of_all"])
+@triton.jit
+def key_in_pages(table, key, PAGE: tl.constexpr):
+    """The page that a key is in, and which one of it."""
+    if PAGE:
+        return tl.load(table + key // PAGE).to(tl.int64), key % PAGE
+    else:
+        return key, key
+
+
+@triton.jit
+def last_read(words, content, height, line, key, BN: tl.constexpr):
+    """The keys of a partial tile, but in place of those that no row reads the last that one does."""
+    read = tl.max(live_of(words, content, height, line, BN).to(tl.int32), 0) != 0
+    return tl.where(read, key, tl.max(tl.where(read, key, 0), 0))
+
+
+@triton.jit
+def lying(X, page, entry, page_stride, stride, PAGE: tl.constexpr):
+    """Where the vectors of keys lie: by their own places, one each [BN, 1], or by the first of all."""
+    if PAGE:
+        return X + (page * page_stride + entry * stride)[:, None]
+    else:
+        return X
+
+
+@triton.jit(do_not_specialize=["nq", "n", "heads", "splits", "rows_of_all", "most_pages"])
 def decode(
-    Q, K, V, PARTS, TOP, SUM, GRID, units, unit_at, words, leaves, sizes, WRONG,
-    qb, qh, qn, kb, kh, kn, vb, vh, vn, nq, n, heads, splits, rows_of_all, packed,
-    HELD: tl.constexpr, SCORE: tl.constexpr, LEAVES: tl.constexpr, NORM: tl.constexpr,
+    Q, K, V, PARTS, TOP, SUM, GRID, TABLE, units, unit_at, words, leaves, sizes, WRONG,
+    qb, qh, qn, kb, kh, kn, vb, vh, vn, nq, n, heads, splits, rows_of_all, most_pages, packed,
+    PAGE: tl.constexpr, HELD: tl.constexpr, SCORE: tl.constexpr, LEAVES: tl.constexpr, NORM: tl.constexpr,
     CHECKED: tl.constexpr, SHARED_BY: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, D: tl.constexpr, WIDE_D: tl.constexpr, DV: tl.constexpr, WIDE_DV: tl.constexpr,
     REAL: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """The few queries of all heads that share keys, over one part of the units that they see: of each row the
-    sum of weighted values, its greatest logit and the sum of weights over that. All of them have one mask."""
+    sum of weighted values, its greatest logit and the sum of weights over that. All of them have one mask.
+
+    Where PAGE is not 0, K is [pages, Hkv, PAGE, D], V likewise, and TABLE [B, most_pages] has the pages of
+    each batch row in their order."""
     split, kv, b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     place = tl.arange(0, BM)
     inside = place < SHARED_BY * nq
@@ -226,8 +254,12 @@ def decode(
     rows, row = of * nq + line, line[:, None]
     at = Q + b * qb + (h * qh + line * qn)[:, None] + feature[None, :]
     q = tl.load(at, mask=(feature < D)[None, :], other=0.0)
-    K += b * kb + kv * kh
-    V += b * vb + kv * vh
+    # of pages kb and vb are the strides, and each key has a place of its own
+    K += kv * kh if PAGE else b * kb + kv * kh
+    V += kv * vh if PAGE else b * vb + kv * vh
+    TABLE += b * most_pages
+    step_k, step_v = 0 if PAGE else kn, 0 if PAGE else vn
+    lane = tl.arange(0, BN)
     held = HELD(leaves + (of * LEAVES)[:, None], sizes, row, REAL, WHOLE)
     unit = units + 4 * tl.load(GRID + b * heads + kv * SHARED_BY)
     first, full, many, content = tl.load(unit), tl.load(unit + 1), tl.load(unit + 2), tl.load(unit + 3)
@@ -235,16 +267,23 @@ def decode(
     acc, total = tl.zeros([BM, WIDE_DV], REAL), tl.zeros([BM], REAL)
     top, wrong = tl.full([BM], NONE, REAL), tl.full([], NEVER, tl.int64)
     for i in range(tl.minimum(low, full), tl.minimum(high, full)):
+        begin = tl.load(unit_at + first + i).to(tl.int64) * BN
+        page, entry = key_in_pages(TABLE, begin + lane, PAGE)
         acc, total, top, wrong = more_keys(
-            acc, total, top, wrong, q, K, V, held, words, 0, nq, line,
-            tl.load(unit_at + first + i).to(tl.int64) * BN, row, rows, n, kn, vn, packed, n - 1 + MARGIN,
-            SCORE, True, NORM, CHECKED, PRECISION, BM, BN, D, WIDE_D, DV, WIDE_DV, REAL, WHOLE,
+            acc, total, top, wrong, q, lying(K, page, entry, kb, kn, PAGE),
+            lying(V, page, entry, vb, vn, PAGE), held, words, 0, nq, line, begin, row, rows, n, step_k,
+            step_v, packed, n - 1 + MARGIN, SCORE, True, NORM, CHECKED, PRECISION, BM, BN, D, WIDE_D, DV,
+            WIDE_DV, REAL, WHOLE,
         )  # fmt: skip
     for i in range(tl.maximum(low, full), tl.maximum(high, full)):
+        begin = tl.load(unit_at + first + i).to(tl.int64) * BN
+        key = last_read(words, content + i - full, nq, line, begin + lane, BN) if PAGE else begin + lane
+        page, entry = key_in_pages(TABLE, key, PAGE)
         acc, total, top, wrong = more_keys(
-            acc, total, top, wrong, q, K, V, held, words, content + i - full, nq, line,
-            tl.load(unit_at + first + i).to(tl.int64) * BN, row, rows, n, kn, vn, packed, n - 1 + MARGIN,
-            SCORE, False, NORM, CHECKED, PRECISION, BM, BN, D, WIDE_D, DV, WIDE_DV, REAL, WHOLE,
+            acc, total, top, wrong, q, lying(K, page, entry, kb, kn, PAGE),
+            lying(V, page, entry, vb, vn, PAGE), held, words, content + i - full, nq, line, begin, row, rows,
+            n, step_k, step_v, packed, n - 1 + MARGIN, SCORE, False, NORM, CHECKED, PRECISION, BM, BN, D,
+            WIDE_D, DV, WIDE_DV, REAL, WHOLE,
         )  # fmt: skip
     rows += split.to(tl.int64) * rows_of_all
     wide = tl.arange(0, WIDE_DV)
