@@ -550,7 +550,7 @@ def watched(q: Tensor) -> bool:
     )
 
 
-def is_watched(q: Tensor, *more: Tensor) -> bool:
+def as_operator(q: Tensor, *more: Tensor) -> bool:
     """Whether a call of these tensors is to be one operator. Raises AttnError for a DTensor."""
     others = [type(x) for x in (q, *more) if type(x) not in PLAIN]
     # by name: to import the class takes as long as to import torch
@@ -566,13 +566,13 @@ def run(
     found: Lowered, q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], places: Places
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp, by whichever way in is right for what watches the call."""
-    by_operator = is_watched(q, k, v, *tensors)
-    if by_operator:
+    whole = as_operator(q, k, v, *tensors)
+    if whole:
         q_offset, q_at, k_offset, k_at, n = places
         places = q_offset, _tensor_of(q_at), k_offset, _tensor_of(k_at), n
     if found.selected:
-        tensors = [*tensors, *chosen(found, q, k, tensors, places, by_operator)]
-    if by_operator:
+        tensors = [*tensors, *chosen(found, q, k, tensors, places, whole)]
+    if whole:
         # AOTInductor passes no empty list on
         out, lse, _ = attend(q, k, v, list(tensors) or [q.new_empty(0)], *places, found.identity)
         return out, lse

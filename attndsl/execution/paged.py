@@ -17,7 +17,7 @@ from attndsl.axis import Axis
 from attndsl.backend import Call, Pages, Problem
 from attndsl.errors import fail, quantity
 from attndsl.execution.lowered import Lowered, find
-from attndsl.execution.operator import attended, attended_in_pages, check_tangents, is_watched
+from attndsl.execution.operator import attended, attended_in_pages, check_tangents, as_operator
 from attndsl.tiles.blockmask import BlockMask, Rows, Spans
 from attndsl.tiles.lowering import FEW_ROWS, Sizes
 from attndsl.tiles.rows import both, either
@@ -33,7 +33,7 @@ def attend(
     `Lowered.tensors`."""
     check_tangents(q, pages.k, pages.v, *tensors)
     given = q, pages.k, pages.v, pages.table, lens
-    if is_watched(*given, *tensors):
+    if as_operator(*given, *tensors):
         # AOTInductor passes no empty list on
         out, lse = attend_paged(*given, [*tensors] or [q.new_empty(0)], found.identity)
         return out, lse
