@@ -17,7 +17,7 @@ from attndsl.axis import Axis
 from attndsl.backend import Call, Pages, Problem
 from attndsl.errors import fail, quantity
 from attndsl.execution.lowered import Lowered, find
-from attndsl.execution.operator import attended, attended_in_pages, check_tangents, as_operator
+from attndsl.execution.operator import as_operator, attended, attended_in_pages, check_tangents
 from attndsl.tiles.blockmask import BlockMask, Rows, Spans
 from attndsl.tiles.lowering import FEW_ROWS, Sizes
 from attndsl.tiles.rows import both, either
