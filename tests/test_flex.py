@@ -85,6 +85,7 @@ BY_GRADIENT = "alibi t5 u-HD-twice bias relative causal head-groups softcap shaw
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # which torch asks for, and hides
 @pytest.mark.parametrize("name", BY_GRADIENT)
 def test_gradients_are_those_of_the_formulas(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """FlexAttention's formula has gradients on the CPU, and refuses them at its door."""
