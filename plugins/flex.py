@@ -49,10 +49,7 @@ class Flex:
     # of a query, a key or a distance alone any operation is evaluated; which of a pair are, `supports` says
     features = replace(FEATURES, clauses={"score", "heads"})
     seconds = SECONDS
-
-    @property
-    def remark(self) -> str:
-        return "FlexAttention; compiled on a GPU, where it has not run yet"
+    remark = "forms all pairs on the CPU, and has not run on a GPU yet"
 
     def supports(self, attention: Attention, problem: Problem) -> str | None:
         for adjacent in (True, False):

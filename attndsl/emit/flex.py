@@ -6,15 +6,15 @@ is the same code.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import cast
 
 from attndsl import expr as ir
 from attndsl.attention import Attention
 from attndsl.emit.code import Code, Target
-from attndsl.emit.leaves import READS, Leaf, leaf_of, left_over
+from attndsl.emit.leaves import READS, leaf_of, left_over
 from attndsl.emit.score import S, light, over_s
 from attndsl.expr import Expr, IntSet
 
@@ -23,6 +23,7 @@ PLACES = {"query": "q_idx", "key": "kv_idx", "distance": "q_idx - kv_idx + origi
 """The entry of a leaf that a pair reads."""
 
 
+@lru_cache(maxsize=256)
 def score_over(attention: Attention, head_dim: int | None, adjacent: bool) -> Expr | str:
     """The logit of all groups of heads over `s` and leaves, or why there is none. `adjacent` as of
     `left_over`; a score may need no `head_dim`."""
@@ -88,12 +89,7 @@ SPELL: dict[str, Spelling] = {
 
 @dataclass(frozen=True)
 class Written:
-    """The score_mod of one score.
-
-    score  over `s` and leaves
-    axes   of each node that reads, whether its tensor has axes of batch rows and of heads
-    real   torch's name of the dtype of reals
-    """
+    """The score_mod of one score: see `score_mod_text`."""
 
     score: Expr
     axes: tuple[tuple[bool, bool], ...]
@@ -104,10 +100,8 @@ class Written:
         """What is read, and what its tensor is called."""
         return {node: f"{leaf_of(node).kind}{i}" for i, node in enumerate(reads(self.score))}
 
-    @cached_property
+    @property
     def text(self) -> str:
-        """A function `bind`, which gives the score_mod, of the tensors in the order of `reads`, then of the
-        last entries of the axes of each table (`last_table0`), and of the entry of distance 0 (`origin`)."""
         code = Code(self.target, {S: "s"})
         result = code.real(self.score)
         if self.score.op == "const":
@@ -131,8 +125,10 @@ class Written:
         def read(e: Expr, args: list[str]) -> str:
             leaf, name = leaf_of(e), self.names[e]
             lead = [axis for axis, there in zip("bh", axes[e], strict=True) if there]
+            if leaf.kind == "number" and lead:
+                return f"{name}[{', '.join(lead)}]"
             if leaf.kind != "table":
-                return f"{name}[{', '.join([*lead, *self.entry(leaf, lead)])}]"
+                return f"{name}[{', '.join([*lead, PLACES[leaf.kind]])}]"
             asked = (f"({''.join(f'{x}, ' for x in some)})" for some in (lead, args[1:]))
             return f"{'truth' if e.type == 'bool' else 'entry'}({name}, last_{name}, {', '.join(asked)})"
 
@@ -141,11 +137,20 @@ class Written:
 
         return Target({**SPELL, "leaf": read, "read": read}, declare, self.as_real)
 
-    def entry(self, leaf: Leaf, lead: Sequence[str]) -> list[str]:
-        return [] if leaf.kind == "number" and lead else [PLACES[leaf.kind]]
-
     def as_real(self, text: str) -> str:
         return text if text.startswith("(") else f"{text}.to(torch.{self.real})"
+
+
+@lru_cache(maxsize=256)
+def score_mod_text(score: Expr, axes: tuple[tuple[bool, bool], ...], real: str) -> str:
+    """A function `bind`, which gives the score_mod, of the tensors in the order of `reads`, then of the last
+    entries of the axes of each table (`last_table0`), and of the entry of the distance 0 (`origin`).
+
+    score  over `s` and leaves
+    axes   of each node that reads, whether its tensor has axes of batch rows and of heads
+    real   torch's name of the dtype of reals
+    """
+    return Written(score, axes, real).text
 
 
 def reads(score: Expr) -> list[Expr]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from attndsl.attention import Attention
 from attndsl.backend import Call
-from attndsl.emit.flex import Written, reads, score_over
+from attndsl.emit.flex import reads, score_mod_text, score_over
 from attndsl.emit.leaves import Leaf, Products, leaf_of
 from attndsl.emit.score import S
 from attndsl.errors import fail
@@ -129,7 +129,7 @@ def score_mod_of(attention: Attention, call: Call, score: Expr, content: bool = 
         seen.add(leaf)
     ends = [lasts[leaf_of(node)] for node in nodes if leaf_of(node).kind == "table"]
     origin = torch.tensor([call.k.shape[2] - 1], device=call.q.device)
-    text = Written(score, tuple(axes), str(wide).removeprefix("torch.")).text
+    text = score_mod_text(score, tuple(axes), str(wide).removeprefix("torch."))
     found: ScoreMod = written(text)["bind"](*tensors, *ends, origin)
     return found
 
@@ -175,12 +175,11 @@ def _squeezed(leaf: Leaf, x: Tensor, call: Call) -> tuple[Tensor, tuple[bool, bo
     by_batch, by_head = (size > 1 for size in x.shape[:2])
     if not isinstance(leaf.of, Expr):
         sizes = sizes_of(leaf.of, call)
-        # of an empty table no live pair asks for an entry, but a kernel reads one
-        x = (
-            x.reshape(*x.shape[:2], *sizes)
-            if math.prod(sizes)
-            else x.new_zeros(*x.shape[:2], *(1,) * len(sizes))
-        )
+        if not math.prod(sizes):
+            # no live pair asks for an entry, but a kernel reads one
+            sizes = (1,) * len(sizes)
+            x = x.new_zeros(*x.shape[:2], 1)
+        x = x.reshape(*x.shape[:2], *sizes)
     elif leaf.kind == "number" and (by_batch or by_head):
         x = x[..., 0]
     x = x if by_head else x[:, 0]
