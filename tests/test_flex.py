@@ -306,6 +306,16 @@ def test_gradients_pass_through_a_score_mod() -> None:
     torch.testing.assert_close(z.grad[[3, 5]], z.detach()[[5, 3]])
 
 
+def test_each_look_up_has_a_tensor_of_its_own() -> None:
+    """FlexAttention has one gradient for each, and refuses two look-ups."""
+    attention = only("inputs z : float[5] mask causal score s + z[q * k mod 5] + z[q * q * k mod 5]")
+    mods = attention.to_flex(8, 8, z=torch.randn(5, requires_grad=True))
+    assert mods.score_mod is not None
+    cells = inspect.getclosurevars(mods.score_mod).nonlocals
+    tables = [x.data_ptr() for name, x in cells.items() if name.startswith("table")]
+    assert len(tables) == len({*tables}) == 2
+
+
 def test_a_parameter_of_a_module_is_trained_through_a_plan() -> None:
     text = "attention a(c = learn[H](1.0)) { mask causal score s * c }"
     module = attndsl.compile(attndsl.parse(text)["a"], length=8, heads=2, head_dim=8).module()
