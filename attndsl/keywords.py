@@ -253,7 +253,6 @@ ATTRIBUTES = {
         **_each("forward run", "call it: `plan(q, k, v)`"),
         **_each("mask block_mask show plot draw", "its tiles are `plan.block_masks`"),
         **_each("mask_mod score_mod", "FlexAttention's are in `plan.to_flex()`"),
-        **_each("to_flex", "each part of a sum has its own: `plan.parts[NAME].to_flex()`"),
         **_each("step prefill decode generate cache kv_cache", CACHE),
         **_each(SIZES, "write `plan.problem.{}`"),
         **_each("name inputs", "write `plan.attention.{}`"),

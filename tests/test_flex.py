@@ -70,7 +70,7 @@ def untraced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     flex._attend.cache_clear()
 
 
-@pytest.mark.parametrize("case", thin(TAKEN, 24), ids=str)
+@pytest.mark.parametrize("case", thin(TAKEN, 40), ids=str)
 def test_the_backend_conforms(untraced: None, case: Case) -> None:
     assert check("flex", case) is None
 
@@ -249,7 +249,7 @@ def test_the_law_is_about_scores_of_many_kinds() -> None:
     assert scored >= {"alibi", "alphafold", "gemma2", "graphormer", "kerple", "sandwich", "t5"}
 
 
-@pytest.mark.parametrize("name", thin(SHIPPED, 6), ids=".".join)
+@pytest.mark.parametrize("name", thin(SHIPPED, 8), ids=".".join)
 def test_what_is_written_reads_as_it_was(untraced: None, name: tuple[str, str]) -> None:
     """And FlexAttention gives of it what the attention does."""
     bound = example(name[0])[name[1]]
@@ -344,6 +344,21 @@ def test_a_look_up_that_no_pair_needs_may_be_beyond_its_table(untraced: None) ->
     for refused in (lambda: plans["flex"](q, k, v, z=z[:4]), lambda: attention.to_flex(32, 16, z=z[:4])):
         with pytest.raises(attndsl.AttnError, match="`z` has 4 entries on axis 0, but entry 4 is read"):
             refused()
+
+
+def test_groups_of_heads_have_their_own_masks_and_scores(untraced: None) -> None:
+    text = "heads 0..1 { mask causal score alibi } else { mask causal & last(4) score softcap(2.0) }"
+    q, k, v = qkv(24, 4)
+    plan = attndsl.compile(only(text), length=24, heads=4, head_dim=16, backend="reference")
+    torch.testing.assert_close(flex_attention(q, k, v, *plan.to_flex()), plan(q, k, v))
+
+
+def test_a_truth_beyond_its_table_is_false(untraced: None) -> None:
+    attention = only("inputs keep : bool[n, n] mask causal score where(keep[q - 3, k + 1], s, 2 * s)")
+    keep, (q, k, v) = torch.ones(16, 16, dtype=torch.bool), qkv(16)
+    plan = attndsl.compile(attention, length=16, heads=2, head_dim=16, backend="reference")
+    mods = attention.to_flex(16, 16, heads=2, keep=keep)
+    torch.testing.assert_close(flex_attention(q, k, v, *mods), plan(q, k, v, keep=keep))
 
 
 def test_a_row_of_the_least_numbers_keeps_its_sum(untraced: None) -> None:
