@@ -122,7 +122,7 @@ class Handed:
             # of tensors that ask for gradients it would make a kernel that keeps more, and on the CPU none
             vectors = [x.detach() for x in vectors]
         alike = (score_mod and score_mod.__code__, *(x.shape[1::2] for x in vectors), call.q.dtype)
-        # beyond the limit torch falls back to the dense formula without a word
+        # beyond the limit it is an error, for torch would take the dense formula without a word
         with _as_in_a_plain_call(), torch._dynamo.config.patch(recompile_limit=GRAPHS):
             out, aux = _attend(call.q.device.type, alike)(*vectors, score_mod, self.tiles(call))
         return out, aux.lse
