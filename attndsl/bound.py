@@ -11,7 +11,7 @@ import numpy as np
 from attndsl.attention import Attention
 from attndsl.errors import AttnError, fail
 from attndsl.expr import Selected, Table, nodes, number
-from attndsl.keywords import by_name, missing
+from attndsl.keywords import by_name, checked_dtype, missing
 from attndsl.language.lookups import placed
 from attndsl.pictures import notebook
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import networkx as nx
     from numpy.typing import ArrayLike, NDArray
 
+    from attndsl.execution.flexing import Flex
     from attndsl.tiles.blockmask import BlockMask
 
 
@@ -250,6 +251,64 @@ class Bound:
         tables = lowering.checked_tables(self.attention, {**self.tables, **inputs}, sizes)
         with placed(self.attention, heads):
             return lowering.block_mask(self.attention, sizes, tables, block_size)
+
+    @by_name
+    def to_flex(
+        self,
+        length: int,
+        block_size: int = 128,
+        q_length: int | None = None,
+        *,
+        q_offset: int | None = None,
+        k_offset: int | None = None,
+        q_positions: ArrayLike | None = None,
+        k_positions: ArrayLike | None = None,
+        n: int | None = None,
+        heads: int = 1,
+        head_dim: int | None = None,
+        dtype: str = "float32",
+        device: str = "cpu",
+        **inputs: ArrayLike,
+    ) -> Flex:
+        """The attention for FlexAttention: `flex_attention(q, k, v, *attention.to_flex(4096))`, with its own
+        scale and, where there are fewer key heads, `enable_gqa=True`.
+
+        block_size   tokens on a side of a tile, a multiple of 8
+        length       keys, in tokens
+        q_length     queries; as many as keys if not given
+        q_offset     position of the first query, below n; if not given what the text says, or n - nq
+        k_offset     position of the first key, 0 if not given
+        q_positions  where each query stands, [nq] or [B, nq], in place of an offset
+        k_positions  where each key stands, [length] or [B, length], likewise
+        n            what `n` means in the text; the greatest position of a key + 1 if not given
+        heads        query heads H
+        head_dim     features of queries and keys; needed where the score reads their number
+        dtype        of q, k and v; scores are float32, and float64 for that alone
+        device       where the tensors are that are read
+        inputs       run-time tables by name, with the axes that they are declared with; choices too, as
+                     `Plan.choices` gives them. Gradients pass through tensors
+
+        Raises AttnError as `block_mask`, and for an attention that FlexAttention does not compute.
+        """
+        import torch
+
+        from attndsl.execution.flexing import check_clauses, flex_of
+        from attndsl.tiles import lowering
+
+        attention, places = self.attention, (q_offset, k_offset, q_positions, k_positions, n)
+        check_clauses(attention)
+        sizes = lowering.sizes_of(attention, length, q_length, heads, *places)
+        lowering.checked_block_size(block_size)
+        own = getattr(torch, checked_dtype(dtype))
+        read = [table for table in (*attention.inputs, *attention.selected) if table in attention.read]
+        given = {**self.tables, **inputs}
+        tables = lowering.checked_tables(attention, given, sizes, None, head_dim, read)
+        for table in attention.learned:
+            help = "a plan has its first values, and takes others: `plan.to_flex(learned=...)`"
+            raise fail(f"`{table.name}` is learned, and has no values here", help=help)
+        with placed(attention, heads):
+            blocks = lowering.block_mask(attention, sizes, tables, block_size)
+            return flex_of(attention, sizes, blocks, tables, head_dim, own, device)
 
     @by_name
     def graph(

@@ -202,9 +202,7 @@ TRAINED = (
 )
 SIZES = "length q_length batch heads kv_heads head_dim dtype device block_size training"
 BACKENDS = {
-    **dict.fromkeys(
-        ("flex", "flex_attention"), "FlexAttention takes tiles: `attention.block_mask(length).to_flex()`"
-    ),
+    "flex_attention": 'write `backend="flex"`',
     **dict.fromkeys(("dense", "eager", "math", "naive"), 'write `backend="reference"`'),
     **dict.fromkeys(("cuda", "gpu"), 'it is a device: `compile(..., device="cuda")`'),
 }
@@ -237,7 +235,7 @@ ATTRIBUTES = {
         **_each("plan lower run session", "`attndsl.compile(attention, length=...)` makes a plan"),
         **_each("show plot draw save to_svg savefig", DRAWN),
         **_each("to_dense dense numpy to_numpy matrix", "write `attention.mask(length)`"),
-        **_each("to_flex to_block_mask mask_mod", "write `attention.block_mask(length).to_flex()`"),
+        **_each("to_block_mask mask_mod score_mod", "FlexAttention's are in `attention.to_flex(length)`"),
         **_each("params args arguments", "write `attention.parameters`"),
         **_each("heads head_dim length batch", "write `attndsl.compile(attention, {}=...)`"),
         **_each(TRAINED, "`attndsl.compile(attention, length=...).module()` is an nn.Module, which has it"),
@@ -253,7 +251,8 @@ ATTRIBUTES = {
         ),
         **_each("half float double bfloat16", "leave it out: a plan takes tensors of any dtype"),
         **_each("forward run", "call it: `plan(q, k, v)`"),
-        **_each("mask block_mask to_flex show plot draw", "its tiles are `plan.block_masks`"),
+        **_each("mask block_mask show plot draw", "its tiles are `plan.block_masks`"),
+        **_each("mask_mod score_mod", "FlexAttention's are in `plan.to_flex()`"),
         **_each("step prefill decode generate cache kv_cache", CACHE),
         **_each(SIZES, "write `plan.problem.{}`"),
         **_each("name inputs", "write `plan.attention.{}`"),

@@ -1,10 +1,11 @@
 """The `cpu` backend beside torch's dense attention: rates per live pair, on one thread.
 
-    python -m benchmarks.kernels [forward training scores threads]
+    python -m benchmarks.kernels [forward training scores threads flex]
 
 Contestants alternate in one process; medians of seven of the thread's seconds, float32, 8 heads of 64. Dense
 attention is torch's own at 4,096, forward without a mask and in training with one; a rate above 1 says that a
 live pair takes less time than a pair takes there, a training time below 1 less than density times dense.
+`flex` compiles FlexAttention, which takes minutes, and takes medians of five.
 """
 
 from __future__ import annotations
@@ -44,12 +45,12 @@ SCORES = {
 }
 
 
-def alternate(contestants: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+def alternate(contestants: Mapping[str, Callable[[], object]], runs: int = RUNS) -> dict[str, float]:
     """Median seconds of this thread."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for run in contestants.values():
         run()
-    for _ in range(RUNS):
+    for _ in range(runs):
         for name, run in contestants.items():
             start = time.thread_time()
             run()
@@ -155,7 +156,31 @@ def threads() -> None:
     )
 
 
+def flex(n: int = 16_384) -> None:
+    """Beside compiled FlexAttention: with tiles and bits of `to_flex`, and with the same lists and a mod."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    q, k, v, _ = tensors(n)
+    plan, attend = plan_of(FORWARD["window"], n, "cpu"), torch.compile(flex_attention)
+    tiles = plan.to_flex().block_mask
+    mods = attndsl.create_block_mask(lambda b, h, q, k: (q - k).abs() <= 256, None, None, n, n, device="cpu")
+    with torch.no_grad():
+        out = plan(q, k, v)
+        for mask in (tiles, mods):
+            torch.testing.assert_close(attend(q, k, v, block_mask=mask), out, atol=1e-4, rtol=1e-4)
+        found = alternate(
+            {
+                "cpu": lambda: plan(q, k, v),
+                "tiles": lambda: attend(q, k, v, block_mask=tiles),
+                "mod": lambda: attend(q, k, v, block_mask=mods),
+            },
+            runs=5,
+        )
+    rates = ", ".join(f"{found[name] / found['cpu']:.2f} x with its {name}" for name in ("tiles", "mod"))
+    print(f"window at {n:,}: cpu {found['cpu']:.3f} s; compiled FlexAttention takes {rates}")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for name in sys.argv[1:] or ("forward", "training", "scores", "threads"):
+    for name in sys.argv[1:] or ("forward", "training", "scores", "threads", "flex"):
         globals()[name]()

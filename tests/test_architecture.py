@@ -38,6 +38,9 @@ ROOMS = (
     "execution.choice",  # what backends say of a problem
     "execution.selecting",  # what selections choose
     "execution.leaks",  # and whether later tokens change it
+    "execution.torch_eval",  # expressions with torch
+    "execution.leaf_values",  # what of them is known before pairs are
+    "execution.flexing",  # what FlexAttention is given
     "analysis",  # one question a file
     "bound",  # what users hold
     "stacks.tree",  # layers of attentions

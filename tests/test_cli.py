@@ -707,7 +707,7 @@ def test_a_proof_that_takes_too_long_is_undecided_and_the_others_are_not(tmp_pat
 def test_plugins_names_owners():
     done = json.loads(attn("plugins", "--json").stdout)["plugins"]
     ours = {row["name"]: row for row in done if row["group"] == "backends" and row["owner"] == "attndsl"}
-    assert ours.keys() == {"cpu", "linear", "lowrank", "reference", "sdpa", "torch", "triton"}
+    assert ours.keys() == {"cpu", "flex", "linear", "lowrank", "reference", "sdpa", "torch", "triton"}
     assert not any(row["error"] for row in ours.values())
 
 

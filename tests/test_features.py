@@ -45,7 +45,7 @@ def example(name: str) -> Any:
 BACKENDS: dict[str, Callable[[], Any]] = {
     **{
         name: lambda name=name: registry.plugin("backends", name)
-        for name in ("cpu", "linear", "lowrank", "reference", "sdpa", "torch", "triton")
+        for name in ("cpu", "flex", "linear", "lowrank", "reference", "sdpa", "torch", "triton")
     },
     **{name: lambda name=name: example(name) for name in ("Tiny", "Scored", "numpy-backend")},
 }
@@ -209,10 +209,9 @@ def test_no_backend_quotes_the_seconds_of_another_device(clauses: str) -> None:
     assert found.pop("lowrank") == "it has weights of pairs"
     assert "device" in str(found.pop("cpu"))
     assert str(found.pop("triton")) in ("triton is not installed", "there is no GPU")
-    assert found == {"reference": None, "sdpa": None, "torch": None}
-    assert list(found) == (
-        ["sdpa", "torch", "reference"] if clauses == "mask full" else ["torch", "sdpa", "reference"]
-    )
+    assert found == {"flex": None, "reference": None, "sdpa": None, "torch": None}
+    wanted = "sdpa flex torch reference" if clauses == "mask full" else "flex torch sdpa reference"
+    assert list(found) == wanted.split()
     lowered = cost.lowerings(asked.attention, problem, blocks)
     del lowered["cpu"], lowered["linear"], lowered["lowrank"], lowered["triton"]
     assert {(x.seconds_estimate, x.reason) for x in lowered.values()} == {(None, "cost unknown")}

@@ -62,6 +62,7 @@ def test_an_attribute_that_a_program_does_not_have_says_what_to_write(program):
         (lambda p: compiled(p, "lm"), "parameters", "`plan.module()`"),
         (lambda p: compiled(p, "both"), "to", '`compile(..., device="cuda")`'),
         (lambda p: compiled(p, "both"), "lm", '`plan.parts["lm"]`'),
+        (lambda p: p["lm"], "score_mod", "`attention.to_flex(length)`"),
         (lambda p: compiled(p, "lm"), "heads", "`plan.problem.heads`"),
         (lambda p: compiled(p, "lm"), "sesion", "`session`"),
         (lambda p: compiled(p, "lm").session(1, 8), "reset", "`session.truncate(0)`"),

@@ -56,6 +56,8 @@ def main() -> str:
     verdicts = [attndsl.prove(assertion).status for assertion in program.assertions]
     tiles = lm.block_mask(256, heads=2)
     flex = tiles.to_flex()
+    score_mod, flex = program["packed"].to_flex(256, heads=2, doc=np.arange(256) // 9)
+    assert score_mod is None
     chosen = attndsl.compile(program["best"], length=16, heads=2, head_dim=8).choices(q, k)
     both = attndsl.compile(program["both"], length=16, heads=2, head_dim=8)(q, k, v)
     shapes = [list(x.shape) for x in (out, lse, weights, step, both, *chosen.values())]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -20,6 +21,10 @@ NOTHING = ir.make("const", (), -math.inf, "real")
 """A logit that says that there is no weight."""
 AXES = 5
 """Of a table that pairs index, at most."""
+COMPUTED = 8
+"""Operations up to which a score is computed at each pair and not looked up by distance, where they are some
+of these: a look-up takes as long as many of them, and more registers."""
+LIGHT = frozenset("const var leaf add mul abs min max where le lt eq and or not".split())
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ class Score:
     def of(group: HeadGroup, head_dim: int, adjacent: bool) -> Score | str:
         """Or why there is none. `adjacent` as of `left_over`."""
         sizes = {"D": ir.const(head_dim)}
-        score = ir.substitute(_plain(group.score), sizes)
+        score = ir.substitute(over_s(group.score), sizes)
         packed, factor, kind = 1 / head_dim**0.5, group.decay, group.norm.kind
         if kind == "softmax":
             packed, score = _scaled(score, packed)
@@ -82,7 +87,13 @@ class Score:
 score_of = lru_cache(maxsize=256)(Score.of)
 
 
-def _plain(e: Expr) -> Expr:
+def light(roots: Iterable[Expr]) -> bool:
+    """Whether what is left of a score for each pair takes less than a look-up by distance."""
+    ops = [node.op for root in roots for node in ir.nodes(root)]
+    return LIGHT.issuperset(ops) and len([op for op in ops if op not in ("const", "var", "leaf")]) <= COMPUTED
+
+
+def over_s(e: Expr) -> Expr:
     """With Q @ K written as s, and inner products of sums as sums."""
     done: dict[Expr, Expr] = {}
     for node in ir.nodes(e):

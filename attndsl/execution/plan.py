@@ -21,6 +21,7 @@ from attndsl.bound import Bound
 from attndsl.errors import AttnError, brief, fail, quantity
 from attndsl.execution import choice, varlen
 from attndsl.execution.choosing import chosen
+from attndsl.execution.flexing import Flex, check_clauses, flex_of
 from attndsl.execution.lowered import At, Lowered, Places, taken
 from attndsl.execution.operator import check_tangents, refuse_script, run, step
 from attndsl.execution.paged import attend, check_attention, checked_pages
@@ -535,6 +536,29 @@ class Plan:
             if table.name in inputs
         }
         return {**self.tables, **{k: v if v.requires_grad else v.clone() for k, v in given.items()}}
+
+    @by_name
+    def to_flex(self, *, learned: Mapping[str, Tensor] | None = None, **inputs: Any) -> Flex:
+        """The plan for FlexAttention at its full length, where that stands for its backend:
+        `flex_attention(q, k, v, *plan.to_flex())`, with `enable_gqa=True` where there are fewer key heads.
+
+        learned  values of parameters by name, through which gradients pass; the first ones if not given
+        inputs   run-time tables by name, as in a call; choices too, as `choices` gives them
+
+        Raises AttnError for an attention that FlexAttention does not compute, and tables that do not fit.
+        """
+        attention, p = self.attention, self.problem
+        check_clauses(attention)
+        for table in attention.learned:
+            if table.name in inputs:
+                self._refuse_made(inputs)
+        sizes = lowering.sizes(attention, p.length, p.q_length, p.heads)
+        read = [table for table in (*attention.inputs, *attention.selected) if table in attention.read]
+        given = lowering.checked_tables(attention, {**self.tables, **inputs}, sizes, None, p.head_dim, read)
+        with placed(attention, p.heads):
+            blocks = lowering.block_mask(attention, sizes, given, p.block_size)
+            values = {**given, **self._learned(learned)}
+            return flex_of(attention, sizes, blocks, values, p.head_dim, getattr(torch, p.dtype), p.device)
 
     @by_name
     def session(

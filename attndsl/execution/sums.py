@@ -332,6 +332,14 @@ class SumPlan:
         )
 
     @by_name
+    def to_flex(self, **inputs: Any) -> Never:
+        """Raises AttnError, whatever `inputs` are: FlexAttention takes the parts, each of which has it."""
+        raise fail(
+            f"`{self.attention.name}` is a sum",
+            help="each part has its own: `plan.parts[NAME].to_flex()`",
+        )
+
+    @by_name
     def session(self, batch: int, capacity: int, **options: Any) -> SumSession:
         """A session for each part, as of `Plan.session`, of `batch` rows and up to `capacity` tokens each;
         `options` are `rewind`, `v_dim`, `dtype` and `memory`, which is that of a call. Raises AttnError as

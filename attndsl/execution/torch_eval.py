@@ -344,6 +344,27 @@ def extreme(a: Tensor, b: Tensor, sign: int) -> Tensor:
     return found
 
 
+def whole_power(a: Tensor, b: Tensor) -> Tensor:
+    """Of integers, the exponent not negative where it has a value."""
+    return torch.pow(a, b.clamp_min(0))
+
+
+def whole_log2(x: Tensor) -> Tensor:
+    """Of an integer, rounded down: the exponent, less one where float64 rounded the number up."""
+    x = x.clamp_min(1)
+    exponent = torch.frexp(x.double()).exponent.to(torch.int64) - 1
+    exponent = exponent.clamp_max(62)
+    return exponent - (torch.ones_like(x) << exponent > x).to(torch.int64)
+
+
+def whole_root(x: Tensor) -> Tensor:
+    """The square root of an integer, rounded down."""
+    x = x.clamp_min(0)
+    root = x.double().sqrt().to(torch.int64)
+    root = root - (root * root > x).to(torch.int64)
+    return root + ((root + 1) * (root + 1) <= x).to(torch.int64)
+
+
 class _Evaluation:
     """One evaluation: the memo, by node and by the pairs that are live there.
 
@@ -474,7 +495,7 @@ class _Evaluation:
 
     def on_pow(self, node: Expr, live: Tensor | None) -> Tensor:
         if node.type == "int":
-            return torch.pow(self.of(node.args[0], live), self.of(node.args[1], live).clamp_min(0))
+            return whole_power(self.of(node.args[0], live), self.of(node.args[1], live))
         return torch.pow(*(self.typed(arg, node, live, 1.0) for arg in node.args))
 
     def on_min(self, node: Expr, live: Tensor | None) -> Tensor:
@@ -492,17 +513,10 @@ class _Evaluation:
         return self.real(node.args[0], live, 0.0).floor().to(torch.int64)
 
     def on_log2(self, node: Expr, live: Tensor | None) -> Tensor:
-        """Of an integer, rounded down: the exponent, less one where float64 rounded the number up."""
-        x = self.of(node.args[0], live).clamp_min(1)
-        exponent = torch.frexp(x.double()).exponent.to(torch.int64) - 1
-        exponent = exponent.clamp_max(62)
-        return exponent - (torch.ones_like(x) << exponent > x).to(torch.int64)
+        return whole_log2(self.of(node.args[0], live))
 
     def on_isqrt(self, node: Expr, live: Tensor | None) -> Tensor:
-        x = self.of(node.args[0], live).clamp_min(0)
-        root = x.double().sqrt().to(torch.int64)
-        root = root - (root * root > x).to(torch.int64)
-        return root + ((root + 1) * (root + 1) <= x).to(torch.int64)
+        return whole_root(self.of(node.args[0], live))
 
     def on_inset(self, node: Expr, live: Tensor | None) -> Tensor:
         members = node.value

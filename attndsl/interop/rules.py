@@ -15,6 +15,7 @@ from torch import Tensor
 from attndsl import expr as ir
 from attndsl.expr import Expr, IntSet
 from attndsl.interop.symbols import Refusal, Settled, Symbol, named
+from attndsl.meaning.intervals import bounds as interval
 
 if TYPE_CHECKING:
     from attndsl.interop.reading import Reader, Value
@@ -271,10 +272,11 @@ def same(a: Expr, b: Expr) -> Expr:
 
 def shift(f: Callable[[Expr, Expr], Expr]) -> Callable[[Expr, Expr], Expr]:
     def rule(a: Expr, b: Expr) -> Expr:
-        steps = ir.number(b)
-        if not isinstance(steps, int) or not 0 <= steps < 63:
+        low, high = interval(b, {}, {})
+        # a divisor is the same at all positions, a factor need not be
+        if b.type != "int" or low < 0 or high > 62 or (f is ir.floordiv and low < high):
             raise Refusal("a shift by what is no constant from 0 to 62")
-        return f(a, ir.const(1 << steps))
+        return f(a, ir.power(ir.const(2), b, True))
 
     return rule
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from attndsl.errors import fail
@@ -15,6 +16,7 @@ Interval = tuple[float, float]
 ANYTHING: Interval = (-math.inf, math.inf)
 BOUND_VARIABLE: Interval = (0, 2**31)
 SIZE: Interval = (1, 2**31)
+NOTHING_FOUND: Mapping[Expr, Interval] = MappingProxyType({})
 
 
 def check_range(root: Expr, variables: Mapping[str, Interval], tables: Mapping[str, Any]) -> None:
@@ -45,11 +47,17 @@ def stays_within(root: Expr, size: int, found: Mapping[Expr, Interval]) -> bool:
     return all(-size <= low and high <= size for low, high in whole)
 
 
-def bounds(root: Expr, variables: Mapping[str, Interval], tables: Mapping[str, Any]) -> Interval:
-    """Least and greatest value, with `variables` and `tables` as of `check_range`."""
+def bounds(
+    root: Expr,
+    variables: Mapping[str, Interval],
+    tables: Mapping[str, Any],
+    found: Mapping[Expr, Interval] = NOTHING_FOUND,
+) -> Interval:
+    """Least and greatest value, with `variables` and `tables` as of `check_range` and `found` as of
+    `stays_within`."""
     known: dict[Expr, Interval] = {}
     for node in nodes(root):
-        known[node] = _interval(node, known, variables, tables)
+        known[node] = found.get(node) or _interval(node, known, variables, tables)
     return known[root]
 
 
@@ -165,6 +173,7 @@ def _rising(function: Callable[[int], int]) -> Callable[[Interval], Interval]:
 
 
 WHOLE: dict[str, Callable[..., Interval]] = {
+    "mod": lambda a, b: (0, max(b[1] - 1, 0)),
     "pow": _whole_power,
     "isqrt": _rising(math.isqrt),
     "log2": _rising(lambda x: x.bit_length() - 1),

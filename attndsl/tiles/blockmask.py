@@ -373,24 +373,28 @@ class BlockMask:
 
         contents = np.concatenate([grid.masks for grid in self.grids])
         first = np.cumsum([0, *(len(grid.masks) for grid in self.grids)])
-        codes = np.stack([tile_codes(g, int(i)) for g, i in zip(self.grids, first[:-1], strict=True)])[
-            self.index
-        ]
+        each = [tile_codes(grid, int(i)) for grid, i in zip(self.grids, first[:-1], strict=True)]
+        codes = np.stack(each)[self.index]
         lists = [
             torch.from_numpy(array).to(device)
             for live in (codes >= 2, codes == 1)
             for array in (live.sum(-1, dtype=np.int32), columns(live))
         ]
+        by_batch, by_head = (extent > 1 for extent in self.index.shape)
+        codes = codes if by_head else codes[:, 0]
+        codes, size = codes if by_batch else codes[0], self.block_size
         code, bits = torch.from_numpy(codes).to(device), torch.from_numpy(contents).to(device)
-        size, (b_last, h_last) = self.block_size, (extent - 1 for extent in self.index.shape)
 
         def mask_mod(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-            tile = code[b.clamp(max=b_last), h.clamp(max=h_last), q // size, k // size]
+            # what differs along no axis is not asked for it: numbers here would be of one graph
+            lead = (*((b,) if by_batch else ()), *((h,) if by_head else ()))
+            tile = code[(*lead, q // size, k // size)]
             byte = bits[(tile - 2).clamp(min=0), q % size, k % size // 8]
-            return (tile == 1) | ((tile > 1) & ((byte >> (k % 8)) % 2 == 1))
+            return (tile == 1) | ((tile > 1) & (((byte.int() << (7 - k % 8)) & 128) == 128))
 
-        if not len(contents):
-            bits = torch.zeros((1, size, size // 8), dtype=torch.uint8, device=device)
+        if len(contents) < 2:
+            # one alone would be a graph of its own
+            bits = torch.cat([bits, torch.zeros((2, size, size // 8), dtype=torch.uint8, device=device)])
         part, part_cols, full, full_cols = lists
         return FlexBlockMask.from_kv_blocks(
             part,

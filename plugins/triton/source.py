@@ -8,16 +8,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from attndsl import expr as ir
 from attndsl.attention import HeadGroup
 from attndsl.emit.leaves import Leaf
-from attndsl.emit.score import Score, score_of
+from attndsl.emit.score import Score, light, score_of
 from attndsl.emit.triton import Written
-
-COMPUTED = 8
-"""Operations up to which a score is computed at each pair and not looked up by distance, where they are some
-of these: a look-up takes as long as many of them, and more registers."""
-LIGHT = frozenset("const var leaf add mul abs min max where le lt eq and or not".split())
 
 
 @lru_cache(maxsize=256)
@@ -26,11 +20,7 @@ def score_of_pairs(group: HeadGroup, head_dim: int, adjacent: bool) -> Score | s
     computed = score_of(group, head_dim, False)
     if not adjacent or isinstance(computed, str):
         return score_of(group, head_dim, adjacent)
-    ops = [node.op for root in computed.roots for node in ir.nodes(root)]
-    light = (
-        LIGHT.issuperset(ops) and len([op for op in ops if op not in ("const", "var", "leaf")]) <= COMPUTED
-    )
-    return computed if light else score_of(group, head_dim, True)
+    return computed if light(computed.roots) else score_of(group, head_dim, True)
 
 
 def looks_up(score: Score) -> bool:
