@@ -227,7 +227,7 @@ def _of_nvidia(done: Any, folder: Path) -> Figures:
         )
     registers = re.search(r"REG:(\d+)", usage)
     assert registers
-    products = sum(done.asm["ptx"].count(name) for name in ("wgmma.mma_async", "mma.sync"))
+    products = sum(done.asm["ptx"].count(name) for name in ("wgmma.mma_async", "mma.sync", "tcgen05.mma"))
     spills = len(re.findall(r"\b(?:STL|LDL)\b", text))
     return Figures(int(registers[1]), spills, done.metadata.shared, products)
 
