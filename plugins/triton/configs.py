@@ -30,7 +30,14 @@ class Config:
     stages: int
 
 
-SHARED = {"sm_80": 166_912, "sm_86": 101_376, "sm_89": 101_376, "sm_90": 232_448, "gfx942": 65_536}
+SHARED = {
+    "sm_80": 166_912,
+    "sm_86": 101_376,
+    "sm_89": 101_376,
+    "sm_90": 232_448,
+    "sm_100": 232_448,
+    "gfx942": 65_536,
+}
 """Bytes of shared memory that a program may have, by architecture."""
 Two = tuple[Config, Config]
 """Of scores that are computed at each pair, and of those that look something up there."""
@@ -41,6 +48,16 @@ def same(*of: int) -> Two:
 
 
 CONFIGS: dict[tuple[str, Arithmetic], dict[Kernel, dict[int, Two]]] = {
+    ("sm_100", "half"): {
+        "forward": dict.fromkeys((64, 128), (Config(64, 64, 8, 2), Config(128, 64, 8, 3))),
+        "backward_queries": {
+            64: (Config(64, 64, 8, 2), Config(128, 64, 8, 2)),
+            128: (Config(128, 64, 8, 2), Config(64, 32, 8, 2)),
+        },
+        "backward_keys": {64: same(64, 128, 8, 2), 128: same(32, 64, 8, 2)},
+        "backward_shared": {64: same(32, 128, 8, 2), 128: same(32, 64, 8, 1)},
+        "decode": {64: same(16, 64, 4, 3), 128: same(16, 64, 4, 3)},
+    },
     ("sm_90", "half"): {
         "forward": {64: same(128, 64, 8, 3), 128: same(128, 64, 8, 3), 256: same(128, 32, 8, 2)},
         "backward_queries": {
@@ -61,11 +78,19 @@ CONFIGS: dict[tuple[str, Arithmetic], dict[Kernel, dict[int, Two]]] = {
         "decode": {64: same(16, 64, 4, 3), 128: same(16, 64, 4, 2), 256: same(16, 32, 8, 2)},
     },
     ("sm_90", "tf32"): {
-        "forward": {64: same(128, 32, 8, 2), 128: same(64, 32, 8, 2)},
-        "backward_queries": {64: same(64, 32, 8, 2), 128: (Config(64, 16, 8, 2), Config(32, 32, 4, 1))},
-        "backward_keys": {64: (Config(32, 64, 8, 2), Config(32, 32, 8, 2)), 128: same(32, 32, 8, 2)},
-        "backward_shared": {64: same(32, 32, 8, 2), 128: same(32, 32, 8, 2)},
-        "decode": {64: same(16, 32, 4, 2), 128: same(16, 32, 4, 2)},
+        "forward": {64: same(128, 32, 8, 2), 128: same(64, 32, 8, 2), 256: same(32, 64, 8, 2)},
+        "backward_queries": {
+            64: same(64, 32, 8, 2),
+            128: (Config(64, 16, 8, 2), Config(32, 32, 4, 1)),
+            256: (Config(32, 64, 8, 1), Config(32, 32, 8, 2)),
+        },
+        "backward_keys": {
+            64: (Config(32, 64, 8, 2), Config(32, 32, 8, 2)),
+            128: same(32, 32, 8, 2),
+            256: same(32, 32, 8, 1),
+        },
+        "backward_shared": {64: same(32, 32, 8, 2), 128: same(32, 32, 8, 2), 256: same(16, 32, 8, 1)},
+        "decode": {64: same(16, 32, 4, 2), 128: same(16, 32, 4, 2), 256: same(16, 64, 8, 2)},
     },
     ("sm_90", "tf32x3"): {
         "forward": {64: same(64, 32, 4, 3), 128: same(16, 32, 4, 2)},
@@ -94,18 +119,30 @@ CONFIGS: dict[tuple[str, Arithmetic], dict[Kernel, dict[int, Two]]] = {
         "decode": {64: same(16, 64, 4, 3), 128: same(16, 32, 4, 3), 256: same(16, 64, 8, 3)},
     },
     ("sm_80", "tf32"): {
-        "forward": {64: same(64, 32, 8, 2), 128: same(64, 32, 8, 2)},
-        "backward_queries": {64: (Config(32, 32, 4, 2), Config(32, 32, 8, 2)), 128: same(64, 16, 8, 2)},
-        "backward_keys": {64: (Config(32, 32, 4, 2), Config(32, 32, 8, 1)), 128: same(32, 32, 8, 2)},
-        "backward_shared": {64: same(32, 32, 8, 2), 128: same(32, 32, 8, 2)},
-        "decode": {64: same(16, 32, 4, 2), 128: same(16, 32, 4, 2)},
+        "forward": {64: same(64, 32, 8, 2), 128: same(64, 32, 8, 2), 256: same(32, 64, 8, 1)},
+        "backward_queries": {
+            64: (Config(32, 32, 4, 2), Config(32, 32, 8, 2)),
+            128: same(64, 16, 8, 2),
+            256: (Config(32, 32, 8, 2), Config(32, 32, 8, 1)),
+        },
+        "backward_keys": {
+            64: (Config(32, 32, 4, 2), Config(32, 32, 8, 1)),
+            128: same(32, 32, 8, 2),
+            256: same(32, 32, 8, 1),
+        },
+        "backward_shared": {
+            64: same(32, 32, 8, 2),
+            128: same(32, 32, 8, 2),
+            256: (Config(16, 16, 8, 1), Config(16, 32, 8, 1)),
+        },
+        "decode": {64: same(16, 32, 4, 2), 128: same(16, 32, 4, 2), 256: same(16, 64, 8, 2)},
     },
     ("sm_80", "tf32x3"): {
-        "forward": {64: same(32, 64, 8, 2)},
-        "backward_queries": {64: same(32, 64, 8, 2)},
-        "backward_keys": {64: (Config(32, 32, 8, 2), Config(64, 32, 8, 1))},
-        "backward_shared": {64: same(32, 32, 8, 1)},
-        "decode": {64: same(16, 32, 4, 2)},
+        "forward": {64: same(32, 64, 8, 2), 128: (Config(32, 32, 8, 1), Config(16, 32, 4, 2))},
+        "backward_queries": {64: same(32, 64, 8, 2), 128: same(16, 32, 4, 2)},
+        "backward_keys": {64: (Config(32, 32, 8, 2), Config(64, 32, 8, 1)), 128: same(32, 16, 8, 1)},
+        "backward_shared": {64: same(32, 32, 8, 1), 128: same(32, 16, 8, 1)},
+        "decode": {64: same(16, 32, 4, 2), 128: same(16, 32, 4, 2)},
     },
     ("gfx942", "half"): {
         "forward": {64: same(64, 64, 4, 1), 128: same(64, 32, 4, 1), 256: same(128, 32, 4, 1)},
@@ -138,6 +175,13 @@ CONFIGS |= {
     }
     for name in ("sm_86", "sm_89")
 }
+SPILLS: dict[tuple[str, Arithmetic, int], int] = {
+    ("sm_80", "tf32x3", 256): 374,
+    ("sm_90", "tf32x3", 256): 372,
+    ("gfx942", "ieee", 256): 1,
+}
+"""Widths that are left out since a kernel of dK and dV spills with all tiles, down to 16 x 16: the least that
+was found, counted as in compiled.csv."""
 INTERPRETED = Config(64, 64, 1, 1)
 
 
@@ -206,8 +250,10 @@ def compiled_for(name: str, kind: Arithmetic, kernel: Kernel, width: int, looks_
     two = CONFIGS.get((name, kind), {}).get(kernel, {}).get(max(64, wide(width)))
     if two is not None:
         return two[looks_up]
-    of = "" if kind == "half" else " of float32"
-    reason = f"nothing was compiled for vectors of {width} numbers{of} on {name}"
+    vectors = f"vectors of {width} numbers" + ("" if kind == "half" else " of float32")
+    reason = f"nothing was compiled for {vectors} on {name}"
+    if (name, kind, wide(width)) in SPILLS:
+        reason = f"{vectors} do not fit its registers on {name}"
     if kind == "tf32x3" and isinstance(compiled_for(name, "tf32", kernel, width, looks_up), Config):
         return f"{reason} to full precision: torch.set_float32_matmul_precision('high') asks for less"
     return reason
