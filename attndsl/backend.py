@@ -13,6 +13,7 @@ from attndsl.errors import fail
 from attndsl.expr import Table
 from attndsl.keywords import checked_dtype
 from attndsl.legal import LEGAL
+from attndsl.sheets import sheet_of
 from attndsl.streams import Numbers
 from attndsl.tiles import lowering
 from attndsl.tiles.blockmask import BlockMask
@@ -339,9 +340,28 @@ def predicted(
     problem: Problem,
     training: float,
 ) -> float | None:
-    """Seconds of a forward pass, times `training` where the problem is; None for a device without any."""
+    """Seconds of a forward pass, times `training` where the problem is: fitted ones, or by the data sheet of
+    a device that has one; None for another."""
     here = seconds.get(device_kind(problem))
-    return None if here is None else weighed(here, counts) * (training if problem.training else 1)
+    found = by_sheet(counts, problem) if here is None else weighed(here, counts)
+    return None if found is None else found * (training if problem.training else 1)
+
+
+def by_sheet(counts: Mapping[str, float], problem: Problem) -> float | None:
+    """Seconds of both products of each pair at the peak of the device, and of what is written, once there and
+    once back, at its bandwidth."""
+    machine = None if device_kind(problem) != "cuda" else sheet_of(_name(problem.device))
+    if machine is None:
+        return None
+    products = 4 * counts["pairs"] * problem.head_dim
+    moved = 2 * counts["written"] * DTYPES[problem.dtype]
+    return products / machine.flops[problem.dtype] + moved / machine.bandwidth
+
+
+def _name(device: str) -> str:
+    import torch
+
+    return torch.cuda.get_device_name(device) if torch.cuda.is_available() else ""
 
 
 def device_kind(problem: Problem) -> str:

@@ -32,6 +32,7 @@ ROOMS = (
     "layers",  # what stacks of relations reach
     "language",  # tree to attention, assertions, warnings
     "highlight",  # for Pygments
+    "sheets",  # what data sheets say of devices
     "backend",  # the contract of a backend
     "analysis.part",  # the contract of an analysis
     "execution.registry",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,14 +18,14 @@ from attndsl import expr as ir
 from attndsl.analysis import block_sizes, cost, machines
 from attndsl.analysis import work as analysis
 from attndsl.analysis.block_sizes import BlockSize, TileCounts
-from attndsl.analysis.machines import Machine
 from attndsl.attention import Attention
-from attndsl.backend import Counting, Problem, weighed
+from attndsl.backend import Counting, Problem, predicted, weighed
 from attndsl.bound import Bound
 from attndsl.execution import registry
 from attndsl.execution.torch_eval import elements
 from attndsl.plugins.torch import cost as sampling
 from attndsl.plugins.torch import work
+from attndsl.sheets import Machine
 from attndsl.tiles import lowering
 
 OURS = ("reference", "sdpa", "torch")
@@ -265,6 +266,19 @@ def test_roofline_by_hand() -> None:
 def test_machines_are_those_of_the_data_sheets() -> None:
     peaks = {m.name: (m.flops["bfloat16"] / 1e12, m.bandwidth / 1e12) for m in machines.MACHINES}
     assert peaks == {"A100": (312, 2.039), "H100": (989.5, 3.35), "H200": (989.5, 4.8)}
+
+
+def test_seconds_that_nobody_fitted_are_told_from_a_data_sheet(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {"cuda:0": "NVIDIA L4", "cuda:1": "NVIDIA A100-SXM4-80GB"}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", names.__getitem__)
+    p = Problem(64, 64, head_dim=8, dtype="bfloat16", device="cuda:1")
+    counts = {"pairs": 10.0, "written": 5.0}
+    by_sheet = 4 * 10 * 8 / 312e12 + 2 * 5 * 2 / 2.039e12
+    assert predicted({"cpu": {"pairs": 1.0}}, counts, p, 3.0) == pytest.approx(by_sheet)
+    assert predicted({}, counts, replace(p, training=True), 3.0) == pytest.approx(3 * by_sheet)
+    assert predicted({"cuda": {"pairs": 1.0}}, counts, p, 3.0) == 10.0
+    assert predicted({}, counts, replace(p, device="cuda:0"), 3.0) is None
 
 
 RATES = {"float16": 1.0, "bfloat16": 2.0, "float32": 3.0, "float64": 4.0, "bandwidth": 5.0}

@@ -41,12 +41,14 @@ def considered(attention: Attention, problem: Problem, blocks: BlockMask | None)
     return {name: verdicts[name] for name in sorted(verdicts, key=turn)}
 
 
-def said(name: str, verdict: Verdict) -> str:
+def said(name: str, verdict: Verdict, problem: Problem) -> str:
     """A verdict in words."""
     if isinstance(verdict, str):
         return verdict
-    cost = UNKNOWN if verdict is None else f"{verdict:.3g} s predicted"
     backend = registry.plugin("backends", name)
+    cost = UNKNOWN if verdict is None else f"{verdict:.3g} s predicted"
+    if verdict is not None and isinstance(backend, Counting) and device_kind(problem) not in backend.seconds:
+        cost += ", not fitted"
     return f"{cost}; {backend.remark}" if isinstance(backend, Remarking) else cost
 
 

@@ -797,7 +797,7 @@ class Plan:
             lines.insert(1, f"  keys      {described(self.attention.streams)}")
         for name, verdict in self.considered.items():
             mark = "->" if name == self.backend else "  "
-            lines.append(f"  {mark} {name:10} {choice.said(name, verdict)}")
+            lines.append(f"  {mark} {name:10} {choice.said(name, verdict, p)}")
         return "\n".join(lines)
 
 

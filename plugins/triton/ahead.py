@@ -2,8 +2,9 @@
 
     python -m attndsl.plugins.triton.ahead [sm_90 ...]
 
-compiles what of MATRIX is missing in compiled.csv or was made of another text, on these architectures or on
-all. A row is the evidence for a configuration; `digest` is of everything that it was compiled from.
+compiles what of `matrix` is missing in compiled.csv or was made of another text, on these architectures or on
+all. A row is the evidence for a configuration; `digest` is of everything that it was compiled from. The last
+rows are of what is declined, with the reason that plans tell.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields
 from functools import cache
 from importlib.metadata import version
@@ -28,7 +30,7 @@ from attndsl.emit.score import Score
 from attndsl.emit.triton import Written
 from attndsl.program import parse
 
-from .configs import CONFIGS, Arithmetic, Config
+from .configs import CONFIGS, KERNELS, Arithmetic, Config, arithmetics, compiled_for
 from .source import functions, looks_up, score_of_pairs
 
 FILE = Path(__file__).with_name("compiled.csv")
@@ -41,6 +43,12 @@ SCORES = {
     "distances": "attention a(table = learn[H, 32](0.1)) { mask causal score t5(table) }",
 }
 """A table by distance is learned: its gradient is scattered."""
+DTYPES: dict[Arithmetic, tuple[str, ...]] = {
+    "half": ("bfloat16", "float16"),
+    **dict.fromkeys(("tf32", "tf32x3", "ieee"), ("float32",)),
+}
+WIDTHS = (64, 128, 256)
+WHOLE = ("sm_80", "sm_90", "gfx942")
 GROUP = 4
 """Heads that share keys where some do."""
 FUNCTIONS = {"backward_shared": "backward_keys", "decode_paged": "decode"}
@@ -97,18 +105,28 @@ class Figures:
 
 
 def matrix() -> Iterator[Cell]:
-    """Every kernel that has a configuration; float16 differs from bfloat16 in one instruction, so that it is
-    tried plain."""
+    """Every kernel that has a configuration; `merge` sees no score and no halves. float16 differs from
+    bfloat16 in one instruction, so that beyond WHOLE it is tried plain."""
     for (architecture, arithmetic), kernels in CONFIGS.items():
-        for kernel in (*kernels, "merge"):
-            widths = kernels["decode" if kernel == "merge" else kernel]  # type: ignore[index]
-            dtypes = (
-                {"bfloat16": SCORES, "float16": ("plain",)} if arithmetic == "half" else {"float32": SCORES}
-            )
-            for dtype, scores in dtypes.items():
-                for width, score in itertools.product(widths, scores):
-                    if kernel != "merge" or (score == "plain" and dtype != "float16"):
-                        yield Cell(architecture, kernel, score, dtype, arithmetic, width)
+        dtypes = DTYPES[arithmetic]
+        for kernel, widths in kernels.items():
+            for dtype, width, score in itertools.product(dtypes, widths, SCORES):
+                if dtype != "float16" or architecture in WHOLE or score == "plain":
+                    yield Cell(architecture, kernel, score, dtype, arithmetic, width)
+        for width in kernels["decode"]:
+            yield Cell(architecture, "merge", "plain", dtypes[0], arithmetic, width)
+
+
+def declined() -> dict[Cell, str]:
+    """What has no configuration, with `every` score, and why."""
+    found = {}
+    for architecture in dict.fromkeys(name for name, _ in CONFIGS):
+        for arithmetic in arithmetics(architecture):
+            for kernel, dtype, width in itertools.product(KERNELS, DTYPES[arithmetic], WIDTHS):
+                reason = compiled_for(architecture, arithmetic, kernel, width, False)
+                if isinstance(reason, str):
+                    found[Cell(architecture, kernel, "every", dtype, arithmetic, width)] = reason
+    return found
 
 
 @cache
@@ -230,16 +248,17 @@ def _of_nvidia(done: Any, folder: Path) -> Figures:
         )
     registers = re.search(r"REG:(\d+)", usage)
     assert registers
-    products = sum(done.asm["ptx"].count(name) for name in ("wgmma.mma_async", "mma.sync"))
+    products = sum(done.asm["ptx"].count(name) for name in ("wgmma.mma_async", "mma.sync", "tcgen05.mma"))
     spills = len(re.findall(r"\b(?:STL|LDL)\b", text))
     return Figures(int(registers[1]), spills, done.metadata.shared, products)
 
 
-def read() -> dict[Cell, tuple[Figures, str]]:
-    """What was compiled, with the digest of its time."""
+def read() -> tuple[dict[Cell, tuple[Figures, str]], dict[Cell, str]]:
+    """What was compiled, with the digest of its time, and what is declined, with the reason."""
     with FILE.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    return {_made(Cell, row): (_made(Figures, row), row["digest"]) for row in rows}
+    done = {_made(Cell, row): (_made(Figures, row), row["digest"]) for row in rows if row["digest"]}
+    return done, {_made(Cell, row): row["declined"] for row in rows if row["declined"]}
 
 
 def _made(kind: Any, row: Mapping[str, str]) -> Any:
@@ -247,24 +266,31 @@ def _made(kind: Any, row: Mapping[str, str]) -> Any:
 
 
 def write(found: Mapping[Cell, tuple[Figures, str]]) -> None:
+    names = [[x.name for x in fields(kind)] for kind in (Cell, Config, Figures)]
     with FILE.open("w", encoding="utf-8", newline="") as file:
         out = csv.writer(file, lineterminator="\n")
-        out.writerow([*(x.name for x in (*fields(Cell), *fields(Config), *fields(Figures))), "digest"])
+        out.writerow([*itertools.chain(*names), "digest", "declined"])
         for cell, (figures, digest) in found.items():
-            out.writerow([*vars(cell).values(), *vars(cell.config).values(), *vars(figures).values(), digest])
+            out.writerow(
+                [*vars(cell).values(), *vars(cell.config).values(), *vars(figures).values(), digest, ""]
+            )
+        blank = [""] * (len(names[1]) + len(names[2]) + 1)
+        for cell, reason in declined().items():
+            out.writerow([*vars(cell).values(), *blank, reason])
 
 
 def main(architectures: list[str]) -> None:
     assert version("triton") == PINNED, f"figures are of triton {PINNED}"
-    cells = list(matrix())
-    found = {cell: row for cell, row in (read() if FILE.exists() else {}).items() if cell in cells}
-    for cell in cells:
-        if architectures and cell.architecture not in architectures:
-            continue
-        if cell not in found or found[cell][1] != cell.digest:
-            found[cell] = compiled(cell), cell.digest
-            print(cell, found[cell][0], flush=True)  # noqa: T201
+    cells, known = list(matrix()), read()[0]
+    found = {cell: known[cell] for cell in cells if cell in known}
+    stale = [cell for cell in cells if cell not in found or found[cell][1] != cell.digest]
+    asked = [cell for cell in stale if not architectures or cell.architecture in architectures]
+    with ProcessPoolExecutor() as pool:
+        for cell, figures in zip(asked, pool.map(compiled, asked), strict=True):
+            print(cell, figures, flush=True)  # noqa: T201
+            found[cell] = figures, cell.digest
             write({cell: found[cell] for cell in cells if cell in found})
+    write({cell: found[cell] for cell in cells if cell in found})
 
 
 if __name__ == "__main__":
