@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,22 +19,28 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import attndsl
 from attndsl import expr as ir
 from attndsl.backend import Problem
 from attndsl.emit.leaves import Leaf
 from attndsl.errors import AttnError
+from attndsl.execution import operator
 from attndsl.execution.leaf_values import LeafValues
 from attndsl.plugins import triton as plugin
 from attndsl.plugins.triton import ahead, configs, kernel, launch
 from attndsl.plugins.triton.layout import Layout, Stack, Units
+from attndsl.tiles import residues
 from attndsl.tiles.blockmask import Rows, TileGrid
 
 INSTALLED = find_spec("triton") is not None
 installed = pytest.mark.skipif(not INSTALLED, reason="triton is not installed")
-FAST = ("causal", "distances", "look-up", "steps")
-"""Probes of `make test`: forward and backward, full tiles and partial ones, all kinds of leaves."""
+FAST = ("causal", "distances", "look-up", "steps", "elsewhere sorted shifted")
+"""Probes of `make test`: forward and backward, full tiles and partial ones, all kinds of leaves, and sorted
+entries on a device that nobody waits for."""
+SORTED = ("strided", "dilated", "longnet", "shifted", "strided far")
 CASES = [str(case) for case in interpreted.small_cases(24)]
 
 
@@ -55,7 +62,20 @@ def test_kernels_are_right_interpreted() -> None:
 @pytest.mark.slow
 def test_kernels_are_right_interpreted_on_all_else() -> None:
     rest = [name for name in interpreted.PROBES if name not in FAST]
+    rest += [f"sorted {name}" for name in SORTED]
+    rest += [
+        f"elsewhere {name}" for name in ("distances", "decay", "groups", "negative sums", "far with a sink")
+    ]
+    rest += [f"elsewhere sorted {name}" for name in ("strided", "strided far")]
     assert ran("probes", *rest) == dict.fromkeys(rest)
+
+
+@installed
+@pytest.mark.slow
+def test_what_is_not_finite_is_nowhere_hidden() -> None:
+    """Where nobody looks at results it goes where kernels take it."""
+    names = ("causal", "alibi", "distances", "groups", "sink", "look-up", "vectors", "per head")
+    assert ran("spread", *names) == dict.fromkeys(names)
 
 
 @installed
@@ -361,6 +381,86 @@ def test_what_is_compiled_ahead_is_what_runs(launches: list[tuple[Any, dict[str,
                     "*i32": torch.int32,
                 }
                 assert value.dtype == dtype[kind], name
+
+
+class Sent(TorchDispatchMode):
+    """What goes from the CPU to another device, but for single numbers, which go with the command."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        there = isinstance(result, torch.Tensor) and result.is_meta
+        if there and any(not x.is_meta and (x.dim() or "copy" in str(func)) for x in tensors):
+            self.found.append(str(func))
+        return result
+
+
+WAITING = {
+    "plain": "mask causal",
+    "scores": "mask causal score alibi score softcap(3.0)",
+    "integers": "mask causal score s + [1, 2, 3][k mod 3] * (|q - k| mod 7)",
+    "sink": "mask causal norm softmax(sink = x)",
+    "distances": "mask causal & last(9) score s + y[clamp(q - k, -5, 5) + 5] * q",
+    "no sum of tables": "mask causal score s + where(q in [3, 5..9], exp(x), 0.0) + exp(y[q mod 11])",
+    "vectors": "mask causal score s + (K @ u + Q @ u) / 4",
+    "decay": "mask radius(40) decay max(3 * x - |q - k| / 30, 0.0)",
+    "linear": "mask causal norm linear",
+    "groups": "heads 0 { mask causal } else { mask radius(9) norm sigmoid }",
+    "sorted": "mask strided(16)",
+    "sorted scores": "mask dilate(4, causal & last(20)) score s - x * |q - k|",
+}
+
+
+@installed
+@pytest.mark.parametrize("name", WAITING)
+def test_nobody_waits_for_a_device(
+    name: str, launches: list[tuple[Any, dict[str, Any]]], gpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device `meta` has no numbers to be looked at: what would wait for them fails. What a plan needs
+    there is sent in the first call."""
+    gpu()
+    monkeypatch.setattr(operator, "_full_precision", lambda device: nullcontext())
+    for limit, value in (("FEW", 0), ("WORTH", 1.0)):
+        monkeypatch.setattr(residues, limit, value)
+    parameters = "x = learn[H](0.3), y = learn[H, 11](0.1), u = learn[H, D](0.1)"
+    attention = attndsl.parse(f"attention a({parameters}) {{ {WAITING[name]} }}")["a"]
+    lowered = attndsl.compile(
+        attention, length=180, heads=2, head_dim=64, dtype="bfloat16", block_size=32, training=True,
+        backend="triton",
+    ).lowered  # fmt: skip
+    q, k, v = torch.empty(3, 2, 2, 180, 64, dtype=torch.bfloat16, device="meta").unbind()
+    sizes = {"x": (2,), "y": (2, 11), "u": (2, 64)}
+    tables = {t.name: torch.empty(sizes[t.name], device="meta") for t in attention.attention.learned}
+    tensors, wanted = lowered.tensors(tables), [True] * len(tables)
+
+    def call() -> list[torch.Tensor]:
+        places = lowered.sizes(q, k, (None,) * 5)
+        out, lse, (kept,) = operator._attend(lowered, q, k, v, tensors, places)
+        return operator._gradients(lowered, (out, lse), (kept, lse), q, k, v, tensors, wanted, places)
+
+    with torch.no_grad():
+        call()
+        (blocks,) = lowered.masks.values.values()
+        assert (residues.apart(blocks) is not None) == name.startswith("sorted")
+        # the forward pass, what is behind log-sum-exps far from 0, and both backward passes
+        assert len(launches) == {"groups": 8, "sorted": 7}.get(name, 4)
+        monkeypatch.delattr(torch, "tensor")
+        with Sent() as sent:
+            found = call()
+        assert [x.shape for x in found] == [x.shape for x in (q, k, v, *tensors)]
+    assert sent.found == []
+
+
+def test_what_is_sent_is_seen() -> None:
+    with Sent() as sent:
+        for x in (torch.ones(2), torch.ones(())):
+            x.to("meta")
+        torch.ones(2, device="meta") * torch.ones(())
+    assert len(sent.found) == 2
 
 
 @pytest.mark.parametrize("kind", ["number", "query", "key", "distance"])

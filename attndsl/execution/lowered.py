@@ -15,13 +15,15 @@ from torch import Tensor
 from attndsl import portable
 from attndsl.attention import Attention
 from attndsl.axis import Axis
-from attndsl.backend import Backend, Call, Differentiable, Kernel, Problem
+from attndsl.backend import Backend, Call, Differentiable, Kernel, Problem, Spreading
 from attndsl.errors import AttnError, asking, fail
 from attndsl.execution import choice, registry
+from attndsl.execution.torch_eval import at_hand
 from attndsl.expr import Drawn, Table
 from attndsl.meaning.draws import drawn
 from attndsl.tiles import lowering
 from attndsl.tiles.blockmask import BlockMask
+from attndsl.tiles.queries import reads_all
 
 KEPT = 8
 """Calls of which sizes and tiles are kept."""
@@ -106,6 +108,15 @@ class Lowered:
         """Whether scores compute with given integers, whose range is looked at in every call."""
         parts = (e for g in self.attention.groups for e in (g.score, g.decay, g.norm.sink) if e is not None)
         return any(table.dtype == "int" for e in parts for table in e.tables)
+
+    def looks(self, call: Call) -> bool:
+        """Whether results of the call are looked at for what is not finite."""
+        if at_hand(call.q) or self.mask_tables:
+            return True
+        backend = registry.plugin("backends", self.backend)
+        spreads = isinstance(backend, Spreading) and backend.spreads
+        # a key that nobody reads may hold anything
+        return not (spreads and reads_all(call.block_mask))
 
     @cached_property
     def differentiable(self) -> bool:

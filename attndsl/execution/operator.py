@@ -97,10 +97,10 @@ def _attend(
         return out, q.new_zeros(q.shape[:3], dtype=wide), [out.to(wide)] if _rounds(q) else []
     with _full_precision(q.device):
         call = found.call_of(q, k, v, found.named(tensors), sizes)
-        if found.attention.approx is None:
+        if found.attention.approx is None and found.looks(call):
             out, lse = spoiled.forward(call, lambda call: _forward(found, call))
         else:
-            # one number that is not finite reaches all rows, and no pair tells which
+            # of `approx` one number that is not finite reaches all rows, and no pair tells which
             out, lse = _forward(found, call)
     return out.to(q.dtype), lse, [out.to(lse.dtype)] if _rounds(q) else []
 
@@ -240,14 +240,17 @@ def _gradients(
         call = found.call_of(q, k, v, found.named(tensors), sizes)
         if found.attention.approx is not None:
             return [*_gradient(found, call, needing, results, slopes)[:3]]
-        gq, gk, gv, by_name = spoiled.gradient(
-            call,
-            found.tables,
-            results,
-            slopes,
-            lambda call: _forward(found, call),
-            lambda call, results, slopes: _gradient(found, call, needing, results, slopes),
-        )
+        if found.looks(call):
+            gq, gk, gv, by_name = spoiled.gradient(
+                call,
+                found.tables,
+                results,
+                slopes,
+                lambda call: _forward(found, call),
+                lambda call, results, slopes: _gradient(found, call, needing, results, slopes),
+            )
+        else:
+            gq, gk, gv, by_name = _gradient(found, call, needing, results, slopes)
     return [gq, gk, gv, *(by_name[name] for name in needing)]
 
 

@@ -15,7 +15,7 @@ from attndsl.attention import Attention, HeadGroup
 from attndsl.backend import Call, Gradients, Problem
 from attndsl.emit.leaves import Leaf, Products
 from attndsl.emit.score import Score, score_of
-from attndsl.execution.group_call import GroupCall, KnownLeaves, Margins, addresses, sloped
+from attndsl.execution.group_call import GroupCall, KnownLeaves, Margins, addresses, far, sloped
 from attndsl.execution.torch_eval import singles, widened
 from attndsl.tiles.blockmask import Rows, TileGrid
 from attndsl.tiles.lowering import head_groups
@@ -249,9 +249,8 @@ class Part:
         """Adds to those of q, k and v and of tables."""
         call, score = self.call, self.score
         (batch, heads, _, d), (_, kv_heads, n, dv) = call.q.shape, call.v.shape
-        top, total, delta = self.host.rows(
-            out, lse, grad_out, grad_lse, self.tops if self.kernel.alone else None
-        )
+        tops = self.tops() if self.kernel.alone and bool(far(lse)) else None
+        top, total, delta = self.host.rows(out, lse, grad_out, grad_lse, tops)
         rows = {"top": top, "sum": torch.ones_like(top) if total is None else total, "delta": delta}
         pieces = self.pieces
         gk, gv = (call.k.new_zeros((batch, kv_heads, pieces, n, -(-w // LANES) * LANES)) for w in (d, dv))

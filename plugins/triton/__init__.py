@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from attndsl.attention import Attention
 from attndsl.backend import Kernel, Problem
+from attndsl.execution.apart import counted, in_parts
 from attndsl.execution.torch_eval import FEATURES
 from attndsl.tiles.blockmask import BlockMask
 
@@ -15,6 +16,15 @@ from .source import score_of_pairs
 
 SECONDS: dict[str, dict[str, float]] = {}
 """None are measured."""
+
+
+def counts(attention: Attention, problem: Problem, block_mask: BlockMask | None) -> dict[str, float]:
+    """Pairs of tiles; weights are never written."""
+    area = float(problem.q_length * problem.length)
+    if block_mask is not None:
+        size, tiles = problem.block_size**2, block_mask.tiles
+        area = size * (tiles.full + tiles.partial) / block_mask.index.size
+    return {"pairs": problem.batch * problem.heads * area, "written": 0.0}
 
 
 class Triton:
@@ -28,6 +38,8 @@ class Triton:
         tables={"given", "learned", "drawn", "known", "int", "bool", "float"},
     )
     seconds = SECONDS
+    counts = staticmethod(counted(counts))
+    spreads = True
     remark = "compiled and interpreted, not yet run on a GPU"
 
     def supports(self, attention: Attention, problem: Problem) -> str | None:
@@ -42,18 +54,9 @@ class Triton:
     def cost(self, attention: Attention, problem: Problem, block_mask: BlockMask | None) -> float | None:
         return None
 
-    def counts(
-        self, attention: Attention, problem: Problem, block_mask: BlockMask | None
-    ) -> dict[str, float]:
-        """Pairs of tiles; weights are never written."""
-        area = float(problem.q_length * problem.length)
-        if block_mask is not None:
-            size, tiles = problem.block_size**2, block_mask.tiles
-            area = size * (tiles.full + tiles.partial) / block_mask.index.size
-        return {"pairs": problem.batch * problem.heads * area, "written": 0.0}
-
     def lower(self, attention: Attention, problem: Problem) -> Kernel:
-        return Compiled(attention, problem)
+        whole, part = (Compiled(attention, problem, alone) for alone in (True, False))
+        return in_parts(attention, whole, part)
 
 
 backend = Triton()
