@@ -126,6 +126,8 @@ class Lowered:
     @cached_property
     def untrainable(self) -> str | None:
         """Why the backend has no gradients, or None."""
+        if self.problem.training:
+            return None
         backend: Backend = registry.plugin("backends", self.backend)
         return choice.declined(backend, self.attention, replace(self.problem, training=True))
 

@@ -12,7 +12,7 @@ from attndsl.tiles.blockmask import BlockMask
 
 from .configs import declined
 from .kernel import Compiled
-from .source import score_of_pairs
+from .source import score_of_pairs, unordered
 
 SECONDS: dict[str, dict[str, float]] = {}
 """None are measured."""
@@ -43,10 +43,13 @@ class Triton:
     remark = "compiled and interpreted, not yet run on a GPU"
 
     def supports(self, attention: Attention, problem: Problem) -> str | None:
+        tables = {t.name for t in (*attention.inputs, *attention.learned) if t.dtype == "float"}
         for group in attention.groups:
             for adjacent in (True, False):
                 if isinstance(score := score_of_pairs(group, problem.head_dim, adjacent), str):
                     return score
+                if problem.training and (reason := unordered(score, tables)):
+                    return reason
             if problem.dtype == "float16" and group.norm.kind not in ("softmax", "sigmoid"):
                 return f"weights of the norm `{group.norm.kind}` may exceed what float16 holds"
         return declined(problem)

@@ -24,7 +24,7 @@ from attndsl.tiles.lowering import head_groups
 from .configs import GREATEST, Config, Kernel, arithmetic, config, splits_of, wide
 from .launch import KnownTiles, Tiles, addresses, listed, on, run, start, strided
 from .layout import Units
-from .source import Functions, functions, looks_up, score_of_pairs
+from .source import Functions, functions, looks_up, score_of_pairs, unordered
 
 MARGINS: Margins = {
     "number": (0, 0),
@@ -320,6 +320,8 @@ class Part:
         from . import kernels
 
         call, own, score = self.call, self.own, self.score
+        if reason := unordered(score, tables.keys()):
+            raise fail(f"the backend `triton` declines: {reason}", help='compile with `backend="torch"`')
         asked = sloped(score, tables.keys())
         made = functions(score, frozenset(asked))
         level, total, delta = own.rows(out, lse, grad_out, grad_lse, self.sums(lse, grad_lse))

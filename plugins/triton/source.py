@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import linecache
+import warnings
+from collections.abc import Set
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
+
+import torch
 
 from attndsl import expr as ir
 from attndsl.attention import HeadGroup
 from attndsl.emit.leaves import Leaf
 from attndsl.emit.score import Score, score_of
-from attndsl.emit.triton import Written
+from attndsl.emit.triton import SCATTERED, Written
+from attndsl.execution.group_call import sloped
 
 COMPUTED = 8
 """Operations up to which a score is computed at each pair and not looked up by distance, where they are some
@@ -36,6 +41,22 @@ def score_of_pairs(group: HeadGroup, head_dim: int, adjacent: bool) -> Score | s
 def looks_up(score: Score) -> bool:
     """Whether something is looked up at each pair."""
     return any(leaf.kind in ("distance", "table") for leaf in score.leaves)
+
+
+def unordered(score: Score, tables: Set[str]) -> str | None:
+    """Why torch, as it is set now, allows no gradients of these tables, or None; where it is to warn it is said
+    here. Programs add up in any order what a table gets that is looked up by distance or pair."""
+    scattered = any(leaf.kind in SCATTERED for leaf in sloped(score, tables))
+    if not scattered or not torch.are_deterministic_algorithms_enabled():
+        return None
+    reason = (
+        "gradients of tables that are looked up by distance or pair are added up in no fixed order, and "
+        "torch.use_deterministic_algorithms asks for one"
+    )
+    if not torch.is_deterministic_algorithms_warn_only_enabled():
+        return reason
+    warnings.warn(f"the backend `triton`: {reason}", stacklevel=2)
+    return None
 
 
 @dataclass(frozen=True, eq=False)
