@@ -44,7 +44,7 @@ def looks_up(score: Score) -> bool:
 
 
 def unordered(score: Score, tables: Set[str]) -> str | None:
-    """Why torch, as it is set now, allows no gradients of these tables, or None; where it is to warn it is said
+    """Why torch, as it is set now, allows no gradients of these tables, or None; if it is to warn it is said
     here. Programs add up in any order what a table gets that is looked up by distance or pair."""
     scattered = any(leaf.kind in SCATTERED for leaf in sloped(score, tables))
     if not scattered or not torch.are_deterministic_algorithms_enabled():
