@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import linecache
-import warnings
 from collections.abc import Set
 from dataclasses import dataclass
 from functools import lru_cache
@@ -44,19 +43,15 @@ def looks_up(score: Score) -> bool:
 
 
 def unordered(score: Score, tables: Set[str]) -> str | None:
-    """Why torch, as it is set now, allows no gradients of these tables, or None; if it is to warn it is said
-    here. Programs add up in any order what a table gets that is looked up by distance or pair."""
+    """What torch, as it is set now, forbids of gradients of these tables, or is to warn of; None for nothing.
+    Programs add up in any order what a table gets that is looked up by distance or pair."""
     scattered = any(leaf.kind in SCATTERED for leaf in sloped(score, tables))
     if not scattered or not torch.are_deterministic_algorithms_enabled():
         return None
-    reason = (
+    return (
         "gradients of tables that are looked up by distance or pair are added up in no fixed order, and "
         "torch.use_deterministic_algorithms asks for one"
     )
-    if not torch.is_deterministic_algorithms_warn_only_enabled():
-        return reason
-    warnings.warn(f"the backend `triton`: {reason}", stacklevel=2)
-    return None
 
 
 @dataclass(frozen=True, eq=False)
