@@ -285,7 +285,7 @@ class Remarking(Protocol):
 class Spreading(Protocol):
     """What a backend may have beside: its results are NaN wherever something that is not finite may have
     reached them, if not there alone. On a device that one would have to wait for nobody looks at them then,
-    unless the mask reads tables, for which one waits anyway, or a key is read by no query."""
+    unless the mask reads tables, for which one waits anyway. What no query reads is 0 then."""
 
     @property
     def spreads(self) -> bool:

@@ -78,7 +78,7 @@ def test_kernels_are_right_interpreted_on_all_else() -> None:
 @pytest.mark.slow
 def test_what_is_not_finite_is_nowhere_hidden() -> None:
     """Where nobody looks at results it goes where kernels take it."""
-    names = ("causal", "alibi", "distances", "groups", "sink", "look-up", "vectors", "per head")
+    names = ("unread", "causal", "alibi", "distances", "groups", "sink", "look-up", "vectors", "per head")
     assert ran("spread", *names) == dict.fromkeys(names)
 
 
@@ -479,6 +479,7 @@ WAITING = {
     "decay": "mask radius(40) decay max(3 * x - |q - k| / 30, 0.0)",
     "linear": "mask causal norm linear",
     "groups": "heads 0 { mask causal } else { mask radius(9) norm sigmoid }",
+    "unread": "mask { q, k : k <= q and k mod 3 == 0 }",
     "sorted": "mask strided(16)",
     "sorted scores": "mask dilate(4, causal & last(20)) score s - x * |q - k|",
 }

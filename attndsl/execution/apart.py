@@ -139,12 +139,13 @@ class InParts:
         grad_out: Tensor,
         grad_lse: Tensor | None,
     ) -> Gradients:
-        apart, exact = residues.apart(call.block_mask), isinstance(self.kernel, Exact)
-        if apart is None or (not exact and strained(lse)):
-            return self.kernel.gradient(call, wanted, out, lse, grad_out, grad_lse)
-        if isinstance(self.kernel, Exact):
+        apart, taken = residues.apart(call.block_mask), call
+        if apart is not None and isinstance(self.kernel, Exact):
             grad_out, grad_lse = self.kernel.evened(call, lse, grad_out, grad_lse)
-        taken = call if exact else widened(call)
+        elif apart is None or strained(lse):
+            return self.kernel.gradient(call, wanted, out, lse, grad_out, grad_lse)
+        else:
+            taken = widened(call)
         tables = {name: torch.zeros_like(x) for name, x in singles(call.tables, wanted).items()}
         totals = [torch.zeros_like(x, dtype=lse.dtype) for x in (call.q, call.k, call.v)]
         for kernel, part, places in self.parts(apart, taken):

@@ -23,7 +23,6 @@ from attndsl.expr import Drawn, Table
 from attndsl.meaning.draws import drawn
 from attndsl.tiles import lowering
 from attndsl.tiles.blockmask import BlockMask
-from attndsl.tiles.queries import reads_all
 
 KEPT = 8
 """Calls of which sizes and tiles are kept."""
@@ -113,10 +112,11 @@ class Lowered:
         """Whether results of the call are looked at for what is not finite."""
         if at_hand(call.q) or self.mask_tables:
             return True
-        backend = registry.plugin("backends", self.backend)
-        spreads = isinstance(backend, Spreading) and backend.spreads
-        # a key that nobody reads may hold anything
-        return not (spreads and reads_all(call.block_mask))
+        backend, rows = registry.plugin("backends", self.backend), call.block_mask.rows
+        if not (isinstance(backend, Spreading) and backend.spreads):
+            return True
+        # of few queries it would take as long to clear the keys that none of them reads
+        return rows is not None and not all(some.reads_all for some in rows)
 
     @cached_property
     def differentiable(self) -> bool:

@@ -97,11 +97,13 @@ def _attend(
         return out, q.new_zeros(q.shape[:3], dtype=wide), [out.to(wide)] if _rounds(q) else []
     with _full_precision(q.device):
         call = found.call_of(q, k, v, found.named(tensors), sizes)
-        if found.attention.approx is None and found.looks(call):
+        if found.attention.approx is not None:
+            # one number that is not finite reaches all rows, and no pair tells which
+            out, lse = _forward(found, call)
+        elif found.looks(call):
             out, lse = spoiled.forward(call, lambda call: _forward(found, call))
         else:
-            # of `approx` one number that is not finite reaches all rows, and no pair tells which
-            out, lse = _forward(found, call)
+            out, lse = _forward(found, spoiled.cleared(call))
     return out.to(q.dtype), lse, [out.to(lse.dtype)] if _rounds(q) else []
 
 
@@ -250,7 +252,7 @@ def _gradients(
                 lambda call, results, slopes: _gradient(found, call, needing, results, slopes),
             )
         else:
-            gq, gk, gv, by_name = _gradient(found, call, needing, results, slopes)
+            gq, gk, gv, by_name = _gradient(found, spoiled.cleared(call), needing, results, slopes)
     return [gq, gk, gv, *(by_name[name] for name in needing)]
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from weakref import WeakKeyDictionary
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -50,19 +48,6 @@ def keys_read(block_mask: BlockMask) -> Bool:
     every = np.ones(block_mask.nq, bool)
     found: Bool = np.stack([keys_read_by(grid, every) for grid in block_mask.grids])[block_mask.index]
     return found
-
-
-def reads_all(block_mask: BlockMask) -> bool:
-    """Whether each of the masks reads every key."""
-    if block_mask.rows is not None:
-        return all(sum(run.stop - run.start for run in rows.runs) == rows.n for rows in block_mask.rows)
-    if block_mask not in _known:
-        every = np.ones(block_mask.nq, bool)
-        _known[block_mask] = all(keys_read_by(grid, every).all() for grid in block_mask.grids)
-    return _known[block_mask]
-
-
-_known: WeakKeyDictionary[BlockMask, bool] = WeakKeyDictionary()
 
 
 def column_counts(grid: TileGrid) -> NDArray[np.int64]:
