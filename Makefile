@@ -4,16 +4,19 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALL = $(BIN)/pip install --quiet --constraint constraints.txt --editable
 
-.PHONY: run test slow programs sanitize bench aot docs lint types dist clean
+.PHONY: run test slow triton programs sanitize bench aot docs lint types dist clean
 
 run: $(VENV)/run
 	$(BIN)/attndsl run examples/longformer.attn --length 4096 --heads 12 --text examples/data/us-constitution.txt
 
 test: $(VENV)/test
-	$(BIN)/pytest --ignore tests/oracle -m "not slow"
+	$(BIN)/pytest --ignore tests/oracle -m "not slow and not whole"
 
 slow: $(VENV)/oracle
-	$(BIN)/pytest -m "slow or oracle"
+	$(BIN)/pytest -m "(slow or oracle) and not whole"
+
+triton: $(VENV)/oracle
+	$(BIN)/pytest tests/test_triton.py -m whole
 
 programs: $(VENV)/test
 	$(BIN)/pytest tests/test_cpu_programs.py -k random --programs 300

@@ -330,6 +330,17 @@ class Remarking(Protocol):
         """In a few words, which stand in print(plan)."""
 
 
+@runtime_checkable
+class Spreading(Protocol):
+    """What a backend may have beside: its results are NaN wherever something that is not finite may have
+    reached them, if not there alone. On a device that one would have to wait for nobody looks at them then,
+    unless the mask reads tables, for which one waits anyway. What no query reads is 0 then."""
+
+    @property
+    def spreads(self) -> bool:
+        """Whether it is so."""
+
+
 def weighed(seconds: Mapping[str, float], counts: Mapping[str, float]) -> float:
     return sum(second * counts[name] for name, second in seconds.items())
 

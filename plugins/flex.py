@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 SECONDS = {"cpu": {"calls": 0.012, "pairs": 1.5e-8}}
 """Measured beside `reference`, whose own are of two cores; what torch traces at a first call is not in it."""
+TRAINING = 4.5
+"""Forward and backward beside forward: 7 matrix products more to 2, for both passes form the scores."""
 LEAST_WIDTH = 16
 """Features that its compiled kernels take."""
 TILE = 128
@@ -66,7 +68,7 @@ class Flex:
         return None
 
     def cost(self, attention: Attention, problem: Problem, block_mask: BlockMask | None) -> float | None:
-        return predicted(SECONDS, self.counts(attention, problem, block_mask), problem, 1.0)
+        return predicted(SECONDS, self.counts(attention, problem, block_mask), problem, TRAINING)
 
     def counts(
         self, attention: Attention, problem: Problem, block_mask: BlockMask | None

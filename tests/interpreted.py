@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from torch import Tensor
 import attndsl
 from attndsl.conformance import CASES, Case, check
 from attndsl.errors import AttnError
+from attndsl.execution import torch_eval
+from attndsl.tiles import residues
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,21 @@ PROBES = {
     "step": Probe("mask causal & last(250) | global([0..3])", 1, 700, heads=4, training=False),
     "steps": Probe("mask causal score s - slope * |q - k| norm softmax(sink = slope)", 3, 500, heads=4,
                    kv_heads=2, d=24, training=False),
+    # log-sum-exps have lost digits, or there are none
+    "far": Probe("mask causal & last(30) score s - 1000000000.0", 50, 50),
+    "far with a sink": Probe("heads 0 { mask radius(9) score s + 5000.0 norm softmax(sink = slope) }"
+                             " else { mask causal }", 50, 50),
+    "negative sums": Probe("mask causal norm linear", 50, 50),
+    "negative weights": Probe("mask causal norm none", 50, 50),
+    "unread": Probe("mask { q, k : k <= q and k mod 3 == 0 }", 50, 50),
+    # tiles of sorted entries
+    "strided": Probe("mask strided(16)", 180, 180, batch=1),
+    "dilated": Probe("mask dilate(4, causal & last(20)) score alibi", 130, 150, heads=4, kv_heads=2, batch=1),
+    "longnet": Probe("mask causal & { q, k : q // 64 == k // 64 and q mod 4 == h and k mod 4 == h }",
+                     130, 130, heads=4, kv_heads=4, d=8, dv=8, batch=1),
+    "shifted": Probe("mask causal & (last(9) | { q, k : (q - k) mod 24 == 7 }) score s - slope * |q - k|",
+                     130, 130, batch=1),
+    "strided far": Probe("mask strided(16) score s - 1000000000.0", 180, 180, batch=1),
 }  # fmt: skip
 PARAMETERS = {"slope": "H", "table": "H, 11", "z": "3, 2", "u": "H, D", "x": ""}
 
@@ -79,8 +97,10 @@ def results(
     probe: Probe,
     dtype: torch.dtype = torch.float64,
     laid: Callable[[Tensor], Tensor] | None = None,
+    lost: str = "",
 ) -> Iterator[tuple[str, Tensor]]:
-    """Output, log-sum-exp and all gradients of both. `laid` says how keys and values lie in memory."""
+    """Output, log-sum-exp and all gradients of both. `laid` says how keys and values lie in memory, `lost` of
+    which tensor one number is NaN: q, k, v, or what comes back to the output."""
     random = torch.Generator().manual_seed(0)
 
     def drawn(*shape: int) -> Tensor:
@@ -99,6 +119,8 @@ def results(
     learned = {table.name: plan.initial(table) for table in attention.learned}
     learned = {name: x + 0.1 * drawn(*x.shape) for name, x in learned.items()}
     given = {table.name: drawn(p.batch, p.n) for table in attention.inputs}
+    if lost in leaves:
+        leaves[lost][0, 0, 7, 3] = torch.nan
     if laid is not None:
         leaves |= {"k": laid(leaves["k"]), "v": laid(leaves["v"])}
     leaves = {name: x.requires_grad_(p.training) for name, x in (leaves | learned | given).items()}
@@ -108,12 +130,14 @@ def results(
     )
     yield from {"out": out, "lse": lse}.items()
     if p.training:
-        ends = [out, torch.where(lse == -torch.inf, 0.0, lse)]
+        ends = [out, torch.where(lse.isfinite(), lse, 0.0)]
         ends = [end for end in ends if end.requires_grad]
+        slopes = [drawn(*end.shape) for end in ends]
+        if lost == "out":
+            slopes[0][0, 0, 7, 3] = torch.nan
         grads = torch.autograd.grad(
-            ends, [*leaves.values()], [drawn(*end.shape) for end in ends], materialize_grads=True,
-            allow_unused=True,
-        )  # fmt: skip
+            ends, [*leaves.values()], slopes, materialize_grads=True, allow_unused=True
+        )
         yield from zip(leaves, grads, strict=True)
 
 
@@ -124,13 +148,24 @@ def guarded(x: Tensor) -> Tensor:
 
 
 def probed(name: str) -> str | None:
-    """What is wrong."""
+    """What is wrong with a probe. `sorted NAME`: where its mask is taken apart, however small; `elsewhere
+    NAME`: where nobody may look at numbers of the device of the call."""
+    if (probe := name.removeprefix("elsewhere ")) != name:
+        with patch.object(torch_eval, "HERE", set()):
+            return probed(probe)
+    if (probe := name.removeprefix("sorted ")) != name:
+        with patch.object(residues, "FEW", 0), patch.object(residues, "WORTH", 1.0):
+            p = PROBES[probe]
+            blocks = bound(p).block_mask(p.n, p.block, q_length=p.nq, heads=p.heads)
+            return probed(probe) if residues.apart(blocks) is not None else "it is not taken apart"
     exact = dict(results("reference", PROBES[name]))
     for what, mine in results("triton", PROBES[name]):
         wanted, mine = exact[what].detach(), mine.detach()
         if not torch.equal(mine == -torch.inf, wanted == -torch.inf):
             return f"{what}: other rows are -inf"
-        mine, wanted = (x.masked_fill(x == -torch.inf, 0.0) for x in (mine, wanted))
+        if not torch.equal(mine.isnan(), wanted.isnan()):
+            return f"{what}: other rows are NaN"
+        mine, wanted = (x.masked_fill(~x.isfinite(), 0.0) for x in (mine, wanted))
         error = float((mine - wanted).abs().max()) / max(1.0, float(wanted.abs().max()))
         if not error <= 1e-12:
             return f"{what}: error {error:.2e}"
@@ -174,8 +209,30 @@ def probed_in_pages(name: str) -> str | None:
     return None
 
 
+def spread(name: str) -> str | None:
+    """What is wrong where one number is NaN and nobody may look: a row, key or entry that has it nowhere and
+    should, or other numbers. NaN may be where none belongs, unless no query reads it."""
+
+    def lost(x: Tensor) -> Tensor:
+        return x.isnan().any(-1) if x.dim() == 4 else x.isnan()
+
+    clear = ("k", "v") if name == "unread" else ()
+    for where in ("q", "k", "v", "out"):
+        with patch.object(torch_eval, "HERE", set()):
+            mine = dict(results("triton", PROBES[name], lost=where))
+        for what, wanted in results("reference", PROBES[name], lost=where):
+            hidden = lost(wanted) & ~lost(mine[what])
+            apart = ((mine[what] - wanted).abs() > 1e-12) & wanted.isfinite()
+            if where in clear:
+                apart = lost(mine[what]) & ~lost(wanted)
+            if hidden.any() or apart.any():
+                return f"{what}, NaN in {where}: {int(hidden.sum())} hidden, {int(apart.sum())} others"
+    return None
+
+
 def conforms(name: str) -> str | None:
-    (case,) = (case for case in CASES if str(case) == name)
+    # some are there twice
+    case = next(case for case in CASES if str(case) == name)
     try:
         reason = check("triton", case)
     except (AssertionError, AttnError) as error:
@@ -241,8 +298,12 @@ def halves(dtype: str) -> str | None:
 
 KINDS = {
     "probes": lambda name: probed_in_pages(name) if name in PAGED else probed(name),
-    "conformance": conforms, "apart": far_apart, "refused": refused, "halves": halves,
-}  # fmt: skip
+    "spread": spread,
+    "conformance": conforms,
+    "apart": far_apart,
+    "refused": refused,
+    "halves": halves,
+}
 
 
 def main(kind: str, *names: str) -> None:

@@ -46,16 +46,18 @@ MASKS = (
 
 
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("size", [(N, N), (13, N), (N, 0), (0, 5)])
+@pytest.mark.parametrize("size", [(N, N), (13, N), (13, 13), (N, 0), (0, 5)])
 def test_which_rows_and_keys_live_pairs_join(mask: str, size: tuple[int, int]) -> None:
     nq, n = size
     attention = attndsl.parse(f"attention a {{ offset 0 mask {mask} }}")["a"]
-    grid = attention.block_mask(n, 8, q_length=nq).grids[0]
+    blocks = attention.block_mask(n, 8, q_length=nq)
+    grid = blocks.grids[0]
     dense, rng = attention.mask(n, q_length=nq)[0], np.random.default_rng(0)
     for share in (0.0, 0.1, 0.5, 1.0):
         keys, rows = rng.random(n) < share, rng.random(nq) < share
         assert np.array_equal(queries.rows_that_read(grid, keys), (dense & keys).any(1))
         assert np.array_equal(queries.keys_read_by(grid, rows), (dense & rows[:, None]).any(0))
+    assert blocks.rows is None or blocks.rows[0].reads_all == dense.any(0).all()
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e308])

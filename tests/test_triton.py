@@ -7,7 +7,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,22 +21,31 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import attndsl
+from attndsl import conformance
 from attndsl import expr as ir
 from attndsl.backend import Problem
 from attndsl.emit.leaves import Leaf
 from attndsl.errors import AttnError
+from attndsl.execution import operator
 from attndsl.execution.leaf_values import LeafValues
 from attndsl.plugins import triton as plugin
 from attndsl.plugins.triton import ahead, configs, kernel, launch
 from attndsl.plugins.triton.layout import Layout, Stack, Units
+from attndsl.tiles import residues
 from attndsl.tiles.blockmask import Rows, TileGrid
 
 INSTALLED = find_spec("triton") is not None
 installed = pytest.mark.skipif(not INSTALLED, reason="triton is not installed")
-FAST = ("causal", "distances", "look-up", "steps", "pages: window")
-"""Probes of `make test`: forward and backward, full tiles and partial ones, all kinds of leaves, pages."""
+FAST = ("causal", "distances", "look-up", "steps", "pages: window", "elsewhere sorted shifted")
+"""Probes of `make test`: forward and backward, full tiles and partial ones, all kinds of leaves, pages, and
+sorted entries on a device that nobody waits for."""
+SORTED = ("strided", "dilated", "longnet", "shifted", "strided far")
+PARTS = 8
+"""Processes for the conformance suite."""
 CASES = [str(case) for case in interpreted.small_cases(24)]
 
 
@@ -57,19 +67,46 @@ def test_kernels_are_right_interpreted() -> None:
 @pytest.mark.slow
 def test_kernels_are_right_interpreted_on_all_else() -> None:
     rest = [name for name in (*interpreted.PROBES, *interpreted.PAGED) if name not in FAST]
+    rest += [f"sorted {name}" for name in SORTED]
+    rest += [
+        f"elsewhere {name}" for name in ("distances", "decay", "groups", "negative sums", "far with a sink")
+    ]
+    rest += [f"elsewhere sorted {name}" for name in ("strided", "strided far")]
     assert ran("probes", *rest) == dict.fromkeys(rest)
+
+
+@installed
+@pytest.mark.slow
+def test_what_is_not_finite_is_nowhere_hidden() -> None:
+    """Where nobody looks at results it goes where kernels take it."""
+    names = ("unread", "causal", "alibi", "distances", "groups", "sink", "look-up", "vectors", "per head")
+    assert ran("spread", *names) == dict.fromkeys(names)
+
+
+def conform(cases: list[str]) -> None:
+    found = ran("conformance", *cases)
+    wrong = {name: said for name, said in found.items() if said}
+    # what at each pair is no number of its own
+    declined = {name for name, said in wrong.items() if said.startswith("declined: the score computes")}
+    assert {name: said for name, said in wrong.items() if name not in declined} == {}
+    assert len(declined) < len(cases) / 5
 
 
 @installed
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_conforms_interpreted() -> None:
-    found = ran("conformance", *CASES)
-    wrong = {name: said for name, said in found.items() if said}
-    # what at each pair is no number of its own
-    declined = {name for name, said in wrong.items() if said.startswith("declined: the score computes")}
-    assert {name: said for name, said in wrong.items() if name not in declined} == {}
-    assert len(declined) < len(CASES) / 10
+    conform(CASES)
+
+
+@installed
+@pytest.mark.whole
+@pytest.mark.timeout(0)
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("part", range(PARTS))
+def test_conforms_interpreted_as_a_whole(dtype: str, part: int) -> None:
+    """Numbers of 16 bits are cut by the interpreter, and not rounded."""
+    conform([str(case) for case in conformance.CASES if case.dtype == dtype][part::PARTS])
 
 
 @installed
@@ -341,12 +378,16 @@ def keys_of(launches: list[tuple[Any, dict[str, Any]]]) -> list[str]:
     return keys
 
 
-def trained(text: str, n: int, heads: int = 2, batch: int = 1, **tables: Any) -> None:
-    plan = attndsl.compile(
+def planned(text: str, n: int, heads: int = 2) -> Any:
+    return attndsl.compile(
         attndsl.parse(text)["a"], length=n, heads=heads, head_dim=64, dtype="bfloat16", training=True,
         backend="triton",
     )  # fmt: skip
-    q, k, v = (torch.zeros(batch, heads, n, 64, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+
+
+def backward(plan: Any, batch: int = 1, **tables: Any) -> None:
+    shape = batch, plan.problem.heads, plan.problem.length, 64
+    q, k, v = (torch.zeros(shape, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
     plan(q, k, v, **tables).sum().backward()
 
 
@@ -357,6 +398,10 @@ def decoded_in_pages(text: str, size: int) -> None:
     )  # fmt: skip
     q, pool = (torch.zeros(shape, dtype=torch.bfloat16) for shape in ((1, 8, 1, 64), (2, 16, size, 2, 64)))
     plan.paged(q, pool.unbind(), torch.arange(16, dtype=torch.int32)[None], torch.tensor([250]))
+
+
+def trained(text: str, n: int, heads: int = 2, batch: int = 1) -> None:
+    backward(planned(text, n, heads), batch)
 
 
 @installed
@@ -408,6 +453,130 @@ def test_what_is_compiled_ahead_is_what_runs(launches: list[tuple[Any, dict[str,
                     "*i32": torch.int32,
                 }
                 assert value.dtype == dtype[kind], name
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(
+    ("score", "ordered"),
+    [("s + t[clamp(q - k, 0, 5)]", False), ("s + t[q mod 3 + k mod 3]", False), ("s + t[q mod 6]", True),
+     ("s - slope * |q - k|", True)],
+)  # fmt: skip
+def test_what_has_no_order_is_declined_where_torch_asks_for_one(
+    score: str, ordered: bool, gpu: Any, deterministic: None
+) -> None:
+    """In training, and of tables that are learned or given."""
+    gpu()
+    text = f"attention a(t = learn[H, 6](0.1), slope = learn[H](0.1)) {{ mask causal score {score} }}"
+    attention = attndsl.parse(text)["a"].attention
+    reason = plugin.backend.supports(attention, P)
+    assert (reason is None) == ordered
+    assert ordered or "no fixed order, and torch.use_deterministic_algorithms" in str(reason)
+    assert plugin.backend.supports(attention, replace(P, training=False)) is None
+
+
+@installed
+def test_a_backward_pass_without_an_order_is_refused_or_told(
+    launches: list[tuple[Any, dict[str, Any]]], gpu: Any, request: pytest.FixtureRequest
+) -> None:
+    gpu()
+    text = "attention a {{ inputs t : float[6] mask causal score s + t[{}] }}"
+    plans = [planned(text.format(at), 64) for at in ("clamp(q - k, 0, 5)", "q mod 6")]
+    request.getfixturevalue("deterministic")
+    t = torch.ones(6, requires_grad=True)
+    with pytest.raises(AttnError, match="no fixed order"):
+        backward(plans[0], t=t)
+    backward(plans[0], t=t.detach())
+    backward(plans[1], t=t)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    with pytest.warns(UserWarning, match="no fixed order"):
+        backward(plans[0], t=t)
+
+
+class Sent(TorchDispatchMode):
+    """What goes from the CPU to another device, but for single numbers, which go with the command."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        there = isinstance(result, torch.Tensor) and result.is_meta
+        if there and any(not x.is_meta and (x.dim() or "copy" in str(func)) for x in tensors):
+            self.found.append(str(func))
+        return result
+
+
+WAITING = {
+    "plain": "mask causal",
+    "scores": "mask causal score alibi score softcap(3.0)",
+    "integers": "mask causal score s + [1, 2, 3][k mod 3] * (|q - k| mod 7)",
+    "sink": "mask causal norm softmax(sink = x)",
+    "distances": "mask causal & last(9) score s + y[clamp(q - k, -5, 5) + 5] * q",
+    "no sum of tables": "mask causal score s + where(q in [3, 5..9], exp(x), 0.0) + exp(y[q mod 11])",
+    "vectors": "mask causal score s + (K @ u + Q @ u) / 4",
+    "decay": "mask radius(40) decay max(3 * x - |q - k| / 30, 0.0)",
+    "linear": "mask causal norm linear",
+    "groups": "heads 0 { mask causal } else { mask radius(9) norm sigmoid }",
+    "unread": "mask { q, k : k <= q and k mod 3 == 0 }",
+    "sorted": "mask strided(16)",
+    "sorted scores": "mask dilate(4, causal & last(20)) score s - x * |q - k|",
+}
+
+
+@installed
+@pytest.mark.parametrize("name", WAITING)
+def test_nobody_waits_for_a_device(
+    name: str, launches: list[tuple[Any, dict[str, Any]]], gpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device `meta` has no numbers to be looked at: what would wait for them fails. What a plan needs
+    there is sent in the first call."""
+    gpu()
+    monkeypatch.setattr(operator, "_full_precision", lambda device: nullcontext())
+    for limit, value in (("FEW", 0), ("WORTH", 1.0)):
+        monkeypatch.setattr(residues, limit, value)
+    parameters = "x = learn[H](0.3), y = learn[H, 11](0.1), u = learn[H, D](0.1)"
+    attention = attndsl.parse(f"attention a({parameters}) {{ {WAITING[name]} }}")["a"]
+    lowered = attndsl.compile(
+        attention, length=180, heads=2, head_dim=64, dtype="bfloat16", block_size=32, training=True,
+        backend="triton",
+    ).lowered  # fmt: skip
+    q, k, v = torch.empty(3, 2, 2, 180, 64, dtype=torch.bfloat16, device="meta").unbind()
+    sizes = {"x": (2,), "y": (2, 11), "u": (2, 64)}
+    tables = {t.name: torch.empty(sizes[t.name], device="meta") for t in attention.attention.learned}
+    tensors, wanted = lowered.tensors(tables), [True] * len(tables)
+
+    def call() -> list[torch.Tensor]:
+        places = lowered.sizes(q, k, (None,) * 5)
+        out, lse, (kept,) = operator._attend(lowered, q, k, v, tensors, places)
+        return operator._gradients(lowered, (out, lse), (kept, lse), q, k, v, tensors, wanted, places)
+
+    with torch.no_grad():
+        call()
+        (blocks,) = lowered.masks.values.values()
+        assert (residues.apart(blocks) is not None) == name.startswith("sorted")
+        # the forward pass, what is behind log-sum-exps far from 0, and both backward passes
+        assert len(launches) == {"groups": 8, "sorted": 7}.get(name, 4)
+        monkeypatch.delattr(torch, "tensor")
+        with Sent() as sent:
+            found = call()
+        assert [x.shape for x in found] == [x.shape for x in (q, k, v, *tensors)]
+    assert sent.found == []
+
+
+def test_what_is_sent_is_seen() -> None:
+    with Sent() as sent:
+        for x in (torch.ones(2), torch.ones(())):
+            x.to("meta")
+        torch.ones(2, device="meta") * torch.ones(())
+    assert len(sent.found) == 2
 
 
 @pytest.mark.parametrize("kind", ["number", "query", "key", "distance"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from typing import NamedTuple, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
 
@@ -94,6 +95,25 @@ class InPlace(Protocol):
         to be sorted first."""
 
 
+Sums = tuple[Tensor, Tensor, Tensor]
+"""Of rows: the output, in float32 or wider, a number near the greatest logit, in float64, and the sum of
+weights over that: all digits that parts are merged by."""
+
+
+@runtime_checkable
+class Exact(Protocol):
+    """A kernel that takes vectors as they are, and of which nobody has to look how far a log-sum-exp is from
+    0. Its gradients as a part are in float32 or wider."""
+
+    def summed(self, call: Call) -> Sums:
+        """As a part."""
+
+    def evened(
+        self, call: Call, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """What comes back, times what makes the weights exp(logit - lse) right where `lse` lacks digits."""
+
+
 Part = tuple[Differentiable, Call, "Places | None"]
 """What runs, on what, and where the entries of that stand; None where they stand as they were given."""
 
@@ -113,6 +133,14 @@ class InParts:
         apart = residues.apart(call.block_mask)
         if apart is None:
             return self.kernel(call)
+        if isinstance(exact := self.part, Exact):
+            each = ((exact.summed(part), places) for _, part, places in self.parts(apart, call))
+            rows = ([_taken(x, places and places.q_places) for x in sums] for sums, places in each)
+            sums = reduce(_joined, ((out, top, total) for out, top, total in rows))
+            if groups := self.sinks(call):
+                sums = _joined(sums, sinks.as_part(groups, call, sums[2]))
+            out, top, total = sums
+            return out, (top + total.log()).to(out.dtype)
         found: tuple[Tensor, Tensor] | None = None
         for kernel, part, places in self.parts(apart, widened(call)):
             out, lse = (_taken(x, places and places.q_places) for x in kernel(part))
@@ -133,13 +161,16 @@ class InParts:
         grad_out: Tensor,
         grad_lse: Tensor | None,
     ) -> Gradients:
-        apart = residues.apart(call.block_mask)
-        if apart is None or strained(lse):
+        apart, taken = residues.apart(call.block_mask), call
+        if apart is not None and isinstance(self.kernel, Exact):
+            grad_out, grad_lse = self.kernel.evened(call, lse, grad_out, grad_lse)
+        elif apart is None or strained(lse):
             return self.kernel.gradient(call, wanted, out, lse, grad_out, grad_lse)
-        wide = widened(call)
+        else:
+            taken = widened(call)
         tables = {name: torch.zeros_like(x) for name, x in singles(call.tables, wanted).items()}
-        totals = [torch.zeros_like(x) for x in (wide.q, wide.k, wide.v)]
-        for kernel, part, places in self.parts(apart, wide):
+        totals = [torch.zeros_like(x, dtype=lse.dtype) for x in (call.q, call.k, call.v)]
+        for kernel, part, places in self.parts(apart, taken):
             own_out, own_lse, back = (_taken(x, places and places.queries) for x in (out, lse, grad_out))
             shift = None if grad_lse is None else _taken(grad_lse, places and places.queries)
             gq, gk, gv, more = kernel.gradient(part, wanted, own_out, own_lse, back, shift)
@@ -203,3 +234,16 @@ def _merged(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[T
     for out, lse in (one, other):
         out.mul_(torch.exp(lse - over)[..., None])
     return one[0].add_(other[0]), total
+
+
+def _joined(one: Sums, other: Sums) -> Sums:
+    """Of rows whose keys were in two parts."""
+    top = torch.maximum(one[1], other[1])
+    base = top.masked_fill(top == -torch.inf, 0.0)
+    sums = [total * torch.exp(own - base) for _, own, total in (one, other)]
+    total = sums[0] + sums[1]
+    over = total.masked_fill(total == 0, torch.inf)
+    mine, its = (
+        (x * (sum_ / over)[..., None].to(x.dtype)) for (x, _, _), sum_ in zip((one, other), sums, strict=True)
+    )
+    return mine + its, top, total

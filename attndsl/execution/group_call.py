@@ -4,7 +4,7 @@ back to leaves, rows and sinks goes."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cached_property
 from weakref import WeakKeyDictionary
@@ -20,10 +20,10 @@ from attndsl.backend import Call
 from attndsl.emit.leaves import READS, Kind, Leaf, leaf_of
 from attndsl.emit.score import AXES, Score
 from attndsl.execution import sinks
-from attndsl.execution.leaf_values import LeafValues, pair_environment, passes_gradients, sizes_of
+from attndsl.execution.leaf_values import VECTORS, LeafValues, pair_environment, passes_gradients, sizes_of
 from attndsl.execution.operator import vjp
 from attndsl.execution.torch_eval import Linear, decay_factor, evaluate, singles, within
-from attndsl.expr import Expr
+from attndsl.expr import Expr, Table
 from attndsl.meaning.intervals import stays_within
 from attndsl.tiles.blockmask import BlockMask
 
@@ -33,9 +33,18 @@ FAR = 128.0
 """Beyond this the rounding of a log-sum-exp in float32 adds a third or more to the errors that that of logits
 leaves in gradients; to do without it takes another forward pass."""
 
-KnownLeaves = WeakKeyDictionary[BlockMask, dict[tuple[object, ...], "Linear | None"]]
+
+@dataclass(frozen=True)
+class Fixed:
+    """Integers and truths that a leaf holds in every call of a kind, and the least and the greatest."""
+
+    values: Tensor
+    ends: tuple[int, int]
+
+
+KnownLeaves = WeakKeyDictionary[BlockMask, dict[tuple[object, ...], "Linear | Fixed | None"]]
 Margins = Mapping[Kind, tuple[int, int]]
-Tops = Callable[[], tuple[Tensor, Tensor]]
+Tops = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,8 +75,11 @@ class GroupCall:
         made, wide = LeafValues(self.call), self.wide
         found = {}
         for leaf, node in self.score.leaves.items():
-            if (linear := self.linear(leaf, made)) is not None:
-                x = made.flat(leaf.kind, linear.values(self.call.tables, wide))
+            always = self.always(leaf)
+            if isinstance(always, Fixed):
+                x = always.values
+            elif always is not None:
+                x = made.flat(leaf.kind, always.values(self.call.tables, wide))
             else:
                 x = made.of(leaf, self.call).to(wide if node.type == "real" else torch.int64)
             found[leaf] = torch.nn.functional.pad(x, self.margins[leaf.kind]).contiguous()
@@ -75,15 +87,26 @@ class GroupCall:
             found = {leaf: x if x.dtype == wide else x.to(torch.int32) for leaf, x in found.items()}
         return found
 
-    def linear(self, leaf: Leaf, made: LeafValues) -> Linear | None:
-        """What a leaf is over tables, where that is so, and the same in every call of its kind."""
+    def always(self, leaf: Leaf) -> Linear | Fixed | None:
+        """What a leaf is in every call of its kind: numbers, or what it is over tables."""
         call = self.call
         known = self.known.setdefault(call.block_mask, {})
         shapes = tuple([x.shape for x in call.tables.values()])
-        key = (leaf, call.q_at, call.k_at, call.n, call.q.shape[:3], call.q.dtype, shapes)
+        sizes = call.n, call.q.shape[:3], call.k.shape[2]
+        key = (leaf, call.q_at, call.k_at, *sizes, call.q.dtype, call.q.device, shapes)
         if key not in known:
-            known[key] = made.linear(leaf)
+            known[key] = self.fixed(leaf) or LeafValues(call).linear(leaf)
         return known[key]
+
+    def fixed(self, leaf: Leaf) -> Fixed | None:
+        of, call = leaf.of, self.call
+        given = of.known is None if isinstance(of, Table) else not isinstance(of, Expr) or bool(of.tables)
+        if given or self.score.leaves[leaf].type == "real" or (isinstance(of, Expr) and of.free & VECTORS):
+            return None
+        q, k, v = (torch.empty(1, dtype=x.dtype).expand(x.shape) for x in (call.q, call.k, call.v))
+        here = replace(call, q=q, k=k, v=v)
+        x = LeafValues(here).of(leaf, here).to(torch.int64)
+        return Fixed(x.to(call.q.device), (int(x.min()), int(x.max())))
 
     def narrow(self, leaves: Mapping[Leaf, Tensor]) -> bool:
         """Whether integers of 32 bits suffice."""
@@ -92,7 +115,7 @@ class GroupCall:
         ):
             return False
         ends = {
-            node: (int(leaves[leaf_of(node)].min()), int(leaves[leaf_of(node)].max()))
+            node: self.ends(leaf_of(node), leaves)
             for e in self.score.roots
             for node in ir.nodes(e)
             if node.op in READS and node.type != "real"
@@ -101,6 +124,12 @@ class GroupCall:
         ends |= {ir.make("entry", (), side, "int"): (0, size) for side, size in (("query", nq), ("key", n))}
         small = all(x.shape[2] < 2**31 for x in leaves.values())
         return small and all(stays_within(e, NARROW, ends) for e in self.score.roots)
+
+    def ends(self, leaf: Leaf, leaves: Mapping[Leaf, Tensor]) -> tuple[int, int]:
+        """The least and the greatest of integers, and the 0 of margins."""
+        always, x = self.always(leaf), leaves[leaf]
+        least, greatest = always.ends if isinstance(always, Fixed) else (int(x.min()), int(x.max()))
+        return min(least, 0), max(greatest, 0)
 
     def sizes(self, leaf: Leaf) -> tuple[int, ...]:
         """Of the axes of a table; of a number -1, for its gradient is a sum over all pairs."""
@@ -133,15 +162,13 @@ class GroupCall:
         """Of each row, contiguous: what is subtracted from logits, what weights are divided by if they are,
         and what is subtracted from what comes back to them.
 
-        tops  gives a number near the greatest logit of each row, and the sum of weights over that; None where
-              the log-sum-exp is of more keys than those of the call
+        tops  a number near the greatest logit of each row, and the sum of weights over that; None where the
+              log-sum-exp says it
         """
         score, shared = self.score, self.group.norm.kind in ("softmax", "linear")
         total: Tensor | None = None
-        if tops is not None and _far(lse):
-            # beside its greatest logit the log-sum-exp of a row has lost what tells weights apart, and of a
-            # negative sum there is none
-            top, total = tops()
+        if tops is not None:
+            top, total = tops
         elif score.softmax:
             top = lse / score.unit
         else:
@@ -156,6 +183,11 @@ class GroupCall:
         divided = total.contiguous() if shared and total is not None else None
         return top.contiguous(), divided, delta.contiguous()
 
+    @property
+    def own_heads(self) -> Tensor:
+        """bool [H]"""
+        return sinks.truths(tuple(self.heads.tolist()), self.call.q.device)
+
     def pull(
         self,
         slopes: Mapping[Leaf, Tensor],
@@ -166,7 +198,7 @@ class GroupCall:
         if not slopes:
             return
         call, made = self.call, LeafValues(self.call)
-        own = torch.from_numpy(self.heads).to(call.q.device).view(-1, 1)
+        own = self.own_heads.view(-1, 1)
 
         def values(q: Tensor, k: Tensor, more: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
             there = _with(replace(call, q=q, k=k), more)
@@ -208,6 +240,12 @@ def _with(call: Call, tables: Mapping[str, Tensor]) -> Call:
     return replace(call, tables={**call.tables, **tables})
 
 
-def _far(lse: Tensor) -> bool:
-    """Whether the log-sum-exp of some row has lost digits that its weights need, or is none."""
-    return not within(lse, FAR) and not bool(((lse.abs() <= FAR) | (lse == -torch.inf)).all())
+def far(lse: Tensor) -> Tensor:
+    """A truth: whether beside its greatest logit the log-sum-exp of some row has lost what tells weights
+    apart, or is none, as of a negative sum."""
+    return ((lse.abs() <= FAR) | (lse == -torch.inf)).all().logical_not()
+
+
+def is_far(lse: Tensor) -> bool:
+    """The same where numbers are at hand."""
+    return not within(lse, FAR) and bool(far(lse))

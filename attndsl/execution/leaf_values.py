@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Set
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -14,12 +15,12 @@ from torch import Tensor
 from attndsl import expr as ir
 from attndsl.backend import Call
 from attndsl.emit.leaves import Kind, Leaf, Products
-from attndsl.execution.torch_eval import Env, Linear, environment, evaluate
+from attndsl.execution.torch_eval import Env, Linear, environment, evaluate, listed
 from attndsl.expr import Expr, Table
 from attndsl.meaning.pointwise import LEAST, partial
 from attndsl.scores import linear_in_tables
 from attndsl.tiles import shadows
-from attndsl.tiles.blockmask import TileGrid
+from attndsl.tiles.blockmask import BlockMask, TileGrid
 
 VECTORS = ir.QUERY_VECTORS | ir.KEY_VECTORS
 
@@ -99,27 +100,50 @@ class LeafValues:
 
     def entries(self, table: Table, call: Call) -> Tensor:
         """With axes of batch rows and heads."""
-        known, lead = table.known, len(table.implicit)
-        values = call.tables[table.name] if known is None else torch.from_numpy(known).to(self.env.device)
-        values = values.to(self.env.dtype) if table.dtype == "float" else values
+        lead, device = len(table.implicit), call.q.device
+        values = call.tables[table.name] if table.known is None else listed(table, device)
+        wide = torch.promote_types(call.q.dtype, torch.float32)
+        values = values.to(wide) if table.dtype == "float" else values
         sizes = dict(zip(table.dims[:lead], values.shape[:lead], strict=True))
         return values.reshape(sizes.get("B", 1), sizes.get("H", 1), *values.shape[lead:])
 
     @property
     def distances(self) -> Tensor:
         """[B or 1, 1, L]"""
-        first_q, first_k = (np.array(axis.starts) for axis in (self.call.q_at, self.call.k_at))
-        apart = torch.arange(1 - self.call.k.shape[2], self.call.q.shape[2])
-        return (torch.from_numpy(first_q - first_k).view(-1, 1, 1) + apart).to(self.env.device)
+        call = self.call
+        assert call.q_at.starts is not None
+        assert call.k_at.starts is not None
+        return _distances(call.q_at.starts, call.k_at.starts, call.q.shape[2], call.k.shape[2], call.q.device)
 
-    def live(self, shadow: Callable[[TileGrid], NDArray[np.bool_]]) -> Tensor:
+    def live(self, shadow: Shadow) -> Tensor:
         """[B or 1, H or 1, entries]"""
         blocks, heads = self.call.block_mask, self.call.q.shape[1]
-        index = blocks.index
-        if index.shape[1] > 1:
-            index = index[:, np.arange(heads) % index.shape[1]]
-        found = np.stack([shadow(grid) for grid in blocks.grids])[index]
-        return torch.from_numpy(found).to(self.env.device)
+        known = _known_live.setdefault(blocks, {})
+        key = (shadow, heads, self.call.q.device)
+        if key not in known:
+            index = blocks.index
+            if index.shape[1] > 1:
+                index = index[:, np.arange(heads) % index.shape[1]]
+            found = np.stack([shadow(grid) for grid in blocks.grids])[index]
+            # what is kept serves calls of which some are differentiated
+            with torch.inference_mode(False):
+                known[key] = torch.from_numpy(found).to(self.call.q.device)
+        return known[key]
+
+
+Shadow = Callable[[TileGrid], NDArray[np.bool_]]
+_known_live: WeakKeyDictionary[BlockMask, dict[tuple[Shadow, int, torch.device], Tensor]] = (
+    WeakKeyDictionary()
+)
+
+
+@lru_cache(maxsize=16)
+def _distances(
+    q_starts: tuple[int, ...], k_starts: tuple[int, ...], nq: int, n: int, device: torch.device
+) -> Tensor:
+    with torch.inference_mode(False):
+        starts = torch.from_numpy(np.array(q_starts) - np.array(k_starts)).view(-1, 1, 1)
+        return (starts + torch.arange(1 - n, nq)).to(device)
 
 
 SINGULAR = frozenset({*LEAST, "exp", "log", "sqrt", "div"})

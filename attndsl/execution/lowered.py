@@ -15,9 +15,10 @@ from torch import Tensor
 from attndsl import portable
 from attndsl.attention import Attention
 from attndsl.axis import Axis
-from attndsl.backend import Backend, Call, Differentiable, Kernel, Problem
+from attndsl.backend import Backend, Call, Differentiable, Kernel, Problem, Spreading
 from attndsl.errors import AttnError, asking, fail
 from attndsl.execution import choice, registry
+from attndsl.execution.torch_eval import at_hand
 from attndsl.expr import Drawn, Table
 from attndsl.meaning.draws import drawn
 from attndsl.tiles import lowering
@@ -107,6 +108,16 @@ class Lowered:
         parts = (e for g in self.attention.groups for e in (g.score, g.decay, g.norm.sink) if e is not None)
         return any(table.dtype == "int" for e in parts for table in e.tables)
 
+    def looks(self, call: Call) -> bool:
+        """Whether results of the call are looked at for what is not finite."""
+        if at_hand(call.q) or self.mask_tables:
+            return True
+        backend, rows = registry.plugin("backends", self.backend), call.block_mask.rows
+        if not (isinstance(backend, Spreading) and backend.spreads):
+            return True
+        # of few queries it would take as long to clear the keys that none of them reads
+        return rows is not None and not all(some.reads_all for some in rows)
+
     @cached_property
     def differentiable(self) -> bool:
         """Whether the kernel gives its own gradients."""
@@ -115,6 +126,8 @@ class Lowered:
     @cached_property
     def untrainable(self) -> str | None:
         """Why the backend has no gradients, or None."""
+        if self.problem.training:
+            return None
         backend: Backend = registry.plugin("backends", self.backend)
         return choice.declined(backend, self.attention, replace(self.problem, training=True))
 

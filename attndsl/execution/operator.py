@@ -115,10 +115,12 @@ def _attend(
 def attended(found: Lowered, call: Call) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp of a call, as in `Kernel`."""
     with _full_precision(call.q.device):
-        if found.attention.approx is None:
+        if found.attention.approx is not None:
+            # one number that is not finite reaches all rows, and no pair tells which
+            return _forward(found, call)
+        if found.looks(call):
             return spoiled.forward(call, lambda call: _forward(found, call))
-        # one number that is not finite reaches all rows, and no pair tells which
-        return _forward(found, call)
+        return _forward(found, spoiled.cleared(call))
 
 
 def attended_in_pages(found: Lowered, call: Call, pages: Pages) -> tuple[Tensor, Tensor] | None:
@@ -280,14 +282,17 @@ def _gradients(
         call = found.call_of(q, k, v, found.named(tensors), sizes)
         if found.attention.approx is not None:
             return [*_gradient(found, call, needing, results, slopes)[:3]]
-        gq, gk, gv, by_name = spoiled.gradient(
-            call,
-            found.tables,
-            results,
-            slopes,
-            lambda call: _forward(found, call),
-            lambda call, results, slopes: _gradient(found, call, needing, results, slopes),
-        )
+        if found.looks(call):
+            gq, gk, gv, by_name = spoiled.gradient(
+                call,
+                found.tables,
+                results,
+                slopes,
+                lambda call: _forward(found, call),
+                lambda call, results, slopes: _gradient(found, call, needing, results, slopes),
+            )
+        else:
+            gq, gk, gv, by_name = _gradient(found, spoiled.cleared(call), needing, results, slopes)
     return [gq, gk, gv, *(by_name[name] for name in needing)]
 
 

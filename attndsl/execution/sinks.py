@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -33,6 +34,13 @@ def groups_of(attention: Attention, heads: int) -> Groups:
     return [(group, here) for group, here in found if here.any()]
 
 
+@lru_cache(maxsize=64)
+def truths(of: tuple[bool, ...], device: torch.device) -> Tensor:
+    """On a device, where they stay: to send them there is to wait for it."""
+    with torch.inference_mode(False):
+        return torch.tensor(of).to(device)
+
+
 def logits(groups: Groups, call: Call) -> Tensor:
     """[B, H, 1] in at least float32, -inf for heads of other groups."""
     env = environment(call)
@@ -40,7 +48,7 @@ def logits(groups: Groups, call: Call) -> Tensor:
     for group, heads in groups:
         assert group.norm.sink is not None
         value = evaluate(group.norm.sink, env).to(env.dtype).expand(*total.shape, 1).squeeze(-1)
-        total = torch.where(torch.from_numpy(heads).to(env.device)[:, None], value, total)
+        total = torch.where(truths(tuple(heads.tolist()), env.device)[:, None], value, total)
     return total
 
 
@@ -51,6 +59,15 @@ def merge(groups: Groups, call: Call, out: Tensor, lse: Tensor) -> Tensor:
     total = torch.logaddexp(lse, logits(groups, call)).masked_fill(empty, -torch.inf)
     out.mul_(torch.exp(lse - total.masked_fill(empty, torch.inf))[..., None])
     return total
+
+
+def as_part(groups: Groups, call: Call, total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, top and sum of weights of the sinks alone, beside `total` [B, H, nq] of the keys: none where
+    that is 0."""
+    beside = total != 0
+    top = logits(groups, call).double().expand(total.shape).masked_fill(~beside, -torch.inf)
+    own = beside & (top != -torch.inf)
+    return total.new_zeros(()).expand(*total.shape, 1), top, own.to(total.dtype)
 
 
 def add_gradients(

@@ -3,6 +3,8 @@
 A kernel multiplies whole tiles, where a weight of 0 times NaN is NaN. So what is not finite is computed
 again: keys and values that no pair reads, and what is not finite, are 0 in the second pass, and the results
 that read the latter are made NaN. Where all is finite this costs one sum over the results.
+
+Where nobody is to look (`Lowered.looks`) keys and values that no pair reads are 0 in the one pass there is.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -18,7 +21,7 @@ from torch import Tensor
 from attndsl.backend import Call, Gradients
 from attndsl.expr import Table
 from attndsl.tiles import queries
-from attndsl.tiles.blockmask import TileGrid
+from attndsl.tiles.blockmask import BlockMask, TileGrid
 
 Results = tuple[Tensor, Tensor]
 Slopes = tuple[Tensor, "Tensor | None"]
@@ -29,6 +32,28 @@ def finite(tensors: Iterable[Tensor]) -> bool:
     return all(
         math.isfinite(x.sum(dtype=torch.promote_types(x.dtype, torch.float32)).item()) for x in tensors
     )
+
+
+def cleared(call: Call) -> Call:
+    """The call with 0 in place of keys and values that no pair reads, which may hold anything: by the mask
+    alone, without a look at them."""
+    (heads, kv_heads), blocks = (call.q.shape[1], call.k.shape[1]), call.block_mask
+    known = _known_read.setdefault(blocks, {})
+    key = heads, kv_heads, call.k.device
+    if key not in known:
+        found = queries.keys_read(blocks)
+        of_heads = found[:, np.arange(heads) % found.shape[1]]
+        read = np.any(of_heads.reshape(len(found), kv_heads, -1, found.shape[2], 1), axis=2)
+        known[key] = None if read.all() else torch.from_numpy(read).to(call.k.device)
+    mask = known[key]
+    if mask is None:
+        return call
+    return replace(call, k=torch.where(mask, call.k, 0.0), v=torch.where(mask, call.v, 0.0))
+
+
+_known_read: WeakKeyDictionary[BlockMask, dict[tuple[int, int, torch.device], Tensor | None]] = (
+    WeakKeyDictionary()
+)
 
 
 def forward(call: Call, run: Callable[[Call], Results]) -> Results:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import lru_cache
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -48,22 +49,63 @@ class Env:
     device: torch.device
 
 
+HERE = {"cpu"}
+
+
+def at_hand(x: Tensor) -> bool:
+    """Whether its numbers may be looked at: elsewhere that is to wait for all that a device was asked for."""
+    return x.device.type in HERE
+
+
 def environment(call: Call | Offered) -> Env:
     """Every pair of a call, but without s, Q and K: axes [B, H, nq, n], reals in at least float32."""
-    (batch, heads, nq, width), device = call.q.shape, call.q.device
-    q, k = (np.stack([axis.positions(b) for b in range(len(axis.rows))]) for axis in (call.q_at, call.k_at))
-    values = {
-        "q": torch.from_numpy(q)[:, None, :, None],
-        "k": torch.from_numpy(k)[:, None, None, :],
-        "n": torch.tensor(call.n).view(-1, 1, 1, 1),
-        "b": torch.arange(batch).view(-1, 1, 1, 1),
-        "h": torch.arange(heads).view(1, -1, 1, 1),
-        "H": torch.tensor(heads),
-        "D": torch.tensor(width),
-        "nq": torch.tensor(nq),
-    }
-    wide = torch.promote_types(call.q.dtype, torch.float32)
-    return Env({name: x.to(device) for name, x in values.items()}, call.tables, wide, device)
+    asked = call.q_at, call.k_at, call.n, tuple(call.q.shape), call.q.device
+    values = (_variables if at_hand(call.q) else _kept_variables)(*asked)
+    return Env(values, call.tables, torch.promote_types(call.q.dtype, torch.float32), call.q.device)
+
+
+def _variables(
+    q_at: Axis, k_at: Axis, n: tuple[int, ...], shape: tuple[int, ...], device: torch.device
+) -> Mapping[str, Tensor]:
+    batch, heads, nq, width = shape
+    q, k = (np.stack([axis.positions(b) for b in range(len(axis.rows))]) for axis in (q_at, k_at))
+    # what is kept serves calls of which some are differentiated
+    with torch.inference_mode(False):
+        values = {
+            "q": torch.from_numpy(q)[:, None, :, None],
+            "k": torch.from_numpy(k)[:, None, None, :],
+            "n": torch.tensor(n).view(-1, 1, 1, 1),
+            "b": torch.arange(batch).view(-1, 1, 1, 1),
+            "h": torch.arange(heads).view(1, -1, 1, 1),
+            "H": torch.tensor(heads),
+            "D": torch.tensor(width),
+            "nq": torch.tensor(nq),
+        }
+        return {name: x.to(device) for name, x in values.items()}
+
+
+_kept_variables = lru_cache(maxsize=16)(_variables)
+"""To send them to a device is to wait for it."""
+
+
+def listed(table: Table, device: torch.device) -> Tensor:
+    """The entries of a list of the text."""
+    assert table.known is not None
+    return torch.from_numpy(table.known) if device.type == "cpu" else _sent(table, device)
+
+
+@lru_cache(maxsize=64)
+def _sent(table: Table, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(table.known).to(device)
+
+
+@lru_cache(maxsize=64)
+def _intervals(members: IntSet, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The ends of each."""
+    with torch.inference_mode(False):
+        lo, hi = torch.tensor(members.intervals).to(device).unbind(1)
+        return lo.contiguous(), hi
 
 
 def of_heads(call: Call, batch: int, heads: Sequence[int], axes: int) -> Env:
@@ -435,7 +477,7 @@ class _Evaluation:
         op, args = node.op, node.args
         if op == "const":
             dtype = {"bool": torch.bool, "int": torch.int64}.get(node.type, self.env.dtype)
-            return torch.tensor(node.value, dtype=dtype, device=self.device)
+            return torch.full((), cast(Any, node.value), dtype=dtype, device=self.device)
         if op == "var":
             value = self.env.values[str(node.value)]
             return by_side(str(node.value), value) if node.type == "vec" else value
@@ -522,8 +564,8 @@ class _Evaluation:
         members = node.value
         assert isinstance(members, IntSet)
         e = self.of(node.args[0], live)
-        lo, hi = torch.tensor(members.intervals, device=self.device).unbind(1)
-        i = torch.searchsorted(lo.contiguous(), e.contiguous(), right=True) - 1
+        lo, hi = _intervals(members, self.device)
+        i = torch.searchsorted(lo, e.contiguous(), right=True) - 1
         return (i >= 0) & (e <= hi[i.clamp_min(0)])
 
     def on_exists(self, node: Expr, live: Tensor | None) -> Tensor:
@@ -576,8 +618,7 @@ class _Evaluation:
         return found if live is None else torch.where(self.around(node, live), found, 0.0)
 
     def content(self, table: Table) -> Tensor:
-        known = table.known
-        return self.env.tables[table.name] if known is None else torch.from_numpy(known).to(self.device)
+        return self.env.tables[table.name] if table.known is None else listed(table, self.device)
 
     def index(
         self, table: Table, values: Tensor, args: tuple[Expr, ...], live: Tensor | None
@@ -590,10 +631,15 @@ class _Evaluation:
         sizes = values.shape[lead:]
         for i, size in zip(explicit, sizes, strict=False):
             inside = inside & (i >= 0) & (i < size)
-        outside = ~inside if live is None else live & ~inside
-        if table.dtype != "bool" and bool(outside.any()):
-            read = [i.cpu().numpy() for i in explicit]
-            raise pointwise.outside(table, args, read, sizes, outside.cpu().numpy())
+        if explicit and table.dtype != "bool":
+            outside = ~inside if live is None else live & ~inside
+            if not at_hand(outside):
+                torch._assert_async(
+                    ~outside.any(), f"a look-up in `{table.name}` asks for an entry beyond it"
+                )
+            elif bool(outside.any()):
+                read = [i.numpy() for i in explicit]
+                raise pointwise.outside(table, args, read, sizes, outside.numpy())
         clamped = [i.clamp(0, max(size - 1, 0)) for i, size in zip(explicit, sizes, strict=False)]
         return (*found[:lead], *clamped), inside
 

@@ -209,6 +209,11 @@ class Rows:
         """Live (q, k) pairs."""
         return sum([stop - start for spans in self.spans for start, stop in spans])
 
+    @property
+    def reads_all(self) -> bool:
+        """Whether each key is live in some row."""
+        return sum([run.stop - run.start for run in self.runs]) == self.n
+
     @cached_property
     def runs(self) -> list[Run]:
         """The live pairs, each in one run, by rising key."""

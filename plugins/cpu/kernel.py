@@ -15,7 +15,7 @@ from attndsl.attention import Attention, HeadGroup
 from attndsl.backend import Call, Gradients, Problem
 from attndsl.emit.leaves import Leaf, Products
 from attndsl.emit.score import Score, score_of
-from attndsl.execution.group_call import GroupCall, KnownLeaves, Margins, addresses, sloped
+from attndsl.execution.group_call import GroupCall, KnownLeaves, Margins, addresses, is_far, sloped
 from attndsl.execution.torch_eval import singles, widened
 from attndsl.tiles.blockmask import Rows, TileGrid
 from attndsl.tiles.lowering import head_groups
@@ -301,9 +301,8 @@ class Part:
         """Those of q, k and v; adds to those of tables."""
         call, score = self.call, self.score
         (batch, heads, _, d), (_, kv_heads, n, dv) = call.q.shape, call.v.shape
-        top, total, delta = self.host.rows(
-            out, lse, grad_out, grad_lse, self.tops if self.kernel.alone else None
-        )
+        tops = self.tops() if self.kernel.alone and is_far(lse) else None
+        top, total, delta = self.host.rows(out, lse, grad_out, grad_lse, tops)
         rows = {"top": top, "sum": torch.ones_like(top) if total is None else total, "delta": delta}
         pieces = self.pieces
         shape = (batch, kv_heads, n) if pieces == 1 else (batch, kv_heads, pieces, n)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -16,15 +17,16 @@ from attndsl.backend import Call, Gradients, Pages, Problem
 from attndsl.emit.leaves import Leaf, Products
 from attndsl.emit.score import Score
 from attndsl.errors import fail
-from attndsl.execution.group_call import GroupCall, KnownLeaves, Margins, addresses, sloped
-from attndsl.execution.torch_eval import singles
+from attndsl.execution.apart import Sums
+from attndsl.execution.group_call import GroupCall, KnownLeaves, Margins, Tops, far, sloped
+from attndsl.execution.torch_eval import at_hand, singles
 from attndsl.expr import KEY_VECTORS, Table
 from attndsl.tiles.lowering import head_groups
 
 from .configs import GREATEST, Config, Kernel, arithmetic, config, splits_of, wide
-from .launch import KnownTiles, Tiles, on, run, start, strided
+from .launch import KnownTiles, Tiles, addresses, listed, on, run, start, strided
 from .layout import Units
-from .source import Functions, functions, looks_up, score_of_pairs
+from .source import Functions, functions, looks_up, score_of_pairs, unordered
 
 MARGINS: Margins = {
     "number": (0, 0),
@@ -42,26 +44,29 @@ NEVER = 2**62
 
 @dataclass(frozen=True, eq=False)
 class Compiled:
-    """The kernel of one attention over tiles."""
+    """The kernel of one attention over tiles; `alone` where it is of all keys of the rows: of some gradients
+    are not rounded, and the log-sum-exp of all comes back."""
 
     attention: Attention
     problem: Problem
+    alone: bool = True
     tiles: KnownTiles = field(default_factory=KnownTiles)
     leaves: KnownLeaves = field(default_factory=KnownLeaves)
 
     def __call__(self, call: Call) -> tuple[Tensor, Tensor]:
         q, v = call.q, call.v
-        wide_dtype = torch.promote_types(q.dtype, torch.float32)
         # the backward pass sees no rounding of the output
-        dtype = wide_dtype if self.problem.training else q.dtype
+        wide = torch.promote_types(q.dtype, torch.float32)
+        dtype = wide if self.problem.training else q.dtype
         out = q.new_empty((*q.shape[:3], v.shape[3]), dtype=dtype)
-        lse = q.new_empty(q.shape[:3], dtype=wide_dtype)
+        lse = q.new_empty(q.shape[:3], dtype=wide)
         if not (q.numel() and call.k.numel()):
-            out.zero_()
-            lse.fill_(-torch.inf)
-        else:
-            for part in self.parts(call):
-                part.decode(out, lse) if part.few else part.forward(out, lse)
+            return out.zero_(), lse.fill_(-torch.inf)
+        for part in self.parts(call):
+            part.decode(out, lse) if part.few else part.forward(out, lse)
+        if not at_hand(lse):
+            # where no logit is a number none is the greatest
+            lse = torch.where((lse == -torch.inf) & out[..., :1].isnan().any(-1), torch.nan, lse)
         return out, lse
 
     def paged(self, call: Call, pages: Pages) -> tuple[Tensor, Tensor] | None:
@@ -75,6 +80,36 @@ class Compiled:
         lse = call.q.new_empty(call.q.shape[:3], dtype=wide_dtype)
         wrong = part.decode(out, lse)
         return (out, lse) if wrong is None or int(wrong.min()) == NEVER else None
+
+    def summed(self, call: Call) -> Sums:
+        """Output, top and sum of weights as a part of other keys; the norm is softmax."""
+        q, v = call.q, call.v
+        out = q.new_empty((*q.shape[:3], v.shape[3]), dtype=torch.promote_types(q.dtype, torch.float32))
+        lse, top, total = (out.new_empty(q.shape[:3]) for _ in range(3))
+        tops = torch.empty_like(top, dtype=torch.float64)
+        for part in self.parts(call):
+            part.forward(out, lse, top, total)
+            tops = torch.where(part.own.own_heads[:, None], part.score.unit * top.double(), tops)
+        return out, tops, total
+
+    def evened(
+        self, call: Call, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """What comes back to the rows of a softmax, times what makes weights right: the log-sum-exp that they
+        are measured by has lost digits where it is far from 0. A device is not asked whether it is so: it
+        goes through tiles that are none where it is not."""
+        asked, parts = far(lse), [part for part in self.parts(call) if part.score.softmax]
+        if not parts or (at_hand(lse) and not asked):
+            return grad_out, grad_lse
+        times = torch.ones_like(lse)
+        for part in parts:
+            top, total = part.tops(asked)
+            own = torch.exp((lse / part.score.unit - top) * part.score.unit) / total
+            times = torch.where(part.own.own_heads[:, None], own, times)
+        # a row without keys has nothing to be measured
+        times = torch.where(asked & (lse != -torch.inf), times, 1.0)
+        grad_out = (grad_out * times[..., None]).to(grad_out.dtype)
+        return grad_out, None if grad_lse is None else grad_lse * times
 
     def parts(self, call: Call, pages: Pages | None = None) -> list[Part]:
         """One for each group of heads."""
@@ -103,9 +138,12 @@ class Compiled:
         )
         tables = {name: torch.zeros_like(x) for name, x in singles(call.tables, wanted).items()}
         if call.q.numel() and call.k.numel():
+            if self.alone:
+                grad_out, grad_lse = self.evened(call, lse, grad_out, grad_lse)
             for part in self.parts(call):
                 part.gradient(out, lse, grad_out, grad_lse, (gq, gk, gv), tables)
-        gq, gk, gv = (g.to(x.dtype) for g, x in ((gq, call.q), (gk, call.k), (gv, call.v)))
+        if self.alone:
+            gq, gk, gv = (g.to(x.dtype) for g, x in ((gq, call.q), (gk, call.k), (gv, call.v)))
         return gq, gk, gv, {name: g.to(call.tables[name].dtype) for name, g in tables.items()}
 
 
@@ -168,12 +206,12 @@ class Part:
     @cached_property
     def leaves(self) -> Tensor:
         """Where each is, int64 [B, H, leaves]."""
-        return on(self.device, addresses([*self.own.leaves.values()], self.call.q.shape[:2]))
+        return addresses([*self.own.leaves.values()], self.call.q.shape[:2], self.device)
 
     @cached_property
     def sizes(self) -> Tensor:
         """Of the axes of tables, int64 [leaves, AXES]."""
-        return on(self.device, np.array([self.own.sizes(leaf) for leaf in self.score.leaves], np.int64))
+        return listed(tuple([self.own.sizes(leaf) for leaf in self.score.leaves]), self.device)
 
     @cached_property
     def few(self) -> bool:
@@ -245,10 +283,16 @@ class Part:
         }  # fmt: skip
 
     def forward(
-        self, out: Tensor, lse: Tensor, top: Tensor | None = None, total: Tensor | None = None
+        self,
+        out: Tensor,
+        lse: Tensor,
+        top: Tensor | None = None,
+        total: Tensor | None = None,
+        asked: Tensor | None = None,
     ) -> None:
         """Fills contiguous tensors: the output, the log-sum-exp and, where they are given, of each row a
-        number near its greatest logit and the sum of weights over that."""
+        number near its greatest logit and the sum of weights over that. Where the truth `asked` does not hold
+        there are no tiles, and so nothing of worth."""
         from . import kernels
 
         tile = self.tile("forward")
@@ -258,8 +302,8 @@ class Part:
         wrong = torch.full((batch * heads * tiles.lines if checked else 1,), NEVER, device=self.device)
         run(
             kernels.forward, (tiles.lines, len(tiles.heads), batch), tile, self.device,
-            **self.common, **tiles.arguments, HEADS=tiles.heads, OUT=out, LSE=lse,
-            TOP=lse if top is None else top, SUM=lse if total is None else total,
+            **self.common, **(tiles if asked is None else tiles.where(asked)).arguments, HEADS=tiles.heads,
+            OUT=out, LSE=lse, TOP=lse if top is None else top, SUM=lse if total is None else total,
             SINK=lse if sink is None else sink, WRONG=wrong, HELD=made["held_query"],
             SCORE=made["score"], NORM=made.written.norm, CHECKED=checked,
             SUNK=sink is not None, TOPS=top is not None, share=heads // self.call.k.shape[1],
@@ -268,19 +312,33 @@ class Part:
             self.look(wrong)
 
     def look(self, wrong: Tensor) -> None:
-        """Raises AttnError for a pair without a value."""
-        if (pair := int(wrong.min())) < NEVER:
+        """Raises AttnError for a pair without a value; another device fails later, and does not say which."""
+        if not at_hand(wrong):
+            said = "a decay is negative at a related pair, or a look-up asks for an entry beyond its table"
+            torch._assert_async((wrong == NEVER).all(), said)
+        elif (pair := int(wrong.min())) < NEVER:
             self.own.refuse(pair)
 
-    def tops(self) -> tuple[Tensor, Tensor]:
-        """Of each row a number near its greatest logit, and the sum of weights over that."""
+    def tops(self, asked: Tensor) -> Tops:
+        """Of each row a number near its greatest logit, and the sum of weights over that; nothing of worth
+        where `asked` does not hold."""
         (batch, heads, nq, _), dv = self.call.q.shape, self.call.v.shape[3]
         top, total, lse = (
             torch.full((batch, heads, nq), -torch.inf, dtype=self.own.wide, device=self.device)
             for _ in range(3)
         )
-        self.forward(lse.new_empty((batch, heads, nq, dv)), lse, top, total)
+        out = self.call.q.new_empty((batch, heads, nq, dv))
+        self.forward(out, lse, top, total, None if at_hand(lse) else asked)
         return top, total
+
+    def sums(self, lse: Tensor, grad_lse: Tensor | None) -> Tops | None:
+        """Of rows of another norm than softmax, as `tops`; None where the log-sum-exp says it, or nothing
+        depends on sums."""
+        asked, norm = far(lse), self.own.group.norm.kind
+        if self.score.softmax or (norm != "linear" and grad_lse is None) or (at_hand(lse) and not asked):
+            return None
+        top, total = self.tops(asked)
+        return top, torch.where(asked, total, lse.exp())
 
     def gradient(
         self,
@@ -295,9 +353,13 @@ class Part:
         from . import kernels
 
         call, own, score = self.call, self.own, self.score
+        if reason := unordered(score, tables.keys()):
+            if not torch.is_deterministic_algorithms_warn_only_enabled():
+                raise fail(f"the backend `triton` declines: {reason}", help='compile with `backend="torch"`')
+            warnings.warn(f"the backend `triton`: {reason}", stacklevel=2)
         asked = sloped(score, tables.keys())
         made = functions(score, frozenset(asked))
-        level, total, delta = own.rows(out, lse, grad_out, grad_lse, self.tops)
+        level, total, delta = own.rows(out, lse, grad_out, grad_lse, self.sums(lse, grad_lse))
         # an empty row has no weights
         level = level.masked_fill(level == -torch.inf, torch.inf)
         share = call.q.shape[1] // call.k.shape[1]
@@ -305,7 +367,7 @@ class Part:
         by_keys = self.tile("backward_keys" if share == 1 else "backward_shared")
         tiles = self.tiles(by_queries)
         slopes = {leaf: self.slope(leaf, tiles.lines) for leaf in asked}
-        at = on(self.device, addresses([slopes.get(leaf) for leaf in score.leaves], call.q.shape[:2]))
+        at = addresses([slopes.get(leaf) for leaf in score.leaves], call.q.shape[:2], self.device)
         back = {
             "GRAD_OUT": grad_out.to(call.q.dtype).contiguous(), "LEVEL": level, "DELTA": delta,
             "SHARE": level if total is None else torch.where(level == torch.inf, 0.0, 1 / total),

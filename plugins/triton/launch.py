@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -56,6 +58,11 @@ class Tiles:
             stack.lines, arrays, on(device, grid), on(device, np.flatnonzero(heads).astype(np.int32))
         )
 
+    def where(self, asked: Tensor) -> Tiles:
+        """The same where a truth on the device holds, else lines without tiles."""
+        kept = {name: x * asked if name.endswith("ptr") else x for name, x in self.arrays.items()}
+        return replace(self, arrays=kept)
+
     @property
     def arguments(self) -> dict[str, Any]:
         return {"GRID": self.grid, "lines": self.lines, **self.arrays}
@@ -67,6 +74,26 @@ KnownTiles = WeakKeyDictionary[BlockMask, dict[tuple[object, ...], Tiles]]
 def on(device: torch.device, x: NDArray[Any]) -> Tensor:
     """With an entry at least: kernels take no pointers to nothing."""
     return torch.from_numpy(np.ascontiguousarray(x if x.size else np.zeros(1, x.dtype))).to(device)
+
+
+@lru_cache(maxsize=64)
+def listed(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    """int64 [rows, ...], kept where they are: to send them there is to wait for it."""
+    with torch.inference_mode(False):
+        return on(device, np.array(rows, np.int64))
+
+
+def addresses(tensors: Sequence[Tensor | None], shape: Sequence[int], device: torch.device) -> Tensor:
+    """Of each [..., entries], contiguous, whose leading axes are those of `shape` or 1, where the entries of
+    each place begin: int64 [*shape, tensors], 0 where there is no tensor. Nothing is sent to the device."""
+    columns = [torch.zeros(tuple(shape), dtype=torch.int64, device=device)]
+    for x in tensors:
+        if x is None:
+            columns.append(columns[0])
+        else:
+            places = torch.arange(math.prod(x.shape[:-1]), device=device).view(x.shape[:-1])
+            columns.append((places * (x.shape[-1] * x.element_size()) + x.data_ptr()).expand(tuple(shape)))
+    return torch.stack(columns[1:] or columns, -1)
 
 
 def strided(x: Tensor) -> Tensor:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import linecache
+from collections.abc import Set
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import torch
+
 from attndsl.attention import HeadGroup
 from attndsl.emit.leaves import Leaf
 from attndsl.emit.score import Score, light, score_of
-from attndsl.emit.triton import Written
+from attndsl.emit.triton import SCATTERED, Written
+from attndsl.execution.group_call import sloped
 
 
 @lru_cache(maxsize=256)
@@ -26,6 +30,18 @@ def score_of_pairs(group: HeadGroup, head_dim: int, adjacent: bool) -> Score | s
 def looks_up(score: Score) -> bool:
     """Whether something is looked up at each pair."""
     return any(leaf.kind in ("distance", "table") for leaf in score.leaves)
+
+
+def unordered(score: Score, tables: Set[str]) -> str | None:
+    """What torch, as it is set now, forbids of gradients of these tables, or is to warn of; None for nothing.
+    Programs add up in any order what a table gets that is looked up by distance or pair."""
+    scattered = any(leaf.kind in SCATTERED for leaf in sloped(score, tables))
+    if not scattered or not torch.are_deterministic_algorithms_enabled():
+        return None
+    return (
+        "gradients of tables that are looked up by distance or pair are added up in no fixed order, and "
+        "torch.use_deterministic_algorithms asks for one"
+    )
 
 
 @dataclass(frozen=True, eq=False)
