@@ -60,7 +60,7 @@ class Mixer(nn.Module):
 
 
 def _headed(x: Tensor, heads: int) -> Tensor:
-    return x.reshape(*x.shape[:2], heads, -1)
+    return x.reshape(*x.shape[:2], heads, x.shape[2] // heads)
 
 
 class FFN(nn.Module):
