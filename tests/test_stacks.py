@@ -135,11 +135,17 @@ stack own { loop(act, max = 5, norm = post) { local  ffn(2)  share { causal } } 
 stack changing { loop(act, max = 6) { cycle { local  ffn(2)  causal } } }
 stack back { loop(act, max = 6) { share { cycle { local  ffn(2)  ffn(1) } } } }
 stack longer { loop(act, max = 6) { cycle { share { ffn(2) }  causal }  share { cycle { local  ffn(1) } } } }
+attention counted { offset n - nq  mask causal & { q, k : k > q - nq // 4 }  score s * nq / 9.0 }
+stack counting { loop(act, max = 4) { share { counted  ffn(1) } } }
+attention nystrom_like { approx nystrom(4) }
+stack landmarks { loop(act, max = 4) { share { nystrom_like  ffn(1) } } }
 stack choosing { loop(act(eps = 0.1), max = 4, norm = sandwich) { share { far  ffn(1) } } }
 """
 
 
-@pytest.mark.parametrize("name", ["shared", "own", "changing", "back", "longer", "choosing"])
+@pytest.mark.parametrize(
+    "name", ["shared", "own", "changing", "back", "longer", "choosing", "counting", "landmarks"]
+)
 def test_halted_tokens_are_attended_to_as_they_were(name: str) -> None:
     torch.manual_seed(0)
     made = stack(attndsl.parse(HALTING), name)
