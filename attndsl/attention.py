@@ -212,6 +212,12 @@ class Attention:
             read |= {table for part in parts if part is not None for table in part.tables}
         return frozenset(read)
 
+    @functools.cached_property
+    def counts_queries(self) -> bool:
+        """Whether expressions or inputs depend on `nq`, how many queries a call has; without its choices."""
+        each = (e for g in self.groups for e in (g.relation.mask, g.score, g.decay, g.norm.sink))
+        return any(e is not None and "nq" in e.free for e in each) or any("nq" in t.dims for t in self.inputs)
+
     @property
     def made_by_head(self) -> bool:
         """Whether keys of a stream are made for each query head."""

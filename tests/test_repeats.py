@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 
 import attndsl
 from attndsl.errors import AttnError
+from attndsl.execution.lowered import KEPT, Recent
 from attndsl.plugins.cpu import build
 from attndsl.plugins.cpu.kernel import Compiled
 
@@ -94,6 +96,45 @@ def test_gradients(whole: list[object]) -> None:
     assert len(whole) == 1
     for x, y in zip(*found, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+
+
+def zeros(x: Tensor) -> Tensor:
+    return torch._efficientzerotensor(x.shape, dtype=x.dtype)
+
+
+@pytest.mark.parametrize("turned", [torch._neg_view, zeros])
+@pytest.mark.parametrize("text", [CAUSAL, "mask causal score alibi"])
+def test_numbers_that_do_not_stand_in_memory(text: str, turned: Callable[[Tensor], Tensor]) -> None:
+    """Views that negate, as torch makes them of the imaginary part of a conjugate, and zeros of autograd."""
+    found = []
+    for plan, meant in ((plan_of(text), False), (plan_of(text, "reference"), True)):
+        plan(*vectors(0))
+        for at in range(4):
+            given = [*vectors(1), torch.ones(2, HEADS, N, 24)]
+            given[at] = turned(given[at])
+            *leaves, back = (x.clone() for x in given) if meant else given
+            leaves = [x.detach().requires_grad_() for x in leaves]
+            out = plan(*leaves)
+            found.append([out, *torch.autograd.grad(out, leaves, back)])
+    for mine, wanted in zip(found[:4], found[4:], strict=True):
+        for x, y in zip(mine, wanted, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+
+
+class Raced(dict[Any, Any]):
+    """What another thread drops the oldest of just before."""
+
+    def pop(self, key: Any, *default: Any) -> Any:
+        super().pop(key, None)
+        return super().pop(key, *default)
+
+
+def test_what_is_known_is_dropped_by_any_thread() -> None:
+    known: Recent[int] = Recent()
+    known.values = Raced()
+    for i in range(2 * KEPT):
+        assert known.get((i,), lambda: i) == i  # noqa: B023
+    assert [*known.values] == [(i,) for i in range(KEPT, 2 * KEPT)]
 
 
 def test_what_is_not_finite() -> None:

@@ -32,6 +32,7 @@ attention whole { mask causal }
 stack cycled(w = 2) { layers(5) { cycle { local(w)  local(w + 1)  whole }  ffn(4) } }
 stack growing { layers(3) { local(w = windows[layer], step = [1, 2, 1][layer])  ffn(2, chunks = 3) } }
 stack turning { loop(4) { share { local  ffn(2) } } }
+stack fed { layers(2) { ffn(2) } }
 stack mixed {
     layers(2) { local  share { ffn(1.5) } }
     layers(2, norm = post) { packed  ffn }
@@ -132,11 +133,19 @@ stack shared {
 }
 stack own { loop(act, max = 5, norm = post) { local  ffn(2)  share { causal } } }
 stack changing { loop(act, max = 6) { cycle { local  ffn(2)  causal } } }
+stack back { loop(act, max = 6) { share { cycle { local  ffn(2)  ffn(1) } } } }
+stack longer { loop(act, max = 6) { cycle { share { ffn(2) }  causal }  share { cycle { local  ffn(1) } } } }
+attention counted { offset n - nq  mask causal & { q, k : k > q - nq // 4 }  score s * nq / 9.0 }
+stack counting { loop(act, max = 4) { share { counted  ffn(1) } } }
+attention nystrom_like { approx nystrom(4) }
+stack landmarks { loop(act, max = 4) { share { nystrom_like  ffn(1) } } }
 stack choosing { loop(act(eps = 0.1), max = 4, norm = sandwich) { share { far  ffn(1) } } }
 """
 
 
-@pytest.mark.parametrize("name", ["shared", "own", "changing", "choosing"])
+@pytest.mark.parametrize(
+    "name", ["shared", "own", "changing", "back", "longer", "choosing", "counting", "landmarks"]
+)
 def test_halted_tokens_are_attended_to_as_they_were(name: str) -> None:
     torch.manual_seed(0)
     made = stack(attndsl.parse(HALTING), name)
@@ -274,6 +283,22 @@ def test_costs_are_those_that_torch_counts(text: str, name: str) -> None:
     assert found.bytes <= sum(held.k.nbytes + held.v.nbytes for held in session.sessions.values())
 
 
+def test_costs_count_all_that_is_learned() -> None:
+    """Vectors, and what the parts of a sum learn."""
+    made = stack(attndsl.parse(LEARNED), "learned")
+    module = attndsl.build(made, width=16, heads=4, head_dim=6, length=8)
+    found = attndsl.depth(made, length=8, width=16, heads=4, head_dim=6)
+    assert found.parameters == sum(weight.numel() for weight in module.parameters())
+
+
+LEARNED = """
+attention sunk(z = learn[D](0.1)) { mask causal  score s + Q @ z  norm softmax(sink = learn[H](0.2)) }
+attention whole { mask causal }
+attention less(l = learn[H](0.5)) = sunk - l * whole
+stack learned { layers(2) { sunk  share { less } } }
+"""
+
+
 def test_depth_says_what_the_last_query_sees(program: attndsl.Program) -> None:
     """That is, what changes its output: a change in one token, of each of them."""
     made = stack(program, "growing")
@@ -353,15 +378,23 @@ def test_assertions_are_about_all_layers() -> None:
     ("call", "said"),
     [
         ({"width": 10, "heads": 4, "length": 8}, "a width of 10 is no multiple of 4 heads"),
-        ({"width": 8, "heads": 4, "length": 8, "init": "xavier"}, "unknown init `xavier`"),
+        ({"width": 8, "heads": 0, "length": 8}, "`heads` is 0, and must be positive"),
+        ({"width": 8, "heads": 4, "length": 8, "dtype": "int8"}, "`dtype` is int8"),
         ({"width": 8, "heads": 4, "kv_heads": 3, "length": 8}, "heads"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(
     program: attndsl.Program, call: dict[str, object], said: str
 ) -> None:
-    with pytest.raises(attndsl.AttnError, match=said):
-        attndsl.build(stack(program, "cycled"), **call)  # type: ignore[arg-type]
+    for function in (attndsl.build, attndsl.depth):
+        for name in ("cycled", "fed") if "kv_heads" not in call else ("cycled",):
+            with pytest.raises(attndsl.AttnError, match=said):
+                function(stack(program, name), **call)  # type: ignore[operator]
+
+
+def test_inits_are_known(program: attndsl.Program) -> None:
+    with pytest.raises(attndsl.AttnError, match="unknown init `xavier`"):
+        attndsl.build(stack(program, "cycled"), width=8, heads=4, length=8, init="xavier")
 
 
 def test_calls_that_do_not_fit_are_refused(program: attndsl.Program) -> None:
@@ -375,6 +408,16 @@ def test_calls_that_do_not_fit_are_refused(program: attndsl.Program) -> None:
             module(given)
     with pytest.raises(attndsl.AttnError, match="no attention of `cycled` has an input `doc`"):
         module(torch.zeros(1, 4, 8), doc=torch.zeros(4))
+    with pytest.raises(attndsl.AttnError, match="no attention of `cycled` has an input `doc`"):
+        attndsl.depth(stack(program, "cycled"), length=8, width=8, heads=2, doc=torch.zeros(4))
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 8), (2, 0, 8)])
+def test_nothing_is_made_of_nothing(shape: tuple[int, ...]) -> None:
+    module = attndsl.build(stack(attndsl.parse(HALTING), "own"), width=8, heads=2, length=8)
+    found, record = module(torch.zeros(shape))
+    assert found.shape == shape
+    assert record.turns[0].shape == shape[:2]
 
 
 def test_stacks_are_no_attentions(program: attndsl.Program, tmp_path: Path) -> None:

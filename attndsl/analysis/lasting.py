@@ -78,7 +78,7 @@ def _changes(attention: Attention, problem: Problem) -> Iterator[str]:
         yield f"`{attention.approx.kind}` is computed of all tokens at once"
     if attention.offset is not None:
         yield "its `offset` says that queries are not the last positions"
-    if any("nq" in e.free for e in parts) or any("nq" in table.dims for table in attention.inputs):
+    if attention.counts_queries or any("nq" in e.free for e in weights):
         yield "it depends on `nq`, and every step has queries of its own"
     if any(node.op == "count_of" for e in parts for node in nodes(e)):
         yield "it depends on how many entries of a table are equal"

@@ -46,10 +46,10 @@ class Recent(Generic[T]):
     def get(self, key: tuple[object, ...], make: Callable[[], T]) -> T:
         found = self.values.get(key)
         if found is None:
-            found = make()
-            while len(self.values) >= KEPT:
-                self.values.pop(next(iter(self.values)))
-            self.values[key] = found
+            found = self.values[key] = make()
+            # another thread may drop the same
+            for oldest in [*self.values][:-KEPT]:
+                self.values.pop(oldest, None)
         return found
 
 

@@ -99,7 +99,8 @@ def _attend(
     sizes: Sizes,
     again: Again | None = None,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """`again`, if it is given, takes no halves, and what it returns has been checked before."""
+    """`again`, if it is given, takes no halves and what is in memory, and what it returns has been checked
+    before."""
     if again is not None:
         out, lse = again(q, k, v)
         if spoiled.finite([out]):
@@ -108,7 +109,7 @@ def _attend(
         wide = torch.promote_types(q.dtype, torch.float32)
         out = q.new_zeros((*q.shape[:3], v.shape[3]))
         return out, q.new_zeros(q.shape[:3], dtype=wide), [out.to(wide)] if _rounds(q) else []
-    out, lse = attended(found, found.call_of(q, k, v, found.named(tensors), sizes))
+    out, lse = attended(found, _call_of(found, q, k, v, tensors, sizes))
     return (out.to(q.dtype), lse, [out.to(lse.dtype)]) if _rounds(q) else (out, lse, [])
 
 
@@ -136,6 +137,19 @@ def attended_in_pages(found: Lowered, call: Call, pages: Pages) -> tuple[Tensor,
         return None
     out, lse = _checked(found.backend, call, result)
     return (out, lse) if spoiled.finite([out]) else None
+
+
+def _call_of(
+    found: Lowered, q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], sizes: Sizes
+) -> Call:
+    q, k, v, *tables = map(in_memory, (q, k, v, *tensors))
+    return found.call_of(q, k, v, found.named(tables), sizes)
+
+
+def in_memory(x: Tensor) -> Tensor:
+    """With its numbers where it says that they stand: those of a view that negates are others, and those of
+    what autograd knows to be zeros nowhere."""
+    return x.clone() if x.is_neg() or x._is_zerotensor() else x
 
 
 def step(
@@ -279,7 +293,8 @@ def _gradients(
         tables = found.named(tensors)
         return [torch.zeros_like(x) for x in (q, k, v, *(tables[name] for name in needing))]
     with _full_precision(q.device):
-        call = found.call_of(q, k, v, found.named(tensors), sizes)
+        call = _call_of(found, q, k, v, tensors, sizes)
+        slopes = in_memory(slopes[0]), slopes[1] if slopes[1] is None else in_memory(slopes[1])
         if found.attention.approx is not None:
             return [*_gradient(found, call, needing, results, slopes)[:3]]
         if found.looks(call):

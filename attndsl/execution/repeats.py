@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 from attndsl.backend import Repeatable
 from attndsl.execution.lowered import Lowered, Places, Recent
-from attndsl.execution.operator import PLAIN, Again, repeat, watched
+from attndsl.execution.operator import PLAIN, Again, in_memory, repeat, watched
 from attndsl.tiles.lowering import Sizes
 
 Likeness = tuple[object, ...]
@@ -31,7 +31,8 @@ def likeness(q: Tensor, k: Tensor, v: Tensor) -> Likeness | None:
 
 
 def _plain(x: Tensor) -> bool:
-    return type(x) in PLAIN and x.is_cpu and not x.is_nested and x.layout is torch.strided
+    strided = type(x) in PLAIN and x.is_cpu and not x.is_nested and x.layout is torch.strided
+    return strided and in_memory(x) is x
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +15,10 @@ from attndsl.analysis.units import scaled
 from attndsl.attention import Attention
 from attndsl.errors import AttnError
 from attndsl.expr import Expr, const, substitute
+from attndsl.keywords import checked_dtype
 from attndsl.layers.reach import through
 from attndsl.meaning.pointwise import evaluate
+from attndsl.stacks.sizes import check_tables, head_dim_of
 from attndsl.stacks.tree import FeedForward, Stack, Sublayer
 
 BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
@@ -117,12 +121,14 @@ def depth(
     dtype     float16, bfloat16, float32 or float64: bytes go by it
     inputs    tables; what depends on one that is missing stays unknown
 
-    Raises AttnError for sizes that do not fit.
+    Raises AttnError for sizes that do not fit, and an input that no attention has.
     """
+    check_tables(stack, inputs)
+    dtype = checked_dtype(dtype)
     of: dict[str, Any] = {
         "heads": heads,
         "kv_heads": kv_heads or heads,
-        "head_dim": head_dim or width // heads,
+        "head_dim": head_dim_of(width, heads, head_dim),
     }
     projections = width * of["head_dim"] * 2 * (of["heads"] + of["kv_heads"])
     known: dict[Attention, tuple[int | None, int]] = {}
@@ -150,9 +156,9 @@ def depth(
         held = 2 * kept * of["kv_heads"] * of["head_dim"] * BYTES[dtype]
         named = " ".join(sublayer.name for sublayer in turn)
         levels.append(Level(named, pairs, flops, kept, held, _sees(masks, length)))
-    return Depth(
-        stack.name, length, tuple(levels), _parameters(stack, width, projections, heads), any(chances)
-    )
+    sizes = {"H": heads, "D": of["head_dim"], "n": length}
+    parameters = _parameters(stack, width, projections, sizes)
+    return Depth(stack.name, length, tuple(levels), parameters, any(chances))
 
 
 def _sees(masks: list[Expr], length: int) -> int | None:
@@ -169,7 +175,7 @@ def _sees(masks: list[Expr], length: int) -> int | None:
     return int(evaluate(substitute(reached, {"n": const(length)}), last, np.arange(length)).sum())
 
 
-def _parameters(stack: Stack, width: int, projections: int, heads: int) -> int:
+def _parameters(stack: Stack, width: int, projections: int, sizes: Mapping[str, int]) -> int:
     norms = {"pre": 1, "post": 1, "sandwich": 2}
     total = sum(width + 1 for stage in stack.stages if stage.halting is not None)
     total += 0 if stack.stages[-1].norm == "post" else 2 * width
@@ -179,14 +185,14 @@ def _parameters(stack: Stack, width: int, projections: int, heads: int) -> int:
             for sublayer in turn:
                 if sublayer.weights not in counted:
                     counted.add(sublayer.weights)
-                    total += norms[stage.norm] * 2 * width + _own(sublayer, width, projections, heads)
+                    total += norms[stage.norm] * 2 * width + _own(sublayer, width, projections, sizes)
     return total
 
 
-def _own(sublayer: Sublayer, width: int, projections: int, heads: int) -> int:
+def _own(sublayer: Sublayer, width: int, projections: int, sizes: Mapping[str, int]) -> int:
     if isinstance(what := sublayer.what, FeedForward):
         inner = round(what.times * width)
         return 2 * width * inner + inner + width
-    sizes = {"H": heads}
-    shapes = [[sizes.get(str(dim), dim) for dim in table.dims] for table in what.learned if table.learned]
-    return projections + sum(int(np.prod([int(dim) for dim in shape])) for shape in shapes)
+    tables = (table for one in (what, *(part.attention for part in what.parts)) for table in one.learned)
+    shapes = ([sizes[dim] if isinstance(dim, str) else dim for dim in t.dims] for t in tables if t.learned)
+    return projections + sum(map(math.prod, shapes))

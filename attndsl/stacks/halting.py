@@ -13,6 +13,9 @@ from attndsl.stacks.layers import Mixer, Residual
 from attndsl.stacks.tree import Sublayer
 
 Pair = tuple[Tensor, Tensor]
+Keys = dict[int, tuple[int, Pair]]
+"""Of the attentions of one turn, by their places in it: which weights they have, and keys and values of all
+tokens."""
 
 
 @dataclass(frozen=True)
@@ -71,11 +74,10 @@ def run(
     left = x.new_ones(x.shape[:2])
     took = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)
     running, halted = torch.ones_like(took, dtype=torch.bool), torch.zeros_like(took, dtype=torch.bool)
-    keys: dict[int, tuple[int, Pair]] = {}
+    keys: Keys = {}
     for number, turn in enumerate(turns):
         places = None if bool(running.all()) else Places.of(running)
-        if places is not None:
-            _keep(turn, part, keys, x, halted)
+        keys = {} if places is None else _kept(turn, part, keys, x, halted)
         x = _turn(turn, part, keys, x, places, tables)
         now = torch.where(running, chance(x)[..., 0].sigmoid(), 0)
         last = number == len(turns) - 1
@@ -90,25 +92,27 @@ def run(
     return Halted(y, took, left)
 
 
-def _keep(
+def _kept(
     turn: Sequence[Sublayer],
     part: Callable[[Sublayer], Residual],
-    keys: dict[int, tuple[int, Pair]],
+    before: Keys,
     x: Tensor,
     halted: Tensor,
-) -> None:
-    """Keys and values of the last states of tokens that left in the turn before; of all tokens where other
-    weights make them now."""
-    left = Places.of(halted)
+) -> Keys:
+    """Those of the last states of tokens that have left, for a turn; `before` is of the turn before, in which
+    the tokens `halted` left. Where that had other weights they are made of all tokens."""
+    left, found = Places.of(halted), {}
     for i, sublayer in enumerate(turn):
         residual = part(sublayer)
         if not isinstance(residual.inner, Mixer):
             continue
-        weights, pair = keys.get(i, (None, None))
+        weights, pair = before.get(i, (None, None))
         if pair is None or weights != sublayer.weights:
-            keys[i] = sublayer.weights, residual.inner.keys(residual.before(x))
+            pair = residual.inner.keys(residual.before(x))
         elif left.index.shape[1]:
-            keys[i] = sublayer.weights, _put(left, pair, residual.inner.keys(residual.before(left.taken(x))))
+            pair = _put(left, pair, residual.inner.keys(residual.before(left.taken(x))))
+        found[i] = sublayer.weights, pair
+    return found
 
 
 def _put(places: Places, pair: Pair, made: Pair) -> Pair:
@@ -118,7 +122,7 @@ def _put(places: Places, pair: Pair, made: Pair) -> Pair:
 def _turn(
     turn: Sequence[Sublayer],
     part: Callable[[Sublayer], Residual],
-    keys: dict[int, tuple[int, Pair]],
+    keys: Keys,
     x: Tensor,
     places: Places | None,
     tables: Mapping[str, Any],

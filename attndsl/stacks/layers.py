@@ -15,7 +15,7 @@ from attndsl.stacks.tree import FeedForward
 class Mixer(nn.Module):
     """Attention of x [B, n, width] with projections of its own; layers of one attention share a plan.
 
-    placed: whether queries may be any of the tokens.
+    placed: whether queries may be any of the tokens, and get what they get among all.
     """
 
     def __init__(self, plan: PlanModule, width: int, heads: int, kv_heads: int, head_dim: int) -> None:
@@ -27,7 +27,8 @@ class Mixer(nn.Module):
         self.o = nn.Linear(heads * head_dim, width, bias=False)
         self.attention = plan
         attention = plan.plan.attention
-        self.placed = not (attention.streams or attention.selected or attention.parts)
+        others = attention.streams or attention.selected or attention.parts or attention.approx
+        self.placed = not (others or attention.counts_queries)
 
     def forward(self, x: Tensor, tables: Mapping[str, Any]) -> Tensor:
         return self.mixed(self.queries(x), *self.keys(x), tables)
@@ -60,7 +61,7 @@ class Mixer(nn.Module):
 
 
 def _headed(x: Tensor, heads: int) -> Tensor:
-    return x.reshape(*x.shape[:2], heads, -1)
+    return x.reshape(*x.shape[:2], heads, x.shape[2] // heads)
 
 
 class FFN(nn.Module):

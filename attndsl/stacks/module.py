@@ -10,12 +10,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from attndsl.attention import Attention
 from attndsl.errors import fail
 from attndsl.execution.plan import PlanModule, compile
+from attndsl.keywords import checked_dtype
 from attndsl.stacks import halting
 from attndsl.stacks.decoding import StackSession
 from attndsl.stacks.layers import FFN, Mixer, Residual
+from attndsl.stacks.sizes import attentions, check_tables, head_dim_of
 from attndsl.stacks.tree import FeedForward, Layers, Stack, Sublayer
 
 INITS = ("gpt2", "torch")
@@ -80,10 +81,7 @@ class StackModule(nn.Module):
             raise fail(f"x is [B, n, {self.width}], not {[*x.shape]}")
         if x.shape[1] > self.length:
             raise fail(f"x has {x.shape[1]:,} positions, and the stack is built for {self.length:,}")
-        known = {table.name for what in attentions(self.stack) for table in what.inputs}
-        for name in tables:
-            if name not in known:
-                raise fail(f"no attention of `{self.stack.name}` has an input `{name}`")
+        check_tables(self.stack, tables)
 
     def extra_repr(self) -> str:
         """Its line in print(model)."""
@@ -93,12 +91,6 @@ class StackModule(nn.Module):
 def key(sublayer: Sublayer) -> str:
     """Under which its weights stand in a `state_dict`."""
     return f"{sublayer.weights}_{sublayer.name}"
-
-
-def attentions(stack: Stack) -> Iterator[Attention]:
-    """Every attention of a stack, each once."""
-    seen = {sub.what: None for turn in stack.turns for sub in turn if isinstance(sub.what, Attention)}
-    return iter(seen)
 
 
 def build(
@@ -138,10 +130,7 @@ def build(
         raise fail(
             f"expected a stack, not {type(stack).__name__}", help="write `stack NAME { layers(N) { ... } }`"
         )
-    if head_dim is None:
-        if width % heads:
-            raise fail(f"a width of {width} is no multiple of {heads} heads", help="give `head_dim`")
-        head_dim = width // heads
+    head_dim, dtype = head_dim_of(width, heads, head_dim), checked_dtype(dtype)
     if init not in INITS:
         raise fail(f"unknown init `{init}`", help=f"there are {', '.join(INITS)}")
     plans = {

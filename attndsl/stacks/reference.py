@@ -58,7 +58,7 @@ def _halting(
 
 
 def _headed(x: Tensor, heads: int) -> Tensor:
-    return x.reshape(*x.shape[:2], heads, -1).transpose(1, 2)
+    return x.reshape(*x.shape[:2], heads, x.shape[2] // heads).transpose(1, 2)
 
 
 def _normed(norm: nn.Module, x: Tensor) -> Tensor:
