@@ -45,6 +45,7 @@ from attndsl.pictures import notebook
 from attndsl.selection import Selection
 from attndsl.shipped import elsewhere, located, nearby
 from attndsl.stacks.reading import masks, read
+from attndsl.stacks.reading import warnings as stacked
 from attndsl.stacks.tree import Stack
 from attndsl.syntax import nodes as ast
 from attndsl.syntax.format import render
@@ -328,7 +329,8 @@ class Program:
             raise missing("a program", name, dir(Program))
 
     def __repr__(self) -> str:
-        listed = [*self.names[:LISTED], *["..."] * (len(self.names) > LISTED)]
+        named = [*self.names, *(f"stack {name}" for name in self.stacks)]
+        listed = [*named[:LISTED], *["..."] * (len(named) > LISTED)]
         return f"<program {self.name}: {', '.join(listed) or 'no attention or pattern'}>"
 
     def _repr_html_(self) -> str:
@@ -523,7 +525,10 @@ class Program:
         in it: `attndsl check` asks them."""
         from attndsl.language import lint
 
-        return _in_order(lint.warnings(list(self.own.values()), self.elaborator))
+        whole = (s for s in self.stacks.values() if all(param.default is not None for param in s.params))
+        stages = [(stack, read(self.elaborator, stack, self._scope(stack, {}))) for stack in whole]
+        found = lint.warnings(list(self.own.values()), self.elaborator)
+        return _in_order([*found, *(told for stack in stages for told in stacked(*stack))])
 
     def _check(self, item: Definition) -> None:
         """All its names, and where it needs no parameters its types as well."""

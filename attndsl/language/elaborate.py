@@ -121,7 +121,8 @@ class Elaborator:
         if name.id in self.broken or not self.whole:
             return AttnError()
         if name.id in self.stacks:
-            help = f"of a stack there is the reach: `reach({name.id})`" if env.claims else ""
+            help = "it is made of attentions, and part of none: `attndsl.build` makes a module of it"
+            help = f"of a stack there is the reach: `reach({name.id})`" if env.claims else help
             return fail(f"`{name.id}` is a stack, and no pattern", name.span, help)
         if (comment := _comment_before(name.span)) is not None:
             return fail("unexpected `//`", comment, "a comment begins with `#`")

@@ -13,6 +13,7 @@ from attndsl.analysis.units import scaled
 from attndsl.attention import Attention
 from attndsl.errors import AttnError
 from attndsl.expr import Expr, const, substitute
+from attndsl.keywords import by_name
 from attndsl.layers.reach import through
 from attndsl.meaning.pointwise import evaluate
 from attndsl.stacks.tree import FeedForward, Stack, Sublayer
@@ -95,6 +96,7 @@ def _scaled(value: int | None) -> str:
     return "-" if value is None else scaled(value)
 
 
+@by_name
 def depth(
     stack: Stack,
     *,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from attndsl.attention import Attention
 from attndsl.errors import fail
 from attndsl.execution.plan import PlanModule, compile
+from attndsl.keywords import by_name, instead
 from attndsl.stacks import halting
 from attndsl.stacks.decoding import StackSession
 from attndsl.stacks.layers import FFN, Mixer, Residual
@@ -25,8 +26,8 @@ INITS = ("gpt2", "torch")
 class Record:
     """What a run of a stack tells besides its output.
 
-    losses: what may be added to the loss, with a weight: of stage I, a loop that halts, `ponder.I`, the mean
-            of the turns that a token takes and of what remained for the last of them.
+    losses: what may be added to the loss, with a weight: `ponder.I` of the I-th loop that halts, counted
+            from 0, the mean of the turns that a token takes and of what remained for the last of them.
     turns:  by that number, how many each token took, [B, n].
     """
 
@@ -54,13 +55,13 @@ class StackModule(nn.Module):
     def forward(self, x: Tensor, **tables: Any) -> tuple[Tensor, Record]:
         """What it makes of `x` [B, n, width], with `tables` by name, and what the run tells."""
         self._check(x, tables)
-        losses, turns = {}, {}
+        losses, turns = dict[str, Tensor](), dict[int, Tensor]()
         for i, stage in enumerate(self.stack.stages):
             if stage.halting is not None:
                 chance = cast(nn.Linear, self.chances[str(i)])
                 found = halting.run(stage.turns, self.part, chance, stage.halting.eps, x, tables)
-                x, turns[i] = found.y, found.turns
-                losses[f"ponder.{i}"] = (found.turns + found.remainder).mean()
+                losses[f"ponder.{len(turns)}"] = (found.turns + found.remainder).mean()
+                x, turns[len(turns)] = found.y, found.turns
                 continue
             for turn in stage.turns:
                 for sublayer in turn:
@@ -77,13 +78,19 @@ class StackModule(nn.Module):
 
     def _check(self, x: Tensor, tables: Mapping[str, Any]) -> None:
         if x.ndim != 3 or x.shape[-1] != self.width:
-            raise fail(f"x is [B, n, {self.width}], not {[*x.shape]}")
+            help = "embed tokens first: `module(embedding(tokens))`" if x.ndim == 2 else ""
+            raise fail(f"x is [B, n, {self.width}], not {[*x.shape]}", help=help)
+        own = next(self.parameters()).dtype
+        if x.dtype != own and not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
+            name = str(own).removeprefix("torch.")
+            raise fail(f"x is {x.dtype}, and the module {own}", help=f"write `x.to(torch.{name})`")
         if x.shape[1] > self.length:
             raise fail(f"x has {x.shape[1]:,} positions, and the stack is built for {self.length:,}")
         known = {table.name for what in attentions(self.stack) for table in what.inputs}
         for name in tables:
             if name not in known:
-                raise fail(f"no attention of `{self.stack.name}` has an input `{name}`")
+                help = instead(name, known)
+                raise fail(f"no attention of `{self.stack.name}` has an input `{name}`", help=help)
 
     def extra_repr(self) -> str:
         """Its line in print(model)."""
@@ -101,6 +108,7 @@ def attentions(stack: Stack) -> Iterator[Attention]:
     return iter(seen)
 
 
+@by_name
 def build(
     stack: Stack,
     *,
@@ -142,6 +150,9 @@ def build(
         if width % heads:
             raise fail(f"a width of {width} is no multiple of {heads} heads", help="give `head_dim`")
         head_dim = width // heads
+    if isinstance(norm, nn.Module) or not callable(norm):
+        help = "give the class, `norm=nn.RMSNorm`; where norms stand says the text, `layers(N, norm = post)`"
+        raise fail("`norm` makes a norm of so many numbers", help=help)
     if init not in INITS:
         raise fail(f"unknown init `{init}`", help=f"there are {', '.join(INITS)}")
     plans = {
