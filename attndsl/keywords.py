@@ -25,7 +25,7 @@ HABITS = {
         ("scale", "softmax_scale", "sm_scale", "scaling"), "write it into the text: `score Q @ K * 0.125`"
     ),
     **dict.fromkeys(("is_causal", "causal"), "write it into the text: `mask causal`"),
-    **dict.fromkeys(("dropout_p", "dropout", "attn_dropout"), DROPPED),
+    **dict.fromkeys(("dropout_p", "dropout", "attn_dropout", "p"), DROPPED),
     **dict.fromkeys(("attn_mask", "mask", "attention_mask", "block_mask"), TEXT_MASK),
     "mask_mod": "read it: `attndsl.from_mask_mod(mask_mod)` is an attention",
     "score_mod": "read it: `attndsl.from_score_mod(score_mod)` is an attention",

@@ -609,6 +609,10 @@ def bound_of(value: object) -> Bound:
         help = "a mod of FlexAttention is read by `attndsl.from_mask_mod` or `attndsl.from_score_mod`"
     elif isinstance(getattr(value, "attention", None), Attention):
         help = "give that of the plan: `plan.attention`"
+    elif type(value).__name__ == "BlockMask":
+        help = "its function is read: `attndsl.from_mask_mod(block_mask.mask_mod)`"
+    elif hasattr(value, "tolist"):
+        help = "as a mask it is a table: `inputs m : bool[n, n]  mask { q, k : m[q, k] }`, given at a call"
     raise fail(f"expected an attention, not {type(value).__name__}", help=help)
 
 

@@ -39,6 +39,7 @@ from attndsl.language.values import (
     Scope,
     SetOf,
     Space,
+    TableOf,
     Value,
     Vec,
     as_number,
@@ -320,8 +321,8 @@ class Elaborator:
         value = self.value(e, env, space)
         return quantity_of(value, e, env, chosen(value, e, env))
 
-    def no_vector(self, e: ast.Expression, env: Scope, space: Space) -> Value:
-        """The value of what is to be a number: a vector is told where it comes in."""
+    def no_vector(self, e: ast.Expression, env: Scope, space: Space, help: str = "") -> Value:
+        """The value of what is to be a number: a vector is told where it comes in; `help` is for a table."""
         value = self.value(e, env, space)
         inside: ast.Expression | None = e
         while inside is not None and isinstance(as_number(value), Vec):
@@ -335,7 +336,8 @@ class Elaborator:
                 if inside is None and isinstance(as_number(found := self.value(part, env, space)), Vec):
                     inside, value = part, found
             if inside is None:
-                raise expected("a number", value, e)
+                of_table = isinstance(value, TableOf) and value.table.dims[-1] != "D"
+                raise expected("a number", value, e, help if of_table else "")
         return value
 
     def integer(self, e: ast.Expression, env: Scope, space: Space, help: str = "") -> Expr:

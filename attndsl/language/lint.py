@@ -17,7 +17,7 @@ from attndsl.expr import Expr, Selected, Table
 from attndsl.features import FeatureForm, feature_form
 from attndsl.language.arguments import input_table, name_span
 from attndsl.language.elaborate import Elaborator
-from attndsl.language.idle import SLOT, Looked, idle_parts, looked, never
+from attndsl.language.idle import SLOT, Looked, idle_parts, looked, never, relates_nothing
 from attndsl.language.logits import (
     decays,
     exponential,
@@ -189,6 +189,12 @@ def _of_attention(
     empty = [told for clause in parts for told in idle_parts(clause.value, seen)]
     yield from empty
     span = masks[0].value.span if len(masks) == 1 else item.name_span
+    if len(parts) == len(masks) > 1 and not empty and relates_nothing(value.attention):
+        help = "several masks intersect: for what one of them relates write `mask a | b`"
+        empty = [
+            _warning("no pair satisfies these masks", masks[0].value.span.to(masks[-1].value.span), help)
+        ]
+        yield from empty
     keyed = value.attention.keyed()
     for i, (group, (some, heads)) in enumerate(zip(value.attention.groups, keyed, strict=True)):
         if not (some.tables or empty or added) and value.attention.offset is None:
