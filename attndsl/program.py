@@ -361,7 +361,8 @@ class Program:
         item: Named | None = self.stacks.get(name) or self.elaborator.definitions.get(name)
         if item is None:
             known = suggest(str(name), [*self.own, *self.stacks])
-            known = known or f"it defines {', '.join(f'`{own}`' for own in self.names) or 'nothing'}"
+            there = [*self.names, *self.stacks]
+            known = known or f"it defines {', '.join(f'`{own}`' for own in there) or 'nothing'}"
             raise fail(f"`{self.name}` defines no `{name}`", help=known)
         if not _compilable(item):
             raise fail(f"`{name}` is a {item.word}, neither an attention nor a pattern", item.name_span)  # type: ignore[union-attr]

@@ -389,6 +389,17 @@ def test_calls_that_do_not_fit_are_refused(program: attndsl.Program) -> None:
         module(torch.zeros(1, 4, 8), doc=torch.zeros(4))
 
 
+def test_modules_are_compiled_whole_and_cast(program: attndsl.Program) -> None:
+    module = attndsl.build(stack(program, "turning"), width=8, heads=2, length=8)
+    x = torch.randn(1, 8, 8)
+    whole = torch.compile(lambda x: module(x)[0], backend="eager", fullgraph=True)
+    torch.testing.assert_close(whole(x), module(x)[0])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert module(x.bfloat16())[0].isfinite().all()
+    with pytest.raises(attndsl.AttnError, match=r"x is torch\.float64, and the module torch\.float32"):
+        module(x.double())
+
+
 def test_stacks_are_shown_and_say_what_they_have_not(program: attndsl.Program) -> None:
     assert "stack cycled, stack growing" in repr(program)
     with pytest.raises(AttributeError, match=r"a stack has no attribute `module`: write `attndsl.build\("):

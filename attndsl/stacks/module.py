@@ -55,7 +55,8 @@ class StackModule(nn.Module):
     def forward(self, x: Tensor, **tables: Any) -> tuple[Tensor, Record]:
         """What it makes of `x` [B, n, width], with `tables` by name, and what the run tells."""
         self._check(x, tables)
-        losses, turns = dict[str, Tensor](), dict[int, Tensor]()
+        losses: dict[str, Tensor] = {}
+        turns: dict[int, Tensor] = {}
         for i, stage in enumerate(self.stack.stages):
             if stage.halting is not None:
                 chance = cast(nn.Linear, self.chances[str(i)])
@@ -81,7 +82,9 @@ class StackModule(nn.Module):
             help = "embed tokens first: `module(embedding(tokens))`" if x.ndim == 2 else ""
             raise fail(f"x is [B, n, {self.width}], not {[*x.shape]}", help=help)
         own = next(self.parameters()).dtype
-        if x.dtype != own and not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
+        # weights may be kept as integers, and autocast takes any real numbers
+        of_one = own.is_floating_point and not torch.is_autocast_enabled(x.device.type)
+        if not x.is_floating_point() or (of_one and x.dtype != own):
             name = str(own).removeprefix("torch.")
             raise fail(f"x is {x.dtype}, and the module {own}", help=f"write `x.to(torch.{name})`")
         if x.shape[1] > self.length:
