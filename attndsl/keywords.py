@@ -25,7 +25,7 @@ HABITS = {
         ("scale", "softmax_scale", "sm_scale", "scaling"), "write it into the text: `score Q @ K * 0.125`"
     ),
     **dict.fromkeys(("is_causal", "causal"), "write it into the text: `mask causal`"),
-    **dict.fromkeys(("dropout_p", "dropout", "attn_dropout"), DROPPED),
+    **dict.fromkeys(("dropout_p", "dropout", "attn_dropout", "p"), DROPPED),
     **dict.fromkeys(("attn_mask", "mask", "attention_mask", "block_mask"), TEXT_MASK),
     "mask_mod": "read it: `attndsl.from_mask_mod(mask_mod)` is an attention",
     "score_mod": "read it: `attndsl.from_score_mod(score_mod)` is an attention",
@@ -59,6 +59,7 @@ ELSEWHERE = {
     "q_length": "q_len nq query_length",
     "heads": "num_heads n_heads nheads nhead n_head H",
     "kv_heads": "num_kv_heads num_key_value_heads n_kv_heads kv_head",
+    "width": "d_model model_dim hidden_size embed_dim embedding_dim n_embd dim",
     "head_dim": "head_size d_head dim_head head_dimension D d dim d_k",
     "batch": "batch_size bsz B",
     "return_weights": "need_weights return_attn_probs output_attentions return_attn return_attention",
@@ -126,6 +127,8 @@ def checked_dtype(dtype: object) -> str:
     raise fail(f"`dtype` is {brief(name)}, and must be one of {', '.join(NICKNAMES)}", help=help)
 
 
+USUAL = {"heads": 8, "width": 512}
+"""Sizes that a help writes, where not 4096."""
 CALLED = {"__call__": "plan", "forward": "module"}
 """How a reader writes a call of what these are methods of."""
 
@@ -159,7 +162,7 @@ def _misfit(
 ) -> AttnError:
     known, places, needed = ([x for x in names if x != "self"] for names in (known, places, needed))
     name = CALLED.get(name, name)
-    written = ", ".join(x if x in places else f"{x}=4096" for x in needed)
+    written = ", ".join(x if x in places else f"{x}={USUAL.get(x, 4096)}" for x in needed)
     if too_many:
         other = next((x for x in known if x not in places), "")
         help = f"write the others by their names, such as `{other}=...`" if other else ""
@@ -262,6 +265,13 @@ ATTRIBUTES = {
         **_each("backward", "call it on the loss"),
         **_each("save to_file dump", "a plan is made anew: `torch.save(plan.module().state_dict(), path)`"),
         **_each("nnz density flops", "write `attndsl.analyze(plan.attention, length=...).{}`"),
+    },
+    "a stack": {
+        **_each("module to_module nn", "write `attndsl.build(stack, width=..., heads=..., length=...)`"),
+        **_each("analyze cost report counts", "write `attndsl.depth(stack, length=..., ...)`"),
+        **_each("mask block_mask show plot draw", 'an attention has it: `program["NAME"].mask(length)`'),
+        **_each("session compile run forward", "write `attndsl.build(stack, ...)`, and use the module"),
+        **_each("layers depth num_layers n_layers", "write `len(stack.turns)`"),
     },
     "a report": {
         **_each("flop", "write `report.flops.forward`"),

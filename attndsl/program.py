@@ -45,6 +45,7 @@ from attndsl.pictures import notebook
 from attndsl.selection import Selection
 from attndsl.shipped import elsewhere, located, nearby
 from attndsl.stacks.reading import masks, read
+from attndsl.stacks.reading import warnings as stacked
 from attndsl.stacks.tree import Stack
 from attndsl.syntax import nodes as ast
 from attndsl.syntax.format import render
@@ -328,7 +329,8 @@ class Program:
             raise missing("a program", name, dir(Program))
 
     def __repr__(self) -> str:
-        listed = [*self.names[:LISTED], *["..."] * (len(self.names) > LISTED)]
+        named = [*self.names, *(f"stack {name}" for name in self.stacks)]
+        listed = [*named[:LISTED], *["..."] * (len(named) > LISTED)]
         return f"<program {self.name}: {', '.join(listed) or 'no attention or pattern'}>"
 
     def _repr_html_(self) -> str:
@@ -359,7 +361,8 @@ class Program:
         item: Named | None = self.stacks.get(name) or self.elaborator.definitions.get(name)
         if item is None:
             known = suggest(str(name), [*self.own, *self.stacks])
-            known = known or f"it defines {', '.join(f'`{own}`' for own in self.names) or 'nothing'}"
+            there = [*self.names, *self.stacks]
+            known = known or f"it defines {', '.join(f'`{own}`' for own in there) or 'nothing'}"
             raise fail(f"`{self.name}` defines no `{name}`", help=known)
         if not _compilable(item):
             raise fail(f"`{name}` is a {item.word}, neither an attention nor a pattern", item.name_span)  # type: ignore[union-attr]
@@ -523,7 +526,10 @@ class Program:
         in it: `attndsl check` asks them."""
         from attndsl.language import lint
 
-        return _in_order(lint.warnings(list(self.own.values()), self.elaborator))
+        whole = (s for s in self.stacks.values() if all(param.default is not None for param in s.params))
+        stages = [(stack, read(self.elaborator, stack, self._scope(stack, {}))) for stack in whole]
+        found = lint.warnings(list(self.own.values()), self.elaborator)
+        return _in_order([*found, *(told for stack in stages for told in stacked(*stack))])
 
     def _check(self, item: Definition) -> None:
         """All its names, and where it needs no parameters its types as well."""
@@ -604,6 +610,10 @@ def bound_of(value: object) -> Bound:
         help = "a mod of FlexAttention is read by `attndsl.from_mask_mod` or `attndsl.from_score_mod`"
     elif isinstance(getattr(value, "attention", None), Attention):
         help = "give that of the plan: `plan.attention`"
+    elif type(value).__name__ == "BlockMask":
+        help = "its function is read: `attndsl.from_mask_mod(block_mask.mask_mod)`"
+    elif hasattr(value, "tolist"):
+        help = "as a mask it is a table: `inputs m : bool[n, n]  mask { q, k : m[q, k] }`, given at a call"
     raise fail(f"expected an attention, not {type(value).__name__}", help=help)
 
 

@@ -235,7 +235,7 @@ def of_stream(streams: Streams, e: Expr, i: int) -> Expr:
     return substitute(known[e], {"k": add(begins[i], K)})
 
 
-def _slots(streams: Streams, mask: Expr) -> Iterator[tuple[Stream, Expr]]:
+def at_slots(streams: Streams, mask: Expr) -> Iterator[tuple[Stream, Expr]]:
     """Each stream with the mask at its slot SLOT."""
     for stream, start in zip(streams, starts(streams), strict=False):
         yield stream, substitute(mask, {"k": add(start, SLOT)})
@@ -250,7 +250,7 @@ def tokens_read(streams: Streams, mask: Expr) -> Expr:
 def read_by_each(streams: Streams, mask: Expr) -> list[Expr]:
     """The same of each stream, none of memory."""
     found = []
-    for stream, here in _slots(streams, mask):
+    for stream, here in at_slots(streams, mask):
         if stream == Stretch():
             found.append(mask)
         elif isinstance(stream, Projection) or Stretch() in stretches((stream,)):
@@ -267,7 +267,7 @@ def some_key(streams: Streams, mask: Expr) -> Expr:
     and `mask` itself where keys are the tokens."""
     if not streams:
         return mask
-    return any_of(*(exists("?slot", ZERO, s.many, here) for s, here in _slots(streams, mask)))
+    return any_of(*(exists("?slot", ZERO, s.many, here) for s, here in at_slots(streams, mask)))
 
 
 def described(streams: Sequence[Stream]) -> str:

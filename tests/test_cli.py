@@ -165,6 +165,7 @@ def attn_process(*arguments):
             2,
             "joined by commas, as in `--sweep n=1024,4096`",
         ),
+        (["compare", "FILE:lm", "--set", "w=4", "w=8", "--length", "8"], 2, "as in `--sweep w=8,...`"),
         (["check", "examples:longformer"], 1, "help: an example is `example:longformer`"),
         (["show", "examples:longformer", "--length", "8"], 1, "help: an example is `example:longformer`"),
     ],

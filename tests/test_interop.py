@@ -376,7 +376,7 @@ REFUSED: dict[str, tuple[Callable[..., Any], str, str]] = {
     "bool": (lambda b, h, q, k: True, "returns bool, not a Boolean tensor", ""),
     "shape": (lambda b, h, q, k: ids[b, h, q] == 1, "too many indices", "ids[b, h, q]"),
     "name": (lambda b, h, q, k: nowhere > k, "raises NameError: name 'nowhere'", "nowhere"),  # noqa: F821
-    "arguments": (three, "raises TypeError: three() takes 3 positional", ""),
+    "arguments": (three, "the mask_mod does not take 4 arguments", ""),
     "drawn": (lambda b, h, q, k: torch.rand(()) > 0.5, "draws random numbers", ""),
     "complement": (lambda b, h, q, k: (~q - k) == 0, "`~` of an integer", "~q"),
     "bits of one by the other": (
@@ -388,6 +388,26 @@ REFUSED: dict[str, tuple[Callable[..., Any], str, str]] = {
     "real": (lambda b, h, q, k: q / (k + 1) > 0.4, "real numbers of positions are compared", "q / (k + 1)"),
     "divisor": (lambda b, h, q, k: q % (k + 1) == 0, "divides by what differs", "q % (k + 1)"),
 }  # fmt: skip
+
+
+def test_mods_are_told_apart_by_what_they_take() -> None:
+    def pairs(b, h, q, k):  # type: ignore[no-untyped-def]
+        return q >= k
+
+    def scores(score, b, h, q, k):  # type: ignore[no-untyped-def]
+        return score
+
+    for read, mod, help in (
+        (attndsl.from_mask_mod, scores, "`attndsl.from_score_mod`"),
+        (attndsl.from_score_mod, pairs, "`attndsl.from_mask_mod`"),
+        (attndsl.from_score_mod, three, "`score_mod(score, b, h, q_idx, kv_idx)`"),
+        (attndsl.from_mask_mod, 3, ""),
+    ):
+        with pytest.raises(AttnError) as caught:
+            read(mod)  # type: ignore[operator]
+        (told,) = caught.value.diagnostics
+        assert help in told.help
+    assert attndsl.from_mask_mod(functools.partial(lambda w, b, h, q, k: q - k < w, 4)).mask(6).sum() == 33
 
 
 @pytest.mark.parametrize(("mod", "said", "where"), REFUSED.values(), ids=REFUSED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import random
 from pathlib import Path
@@ -224,6 +225,17 @@ stack halting { loop(act(eps = 0.05), max = 5) { share { local  ffn(1)  whole } 
 """
 
 
+def test_loops_that_halt_are_counted() -> None:
+    local = "attention local { mask causal & last(4) }"
+    loop = "loop(act, max = 3) { share { local } }"
+    program = attndsl.parse(
+        f"{local} stack late {{ layers(1) {{ local }}  {loop}  layers(1) {{ ffn(2) }}  {loop} }}"
+    )
+    _, record = attndsl.build(stack(program, "late"), width=8, heads=2, length=8)(torch.randn(1, 8, 8))
+    assert [*record.losses] == ["ponder.0", "ponder.1"]
+    assert [*record.turns] == [0, 1]
+
+
 @pytest.mark.parametrize("name", ["plain", "posted", "halting"])
 def test_steps_are_the_last_tokens_of_the_whole_run(name: str) -> None:
     torch.manual_seed(0)
@@ -418,6 +430,24 @@ def test_nothing_is_made_of_nothing(shape: tuple[int, ...]) -> None:
     found, record = module(torch.zeros(shape))
     assert found.shape == shape
     assert record.turns[0].shape == shape[:2]
+
+
+def test_modules_are_compiled_whole_and_cast(program: attndsl.Program) -> None:
+    module = attndsl.build(stack(program, "turning"), width=8, heads=2, length=8)
+    x = torch.randn(1, 8, 8)
+    whole = torch.compile(lambda x: module(x)[0], backend="eager", fullgraph=True)
+    torch.testing.assert_close(whole(x), module(x)[0])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert module(x.bfloat16())[0].isfinite().all()
+    with pytest.raises(attndsl.AttnError, match=r"x is torch\.float64, and the module torch\.float32"):
+        module(x.double())
+
+
+def test_stacks_are_shown_and_say_what_they_have_not(program: attndsl.Program) -> None:
+    assert "stack cycled, stack growing" in repr(program)
+    with pytest.raises(AttributeError, match=r"a stack has no attribute `module`: write `attndsl.build\("):
+        stack(program, "cycled").module  # type: ignore[attr-defined]  # noqa: B018
+    assert copy.copy(stack(program, "cycled")) == stack(program, "cycled")
 
 
 def test_stacks_are_no_attentions(program: attndsl.Program, tmp_path: Path) -> None:

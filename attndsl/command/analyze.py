@@ -153,6 +153,8 @@ def each(ctx: click.Context, param: click.Parameter, targets: tuple[str, ...]) -
     for target in targets:
         if re.fullmatch(r"\d[\d,]*", target) and not is_file(target):
             ctx.fail(f"`{target}` is no file: values are joined by commas, as in `--sweep n=1024,4096`")
+        if re.fullmatch(r"\w+=[^=]+", target) and not is_file(target):
+            ctx.fail(f"`{target}` is no file: several values are joined, as in `--sweep {target},...`")
     if bare := bare_names(targets):
         file, name = file_and_name(targets[0])
         written = " ".join(f"{file}:{other}" for other in [*filter(None, [name]), *bare])

@@ -17,7 +17,7 @@ from attndsl.axis import Axis
 from attndsl.backend import Call, Pages, Problem
 from attndsl.errors import fail, quantity
 from attndsl.execution.lowered import Lowered, find
-from attndsl.execution.operator import as_operator, attended, attended_in_pages, check_tangents
+from attndsl.execution.operator import as_operator, attended, attended_in_pages, check_tangents, in_memory
 from attndsl.tiles.blockmask import BlockMask, Rows, Spans
 from attndsl.tiles.lowering import FEW_ROWS, Sizes
 from attndsl.tiles.rows import both, either
@@ -192,6 +192,8 @@ def _attended(
     found: Lowered, q: Tensor, pages: Pages, lengths: Sequence[int], given: Mapping[str, Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Of rows that have tokens, in one call."""
+    q, given = in_memory(q), {name: in_memory(x) for name, x in given.items()}
+    pages = replace(pages, k=in_memory(pages.k), v=in_memory(pages.v))
     longest, new = max(lengths), q.shape[2]
     each = tuple(lengths[:1]) if len(set(lengths)) == 1 else tuple(lengths)
     starts = [length - new for length in each]

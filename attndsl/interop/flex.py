@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import random
 import re
 from collections.abc import Callable, Mapping
@@ -147,10 +148,40 @@ def read(
     return Read(mask, score, {t: reader.tables[t.name] for t in reader.declared.values() if t in used})
 
 
+WRITTEN = {"mask_mod": ("b", "h", "q_idx", "kv_idx"), "score_mod": ("score", "b", "h", "q_idx", "kv_idx")}
+"""What the mods are called with."""
+
+
+def check_signature(mod: Any, kind: str) -> None:
+    """Raises Refusal for what cannot be called as such a mod."""
+    if not callable(mod):
+        help = "its function is `block_mask.mask_mod`" if type(mod).__name__ == "BlockMask" else ""
+        raise Refusal(f"expected a {kind}, not {type(mod).__name__}", help, None, mistake=True)
+    fits = [name for name, arguments in WRITTEN.items() if takes(mod, arguments)]
+    if kind not in fits:
+        help = f"it is called as `{kind}({', '.join(WRITTEN[kind])})`"
+        help = f"what takes these is read by `attndsl.from_{fits[0]}`" if fits else help
+        raise Refusal(
+            f"the {kind} does not take {len(WRITTEN[kind])} arguments", help, defined(mod), mistake=True
+        )
+
+
+def takes(mod: Callable[..., Any], arguments: tuple[str, ...]) -> bool:
+    """Of what has no signature it is not known."""
+    try:
+        inspect.signature(mod).bind(*arguments)
+    except TypeError:
+        return False
+    except ValueError:
+        return True
+    return True
+
+
 def called(
     mod: Callable[..., Any], kind: Literal["mask_mod", "score_mod"] | str, reading: Reading, device: str
 ) -> Symbol | Tensor:
     """What a mod gives of symbols. Raises Refusal for what is no truth, or no real number, of one pair."""
+    check_signature(mod, kind)
     zero = torch.zeros((), dtype=torch.int64, device=device)
     arguments = [Symbol(zero, name=name) for name in POSITIONS]
     if kind == "score_mod":

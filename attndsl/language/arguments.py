@@ -128,8 +128,8 @@ def check_builder(e: ast.Builder) -> None:
 
 
 AXES = {
-    **dict.fromkeys(("batch", "batch_size", "bsz"), ("the batch", "B")),
-    **dict.fromkeys(("heads", "num_heads", "n_heads", "nheads"), ("query heads", "H")),
+    **dict.fromkeys(("b", "batch", "batch_size", "bsz"), ("the batch", "B")),
+    **dict.fromkeys(("h", "heads", "num_heads", "n_heads", "nheads"), ("query heads", "H")),
 }
 """What others call the axes whose index is never written."""
 
@@ -140,7 +140,7 @@ def input_table(decl: ast.InputDecl) -> Table:
     dims: list[str | int] = []
     for dim in decl.dims:
         if isinstance(dim, ast.Name):
-            if axis := AXES.get(dim.id.lower()):
+            if dim.id not in ("B", "H") and (axis := AXES.get(dim.id.lower())):
                 raise fail(f"the axis of {axis[0]} is `{axis[1]}`", dim.span, "its index is left out")
             if dim.id in ("B", "H") and (*dims, dim.id) not in (("B",), ("H",), ("B", "H")):
                 names = [other.id for other in decl.dims if isinstance(other, ast.Name)]

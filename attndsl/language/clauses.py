@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 HEAD_LIMIT = 4096
 ONE_MORE = "write `norm softmax(sink = 0.0)`: exp(0) is the 1 that is added to the sum"
 LINEAR = "write `norm linear`, which divides by the sum; features are in the score, as `elu1(Q) @ elu1(K)`"
+A_SINK = "a sink is a number for each head: `learn[H]`, or `inputs z : float[H]`"
 OF_VECTORS = "q and k arrive ready: they are normalised before the call"
 NORMS = {
     **dict.fromkeys("softmax_one softmax1 softmax_1 softmax_plus_one quiet_softmax".split(), ONE_MORE),
@@ -287,7 +288,8 @@ class AttentionBuilder:
             word = env.clause.word
             help = f"`q` and `k` are in sight: write `{word} {quoted(e.pred)}`"
             raise fail(f"a {word} is a number, and this is written as a pattern", e.span, help)
-        return self.number(self.elaborator.no_vector(e, env, TOKENS), e)
+        sink = A_SINK if env.binding == "sink" else ""
+        return self.number(self.elaborator.no_vector(e, env, TOKENS, sink), e, sink)
 
     def decay(self, e: ast.Expression, env: Scope) -> Expr:
         factor = self.real(e, env)
@@ -296,8 +298,7 @@ class AttentionBuilder:
             raise fail(f"a decay is {value}, and a weight may not be negative", e.span)
         return factor
 
-    def number(self, value: Value, e: ast.Expression) -> Expr:
-        help = ""
+    def number(self, value: Value, e: ast.Expression, help: str = "") -> Expr:
         if isinstance(value, Pattern):
             help = f"a pattern goes into `mask`; look it up: `where({quoted(e, tight=True)}[q, k], a, b)`"
         if isinstance(as_number(value), Truth):
@@ -337,7 +338,11 @@ class AttentionBuilder:
             if arg.name != "sink" or len(args) > 1:
                 meant = suggest(arg.name, ("sink",))
                 help = meant or "leave it out: the softmax is over the keys of a query"
-                if not arg.name and len(args) == 1:
+                if not arg.name and {"s", "Q", "K"} & {
+                    x.id for x in ast.walk(arg.value) if isinstance(x, ast.Name)
+                }:
+                    help = f"it is of the score: write `score {quoted(arg.value)}`"
+                elif not arg.name and len(args) == 1:
                     help = f"write `softmax(sink = {quoted(arg.value)})`"
                 raise fail("`softmax` takes one argument, `sink = ...`", arg.span, help)
             sink = self.real(arg.value, replace(env, binding="sink"))

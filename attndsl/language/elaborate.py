@@ -39,6 +39,7 @@ from attndsl.language.values import (
     Scope,
     SetOf,
     Space,
+    TableOf,
     Value,
     Vec,
     as_number,
@@ -121,7 +122,8 @@ class Elaborator:
         if name.id in self.broken or not self.whole:
             return AttnError()
         if name.id in self.stacks:
-            help = f"of a stack there is the reach: `reach({name.id})`" if env.claims else ""
+            help = "it is made of attentions, and part of none: `attndsl.build` makes a module of it"
+            help = f"of a stack there is the reach: `reach({name.id})`" if env.claims else help
             return fail(f"`{name.id}` is a stack, and no pattern", name.span, help)
         if (comment := _comment_before(name.span)) is not None:
             return fail("unexpected `//`", comment, "a comment begins with `#`")
@@ -319,8 +321,8 @@ class Elaborator:
         value = self.value(e, env, space)
         return quantity_of(value, e, env, chosen(value, e, env))
 
-    def no_vector(self, e: ast.Expression, env: Scope, space: Space) -> Value:
-        """The value of what is to be a number: a vector is told where it comes in."""
+    def no_vector(self, e: ast.Expression, env: Scope, space: Space, help: str = "") -> Value:
+        """The value of what is to be a number: a vector is told where it comes in; `help` is for a table."""
         value = self.value(e, env, space)
         inside: ast.Expression | None = e
         while inside is not None and isinstance(as_number(value), Vec):
@@ -334,7 +336,8 @@ class Elaborator:
                 if inside is None and isinstance(as_number(found := self.value(part, env, space)), Vec):
                     inside, value = part, found
             if inside is None:
-                raise expected("a number", value, e)
+                of_table = isinstance(value, TableOf) and value.table.dims[-1] != "D"
+                raise expected("a number", value, e, help if of_table else "")
         return value
 
     def integer(self, e: ast.Expression, env: Scope, space: Space, help: str = "") -> Expr:

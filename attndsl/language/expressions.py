@@ -196,7 +196,9 @@ def on_binary(el: Elaborator, e: ast.Binary, env: Scope, space: Space) -> Value:
         found = f"{left.noun} and {right.noun}"
         raise fail(f"`@` multiplies two patterns or two vectors, not {found}", e.span, help)
     if e.op == "-" and isinstance(left, Pattern | SetOf):
-        raise expected(left.noun, right, e.right)
+        of_query = isinstance(left, Pattern) and isinstance(right, Num)
+        help = f"without the query itself it is `{quoted(e.left)} - radius(0)`" if of_query else ""
+        raise expected(left.noun, right, e.right, help)
     if e.op == "-" and isinstance(right, Pattern | SetOf) and _is_one(e.left):
         help = (
             "" if e.span.source.name == PRELUDE else f"what is not in it is `~{quoted(e.right, tight=True)}`"
@@ -491,6 +493,9 @@ def on_call(el: Elaborator, e: ast.Call, env: Scope, space: Space) -> Value:
         return function(el, name, e, env, space)
     if name in CONSTANTS:
         return constants(el, name, e, env, space)
+    if name == "every_row" and env.claims:
+        help = f"write `assert {quoted(e)}`, with nothing beside it"
+        raise fail("`every_row` is a claim of its own, and no number", e.func.span, help)
     if name in CLAIMS:
         raise fail(f"`{name}` stands in an `assert` alone", e.func.span)
     if name in COMBINATORS:

@@ -114,11 +114,20 @@ def _told(part: ast.Expression, put: Put, mask: Expr, looked: Looked) -> list[Di
     if isinstance(joined, ast.Nary) and joined.op in ("&", "and"):
         crossed = _crossed([(child, put(around(child))) for child, around in _parts(part)], looked)
     if never(mask):
-        help = crossed or _meaning(part, looked)
+        help = crossed or _chained(part) or _meaning(part, looked)
         return [Diagnostic("no pair satisfies this", part.span, help, "warning")]
     if crossed:
         return [Diagnostic("each query has only itself in this", part.span, crossed, "warning")]
     return []
+
+
+def _chained(part: ast.Expression) -> str:
+    """What a chain says in which two numbers are compared, as in `q > 100 == 0`; empty for others."""
+    for node in (node for node in ast.walk(part) if isinstance(node, ast.Compare)):
+        pairs = [*zip(node.ops, node.args, node.args[1:], strict=False)]
+        if any(isinstance(a, ast.Number) and isinstance(b, ast.Number) for _, a, b in pairs[1:]):
+            return f"this is `{' and '.join(f'{quoted(a)} {op} {quoted(b)}' for op, a, b in pairs)}`"
+    return ""
 
 
 def _needless(part: ast.Expression, put: Put, looked: Looked) -> Iterator[Diagnostic]:

@@ -17,23 +17,25 @@ from attndsl.expr import Expr, Selected, Table
 from attndsl.features import FeatureForm, feature_form
 from attndsl.language.arguments import input_table, name_span
 from attndsl.language.elaborate import Elaborator
-from attndsl.language.idle import idle_parts, looked
+from attndsl.language.idle import SLOT, Looked, idle_parts, looked, never, relates_nothing
 from attndsl.language.logits import (
+    decays,
     exponential,
     far_first,
     masked_by_score,
     names_in,
     no_numbers,
+    saturated,
     scaled_twice,
 )
 from attndsl.language.lookups import at_lookup, lookups_of
-from attndsl.language.loose import loosened, named
+from attndsl.language.loose import ahead, loosened, named
 from attndsl.language.mistakes import quoted
 from attndsl.language.unknown import LENGTH, habit
 from attndsl.language.values import TOKENS, AttentionOf, K, Pattern, Q, Scope
 from attndsl.scores import never_negative
 from attndsl.selection import lists_of, origin_of
-from attndsl.streams import read_by_each
+from attndsl.streams import at_slots, read_by_each
 from attndsl.syntax import nodes as ast
 
 Definition = ast.Definition | ast.AttentionDef
@@ -187,6 +189,12 @@ def _of_attention(
     empty = [told for clause in parts for told in idle_parts(clause.value, seen)]
     yield from empty
     span = masks[0].value.span if len(masks) == 1 else item.name_span
+    if len(parts) == len(masks) > 1 and not empty and relates_nothing(value.attention):
+        help = "several masks intersect: for what one of them relates write `mask a | b`"
+        empty = [
+            _warning("no pair satisfies these masks", masks[0].value.span.to(masks[-1].value.span), help)
+        ]
+        yield from empty
     keyed = value.attention.keyed()
     for i, (group, (some, heads)) in enumerate(zip(value.attention.groups, keyed, strict=True)):
         if not (some.tables or empty or added) and value.attention.offset is None:
@@ -199,7 +207,9 @@ def _of_attention(
         yield from _blindness(group, scores, elaborator)
         yield from scaled_twice(group, scores, elaborator)
         yield from exponential(group, scores)
-        yield from far_first(value.attention, group, [*_clauses_of(item, i)])
+        yield from saturated(group, scores)
+        told = [*far_first(value.attention, group, [*_clauses_of(item, i)])]
+        yield from told or decays(value.attention, group, [*_clauses_of(item, i)])
         yield from masked_by_score(value.attention, group, scores)
         yield from no_numbers(value.attention, group, scores, elaborator)
         yield from _crowded(group, [clause.value for clause in masks], span)
@@ -210,11 +220,17 @@ def _of_attention(
     yield from _beyond(value.attention, item, elaborator)
     yield from _constant(value.attention, item, definitions)
     yield from _leaking(value.attention, item)
+    yield from _dead_keys(value.attention, item)
+    yield from _equal_heads(item)
     yield from _missing_heads(value.attention, item)
     yield from _miscounted_heads(value.attention, item)
     yield from _inexact(value.attention, masks, elaborator)
     if not any(group.relation.mask.tables for group in value.attention.groups) and not empty:
         yield from _holes(value.attention.any_head(), span)
+    if len(masks) == 1 and not (value.attention.offset or value.attention.streams):
+        yield from ahead(masks[0].value, seen)
+    for clause in parts:
+        yield from _lost(clause.value, seen)
     for clause in masks:
         yield from _block_causality(clause.value, elaborator)
     undefined = list(_undefined(value.attention, [clause.value for clause in masks], item.name_span))
@@ -494,15 +510,61 @@ def _leaking(attention: Attention, item: ast.AttentionDef) -> Iterator[Diagnosti
                 )
 
 
+def _dead_keys(attention: Attention, item: ast.AttentionDef) -> Iterator[Diagnostic]:
+    """A stream beside others that the mask leaves no key of."""
+    masks = [ir.all_of(group.heads, group.relation.mask) for group in attention.groups]
+    if any(mask.tables for mask in masks) or len(attention.streams) < 2:
+        return
+    (clause,) = (clause for clause in item.clauses if isinstance(clause, ast.Keys))
+    each = zip(*(at_slots(attention.streams, mask) for mask in masks), strict=True)
+    for part, slots in zip(clause.streams, each, strict=True):
+        inside = ir.all_of(ir.le(ir.ZERO, SLOT), ir.lt(SLOT, slots[0][0].many))
+        if all(never(ir.all_of(inside, here)) for _, here in slots):
+            yield _warning("no query has a key of this", part.span, "leave it out, or let the mask have it")
+
+
+def _equal_heads(item: ast.AttentionDef) -> Iterator[Diagnostic]:
+    """Two groups of heads of the same clauses."""
+    for clause in (clause for clause in item.clauses if isinstance(clause, ast.Heads)):
+        for i, group in enumerate(clause.groups):
+            if any(group.clauses == other.clauses for other in clause.groups[:i]):
+                said = "these heads have the clauses of others: both groups do the same"
+                yield _warning(said, group.span, "write one group, or leave `heads` out")
+
+
+def _lost(e: ast.Expression, looked: Looked) -> Iterator[Diagnostic]:
+    """A choice at random or by content among more than the mask leaves: what it takes beyond is lost."""
+    from attndsl.relations.proofs import follows
+
+    joined = [node.args for node in ast.walk(e) if isinstance(node, ast.Nary) and node.op == "&"]
+    for call, args in ((arg, together) for together in joined for arg in together):
+        if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name)):
+            continue
+        at_random = call.func.id == "random"
+        if not (at_random or looked.elaborator.selection(call.func)):
+            continue
+        among = next((arg.value for arg in call.args if arg.name == "of"), None)
+        if among is not None and any(isinstance(x, ast.Name) and x.id == "blocks" for x in ast.walk(among)):
+            continue  # blocks are cut after the choice
+        chosen = looked.mask(among) if among is not None else ir.TRUE if at_random else None
+        beside = [(arg, looked.mask(arg)) for arg in args if arg is not call]
+        left = ir.all_of(*(mask for _, mask in beside if mask is not None))
+        if chosen is not None and not follows(chosen, left):
+            said = f"keys that the mask cuts off take places of `{call.func.id}`"
+            yield _warning(said, call.span, _among(call, [arg for arg, _ in beside]))
+
+
 def _missing_heads(attention: Attention, item: ast.AttentionDef) -> Iterator[Diagnostic]:
+    some = ir.any_of(*(group.heads for group in attention.groups))
     last = attention.least_heads
-    some = {"h": ir.const(last), "H": ir.const(last + 1)}
-    if all(ir.substitute(group.heads, some) is ir.FALSE for group in attention.groups):
-        yield _warning(
-            f"heads from {last} on are in no group: it serves {last} heads alone",
-            item.name_span,
-            "add `else { ... }`",
-        )
+    numbers = (last, last + 1, *(heads for heads in HEADS if heads > last))
+    first = [next((h for h in range(H) if not _holds(some, ir.TRUE, h, H)), None) for H in numbers]
+    if None not in first:
+        said = f"head {first[0]} is in no group: it serves no number of heads"
+        yield _warning(said, item.name_span, "add `else { ... }`")
+    elif not _holds(some, ir.TRUE, last, last + 1):
+        said = f"heads from {last} on are in no group: it serves {last} heads alone"
+        yield _warning(said, item.name_span, "add `else { ... }`")
 
 
 HEADS = (8, 12, 16, 32, 64)
@@ -562,13 +624,16 @@ def _operands(e: ast.Expression) -> tuple[ast.Expression, ...]:
 
 
 def _empty_rows(mask: Expr, heads: Expr, span: Span) -> Iterator[Diagnostic]:
-    from attndsl.relations.proofs import every_row
+    from attndsl.relations.proofs import every_row, follows
 
     verdict = every_row(mask, heads)
     if verdict.status == "refuted" and verdict.counter_example is not None:
         at = verdict.counter_example
         head = f", head {at['h']}" if "h" in at else ""
         yield _warning(f"query {at['q']} has no key at n = {at['n']}{head}", span, "its output is 0")
+        inside = ir.all_of(ir.lt(Q, ir.const(at["q"])), ir.lt(K, ir.const(at["q"])))
+        if at["q"] > 1 and mask.free <= {*"qkn"} and follows(inside, mask):
+            yield _warning(f"at n = {at['q']} every query sees every key", span)
 
 
 def _holes(mask: Expr, span: Span) -> Iterator[Diagnostic]:

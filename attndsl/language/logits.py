@@ -65,9 +65,42 @@ def _by_root(node: Expr) -> bool:
 
 def exponential(group: HeadGroup, scores: Sequence[ast.Clause]) -> Iterator[Diagnostic]:
     """`exp(s)`, of which a softmax takes the exponential."""
-    if group.norm.kind == "softmax" and group.score.op == "exp" and "s" in group.score.free:
+    inner = group.score
+    while inner.op in ("mul", "div"):
+        inner = next((factor for factor in inner.args if "s" in factor.free), ir.ZERO)
+    if group.norm.kind == "softmax" and inner.op == "exp" and "s" in inner.free:
         help = "leave `exp` out, or write `norm linear`, which divides by the sum alone"
         yield Diagnostic("a softmax takes the exponential itself", scores[-1].value.span, help, "warning")
+
+
+def saturated(group: HeadGroup, scores: Sequence[ast.Clause]) -> Iterator[Diagnostic]:
+    """`c * tanh(s * c)`, where a cap is `c * tanh(s / c)`."""
+    for node in ir.nodes(group.score):
+        if node.op == "tanh" and node.args[0].op == "mul" and "s" in node.free:
+            by = max((ir.number(arg) or 0 for arg in node.args[0].args), default=0)
+            if by > 1:
+                said = f"`tanh` is near 1 or -1 where `s` is beyond {round(2 / by, 2)}"
+                help = f"a cap divides: `{by} * tanh(s / {by})` is `score softcap({float(by)})`"
+                yield Diagnostic(said, scores[-1].value.span, help, "warning")
+
+
+def decays(attention: Attention, group: HeadGroup, clauses: Sequence[ast.Clause]) -> Iterator[Diagnostic]:
+    """Which are below 0, or take out each query itself without a word of it."""
+    decay = group.decay
+    if decay is None or any(node.op == "where" for node in ir.nodes(decay)):
+        return
+    span = next(c.value.span for c in reversed(clauses) if c.word == "decay")
+    help = "write a number below 1 to the power `q - k`"
+    values = _of_last(attention, group, decay) if decay.free <= POSITIONS and not decay.tables else ()
+    if len(values) and min(values) < 0:
+        yield Diagnostic("this decay is below 0: a weight may not be negative", span, help, "warning")
+    elif _vanishes(ir.substitute(decay, {"k": ir.var("q")})):
+        yield Diagnostic("this decay is 0 where a query meets itself", span, help, "warning")
+
+
+def _vanishes(e: Expr) -> bool:
+    factors = e.args if e.op == "mul" else e.args[:1] if e.op == "div" else ()
+    return ir.number(e) == 0 or any(map(_vanishes, factors))
 
 
 def far_first(attention: Attention, group: HeadGroup, clauses: Sequence[ast.Clause]) -> Iterator[Diagnostic]:
@@ -87,10 +120,17 @@ def far_first(attention: Attention, group: HeadGroup, clauses: Sequence[ast.Clau
 
 def _falls(attention: Attention, group: HeadGroup, value: Expr) -> bool:
     """Whether it is the less, the later a key is of those that the last query sees before itself."""
+    values = _of_last(attention, group, value)
+    return len(values) > 2 and bool(np.all(np.diff(values) < 0))
+
+
+def _of_last(attention: Attention, group: HeadGroup, value: Expr) -> NDArray[Any]:
+    """What it is at the keys up to itself that the last query sees, in the first head; empty where that is
+    not known."""
     from attndsl.meaning.pointwise import evaluate
 
     if attention.offset is not None or attention.of_streams or group.relation.mask.tables:
-        return False
+        return np.zeros(0)
     n = LENGTHS[-1]
     heads = attention.enough_heads()
     q, k = np.array([n - 1]), np.arange(n)
@@ -101,11 +141,10 @@ def _falls(attention: Attention, group: HeadGroup, value: Expr) -> bool:
         with np.errstate(all="ignore"):
             try:
                 live = evaluate(ir.substitute(group.relation.mask, at), q, k)
-                values = evaluate(ir.substitute(value, at), q, k)[live & (k <= q)]
+                return np.asarray(evaluate(ir.substitute(value, at), q, k)[live & (k <= q)])
             except AttnError:
-                return False  # it is refused there, which is told elsewhere
-        return len(values) > 2 and bool(np.all(np.diff(values) < 0))
-    return False
+                return np.zeros(0)  # it is refused there, which is told elsewhere
+    return np.zeros(0)
 
 
 def masked_by_score(

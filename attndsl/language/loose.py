@@ -47,6 +47,22 @@ def loosened(e: ast.Expression, looked: Looked) -> Iterator[Diagnostic]:
             return
 
 
+def ahead(e: ast.Expression, looked: Looked) -> Iterator[Diagnostic]:
+    """Of a mask without brackets: first keys, or others that are listed, beside what is causal alone."""
+    masks = [(arg, looked.mask(arg)) for arg in _joined(e, "|")[:PARTS]]
+    listed = [arg for arg, mask in masks if mask is not None and mask.free == {"k"}]
+    causal = [
+        arg for arg, mask in masks if mask is not None and {"q", "k"} <= mask.free and not _later(arg, looked)
+    ]
+    if not causal or len(listed) + len(causal) < len(masks):
+        return
+    for arg, pair in ((arg, _later(arg, looked)) for arg in listed):
+        if pair:
+            said = f"what stands beside this is causal, and it is not: {pair}"
+            yield Diagnostic(said, arg.span, f"write `causal & ({written(e)})`", "warning")
+            return
+
+
 def named(
     elaborator: Elaborator, params: tuple[ast.Param, ...], clauses: tuple[ast.Node, ...] = ()
 ) -> Looked:

@@ -152,7 +152,11 @@ def out_of_place(
         help = "an attention with `keys` may name it, and give it to a pattern as an argument"
         return fail("`stream` says which of its `keys` a key is of, and this has none", name.span, help)
     if name.id == "layer":
-        return fail("`layer` has no meaning outside a stack of layers", name.span)
+        help = "an attention is given what depends on it: `NAME(w = 8 * layer)` in the stack"
+        return fail("`layer` has no meaning outside a stack of layers", name.span, help)
+    if name.id == "s" and units:
+        inner = "Q @ K" if units == (1, 1) else "Q @ mean(K)"
+        return fail("`s` is the logit of a `score`, and keys are chosen here", name.span, f"write `{inner}`")
     what = {"s": "the logit", "Q": "the query's vector", "K": "the key's vector", "D": "the head dimension"}
     return fail(f"`{name.id}` is {what[name.id]}, and may be used in a `score` only", name.span)
 

@@ -15,7 +15,7 @@ from attndsl.analysis.units import scaled
 from attndsl.attention import Attention
 from attndsl.errors import AttnError
 from attndsl.expr import Expr, const, substitute
-from attndsl.keywords import checked_dtype
+from attndsl.keywords import by_name, checked_dtype
 from attndsl.layers.reach import through
 from attndsl.meaning.pointwise import evaluate
 from attndsl.stacks.sizes import check_tables, head_dim_of
@@ -99,6 +99,7 @@ def _scaled(value: int | None) -> str:
     return "-" if value is None else scaled(value)
 
 
+@by_name
 def depth(
     stack: Stack,
     *,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from attndsl.errors import fail
 from attndsl.execution.plan import PlanModule, compile
-from attndsl.keywords import checked_dtype
+from attndsl.keywords import by_name, checked_dtype
 from attndsl.stacks import halting
 from attndsl.stacks.decoding import StackSession
 from attndsl.stacks.layers import FFN, Mixer, Residual
@@ -26,8 +26,8 @@ INITS = ("gpt2", "torch")
 class Record:
     """What a run of a stack tells besides its output.
 
-    losses: what may be added to the loss, with a weight: of stage I, a loop that halts, `ponder.I`, the mean
-            of the turns that a token takes and of what remained for the last of them.
+    losses: what may be added to the loss, with a weight: `ponder.I` of the I-th loop that halts, counted
+            from 0, the mean of the turns that a token takes and of what remained for the last of them.
     turns:  by that number, how many each token took, [B, n].
     """
 
@@ -55,13 +55,14 @@ class StackModule(nn.Module):
     def forward(self, x: Tensor, **tables: Any) -> tuple[Tensor, Record]:
         """What it makes of `x` [B, n, width], with `tables` by name, and what the run tells."""
         self._check(x, tables)
-        losses, turns = {}, {}
+        losses: dict[str, Tensor] = {}
+        turns: dict[int, Tensor] = {}
         for i, stage in enumerate(self.stack.stages):
             if stage.halting is not None:
                 chance = cast(nn.Linear, self.chances[str(i)])
                 found = halting.run(stage.turns, self.part, chance, stage.halting.eps, x, tables)
-                x, turns[i] = found.y, found.turns
-                losses[f"ponder.{i}"] = (found.turns + found.remainder).mean()
+                losses[f"ponder.{len(turns)}"] = (found.turns + found.remainder).mean()
+                x, turns[len(turns)] = found.y, found.turns
                 continue
             for turn in stage.turns:
                 for sublayer in turn:
@@ -78,7 +79,14 @@ class StackModule(nn.Module):
 
     def _check(self, x: Tensor, tables: Mapping[str, Any]) -> None:
         if x.ndim != 3 or x.shape[-1] != self.width:
-            raise fail(f"x is [B, n, {self.width}], not {[*x.shape]}")
+            help = "embed tokens first: `module(embedding(tokens))`" if x.ndim == 2 else ""
+            raise fail(f"x is [B, n, {self.width}], not {[*x.shape]}", help=help)
+        own = next(self.parameters()).dtype
+        # weights may be kept as integers, and autocast takes any real numbers
+        of_one = own.is_floating_point and not torch.is_autocast_enabled(x.device.type)
+        if not x.is_floating_point() or (of_one and x.dtype != own):
+            name = str(own).removeprefix("torch.")
+            raise fail(f"x is {x.dtype}, and the module {own}", help=f"write `x.to(torch.{name})`")
         if x.shape[1] > self.length:
             raise fail(f"x has {x.shape[1]:,} positions, and the stack is built for {self.length:,}")
         check_tables(self.stack, tables)
@@ -93,6 +101,7 @@ def key(sublayer: Sublayer) -> str:
     return f"{sublayer.weights}_{sublayer.name}"
 
 
+@by_name
 def build(
     stack: Stack,
     *,
@@ -131,6 +140,9 @@ def build(
             f"expected a stack, not {type(stack).__name__}", help="write `stack NAME { layers(N) { ... } }`"
         )
     head_dim, dtype = head_dim_of(width, heads, head_dim), checked_dtype(dtype)
+    if isinstance(norm, nn.Module) or not callable(norm):
+        help = "give the class, `norm=nn.RMSNorm`; where norms stand says the text, `layers(N, norm = post)`"
+        raise fail("`norm` makes a norm of so many numbers", help=help)
     if init not in INITS:
         raise fail(f"unknown init `{init}`", help=f"there are {', '.join(INITS)}")
     plans = {

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Literal, cast, get_args
 
 from attndsl import expr as ir
 from attndsl.attention import Attention
-from attndsl.errors import AttnError, fail, suggest
+from attndsl.errors import AttnError, Diagnostic, fail, suggest
 from attndsl.language.arguments import bind_arguments, bind_arguments_of
 from attndsl.language.elaborate import Elaborator
 from attndsl.language.values import TOKENS, Num, Scope, Value, attention_named
@@ -17,6 +17,8 @@ from attndsl.stacks.tree import FeedForward, Halting, Layers, Norm, Sublayer
 from attndsl.syntax import nodes as ast
 
 LAYER_LIMIT = 1024
+TURN = {"layers": "layer", "loop": "turn"}
+"""What the stages have so many of."""
 
 USAGE = {
     "layers": "layers(N) { ... }",
@@ -27,6 +29,21 @@ USAGE = {
     "ffn": "ffn(4)",
 }
 """How the words of stages are written."""
+
+YOURS = "a stack has neither embedding nor readout: they stand around the module, and are yours"
+CLAUSE = "a layer names attentions: write `attention NAME { mask ... }` before the stack, and `NAME` here"
+NORMS = "norms are there already: `layers(N, norm = pre)` says where they stand"
+HABITS = {
+    **dict.fromkeys(("mlp", "ff", "feedforward", "feed_forward", "dense", "linear"), "write `ffn(4)`"),
+    **dict.fromkeys(("embed", "embedding", "embeddings", "readout", "unembed", "lm_head", "head"), YOURS),
+    **dict.fromkeys(("mask", "score", "decay", "keys", "inputs"), CLAUSE),
+    **dict.fromkeys(("norm", "layernorm", "layer_norm", "rmsnorm", "rms_norm"), NORMS),
+    "dropout": "leave it out: a stack drops nothing",
+    "repeat": "write `layers(N) { ... }`, or `loop(N) { ... }`",
+}
+"""Words of other tools, and what is written here."""
+WIDEST = 64
+"""Times that a feed-forward layer may be as wide inside: more is meant to be a number of units."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +85,7 @@ def stage(reading: Reading, e: ast.Stage) -> Layers:
         raise fail("`max` is of a loop that halts", given["max"].span, f"write `{USAGE['act']}`")
     turns = reading.elaborator.constant(counted, reading.env, TOKENS, "the number of layers")
     if not 1 <= turns <= LAYER_LIMIT:
-        raise fail(
-            f"{turns} {'layers' if word == 'layers' else 'turns'}", counted.span, f"from 1 to {LAYER_LIMIT:,}"
-        )
+        raise fail(f"{turns} {TURN[word]}s", counted.span, f"from 1 to {LAYER_LIMIT:,}")
     body = braces(e)
     layers = []
     for layer in range(turns):
@@ -148,10 +163,10 @@ def beyond(value: Value, e: ast.Expression, layer: int) -> None:
 
 def weighted(reading: Reading, made: Sublayer, e: ast.Stage, shared: bool) -> Sublayer:
     if not shared:
-        return replace(made, weights=reading.weights())
+        return replace(made, weights=reading.weights(), written=e.span)
     if id(e) not in reading.known:
         reading.known[id(e)] = reading.weights()
-    return replace(made, weights=reading.known[id(e)])
+    return replace(made, weights=reading.known[id(e)], written=e.span)
 
 
 def feed_forward(reading: Reading, e: ast.Stage) -> Sublayer:
@@ -161,6 +176,10 @@ def feed_forward(reading: Reading, e: ast.Stage) -> Sublayer:
         number = ir.number(reading.elaborator.num(given["times"], reading.env, TOKENS))
         if number is None or number <= 0:
             raise fail("how many times as wide it is inside is a positive number", given["times"].span)
+        if number > WIDEST:
+            raise fail(
+                f"{number} times as wide inside", given["times"].span, "it is a factor: write `ffn(4)`"
+            )
         times = float(number)
     chunks = 1
     if "chunks" in given:
@@ -186,7 +205,27 @@ def unknown(reading: Reading, e: ast.Stage, words: tuple[str, ...]) -> AttnError
     if e.name.id in reading.elaborator.stacks:
         raise fail(f"`{e.name.id}` is a stack, and stands in no other", e.name.span)
     known = [*words, *(name for name, item in reading.elaborator.definitions.items() if is_attention(item))]
-    return fail(f"unknown name `{e.name.id}`", e.name.span, suggest(e.name.id, known))
+    help = HABITS.get(e.name.id.lower()) or suggest(e.name.id, known)
+    return fail(f"unknown name `{e.name.id}`", e.name.span, help)
+
+
+def warnings(item: ast.StackDef, stages: tuple[Layers, ...]) -> Iterator[Diagnostic]:
+    """Parts of a cycle that no layer takes, and attentions that relate nothing in one."""
+    from attndsl.language.idle import relates_nothing
+
+    for written, made in zip(item.stages, stages, strict=True):
+        count = len(made.turns)
+        cycles = (e for e in ast.walk(written) if isinstance(e, ast.Stage) and e.name.id == "cycle")
+        for part in (part for e in cycles for part in (e.body or ())[count:]):
+            many = f"there {'are' if count > 1 else 'is'} {count}"
+            yield Diagnostic(f"no {TURN[made.word]} takes this: {many}", part.span, "", "warning")
+        every = {sub.what for turn in made.turns for sub in turn if isinstance(sub.what, Attention)}
+        empty = {what for what in every if relates_nothing(what)}
+        at = ((i, sub.written) for i, turn in enumerate(made.turns) for sub in turn if sub.what in empty)
+        first = {span: i for i, span in reversed([*at])}
+        for span, layer in first.items():
+            said = f"in {TURN[made.word]} {layer} no query has a key"
+            yield Diagnostic(said, span, f"{TURN[made.word]}s count from 0", "warning")
 
 
 def is_attention(item: ast.Definition | ast.AttentionDef) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from attndsl.attention import Attention
 from attndsl.errors import fail
+from attndsl.keywords import instead
 from attndsl.stacks.tree import Stack
 from attndsl.tiles import lowering
 
@@ -34,4 +35,5 @@ def check_tables(stack: Stack, given: Iterable[str]) -> None:
     known = {table.name for what in attentions(stack) for table in what.inputs}
     for name in given:
         if name not in known:
-            raise fail(f"no attention of `{stack.name}` has an input `{name}`")
+            help = instead(name, known)
+            raise fail(f"no attention of `{stack.name}` has an input `{name}`", help=help)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from attndsl.attention import Attention
 from attndsl.errors import Span
+from attndsl.keywords import missing
 
 Norm = Literal["pre", "post", "sandwich"]
 
@@ -29,11 +30,13 @@ class Sublayer:
     """What is added to the residual stream.
 
     weights: sublayers of one number have the same.
+    written: where it stands in the stack.
     """
 
     name: str
     what: Attention | FeedForward
     weights: int
+    written: Span | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,11 @@ class Stack:
                 if sublayer.weights not in seen:
                     seen.add(sublayer.weights)
                     yield sublayer
+
+    if not TYPE_CHECKING:  # a type checker is to tell what is no attribute
+
+        def __getattr__(self, name):
+            raise missing("a stack", name, dir(Stack))
 
     def __repr__(self) -> str:
         given = ", ".join(f"{name} = {value}" for name, value in self.parameters.items())

@@ -441,7 +441,11 @@ def word_out_of_place(r: Refused) -> Explained | None:
 
 def stage(r: Refused) -> Explained | None:
     """In a stack, whose stages stand one behind the other."""
-    if not r.tokens or r.tokens[0].type != "STACK" or "LBRACE" not in r.accepts | {r.bad.type}:
+    if not r.tokens or r.tokens[0].type != "STACK":
+        return None
+    if r.bad.type == "INT" and r.kind(1) == "LBRACE" and not innermost(r.tokens[:-1]):
+        return r.it("a stage begins with its word", f"write `layers({r.bad}) {{ ... }}`")
+    if "LBRACE" not in r.accepts | {r.bad.type}:
         return None
     if r.bad.type == "ASSIGN" and "RBRACE" not in r.accepts:
         return r.it("expected `{`, not `=`", f"write `stack {r.tokens[1]} {{ layers(N) {{ ... }} }}`")
@@ -456,6 +460,8 @@ def stage(r: Refused) -> Explained | None:
             "unexpected `=`",
             f"a parameter stands behind the name: `stack {r.tokens[1]}({r.tokens[-1]} = ...)`",
         )
+    if r.bad.type == "PLUS":
+        return r.without_it("a `+` between sublayers", "leave it out: they stand one behind the other")
     if r.bad.type in OPERATORS | {"LSQB"}:
         help = "give it a name, `attention NAME = ...`, and write that"
         return r.it("a sublayer is a name or a call, and no expression", help)

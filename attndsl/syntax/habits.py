@@ -61,6 +61,7 @@ CLAUSES = {
     "scale": "write it into the score: `score Q @ K * 0.125`",
     "bias": "write it into the score: `score s + ...`",
     "softmax": "write `norm softmax`",
+    **dict.fromkeys(("temperature", "temp", "tau"), "write it into the score: `score s / 2.0`"),
     "window": "write `mask causal & last(128)`",
     **dict.fromkeys(
         "kv_heads num_heads n_heads head_dim layers length batch dtype block_size".split(), AT_CALL
