@@ -229,6 +229,11 @@ def sign_after_clause_word(r: Refused) -> Explained | None:
     if r.bad.type in ("ASSIGN", "COLON") and r.kind(1) in CLAUSE_TYPES and not r.complete:
         word = r.tokens[-1]
         return r.without_it(f"`{r.bad}` after `{word}`", f"leave it out: write `{word} ...`")
+    if r.bad.type == "PLUS" and r.kind(1) == "SCORE" and (call := CALL.match(r.text, r.there + 1)):
+        help = "the logit so far is `s`: write `score s + ...`"
+        if word_of(r.source.text, call[0].partition("(")[0]) == "score":
+            help = f"leave it out: a score goes on from the ones above it, `score {call[0]}`"
+        return r.without_it("`+` after `score`", help)
     if r.bad.type == "NAME" and r.clauses_due and r.bad in CLAUSES and (sign := COLON.match(r.text, r.there)):
         cut = sign.end() - 1, sign.end()
         return r.at(*cut, f"`:` after `{r.bad}`", f"leave it out: write `{r.bad} ...`", cut)
