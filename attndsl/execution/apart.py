@@ -15,7 +15,7 @@ from torch import Tensor
 
 from attndsl.attention import Attention
 from attndsl.axis import Axis
-from attndsl.backend import Call, Differentiable, Gradients, Problem
+from attndsl.backend import Call, Differentiable, Gradients, Paged, Pages, Problem
 from attndsl.execution import sinks
 from attndsl.execution.sinks import without_sinks
 from attndsl.execution.torch_eval import singles, strained, widened
@@ -187,6 +187,10 @@ class InParts:
             sinks.add_gradients(groups, call, lse, delta, tables)
         gq, gk, gv = (x.to(given.dtype) for x, given in zip(totals, (call.q, call.k, call.v), strict=True))
         return gq, gk, gv, tables
+
+    def paged(self, call: Call, pages: Pages) -> tuple[Tensor, Tensor] | None:
+        """Few queries are not taken apart."""
+        return self.kernel.paged(call, pages) if isinstance(self.kernel, Paged) else None
 
     def sinks(self, call: Call) -> sinks.Groups:
         return sinks.groups_of(self.attention, call.q.shape[1])

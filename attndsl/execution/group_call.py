@@ -29,9 +29,9 @@ from attndsl.tiles.blockmask import BlockMask
 
 NARROW = 2**23
 """Integers of pairs up to which reals divide them."""
-FAR = 64.0
-"""Beyond this the rounding of a log-sum-exp in float32 makes errors of gradients up to three times those that
-logits leave, where a few keys take most of the weight; to do without it takes another forward pass."""
+FAR = 32.0
+"""Beyond this the rounding of a log-sum-exp in float32 may double the errors that those of logits leave in
+gradients, where a few keys take most of the weight; to do without it takes another forward pass."""
 
 
 @dataclass(frozen=True)

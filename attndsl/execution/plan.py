@@ -97,7 +97,8 @@ def compile(
         if name in inspect.signature(Plan.__call__).parameters:
             raise fail(f"the {what} `{name}` has the name of an argument of the call", help="rename it")
     _check_device(problem.device)
-    for said in beyond_heads(attention, problem.heads):
+    # tensors of a mod of FlexAttention may be those of more heads
+    for said in () if bound.tables else beyond_heads(attention, problem.heads):
         warnings.warn(said, stacklevel=3)
     if attention.parts:
         return _added(attention, problem, backend)
