@@ -76,10 +76,18 @@ def test_kernels_are_right_interpreted_on_all_else() -> None:
 
 
 @installed
-@pytest.mark.slow
-def test_what_is_not_finite_is_nowhere_hidden() -> None:
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param(("unread", "distances", "sink"), marks=pytest.mark.slow),
+        pytest.param(
+            ("causal", "alibi", "groups", "look-up", "vectors", "per head"), marks=pytest.mark.whole
+        ),
+    ],
+    ids=["some", "others"],
+)
+def test_what_is_not_finite_is_nowhere_hidden(names: tuple[str, ...]) -> None:
     """Where nobody looks at results it goes where kernels take it."""
-    names = ("unread", "causal", "alibi", "distances", "groups", "sink", "look-up", "vectors", "per head")
     assert ran("spread", *names) == dict.fromkeys(names)
 
 
