@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALL = $(BIN)/pip install --quiet --constraint constraints.txt --editable
 
-.PHONY: run test slow triton programs sanitize bench aot docs lint types dist clean
+.PHONY: run test slow slow-others slow-triton slow-oracle triton programs sanitize bench aot docs lint types dist clean
 
 run: $(VENV)/run
 	$(BIN)/attndsl run examples/longformer.attn --length 4096 --heads 12 --text examples/data/us-constitution.txt
@@ -12,8 +12,19 @@ run: $(VENV)/run
 test: $(VENV)/test
 	$(BIN)/pytest --ignore tests/oracle -m "not slow and not whole"
 
-slow: $(VENV)/oracle
-	$(BIN)/pytest -m "(slow or oracle) and not whole"
+# three that may run side by side
+slow: slow-others slow-triton slow-oracle
+
+GPU = tests/test_triton.py tests/test_gpu_script.py
+
+slow-others: $(VENV)/oracle
+	$(BIN)/pytest -m "slow and not oracle and not whole" $(GPU:%=--ignore %)
+
+slow-triton: $(VENV)/oracle
+	$(BIN)/pytest $(GPU) -m "slow and not whole"
+
+slow-oracle: $(VENV)/oracle
+	$(BIN)/pytest -m oracle
 
 triton: $(VENV)/oracle
 	$(BIN)/pytest tests/test_triton.py -m whole
