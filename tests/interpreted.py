@@ -78,6 +78,7 @@ PROBES = {
                      130, 130, heads=4, kv_heads=4, d=8, dv=8, batch=1),
     "shifted": Probe("mask causal & (last(9) | { q, k : (q - k) mod 24 == 7 }) score s - slope * |q - k|",
                      130, 130, batch=1),
+    "strided sink": Probe("mask strided(16) norm softmax(sink = slope)", 180, 180, batch=1),
     "strided far": Probe("mask strided(16) score s - 1000000000.0", 180, 180, batch=1),
 }  # fmt: skip
 PARAMETERS = {"slope": "H", "table": "H, 11", "z": "3, 2", "u": "H, D", "x": ""}

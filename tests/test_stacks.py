@@ -197,7 +197,7 @@ def test_the_published_numbers_of_halting() -> None:
 
     found = halting.run(turns, part, Chance(), 0.01, torch.zeros(1, 1, 1), {})  # type: ignore[arg-type]
     assert found.turns.item() == 3
-    assert found.remainder.item() == pytest.approx(0.4)
+    assert found.left.item() == pytest.approx(0.4)
     assert found.y.item() == pytest.approx(0.3 * 1 + 0.3 * 10 + 0.4 * 100)
 
 

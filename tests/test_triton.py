@@ -43,7 +43,7 @@ installed = pytest.mark.skipif(not INSTALLED, reason="triton is not installed")
 FAST = ("causal", "distances", "look-up", "steps", "pages: window", "elsewhere sorted shifted")
 """Probes of `make test`: forward and backward, full tiles and partial ones, all kinds of leaves, pages, and
 sorted entries on a device that nobody waits for."""
-SORTED = ("strided", "dilated", "longnet", "shifted", "strided far")
+SORTED = ("strided", "dilated", "longnet", "shifted", "strided sink", "strided far")
 PARTS = 8
 """Processes for the conformance suite."""
 CASES = [str(case) for case in interpreted.small_cases(24)]

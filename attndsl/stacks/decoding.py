@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from attndsl.errors import fail
 from attndsl.execution.session import Session
+from attndsl.stacks.halting import Progress
 from attndsl.stacks.layers import Mixer
 from attndsl.stacks.tree import Layers, Sublayer
 
@@ -63,19 +64,12 @@ class StackSession:
     def _halting(self, i: int, stage: Layers, x: Tensor, tables: dict[str, Any]) -> Tensor:
         """A token that has left is attended to in later turns too: they all get keys of its last state."""
         assert stage.halting is not None
-        chance = cast(nn.Linear, self.module.chances[str(i)])
-        y, left = torch.zeros_like(x), x.new_ones(x.shape[:2])
-        running = torch.ones_like(left, dtype=torch.bool)
+        chance, found = self.module.chances[str(i)], Progress.begun(x)
         for t, turn in enumerate(stage.turns):
             for s, sublayer in enumerate(turn):
-                x = torch.where(running[..., None], self._added((i, t, s), sublayer, x, tables), x)
-            now = chance(x)[..., 0].sigmoid()
-            last = t == len(stage.turns) - 1
-            halted = running & ((left - now <= stage.halting.eps) | last)
-            y = y + torch.where(halted, left, torch.where(running, now, 0))[..., None] * x
-            running = running & ~halted
-            left = torch.where(running, left - now, left)
-        return y
+                x = torch.where(found.running[..., None], self._added((i, t, s), sublayer, x, tables), x)
+            found = found.after(x, chance, stage.halting.eps, t == len(stage.turns) - 1)
+        return found.y
 
     def _added(
         self, at: tuple[int, int, int], sublayer: Sublayer, x: Tensor, tables: dict[str, Any]

@@ -19,20 +19,47 @@ tokens."""
 
 
 @dataclass(frozen=True)
-class Halted:
-    """y [B, n, width], and [B, n] the turns that each token took and what remained for its last."""
+class Progress:
+    """Tokens after so many turns of adaptive computation time (Graves 2016, section 2.1; of each token:
+    Dehghani et al. 2019, section 2.2).
+
+    y:       [B, n, width], states weighted so far.
+    left:    [B, n], what is left for the weights of later turns; of a token that has halted, its last weight.
+    running: bool [B, n].
+    halted:  bool [B, n], those that the last turn was the last of.
+    turns:   int64 [B, n], how many each took.
+    """
 
     y: Tensor
+    left: Tensor
+    running: Tensor
+    halted: Tensor
     turns: Tensor
-    remainder: Tensor
+
+    @staticmethod
+    def begun(x: Tensor) -> Progress:
+        """Before the first turn, of x [B, n, width]."""
+        none = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)
+        return Progress(torch.zeros_like(x), x.new_ones(x.shape[:2]), none == 0, none != 0, none)
+
+    def after(self, x: Tensor, chance: nn.Module, eps: float, last: bool) -> Progress:
+        """After a turn that left the states x. A token halts with the probability that `chance` makes of its
+        state; where these sum up to 1 - eps, or at the last turn, its weight is what is left."""
+        now = torch.where(self.running, chance(x)[..., 0].sigmoid(), 0)
+        halted = self.running & ((self.left - now <= eps) | last)
+        going = self.running & ~halted
+        weight = torch.where(halted, self.left, now)
+        left = torch.where(going, self.left - now, self.left)
+        return Progress(self.y + weight[..., None] * x, left, going, halted, self.turns + self.running)
 
 
 @dataclass(frozen=True)
 class Places:
-    """Tokens [B, m] of each batch row; beyond those that are `real` stand others, to fill the row."""
+    """Tokens [B, m] of each batch row; beyond those that are `real` stand others, to fill the row. None where
+    all are."""
 
     index: Tensor
-    real: Tensor
+    real: Tensor | None
 
     @staticmethod
     def of(chosen: Tensor) -> Places:
@@ -40,7 +67,8 @@ class Places:
         counts = chosen.sum(1)
         most = int(counts.max())
         index = chosen.logical_not().to(torch.uint8).argsort(stable=True, dim=1)[:, :most]
-        return Places(index, torch.arange(most, device=chosen.device) < counts[:, None])
+        real = torch.arange(most, device=chosen.device) < counts[:, None]
+        return Places(index, None if bool(real.all()) else real)
 
     def taken(self, x: Tensor) -> Tensor:
         """Of x [B, n, ...] the tokens, [B, m, ...]."""
@@ -48,8 +76,9 @@ class Places:
 
     def put(self, x: Tensor, new: Tensor) -> Tensor:
         """x with `new` [B, m, ...] for them."""
-        kept = torch.where(self._wide(self.real, x), new, self.taken(x))
-        return x.scatter(1, self._wide(self.index, x).expand_as(kept), kept)
+        if self.real is not None:
+            new = torch.where(self._wide(self.real, x), new, self.taken(x))
+        return x.scatter(1, self._wide(self.index, x).expand_as(new), new)
 
     @staticmethod
     def _wide(index: Tensor, x: Tensor) -> Tensor:
@@ -63,33 +92,18 @@ def run(
     eps: float,
     x: Tensor,
     tables: Mapping[str, Any],
-) -> Halted:
-    """Adaptive computation time of x [B, n, width] (Graves 2016, section 2.1; of each token: Dehghani et al.
-    2019, section 2.2).
-
-    After each turn a token halts with the probability that `chance` makes of its state; where these sum up to
-    1 - eps, or at the last turn, its weight is what remains. Later turns of others attend to its last state.
-    """
-    y = torch.zeros_like(x)
-    left = x.new_ones(x.shape[:2])
-    took = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)
-    running, halted = torch.ones_like(took, dtype=torch.bool), torch.zeros_like(took, dtype=torch.bool)
-    keys: Keys = {}
+) -> Progress:
+    """What turns make of x [B, n, width]. Later turns of others attend to the last state of a token that has
+    halted."""
+    found, keys = Progress.begun(x), Keys()
     for number, turn in enumerate(turns):
-        places = None if bool(running.all()) else Places.of(running)
-        keys = {} if places is None else _kept(turn, part, keys, x, halted)
+        places = None if bool(found.running.all()) else Places.of(found.running)
+        keys = {} if places is None else _kept(turn, part, keys, x, found.halted)
         x = _turn(turn, part, keys, x, places, tables)
-        now = torch.where(running, chance(x)[..., 0].sigmoid(), 0)
-        last = number == len(turns) - 1
-        halted = running & ((left - now <= eps) | last)
-        weight = torch.where(halted, left, now)
-        y = y + weight[..., None] * x
-        took = took + running
-        running = running & ~halted
-        left = torch.where(running, left - now, left)
-        if not bool(running.any()):
+        found = found.after(x, chance, eps, number == len(turns) - 1)
+        if not bool(found.running.any()):
             break
-    return Halted(y, took, left)
+    return found
 
 
 def _kept(

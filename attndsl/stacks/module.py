@@ -61,7 +61,7 @@ class StackModule(nn.Module):
             if stage.halting is not None:
                 chance = cast(nn.Linear, self.chances[str(i)])
                 found = halting.run(stage.turns, self.part, chance, stage.halting.eps, x, tables)
-                losses[f"ponder.{len(turns)}"] = (found.turns + found.remainder).mean()
+                losses[f"ponder.{len(turns)}"] = (found.turns + found.left).mean()
                 x, turns[len(turns)] = found.y, found.turns
                 continue
             for turn in stage.turns:

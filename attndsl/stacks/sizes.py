@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 
 from attndsl.attention import Attention
 from attndsl.errors import fail
@@ -30,8 +30,10 @@ def attentions(stack: Stack) -> Iterator[Attention]:
     return iter(seen)
 
 
-def check_tables(stack: Stack, given: Iterable[str]) -> None:
+def check_tables(stack: Stack, given: Collection[str]) -> None:
     """Raises AttnError for a name that is no input of any of its attentions."""
+    if not given:
+        return
     known = {table.name for what in attentions(stack) for table in what.inputs}
     for name in given:
         if name not in known:
