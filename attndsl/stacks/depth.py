@@ -13,6 +13,7 @@ from attndsl.analysis.report import analyze
 from attndsl.analysis.text import line, table
 from attndsl.analysis.units import scaled
 from attndsl.attention import Attention
+from attndsl.backend import DTYPES
 from attndsl.errors import AttnError
 from attndsl.expr import Expr, const, substitute
 from attndsl.keywords import by_name, checked_dtype
@@ -20,8 +21,6 @@ from attndsl.layers.reach import through
 from attndsl.meaning.pointwise import evaluate
 from attndsl.stacks.sizes import check_tables, head_dim_of
 from attndsl.stacks.tree import FeedForward, Stack, Sublayer
-
-BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
 @dataclass(frozen=True)
@@ -154,7 +153,7 @@ def depth(
             kept, weights = kept + keys, weights + projections
             masks.append(what.any_head())
         flops = None if pairs is None else 2 * length * weights + 4 * of["head_dim"] * pairs
-        held = 2 * kept * of["kv_heads"] * of["head_dim"] * BYTES[dtype]
+        held = 2 * kept * of["kv_heads"] * of["head_dim"] * DTYPES[dtype]
         named = " ".join(sublayer.name for sublayer in turn)
         levels.append(Level(named, pairs, flops, kept, held, _sees(masks, length)))
     sizes = {"H": heads, "D": of["head_dim"], "n": length}
@@ -180,13 +179,8 @@ def _parameters(stack: Stack, width: int, projections: int, sizes: Mapping[str, 
     norms = {"pre": 1, "post": 1, "sandwich": 2}
     total = sum(width + 1 for stage in stack.stages if stage.halting is not None)
     total += 0 if stack.stages[-1].norm == "post" else 2 * width
-    counted: set[int] = set()
-    for stage in stack.stages:
-        for turn in stage.turns:
-            for sublayer in turn:
-                if sublayer.weights not in counted:
-                    counted.add(sublayer.weights)
-                    total += norms[stage.norm] * 2 * width + _own(sublayer, width, projections, sizes)
+    for stage, sublayer in stack.sublayers:
+        total += norms[stage.norm] * 2 * width + _own(sublayer, width, projections, sizes)
     return total
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -17,7 +17,7 @@ from attndsl.stacks import halting
 from attndsl.stacks.decoding import StackSession
 from attndsl.stacks.layers import FFN, Mixer, Residual
 from attndsl.stacks.sizes import attentions, check_tables, head_dim_of
-from attndsl.stacks.tree import FeedForward, Layers, Stack, Sublayer
+from attndsl.stacks.tree import FeedForward, Stack, Sublayer
 
 INITS = ("gpt2", "torch")
 
@@ -43,11 +43,11 @@ class StackModule(nn.Module):
     """
 
     def __init__(
-        self, stack: Stack, width: int, length: int, parts: Mapping[int, Residual], last: nn.Module
+        self, stack: Stack, width: int, length: int, parts: dict[str, Residual], last: nn.Module
     ) -> None:
         super().__init__()
         self.stack, self.width, self.length = stack, width, length
-        self.parts = nn.ModuleDict({key(sub): parts[sub.weights] for sub in stack.sublayers})
+        self.parts = nn.ModuleDict(parts)
         self.last = last
         halts = [i for i, stage in enumerate(stack.stages) if stage.halting is not None]
         self.chances = nn.ModuleDict({str(i): halting.initial(width) for i in halts})
@@ -152,25 +152,20 @@ def build(
         )
         for what in attentions(stack)
     }  # fmt: skip
-    parts: dict[int, Residual] = {}
-    for stage, sublayer in used(stack):
-        if sublayer.weights not in parts:
-            inner: Mixer | FFN
-            if isinstance(sublayer.what, FeedForward):
-                inner = FFN(sublayer.what, width)
-            else:
-                plan = cast(PlanModule, plans[sublayer.what].module())
-                inner = Mixer(plan, width, heads, kv_heads or heads, head_dim)
-            parts[sublayer.weights] = Residual(inner, stage.norm, norm, width)
+    parts: dict[str, Residual] = {}
+    for stage, sublayer in stack.sublayers:
+        inner: Mixer | FFN
+        if isinstance(sublayer.what, FeedForward):
+            inner = FFN(sublayer.what, width)
+        else:
+            plan = cast(PlanModule, plans[sublayer.what].module())
+            inner = Mixer(plan, width, heads, kv_heads or heads, head_dim)
+        parts[key(sublayer)] = Residual(inner, stage.norm, norm, width)
     last = nn.Identity() if stack.stages[-1].norm == "post" else norm(width)
     module = StackModule(stack, width, length, parts, last).to(device, getattr(torch, dtype))
     if init == "gpt2":
         initialise(module)
     return module
-
-
-def used(stack: Stack) -> Iterator[tuple[Layers, Sublayer]]:
-    return ((stage, sub) for stage in stack.stages for turn in stage.turns for sub in turn)
 
 
 def initialise(module: StackModule) -> None:

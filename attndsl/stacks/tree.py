@@ -90,14 +90,14 @@ class Stack:
         return tuple(turn for stage in self.stages for turn in stage.turns)
 
     @property
-    def sublayers(self) -> Iterator[Sublayer]:
-        """One of each set of weights, in the order of their first use."""
+    def sublayers(self) -> Iterator[tuple[Layers, Sublayer]]:
+        """One of each set of weights and its stage, in the order of their first use."""
         seen: set[int] = set()
-        for turn in self.turns:
-            for sublayer in turn:
+        for stage in self.stages:
+            for sublayer in (sub for turn in stage.turns for sub in turn):
                 if sublayer.weights not in seen:
                     seen.add(sublayer.weights)
-                    yield sublayer
+                    yield stage, sublayer
 
     if not TYPE_CHECKING:  # a type checker is to tell what is no attribute
 
