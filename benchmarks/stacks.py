@@ -61,7 +61,7 @@ def main() -> None:
             for _ in range(RUNS):
                 for name, module in (("plain", plain), ("halting", halting)):
                     if name == "halting":
-                        halting.chances["0"] = Forced(depths)
+                        halting.words["0"] = Forced(depths)
                     start = time.thread_time()
                     module(x)
                     seconds[name].append(time.thread_time() - start)

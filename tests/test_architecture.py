@@ -35,6 +35,7 @@ ROOMS = (
     "sheets",  # what data sheets say of devices
     "backend",  # the contract of a backend
     "analysis.part",  # the contract of an analysis
+    "stage",  # the contract of a stage of stacks
     "execution.registry",
     "execution.choice",  # what backends say of a problem
     "execution.selecting",  # what selections choose

@@ -6,7 +6,6 @@ import copy
 import functools
 import random
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,12 +17,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import attndsl
 from attndsl.command.cli import main
+from attndsl.execution import registry
 from attndsl.expr import Expr, const, substitute
 from attndsl.layers.reach import through
 from attndsl.meaning.pointwise import evaluate
-from attndsl.stacks import halting
+from attndsl.stacks.leaving import Progress
 from attndsl.stacks.reference import reference
-from attndsl.stacks.tree import FeedForward, Sublayer
+from attndsl.stage import Seen, Word
 
 TEXT = """
 let windows = [2, 3, 5]
@@ -151,8 +151,8 @@ def test_halted_tokens_are_attended_to_as_they_were(name: str) -> None:
     torch.manual_seed(0)
     made = stack(attndsl.parse(HALTING), name)
     module = attndsl.build(made, width=16, heads=2, length=40, dtype="float64", init="torch")
-    torch.nn.init.normal_(module.chances["0"].weight, std=0.5)
-    torch.nn.init.constant_(module.chances["0"].bias, -1.0)
+    torch.nn.init.normal_(module.words["0"].weight, std=0.5)
+    torch.nn.init.constant_(module.words["0"].bias, -1.0)
     x = torch.randn(3, 33, 16, dtype=torch.float64, requires_grad=True)
     tables = {"doc": torch.arange(33) // 9} if name == "shared" else {}
     found, record = module(x, **tables)
@@ -169,35 +169,17 @@ def test_halted_tokens_are_attended_to_as_they_were(name: str) -> None:
 
 def test_the_published_numbers_of_halting() -> None:
     """p = (.3, .3, .5), eps = .01: three turns, .4 remains for the last, and the weights are (.3, .3, .4)."""
-    probabilities = [0.3, 0.3, 0.5]
-    turns = [[Sublayer("count", FeedForward(1), i)] for i in range(5)]
-    states = [torch.full((1, 1, 1), float(10**i)) for i in range(5)]
-
-    class Counted:
-        """The state of turn i is 10^i."""
-
-        def __init__(self, i: int) -> None:
-            self.i = i
-
-        def before(self, x: Tensor) -> Tensor:
-            return x
-
-        def inner(self, x: Tensor, tables: object) -> Tensor:
-            return x
-
-        def added(self, x: Tensor, made: Tensor) -> Tensor:
-            return states[self.i]
-
-    class Chance(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.tensor(probabilities[int(x.log10().round())]).logit().reshape(1, 1, 1)
-
-    def part(sublayer: Sublayer) -> Any:
-        return Counted(sublayer.weights)
-
-    found = halting.run(turns, part, Chance(), 0.01, torch.zeros(1, 1, 1), {})  # type: ignore[arg-type]
+    act, word = registry.plugin("stages", "act"), Word("act", (("eps", 0.01),))
+    found = Progress.begun(torch.zeros(1, 1, 1))
+    for turn, chance in enumerate((0.3, 0.3, 0.5)):
+        assert bool(found.running)
+        x = torch.full((1, 1, 1), 10.0**turn)
+        seen = Seen(x, x, found.running, turn, 5, carry=found.carry)
+        decision = act.decide(word, lambda x, p=chance: torch.full_like(x, p).logit(), seen)
+        found = found.after(x, decision, seen.last)
+    assert not bool(found.running)
     assert found.turns.item() == 3
-    assert found.left.item() == pytest.approx(0.4)
+    assert found.carry["left"].item() == pytest.approx(0.4)
     assert found.y.item() == pytest.approx(0.3 * 1 + 0.3 * 10 + 0.4 * 100)
 
 
@@ -205,7 +187,7 @@ def test_pondering_is_a_loss_that_shortens_it() -> None:
     torch.manual_seed(0)
     made = stack(attndsl.parse(HALTING), "choosing")
     module = attndsl.build(made, width=8, heads=2, length=16)
-    torch.nn.init.constant_(module.chances["0"].bias, -1.0)
+    torch.nn.init.constant_(module.words["0"].bias, -1.0)
     optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
     x = torch.randn(2, 16, 8)
     first = module(x)[1].turns[0].float().mean()
@@ -241,7 +223,7 @@ def test_steps_are_the_last_tokens_of_the_whole_run(name: str) -> None:
     torch.manual_seed(0)
     made = stack(attndsl.parse(CAUSAL), name)
     module = attndsl.build(made, width=8, heads=2, length=20, dtype="float64", init="torch")
-    for chance in module.chances.values():
+    for chance in module.words.values():
         torch.nn.init.normal_(chance.weight, std=0.5)
         torch.nn.init.constant_(chance.bias, -1.0)
     x = torch.randn(2, 17, 8, dtype=torch.float64)
@@ -282,7 +264,7 @@ def test_stacks_that_look_ahead_do_not_generate() -> None:
 def test_costs_are_those_that_torch_counts(text: str, name: str) -> None:
     made = stack(attndsl.parse(text), name)
     module = attndsl.build(made, width=16, heads=4, kv_heads=2, length=40)
-    for chance in module.chances.values():
+    for chance in module.words.values():
         torch.nn.init.constant_(chance.bias, -50.0)
     found = attndsl.depth(made, length=40, width=16, heads=4, kv_heads=2)
     with FlopCounterMode(display=False) as counter, torch.no_grad():

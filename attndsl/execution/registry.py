@@ -7,7 +7,7 @@ import importlib.util
 import inspect
 import os
 import sys
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Collection, Iterable, Mapping, Set
 from dataclasses import dataclass, fields
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -23,12 +23,22 @@ GROUPS = {
     "analyses": "analysis",
     "selections": "selection",
     "libraries": "library",
+    "stages": "stage",
 }
 """And what one of each is called."""
 METHODS = {"supports": 2, "cost": 3, "lower": 2}
 """What a backend is asked, and with how many arguments."""
 SELECTION = {"check": 1, "rounds": 1, "relates": 1, "reads": 1, "counts": 2, "choose": 2, "reference": 2}
 """What a selection is asked."""
+
+
+STAGE = {"check": 1, "parameters": 2, "learned": 2}
+"""What a stage is asked, whatever its role, and by role:"""
+ROLES = {
+    "halting": {"decide": 3, "losses": 3},
+    "exit": {"confidence": 3},
+    "memory": {"reach": 2, "remember": 4},
+}
 
 
 @dataclass(frozen=True)
@@ -149,7 +159,9 @@ def _load(point: EntryPoint) -> tuple[Any, str]:
     if group == "analyses":
         return loaded, "" if isinstance(loaded, Part) else "it is no `attndsl.analysis.part.Part`"
     if group == "selections":
-        return loaded, _unsaid(loaded) or _misses(loaded, SELECTION)
+        return loaded, _unsaid(loaded, "kind", KINDS) or _misses(loaded, SELECTION)
+    if group == "stages":
+        return loaded, _unsaid(loaded, "role", ROLES) or _misses(loaded, STAGE | ROLES[loaded.role])
     return loaded, _flaw(loaded)
 
 
@@ -160,11 +172,11 @@ def _folder(package: str) -> Path | None:
     return Path(places[0]) if places else None
 
 
-def _unsaid(loaded: object) -> str:
-    """What a selection does not say of itself, or ""."""
-    kind = getattr(loaded, "kind", None)
-    if kind not in KINDS:
-        return f"its `kind` is {kind!r}, and there are {_listed(KINDS)}"
+def _unsaid(loaded: object, name: str, known: Collection[Any]) -> str:
+    """What a plugin with a `signature` does not say of itself, or ""."""
+    said = getattr(loaded, name, None)
+    if said not in known:
+        return f"its `{name}` is {said!r}, and there are {_listed(known)}"
     return "" if callable(getattr(loaded, "signature", None)) else "it has no method `signature`"
 
 

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from attndsl.errors import fail
 from attndsl.execution.session import Session
-from attndsl.stacks.halting import Progress
 from attndsl.stacks.layers import Mixer
-from attndsl.stacks.tree import Layers, Sublayer
+from attndsl.stacks.leaving import Progress
+from attndsl.stacks.run import Run
+from attndsl.stacks.tree import Layers, Reversible, Sublayer
+from attndsl.stage import Seen
 
 if TYPE_CHECKING:
     from attndsl.stacks.module import StackModule
@@ -29,10 +31,12 @@ class StackSession:
     """
 
     def __init__(self, module: StackModule, batch: int, capacity: int) -> None:
+        if module.stack.remembers:
+            raise fail("a stack that remembers steps by its state", help="give `state=record.state` to calls")
         self.module, self.batch = module, batch
         self.sessions: dict[tuple[int, int, int], Session] = {
             (i, t, s): inner.attention.session(batch, capacity)
-            for i, stage in enumerate(module.stack.stages)
+            for i, stage in enumerate(module.stack.layers)
             for t, turn in enumerate(stage.turns)
             for s, sublayer in enumerate(turn)
             if isinstance(inner := module.part(sublayer).inner, Mixer)
@@ -51,36 +55,55 @@ class StackSession:
         """The output [B, m, width] of `x` [B, m, width], the next tokens of every row; `tables` by name."""
         if x.ndim != 3 or x.shape[0] != self.batch or x.shape[2] != self.module.width:
             raise fail(f"x is [{self.batch}, m, {self.module.width}], not {[*x.shape]}")
-        for i, stage in enumerate(self.module.stack.stages):
-            x = self._halting(i, stage, x, tables) if stage.halting else self._turns(i, stage, x, tables)
+        number, run = 0, Run(self.module, tables, x.shape[1], self.length)
+        for each in self.module.stack.stages:
+            if isinstance(each, Reversible):
+                x = self._reversible(number, each, x, tables)
+                number += len(each.stages)
+                continue
+            x = self._leaving(run, number, each, x) if each.leaves else self._turns(number, each, x, tables)
+            number += 1
         return cast(Tensor, self.module.last(x))
 
     def _turns(self, i: int, stage: Layers, x: Tensor, tables: dict[str, Any]) -> Tensor:
         for t, turn in enumerate(stage.turns):
             for s, sublayer in enumerate(turn):
-                x = self._added((i, t, s), sublayer, x, tables)
+                residual = self.module.part(sublayer)
+                x = residual.added(x, self._made((i, t, s), sublayer, x, tables))
         return x
 
-    def _halting(self, i: int, stage: Layers, x: Tensor, tables: dict[str, Any]) -> Tensor:
+    def _reversible(self, i: int, of: Reversible, x: Tensor, tables: dict[str, Any]) -> Tensor:
+        streams = [x, x]
+        for place, sublayer in of.sublayers(i):
+            streams = [streams[1], streams[0] + self._made(place, sublayer, streams[1], tables)]
+        return (streams[0] + streams[1]) / 2
+
+    def _leaving(self, run: Run, i: int, stage: Layers, x: Tensor) -> Tensor:
         """A token that has left is attended to in later turns too: they all get keys of its last state."""
-        assert stage.halting is not None
-        chance, found = self.module.chances[str(i)], Progress.begun(x)
+        decide = run.halting(i, stage.halting) if stage.halting else run.exit(i, stage)
+        found = Progress.begun(x)
         for t, turn in enumerate(stage.turns):
+            before = x
             for s, sublayer in enumerate(turn):
-                x = torch.where(found.running[..., None], self._added((i, t, s), sublayer, x, tables), x)
-            found = found.after(x, chance, stage.halting.eps, t == len(stage.turns) - 1)
+                residual = self.module.part(sublayer)
+                new = residual.added(x, self._made((i, t, s), sublayer, x, dict(run.tables)))
+                x = torch.where(found.running[..., None], new, x)
+            seen = Seen(
+                x, before, found.running, t, len(stage.turns), run.first, found.carry, self.module.logits
+            )
+            found = found.after(x, decide(seen), seen.last)
         return found.y
 
-    def _added(
+    def _made(
         self, at: tuple[int, int, int], sublayer: Sublayer, x: Tensor, tables: dict[str, Any]
     ) -> Tensor:
         residual = self.module.part(sublayer)
         inner, normed = residual.inner, residual.before(x)
         if not isinstance(inner, Mixer):
-            return residual.added(x, inner(normed, tables))
+            return cast(Tensor, residual.behind(inner(normed)))
         q, k, v = (made.transpose(1, 2) for made in (inner.queries(normed), *inner.keys(normed)))
         out = self.sessions[at].prefill(q, k, v, **inner.given(tables))
-        return residual.added(x, inner.o(out.transpose(1, 2).flatten(2)))
+        return cast(Tensor, residual.behind(inner.o(out.transpose(1, 2).flatten(2))))
 
 
 def greedy(logits: Tensor) -> Tensor:

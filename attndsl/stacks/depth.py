@@ -19,7 +19,7 @@ from attndsl.expr import Expr, const, substitute
 from attndsl.keywords import by_name, checked_dtype
 from attndsl.layers.reach import through
 from attndsl.meaning.pointwise import evaluate
-from attndsl.stacks.sizes import check_tables, head_dim_of
+from attndsl.stacks.sizes import check_tables, head_dim_of, plugin_of, words
 from attndsl.stacks.tree import FeedForward, Stack, Sublayer
 
 
@@ -133,10 +133,10 @@ def depth(
     projections = width * of["head_dim"] * 2 * (of["heads"] + of["kv_heads"])
     known: dict[Attention, tuple[int | None, int]] = {}
     levels, masks = [], list[Expr]()
-    chances = [stage.halting is not None for stage in stack.stages for _ in stage.turns]
-    for turn, chance in zip(stack.turns, chances, strict=True):
+    of_turn = [stage for stage in stack.layers for _ in stage.turns]
+    for turn, stage in zip(stack.turns, of_turn, strict=True):
         pairs: int | None = 0
-        kept, weights = 0, width * chance
+        kept, weights = 0, width * (stage.halting is not None)
         for sublayer in turn:
             what = sublayer.what
             if isinstance(what, FeedForward):
@@ -158,7 +158,7 @@ def depth(
         levels.append(Level(named, pairs, flops, kept, held, _sees(masks, length)))
     sizes = {"H": heads, "D": of["head_dim"], "n": length}
     parameters = _parameters(stack, width, projections, sizes)
-    return Depth(stack.name, length, tuple(levels), parameters, any(chances))
+    return Depth(stack.name, length, tuple(levels), parameters, any(stage.leaves for stage in stack.layers))
 
 
 def _sees(masks: list[Expr], length: int) -> int | None:
@@ -177,8 +177,8 @@ def _sees(masks: list[Expr], length: int) -> int | None:
 
 def _parameters(stack: Stack, width: int, projections: int, sizes: Mapping[str, int]) -> int:
     norms = {"pre": 1, "post": 1, "sandwich": 2}
-    total = sum(width + 1 for stage in stack.stages if stage.halting is not None)
-    total += 0 if stack.stages[-1].norm == "post" else 2 * width
+    total = sum(int(plugin_of(word).parameters(word, width)) for _, word in words(stack))
+    total += 0 if stack.layers[-1].norm == "post" else 2 * width
     for stage, sublayer in stack.sublayers:
         total += norms[stage.norm] * 2 * width + _own(sublayer, width, projections, sizes)
     return total

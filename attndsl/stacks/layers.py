@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -10,6 +11,39 @@ from torch import Tensor, nn
 
 from attndsl.execution.plan import PlanModule
 from attndsl.stacks.tree import FeedForward
+from attndsl.stage import Held
+
+Pair = tuple[Tensor, Tensor]
+"""Keys and values, [B, n, kv_heads, head_dim]."""
+
+
+@dataclass(frozen=True, eq=False)
+class Near:
+    """What a sublayer has beside its input.
+
+    tables: run-time inputs of attentions, by name.
+    first:  position of the first token.
+    held:   what its memories hold of earlier ones, the oldest first.
+    """
+
+    tables: Mapping[str, Any]
+    first: int = 0
+    held: tuple[Held, ...] = ()
+
+    def places(self, count: int, at: Tensor | None = None) -> dict[str, Any]:
+        """Where the queries of `count` tokens and their keys stand, as a plan takes it; `at` [B, m] are the
+        queries that there are, all if not given."""
+        if not self.first and not self.held:
+            return {} if at is None else {"q_positions": at}
+        behind = [place for held in self.held for place in held.at]
+        where: dict[str, Any] = {"n": self.first + count}
+        if at is None:
+            where["q_offset"] = self.first
+        else:
+            where["q_positions"] = at + self.first
+        if behind == [*range(self.first - len(behind), self.first)]:
+            return {**where, "k_offset": self.first - len(behind)}
+        return {**where, "k_positions": torch.tensor([*behind, *range(self.first, self.first + count)])}
 
 
 class Mixer(nn.Module):
@@ -30,15 +64,12 @@ class Mixer(nn.Module):
         others = attention.streams or attention.selected or attention.parts or attention.approx
         self.placed = not (others or attention.counts_queries)
 
-    def forward(self, x: Tensor, tables: Mapping[str, Any]) -> Tensor:
-        return self.mixed(self.queries(x), *self.keys(x), tables)
-
     def queries(self, x: Tensor) -> Tensor:
         """[B, n, heads, head_dim]."""
         return _headed(self.q(x), self.heads)
 
-    def keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values, [B, n, kv_heads, head_dim]."""
+    def keys(self, x: Tensor) -> Pair:
+        """Of x [B, n, width]."""
         return _headed(self.k(x), self.kv_heads), _headed(self.v(x), self.kv_heads)
 
     def given(self, tables: Mapping[str, Any]) -> dict[str, Any]:
@@ -46,17 +77,10 @@ class Mixer(nn.Module):
         names = [table.name for table in self.attention.plan.attention.inputs]
         return {name: tables[name] for name in names if name in tables}
 
-    def mixed(
-        self, q: Tensor, k: Tensor, v: Tensor, tables: Mapping[str, Any], at: Tensor | None = None
-    ) -> Tensor:
-        """[B, m, width] of queries that stand at `at` [B, m], or are those of all tokens."""
-        given = self.given(tables)
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        out = (
-            self.attention(q, k, v, **given)
-            if at is None
-            else self.attention(q, k, v, q_positions=at, **given)
-        )
+    def mixed(self, q: Tensor, keys: Pair, tables: Mapping[str, Any], places: Mapping[str, Any]) -> Tensor:
+        """[B, m, width] of queries that stand at `places`, among keys."""
+        q, k, v = (x.transpose(1, 2) for x in (q, *keys))
+        out = self.attention(q, k, v, **places, **self.given(tables))
         return cast(Tensor, self.o(out.transpose(1, 2).flatten(2)))
 
 
@@ -73,7 +97,7 @@ class FFN(nn.Module):
         self.chunks = what.chunks
         self.up, self.down = nn.Linear(width, inner), nn.Linear(inner, width)
 
-    def forward(self, x: Tensor, tables: Mapping[str, Any]) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         pieces = [self.down(nn.functional.gelu(self.up(piece))) for piece in x.chunk(self.chunks, 1)]
         return torch.cat(pieces, 1) if len(pieces) > 1 else cast(Tensor, pieces[0])
 
@@ -90,9 +114,25 @@ class Residual(nn.Module):
         self.behind = make_norm(width) if norm == "sandwich" else nn.Identity()
         self.after = make_norm(width) if norm == "post" else nn.Identity()
 
-    def forward(self, x: Tensor, tables: Mapping[str, Any]) -> Tensor:
-        return self.added(x, self.inner(self.before(x), tables))
+    def forward(self, x: Tensor, near: Near) -> Tensor:
+        return self.added(x, self.made(x, near))
+
+    def made(self, x: Tensor, near: Near) -> Tensor:
+        """What is added to the stream, made of x."""
+        inner, normed = self.inner, self.before(x)
+        if not isinstance(inner, Mixer):
+            return cast(Tensor, self.behind(inner(normed)))
+        return self.mixed(inner.queries(normed), inner.keys(normed), near)
+
+    def mixed(self, q: Tensor, keys: Pair, near: Near, at: Tensor | None = None) -> Tensor:
+        """Of queries at `at` [B, m], or of all tokens, among keys of all tokens and what is held."""
+        assert isinstance(self.inner, Mixer)
+        count = keys[0].shape[1]
+        if near.held:
+            held = self.inner.keys(self.before(torch.cat([held.x for held in near.held], 1)))
+            keys = torch.cat([held[0], keys[0]], 1), torch.cat([held[1], keys[1]], 1)
+        return cast(Tensor, self.behind(self.inner.mixed(q, keys, near.tables, near.places(count, at))))
 
     def added(self, x: Tensor, made: Tensor) -> Tensor:
-        """x with what `inner` made of it."""
-        return cast(Tensor, self.after(x + self.behind(made)))
+        """x with what was made of it."""
+        return cast(Tensor, self.after(x + made))

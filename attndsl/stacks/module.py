@@ -4,70 +4,112 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from attndsl.attention import Attention
 from attndsl.errors import fail
 from attndsl.execution.plan import PlanModule, compile
 from attndsl.keywords import by_name, checked_dtype
-from attndsl.stacks import halting
+from attndsl.stacks import leaving
 from attndsl.stacks.decoding import StackSession
 from attndsl.stacks.layers import FFN, Mixer, Residual
-from attndsl.stacks.sizes import attentions, check_tables, head_dim_of
-from attndsl.stacks.tree import FeedForward, Stack, Sublayer
+from attndsl.stacks.run import Exits, Record, Run, State
+from attndsl.stacks.sizes import attentions, check_tables, head_dim_of, plugin_of, remembered, words
+from attndsl.stacks.tree import FeedForward, Layers, Reversible, Stack, Sublayer
+from attndsl.stage import Decision, Seen
 
 INITS = ("gpt2", "torch")
-
-
-@dataclass(frozen=True)
-class Record:
-    """What a run of a stack tells besides its output.
-
-    losses: what may be added to the loss, with a weight: `ponder.I` of the I-th loop that halts, counted
-            from 0, the mean of the turns that a token takes and of what remained for the last of them.
-    turns:  by that number, how many each token took, [B, n].
-    """
-
-    losses: Mapping[str, Tensor] = field(default_factory=dict)
-    turns: Mapping[int, Tensor] = field(default_factory=dict)
 
 
 class StackModule(nn.Module):
     """A stack that trains: `y, record = module(x, **tables)`.
 
     x, y: [B, n, width], n up to the `length` it was built for. `tables` are the run-time inputs of its
-    attentions, by name. Raises AttnError for an x that does not fit and a table that no attention has.
+    attentions, by name. `state` is what a call on the tokens before these left, `record.state`.
+    Raises AttnError for an x or a state that does not fit, and a table that no attention has.
     """
 
     def __init__(
-        self, stack: Stack, width: int, length: int, parts: dict[str, Residual], last: nn.Module
+        self,
+        stack: Stack,
+        width: int,
+        length: int,
+        parts: dict[str, Residual],
+        last: nn.Module,
+        readout: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.stack, self.width, self.length = stack, width, length
         self.parts = nn.ModuleDict(parts)
         self.last = last
-        halts = [i for i, stage in enumerate(stack.stages) if stage.halting is not None]
-        self.chances = nn.ModuleDict({str(i): halting.initial(width) for i in halts})
+        self.readout = readout
+        learned = {key: plugin_of(word).learned(word, width) for key, word in words(stack)}
+        self.words = nn.ModuleDict({_dotless(key): one for key, one in learned.items() if one is not None})
 
-    def forward(self, x: Tensor, **tables: Any) -> tuple[Tensor, Record]:
-        """What it makes of `x` [B, n, width], with `tables` by name, and what the run tells."""
-        self._check(x, tables)
-        losses: dict[str, Tensor] = {}
-        turns: dict[int, Tensor] = {}
-        for i, stage in enumerate(self.stack.stages):
-            if stage.halting is not None:
-                chance = cast(nn.Linear, self.chances[str(i)])
-                found = halting.run(stage.turns, self.part, chance, stage.halting.eps, x, tables)
-                losses[f"ponder.{len(turns)}"] = (found.turns + found.left).mean()
-                x, turns[len(turns)] = found.y, found.turns
+    def forward(self, x: Tensor, *, state: State | None = None, **tables: Any) -> tuple[Tensor, Record]:
+        """What it makes of `x` [B, n, width], behind the tokens of `state`, with `tables` by name, and what
+        the run tells."""
+        self._check(x, state, tables)
+        run = Run(self, tables, x.shape[1], state.seen if state else 0, state.held if state else {})
+        number = 0
+        for each in self.stack.stages:
+            if isinstance(each, Reversible):
+                x = self._reversible(run, number, each, x)
+                number += len(each.stages)
                 continue
-            for turn in stage.turns:
-                for sublayer in turn:
-                    x = self.part(sublayer)(x, tables)
-        return self.last(x), Record(losses, turns)
+            x = self._layers(run, number, each, x)
+            number += 1
+        return self.last(x), run.record()
+
+    def _layers(self, run: Run, i: int, of: Layers, x: Tensor) -> Tensor:
+        if (word := of.halting) is not None:
+            found = leaving.run(run, i, of, run.halting(i, word), x)
+            for name, loss in plugin_of(word).losses(word, found.turns, found.carry).items():
+                run.losses[f"{name}.{len(run.turns)}"] = loss
+            run.turns[len(run.turns)] = found.turns
+            return found.y
+        if of.exit is not None:
+            return self._exits(run, i, of, x)
+        for t, turn in enumerate(of.turns):
+            for s, sublayer in enumerate(turn):
+                run.enter((i, t, s), sublayer, x)
+                x = self.part(sublayer)(x, run.near((i, t, s)))
+        return x
+
+    def _exits(self, run: Run, i: int, of: Layers, x: Tensor) -> Tensor:
+        decide, sure, states = run.exit(i, of), list[Tensor](), list[Tensor]()
+
+        def decided(seen: Seen) -> Decision:
+            decision = decide(seen)
+            assert decision.sure is not None
+            sure.append(decision.sure)
+            states.append(seen.x)
+            return decision
+
+        found = leaving.run(run, i, of, decided, x)
+        each = tuple(states) if self.training else ()
+        run.exits[len(run.exits)] = Exits(each, tuple(sure), found.turns)
+        return found.y
+
+    def _reversible(self, run: Run, i: int, of: Reversible, x: Tensor) -> Tensor:
+        streams = [x, x]
+        for place, sublayer in of.sublayers(i):
+            run.enter(place, sublayer, streams[1])
+            made = self.part(sublayer).made(streams[1], run.near(place))
+            streams = [streams[1], streams[0] + made]
+        return (streams[0] + streams[1]) / 2
+
+    def word(self, key: str) -> nn.Module | None:
+        """What a word of the stack learns, by its `key` in `words` of `stacks.sizes`; None where nothing."""
+        return dict(self.words.items()).get(_dotless(key))
+
+    def logits(self, x: Tensor) -> Tensor:
+        """What the readout makes of states `x` [B, n, width], as of the last ones: [B, n, tokens]."""
+        assert self.readout is not None
+        return cast(Tensor, self.readout(self.last(x)))
 
     def session(self, batch: int, capacity: int) -> StackSession:
         """An empty StackSession of `batch` rows of up to `capacity` tokens."""
@@ -77,7 +119,7 @@ class StackModule(nn.Module):
         """The module of a sublayer."""
         return cast(Residual, self.parts[key(sublayer)])
 
-    def _check(self, x: Tensor, tables: Mapping[str, Any]) -> None:
+    def _check(self, x: Tensor, state: State | None, tables: Mapping[str, Any]) -> None:
         if x.ndim != 3 or x.shape[-1] != self.width:
             help = "embed tokens first: `module(embedding(tokens))`" if x.ndim == 2 else ""
             raise fail(f"x is [B, n, {self.width}], not {[*x.shape]}", help=help)
@@ -90,10 +132,27 @@ class StackModule(nn.Module):
         if x.shape[1] > self.length:
             raise fail(f"x has {x.shape[1]:,} positions, and the stack is built for {self.length:,}")
         check_tables(self.stack, tables)
+        if state is not None:
+            self._check_state(x, state)
+
+    def _check_state(self, x: Tensor, state: State) -> None:
+        if not isinstance(state, State):
+            raise fail(f"a state is what a call left, not {type(state).__name__}", help="give `record.state`")
+        if state.stack != self.stack:
+            raise fail(f"the state is of {state.stack!r}, and the module of {self.stack!r}")
+        for held in (one.x for kept in state.held.values() for one in kept if one is not None):
+            if (held.shape[0], held.shape[2]) != (x.shape[0], self.width):
+                raise fail(f"the state is of {held.shape[0]} rows, and x of {x.shape[0]}")
+            if (held.dtype, held.device) != (x.dtype, x.device):
+                raise fail(f"the state is {held.dtype} on {held.device}, and x {x.dtype} on {x.device}")
 
     def extra_repr(self) -> str:
         """Its line in print(model)."""
         return f"{self.stack!r}, width={self.width}, length={self.length}"
+
+
+def _dotless(key: str) -> str:
+    return key.replace(".", "_")  # a name of a module has no dot
 
 
 def key(sublayer: Sublayer) -> str:
@@ -116,6 +175,7 @@ def build(
     backend: str | None = None,
     norm: Callable[[int], nn.Module] = nn.LayerNorm,
     init: str = "gpt2",
+    readout: nn.Module | None = None,
 ) -> StackModule:
     """A stack as an nn.Module: projections, norms and feed-forward are torch's own, attentions are plans.
 
@@ -132,6 +192,7 @@ def build(
     norm      makes a norm of so many numbers: nn.LayerNorm, nn.RMSNorm
     init      of weights: "gpt2", normal with deviation 0.02, what enters the residual stream divided by the
               square root of how often that happens (Radford et al. 2019, section 2.3); "torch": as torch does
+    readout   makes logits of outputs, [B, n, width] to [B, n, tokens]; what asks for them is refused without
 
     Raises AttnError for sizes that do not fit, an unknown `init`, and what a plan refuses.
     """
@@ -145,12 +206,18 @@ def build(
         raise fail("`norm` makes a norm of so many numbers", help=help)
     if init not in INITS:
         raise fail(f"unknown init `{init}`", help=f"there are {', '.join(INITS)}")
+    for _, word in words(stack):
+        if getattr(plugin_of(word), "needs_logits", False) and readout is None:
+            raise fail(f"`{word.name}` reads logits", word.written, "give `readout=` to `build`")
+    behind: dict[Attention, int] = {}
+    for memory, what in attentions(stack):
+        behind[what] = max(behind.get(what, 0), remembered(memory))
     plans = {
         what: compile(
-            what, length=length, batch=batch, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
-            dtype=dtype, device=device, training=True, backend=backend,
+            what, length=length + behind[what], q_length=length, batch=batch, heads=heads, kv_heads=kv_heads,
+            head_dim=head_dim, dtype=dtype, device=device, training=True, backend=backend,
         )
-        for what in attentions(stack)
+        for what in behind
     }  # fmt: skip
     parts: dict[str, Residual] = {}
     for stage, sublayer in stack.sublayers:
@@ -161,8 +228,8 @@ def build(
             plan = cast(PlanModule, plans[sublayer.what].module())
             inner = Mixer(plan, width, heads, kv_heads or heads, head_dim)
         parts[key(sublayer)] = Residual(inner, stage.norm, norm, width)
-    last = nn.Identity() if stack.stages[-1].norm == "post" else norm(width)
-    module = StackModule(stack, width, length, parts, last).to(device, getattr(torch, dtype))
+    last = nn.Identity() if stack.layers[-1].norm == "post" else norm(width)
+    module = StackModule(stack, width, length, parts, last, readout).to(device, getattr(torch, dtype))
     if init == "gpt2":
         initialise(module)
     return module

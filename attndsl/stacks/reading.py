@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Literal, cast, get_args
@@ -13,7 +14,9 @@ from attndsl.errors import AttnError, Diagnostic, fail, suggest
 from attndsl.language.arguments import bind_arguments, bind_arguments_of
 from attndsl.language.elaborate import Elaborator
 from attndsl.language.values import TOKENS, Num, Scope, Value, attention_named
-from attndsl.stacks.tree import FeedForward, Halting, Layers, Norm, Sublayer
+from attndsl.stacks.tree import Exit, FeedForward, Layers, Norm, Reversible, Sublayer, layers_of
+from attndsl.stage import Argument, Role, Stage, Word
+from attndsl.stage import Exit as Leaving
 from attndsl.syntax import nodes as ast
 
 LAYER_LIMIT = 1024
@@ -23,13 +26,18 @@ TURN = {"layers": "layer", "loop": "turn"}
 USAGE = {
     "layers": "layers(N) { ... }",
     "loop": "loop(N) { ... }",
-    "act": "loop(act(eps = 0.01), max = N) { ... }",
+    "reversible": "reversible { layers(N) { ... } }",
+    "memory": "memory(xl(512)) { layers(N) { ... } }",
     "cycle": "cycle { a  a  b }",
     "share": "share { ... }",
     "ffn": "ffn(4)",
+    "exit": "exit(margin, threshold = 0.9)",
 }
 """How the words of stages are written."""
-
+HALTS = "loop({}, max = N) {{ ... }}"
+STAGES = ("layers", "loop", "reversible", "memory")
+"""What stands in the braces of a stack."""
+EXIT = ("threshold", "decay", "batch")
 YOURS = "a stack has neither embedding nor readout: they stand around the module, and are yours"
 CLAUSE = "a layer names attentions: write `attention NAME { mask ... }` before the stack, and `NAME` here"
 NORMS = "norms are there already: `layers(N, norm = pre)` says where they stand"
@@ -48,65 +56,216 @@ WIDEST = 64
 
 @dataclass(frozen=True)
 class Reading:
-    """A stack being read: `weights` numbers sets of weights, and `known` holds those that turns share."""
+    """A stack being read: `weights` numbers sets of weights, and `known` holds those that turns share.
+
+    memory, reversible: what the braces around say.
+    """
 
     elaborator: Elaborator
     env: Scope
     weights: Callable[[], int]
     known: dict[int, int]
+    memory: tuple[Word, ...] = ()
+    reversible: bool = False
 
 
-def read(elaborator: Elaborator, item: ast.StackDef, env: Scope) -> tuple[Layers, ...]:
+def read(elaborator: Elaborator, item: ast.StackDef, env: Scope) -> tuple[Layers | Reversible, ...]:
     """The stages of a stack with its parameters in `env`. Raises AttnError."""
     reading = Reading(elaborator, replace(env, integral=False), count().__next__, {})
-    return tuple(stage(reading, each) for each in item.stages)
+    return tuple(made for each in item.stages for made in stage(reading, each))
 
 
-def stage(reading: Reading, e: ast.Stage) -> Layers:
+def stage(reading: Reading, e: ast.Stage) -> tuple[Layers | Reversible, ...]:
     """What stands in the braces of a stack."""
+    match e.name.id:
+        case "layers" | "loop":
+            return (layers(reading, e),)
+        case "reversible":
+            return (reversible(reading, e),)
+        case "memory":
+            inner = remembering(reading, e)
+            return tuple(made for each in braces(e) for made in stage(inner, each))
     word = e.name.id
-    if word not in ("layers", "loop"):
-        inside = word in USAGE or word in reading.elaborator.definitions
-        help = (
-            f"write `layers(1) {{ {e.span.text} }}`"
-            if inside and e.body is None
-            else "it stands in `layers(N) { ... }`"
-        )
-        if not inside:
-            raise unknown(reading, e, ("layers", "loop"))
-        raise fail(f"`{word}` is no stage of a stack", e.name.span, help)
+    if not (word in USAGE or word in reading.elaborator.definitions):
+        raise unknown(reading, e, STAGES)
+    own = e.body is None and word != "exit"
+    help = f"write `layers(1) {{ {e.span.text} }}`" if own else "it stands in `layers(N) { ... }`"
+    raise fail(f"`{word}` is no stage of a stack", e.name.span, help)
+
+
+def layers(reading: Reading, e: ast.Stage) -> Layers:
+    word = e.name.id
     optional = ("max", "norm") if word == "loop" else ("norm",)
     given = bind_arguments_of(word, ("N",), optional, call(e), USAGE[word])
-    halts = halting(reading, given["N"]) if word == "loop" else None
+    halts = halting(reading, given["N"], "max" in given) if word == "loop" else None
     counted = given["N"] if halts is None else given.get("max")
     if counted is None:
-        raise fail("a loop that halts has a last turn", given["N"].span, f"write `{USAGE['act']}`")
+        assert halts is not None
+        help = f"write `{HALTS.format(given['N'].span.text)}`"
+        raise fail("a loop that halts has a last turn", given["N"].span, help)
     if halts is None and "max" in given:
-        raise fail("`max` is of a loop that halts", given["max"].span, f"write `{USAGE['act']}`")
+        raise fail("`max` is of a loop that halts", given["max"].span, f"write `{HALTS.format('act')}`")
+    if halts and reading.reversible:
+        raise fail(
+            "tokens that halt cannot be undone", given["N"].span, "inside `reversible` all run as long"
+        )
     turns = reading.elaborator.constant(counted, reading.env, TOKENS, "the number of layers")
     if not 1 <= turns <= LAYER_LIMIT:
         raise fail(f"{turns} {TURN[word]}s", counted.span, f"from 1 to {LAYER_LIMIT:,}")
-    body = braces(e)
-    layers = []
+    *body, last = braces(e)
+    exits = leaving(reading, last) if last.name.id == "exit" else None
+    if exits and halts:
+        raise fail("a loop that halts has no exit", last.span, "tokens leave it where they halt")
+    if exits and not body:
+        raise fail("nothing stands before the exit", last.span)
+    body = body if exits else [*body, last]
+    made = []
     for layer in range(turns):
         env = reading.env.bind(layer=Num(ir.const(layer)))
         inner = replace(reading, env=env)
-        layers.append(tuple(sub for part in body for sub in sublayers(inner, part, layer, False)))
-    return Layers(cast("Literal['layers', 'loop']", word), tuple(layers), norm(given.get("norm")), halts)
+        made.append(tuple(sub for part in body for sub in sublayers(inner, part, layer, False)))
+    found = Layers(
+        cast("Literal['layers', 'loop']", word), tuple(made), norm(given.get("norm")), halts, exits,
+        reading.memory,
+    )  # fmt: skip
+    for sub in (sub for turn in made for sub in turn):
+        if reading.memory and isinstance(sub.what, Attention) and sub.what.streams:
+            said = f"`{sub.name}` says what its keys are, and so does the memory around it"
+            raise fail(said, sub.written, "leave out its `keys`, or take it out of the braces")
+    if reading.reversible and found.norm == "post":
+        raise fail("what is normed after the sum cannot be undone", given["norm"].span, "write `norm = pre`")
+    return found
 
 
-def halting(reading: Reading, e: ast.Expression) -> Halting | None:
-    """How tokens leave a loop, None of a number of turns."""
-    made = e if isinstance(e, ast.Call) else ast.Call(e, (), span=e.span)
-    if not isinstance(made.func, ast.Name) or made.func.id != "act":
+def reversible(reading: Reading, e: ast.Stage) -> Reversible:
+    bind_arguments_of("reversible", (), (), call(e), USAGE["reversible"])
+    inner = replace(reading, reversible=True)
+    made = []
+    for each in braces(e):
+        if each.name.id in ("memory", "reversible"):
+            help = "memory stands around it: `memory(xl(512)) { reversible { ... } }`"
+            raise fail(
+                f"`{each.name.id}` stands in `reversible`", each.name.span, help * (each.name.id == "memory")
+            )
+        made += [found for found in stage(inner, each) if isinstance(found, Layers)]
+    return Reversible(tuple(made))
+
+
+def remembering(reading: Reading, e: ast.Stage) -> Reading:
+    """Inside the braces of a memory."""
+    if reading.memory:
+        raise fail("`memory` stands in `memory`", e.name.span, "name both in one: `memory(xl(512), ...)`")
+    if not e.args:
+        raise fail("`memory` needs what it remembers by", e.span, f"write `{USAGE['memory']}`")
+    for argument in e.args:
+        if argument.name:
+            raise fail("`memory` takes words, the nearest memory first", argument.span, USAGE["memory"])
+    words = tuple(registered(reading, argument.value, "memory") for argument in e.args)
+    return replace(reading, memory=words)
+
+
+def halting(reading: Reading, e: ast.Expression, limited: bool) -> Word | None:
+    """How tokens leave a loop, None of a number of turns; `limited`: whether there is a last turn."""
+    func = e.func if isinstance(e, ast.Call) else e
+    if not isinstance(func, ast.Name) or func.id in reading.env.names:
         return None
-    given = bind_arguments_of("act", (), ("eps",), made, USAGE["act"])
-    if "eps" not in given:
-        return Halting(0.01)
-    eps = ir.number(reading.elaborator.num(given["eps"], reading.env, TOKENS))
-    if eps is None or not 0 < eps < 1:
-        raise fail("`eps` is what may be left of the sum of 1: between 0 and 1", given["eps"].span)
-    return Halting(float(eps))
+    if func.id not in of_role("halting") and not limited:
+        return None
+    return registered(reading, e, "halting")
+
+
+def leaving(reading: Reading, e: ast.Stage) -> Exit:
+    """`exit(rule, threshold = ...)`."""
+    if e.body is not None:
+        raise fail("`exit` takes no braces", e.body[0].span, f"write `{USAGE['exit']}`, last in a layer")
+    if reading.reversible:
+        raise fail("tokens that leave cannot be undone", e.span, "inside `reversible` there is no exit")
+    given = bind_arguments_of("exit", ("rule",), EXIT, call(e), USAGE["exit"])
+    rule = registered(reading, given["rule"], "exit")
+    plugin = cast("Leaving", of_role("exit")[rule.name])
+    if plugin.needs_threshold and "threshold" not in given:
+        raise fail(f"`{rule.name}` has no threshold", e.span, f"write `exit({rule.name}, threshold = 0.9)`")
+    numbers: dict[str, float | None] = {"threshold": None, "decay": None}
+    for name, value in ((name, given[name]) for name in numbers if name in given):
+        number = ir.number(reading.elaborator.num(value, reading.env, TOKENS))
+        if number is None or number < 0 or (name == "threshold" and number > 1):
+            size = "from 0 to 1" if name == "threshold" else "of 0 or more"
+            raise fail(f"the {name} is a number {size}", value.span)
+        numbers[name] = float(number)
+    batch = given.get("batch")
+    if batch is not None and not (isinstance(batch, ast.Name) and batch.id in ("each", "min")):
+        raise fail("expected `each` or `min`", batch.span, "with `min` rows leave together")
+    coupled: Literal["each", "min"] = "min" if isinstance(batch, ast.Name) and batch.id == "min" else "each"
+    return Exit(rule, numbers["threshold"], numbers["decay"], coupled)
+
+
+def of_role(role: Role) -> Mapping[str, Stage]:
+    """The words that may stand for it."""
+    from attndsl.execution import registry
+
+    found: dict[str, Stage] = registry.usable("stages")
+    return {name: plugin for name, plugin in found.items() if plugin.role == role}
+
+
+def registered(reading: Reading, e: ast.Expression, role: Role) -> Word:
+    """A word with its arguments, those that are left out by their defaults."""
+    made = e if isinstance(e, ast.Call) else ast.Call(e, (), span=e.span)
+    words = of_role(role)
+    if not isinstance(made.func, ast.Name):
+        raise fail("expected a word", e.span, _one_of(words))
+    name = made.func.id
+    if name not in words:
+        help = suggest(name, words) or _one_of(words)
+        raise fail(f"`{name}` is no word of {ROLES[role]}", made.func.span, help)
+    parameters = inspect.signature(words[name].signature).parameters
+    needed = tuple(n for n, p in parameters.items() if p.default is p.empty)
+    optional = tuple(n for n in parameters if n not in needed)
+    given = bind_arguments_of(name, needed, optional, made, usage(name, words[name]))
+    arguments = tuple(
+        (n, argument(reading, given[n], str(p.annotation)) if n in given else p.default)
+        for n, p in parameters.items()
+    )
+    word = Word(name, arguments, e.span)
+    try:
+        words[name].check(word)
+    except AttnError as error:
+        raise AttnError(*(replace(d, span=d.span or e.span) for d in error.diagnostics)) from None
+    return word
+
+
+ROLES = {"halting": "halting", "exit": "an exit", "memory": "a memory"}
+
+
+def _one_of(words: Iterable[str]) -> str:
+    return "write " + " or ".join(f"`{word}`" for word in sorted(words))
+
+
+def usage(name: str, stage: Stage) -> str:
+    """How a word is written."""
+    parameters = inspect.signature(stage.signature).parameters.values()
+    listed = ", ".join(
+        p.name if p.default is p.empty else f"{p.name} = {_told(p.default)}" for p in parameters
+    )
+    return f"{name}({listed})" if listed else name
+
+
+def _told(value: Argument) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def argument(reading: Reading, e: ast.Expression, kind: str) -> Argument:
+    """A value of what the plugin says that it is."""
+    match kind:
+        case "str" | "bool":
+            if not isinstance(e, ast.Name) or (kind == "bool" and e.id not in ("true", "false")):
+                raise fail("expected a word" if kind == "str" else "expected `true` or `false`", e.span)
+            return e.id if kind == "str" else e.id == "true"
+        case "int":
+            return reading.elaborator.constant(e, reading.env, TOKENS, "this")
+    number = ir.number(reading.elaborator.num(e, reading.env, TOKENS))
+    if number is None:
+        raise fail("expected a number", e.span)
+    return float(number)
 
 
 def norm(e: ast.Expression | None) -> Norm:
@@ -133,9 +292,11 @@ def sublayers(reading: Reading, e: ast.Stage, layer: int, shared: bool) -> tuple
         if shared:
             raise fail("`share` stands in `share`", e.name.span)
         return tuple(sub for part in parts for sub in sublayers(reading, part, layer, True))
+    if word == "exit":
+        raise fail("`exit` stands last in a layer", e.name.span)
+    if word in STAGES:
+        raise fail(f"`{word}` stands in the braces of a stack, not of a layer", e.name.span)
     if e.body is not None:
-        if word in USAGE:
-            raise fail(f"`{word}` stands in the braces of a stack, not of a layer", e.name.span)
         raise fail(f"`{word}` takes no braces", e.body[0].span)
     if word == "ffn":
         return (weighted(reading, feed_forward(reading, e), e, shared),)
@@ -209,18 +370,19 @@ def unknown(reading: Reading, e: ast.Stage, words: tuple[str, ...]) -> AttnError
     return fail(f"unknown name `{e.name.id}`", e.name.span, help)
 
 
-def warnings(item: ast.StackDef, stages: tuple[Layers, ...]) -> Iterator[Diagnostic]:
+def warnings(item: ast.StackDef, stages: tuple[Layers | Reversible, ...]) -> Iterator[Diagnostic]:
     """Parts of a cycle that no layer takes, and attentions that relate nothing in one."""
     from attndsl.language.idle import relates_nothing
 
-    for written, made in zip(item.stages, stages, strict=True):
+    every = [e for e in ast.walk(item) if isinstance(e, ast.Stage) and e.name.id in TURN]
+    for written, made in zip(every, layers_of(stages), strict=True):
         count = len(made.turns)
         cycles = (e for e in ast.walk(written) if isinstance(e, ast.Stage) and e.name.id == "cycle")
         for part in (part for e in cycles for part in (e.body or ())[count:]):
             many = f"there {'are' if count > 1 else 'is'} {count}"
             yield Diagnostic(f"no {TURN[made.word]} takes this: {many}", part.span, "", "warning")
-        every = {sub.what for turn in made.turns for sub in turn if isinstance(sub.what, Attention)}
-        empty = {what for what in every if relates_nothing(what)}
+        used = {sub.what for turn in made.turns for sub in turn if isinstance(sub.what, Attention)}
+        empty = {what for what in used if relates_nothing(what)}
         at = ((i, sub.written) for i, turn in enumerate(made.turns) for sub in turn if sub.what in empty)
         first = {span: i for i, span in reversed([*at])}
         for span, layer in first.items():
@@ -232,7 +394,7 @@ def is_attention(item: ast.Definition | ast.AttentionDef) -> bool:
     return isinstance(item, ast.AttentionDef) or item.word == "pattern"
 
 
-def masks(stages: tuple[Layers, ...]) -> tuple[ir.Expr, ...]:
+def masks(stages: tuple[Layers | Reversible, ...]) -> tuple[ir.Expr, ...]:
     """What some head of each attention relates, from the input on."""
-    every = (sub.what for stage in stages for turn in stage.turns for sub in turn)
+    every = (sub.what for stage in layers_of(stages) for turn in stage.turns for sub in turn)
     return tuple(what.any_head() for what in every if isinstance(what, Attention))

@@ -9,51 +9,75 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, linear
 
 from attndsl.execution.plan import compile
-from attndsl.stacks.layers import FFN, Mixer
+from attndsl.stacks.layers import FFN, Mixer, Near, Residual
 from attndsl.stacks.module import StackModule
-from attndsl.stacks.tree import Layers, Sublayer
+from attndsl.stacks.run import Place, Run, State
+from attndsl.stacks.tree import Layers, Reversible, Sublayer
+from attndsl.stage import Seen
 
 
-def reference(module: StackModule, x: Tensor, **tables: Any) -> Tensor:
-    """What `module` makes of x [B, n, width], in float64; `tables` as it takes them."""
+def reference(module: StackModule, x: Tensor, state: State | None = None, **tables: Any) -> Tensor:
+    """What `module` makes of x [B, n, width] behind the tokens of `state`, in float64; `tables` as it takes
+    them. Exits are taken as it takes them: not in training."""
     x = x.double()
-    for i, stage in enumerate(module.stack.stages):
-        if stage.halting is not None:
-            chance = cast(nn.Linear, module.chances[str(i)])
-            x = _halting(module, stage, stage.halting.eps, chance, x, tables)
+    run = Run(module, tables, x.shape[1], state.seen if state else 0, state.held if state else {})
+    number = 0
+    for each in module.stack.stages:
+        if isinstance(each, Reversible):
+            x = _reversible(run, number, each, x)
+            number += len(each.stages)
             continue
-        for turn in stage.turns:
-            for sublayer in turn:
-                x = _sublayer(module, stage, sublayer, x, tables)
+        x = _leaving(run, number, each, x) if each.leaves else _layers(run, number, each, x)
+        number += 1
     return _normed(module.last, x)
 
 
-def _sublayer(module: StackModule, stage: Layers, of: Sublayer, x: Tensor, tables: dict[str, Any]) -> Tensor:
-    part = module.part(of)
+def _layers(run: Run, i: int, of: Layers, x: Tensor) -> Tensor:
+    for t, turn in enumerate(of.turns):
+        for s, sublayer in enumerate(turn):
+            x = _sublayer(run, of, (i, t, s), sublayer, x)
+    return x
+
+
+def _reversible(run: Run, i: int, of: Reversible, x: Tensor) -> Tensor:
+    """Each sublayer is added to one stream and made of the other."""
+    one, other = x, x
+    for n, (place, sublayer) in enumerate(of.sublayers(i)):
+        if n % 2 == 0:
+            one = one + _sublayer(run, of.stages[place[0] - i], place, sublayer, other) - other
+        else:
+            other = other + _sublayer(run, of.stages[place[0] - i], place, sublayer, one) - one
+    return (one + other) / 2
+
+
+def _sublayer(run: Run, stage: Layers, place: Place, of: Sublayer, x: Tensor) -> Tensor:
+    part, near = run.part(of), run.near(place)
     match stage.norm:
         case "pre":
-            return x + _inner(part.inner, _normed(part.before, x), tables)
+            return x + _inner(part, x, near)
         case "post":
-            return _normed(part.after, x + _inner(part.inner, x, tables))
+            return _normed(part.after, x + _inner(part, x, near))
         case "sandwich":
-            return x + _normed(part.behind, _inner(part.inner, _normed(part.before, x), tables))
+            return x + _normed(part.behind, _inner(part, x, near))
 
 
-def _halting(
-    module: StackModule, stage: Layers, eps: float, chance: nn.Linear, x: Tensor, tables: dict[str, Any]
-) -> Tensor:
-    """Every token is computed in every turn; one that has halted keeps its state."""
+def _leaving(run: Run, i: int, of: Layers, x: Tensor) -> Tensor:
+    """Every token is computed in every turn; one that has left keeps its state."""
     running = torch.ones(x.shape[:2], dtype=torch.bool)
-    total, y = torch.zeros(x.shape[:2], dtype=torch.float64), torch.zeros_like(x)
-    for number, turn in enumerate(stage.turns):
-        for sublayer in turn:
-            x = torch.where(running[..., None], _sublayer(module, stage, sublayer, x, tables), x)
-        p = torch.sigmoid(linear(x, chance.weight.double(), chance.bias.double()))[..., 0]
-        halts = running & ((total + p >= 1 - eps) | (number == len(stage.turns) - 1))
-        weight = torch.where(halts, 1 - total, torch.where(running, p, 0))
-        y = y + weight[..., None] * x
-        total = total + torch.where(running, p, 0)
-        running = running & ~halts
+    y, carry = torch.zeros_like(x), dict[str, Tensor]()
+    decide = run.halting(i, of.halting) if of.halting else run.exit(i, of)
+    for t, turn in enumerate(of.turns):
+        before = x
+        for s, sublayer in enumerate(turn):
+            x = torch.where(running[..., None], _sublayer(run, of, (i, t, s), sublayer, x), x)
+        seen = Seen(x, before, running, t, len(of.turns), run.first, carry, run.module.logits)
+        decision = decide(seen)
+        halts = running & (decision.halts | seen.last)
+        if decision.weight is None:
+            y = torch.where(halts[..., None], x, y)
+        else:
+            y = y + torch.where(running, decision.weight, 0)[..., None] * x
+        carry, running = dict(decision.carry), running & ~halts
     return y
 
 
@@ -66,23 +90,23 @@ def _normed(norm: nn.Module, x: Tensor) -> Tensor:
     return cast(Tensor, torch.func.functional_call(norm, weights, x))
 
 
-def _inner(inner: nn.Module, x: Tensor, tables: dict[str, Any]) -> Tensor:
+def _inner(part: Residual, x: Tensor, near: Near) -> Tensor:
+    inner, normed = part.inner, _normed(part.before, x)
     if isinstance(inner, FFN):
         up, down = inner.up, inner.down
-        wide = gelu(linear(x, up.weight.double(), up.bias.double()))
+        wide = gelu(linear(normed, up.weight.double(), up.bias.double()))
         return linear(wide, down.weight.double(), down.bias.double())
     assert isinstance(inner, Mixer)
-    plan = inner.attention.plan
+    plan, count = inner.attention.plan, x.shape[1]
+    keys = torch.cat([*(_normed(part.before, held.x.double()) for held in near.held), normed], 1)
     dense = compile(
-        plan.attention, length=x.shape[1], heads=inner.heads, kv_heads=inner.kv_heads,
+        plan.attention, length=keys.shape[1], q_length=count, heads=inner.heads, kv_heads=inner.kv_heads,
         head_dim=plan.problem.head_dim, dtype="float64", backend="reference", training=True,
     )  # fmt: skip
-    q, k, v = (
-        _headed(linear(x, made.weight.double()), heads)
-        for made, heads in ((inner.q, inner.heads), (inner.k, inner.kv_heads), (inner.v, inner.kv_heads))
-    )
+    q = _headed(linear(normed, inner.q.weight.double()), inner.heads)
+    k, v = (_headed(linear(keys, made.weight.double()), inner.kv_heads) for made in (inner.k, inner.v))
     names = {table.name for table in plan.attention.inputs}
     learned = {name: value.double() for name, value in inner.attention.named_parameters()}
-    given = {name: table for name, table in tables.items() if name in names}
-    mixed = dense(q, k, v, learned=learned or None, **given)
+    given = {name: table for name, table in near.tables.items() if name in names}
+    mixed = dense(q, k, v, learned=learned or None, **near.places(count), **given)
     return linear(mixed.transpose(1, 2).flatten(2), inner.o.weight.double())

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from typing import Any
 
 from attndsl.attention import Attention
 from attndsl.errors import fail
+from attndsl.execution import registry
 from attndsl.keywords import instead
 from attndsl.stacks.tree import Stack
+from attndsl.stage import Word
 from attndsl.tiles import lowering
 
 
@@ -24,17 +27,51 @@ def head_dim_of(width: int, heads: int, head_dim: int | None) -> int:
     return width // heads
 
 
-def attentions(stack: Stack) -> Iterator[Attention]:
-    """Every attention of a stack, each once."""
-    seen = {sub.what: None for turn in stack.turns for sub in turn if isinstance(sub.what, Attention)}
-    return iter(seen)
+def attentions(stack: Stack) -> Iterator[tuple[tuple[Word, ...], Attention]]:
+    """Every attention of a stack with what it remembers, each once."""
+    found = {
+        (stage.memory, sub.what): None
+        for stage in stack.layers
+        for turn in stage.turns
+        for sub in turn
+        if isinstance(sub.what, Attention)
+    }
+    return iter(found)
+
+
+def plugin_of(word: Word) -> Any:
+    """What is registered as a word."""
+    return registry.plugin("stages", word.name)
+
+
+def remembered(memory: tuple[Word, ...]) -> int:
+    """How many keys there are at most of earlier tokens."""
+    behind = total = 0
+    for word in memory:
+        many, behind = plugin_of(word).reach(word, behind)
+        total += many
+    return total
+
+
+def words(stack: Stack) -> Iterator[tuple[str, Word]]:
+    """The words of a stack, once for each set of what they learn, by its key: `stage` or `stage.turn` of
+    those by which tokens leave, `m.weights.number` of memories."""
+    for i, stage in enumerate(stack.layers):
+        if stage.halting is not None:
+            yield f"{i}", stage.halting
+        if stage.exit is not None:
+            turns = [f"{i}.{t}" for t in range(len(stage.turns))] if stage.word == "layers" else [f"{i}"]
+            yield from ((key, stage.exit.rule) for key in turns)
+    for stage, sublayer in stack.sublayers:
+        if isinstance(sublayer.what, Attention):
+            yield from ((f"m.{sublayer.weights}.{i}", word) for i, word in enumerate(stage.memory))
 
 
 def check_tables(stack: Stack, given: Collection[str]) -> None:
     """Raises AttnError for a name that is no input of any of its attentions."""
     if not given:
         return
-    known = {table.name for what in attentions(stack) for table in what.inputs}
+    known = {table.name for _, what in attentions(stack) for table in what.inputs}
     for name in given:
         if name not in known:
             help = instead(name, known)

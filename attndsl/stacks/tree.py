@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from attndsl.attention import Attention
 from attndsl.errors import Span
 from attndsl.keywords import missing
+from attndsl.stage import Word
 
 Norm = Literal["pre", "post", "sandwich"]
 
@@ -40,28 +41,64 @@ class Sublayer:
 
 
 @dataclass(frozen=True)
-class Halting:
-    """`act(eps = 0.01)`: a token runs until its chances to halt sum up to 1 - eps. It becomes the sum of its
-    states weighted by them, the last by what remains (Graves 2016, section 2.1).
+class Exit:
+    """Tokens leave after the turn in which `rule` is as sure as the threshold.
+
+    threshold: None where the rule says itself where tokens leave.
+    decay:     the threshold falls from position to position by this (Schuster et al. 2022, section 5.1).
+    batch:     whether rows leave each on its own, or together with the least sure.
     """
 
-    eps: float
+    rule: Word
+    threshold: float | None = None
+    decay: float | None = None
+    batch: Literal["each", "min"] = "each"
 
 
 @dataclass(frozen=True)
 class Layers:
     """`layers(N) { ... }` or `loop(N) { ... }`: the sublayers of each layer, or turn.
 
-    halting: how tokens leave a loop before its last turn.
-
     norm: where norms stand: before each sublayer (pre), after each sum (post), or on both sides of each
     sublayer (sandwich).
+    halting: how tokens leave a loop before its last turn, and become a sum of their states.
+    exit: how they leave in the state that they have.
+    memory: what its attentions remember of segments before, the nearest first.
     """
 
     word: Literal["layers", "loop"]
     turns: tuple[tuple[Sublayer, ...], ...]
     norm: Norm = "pre"
-    halting: Halting | None = None
+    halting: Word | None = None
+    exit: Exit | None = None
+    memory: tuple[Word, ...] = ()
+
+    @property
+    def leaves(self) -> bool:
+        """Whether tokens may leave before the last turn."""
+        return self.halting is not None or self.exit is not None
+
+
+@dataclass(frozen=True)
+class Reversible:
+    """`reversible { ... }`: two streams, each of whose sublayers is added to one and made of the other, in
+    turn (Gomez et al. 2017). Both begin as the input; the output is their mean.
+    """
+
+    stages: tuple[Layers, ...]
+
+    def sublayers(self, number: int) -> Iterator[tuple[tuple[int, int, int], Sublayer]]:
+        """Each with its place: which stage, the first being of this number, which turn, and where in that."""
+        for i, stage in enumerate(self.stages, number):
+            for t, turn in enumerate(stage.turns):
+                for s, sublayer in enumerate(turn):
+                    yield (i, t, s), sublayer
+
+
+def layers_of(stages: Iterable[Layers | Reversible]) -> tuple[Layers, ...]:
+    """Of these, and inside reversible ones, from the input on."""
+    each = (stage.stages if isinstance(stage, Reversible) else (stage,) for stage in stages)
+    return tuple(layers for inner in each for layers in inner)
 
 
 @dataclass(frozen=True)
@@ -74,7 +111,7 @@ class Stack:
     """
 
     name: str
-    stages: tuple[Layers, ...]
+    stages: tuple[Layers | Reversible, ...]
     written: Span
     parameters: Mapping[str, str] = field(default_factory=dict, compare=False)
     rebind: Callable[..., Stack] | None = field(default=None, compare=False)
@@ -85,15 +122,25 @@ class Stack:
         return self.rebind(*args, **params)
 
     @property
+    def layers(self) -> tuple[Layers, ...]:
+        """Its stages, and those inside reversible ones, from the input on."""
+        return layers_of(self.stages)
+
+    @property
+    def remembers(self) -> bool:
+        """Whether a call reads what an earlier one has left."""
+        return any(stage.memory for stage in self.layers)
+
+    @property
     def turns(self) -> tuple[tuple[Sublayer, ...], ...]:
         """The sublayers of every layer and turn, from the input on."""
-        return tuple(turn for stage in self.stages for turn in stage.turns)
+        return tuple(turn for stage in self.layers for turn in stage.turns)
 
     @property
     def sublayers(self) -> Iterator[tuple[Layers, Sublayer]]:
         """One of each set of weights and its stage, in the order of their first use."""
         seen: set[int] = set()
-        for stage in self.stages:
+        for stage in self.layers:
             for sublayer in (sub for turn in stage.turns for sub in turn):
                 if sublayer.weights not in seen:
                     seen.add(sublayer.weights)

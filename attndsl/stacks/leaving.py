@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from attndsl.stacks.layers import Mixer, Residual
-from attndsl.stacks.tree import Sublayer
+from attndsl.stacks.layers import Mixer, Pair
+from attndsl.stacks.run import Decide, Run
+from attndsl.stacks.tree import Layers, Sublayer
+from attndsl.stage import Decision, Seen
 
-Pair = tuple[Tensor, Tensor]
 Keys = dict[int, tuple[int, Pair]]
 """Of the attentions of one turn, by their places in it: which weights they have, and keys and values of all
 tokens."""
@@ -20,37 +20,36 @@ tokens."""
 
 @dataclass(frozen=True)
 class Progress:
-    """Tokens after so many turns of adaptive computation time (Graves 2016, section 2.1; of each token:
-    Dehghani et al. 2019, section 2.2).
+    """Tokens after so many turns.
 
-    y:       [B, n, width], states weighted so far.
-    left:    [B, n], what is left for the weights of later turns; of a token that has halted, its last weight.
+    y:       [B, n, width], what those that have left are, and sums of states of the others where they are
+             weighted.
     running: bool [B, n].
     halted:  bool [B, n], those that the last turn was the last of.
     turns:   int64 [B, n], how many each took.
+    carry:   what their word carries.
     """
 
     y: Tensor
-    left: Tensor
     running: Tensor
     halted: Tensor
     turns: Tensor
+    carry: Mapping[str, Tensor] = field(default_factory=dict)
 
     @staticmethod
     def begun(x: Tensor) -> Progress:
         """Before the first turn, of x [B, n, width]."""
         none = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)
-        return Progress(torch.zeros_like(x), x.new_ones(x.shape[:2]), none == 0, none != 0, none)
+        return Progress(torch.zeros_like(x), none == 0, none != 0, none)
 
-    def after(self, x: Tensor, chance: nn.Module, eps: float, last: bool) -> Progress:
-        """After a turn that left the states x. A token halts with the probability that `chance` makes of its
-        state; where these sum up to 1 - eps, or at the last turn, its weight is what is left."""
-        now = torch.where(self.running, chance(x)[..., 0].sigmoid(), 0)
-        halted = self.running & ((self.left - now <= eps) | last)
-        going = self.running & ~halted
-        weight = torch.where(halted, self.left, now)
-        left = torch.where(going, self.left - now, self.left)
-        return Progress(self.y + weight[..., None] * x, left, going, halted, self.turns + self.running)
+    def after(self, x: Tensor, decision: Decision, last: bool) -> Progress:
+        """After a turn that left the states x."""
+        halted = self.running & (decision.halts | last)
+        if decision.weight is None:
+            y = torch.where(halted[..., None], x, self.y)
+        else:
+            y = self.y + torch.where(self.running, decision.weight, 0)[..., None] * x
+        return Progress(y, self.running & ~halted, halted, self.turns + self.running, decision.carry)
 
 
 @dataclass(frozen=True)
@@ -85,39 +84,29 @@ class Places:
         return index.reshape(*index.shape, *(1 for _ in x.shape[2:]))
 
 
-def run(
-    turns: Sequence[Sequence[Sublayer]],
-    part: Callable[[Sublayer], Residual],
-    chance: nn.Linear,
-    eps: float,
-    x: Tensor,
-    tables: Mapping[str, Any],
-) -> Progress:
-    """What turns make of x [B, n, width]. Later turns of others attend to the last state of a token that has
-    halted."""
+def run(run: Run, i: int, stage: Layers, decide: Decide, x: Tensor) -> Progress:
+    """What the turns of a stage, the i-th, make of x [B, n, width]. Later turns of others attend to the last
+    state of a token that has left."""
     found, keys = Progress.begun(x), Keys()
-    for number, turn in enumerate(turns):
+    for t, turn in enumerate(stage.turns):
+        if t and not bool(found.running.any()):
+            for s, sublayer in enumerate(turn):
+                run.enter((i, t, s), sublayer, x)
+            continue
         places = None if bool(found.running.all()) else Places.of(found.running)
-        keys = {} if places is None else _kept(turn, part, keys, x, found.halted)
-        x = _turn(turn, part, keys, x, places, tables)
-        found = found.after(x, chance, eps, number == len(turns) - 1)
-        if not bool(found.running.any()):
-            break
+        keys = {} if places is None else _kept(run, turn, keys, x, found.halted)
+        before, x = x, _turn(run, stage, (i, t), keys, x, places)
+        seen = Seen(x, before, found.running, t, len(stage.turns), run.first, found.carry, run.module.logits)
+        found = found.after(x, decide(seen), seen.last)
     return found
 
 
-def _kept(
-    turn: Sequence[Sublayer],
-    part: Callable[[Sublayer], Residual],
-    before: Keys,
-    x: Tensor,
-    halted: Tensor,
-) -> Keys:
+def _kept(run: Run, turn: Sequence[Sublayer], before: Keys, x: Tensor, halted: Tensor) -> Keys:
     """Those of the last states of tokens that have left, for a turn; `before` is of the turn before, in which
     the tokens `halted` left. Where that had other weights they are made of all tokens."""
     left, found = Places.of(halted), {}
     for i, sublayer in enumerate(turn):
-        residual = part(sublayer)
+        residual = run.part(sublayer)
         if not isinstance(residual.inner, Mixer):
             continue
         weights, pair = before.get(i, (None, None))
@@ -134,38 +123,29 @@ def _put(places: Places, pair: Pair, made: Pair) -> Pair:
 
 
 def _turn(
-    turn: Sequence[Sublayer],
-    part: Callable[[Sublayer], Residual],
-    keys: Keys,
-    x: Tensor,
-    places: Places | None,
-    tables: Mapping[str, Any],
+    run: Run, stage: Layers, at: tuple[int, int], keys: Keys, x: Tensor, places: Places | None
 ) -> Tensor:
-    """x with the states of the tokens at `places`, or of all, after a turn."""
+    """x with the states of the tokens at `places`, or of all, after the turn `at` of a stage."""
     state = x if places is None else places.taken(x)
-    for i, sublayer in enumerate(turn):
-        residual = part(sublayer)
-        inner, normed = residual.inner, residual.before(state)
+    for s, sublayer in enumerate(stage.turns[at[1]]):
+        residual, near = run.part(sublayer), run.near((*at, s))
+        inner = residual.inner
         if not isinstance(inner, Mixer):
-            state = residual.added(state, inner(normed, tables))
+            state = residual(state, near)
             continue
+        if stage.memory:
+            run.enter((*at, s), sublayer, state if places is None else places.put(x, state))
+        normed = residual.before(state)
         made = inner.keys(normed)
         if places is not None:
-            made = _put(places, keys[i][1], made)
-        keys[i] = sublayer.weights, made
+            made = _put(places, keys[s][1], made)
+        keys[s] = sublayer.weights, made
         if places is None or inner.placed:
-            at = None if places is None else places.index
-            mixed = inner.mixed(inner.queries(normed), *made, tables, at)
+            queries = None if places is None else places.index
+            mixed = residual.mixed(inner.queries(normed), made, near, queries)
         else:
-            whole = residual.before(places.put(x, state))
-            mixed = places.taken(inner.mixed(inner.queries(whole), *made, tables, None))
+            mixed = places.taken(
+                residual.mixed(inner.queries(residual.before(places.put(x, state))), made, near)
+            )
         state = residual.added(state, mixed)
     return state if places is None else places.put(x, state)
-
-
-def initial(width: int) -> nn.Linear:
-    """What makes the probability to halt of a state; it begins near 0.73, a bias of 1 as in tensor2tensor."""
-    chance = nn.Linear(width, 1)
-    nn.init.zeros_(chance.weight)
-    nn.init.ones_(chance.bias)
-    return chance

@@ -1,0 +1,150 @@
+"""One call of a module: what it reads of earlier segments, what it tells, and what it leaves to later."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from attndsl.stacks.layers import Mixer, Near, Residual
+from attndsl.stacks.sizes import plugin_of
+from attndsl.stacks.tree import Layers, Stack, Sublayer
+from attndsl.stage import Decision, Held, Seen, Word
+
+if TYPE_CHECKING:
+    from attndsl.stacks.module import StackModule
+
+Place = tuple[int, int, int]
+"""Of a sublayer: which stage, which turn of it, and where in that."""
+
+Decide = Callable[[Seen], Decision]
+HALF = 0.5
+"""As sure as a chance to leave has to be where a text names no threshold."""
+
+
+@dataclass(frozen=True)
+class State:
+    """What a stack leaves of the tokens that it has seen, for the segment behind them.
+
+    stack: which one.
+    seen:  how many tokens there were of each row.
+    held:  of each place of an attention that remembers, what each word of its memory holds, the nearest
+           first.
+    """
+
+    stack: Stack
+    seen: int
+    held: Mapping[Place, tuple[Held | None, ...]] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Exits:
+    """What a stage with an exit tells.
+
+    states: where all layers ran, as they do in training: of each layer, [B, n, width].
+    sure:   of each layer, how sure it was, [B, n].
+    turns:  how many layers each token took, [B, n].
+    """
+
+    states: tuple[Tensor, ...]
+    sure: tuple[Tensor, ...]
+    turns: Tensor
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a run of a stack tells besides its output.
+
+    losses: what may be added to the loss, with a weight: `ponder.I` of the I-th loop that halts, counted
+            from 0, the mean of the turns that a token takes and of what remained for the last of them.
+    turns:  by that number, how many each token took, [B, n].
+    exits:  of the I-th stage with an exit, counted from 0.
+    state:  for the segment behind this one; None where nothing is remembered.
+    """
+
+    losses: Mapping[str, Tensor] = field(default_factory=dict)
+    turns: Mapping[int, Tensor] = field(default_factory=dict)
+    exits: Mapping[int, Exits] = field(default_factory=dict)
+    state: State | None = None
+
+
+@dataclass(eq=False)
+class Run:
+    """Of `module`, on `count` tokens of each row with `tables`, the first of which stands at `first`;
+    `before` is what memories hold of those before."""
+
+    module: StackModule
+    tables: Mapping[str, Any]
+    count: int
+    first: int = 0
+    before: Mapping[Place, tuple[Held | None, ...]] = field(default_factory=dict)
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    turns: dict[int, Tensor] = field(default_factory=dict)
+    exits: dict[int, Exits] = field(default_factory=dict)
+    held: dict[Place, tuple[Held | None, ...]] = field(default_factory=dict)
+
+    def part(self, sublayer: Sublayer) -> Residual:
+        return self.module.part(sublayer)
+
+    def near(self, place: Place) -> Near:
+        """What the sublayer at a place has beside its input."""
+        held = tuple(one for one in reversed(self.before.get(place, ())) if one is not None and len(one.at))
+        return Near(self.tables, self.first, held)
+
+    def enter(self, place: Place, sublayer: Sublayer, x: Tensor) -> None:
+        """x [B, n, width] enters an attention, which may remember it."""
+        words = self.module.stack.layers[place[0]].memory
+        if not words or not isinstance(self.part(sublayer).inner, Mixer):
+            return
+        before = self.before.get(place, (None,) * len(words))
+        new: Held | None = Held(x.detach(), range(self.first, self.first + self.count))
+        now: list[Held | None] = []
+        for i, (word, held) in enumerate(zip(words, before, strict=True)):
+            if new is None:
+                now.append(held)
+                continue
+            learned = self.module.word(f"m.{sublayer.weights}.{i}")
+            kept, new, losses = plugin_of(word).remember(word, learned, held, new)
+            for name, loss in losses.items():
+                self.losses[name] = self.losses.get(name, 0) + loss
+            now.append(None if kept is None else Held(kept.x.detach(), kept.at))
+        self.held[place] = tuple(now)
+
+    def halting(self, i: int, word: Word) -> Decide:
+        """What the word of the i-th stage decides after each turn."""
+        learned, plugin = self.module.word(f"{i}"), plugin_of(word)
+        return lambda seen: cast(Decision, plugin.decide(word, learned, seen))
+
+    def exit(self, i: int, of: Layers) -> Decide:
+        """Which tokens leave the i-th stage after each turn. In training all layers run."""
+        assert of.exit is not None
+        word, plugin = of.exit.rule, plugin_of(of.exit.rule)
+
+        def decide(seen: Seen) -> Decision:
+            learned = self.module.word(f"{i}.{seen.turn}" if of.word == "layers" else f"{i}")
+            sure, carry = plugin.confidence(word, learned, seen)
+            leaves = self._leaves(of, sure, seen) & (not self.module.training)
+            return Decision(leaves, None, carry, sure)
+
+        return decide
+
+    def _leaves(self, of: Layers, sure: Tensor, seen: Seen) -> Tensor:
+        """Which tokens are sure enough, bool [B, n]. With a decay the threshold is 0.9 of itself and 0.1 of
+        what falls from 1, exp(-decay t / length) (Schuster et al. 2022, section 5.1)."""
+        assert of.exit is not None
+        if of.exit.batch == "min":
+            sure = torch.where(seen.running, sure, torch.inf).amin(0, keepdim=True).expand_as(sure)
+        least = HALF if of.exit.threshold is None else of.exit.threshold
+        if of.exit.decay is None:
+            return sure >= least
+        at = torch.arange(self.first, self.first + self.count, device=sure.device)
+        falling = torch.exp(-of.exit.decay * at / self.module.length)
+        return sure >= (0.9 * least + 0.1 * falling).clamp(0, 1)
+
+    def record(self) -> Record:
+        stack = self.module.stack
+        state = State(stack, self.first + self.count, self.held) if stack.remembers else None
+        return Record(self.losses, self.turns, self.exits, state)

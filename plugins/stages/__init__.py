@@ -1,0 +1,1 @@
+"""Words of stacks: how tokens leave layers, and what layers remember."""

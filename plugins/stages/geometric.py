@@ -1,0 +1,38 @@
+"""`exit(geometric)`: after each layer a chance to leave, learned of the state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from attndsl.stage import Seen, Word
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+class Geometric:
+    """Registered as `geometric`: the chance to leave after a layer, the sigmoid of a map of the state, one
+    for each layer (Elbayad et al. 2020, section 3.2). Without a threshold tokens leave where it is a half."""
+
+    role: Literal["exit"] = "exit"
+    needs_logits = False
+    needs_threshold = False
+
+    def signature(self) -> None: ...
+
+    def check(self, word: Word) -> None: ...
+
+    def parameters(self, word: Word, width: int) -> int:
+        return width + 1
+
+    def learned(self, word: Word, width: int) -> nn.Module:
+        from torch import nn
+
+        return nn.Linear(width, 1)
+
+    def confidence(self, word: Word, learned: Any, seen: Seen) -> tuple[Tensor, Mapping[str, Tensor]]:
+        return cast("Tensor", learned(seen.x)[..., 0].sigmoid()), {}
+
+
+stage = Geometric()
