@@ -12,7 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import attndsl
@@ -236,28 +236,27 @@ def test_steps_are_the_last_tokens_of_the_whole_run(name: str) -> None:
 def test_generated_tokens_are_those_of_the_whole_run() -> None:
     torch.manual_seed(0)
     made = stack(attndsl.parse(CAUSAL), "plain")
-    module = attndsl.build(made, width=8, heads=2, length=24, dtype="float64", init="torch")
-    embedding = nn.Embedding(11, 8, dtype=torch.float64)
+    embed, readout = nn.Embedding(11, 8), nn.Linear(8, 11)
+    module = attndsl.build(
+        made, width=8, heads=2, length=24, dtype="float64", init="torch", embed=embed, readout=readout
+    )
     prompt = torch.randint(11, (2, 5))
-
-    def readout(y: Tensor) -> Tensor:
-        return y @ embedding.weight.T
-
-    found = attndsl.generate(module, prompt, 9, embed=embedding, readout=readout)
+    found = attndsl.generate(module, prompt, 9)
     tokens = prompt
     for _ in range(9):
-        following = readout(module(embedding(tokens))[0][:, -1]).argmax(-1)
+        following = readout(module(embed(tokens))[0][:, -1]).argmax(-1)
         tokens = torch.cat([tokens, following[:, None]], 1)
     assert torch.equal(found, tokens)
 
 
 def test_stacks_that_look_ahead_do_not_generate() -> None:
     made = stack(attndsl.parse("stack both { layers(2) { radius(2)  ffn } }"), "both")
-    module = attndsl.build(made, width=8, heads=2, length=24)
+    tokens, sizes = torch.zeros(1, 3, dtype=torch.long), {"width": 8, "heads": 2, "length": 24}
+    module = attndsl.build(made, **sizes, embed=nn.Embedding(5, 8), readout=nn.Linear(8, 5))
     with pytest.raises(attndsl.AttnError, match="`radius` has no sessions"):
-        attndsl.generate(
-            module, torch.zeros(1, 3, dtype=torch.long), 2, embed=nn.Embedding(5, 8), readout=nn.Linear(8, 5)
-        )
+        attndsl.generate(module, tokens, 2)
+    with pytest.raises(attndsl.AttnError, match="the module has no `embed`"):
+        attndsl.generate(attndsl.build(made, **sizes), tokens, 2)
 
 
 @pytest.mark.parametrize(("text", "name"), [(TEXT, "cycled"), (TEXT, "growing"), (HALTING, "own")])

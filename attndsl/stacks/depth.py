@@ -130,7 +130,6 @@ def depth(
         "kv_heads": kv_heads or heads,
         "head_dim": head_dim_of(width, heads, head_dim),
     }
-    projections = width * of["head_dim"] * 2 * (of["heads"] + of["kv_heads"])
     known: dict[Attention, tuple[int | None, int]] = {}
     levels, masks = [], list[Expr]()
     of_turn = [stage for stage in stack.layers for _ in stage.turns]
@@ -150,14 +149,14 @@ def depth(
                 known[what] = nnz and nnz.nnz.value, cache.minimum if cache else length
             live, keys = known[what]
             pairs = None if pairs is None or live is None else pairs + live
-            kept, weights = kept + keys, weights + projections
+            kept, weights = kept + keys, weights + _projected(sublayer, width, **of)
             masks.append(what.any_head())
         flops = None if pairs is None else 2 * length * weights + 4 * of["head_dim"] * pairs
         held = 2 * kept * of["kv_heads"] * of["head_dim"] * DTYPES[dtype]
         named = " ".join(sublayer.name for sublayer in turn)
         levels.append(Level(named, pairs, flops, kept, held, _sees(masks, length)))
     sizes = {"H": heads, "D": of["head_dim"], "n": length}
-    parameters = _parameters(stack, width, projections, sizes)
+    parameters = _parameters(stack, width, of, sizes)
     return Depth(stack.name, length, tuple(levels), parameters, any(stage.leaves for stage in stack.layers))
 
 
@@ -175,19 +174,25 @@ def _sees(masks: list[Expr], length: int) -> int | None:
     return int(evaluate(substitute(reached, {"n": const(length)}), last, np.arange(length)).sum())
 
 
-def _parameters(stack: Stack, width: int, projections: int, sizes: Mapping[str, int]) -> int:
+def _projected(sublayer: Sublayer, width: int, heads: int, kv_heads: int, head_dim: int) -> int:
+    """Numbers of the projections of an attention."""
+    own = sum(heads + (1 + values) * kv_heads for _, values in sublayer.own)
+    return width * head_dim * (2 * heads + (2 - sublayer.tied) * kv_heads + own)
+
+
+def _parameters(stack: Stack, width: int, of: Mapping[str, int], sizes: Mapping[str, int]) -> int:
     norms = {"pre": 1, "post": 1, "sandwich": 2}
     total = sum(int(plugin_of(word).parameters(word, width)) for _, word in words(stack))
     total += 0 if stack.layers[-1].norm == "post" else 2 * width
     for stage, sublayer in stack.sublayers:
-        total += norms[stage.norm] * 2 * width + _own(sublayer, width, projections, sizes)
+        total += norms[stage.norm] * 2 * width + _own(sublayer, width, of, sizes)
     return total
 
 
-def _own(sublayer: Sublayer, width: int, projections: int, sizes: Mapping[str, int]) -> int:
+def _own(sublayer: Sublayer, width: int, of: Mapping[str, int], sizes: Mapping[str, int]) -> int:
     if isinstance(what := sublayer.what, FeedForward):
         inner = round(what.times * width)
         return 2 * width * inner + inner + width
     tables = (table for one in (what, *(part.attention for part in what.parts)) for table in one.learned)
     shapes = ([sizes[dim] if isinstance(dim, str) else dim for dim in t.dims] for t in tables if t.learned)
-    return projections + sum(map(math.prod, shapes))
+    return _projected(sublayer, width, **of) + sum(map(math.prod, shapes))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from attndsl.stacks.layers import Mixer, Pair
+from attndsl.stacks.layers import Mixer, Near, Pair
 from attndsl.stacks.run import Decide, Run
 from attndsl.stacks.tree import Layers, Sublayer
 from attndsl.stage import Decision, Seen
@@ -104,16 +104,17 @@ def run(run: Run, i: int, stage: Layers, decide: Decide, x: Tensor) -> Progress:
 def _kept(run: Run, turn: Sequence[Sublayer], before: Keys, x: Tensor, halted: Tensor) -> Keys:
     """Those of the last states of tokens that have left, for a turn; `before` is of the turn before, in which
     the tokens `halted` left. Where that had other weights they are made of all tokens."""
-    left, found = Places.of(halted), {}
+    left, near, found = Places.of(halted), Near(run.tables, run.first), {}
     for i, sublayer in enumerate(turn):
         residual = run.part(sublayer)
         if not isinstance(residual.inner, Mixer):
             continue
         weights, pair = before.get(i, (None, None))
         if pair is None or weights != sublayer.weights:
-            pair = residual.inner.keys(residual.before(x))
+            pair = residual.inner.pair(residual.before(x), near.at(x.shape[1]))
         elif left.index.shape[1]:
-            pair = _put(left, pair, residual.inner.keys(residual.before(left.taken(x))))
+            states = residual.before(left.taken(x))
+            pair = _put(left, pair, residual.inner.pair(states, near.at(x.shape[1], left.index)))
         found[i] = sublayer.weights, pair
     return found
 
@@ -136,16 +137,16 @@ def _turn(
         if stage.memory:
             run.enter((*at, s), sublayer, state if places is None else places.put(x, state))
         normed = residual.before(state)
-        made = inner.keys(normed)
+        index = None if places is None else places.index
+        where = near.at(x.shape[1], index)
+        pair = inner.pair(normed, where)
         if places is not None:
-            made = _put(places, keys[s][1], made)
-        keys[s] = sublayer.weights, made
+            pair = _put(places, keys[s][1], pair)
+        keys[s] = sublayer.weights, pair
         if places is None or inner.placed:
-            queries = None if places is None else places.index
-            mixed = residual.mixed(inner.queries(normed), made, near, queries)
+            mixed = residual.mixed(inner.queries(normed, where), pair, near, normed, index)
         else:
-            mixed = places.taken(
-                residual.mixed(inner.queries(residual.before(places.put(x, state))), made, near)
-            )
+            whole, where = residual.before(places.put(x, state)), near.at(x.shape[1])
+            mixed = places.taken(residual.mixed(inner.queries(whole, where), pair, near, whole))
         state = residual.added(state, mixed)
     return state if places is None else places.put(x, state)

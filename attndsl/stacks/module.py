@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, cast
 
 import torch
@@ -15,7 +15,7 @@ from attndsl.execution.plan import PlanModule, compile
 from attndsl.keywords import by_name, checked_dtype
 from attndsl.stacks import leaving
 from attndsl.stacks.decoding import StackSession
-from attndsl.stacks.layers import FFN, Mixer, Residual
+from attndsl.stacks.layers import FFN, Mixer, Residual, Sizes
 from attndsl.stacks.run import Exits, Record, Run, State
 from attndsl.stacks.sizes import attentions, check_tables, head_dim_of, plugin_of, remembered, words
 from attndsl.stacks.tree import FeedForward, Layers, Reversible, Stack, Sublayer
@@ -27,8 +27,9 @@ INITS = ("gpt2", "torch")
 class StackModule(nn.Module):
     """A stack that trains: `y, record = module(x, **tables)`.
 
-    x, y: [B, n, width], n up to the `length` it was built for. `tables` are the run-time inputs of its
-    attentions, by name. `state` is what a call on the tokens before these left, `record.state`.
+    x, y: [B, n, width], n up to the `length` it was built for; x may be tokens [B, n] where it has `embed`.
+    `tables` are the run-time inputs of its attentions, by name. `state` is what a call on the tokens before
+    these left, `record.state`.
     Raises AttnError for an x or a state that does not fit, and a table that no attention has.
     """
 
@@ -39,19 +40,21 @@ class StackModule(nn.Module):
         length: int,
         parts: dict[str, Residual],
         last: nn.Module,
+        embed: nn.Module | None = None,
         readout: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.stack, self.width, self.length = stack, width, length
         self.parts = nn.ModuleDict(parts)
         self.last = last
-        self.readout = readout
+        self.embed, self.readout = embed, readout
         learned = {key: plugin_of(word).learned(word, width) for key, word in words(stack)}
         self.words = nn.ModuleDict({_dotless(key): one for key, one in learned.items() if one is not None})
 
     def forward(self, x: Tensor, *, state: State | None = None, **tables: Any) -> tuple[Tensor, Record]:
         """What it makes of `x` [B, n, width], behind the tokens of `state`, with `tables` by name, and what
         the run tells."""
+        x = self.embedded(x)
         self._check(x, state, tables)
         run = Run(self, tables, x.shape[1], state.seen if state else 0, state.held if state else {})
         number = 0
@@ -111,6 +114,11 @@ class StackModule(nn.Module):
         assert self.readout is not None
         return cast(Tensor, self.readout(self.last(x)))
 
+    def embedded(self, x: Tensor) -> Tensor:
+        """`x` [B, n, width] as it is, or of tokens [B, n] what `embed` makes."""
+        whole = x.ndim == 2 and not x.is_floating_point()
+        return cast(Tensor, self.embed(x)) if whole and self.embed is not None else x
+
     def session(self, batch: int, capacity: int) -> StackSession:
         """An empty StackSession of `batch` rows of up to `capacity` tokens."""
         return StackSession(self, batch, capacity)
@@ -121,7 +129,7 @@ class StackModule(nn.Module):
 
     def _check(self, x: Tensor, state: State | None, tables: Mapping[str, Any]) -> None:
         if x.ndim != 3 or x.shape[-1] != self.width:
-            help = "embed tokens first: `module(embedding(tokens))`" if x.ndim == 2 else ""
+            help = "tokens are embedded first, by you or by `embed=` of `build`" if x.ndim == 2 else ""
             raise fail(f"x is [B, n, {self.width}], not {[*x.shape]}", help=help)
         own = next(self.parameters()).dtype
         # weights may be kept as integers, and autocast takes any real numbers
@@ -132,6 +140,10 @@ class StackModule(nn.Module):
         if x.shape[1] > self.length:
             raise fail(f"x has {x.shape[1]:,} positions, and the stack is built for {self.length:,}")
         check_tables(self.stack, tables)
+        for inner in (cast(Residual, part).inner for part in self.parts.values()):
+            for name in inner.made if isinstance(inner, Mixer) else ():
+                if name in tables:
+                    raise fail(f"`{name}` is made of x", help="leave it out of the call")
         if state is not None:
             self._check_state(x, state)
 
@@ -175,6 +187,9 @@ def build(
     backend: str | None = None,
     norm: Callable[[int], nn.Module] = nn.LayerNorm,
     init: str = "gpt2",
+    rotary: float | None = None,
+    inputs: Mapping[str, Callable[[], nn.Module]] | None = None,
+    embed: nn.Module | None = None,
     readout: nn.Module | None = None,
 ) -> StackModule:
     """A stack as an nn.Module: projections, norms and feed-forward are torch's own, attentions are plans.
@@ -192,6 +207,11 @@ def build(
     norm      makes a norm of so many numbers: nn.LayerNorm, nn.RMSNorm
     init      of weights: "gpt2", normal with deviation 0.02, what enters the residual stream divided by the
               square root of how often that happens (Radford et al. 2019, section 2.3); "torch": as torch does
+    rotary    base of the angles by which queries and keys are turned by position (Su et al. 2021), 10000.0 in
+              most models; not turned if not given
+    inputs    what makes a run-time table of the normed x [B, n, width], by its name: a function that gives a
+              module, called for every attention that has such an input
+    embed     makes x [B, n, width] of tokens [B, n]; what asks for tokens is refused without
     readout   makes logits of outputs, [B, n, width] to [B, n, tokens]; what asks for them is refused without
 
     Raises AttnError for sizes that do not fit, an unknown `init`, and what a plan refuses.
@@ -209,6 +229,12 @@ def build(
     for _, word in words(stack):
         if getattr(plugin_of(word), "needs_logits", False) and readout is None:
             raise fail(f"`{word.name}` reads logits", word.written, "give `readout=` to `build`")
+    if rotary is not None and (rotary <= 0 or head_dim % 2):
+        raise fail(
+            f"rotary {rotary} of {head_dim} numbers of a head", help="a positive base, and an even head_dim"
+        )
+    sizes, inputs = Sizes(heads, kv_heads or heads, head_dim), inputs or {}
+    check_tables(stack, inputs)
     behind: dict[Attention, int] = {}
     for memory, what in attentions(stack):
         behind[what] = max(behind.get(what, 0), remembered(memory))
@@ -225,14 +251,30 @@ def build(
         if isinstance(sublayer.what, FeedForward):
             inner = FFN(sublayer.what, width)
         else:
-            plan = cast(PlanModule, plans[sublayer.what].module())
-            inner = Mixer(plan, width, heads, kv_heads or heads, head_dim)
+            _check_sublayer(stage, sublayer, sizes, inputs)
+            names = [table.name for table in sublayer.what.inputs if table.name in inputs]
+            inner = Mixer(
+                cast(PlanModule, plans[sublayer.what].module()), width, sizes, tied=sublayer.tied,
+                own=dict(sublayer.own), made={name: inputs[name]() for name in names}, rotary=rotary,
+            )  # fmt: skip
         parts[key(sublayer)] = Residual(inner, stage.norm, norm, width)
     last = nn.Identity() if stack.layers[-1].norm == "post" else norm(width)
-    module = StackModule(stack, width, length, parts, last, readout).to(device, getattr(torch, dtype))
+    module = StackModule(stack, width, length, parts, last, embed, readout)
     if init == "gpt2":
         initialise(module)
-    return module
+    return module.to(device, getattr(torch, dtype))
+
+
+def _check_sublayer(stage: Layers, sublayer: Sublayer, sizes: Sizes, inputs: Collection[str]) -> None:
+    """Raises AttnError for sizes and inputs that do not go with its words."""
+    assert isinstance(sublayer.what, Attention)
+    if sublayer.tied and sizes.heads != sizes.kv_heads:
+        said = f"{sizes.heads} heads of queries and {sizes.kv_heads} of keys are not the same"
+        raise fail(said, sublayer.written, "tied keys are the queries: leave out `kv_heads`")
+    for table in sublayer.what.inputs:
+        if table.name in inputs and stage.memory and "n" in table.dims:
+            said = f"`{table.name}` is made of x, and has no entries for what is remembered"
+            raise fail(said, sublayer.written, "give it to calls, or take the attention out of `memory`")
 
 
 def initialise(module: StackModule) -> None:
@@ -240,7 +282,8 @@ def initialise(module: StackModule) -> None:
     scale = 1 / math.sqrt(sum(len(turn) for turn in module.stack.turns))
     for part in module.parts.values():
         inner = cast(Residual, part).inner
-        for name, child in inner.named_children():
+        own = inner.own.values() if isinstance(inner, Mixer) else ()
+        for name, child in (named for of in (inner, *own) for named in of.named_children()):
             if isinstance(child, nn.Linear):
                 nn.init.normal_(child.weight, std=0.02 * (scale if name in ("o", "down") else 1))
                 if child.bias is not None:

@@ -30,6 +30,8 @@ USAGE = {
     "memory": "memory(xl(512)) { layers(N) { ... } }",
     "cycle": "cycle { a  a  b }",
     "share": "share { ... }",
+    "tied": "tied { ATTENTION }",
+    "own": "own(PART, PART = qk) { SUM }",
     "ffn": "ffn(4)",
     "exit": "exit(margin, threshold = 0.9)",
 }
@@ -292,6 +294,9 @@ def sublayers(reading: Reading, e: ast.Stage, layer: int, shared: bool) -> tuple
         if shared:
             raise fail("`share` stands in `share`", e.name.span)
         return tuple(sub for part in parts for sub in sublayers(reading, part, layer, True))
+    if word in ("tied", "own"):
+        made = (sub for part in braces(e) for sub in sublayers(reading, part, layer, shared))
+        return tuple(projected(e, sub) for sub in made)
     if word == "exit":
         raise fail("`exit` stands last in a layer", e.name.span)
     if word in STAGES:
@@ -302,7 +307,7 @@ def sublayers(reading: Reading, e: ast.Stage, layer: int, shared: bool) -> tuple
         return (weighted(reading, feed_forward(reading, e), e, shared),)
     definition = reading.elaborator.definitions.get(word)
     if definition is None:
-        raise unknown(reading, e, ("cycle", "share", "ffn"))
+        raise unknown(reading, e, ("cycle", "share", "tied", "own", "ffn"))
     if isinstance(definition, ast.Definition) and definition.word != "pattern":
         raise fail(f"`{word}` is a {definition.word}, and a layer is made of attentions", e.name.span)
     values = reading.elaborator.arguments(definition, e.args, reading.env, TOKENS)
@@ -311,6 +316,32 @@ def sublayers(reading: Reading, e: ast.Stage, layer: int, shared: bool) -> tuple
         beyond(values[name], argument, layer)
     value = reading.elaborator.instance(definition, values, reading.env, e.span, given=given)
     return (weighted(reading, Sublayer(word, attention_named(word, value), -1), e, shared),)
+
+
+def projected(e: ast.Stage, made: Sublayer) -> Sublayer:
+    """`tied { ... }` or `own(...) { ... }` of one sublayer."""
+    word, what = e.name.id, made.what
+    if not isinstance(what, Attention):
+        raise fail(f"`{made.name}` has no queries and keys", made.written, f"take it out of `{word}`")
+    if word == "tied":
+        bind_arguments_of(word, (), (), call(e), USAGE[word])
+        return replace(made, tied=True)
+    names = [part.attention.name for part in what.parts]
+    if not names:
+        raise fail(f"`{made.name}` is no sum, and has no parts", made.written, f"take it out of `{word}`")
+    if not e.args:
+        raise fail("`own` needs a part", e.span, f"write `own({names[-1]})`")
+    own = dict[str, bool]()
+    for argument in e.args:
+        value = argument.value.id if isinstance(argument.value, ast.Name) else ""
+        name, what_of_it = (argument.name, value) if argument.name else (value, "qkv")
+        if name not in names:
+            help = suggest(name, names) or f"its parts: {', '.join(names)}"
+            raise fail(f"`{made.name}` has no part `{name or argument.span.text}`", argument.span, help)
+        if what_of_it not in ("qk", "qkv"):
+            raise fail("expected `qk` or `qkv`", argument.value.span, "with `qk` its values are those of all")
+        own[name] = what_of_it == "qkv"
+    return replace(made, own=tuple(own.items()))
 
 
 def beyond(value: Value, e: ast.Expression, layer: int) -> None:

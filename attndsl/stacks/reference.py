@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, linear
 
 from attndsl.execution.plan import compile
-from attndsl.stacks.layers import FFN, Mixer, Near, Residual
+from attndsl.stacks.layers import FFN, Mixer, Near, Projections, Residual
 from attndsl.stacks.module import StackModule
 from attndsl.stacks.run import Place, Run, State
 from attndsl.stacks.tree import Layers, Reversible, Sublayer
@@ -19,7 +19,7 @@ from attndsl.stage import Seen
 def reference(module: StackModule, x: Tensor, state: State | None = None, **tables: Any) -> Tensor:
     """What `module` makes of x [B, n, width] behind the tokens of `state`, in float64; `tables` as it takes
     them. Exits are taken as it takes them: not in training."""
-    x = x.double()
+    x = module.embedded(x).double()
     run = Run(module, tables, x.shape[1], state.seen if state else 0, state.held if state else {})
     number = 0
     for each in module.stack.stages:
@@ -97,16 +97,44 @@ def _inner(part: Residual, x: Tensor, near: Near) -> Tensor:
         wide = gelu(linear(normed, up.weight.double(), up.bias.double()))
         return linear(wide, down.weight.double(), down.bias.double())
     assert isinstance(inner, Mixer)
-    plan, count = inner.attention.plan, x.shape[1]
+    plan, count, sizes = inner.attention.plan, x.shape[1], inner.sizes
     keys = torch.cat([*(_normed(part.before, held.x.double()) for held in near.held), normed], 1)
     dense = compile(
-        plan.attention, length=keys.shape[1], q_length=count, heads=inner.heads, kv_heads=inner.kv_heads,
+        plan.attention, length=keys.shape[1], q_length=count, heads=sizes.heads, kv_heads=sizes.kv_heads,
         head_dim=plan.problem.head_dim, dtype="float64", backend="reference", training=True,
     )  # fmt: skip
-    q = _headed(linear(normed, inner.q.weight.double()), inner.heads)
-    k, v = (_headed(linear(keys, made.weight.double()), inner.kv_heads) for made in (inner.k, inner.v))
+    at = [*range(near.first, near.first + count)]
+    places = [place for held in near.held for place in held.at] + at
+    (q, k, v), given = _projected(inner, normed, at, keys, places), dict[str, Any]()
+    for name, own in inner.own.items():
+        given[name] = _projected(cast(Projections, own), normed, at, keys, places)
+        given[name] = (*given[name], v)[:3]
     names = {table.name for table in plan.attention.inputs}
+    given |= {name: table for name, table in near.tables.items() if name in names}
+    given |= {name: _normed(maker, normed) for name, maker in inner.made.items()}
     learned = {name: value.double() for name, value in inner.attention.named_parameters()}
-    given = {name: table for name, table in near.tables.items() if name in names}
     mixed = dense(q, k, v, learned=learned or None, **near.places(count), **given)
     return linear(mixed.transpose(1, 2).flatten(2), inner.o.weight.double())
+
+
+def _projected(
+    of: Projections, x: Tensor, at: list[int], keys: Tensor, places: list[int]
+) -> tuple[Tensor, ...]:
+    """Queries of x `at` positions, keys and values of `keys` at `places`."""
+    made = of.k or of.q
+    q = _headed(linear(x, of.q.weight.double()), of.sizes.heads)
+    k = _headed(linear(keys, made.weight.double()), of.sizes.kv_heads)
+    if of.rotary is not None:
+        q, k = _turned(q, at, of.rotary), _turned(k, places, of.rotary)
+    if of.v is None:
+        return q, k
+    return q, k, _headed(linear(keys, of.v.weight.double()), of.sizes.kv_heads)
+
+
+def _turned(x: Tensor, at: list[int], base: float) -> Tensor:
+    """As complex numbers, each multiplied by e^(i angle)."""
+    half = x.shape[-1] // 2
+    rates = base ** (-torch.arange(half, dtype=torch.float64) / half)
+    angles = torch.tensor(at, dtype=torch.float64)[:, None] * rates
+    found = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(angles), angles)
+    return torch.cat([found.real, found.imag], -1)

@@ -31,12 +31,17 @@ class Sublayer:
     """What is added to the residual stream.
 
     weights: sublayers of one number have the same.
+    tied:    whether keys are the queries of their tokens.
+    own:     parts of a sum whose queries and keys are made by projections of their own, and whether their
+             values are.
     written: where it stands in the stack.
     """
 
     name: str
     what: Attention | FeedForward
     weights: int
+    tied: bool = False
+    own: tuple[tuple[str, bool], ...] = ()
     written: Span | None = field(default=None, compare=False)
 
 
