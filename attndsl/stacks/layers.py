@@ -211,8 +211,10 @@ class Residual(nn.Module):
         self.behind = make_norm(width) if norm == "sandwich" else nn.Identity()
         self.after = make_norm(width) if norm == "post" else nn.Identity()
 
-    def forward(self, x: Tensor, near: Near) -> Tensor:
-        return self.added(x, self.made(x, near))
+    def forward(self, x: Tensor, near: Near, alone: bool = False) -> Tensor:
+        """x with what is made of it, or that alone."""
+        made = self.made(x, near)
+        return made if alone else self.added(x, made)
 
     def made(self, x: Tensor, near: Near) -> Tensor:
         """What is added to the stream, made of x."""

@@ -13,7 +13,7 @@ from attndsl.attention import Attention
 from attndsl.errors import fail
 from attndsl.execution.plan import PlanModule, compile
 from attndsl.keywords import by_name, checked_dtype
-from attndsl.stacks import leaving
+from attndsl.stacks import leaving, reversible
 from attndsl.stacks.decoding import StackSession
 from attndsl.stacks.layers import FFN, Mixer, Residual, Sizes
 from attndsl.stacks.run import Exits, Record, Run, State
@@ -98,12 +98,12 @@ class StackModule(nn.Module):
         return found.y
 
     def _reversible(self, run: Run, i: int, of: Reversible, x: Tensor) -> Tensor:
-        streams = [x, x]
-        for place, sublayer in of.sublayers(i):
-            run.enter(place, sublayer, streams[1])
-            made = self.part(sublayer).made(streams[1], run.near(place))
-            streams = [streams[1], streams[0] + made]
-        return (streams[0] + streams[1]) / 2
+        every = [*of.sublayers(i)]
+        steps = [reversible.Step(self.part(sublayer), run.near(place)) for place, sublayer in every]
+        one, other, entered = reversible.run(steps, x, of.stages[0].memory != ())
+        for (place, sublayer), states in zip(every, entered, strict=False):
+            run.enter(place, sublayer, states)
+        return (one + other) / 2
 
     def word(self, key: str) -> nn.Module | None:
         """What a word of the stack learns, by its `key` in `words` of `stacks.sizes`; None where nothing."""
