@@ -6,7 +6,7 @@ A word is frozen data in a stack. What it learns is a module, and what it does i
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from attndsl.errors import Span
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 Role = Literal["halting", "exit", "memory"]
 Argument = int | float | bool | str
 Logits = Callable[["Tensor"], "Tensor"]
+Read = Callable[["Tensor"], "Tensor"]
+"""What queries of a segment get, [B, n, H, D], of keys made of states [B, m, width], wherever these stand:
+softmax(Q K^T / sqrt(D)) V. Gradients go to the states alone."""
 
 
 @dataclass(frozen=True)
@@ -80,14 +83,34 @@ class Decision:
 
 @dataclass(frozen=True, eq=False)
 class Held:
-    """States that a memory holds of an attention, the oldest first.
+    """What a memory holds of an attention, the oldest first.
 
-    x   [B, m, width], as they entered it, before its norm
-    at  their m positions, rising
+    x      [B, m, width], states as they entered it, before its norm; or [B, m, 2 Hkv D], keys and values
+    at     their m positions, rising
+    loose  how many of the last are to be made into something else with states to come
+    pairs  whether x are keys and values
     """
 
     x: Tensor
     at: Sequence[int]
+    loose: int = 0
+    pairs: bool = False
+
+
+def joined(held: Held | None, new: Held) -> Held:
+    """What is held, and behind it what is new; none of it loose."""
+    import torch
+
+    if held is None:
+        return replace(new, loose=0)
+    return replace(new, x=torch.cat([held.x, new.x], 1), at=[*held.at, *new.at], loose=0)
+
+
+def last(many: int, held: Held) -> tuple[Held, Held | None]:
+    """The last `many` of what is held, and those before, None where there are none."""
+    goes = max(len(held.at) - many, 0)
+    kept = replace(held, x=held.x[:, goes:], at=held.at[goes:])
+    return kept, replace(held, x=held.x[:, :goes], at=held.at[:goes], loose=0) if goes else None
 
 
 class Stage(Protocol):
@@ -144,14 +167,19 @@ class Exit(Stage, Protocol):
 
 
 class Memory(Stage, Protocol):
-    """What stays of the tokens of a segment for those of the next."""
+    """What stays of the tokens of a segment for those of the next.
+
+    pairs: whether it holds keys and values as they were made, and not states.
+    """
+
+    pairs: bool
 
     def reach(self, word: Word, behind: int) -> tuple[int, int]:
         """How many keys it holds, and how far behind the first token of a segment they reach, where what it
         is given is `behind` already."""
 
     def remember(
-        self, word: Word, learned: Any, held: Held | None, new: Held
+        self, word: Word, learned: Any, held: Held | None, new: Held, read: Read
     ) -> tuple[Held | None, Held | None, Mapping[str, Tensor]]:
         """What it holds once states are `new` to it: those of a segment, or what the word before it lets go;
-        what it lets go itself, the oldest; and losses by name."""
+        what it lets go itself, the oldest; and losses by name. `read` is how the attention reads states."""

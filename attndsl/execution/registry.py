@@ -37,8 +37,10 @@ STAGE = {"check": 1, "parameters": 2, "learned": 2}
 ROLES = {
     "halting": {"decide": 3, "losses": 3},
     "exit": {"confidence": 3},
-    "memory": {"reach": 2, "remember": 4},
+    "memory": {"reach": 2, "remember": 5},
 }
+SAYS = {"halting": (), "exit": ("needs_logits", "needs_threshold"), "memory": ("pairs",)}
+"""What it says of itself, true or false."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,10 @@ def _load(point: EntryPoint) -> tuple[Any, str]:
     if group == "selections":
         return loaded, _unsaid(loaded, "kind", KINDS) or _misses(loaded, SELECTION)
     if group == "stages":
-        return loaded, _unsaid(loaded, "role", ROLES) or _misses(loaded, STAGE | ROLES[loaded.role])
+        flaw = _unsaid(loaded, "role", ROLES)
+        for name in () if flaw else SAYS[loaded.role]:
+            flaw = flaw or ("" if isinstance(getattr(loaded, name, None), bool) else f"it has no `{name}`")
+        return loaded, flaw or _misses(loaded, STAGE | ROLES[loaded.role])
     return loaded, _flaw(loaded)
 
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
+from attndsl.analysis.lasting import kept
 from attndsl.errors import fail
 from attndsl.execution.session import Session
-from attndsl.stacks.layers import Mixer, shared
+from attndsl.stacks.layers import Mixer, Near, Residual, shared
 from attndsl.stacks.leaving import Progress
-from attndsl.stacks.run import Place, Run
+from attndsl.stacks.run import Place, Run, State
 from attndsl.stacks.tree import Layers, Reversible, Sublayer
-from attndsl.stage import Seen
+from attndsl.stage import Held, Seen
 
 if TYPE_CHECKING:
     from attndsl.stacks.module import StackModule
@@ -24,32 +26,44 @@ class StackSession:
     """Keys and values of sequences that grow, one a batch row, of every layer and turn of a stack.
 
     batch:    rows.
-    capacity: the most tokens of a row.
+    capacity: the most tokens of a row; of no use where the stack remembers.
+    state:    of a stack that remembers, what a call on earlier tokens left.
 
     Made by `module.session(batch, capacity)`; refused where the session of an attention is: where tokens to
-    come may change what earlier ones gave.
+    come may change what earlier ones gave. With memory the tokens are segments of as many as the module is
+    built for: when so many have come, they go to memory.
     """
 
-    def __init__(self, module: StackModule, batch: int, capacity: int) -> None:
-        if module.stack.remembers:
-            raise fail("a stack that remembers steps by its state", help="give `state=record.state` to calls")
+    def __init__(self, module: StackModule, batch: int, capacity: int, state: State | None = None) -> None:
         self.module, self.batch = module, batch
+        self.length = 0 if state is None else state.seen
         self.made: dict[tuple[Place, str], Tensor] = {}
-        self.sessions: dict[Place, Session] = {
-            (i, t, s): inner.attention.session(batch, capacity)
+        self.sessions: dict[Place, Session] = {}
+        self.segment: Segment | None = None
+        mixers = {
+            (i, t, s): inner
             for i, stage in enumerate(module.stack.layers)
             for t, turn in enumerate(stage.turns)
             for s, sublayer in enumerate(turn)
             if isinstance(inner := module.part(sublayer).inner, Mixer)
         }
+        if module.stack.remembers:
+            for plan in {inner.attention.plan for inner in mixers.values()}:
+                for one in getattr(plan, "parts", {"": plan}).values():
+                    kept(one.attention, one.problem)
+            self.segment = Segment(self.length, {} if state is None else state.held)
+        else:
+            self.sessions = {at: inner.attention.session(batch, capacity) for at, inner in mixers.items()}
 
     def __repr__(self) -> str:
         return f"<session of {self.module.stack!r}: {self.length:,} tokens in {self.batch} rows>"
 
     @property
-    def length(self) -> int:
-        """Tokens of the longest row."""
-        return max((max(session.lengths) for session in self.sessions.values()), default=0)
+    def keys(self) -> int:
+        """How many keys it holds now, of all layers and turns; what has room for others not counted."""
+        if self.segment is not None:
+            return sum(len(one.at) for held in self.segment.pairs.values() for one in held)
+        return sum(min(self.length, session.slots) for session in self.sessions.values())
 
     @torch.no_grad()
     def step(self, x: Tensor, **tables: Any) -> Tensor:
@@ -58,6 +72,18 @@ class StackSession:
         x = self.module.embedded(x)
         if x.ndim != 3 or x.shape[0] != self.batch or x.shape[2] != self.module.width:
             raise fail(f"x is [{self.batch}, m, {self.module.width}], not {[*x.shape]}")
+        if self.segment is None:
+            return self._step(x, tables)
+        parts, size = list[Tensor](), self.module.length
+        while x.shape[1]:
+            fits = self.segment.begun + size - self.length
+            parts.append(self._step(x[:, :fits], tables))
+            x = x[:, fits:]
+            if self.length == self.segment.begun + size:
+                self.segment = self.segment.after(self.module, tables)
+        return torch.cat(parts, 1) if parts else x
+
+    def _step(self, x: Tensor, tables: dict[str, Any]) -> Tensor:
         number, run = 0, Run(self.module, tables, x.shape[1], self.length)
         for each in self.module.stack.stages:
             if isinstance(each, Reversible):
@@ -66,6 +92,7 @@ class StackSession:
                 continue
             x = self._leaving(run, number, each, x) if each.leaves else self._turns(run, number, each, x)
             number += 1
+        self.length += x.shape[1]
         return cast(Tensor, self.module.last(x))
 
     def _turns(self, run: Run, i: int, stage: Layers, x: Tensor) -> Tensor:
@@ -102,6 +129,8 @@ class StackSession:
         inner, normed = residual.inner, residual.before(x)
         if not isinstance(inner, Mixer):
             return cast(Tensor, residual.behind(inner(normed)))
+        if self.segment is not None:
+            return self.segment.mixed(run, place, residual, x)
         at = range(run.first, run.first + x.shape[1])
         q, k, v = (made.transpose(1, 2) for made in (inner.queries(normed, at), *inner.pair(normed, at)))
         beside = inner.beside(normed, at, run.tables, None)
@@ -118,6 +147,53 @@ class StackSession:
         whole = made if before is None else torch.cat([before, made], dims.index("n"))
         self.made[place, name] = whole
         return whole
+
+
+@dataclass(eq=False)
+class Segment:
+    """The tokens since the last ones went to memory.
+
+    begun:   position of the first.
+    before:  what memories hold of those before.
+    entered: the states of its tokens at each place, a piece each step.
+    pairs:   keys and values of what is held and of its tokens; states, where parts have keys of their own.
+    """
+
+    begun: int
+    before: Mapping[Place, tuple[Held | None, ...]]
+    entered: dict[Place, list[Tensor]] = field(default_factory=dict)
+    pairs: dict[Place, list[Held]] = field(default_factory=dict)
+
+    def mixed(self, run: Run, place: Place, residual: Residual, x: Tensor) -> Tensor:
+        """What the attention at a place makes of the next tokens x [B, m, width]."""
+        at = range(run.first, run.first + x.shape[1])
+        new = self._held(residual, Held(x, at))
+        if place not in self.pairs:
+            held = replace(run, before=self.before).near(place).held
+            self.pairs[place] = [self._held(residual, one) for one in held]
+        behind = Near(run.tables, run.first, tuple(self.pairs[place]))
+        made = residual.made(x, behind)
+        self.pairs[place].append(new)
+        self.entered.setdefault(place, []).append(x)
+        return made
+
+    @staticmethod
+    def _held(residual: Residual, held: Held) -> Held:
+        inner = residual.inner
+        assert isinstance(inner, Mixer)
+        if held.pairs or inner.own:
+            return held
+        at = torch.tensor([*held.at], device=held.x.device)
+        return replace(held, x=residual.paired(held.x, at), pairs=True)
+
+    def after(self, module: StackModule, tables: dict[str, Any]) -> Segment:
+        """The segment behind this one."""
+        entered = {place: torch.cat(pieces, 1) for place, pieces in self.entered.items()}
+        count = next(iter(entered.values())).shape[1] if entered else module.length
+        run = Run(module, tables, count, self.begun, self.before)
+        for place, x in entered.items():
+            run.enter(place, module.stack.sublayer(place), x)
+        return Segment(self.begun + count, run.held)
 
 
 def greedy(logits: Tensor) -> Tensor:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from attndsl.execution.plan import PlanModule
 from attndsl.stacks.tree import FeedForward
@@ -227,16 +228,52 @@ class Residual(nn.Module):
     def mixed(self, q: Tensor, pair: Pair, near: Near, normed: Tensor, index: Tensor | None = None) -> Tensor:
         """Of queries of the tokens at `index` [B, m], or of all, among keys of all tokens and what is held;
         `normed` [B, n, width] are all tokens, of no use where an attention is `placed`."""
-        inner, count, held = self.inner, pair[0].shape[1], None
+        inner, count = self.inner, pair[0].shape[1]
+        held: tuple[Tensor, At] | None = None
         assert isinstance(inner, Mixer)
         if near.held:
-            places = [place for held in near.held for place in held.at]
-            behind = self.before(torch.cat([held.x for held in near.held], 1))
-            held = behind, torch.tensor(places, device=behind.device)
-            old = inner.pair(*held)
-            pair = torch.cat([old[0], pair[0]], 1), torch.cat([old[1], pair[1]], 1)
+            old = [self._pair(held) for held in near.held]
+            pair = (
+                torch.cat([*(k for k, _ in old), pair[0]], 1),
+                torch.cat([*(v for _, v in old), pair[1]], 1),
+            )
+            if inner.own:
+                held = self._normed(near.held)
         beside = inner.beside(normed, near.at(count), near.tables, held)
         return cast(Tensor, self.behind(inner.mixed(q, pair, beside, near.places(count, index))))
+
+    def _pair(self, held: Held) -> Pair:
+        """Keys and values of what is held."""
+        assert isinstance(self.inner, Mixer)
+        if not held.pairs:
+            return self.inner.pair(*self._normed([held]))
+        k, v = held.x.chunk(2, 2)
+        return _headed(k, self.inner.sizes.kv_heads), _headed(v, self.inner.sizes.kv_heads)
+
+    def _normed(self, held: Sequence[Held]) -> tuple[Tensor, Tensor]:
+        """The normed states of what is held, and where they stand."""
+        x = self.before(torch.cat([one.x for one in held], 1))
+        return x, torch.tensor([place for one in held for place in one.at], device=x.device)
+
+    def paired(self, x: Tensor, at: At) -> Tensor:
+        """Keys and values of states x [B, n, width] `at` positions, [B, n, 2 kv_heads head_dim], detached."""
+        assert isinstance(self.inner, Mixer)
+        with torch.no_grad():
+            return torch.cat([made.flatten(2) for made in self.inner.pair(self.before(x), at)], 2)
+
+    def read(self, x: Tensor, states: Tensor) -> Tensor:
+        """What queries of states x [B, n, width] get of others [B, m, width], [B, n, heads, head_dim], by
+        softmax(Q K^T / sqrt(D)) V; gradients go to the others alone."""
+        inner = self.inner
+        assert isinstance(inner, Mixer)
+        assert inner.v is not None
+        norm = {name: weight.detach() for name, weight in self.before.named_parameters()}
+        q = inner.q(self.before(x)).detach()
+        normed = functional_call(self.before, norm, (states,))
+        k, v = (nn.functional.linear(normed, of.weight.detach()) for of in (inner.k or inner.q, inner.v))
+        headed = (_headed(q, inner.sizes.heads), *(_headed(made, inner.sizes.kv_heads) for made in (k, v)))
+        q, k, v = (made.transpose(1, 2) for made in headed)
+        return nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2)
 
     def added(self, x: Tensor, made: Tensor) -> Tensor:
         """x with what was made of it."""

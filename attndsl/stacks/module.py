@@ -119,9 +119,9 @@ class StackModule(nn.Module):
         whole = x.ndim == 2 and not x.is_floating_point()
         return cast(Tensor, self.embed(x)) if whole and self.embed is not None else x
 
-    def session(self, batch: int, capacity: int) -> StackSession:
-        """An empty StackSession of `batch` rows of up to `capacity` tokens."""
-        return StackSession(self, batch, capacity)
+    def session(self, batch: int, capacity: int, state: State | None = None) -> StackSession:
+        """A StackSession of `batch` rows of up to `capacity` tokens, behind those of `state`."""
+        return StackSession(self, batch, capacity, state)
 
     def part(self, sublayer: Sublayer) -> Residual:
         """The module of a sublayer."""
@@ -152,11 +152,18 @@ class StackModule(nn.Module):
             raise fail(f"a state is what a call left, not {type(state).__name__}", help="give `record.state`")
         if state.stack != self.stack:
             raise fail(f"the state is of {state.stack!r}, and the module of {self.stack!r}")
-        for held in (one.x for kept in state.held.values() for one in kept if one is not None):
-            if (held.shape[0], held.shape[2]) != (x.shape[0], self.width):
-                raise fail(f"the state is of {held.shape[0]} rows, and x of {x.shape[0]}")
-            if (held.dtype, held.device) != (x.dtype, x.device):
-                raise fail(f"the state is {held.dtype} on {held.device}, and x {x.dtype} on {x.device}")
+        for place, kept in state.held.items():
+            sizes = cast(Mixer, self.part(self.stack.sublayer(place)).inner).sizes
+            for held in (one for one in kept if one is not None):
+                wanted = 2 * sizes.kv_heads * sizes.head_dim if held.pairs else self.width
+                rows, _, width = held.x.shape
+                if rows != x.shape[0]:
+                    raise fail(f"the state is of {rows} rows, and x of {x.shape[0]}")
+                if width != wanted:
+                    raise fail(f"the state is of {width} numbers a token, and the module of {wanted}")
+                if (held.x.dtype, held.x.device) != (x.dtype, x.device):
+                    said = f"the state is {held.x.dtype} on {held.x.device}, and x {x.dtype} on {x.device}"
+                    raise fail(said, help="write `state.to(x)`")
 
     def extra_repr(self) -> str:
         """Its line in print(model)."""

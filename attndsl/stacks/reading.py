@@ -15,7 +15,7 @@ from attndsl.language.arguments import bind_arguments, bind_arguments_of
 from attndsl.language.elaborate import Elaborator
 from attndsl.language.values import TOKENS, Num, Scope, Value, attention_named
 from attndsl.stacks.tree import Exit, FeedForward, Layers, Norm, Reversible, Sublayer, layers_of
-from attndsl.stage import Argument, Role, Stage, Word
+from attndsl.stage import Argument, Memory, Role, Stage, Word
 from attndsl.stage import Exit as Leaving
 from attndsl.syntax import nodes as ast
 
@@ -134,6 +134,9 @@ def layers(reading: Reading, e: ast.Stage) -> Layers:
         if reading.memory and isinstance(sub.what, Attention) and sub.what.streams:
             said = f"`{sub.name}` says what its keys are, and so does the memory around it"
             raise fail(said, sub.written, "leave out its `keys`, or take it out of the braces")
+        if sub.own and any(of_memory(word).pairs for word in reading.memory):
+            said = f"`{sub.name}` has keys of its own beside those that the memory holds"
+            raise fail(said, sub.written, "write `xl(m)`, of whose states all keys are made")
     if reading.reversible and found.norm == "post":
         raise fail("what is normed after the sum cannot be undone", given["norm"].span, "write `norm = pre`")
     return found
@@ -163,6 +166,12 @@ def remembering(reading: Reading, e: ast.Stage) -> Reading:
         if argument.name:
             raise fail("`memory` takes words, the nearest memory first", argument.span, USAGE["memory"])
     words = tuple(registered(reading, argument.value, "memory") for argument in e.args)
+    pairs = {of_memory(word).pairs for word in words}
+    if len(pairs) > 1:
+        said = " and ".join(f"`{word.name}`" for word in words)
+        raise fail(
+            f"{said} are in one memory", e.span, "one holds states, the other keys and values as they were"
+        )
     return replace(reading, memory=words)
 
 
@@ -201,6 +210,10 @@ def leaving(reading: Reading, e: ast.Stage) -> Exit:
     return Exit(rule, numbers["threshold"], numbers["decay"], coupled)
 
 
+def of_memory(word: Word) -> Memory:
+    return cast("Memory", of_role("memory")[word.name])
+
+
 def of_role(role: Role) -> Mapping[str, Stage]:
     """The words that may stand for it."""
     from attndsl.execution import registry
@@ -217,6 +230,10 @@ def registered(reading: Reading, e: ast.Expression, role: Role) -> Word:
         raise fail("expected a word", e.span, _one_of(words))
     name = made.func.id
     if name not in words:
+        from attndsl.execution import registry
+
+        if name in registry.names("stages"):
+            registry.plugin("stages", name)  # which says why it cannot be used
         help = suggest(name, words) or _one_of(words)
         raise fail(f"`{name}` is no word of {ROLES[role]}", made.func.span, help)
     parameters = inspect.signature(words[name].signature).parameters

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -38,6 +39,14 @@ class State:
     stack: Stack
     seen: int
     held: Mapping[Place, tuple[Held | None, ...]] = field(repr=False)
+
+    def to(self, *like: Any, **options: Any) -> State:
+        """With tensors as `x.to(*like, **options)` makes them: of another device or dtype."""
+        held = {
+            place: tuple(one and replace(one, x=one.x.to(*like, **options)) for one in kept)
+            for place, kept in self.held.items()
+        }
+        return replace(self, held=held)
 
 
 @dataclass(frozen=True)
@@ -99,19 +108,27 @@ class Run:
         words = self.module.stack.layers[place[0]].memory
         if not words or not isinstance(self.part(sublayer).inner, Mixer):
             return
+        self.held[place] = self.remembered(place, sublayer, x)
+
+    def remembered(self, place: Place, sublayer: Sublayer, x: Tensor) -> tuple[Held | None, ...]:
+        """What the words of a place hold once the states x [B, n, width] have entered it."""
+        words, part = self.module.stack.layers[place[0]].memory, self.part(sublayer)
         before = self.before.get(place, (None,) * len(words))
-        new: Held | None = Held(x.detach(), range(self.first, self.first + self.count))
+        at = range(self.first, self.first + x.shape[1])
+        pairs = any(plugin_of(word).pairs for word in words)
+        new: Held | None = Held(part.paired(x, at) if pairs else x.detach(), at, pairs=pairs)
         now: list[Held | None] = []
         for i, (word, held) in enumerate(zip(words, before, strict=True)):
             if new is None:
                 now.append(held)
                 continue
             learned = self.module.word(f"m.{sublayer.weights}.{i}")
-            kept, new, losses = plugin_of(word).remember(word, learned, held, new)
+            kept, new, losses = plugin_of(word).remember(word, learned, held, new, partial(part.read, x))
             for name, loss in losses.items():
                 self.losses[name] = self.losses.get(name, 0) + loss
-            now.append(None if kept is None else Held(kept.x.detach(), kept.at))
-        self.held[place] = tuple(now)
+            kept, new = (one and replace(one, x=one.x.detach()) for one in (kept, new))
+            now.append(kept)
+        return tuple(now)
 
     def halting(self, i: int, word: Word) -> Decide:
         """What the word of the i-th stage decides after each turn."""

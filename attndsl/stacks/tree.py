@@ -131,6 +131,11 @@ class Stack:
         """Its stages, and those inside reversible ones, from the input on."""
         return layers_of(self.stages)
 
+    def sublayer(self, place: tuple[int, int, int]) -> Sublayer:
+        """At a place: which stage, which turn of it, and where in that."""
+        stage, turn, number = place
+        return self.layers[stage].turns[turn][number]
+
     @property
     def remembers(self) -> bool:
         """Whether a call reads what an earlier one has left."""
