@@ -12,9 +12,10 @@ from torch import Tensor
 from attndsl.analysis.lasting import kept
 from attndsl.errors import fail
 from attndsl.execution.session import Session
-from attndsl.stacks.layers import Mixer, Near, Residual, shared
+from attndsl.stacks.layers import Mixer, Near, Residual, shared, signalled
 from attndsl.stacks.leaving import Progress
 from attndsl.stacks.run import Place, Run, State
+from attndsl.stacks.sizes import plugin_of
 from attndsl.stacks.tree import Layers, Reversible, Sublayer
 from attndsl.stage import Held, Seen
 
@@ -40,6 +41,10 @@ class StackSession:
         self.made: dict[tuple[Place, str], Tensor] = {}
         self.sessions: dict[Place, Session] = {}
         self.segment: Segment | None = None
+        for exit in (stage.exit for stage in module.stack.layers if stage.exit is not None):
+            if not plugin_of(exit.rule).causal(exit.rule):
+                said = f"`{exit.rule.name}` is sure by later tokens too, and has no sessions"
+                raise fail(said, exit.rule.written)
         mixers = {
             (i, t, s): inner
             for i, stage in enumerate(module.stack.layers)
@@ -97,6 +102,7 @@ class StackSession:
 
     def _turns(self, run: Run, i: int, stage: Layers, x: Tensor) -> Tensor:
         for t, turn in enumerate(stage.turns):
+            x = signalled(stage, x, run.first, t)
             for s, sublayer in enumerate(turn):
                 residual = self.module.part(sublayer)
                 x = residual.added(x, self._made(run, (i, t, s), sublayer, x))
@@ -113,15 +119,21 @@ class StackSession:
         decide = run.halting(i, stage.halting) if stage.halting else run.exit(i, stage)
         found = Progress.begun(x)
         for t, turn in enumerate(stage.turns):
-            before = x
+            before, made = x, signalled(stage, x, run.first, t)
+            runs = found.running[..., None] | found.onward
+            idle = not bool(runs.any())
             for s, sublayer in enumerate(turn):
                 residual = self.module.part(sublayer)
-                new = residual.added(x, self._made(run, (i, t, s), sublayer, x))
-                x = torch.where(found.running[..., None], new, x)
+                if idle:
+                    self._held(run, (i, t, s), residual, made)
+                    continue
+                new = residual.added(made, self._made(run, (i, t, s), sublayer, made))
+                made = torch.where(runs, new, made)
+            x = torch.where(runs, made, x)
             seen = Seen(
                 x, before, found.running, t, len(stage.turns), run.first, found.carry, self.module.logits
             )
-            found = found.after(x, decide(seen), seen.last)
+            found = found if idle else found.after(x, decide(seen), seen.last)
         return found.y
 
     def _made(self, run: Run, place: Place, sublayer: Sublayer, x: Tensor) -> Tensor:
@@ -137,6 +149,19 @@ class StackSession:
         beside |= {name: self._grown(place, name, inner, beside[name]) for name in inner.made}
         out = self.sessions[place].prefill(q, k, v, **shared(beside, v))
         return cast(Tensor, residual.behind(inner.o(out.transpose(1, 2).flatten(2))))
+
+    def _held(self, run: Run, place: Place, residual: Residual, x: Tensor) -> None:
+        """Keys and values of tokens that have left; no more of these is computed."""
+        inner, at = residual.inner, range(run.first, run.first + x.shape[1])
+        if not isinstance(inner, Mixer):
+            return
+        if self.segment is not None:
+            self.segment.hold(run, place, residual, x)
+        elif type(session := self.sessions[place]) is Session and not inner.made:
+            k, v = (made.transpose(1, 2) for made in inner.pair(residual.before(x), at))
+            session.hold(k, v)
+        else:
+            self._made(run, place, self.module.stack.sublayer(place), x)
 
     def _grown(self, place: Place, name: str, inner: Mixer, made: Tensor) -> Tensor:
         """A table that is made of x, for all tokens so far."""
@@ -166,16 +191,22 @@ class Segment:
 
     def mixed(self, run: Run, place: Place, residual: Residual, x: Tensor) -> Tensor:
         """What the attention at a place makes of the next tokens x [B, m, width]."""
+        behind = Near(run.tables, run.first, tuple(self._behind(run, place, residual)))
+        made = residual.made(x, behind)
+        self.hold(run, place, residual, x)
+        return made
+
+    def hold(self, run: Run, place: Place, residual: Residual, x: Tensor) -> None:
+        """The next tokens x [B, m, width] have entered a place."""
         at = range(run.first, run.first + x.shape[1])
-        new = self._held(residual, Held(x, at))
+        self._behind(run, place, residual).append(self._held(residual, Held(x, at)))
+        self.entered.setdefault(place, []).append(x)
+
+    def _behind(self, run: Run, place: Place, residual: Residual) -> list[Held]:
         if place not in self.pairs:
             held = replace(run, before=self.before).near(place).held
             self.pairs[place] = [self._held(residual, one) for one in held]
-        behind = Near(run.tables, run.first, tuple(self.pairs[place]))
-        made = residual.made(x, behind)
-        self.pairs[place].append(new)
-        self.entered.setdefault(place, []).append(x)
-        return made
+        return self.pairs[place]
 
     @staticmethod
     def _held(residual: Residual, held: Held) -> Held:
