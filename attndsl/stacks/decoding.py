@@ -144,7 +144,8 @@ class StackSession:
         if self.segment is not None:
             return self.segment.mixed(run, place, residual, x)
         at = range(run.first, run.first + x.shape[1])
-        q, k, v = (made.transpose(1, 2) for made in (inner.queries(normed, at), *inner.pair(normed, at)))
+        q = inner.queries(normed, at)
+        q, k, v = (made.transpose(1, 2) for made in (q, *inner.pair(normed, at, q)))
         beside = inner.beside(normed, at, run.tables, None)
         beside |= {name: self._grown(place, name, inner, beside[name]) for name in inner.made}
         out = self.sessions[place].prefill(q, k, v, **shared(beside, v))
