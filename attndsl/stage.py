@@ -86,7 +86,7 @@ class Held:
     """What a memory holds of an attention, the oldest first.
 
     x      [B, m, width], states as they entered it, before its norm; or [B, m, 2 Hkv D], keys and values
-    at     their m positions, rising
+    at     their m positions, rising; a range or a list
     loose  how many of the last are to be made into something else with states to come
     pairs  whether x are keys and values
     """
@@ -103,7 +103,14 @@ def joined(held: Held | None, new: Held) -> Held:
 
     if held is None:
         return replace(new, loose=0)
-    return replace(new, x=torch.cat([held.x, new.x], 1), at=[*held.at, *new.at], loose=0)
+    return replace(new, x=torch.cat([held.x, new.x], 1), at=following(held.at, new.at), loose=0)
+
+
+def following(at: Sequence[int], new: Sequence[int]) -> Sequence[int]:
+    """Positions `at`, and `new` ones behind them; what has no holes stays a range, however long it is."""
+    if isinstance(at, range) and isinstance(new, range) and (at.step, new.step, at.stop) == (1, 1, new.start):
+        return range(at.start, new.stop)
+    return [*at, *new]
 
 
 def last(many: int, held: Held) -> tuple[Held, Held | None]:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from attndsl.analysis.lasting import kept
 from attndsl.errors import fail
 from attndsl.execution.session import Session
-from attndsl.stacks.layers import Mixer, Near, Residual, shared
+from attndsl.stacks.layers import Mixer, Near, Residual, flat, shared
 from attndsl.stacks.leaving import Progress
 from attndsl.stacks.run import Place, Run, State
+from attndsl.stacks.sizes import attentions
 from attndsl.stacks.tree import Layers, Reversible, Sublayer
-from attndsl.stage import Held, Seen
+from attndsl.stage import Held, Seen, following
 
 if TYPE_CHECKING:
     from attndsl.stacks.module import StackModule
@@ -36,6 +39,9 @@ class StackSession:
 
     def __init__(self, module: StackModule, batch: int, capacity: int, state: State | None = None) -> None:
         self.module, self.batch = module, batch
+        if state is not None:
+            weight = next(module.parameters())
+            module.check_state(state, batch, weight.dtype, weight.device)
         self.length = 0 if state is None else state.seen
         self.made: dict[tuple[Place, str], Tensor] = {}
         self.sessions: dict[Place, Session] = {}
@@ -51,7 +57,7 @@ class StackSession:
             for plan in {inner.attention.plan for inner in mixers.values()}:
                 for one in getattr(plan, "parts", {"": plan}).values():
                     kept(one.attention, one.problem)
-            self.segment = Segment(self.length, {} if state is None else state.held)
+            self.segment = Segment(self.length, module.length, {} if state is None else state.held)
         else:
             self.sessions = {at: inner.attention.session(batch, capacity) for at, inner in mixers.items()}
 
@@ -62,7 +68,7 @@ class StackSession:
     def keys(self) -> int:
         """How many keys it holds now, of all layers and turns; what has room for others not counted."""
         if self.segment is not None:
-            return sum(len(one.at) for held in self.segment.pairs.values() for one in held)
+            return sum(len(cache.behind(self.length).at) for cache in self.segment.caches.values())
         return sum(min(self.length, session.slots) for session in self.sessions.values())
 
     @torch.no_grad()
@@ -70,21 +76,40 @@ class StackSession:
         """The output [B, m, width] of `x` [B, m, width] or tokens [B, m], the next of every row; `tables` by
         name."""
         x = self.module.embedded(x)
-        if x.ndim != 3 or x.shape[0] != self.batch or x.shape[2] != self.module.width:
+        self.module.check_tokens(x, tables)
+        if x.shape[0] != self.batch:
             raise fail(f"x is [{self.batch}, m, {self.module.width}], not {[*x.shape]}")
         if self.segment is None:
-            return self._step(x, tables)
-        parts, size = list[Tensor](), self.module.length
-        while x.shape[1]:
-            fits = self.segment.begun + size - self.length
-            parts.append(self._step(x[:, :fits], tables))
-            x = x[:, fits:]
-            if self.length == self.segment.begun + size:
-                self.segment = self.segment.after(self.module, tables)
-        return torch.cat(parts, 1) if parts else x
+            y = self._step(Step(self.module, tables, x.shape[1], self.length), x)
+            self.length += x.shape[1]
+            return y
+        segment, parts, done = self.segment, list[Tensor](), 0
+        while not parts or done < x.shape[1]:
+            first = self.length + done
+            piece = x[:, done : done + segment.begun + segment.length - first]
+            of_piece = tables if piece.shape == x.shape else self._cut(tables, first, done, piece.shape[1])
+            step = Step(self.module, of_piece, piece.shape[1], first, segment=segment)
+            parts.append(self._step(step, piece))
+            done += piece.shape[1]
+            if self.length + done == segment.begun + segment.length:
+                segment = segment.after(self.module)
+        self.length, self.segment = self.length + done, segment
+        return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
-    def _step(self, x: Tensor, tables: dict[str, Any]) -> Tensor:
-        number, run = 0, Run(self.module, tables, x.shape[1], self.length)
+    def _cut(self, tables: Mapping[str, Any], first: int, done: int, count: int) -> dict[str, Any]:
+        """Of tables of a step the entries for `count` of its tokens, the first of which stands at `first`,
+        and is the one behind `done` others."""
+        ends: dict[str | int, slice] = {"n": slice(first + count), "nq": slice(done, done + count)}
+        of = {table.name: table.dims for _, what in attentions(self.module.stack) for table in what.inputs}
+        found = {}
+        for name, table in tables.items():
+            whole: Any = table if isinstance(table, Tensor) else np.asarray(table)
+            fits = whole.ndim == len(of[name])
+            found[name] = whole[tuple(ends.get(dim, slice(None)) for dim in of[name])] if fits else table
+        return found
+
+    def _step(self, run: Step, x: Tensor) -> Tensor:
+        number = 0
         for each in self.module.stack.stages:
             if isinstance(each, Reversible):
                 x = self._reversible(run, number, each, x)
@@ -92,23 +117,22 @@ class StackSession:
                 continue
             x = self._leaving(run, number, each, x) if each.leaves else self._turns(run, number, each, x)
             number += 1
-        self.length += x.shape[1]
         return cast(Tensor, self.module.last(x))
 
-    def _turns(self, run: Run, i: int, stage: Layers, x: Tensor) -> Tensor:
+    def _turns(self, run: Step, i: int, stage: Layers, x: Tensor) -> Tensor:
         for t, turn in enumerate(stage.turns):
             for s, sublayer in enumerate(turn):
                 residual = self.module.part(sublayer)
                 x = residual.added(x, self._made(run, (i, t, s), sublayer, x))
         return x
 
-    def _reversible(self, run: Run, i: int, of: Reversible, x: Tensor) -> Tensor:
+    def _reversible(self, run: Step, i: int, of: Reversible, x: Tensor) -> Tensor:
         streams = [x, x]
         for place, sublayer in of.sublayers(i):
             streams = [streams[1], streams[0] + self._made(run, place, sublayer, streams[1])]
         return (streams[0] + streams[1]) / 2
 
-    def _leaving(self, run: Run, i: int, stage: Layers, x: Tensor) -> Tensor:
+    def _leaving(self, run: Step, i: int, stage: Layers, x: Tensor) -> Tensor:
         """A token that has left is attended to in later turns too: they all get keys of its last state."""
         decide = run.halting(i, stage.halting) if stage.halting else run.exit(i, stage)
         found = Progress.begun(x)
@@ -124,13 +148,13 @@ class StackSession:
             found = found.after(x, decide(seen), seen.last)
         return found.y
 
-    def _made(self, run: Run, place: Place, sublayer: Sublayer, x: Tensor) -> Tensor:
+    def _made(self, run: Step, place: Place, sublayer: Sublayer, x: Tensor) -> Tensor:
         residual = self.module.part(sublayer)
         inner, normed = residual.inner, residual.before(x)
         if not isinstance(inner, Mixer):
             return cast(Tensor, residual.behind(inner(normed)))
-        if self.segment is not None:
-            return self.segment.mixed(run, place, residual, x)
+        if run.segment is not None:
+            return run.segment.mixed(run, place, residual, x)
         at = range(run.first, run.first + x.shape[1])
         q, k, v = (made.transpose(1, 2) for made in (inner.queries(normed, at), *inner.pair(normed, at)))
         beside = inner.beside(normed, at, run.tables, None)
@@ -149,51 +173,91 @@ class StackSession:
         return whole
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
+class Cache:
+    """Of one place: what is held of tokens before a segment, and room for those of it.
+
+    x:     [B, m + length, ...], keys and values; states, where parts have keys of their own.
+    at:    where the m stand that are held.
+    begun: position of the first of the segment.
+    pairs: whether x are keys and values.
+    """
+
+    x: Tensor
+    at: Sequence[int]
+    begun: int
+    pairs: bool
+
+    def behind(self, first: int) -> Held:
+        """What stands before the position `first`."""
+        at = following(self.at, range(self.begun, first))
+        return Held(self.x[:, : len(at)], at, pairs=self.pairs)
+
+    def put(self, first: int, new: Tensor) -> None:
+        """What is made of tokens [B, m, ...] from the position `first` on."""
+        start = len(self.at) + first - self.begun
+        self.x[:, start : start + new.shape[1]] = new
+
+
+@dataclass(frozen=True, eq=False)
 class Segment:
     """The tokens since the last ones went to memory.
 
     begun:   position of the first.
+    length:  how many there will be.
     before:  what memories hold of those before.
-    entered: the states of its tokens at each place, a piece each step.
-    pairs:   keys and values of what is held and of its tokens; states, where parts have keys of their own.
+    entered: of each place that remembers, states of its tokens, [B, length, width].
+    caches:  of every place, what is attended to.
     """
 
     begun: int
+    length: int
     before: Mapping[Place, tuple[Held | None, ...]]
-    entered: dict[Place, list[Tensor]] = field(default_factory=dict)
-    pairs: dict[Place, list[Held]] = field(default_factory=dict)
+    entered: dict[Place, Tensor] = field(default_factory=dict)
+    caches: dict[Place, Cache] = field(default_factory=dict)
 
     def mixed(self, run: Run, place: Place, residual: Residual, x: Tensor) -> Tensor:
         """What the attention at a place makes of the next tokens x [B, m, width]."""
+        inner, normed = residual.inner, residual.before(x)
+        assert isinstance(inner, Mixer)
         at = range(run.first, run.first + x.shape[1])
-        new = self._held(residual, Held(x, at))
-        if place not in self.pairs:
-            held = replace(run, before=self.before).near(place).held
-            self.pairs[place] = [self._held(residual, one) for one in held]
-        behind = Near(run.tables, run.first, tuple(self.pairs[place]))
-        made = residual.made(x, behind)
-        self.pairs[place].append(new)
-        self.entered.setdefault(place, []).append(x)
+        pair = inner.pair(normed, at)
+        new = x if inner.own else flat(pair)
+        if place not in self.caches:
+            self.caches[place] = self._begun(replace(run, before=self.before).near(place).held, residual, new)
+            if run.module.stack.layers[place[0]].memory:
+                self.entered[place] = x.new_empty(x.shape[0], self.length, x.shape[2])
+        cache = self.caches[place]
+        behind = cache.behind(run.first)
+        near = Near(run.tables, run.first, (behind,) if len(behind.at) else ())
+        made = residual.mixed(inner.queries(normed, at), pair, near, normed)
+        cache.put(run.first, new)
+        if place in self.entered:
+            self.entered[place][:, run.first - self.begun : run.first - self.begun + x.shape[1]] = x
         return made
 
-    @staticmethod
-    def _held(residual: Residual, held: Held) -> Held:
+    def _begun(self, held: Sequence[Held], residual: Residual, new: Tensor) -> Cache:
+        """Behind what is `held`, with room for the tokens of the segment, of which `new` are some."""
         inner = residual.inner
         assert isinstance(inner, Mixer)
-        if held.pairs or inner.own:
-            return held
-        at = torch.tensor([*held.at], device=held.x.device)
-        return replace(held, x=residual.paired(held.x, at), pairs=True)
+        old = [one.x if one.pairs or inner.own else residual.paired(one.x, one.at) for one in held]
+        room = new.new_empty(new.shape[0], self.length, new.shape[2])
+        at = reduce(following, [one.at for one in held]) if held else range(self.begun, self.begun)
+        return Cache(torch.cat([*old, room], 1), at, self.begun, not inner.own)
 
-    def after(self, module: StackModule, tables: dict[str, Any]) -> Segment:
+    def after(self, module: StackModule) -> Segment:
         """The segment behind this one."""
-        entered = {place: torch.cat(pieces, 1) for place, pieces in self.entered.items()}
-        count = next(iter(entered.values())).shape[1] if entered else module.length
-        run = Run(module, tables, count, self.begun, self.before)
-        for place, x in entered.items():
+        run = Run(module, {}, self.length, self.begun, self.before)
+        for place, x in self.entered.items():
             run.enter(place, module.stack.sublayer(place), x)
-        return Segment(self.begun + count, run.held)
+        return Segment(self.begun + self.length, self.length, run.held)
+
+
+@dataclass(eq=False)
+class Step(Run):
+    """Of a session: in `segment`, where its stack remembers."""
+
+    segment: Segment | None = None
 
 
 def greedy(logits: Tensor) -> Tensor:

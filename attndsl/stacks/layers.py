@@ -52,15 +52,25 @@ class Near:
         queries that there are, all if not given."""
         if not self.first and not self.held:
             return {} if at is None else {"q_positions": at}
-        behind = [place for held in self.held for place in held.at]
         where: dict[str, Any] = {"n": self.first + count}
         if at is None:
             where["q_offset"] = self.first
         else:
             where["q_positions"] = at + self.first
-        if behind == [*range(self.first - len(behind), self.first)]:
-            return {**where, "k_offset": self.first - len(behind)}
-        return {**where, "k_positions": torch.tensor([*behind, *range(self.first, self.first + count)])}
+        oldest = self.oldest()
+        if oldest is not None:
+            return {**where, "k_offset": oldest}
+        behind = [place for held in self.held for place in held.at]
+        return {**where, "k_positions": [*behind, *range(self.first, self.first + count)]}
+
+    def oldest(self) -> int | None:
+        """Where what is held begins, if nothing is missing between that and the first token."""
+        end = self.first
+        for held in reversed(self.held):
+            if not isinstance(held.at, range) or (held.at.step, held.at.stop) != (1, end):
+                return None
+            end = held.at.start
+        return end
 
 
 class Projections(nn.Module):
@@ -174,6 +184,11 @@ class Mixer(Projections):
         return cast(Tensor, self.o(out.transpose(1, 2).flatten(2)))
 
 
+def flat(pair: Pair) -> Tensor:
+    """Keys and values as one, [B, n, 2 kv_heads head_dim]."""
+    return torch.cat([made.flatten(2) for made in pair], 2)
+
+
 def shared(beside: Mapping[str, Any], v: Tensor) -> dict[str, Any]:
     """With the values of all for parts that have none of their own."""
     return {
@@ -255,11 +270,11 @@ class Residual(nn.Module):
         x = self.before(torch.cat([one.x for one in held], 1))
         return x, torch.tensor([place for one in held for place in one.at], device=x.device)
 
-    def paired(self, x: Tensor, at: At) -> Tensor:
-        """Keys and values of states x [B, n, width] `at` positions, [B, n, 2 kv_heads head_dim], detached."""
+    def paired(self, x: Tensor, at: Sequence[int]) -> Tensor:
+        """Keys and values of states x [B, n, width] `at` positions, `flat` and detached."""
         assert isinstance(self.inner, Mixer)
         with torch.no_grad():
-            return torch.cat([made.flatten(2) for made in self.inner.pair(self.before(x), at)], 2)
+            return flat(self.inner.pair(self.before(x), torch.tensor([*at], device=x.device)))
 
     def read(self, x: Tensor, states: Tensor) -> Tensor:
         """What queries of states x [B, n, width] get of others [B, m, width], [B, n, heads, head_dim], by

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from attndsl.stacks.layers import Mixer, Near, Residual
 from attndsl.stacks.sizes import plugin_of
-from attndsl.stacks.tree import Layers, Stack, Sublayer
+from attndsl.stacks.tree import Layers, Sublayer
 from attndsl.stage import Decision, Held, Seen, Word
 
 if TYPE_CHECKING:
@@ -30,13 +30,16 @@ HALF = 0.5
 class State:
     """What a stack leaves of the tokens that it has seen, for the segment behind them.
 
-    stack: which one.
+    stack: which one: what `identity` says of it.
     seen:  how many tokens there were of each row.
     held:  of each place of an attention that remembers, what each word of its memory holds, the nearest
            first.
+
+    A value: no call writes to it, and none keeps what it reads. `torch.save` writes it, and `torch.load`
+    reads it back.
     """
 
-    stack: Stack
+    stack: str
     seen: int
     held: Mapping[Place, tuple[Held | None, ...]] = field(repr=False)
 
@@ -47,6 +50,9 @@ class State:
             for place, kept in self.held.items()
         }
         return replace(self, held=held)
+
+
+torch.serialization.add_safe_globals([State, Held, range])
 
 
 @dataclass(frozen=True)
@@ -126,8 +132,9 @@ class Run:
             kept, new, losses = plugin_of(word).remember(word, learned, held, new, partial(part.read, x))
             for name, loss in losses.items():
                 self.losses[name] = self.losses.get(name, 0) + loss
-            kept, new = (one and replace(one, x=one.x.detach()) for one in (kept, new))
-            now.append(kept)
+            new = new and replace(new, x=new.x.detach())
+            # a copy: x is the caller's, and of a slice of it all would stay
+            now.append(kept and replace(kept, x=kept.x.detach().clone()))
         return tuple(now)
 
     def halting(self, i: int, word: Word) -> Decide:
@@ -163,5 +170,5 @@ class Run:
 
     def record(self) -> Record:
         stack = self.module.stack
-        state = State(stack, self.first + self.count, self.held) if stack.remembers else None
+        state = State(self.module.identity, self.first + self.count, self.held) if stack.remembers else None
         return Record(self.losses, self.turns, self.exits, state)
