@@ -135,7 +135,7 @@ def test_gradients_stop_at_memory() -> None:
 
 
 def held(x: Tensor, first: int = 0) -> Held:
-    return Held(x, range(first, first + x.shape[1]))
+    return Held(x, torch.arange(first, first + x.shape[1]), first)
 
 
 def test_slots_are_those_of_the_states_in_turn() -> None:
@@ -145,13 +145,20 @@ def test_slots_are_those_of_the_states_in_turn() -> None:
     for by, first in (("mean", 0.5), ("max", 1.0)):
         word = Word("compressed", (("n", 3), ("rate", 2), ("by", by)))
         now, gone, _ = plugin.remember(word, None, None, held(x[:, :5]), None)
-        assert (now.x.flatten().tolist(), now.at, now.loose) == ([first, first + 2, 4], [1, 3, 4], 1)
-        assert gone is None or not gone.at
+        assert (now.x.flatten().tolist(), now.at.tolist(), now.loose) == ([first, first + 2, 4], [1, 3, 4], 1)
+        assert gone is None or not gone.many
         now, gone, _ = plugin.remember(word, None, now, held(x[:, 5:6], 5), None)
-        assert (now.x.flatten().tolist(), now.at, now.loose) == ([first, first + 2, first + 4], [1, 3, 5], 0)
+        assert (now.x.flatten().tolist(), now.at.tolist(), now.loose) == (
+            [first, first + 2, first + 4],
+            [1, 3, 5],
+            0,
+        )
         now, gone, _ = plugin.remember(word, None, now, held(x[:, 6:], 6), None)
-        assert (now.x.flatten().tolist(), now.at) == ([first + 4, first + 6, first + 8, 10], [5, 7, 9, 10])
-        assert (gone.x.flatten().tolist(), gone.at) == ([first, first + 2], [1, 3])
+        assert (now.x.flatten().tolist(), now.at.tolist()) == (
+            [first + 4, first + 6, first + 8, 10],
+            [5, 7, 9, 10],
+        )
+        assert (gone.x.flatten().tolist(), gone.at.tolist()) == ([first, first + 2], [1, 3])
 
 
 def test_what_is_lost_by_slots_is_a_loss_of_the_convolution_alone() -> None:

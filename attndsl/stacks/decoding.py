@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import reduce
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -19,7 +18,7 @@ from attndsl.stacks.leaving import Progress
 from attndsl.stacks.run import Place, Run, State
 from attndsl.stacks.sizes import attentions
 from attndsl.stacks.tree import Layers, Reversible, Sublayer
-from attndsl.stage import Held, Seen, following
+from attndsl.stage import Held, Seen
 
 if TYPE_CHECKING:
     from attndsl.stacks.module import StackModule
@@ -68,7 +67,7 @@ class StackSession:
     def keys(self) -> int:
         """How many keys it holds now, of all layers and turns; what has room for others not counted."""
         if self.segment is not None:
-            return sum(len(cache.behind(self.length).at) for cache in self.segment.caches.values())
+            return sum(cache.behind(self.length).many for cache in self.segment.caches.values())
         return sum(min(self.length, session.slots) for session in self.sessions.values())
 
     @torch.no_grad()
@@ -155,7 +154,7 @@ class StackSession:
             return cast(Tensor, residual.behind(inner(normed)))
         if run.segment is not None:
             return run.segment.mixed(run, place, residual, x)
-        at = range(run.first, run.first + x.shape[1])
+        at = run.first
         q, k, v = (made.transpose(1, 2) for made in (inner.queries(normed, at), *inner.pair(normed, at)))
         beside = inner.beside(normed, at, run.tables, None)
         beside |= {name: self._grown(place, name, inner, beside[name]) for name in inner.made}
@@ -177,26 +176,33 @@ class StackSession:
 class Cache:
     """Of one place: what is held of tokens before a segment, and room for those of it.
 
-    x:     [B, m + length, ...], keys and values; states, where parts have keys of their own.
-    at:    where the m stand that are held.
-    begun: position of the first of the segment.
-    pairs: whether x are keys and values.
+    x:      [B, m + length, ...], keys and values; states, where parts have keys of their own.
+    at:     int64 [m + length], positions.
+    oldest: the first of them, if none is missing.
+    begun:  position of the first token of the segment.
+    length: how many it will have.
+    pairs:  whether x are keys and values.
     """
 
     x: Tensor
-    at: Sequence[int]
+    at: Tensor
+    oldest: int | None
     begun: int
+    length: int
     pairs: bool
 
     def behind(self, first: int) -> Held:
         """What stands before the position `first`."""
-        at = following(self.at, range(self.begun, first))
-        return Held(self.x[:, : len(at)], at, pairs=self.pairs)
+        many = self._place(first)
+        return Held(self.x[:, :many], self.at[:many], self.oldest, pairs=self.pairs)
 
     def put(self, first: int, new: Tensor) -> None:
         """What is made of tokens [B, m, ...] from the position `first` on."""
-        start = len(self.at) + first - self.begun
+        start = self._place(first)
         self.x[:, start : start + new.shape[1]] = new
+
+    def _place(self, position: int) -> int:
+        return self.x.shape[1] - self.length + position - self.begun
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,30 +226,32 @@ class Segment:
         """What the attention at a place makes of the next tokens x [B, m, width]."""
         inner, normed = residual.inner, residual.before(x)
         assert isinstance(inner, Mixer)
-        at = range(run.first, run.first + x.shape[1])
-        pair = inner.pair(normed, at)
+        pair = inner.pair(normed, run.first)
         new = x if inner.own else flat(pair)
         if place not in self.caches:
-            self.caches[place] = self._begun(replace(run, before=self.before).near(place).held, residual, new)
+            self.caches[place] = self._begun(replace(run, before=self.before).near(place), residual, new)
             if run.module.stack.layers[place[0]].memory:
                 self.entered[place] = x.new_empty(x.shape[0], self.length, x.shape[2])
         cache = self.caches[place]
         behind = cache.behind(run.first)
-        near = Near(run.tables, run.first, (behind,) if len(behind.at) else ())
-        made = residual.mixed(inner.queries(normed, at), pair, near, normed)
+        near = Near(run.tables, run.first, (behind,) if behind.many else ())
+        made = residual.mixed(inner.queries(normed, run.first), pair, near, normed)
         cache.put(run.first, new)
         if place in self.entered:
             self.entered[place][:, run.first - self.begun : run.first - self.begun + x.shape[1]] = x
         return made
 
-    def _begun(self, held: Sequence[Held], residual: Residual, new: Tensor) -> Cache:
-        """Behind what is `held`, with room for the tokens of the segment, of which `new` are some."""
+    def _begun(self, near: Near, residual: Residual, new: Tensor) -> Cache:
+        """Behind what is held, with room for the tokens of the segment, of which `new` are some."""
         inner = residual.inner
         assert isinstance(inner, Mixer)
-        old = [one.x if one.pairs or inner.own else residual.paired(one.x, one.at) for one in held]
+        states = bool(inner.own)
+        old = [one.x if one.pairs or states else residual.paired(one.x, one.at) for one in near.held]
         room = new.new_empty(new.shape[0], self.length, new.shape[2])
-        at = reduce(following, [one.at for one in held]) if held else range(self.begun, self.begun)
-        return Cache(torch.cat([*old, room], 1), at, self.begun, not inner.own)
+        own = torch.arange(self.begun, self.begun + self.length, device=new.device)
+        at = torch.cat([*(one.at for one in near.held), own])
+        oldest = replace(near, first=self.begun).oldest()
+        return Cache(torch.cat([*old, room], 1), at, oldest, self.begun, self.length, not states)
 
     def after(self, module: StackModule) -> Segment:
         """The segment behind this one."""

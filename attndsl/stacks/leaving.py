@@ -111,10 +111,10 @@ def _kept(run: Run, turn: Sequence[Sublayer], before: Keys, x: Tensor, halted: T
             continue
         weights, pair = before.get(i, (None, None))
         if pair is None or weights != sublayer.weights:
-            pair = residual.inner.pair(residual.before(x), near.at(x.shape[1]))
+            pair = residual.inner.pair(residual.before(x), near.where())
         elif left.index.shape[1]:
             states = residual.before(left.taken(x))
-            pair = _put(left, pair, residual.inner.pair(states, near.at(x.shape[1], left.index)))
+            pair = _put(left, pair, residual.inner.pair(states, near.where(left.index)))
         found[i] = sublayer.weights, pair
     return found
 
@@ -138,7 +138,7 @@ def _turn(
             run.enter((*at, s), sublayer, state if places is None else places.put(x, state))
         normed = residual.before(state)
         index = None if places is None else places.index
-        where = near.at(x.shape[1], index)
+        where = near.where(index)
         pair = inner.pair(normed, where)
         if places is not None:
             pair = _put(places, keys[s][1], pair)
@@ -146,7 +146,7 @@ def _turn(
         if places is None or inner.placed:
             mixed = residual.mixed(inner.queries(normed, where), pair, near, normed, index)
         else:
-            whole, where = residual.before(places.put(x, state)), near.at(x.shape[1])
+            whole, where = residual.before(places.put(x, state)), near.where()
             mixed = places.taken(residual.mixed(inner.queries(whole, where), pair, near, whole))
         state = residual.added(state, mixed)
     return state if places is None else places.put(x, state)

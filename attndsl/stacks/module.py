@@ -51,6 +51,7 @@ class StackModule(nn.Module):
         self.embed, self.readout = embed, readout
         learned = {key: plugin_of(word).learned(word, width) for key, word in words(stack)}
         self.words = nn.ModuleDict({_dotless(key): one for key, one in learned.items() if one is not None})
+        self.memories = {key: plugin_of(word) for key, word in words(stack) if key.startswith("m.")}
 
     def forward(self, x: Tensor, *, state: State | None = None, **tables: Any) -> tuple[Tensor, Record]:
         """What it makes of `x` [B, n, width], behind the tokens of `state`, with `tables` by name, and what
