@@ -71,12 +71,16 @@ class Decision:
 
     halts   bool [B, n], whether it was their last
     weight  [B, n], of their state in the output; None where that is their last state alone
+    keeps   [B, n], what the sum of states before is multiplied by; None where it stays
+    onward  whether states of tokens that have left still change, though what they are in the output does not
     carry   for the turn after, of all tokens
     sure    of an exit the confidence that it goes by
     """
 
     halts: Tensor
     weight: Tensor | None = None
+    keeps: Tensor | None = None
+    onward: bool = False
     carry: Mapping[str, Tensor] = field(default_factory=dict)
     sure: Tensor | None = None
 
@@ -143,10 +147,10 @@ class Stage(Protocol):
     def check(self, word: Word) -> None:
         """Raises AttnError for arguments of `word` that make no sense."""
 
-    def parameters(self, word: Word, width: int) -> int:
-        """How many numbers `word` learns at a `width`."""
+    def parameters(self, word: Word, width: int, turns: int) -> int:
+        """How many numbers `word` learns at a `width`, in a stage of so many `turns`."""
 
-    def learned(self, word: Word, width: int) -> nn.Module | None:
+    def learned(self, word: Word, width: int, turns: int) -> nn.Module | None:
         """What holds them, at their first values; None where there are none."""
 
 
@@ -167,13 +171,21 @@ class Exit(Stage, Protocol):
 
     needs_logits: whether it reads what the readout makes of states.
     needs_threshold: whether a text has to say how sure is sure.
+    falls: whether less of it is surer.
+    each: whether every layer learns its own; turns of a loop share theirs.
     """
 
     needs_logits: bool
     needs_threshold: bool
+    falls: bool
+    each: bool
+
+    def causal(self, word: Word) -> bool:
+        """Whether how sure `word` is of a token has nothing of later ones."""
 
     def confidence(self, word: Word, learned: Any, seen: Seen) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """[B, n] of each token after a turn, from 0 to 1, and what `word` carries to the turn after."""
+        """[B, n] of each token after a turn, and what `word` carries to the turn after. Without a threshold
+        it is the chance to leave now of one that has not left, from 0 to 1."""
 
 
 class Memory(Stage, Protocol):

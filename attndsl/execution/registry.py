@@ -32,14 +32,18 @@ SELECTION = {"check": 1, "rounds": 1, "relates": 1, "reads": 1, "counts": 2, "ch
 """What a selection is asked."""
 
 
-STAGE = {"check": 1, "parameters": 2, "learned": 2}
+STAGE = {"check": 1, "parameters": 3, "learned": 3}
 """What a stage is asked, whatever its role, and by role:"""
 ROLES = {
     "halting": {"decide": 3, "losses": 3},
-    "exit": {"confidence": 3},
+    "exit": {"confidence": 3, "causal": 1},
     "memory": {"reach": 2, "remember": 5},
 }
-SAYS = {"halting": (), "exit": ("needs_logits", "needs_threshold"), "memory": ("pairs",)}
+SAYS = {
+    "halting": (),
+    "exit": ("needs_logits", "needs_threshold", "falls", "each"),
+    "memory": ("pairs",),
+}
 """What it says of itself, true or false."""
 
 

@@ -171,6 +171,20 @@ class Session:
                 found.append(self._append(new[0], new[1], new[2], here, n, learned=learned, **inputs))
         return found[0] if len(found) == 1 else torch.cat(found, 2)
 
+    def hold(self, k: Tensor, v: Tensor) -> None:
+        """The next tokens of every row, k [B, Hkv, m, D], v [B, Hkv, m, Dv], which ask nothing themselves.
+
+        Raises AttnError as `step`.
+        """
+        refuse_gradients(k, v)
+        counts = self._counts(k, k, v, None)
+        starts = self.lengths
+        self.lengths = tuple(start + count for start, count in zip(starts, counts, strict=True))
+        self.reached = tuple(map(max, self.reached, self.lengths))
+        if any(counts):
+            alike = slice(0, 1 if len(set(starts)) == 1 else None)
+            self._write(k, v, starts[alike], self.lengths[alike])
+
     def _check_tables(self, inputs: Mapping[str, Any], new: int, n: int) -> None:
         """Raises AttnError for a table of the new tokens alone, where there were others before them."""
         for table in self.plan.attention.inputs:

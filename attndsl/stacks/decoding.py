@@ -13,10 +13,10 @@ from torch import Tensor
 from attndsl.analysis.lasting import kept
 from attndsl.errors import fail
 from attndsl.execution.session import Session
-from attndsl.stacks.layers import Mixer, Near, Residual, flat, shared
+from attndsl.stacks.layers import Mixer, Near, Pair, Residual, flat, shared, signalled
 from attndsl.stacks.leaving import Progress
 from attndsl.stacks.run import Place, Run, State
-from attndsl.stacks.sizes import attentions
+from attndsl.stacks.sizes import attentions, plugin_of
 from attndsl.stacks.tree import Layers, Reversible, Sublayer
 from attndsl.stage import Held, Seen
 
@@ -45,6 +45,10 @@ class StackSession:
         self.made: dict[tuple[Place, str], Tensor] = {}
         self.sessions: dict[Place, Session] = {}
         self.segment: Segment | None = None
+        for exit in (stage.exit for stage in module.stack.layers if stage.exit is not None):
+            if not plugin_of(exit.rule).causal(exit.rule):
+                said = f"`{exit.rule.name}` is sure by later tokens too, and has no sessions"
+                raise fail(said, exit.rule.written)
         mixers = {
             (i, t, s): inner
             for i, stage in enumerate(module.stack.layers)
@@ -120,6 +124,7 @@ class StackSession:
 
     def _turns(self, run: Step, i: int, stage: Layers, x: Tensor) -> Tensor:
         for t, turn in enumerate(stage.turns):
+            x = signalled(stage, x, run.first, t)
             for s, sublayer in enumerate(turn):
                 residual = self.module.part(sublayer)
                 x = residual.added(x, self._made(run, (i, t, s), sublayer, x))
@@ -136,15 +141,21 @@ class StackSession:
         decide = run.halting(i, stage.halting) if stage.halting else run.exit(i, stage)
         found = Progress.begun(x)
         for t, turn in enumerate(stage.turns):
-            before = x
+            before, made = x, signalled(stage, x, run.first, t)
+            runs = found.running[..., None] | found.onward
+            idle = not bool(runs.any())
             for s, sublayer in enumerate(turn):
                 residual = self.module.part(sublayer)
-                new = residual.added(x, self._made(run, (i, t, s), sublayer, x))
-                x = torch.where(found.running[..., None], new, x)
+                if idle:
+                    self._held(run, (i, t, s), residual, made)
+                    continue
+                new = residual.added(made, self._made(run, (i, t, s), sublayer, made))
+                made = torch.where(runs, new, made)
+            x = torch.where(runs, made, x)
             seen = Seen(
                 x, before, found.running, t, len(stage.turns), run.first, found.carry, self.module.logits
             )
-            found = found.after(x, decide(seen), seen.last)
+            found = found if idle else found.after(x, decide(seen), seen.last)
         return found.y
 
     def _made(self, run: Step, place: Place, sublayer: Sublayer, x: Tensor) -> Tensor:
@@ -160,6 +171,19 @@ class StackSession:
         beside |= {name: self._grown(place, name, inner, beside[name]) for name in inner.made}
         out = self.sessions[place].prefill(q, k, v, **shared(beside, v))
         return cast(Tensor, residual.behind(inner.o(out.transpose(1, 2).flatten(2))))
+
+    def _held(self, run: Step, place: Place, residual: Residual, x: Tensor) -> None:
+        """Keys and values of tokens that have left; no more of these is computed."""
+        inner = residual.inner
+        if not isinstance(inner, Mixer):
+            return
+        if run.segment is not None:
+            run.segment.hold(run, place, residual, x)
+        elif type(session := self.sessions[place]) is Session and not inner.made:
+            k, v = (made.transpose(1, 2) for made in inner.pair(residual.before(x), run.first))
+            session.hold(k, v)
+        else:
+            self._made(run, place, self.module.stack.sublayer(place), x)
 
     def _grown(self, place: Place, name: str, inner: Mixer, made: Tensor) -> Tensor:
         """A table that is made of x, for all tokens so far."""
@@ -181,7 +205,7 @@ class Cache:
     oldest: the first of them, if none is missing.
     begun:  position of the first token of the segment.
     length: how many it will have.
-    pairs:  whether x are keys and values.
+    states: whether x are states.
     """
 
     x: Tensor
@@ -189,12 +213,12 @@ class Cache:
     oldest: int | None
     begun: int
     length: int
-    pairs: bool
+    states: bool
 
     def behind(self, first: int) -> Held:
         """What stands before the position `first`."""
         many = self._place(first)
-        return Held(self.x[:, :many], self.at[:many], self.oldest, pairs=self.pairs)
+        return Held(self.x[:, :many], self.at[:many], self.oldest, pairs=not self.states)
 
     def put(self, first: int, new: Tensor) -> None:
         """What is made of tokens [B, m, ...] from the position `first` on."""
@@ -227,31 +251,41 @@ class Segment:
         inner, normed = residual.inner, residual.before(x)
         assert isinstance(inner, Mixer)
         pair = inner.pair(normed, run.first)
-        new = x if inner.own else flat(pair)
-        if place not in self.caches:
-            self.caches[place] = self._begun(replace(run, before=self.before).near(place), residual, new)
-            if run.module.stack.layers[place[0]].memory:
-                self.entered[place] = x.new_empty(x.shape[0], self.length, x.shape[2])
-        cache = self.caches[place]
-        behind = cache.behind(run.first)
+        behind = self._cache(run, place, residual, pair, x).behind(run.first)
         near = Near(run.tables, run.first, (behind,) if behind.many else ())
         made = residual.mixed(inner.queries(normed, run.first), pair, near, normed)
-        cache.put(run.first, new)
-        if place in self.entered:
-            self.entered[place][:, run.first - self.begun : run.first - self.begun + x.shape[1]] = x
+        self._put(run, place, residual, pair, x)
         return made
 
-    def _begun(self, near: Near, residual: Residual, new: Tensor) -> Cache:
-        """Behind what is held, with room for the tokens of the segment, of which `new` are some."""
-        inner = residual.inner
-        assert isinstance(inner, Mixer)
-        states = bool(inner.own)
+    def hold(self, run: Run, place: Place, residual: Residual, x: Tensor) -> None:
+        """The next tokens x [B, m, width] have entered a place, and ask nothing themselves."""
+        assert isinstance(residual.inner, Mixer)
+        self._put(run, place, residual, residual.inner.pair(residual.before(x), run.first), x)
+
+    def _put(self, run: Run, place: Place, residual: Residual, pair: Pair, x: Tensor) -> None:
+        cache = self._cache(run, place, residual, pair, x)
+        cache.put(run.first, x if cache.states else flat(pair))
+        if place in self.entered:
+            start = run.first - self.begun
+            self.entered[place][:, start : start + x.shape[1]] = x
+
+    def _cache(self, run: Run, place: Place, residual: Residual, pair: Pair, x: Tensor) -> Cache:
+        """That of a place; the first tokens x of a segment, and keys and values of them, say of what."""
+        if place in self.caches:
+            return self.caches[place]
+        assert isinstance(residual.inner, Mixer)
+        near = replace(run, first=self.begun, before=self.before).near(place)
+        states = bool(residual.inner.own)
         old = [one.x if one.pairs or states else residual.paired(one.x, one.at) for one in near.held]
-        room = new.new_empty(new.shape[0], self.length, new.shape[2])
-        own = torch.arange(self.begun, self.begun + self.length, device=new.device)
+        like = x if states else flat(pair)
+        room = like.new_empty(like.shape[0], self.length, like.shape[2])
+        own = torch.arange(self.begun, self.begun + self.length, device=x.device)
         at = torch.cat([*(one.at for one in near.held), own])
-        oldest = replace(near, first=self.begun).oldest()
-        return Cache(torch.cat([*old, room], 1), at, oldest, self.begun, self.length, not states)
+        found = Cache(torch.cat([*old, room], 1), at, near.oldest(), self.begun, self.length, states)
+        self.caches[place] = found
+        if run.module.stack.layers[place[0]].memory:
+            self.entered[place] = x.new_empty(x.shape[0], self.length, x.shape[2])
+        return found
 
     def after(self, module: StackModule) -> Segment:
         """The segment behind this one."""

@@ -182,7 +182,7 @@ def _projected(sublayer: Sublayer, width: int, heads: int, kv_heads: int, head_d
 
 def _parameters(stack: Stack, width: int, of: Mapping[str, int], sizes: Mapping[str, int]) -> int:
     norms = {"pre": 1, "post": 1, "sandwich": 2}
-    total = sum(int(plugin_of(word).parameters(word, width)) for _, word in words(stack))
+    total = sum(int(plugin_of(word).parameters(word, width, turns)) for _, word, turns in words(stack))
     total += 0 if stack.layers[-1].norm == "post" else 2 * width
     for stage, sublayer in stack.sublayers:
         total += norms[stage.norm] * 2 * width + _own(sublayer, width, of, sizes)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from attndsl.execution.plan import PlanModule
-from attndsl.stacks.tree import FeedForward
+from attndsl.stacks.tree import FeedForward, Layers
 from attndsl.stage import Held
 
 Pair = tuple[Tensor, Tensor]
@@ -73,6 +73,21 @@ class Near:
                 return None
             end = held.first
         return end
+
+
+def signalled(stage: Layers, x: Tensor, first: int, turn: int) -> Tensor:
+    """x [B, n, width], whose first token stands at `first`, as it enters a turn: where the stage says so with
+    sines and cosines of position and turn, sin(p / 10000^(2 j / width)) + sin(t / 10000^(2 j / width)) at 2 j
+    and the cosines at 2 j + 1; turns count from 1 (Dehghani et al. 2019, section 2.1)."""
+    if not stage.signal:
+        return x
+    width = x.shape[-1]
+    real = torch.float64 if x.dtype == torch.float64 else torch.float32
+    rates = 10000 ** (-torch.arange(0, width, 2, device=x.device, dtype=real) / width)
+    places = torch.arange(first, first + x.shape[1], device=x.device, dtype=real)[:, None] * rates
+    turns = (turn + 1) * rates
+    waves = torch.stack([places.sin() + turns.sin(), places.cos() + turns.cos()], -1).flatten(1)
+    return x + waves[:, :width].to(x.dtype)
 
 
 class Projections(nn.Module):

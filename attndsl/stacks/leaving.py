@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from attndsl.stacks.layers import Mixer, Near, Pair
+from attndsl.stacks.layers import Mixer, Near, Pair, signalled
 from attndsl.stacks.run import Decide, Run
 from attndsl.stacks.tree import Layers, Sublayer
 from attndsl.stage import Decision, Seen
@@ -27,6 +27,7 @@ class Progress:
     running: bool [B, n].
     halted:  bool [B, n], those that the last turn was the last of.
     turns:   int64 [B, n], how many each took.
+    onward:  whether states of those that have left change on.
     carry:   what their word carries.
     """
 
@@ -34,6 +35,7 @@ class Progress:
     running: Tensor
     halted: Tensor
     turns: Tensor
+    onward: bool = False
     carry: Mapping[str, Tensor] = field(default_factory=dict)
 
     @staticmethod
@@ -45,11 +47,15 @@ class Progress:
     def after(self, x: Tensor, decision: Decision, last: bool) -> Progress:
         """After a turn that left the states x."""
         halted = self.running & (decision.halts | last)
+        y = self.y
         if decision.weight is None:
-            y = torch.where(halted[..., None], x, self.y)
+            y = torch.where(halted[..., None], x, y)
         else:
-            y = self.y + torch.where(self.running, decision.weight, 0)[..., None] * x
-        return Progress(y, self.running & ~halted, halted, self.turns + self.running, decision.carry)
+            if decision.keeps is not None:
+                y = torch.where(self.running, decision.keeps, 1)[..., None] * y
+            y = y + torch.where(self.running, decision.weight, 0)[..., None] * x
+        running, turns = self.running & ~halted, self.turns + self.running
+        return Progress(y, running, halted, turns, decision.onward, decision.carry)
 
 
 @dataclass(frozen=True)
@@ -89,13 +95,18 @@ def run(run: Run, i: int, stage: Layers, decide: Decide, x: Tensor) -> Progress:
     state of a token that has left."""
     found, keys = Progress.begun(x), Keys()
     for t, turn in enumerate(stage.turns):
-        if t and not bool(found.running.any()):
+        entering = signalled(stage, x, run.first, t)
+        if t and not bool(found.running.any()) and not (found.onward and stage.memory):
             for s, sublayer in enumerate(turn):
-                run.enter((i, t, s), sublayer, x)
+                run.enter((i, t, s), sublayer, entering)
             continue
-        places = None if bool(found.running.all()) else Places.of(found.running)
-        keys = {} if places is None else _kept(run, turn, keys, x, found.halted)
-        before, x = x, _turn(run, stage, (i, t), keys, x, places)
+        places = None if found.onward or bool(found.running.all()) else Places.of(found.running)
+        # what is added in each turn changes keys of those that have left too
+        known = {} if stage.signal else keys
+        keys = {} if places is None else _kept(run, turn, known, entering, found.halted)
+        made = _turn(run, stage, (i, t), keys, entering, places)
+        stays = places is not None and stage.signal
+        before, x = x, torch.where(found.running[..., None], made, x) if stays else made
         seen = Seen(x, before, found.running, t, len(stage.turns), run.first, found.carry, run.module.logits)
         found = found.after(x, decide(seen), seen.last)
     return found

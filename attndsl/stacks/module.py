@@ -15,13 +15,15 @@ from attndsl.execution.plan import PlanModule, compile
 from attndsl.keywords import by_name, checked_dtype
 from attndsl.stacks import leaving, reversible
 from attndsl.stacks.decoding import StackSession
-from attndsl.stacks.layers import FFN, Mixer, Residual, Sizes
+from attndsl.stacks.layers import FFN, Mixer, Residual, Sizes, signalled
 from attndsl.stacks.run import Exits, Record, Run, State
 from attndsl.stacks.sizes import attentions, check_tables, head_dim_of, identity, plugin_of, remembered, words
 from attndsl.stacks.tree import FeedForward, Layers, Reversible, Stack, Sublayer
 from attndsl.stage import Decision, Seen
 
 INITS = ("gpt2", "torch")
+Depths = Tensor | Mapping[int, Tensor]
+"""At which layer tokens leave, integers [B, n] from 1; of several exits by their numbers."""
 
 
 class StackModule(nn.Module):
@@ -49,16 +51,20 @@ class StackModule(nn.Module):
         self.parts = nn.ModuleDict(parts)
         self.last = last
         self.embed, self.readout = embed, readout
-        learned = {key: plugin_of(word).learned(word, width) for key, word in words(stack)}
+        learned = {key: plugin_of(word).learned(word, width, turns) for key, word, turns in words(stack)}
         self.words = nn.ModuleDict({_dotless(key): one for key, one in learned.items() if one is not None})
-        self.memories = {key: plugin_of(word) for key, word in words(stack) if key.startswith("m.")}
+        self.memories = {key: plugin_of(word) for key, word, _ in words(stack) if key.startswith("m.")}
 
-    def forward(self, x: Tensor, *, state: State | None = None, **tables: Any) -> tuple[Tensor, Record]:
+    def forward(
+        self, x: Tensor, *, state: State | None = None, depths: Depths | None = None, **tables: Any
+    ) -> tuple[Tensor, Record]:
         """What it makes of `x` [B, n, width], behind the tokens of `state`, with `tables` by name, and what
-        the run tells."""
+        the run tells. At `depths` [B, n], counted from 1, tokens leave a stage with an exit; where there are
+        several, by its number."""
         x = self.embedded(x)
         self._check(x, state, tables)
-        run = Run(self, tables, x.shape[1], state.seen if state else 0, state.held if state else {})
+        seen, held = (state.seen, state.held) if state else (0, {})
+        run = Run(self, tables, x.shape[1], seen, held, self._depths(x, depths))
         number = 0
         for each in self.stack.stages:
             if isinstance(each, Reversible):
@@ -79,6 +85,7 @@ class StackModule(nn.Module):
         if of.exit is not None:
             return self._exits(run, i, of, x)
         for t, turn in enumerate(of.turns):
+            x = signalled(of, x, run.first, t)
             for s, sublayer in enumerate(turn):
                 run.enter((i, t, s), sublayer, x)
                 x = self.part(sublayer)(x, run.near((i, t, s)))
@@ -153,6 +160,25 @@ class StackModule(nn.Module):
             for name in inner.made if isinstance(inner, Mixer) else ():
                 if name in tables:
                     raise fail(f"`{name}` is made of x", help="leave it out of the call")
+
+    def _depths(self, x: Tensor, depths: Depths | None) -> Mapping[int, Tensor]:
+        exits = [stage for stage in self.stack.layers if stage.exit is not None]
+        if depths is None:
+            return {}
+        found = depths if isinstance(depths, Mapping) else {0: depths}
+        if not isinstance(depths, Mapping) and len(exits) != 1:
+            raise fail(
+                f"{self.stack!r} has {len(exits)} exits", help="`depths` goes by the number of the exit"
+            )
+        for number, given in found.items():
+            if number not in range(len(exits)):
+                raise fail(f"there is no exit {number}", help=f"there are {len(exits)}, counted from 0")
+            most = len(exits[number].turns)
+            if not isinstance(given, Tensor) or given.shape != x.shape[:2]:
+                raise fail(f"depths are integers {[*x.shape[:2]]}")
+            if given.is_floating_point() or bool(((given < 1) | (given > most)).any()):
+                raise fail(f"depths are integers from 1 to {most}")
+        return found
 
     def check_state(self, state: State, rows: int, dtype: torch.dtype, device: torch.device) -> None:
         """Raises AttnError for a `state` that no call of this stack left on as many `rows` of this `dtype`
@@ -244,7 +270,7 @@ def build(
         raise fail("`norm` makes a norm of so many numbers", help=help)
     if init not in INITS:
         raise fail(f"unknown init `{init}`", help=f"there are {', '.join(INITS)}")
-    for _, word in words(stack):
+    for _, word, _ in words(stack):
         if getattr(plugin_of(word), "needs_logits", False) and readout is None:
             raise fail(f"`{word.name}` reads logits", word.written, "give `readout=` to `build`")
     if rotary is not None and (rotary <= 0 or head_dim % 2):

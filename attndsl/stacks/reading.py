@@ -39,7 +39,7 @@ USAGE = {
 HALTS = "loop({}, max = N) {{ ... }}"
 STAGES = ("layers", "loop", "reversible", "memory")
 """What stands in the braces of a stack."""
-EXIT = ("threshold", "decay", "batch")
+EXIT = ("threshold", "decay", "scaled", "batch")
 AT_END = ir.sub(ir.var("n"), ir.var("nq"))
 """Where queries are if nothing is said."""
 YOURS = "a stack has neither embedding nor readout: they stand around the module, and are yours"
@@ -99,7 +99,7 @@ def stage(reading: Reading, e: ast.Stage) -> tuple[Layers | Reversible, ...]:
 
 def layers(reading: Reading, e: ast.Stage) -> Layers:
     word = e.name.id
-    optional = ("max", "norm") if word == "loop" else ("norm",)
+    optional = ("max", "norm", "signal") if word == "loop" else ("norm",)
     given = bind_arguments_of(word, ("N",), optional, call(e), USAGE[word])
     halts = halting(reading, given["N"], "max" in given) if word == "loop" else None
     counted = given["N"] if halts is None else given.get("max")
@@ -130,7 +130,7 @@ def layers(reading: Reading, e: ast.Stage) -> Layers:
         made.append(tuple(sub for part in body for sub in sublayers(inner, part, layer, False)))
     found = Layers(
         cast("Literal['layers', 'loop']", word), tuple(made), norm(given.get("norm")), halts, exits,
-        reading.memory,
+        reading.memory, signal(reading, given.get("signal")),
     )  # fmt: skip
     for sub in (sub for turn in made for sub in turn):
         if reading.memory and isinstance(sub.what, Attention):
@@ -228,15 +228,23 @@ def leaving(reading: Reading, e: ast.Stage) -> Exit:
     numbers: dict[str, float | None] = {"threshold": None, "decay": None}
     for name, value in ((name, given[name]) for name in numbers if name in given):
         number = ir.number(reading.elaborator.num(value, reading.env, TOKENS))
-        if number is None or number < 0 or (name == "threshold" and number > 1):
-            size = "from 0 to 1" if name == "threshold" else "of 0 or more"
+        if number is None or number < 0 or (name == "threshold" and not plugin.falls and number > 1):
+            size = "from 0 to 1" if name == "threshold" and not plugin.falls else "of 0 or more"
             raise fail(f"the {name} is a number {size}", value.span)
         numbers[name] = float(number)
+    if "decay" in given and (plugin.falls or "threshold" not in given):
+        why = "less of it is surer" if plugin.falls else "there is none"
+        raise fail(
+            "a threshold that falls makes tokens leave sooner", given["decay"].span, f"{why}: leave it out"
+        )
+    scaled = "scaled" in given and bool(argument(reading, given["scaled"], "bool"))
+    if scaled and "decay" not in given:
+        raise fail("`scaled` is of a decay", given["scaled"].span, "write `decay = 4` too")
     batch = given.get("batch")
     if batch is not None and not (isinstance(batch, ast.Name) and batch.id in ("each", "min")):
         raise fail("expected `each` or `min`", batch.span, "with `min` rows leave together")
     coupled: Literal["each", "min"] = "min" if isinstance(batch, ast.Name) and batch.id == "min" else "each"
-    return Exit(rule, numbers["threshold"], numbers["decay"], coupled)
+    return Exit(rule, numbers["threshold"], numbers["decay"], scaled, coupled)
 
 
 def of_memory(word: Word) -> Memory:
@@ -314,6 +322,19 @@ def argument(reading: Reading, e: ast.Expression, kind: str) -> Argument:
     if number is None:
         raise fail("expected a number", e.span)
     return float(number)
+
+
+def signal(reading: Reading, e: ast.Expression | None) -> bool:
+    """Whether turns begin with one."""
+    if e is None:
+        return False
+    if not (isinstance(e, ast.Name) and e.id == "sinusoid"):
+        raise fail("expected `sinusoid`", e.span, "it is added to all tokens before each turn")
+    if reading.reversible:
+        raise fail(
+            "`signal` stands in `reversible`", e.span, "leave it out: streams have no turns of their own"
+        )
+    return True
 
 
 def norm(e: ast.Expression | None) -> Norm:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -11,16 +13,23 @@ from torch.nn.functional import gelu, linear
 from attndsl.execution.plan import compile
 from attndsl.stacks.layers import FFN, Mixer, Near, Projections, Residual
 from attndsl.stacks.module import StackModule
-from attndsl.stacks.run import Place, Run, State
+from attndsl.stacks.run import Exits, Place, Run, State
 from attndsl.stacks.tree import Layers, Reversible, Sublayer
 from attndsl.stage import Seen
 
 
-def reference(module: StackModule, x: Tensor, state: State | None = None, **tables: Any) -> Tensor:
+def reference(
+    module: StackModule,
+    x: Tensor,
+    state: State | None = None,
+    depths: Mapping[int, Tensor] | None = None,
+    **tables: Any,
+) -> Tensor:
     """What `module` makes of x [B, n, width] behind the tokens of `state`, in float64; `tables` as it takes
-    them. Exits are taken as it takes them: not in training."""
+    them, `depths` by the number of the exit. Exits are taken as it takes them: not in training."""
     x = module.embedded(x).double()
-    run = Run(module, tables, x.shape[1], state.seen if state else 0, state.held if state else {})
+    seen, held = (state.seen, state.held) if state else (0, {})
+    run = Run(module, tables, x.shape[1], seen, held, depths or {})
     number = 0
     for each in module.stack.stages:
         if isinstance(each, Reversible):
@@ -34,9 +43,23 @@ def reference(module: StackModule, x: Tensor, state: State | None = None, **tabl
 
 def _layers(run: Run, i: int, of: Layers, x: Tensor) -> Tensor:
     for t, turn in enumerate(of.turns):
+        x = _signalled(of, x, run.first, t)
         for s, sublayer in enumerate(turn):
             x = _sublayer(run, of, (i, t, s), sublayer, x)
     return x
+
+
+def _signalled(of: Layers, x: Tensor, first: int, turn: int) -> Tensor:
+    """Number by number."""
+    if not of.signal:
+        return x
+    added, width = torch.zeros_like(x[0]), x.shape[2]
+    for i in range(x.shape[1]):
+        for j in range(width):
+            wave = math.cos if j % 2 else math.sin
+            rate = 10000 ** ((j - j % 2) / width)
+            added[i, j] = wave((first + i) / rate) + wave((turn + 1) / rate)
+    return x + added
 
 
 def _reversible(run: Run, i: int, of: Reversible, x: Tensor) -> Tensor:
@@ -64,20 +87,25 @@ def _sublayer(run: Run, stage: Layers, place: Place, of: Sublayer, x: Tensor) ->
 def _leaving(run: Run, i: int, of: Layers, x: Tensor) -> Tensor:
     """Every token is computed in every turn; one that has left keeps its state."""
     running = torch.ones(x.shape[:2], dtype=torch.bool)
-    y, carry = torch.zeros_like(x), dict[str, Tensor]()
+    y, carry, onward = torch.zeros_like(x), dict[str, Tensor](), False
     decide = run.halting(i, of.halting) if of.halting else run.exit(i, of)
     for t, turn in enumerate(of.turns):
-        before = x
+        made = _signalled(of, x, run.first, t)
         for s, sublayer in enumerate(turn):
-            x = torch.where(running[..., None], _sublayer(run, of, (i, t, s), sublayer, x), x)
+            goes = running[..., None] | onward
+            made = torch.where(goes, _sublayer(run, of, (i, t, s), sublayer, made), made)
+        before, x = x, torch.where(running[..., None] | onward, made, x)
         seen = Seen(x, before, running, t, len(of.turns), run.first, carry, run.module.logits)
         decision = decide(seen)
         halts = running & (decision.halts | seen.last)
         if decision.weight is None:
             y = torch.where(halts[..., None], x, y)
         else:
-            y = y + torch.where(running, decision.weight, 0)[..., None] * x
-        carry, running = dict(decision.carry), running & ~halts
+            kept = 1 if decision.keeps is None else torch.where(running, decision.keeps, 1)[..., None]
+            y = kept * y + torch.where(running, decision.weight, 0)[..., None] * x
+        carry, running, onward = dict(decision.carry), running & ~halts, decision.onward
+    if of.exit is not None:
+        run.exits[len(run.exits)] = Exits((), (), running)
     return y
 
 

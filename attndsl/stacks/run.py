@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from attndsl.stacks.layers import Mixer, Near, Residual
-from attndsl.stacks.sizes import plugin_of
+from attndsl.stacks.sizes import key_of, plugin_of
 from attndsl.stacks.tree import Layers, Sublayer
 from attndsl.stage import Decision, Held, Seen, Word
 
@@ -91,13 +91,14 @@ class Record:
 @dataclass(eq=False)
 class Run:
     """Of `module`, on `count` tokens of each row with `tables`, the first of which stands at `first`;
-    `before` is what memories hold of those before."""
+    `before` is what memories hold of those before, `depths` [B, n] at which layer tokens leave, by exit."""
 
     module: StackModule
     tables: Mapping[str, Any]
     count: int
     first: int = 0
     before: Mapping[Place, tuple[Held | None, ...]] = field(default_factory=dict)
+    depths: Mapping[int, Tensor] = field(default_factory=dict)
     losses: dict[str, Tensor] = field(default_factory=dict)
     turns: dict[int, Tensor] = field(default_factory=dict)
     exits: dict[int, Exits] = field(default_factory=dict)
@@ -147,30 +148,41 @@ class Run:
         return lambda seen: cast(Decision, plugin.decide(word, learned, seen))
 
     def exit(self, i: int, of: Layers) -> Decide:
-        """Which tokens leave the i-th stage after each turn. In training all layers run."""
+        """Which tokens leave the i-th stage after each turn: where depths are given those at theirs, else
+        those that are sure enough. In training all layers run."""
         assert of.exit is not None
         word, plugin = of.exit.rule, plugin_of(of.exit.rule)
+        depths = self.depths.get(len(self.exits))
 
         def decide(seen: Seen) -> Decision:
-            learned = self.module.word(f"{i}.{seen.turn}" if of.word == "layers" else f"{i}")
+            learned = self.module.word(key_of(i, of, seen.turn))
             sure, carry = plugin.confidence(word, learned, seen)
-            leaves = self._leaves(of, sure, seen) & (not self.module.training)
-            return Decision(leaves, None, carry, sure)
+            if depths is not None:
+                leaves = depths <= seen.turn + 1
+            else:
+                leaves = self._leaves(of, sure, seen) & (not self.module.training)
+            return Decision(leaves, carry=carry, sure=sure)
 
         return decide
 
     def _leaves(self, of: Layers, sure: Tensor, seen: Seen) -> Tensor:
         """Which tokens are sure enough, bool [B, n]. With a decay the threshold is 0.9 of itself and 0.1 of
-        what falls from 1, exp(-decay t / length) (Schuster et al. 2022, section 5.1)."""
+        what falls from 1, exp(-decay t / length) (Schuster et al. 2022, section 5.1); in their code from
+        itself."""
         assert of.exit is not None
+        falls = plugin_of(of.exit.rule).falls
         if of.exit.batch == "min":
-            sure = torch.where(seen.running, sure, torch.inf).amin(0, keepdim=True).expand_as(sure)
+            others = torch.where(seen.running, sure, -torch.inf if falls else torch.inf)
+            sure = (others.amax if falls else others.amin)(0, keepdim=True).expand_as(sure)
         least = HALF if of.exit.threshold is None else of.exit.threshold
+        if falls:
+            return sure <= least
         if of.exit.decay is None:
             return sure >= least
-        at = torch.arange(self.first, self.first + self.count, device=sure.device)
+        at = torch.arange(self.first, self.first + sure.shape[1], device=sure.device).to(sure.dtype)
         falling = torch.exp(-of.exit.decay * at / self.module.length)
-        return sure >= (0.9 * least + 0.1 * falling).clamp(0, 1)
+        scale = least if of.exit.scaled else 1.0
+        return sure >= (0.9 * least + 0.1 * scale * falling).clamp(0, 1)
 
     def record(self) -> Record:
         stack = self.module.stack

@@ -77,18 +77,30 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def words(stack: Stack) -> Iterator[tuple[str, Word]]:
-    """The words of a stack, once for each set of what they learn, by its key: `stage` or `stage.turn` of
-    those by which tokens leave, `m.weights.number` of memories."""
+def words(stack: Stack) -> Iterator[tuple[str, Word, int]]:
+    """The words of a stack and the turns of their stages, once for each set of what they learn, by its key:
+    `stage` or `stage.turn` of those by which tokens leave, `m.weights.number` of memories."""
     for i, stage in enumerate(stack.layers):
+        count = len(stage.turns)
         if stage.halting is not None:
-            yield f"{i}", stage.halting
+            yield f"{i}", stage.halting, count
         if stage.exit is not None:
-            turns = [f"{i}.{t}" for t in range(len(stage.turns))] if stage.word == "layers" else [f"{i}"]
-            yield from ((key, stage.exit.rule) for key in turns)
+            for turn in range(count) if apart(stage) else (0,):
+                yield key_of(i, stage, turn), stage.exit.rule, count
     for stage, sublayer in stack.sublayers:
         if isinstance(sublayer.what, Attention):
-            yield from ((f"m.{sublayer.weights}.{i}", word) for i, word in enumerate(stage.memory))
+            for i, word in enumerate(stage.memory):
+                yield f"m.{sublayer.weights}.{i}", word, len(stage.turns)
+
+
+def apart(stage: Layers) -> bool:
+    """Whether every layer of it learns on its own how sure it is."""
+    return stage.exit is not None and stage.word == "layers" and plugin_of(stage.exit.rule).each
+
+
+def key_of(i: int, stage: Layers, turn: int) -> str:
+    """In `words`, of the exit of the i-th stage after a turn."""
+    return f"{i}.{turn}" if apart(stage) else f"{i}"
 
 
 def check_tables(stack: Stack, given: Collection[str]) -> None:

@@ -51,12 +51,14 @@ class Exit:
 
     threshold: None where the rule says itself where tokens leave.
     decay:     the threshold falls from position to position by this (Schuster et al. 2022, section 5.1).
+    scaled:    whether what falls is a part of the threshold, as in their code, or of 1, as in the paper.
     batch:     whether rows leave each on its own, or together with the least sure.
     """
 
     rule: Word
     threshold: float | None = None
     decay: float | None = None
+    scaled: bool = False
     batch: Literal["each", "min"] = "each"
 
 
@@ -69,6 +71,7 @@ class Layers:
     halting: how tokens leave a loop before its last turn, and become a sum of their states.
     exit: how they leave in the state that they have.
     memory: what its attentions remember of segments before, the nearest first.
+    signal: whether sines and cosines of position and turn are added before each turn.
     """
 
     word: Literal["layers", "loop"]
@@ -77,6 +80,7 @@ class Layers:
     halting: Word | None = None
     exit: Exit | None = None
     memory: tuple[Word, ...] = ()
+    signal: bool = False
 
     @property
     def leaves(self) -> bool:

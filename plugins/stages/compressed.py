@@ -36,10 +36,10 @@ class Compressed:
         if word["by"] not in WAYS:
             raise fail(f"`{word['by']}` is no way to compress", help=f"there are {', '.join(WAYS)}")
 
-    def parameters(self, word: Word, width: int) -> int:
+    def parameters(self, word: Word, width: int, turns: int) -> int:
         return width * width * word["rate"] + width if word["by"] == "conv" else 0
 
-    def learned(self, word: Word, width: int) -> nn.Module | None:
+    def learned(self, word: Word, width: int, turns: int) -> nn.Module | None:
         from torch import nn
 
         return nn.Conv1d(width, width, word["rate"], stride=word["rate"]) if word["by"] == "conv" else None

@@ -18,15 +18,20 @@ class Geometric:
     role: Literal["exit"] = "exit"
     needs_logits = False
     needs_threshold = False
+    falls = False
+    each = True
 
     def signature(self) -> None: ...
 
     def check(self, word: Word) -> None: ...
 
-    def parameters(self, word: Word, width: int) -> int:
+    def causal(self, word: Word) -> bool:
+        return True
+
+    def parameters(self, word: Word, width: int, turns: int) -> int:
         return width + 1
 
-    def learned(self, word: Word, width: int) -> nn.Module:
+    def learned(self, word: Word, width: int, turns: int) -> nn.Module:
         from torch import nn
 
         return nn.Linear(width, 1)

@@ -18,15 +18,20 @@ class Margin:
     role: Literal["exit"] = "exit"
     needs_logits = True
     needs_threshold = True
+    falls = False
+    each = False
 
     def signature(self) -> None: ...
 
     def check(self, word: Word) -> None: ...
 
-    def parameters(self, word: Word, width: int) -> int:
+    def causal(self, word: Word) -> bool:
+        return True
+
+    def parameters(self, word: Word, width: int, turns: int) -> int:
         return 0
 
-    def learned(self, word: Word, width: int) -> nn.Module | None:
+    def learned(self, word: Word, width: int, turns: int) -> nn.Module | None:
         return None
 
     def confidence(self, word: Word, learned: None, seen: Seen) -> tuple[Tensor, Mapping[str, Tensor]]:

@@ -25,10 +25,10 @@ class Store:
         if word["n"] < 1:
             raise fail(f"a memory of {word['n']} keys", help="one or more")
 
-    def parameters(self, word: Word, width: int) -> int:
+    def parameters(self, word: Word, width: int, turns: int) -> int:
         return 0
 
-    def learned(self, word: Word, width: int) -> nn.Module | None:
+    def learned(self, word: Word, width: int, turns: int) -> nn.Module | None:
         return None
 
     def reach(self, word: Word, behind: int) -> tuple[int, int]:
