@@ -90,25 +90,23 @@ class StackSession:
         while not parts or done < x.shape[1]:
             first = self.length + done
             piece = x[:, done : done + segment.begun + segment.length - first]
-            of_piece = tables if piece.shape == x.shape else self._cut(tables, first, done, piece.shape[1])
-            step = Step(self.module, of_piece, piece.shape[1], first, segment=segment)
-            parts.append(self._step(step, piece))
-            done += piece.shape[1]
+            count = piece.shape[1]
+            of_piece = tables if count == x.shape[1] else self._cut(tables, first + count)
+            parts.append(self._step(Step(self.module, of_piece, count, first, segment=segment), piece))
+            done += count
             if self.length + done == segment.begun + segment.length:
                 segment = segment.after(self.module)
         self.length, self.segment = self.length + done, segment
         return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
-    def _cut(self, tables: Mapping[str, Any], first: int, done: int, count: int) -> dict[str, Any]:
-        """Of tables of a step the entries for `count` of its tokens, the first of which stands at `first`,
-        and is the one behind `done` others."""
-        ends: dict[str | int, slice] = {"n": slice(first + count), "nq": slice(done, done + count)}
+    def _cut(self, tables: Mapping[str, Any], end: int) -> dict[str, Any]:
+        """Of tables the entries for the tokens before the position `end`."""
         of = {table.name: table.dims for _, what in attentions(self.module.stack) for table in what.inputs}
         found = {}
         for name, table in tables.items():
             whole: Any = table if isinstance(table, Tensor) else np.asarray(table)
-            fits = whole.ndim == len(of[name])
-            found[name] = whole[tuple(ends.get(dim, slice(None)) for dim in of[name])] if fits else table
+            upto = tuple(slice(end) if dim == "n" else slice(None) for dim in of[name])
+            found[name] = whole[upto] if whole.ndim == len(upto) else table
         return found
 
     def _step(self, run: Step, x: Tensor) -> Tensor:
