@@ -6,16 +6,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from attndsl.analysis.lasting import kept
 from attndsl.errors import fail
 from attndsl.execution.session import Session
-from attndsl.stacks.layers import Mixer, Near, Residual, shared, signalled
+from attndsl.stacks.layers import Mixer, Near, Pair, Residual, flat, shared, signalled
 from attndsl.stacks.leaving import Progress
 from attndsl.stacks.run import Place, Run, State
-from attndsl.stacks.sizes import plugin_of
+from attndsl.stacks.sizes import attentions, plugin_of
 from attndsl.stacks.tree import Layers, Reversible, Sublayer
 from attndsl.stage import Held, Seen
 
@@ -37,6 +38,9 @@ class StackSession:
 
     def __init__(self, module: StackModule, batch: int, capacity: int, state: State | None = None) -> None:
         self.module, self.batch = module, batch
+        if state is not None:
+            weight = next(module.parameters())
+            module.check_state(state, batch, weight.dtype, weight.device)
         self.length = 0 if state is None else state.seen
         self.made: dict[tuple[Place, str], Tensor] = {}
         self.sessions: dict[Place, Session] = {}
@@ -56,7 +60,7 @@ class StackSession:
             for plan in {inner.attention.plan for inner in mixers.values()}:
                 for one in getattr(plan, "parts", {"": plan}).values():
                     kept(one.attention, one.problem)
-            self.segment = Segment(self.length, {} if state is None else state.held)
+            self.segment = Segment(self.length, module.length, {} if state is None else state.held)
         else:
             self.sessions = {at: inner.attention.session(batch, capacity) for at, inner in mixers.items()}
 
@@ -67,7 +71,7 @@ class StackSession:
     def keys(self) -> int:
         """How many keys it holds now, of all layers and turns; what has room for others not counted."""
         if self.segment is not None:
-            return sum(len(one.at) for held in self.segment.pairs.values() for one in held)
+            return sum(cache.behind(self.length).many for cache in self.segment.caches.values())
         return sum(min(self.length, session.slots) for session in self.sessions.values())
 
     @torch.no_grad()
@@ -75,21 +79,38 @@ class StackSession:
         """The output [B, m, width] of `x` [B, m, width] or tokens [B, m], the next of every row; `tables` by
         name."""
         x = self.module.embedded(x)
-        if x.ndim != 3 or x.shape[0] != self.batch or x.shape[2] != self.module.width:
+        self.module.check_tokens(x, tables)
+        if x.shape[0] != self.batch:
             raise fail(f"x is [{self.batch}, m, {self.module.width}], not {[*x.shape]}")
         if self.segment is None:
-            return self._step(x, tables)
-        parts, size = list[Tensor](), self.module.length
-        while x.shape[1]:
-            fits = self.segment.begun + size - self.length
-            parts.append(self._step(x[:, :fits], tables))
-            x = x[:, fits:]
-            if self.length == self.segment.begun + size:
-                self.segment = self.segment.after(self.module, tables)
-        return torch.cat(parts, 1) if parts else x
+            y = self._step(Step(self.module, tables, x.shape[1], self.length), x)
+            self.length += x.shape[1]
+            return y
+        segment, parts, done = self.segment, list[Tensor](), 0
+        while not parts or done < x.shape[1]:
+            first = self.length + done
+            piece = x[:, done : done + segment.begun + segment.length - first]
+            count = piece.shape[1]
+            of_piece = tables if count == x.shape[1] else self._cut(tables, first + count)
+            parts.append(self._step(Step(self.module, of_piece, count, first, segment=segment), piece))
+            done += count
+            if self.length + done == segment.begun + segment.length:
+                segment = segment.after(self.module)
+        self.length, self.segment = self.length + done, segment
+        return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
-    def _step(self, x: Tensor, tables: dict[str, Any]) -> Tensor:
-        number, run = 0, Run(self.module, tables, x.shape[1], self.length)
+    def _cut(self, tables: Mapping[str, Any], end: int) -> dict[str, Any]:
+        """Of tables the entries for the tokens before the position `end`."""
+        of = {table.name: table.dims for _, what in attentions(self.module.stack) for table in what.inputs}
+        found = {}
+        for name, table in tables.items():
+            whole: Any = table if isinstance(table, Tensor) else np.asarray(table)
+            upto = tuple(slice(end) if dim == "n" else slice(None) for dim in of[name])
+            found[name] = whole[upto] if whole.ndim == len(upto) else table
+        return found
+
+    def _step(self, run: Step, x: Tensor) -> Tensor:
+        number = 0
         for each in self.module.stack.stages:
             if isinstance(each, Reversible):
                 x = self._reversible(run, number, each, x)
@@ -97,10 +118,9 @@ class StackSession:
                 continue
             x = self._leaving(run, number, each, x) if each.leaves else self._turns(run, number, each, x)
             number += 1
-        self.length += x.shape[1]
         return cast(Tensor, self.module.last(x))
 
-    def _turns(self, run: Run, i: int, stage: Layers, x: Tensor) -> Tensor:
+    def _turns(self, run: Step, i: int, stage: Layers, x: Tensor) -> Tensor:
         for t, turn in enumerate(stage.turns):
             x = signalled(stage, x, run.first, t)
             for s, sublayer in enumerate(turn):
@@ -108,13 +128,13 @@ class StackSession:
                 x = residual.added(x, self._made(run, (i, t, s), sublayer, x))
         return x
 
-    def _reversible(self, run: Run, i: int, of: Reversible, x: Tensor) -> Tensor:
+    def _reversible(self, run: Step, i: int, of: Reversible, x: Tensor) -> Tensor:
         streams = [x, x]
         for place, sublayer in of.sublayers(i):
             streams = [streams[1], streams[0] + self._made(run, place, sublayer, streams[1])]
         return (streams[0] + streams[1]) / 2
 
-    def _leaving(self, run: Run, i: int, stage: Layers, x: Tensor) -> Tensor:
+    def _leaving(self, run: Step, i: int, stage: Layers, x: Tensor) -> Tensor:
         """A token that has left is attended to in later turns too: they all get keys of its last state."""
         decide = run.halting(i, stage.halting) if stage.halting else run.exit(i, stage)
         found = Progress.begun(x)
@@ -136,14 +156,14 @@ class StackSession:
             found = found if idle else found.after(x, decide(seen), seen.last)
         return found.y
 
-    def _made(self, run: Run, place: Place, sublayer: Sublayer, x: Tensor) -> Tensor:
+    def _made(self, run: Step, place: Place, sublayer: Sublayer, x: Tensor) -> Tensor:
         residual = self.module.part(sublayer)
         inner, normed = residual.inner, residual.before(x)
         if not isinstance(inner, Mixer):
             return cast(Tensor, residual.behind(inner(normed)))
-        if self.segment is not None:
-            return self.segment.mixed(run, place, residual, x)
-        at = range(run.first, run.first + x.shape[1])
+        if run.segment is not None:
+            return run.segment.mixed(run, place, residual, x)
+        at = run.first
         q = inner.queries(normed, at)
         q, k, v = (made.transpose(1, 2) for made in (q, *inner.pair(normed, at, q)))
         beside = inner.beside(normed, at, run.tables, None)
@@ -151,15 +171,15 @@ class StackSession:
         out = self.sessions[place].prefill(q, k, v, **shared(beside, v))
         return cast(Tensor, residual.behind(inner.o(out.transpose(1, 2).flatten(2))))
 
-    def _held(self, run: Run, place: Place, residual: Residual, x: Tensor) -> None:
+    def _held(self, run: Step, place: Place, residual: Residual, x: Tensor) -> None:
         """Keys and values of tokens that have left; no more of these is computed."""
-        inner, at = residual.inner, range(run.first, run.first + x.shape[1])
+        inner = residual.inner
         if not isinstance(inner, Mixer):
             return
-        if self.segment is not None:
-            self.segment.hold(run, place, residual, x)
+        if run.segment is not None:
+            run.segment.hold(run, place, residual, x)
         elif type(session := self.sessions[place]) is Session and not inner.made:
-            k, v = (made.transpose(1, 2) for made in inner.pair(residual.before(x), at))
+            k, v = (made.transpose(1, 2) for made in inner.pair(residual.before(x), run.first))
             session.hold(k, v)
         else:
             self._made(run, place, self.module.stack.sublayer(place), x)
@@ -175,57 +195,110 @@ class StackSession:
         return whole
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
+class Cache:
+    """Of one place: what is held of tokens before a segment, and room for those of it.
+
+    x:      [B, m + length, ...], keys and values; states, where parts have keys of their own.
+    at:     int64 [m + length], positions.
+    oldest: the first of them, if none is missing.
+    begun:  position of the first token of the segment.
+    length: how many it will have.
+    states: whether x are states.
+    """
+
+    x: Tensor
+    at: Tensor
+    oldest: int | None
+    begun: int
+    length: int
+    states: bool
+
+    def behind(self, first: int) -> Held:
+        """What stands before the position `first`."""
+        many = self._place(first)
+        return Held(self.x[:, :many], self.at[:many], self.oldest, pairs=not self.states)
+
+    def put(self, first: int, new: Tensor) -> None:
+        """What is made of tokens [B, m, ...] from the position `first` on."""
+        start = self._place(first)
+        self.x[:, start : start + new.shape[1]] = new
+
+    def _place(self, position: int) -> int:
+        return self.x.shape[1] - self.length + position - self.begun
+
+
+@dataclass(frozen=True, eq=False)
 class Segment:
     """The tokens since the last ones went to memory.
 
     begun:   position of the first.
+    length:  how many there will be.
     before:  what memories hold of those before.
-    entered: the states of its tokens at each place, a piece each step.
-    pairs:   keys and values of what is held and of its tokens; states, where parts have keys of their own.
+    entered: of each place that remembers, states of its tokens, [B, length, width].
+    caches:  of every place, what is attended to.
     """
 
     begun: int
+    length: int
     before: Mapping[Place, tuple[Held | None, ...]]
-    entered: dict[Place, list[Tensor]] = field(default_factory=dict)
-    pairs: dict[Place, list[Held]] = field(default_factory=dict)
+    entered: dict[Place, Tensor] = field(default_factory=dict)
+    caches: dict[Place, Cache] = field(default_factory=dict)
 
     def mixed(self, run: Run, place: Place, residual: Residual, x: Tensor) -> Tensor:
         """What the attention at a place makes of the next tokens x [B, m, width]."""
-        behind = Near(run.tables, run.first, tuple(self._behind(run, place, residual)))
-        made = residual.made(x, behind)
-        self.hold(run, place, residual, x)
+        inner, normed = residual.inner, residual.before(x)
+        assert isinstance(inner, Mixer)
+        pair = inner.pair(normed, run.first)
+        behind = self._cache(run, place, residual, pair, x).behind(run.first)
+        near = Near(run.tables, run.first, (behind,) if behind.many else ())
+        made = residual.mixed(inner.queries(normed, run.first), pair, near, normed)
+        self._put(run, place, residual, pair, x)
         return made
 
     def hold(self, run: Run, place: Place, residual: Residual, x: Tensor) -> None:
-        """The next tokens x [B, m, width] have entered a place."""
-        at = range(run.first, run.first + x.shape[1])
-        self._behind(run, place, residual).append(self._held(residual, Held(x, at)))
-        self.entered.setdefault(place, []).append(x)
+        """The next tokens x [B, m, width] have entered a place, and ask nothing themselves."""
+        assert isinstance(residual.inner, Mixer)
+        self._put(run, place, residual, residual.inner.pair(residual.before(x), run.first), x)
 
-    def _behind(self, run: Run, place: Place, residual: Residual) -> list[Held]:
-        if place not in self.pairs:
-            held = replace(run, before=self.before).near(place).held
-            self.pairs[place] = [self._held(residual, one) for one in held]
-        return self.pairs[place]
+    def _put(self, run: Run, place: Place, residual: Residual, pair: Pair, x: Tensor) -> None:
+        cache = self._cache(run, place, residual, pair, x)
+        cache.put(run.first, x if cache.states else flat(pair))
+        if place in self.entered:
+            start = run.first - self.begun
+            self.entered[place][:, start : start + x.shape[1]] = x
 
-    @staticmethod
-    def _held(residual: Residual, held: Held) -> Held:
-        inner = residual.inner
-        assert isinstance(inner, Mixer)
-        if held.pairs or inner.own:
-            return held
-        at = torch.tensor([*held.at], device=held.x.device)
-        return replace(held, x=residual.paired(held.x, at), pairs=True)
+    def _cache(self, run: Run, place: Place, residual: Residual, pair: Pair, x: Tensor) -> Cache:
+        """That of a place; the first tokens x of a segment, and keys and values of them, say of what."""
+        if place in self.caches:
+            return self.caches[place]
+        assert isinstance(residual.inner, Mixer)
+        near = replace(run, first=self.begun, before=self.before).near(place)
+        states = bool(residual.inner.own)
+        old = [one.x if one.pairs or states else residual.paired(one.x, one.at) for one in near.held]
+        like = x if states else flat(pair)
+        room = like.new_empty(like.shape[0], self.length, like.shape[2])
+        own = torch.arange(self.begun, self.begun + self.length, device=x.device)
+        at = torch.cat([*(one.at for one in near.held), own])
+        found = Cache(torch.cat([*old, room], 1), at, near.oldest(), self.begun, self.length, states)
+        self.caches[place] = found
+        if run.module.stack.layers[place[0]].memory:
+            self.entered[place] = x.new_empty(x.shape[0], self.length, x.shape[2])
+        return found
 
-    def after(self, module: StackModule, tables: dict[str, Any]) -> Segment:
+    def after(self, module: StackModule) -> Segment:
         """The segment behind this one."""
-        entered = {place: torch.cat(pieces, 1) for place, pieces in self.entered.items()}
-        count = next(iter(entered.values())).shape[1] if entered else module.length
-        run = Run(module, tables, count, self.begun, self.before)
-        for place, x in entered.items():
+        run = Run(module, {}, self.length, self.begun, self.before)
+        for place, x in self.entered.items():
             run.enter(place, module.stack.sublayer(place), x)
-        return Segment(self.begun + count, run.held)
+        return Segment(self.begun + self.length, self.length, run.held)
+
+
+@dataclass(eq=False)
+class Step(Run):
+    """Of a session: in `segment`, where its stack remembers."""
+
+    segment: Segment | None = None
 
 
 def greedy(logits: Tensor) -> Tensor:

@@ -122,10 +122,10 @@ def _kept(run: Run, turn: Sequence[Sublayer], before: Keys, x: Tensor, halted: T
             continue
         weights, pair = before.get(i, (None, None))
         if pair is None or weights != sublayer.weights:
-            pair = residual.inner.pair(residual.before(x), near.at(x.shape[1]))
+            pair = residual.inner.pair(residual.before(x), near.where())
         elif left.index.shape[1]:
             states = residual.before(left.taken(x))
-            pair = _put(left, pair, residual.inner.pair(states, near.at(x.shape[1], left.index)))
+            pair = _put(left, pair, residual.inner.pair(states, near.where(left.index)))
         found[i] = sublayer.weights, pair
     return found
 
@@ -149,7 +149,7 @@ def _turn(
             run.enter((*at, s), sublayer, state if places is None else places.put(x, state))
         normed = residual.before(state)
         index = None if places is None else places.index
-        where = near.at(x.shape[1], index)
+        where = near.where(index)
         q = inner.queries(normed, where)
         pair = inner.pair(normed, where, q)
         if places is not None:
@@ -158,7 +158,7 @@ def _turn(
         if places is None or inner.placed:
             mixed = residual.mixed(q, pair, near, normed, index)
         else:
-            whole, where = residual.before(places.put(x, state)), near.at(x.shape[1])
+            whole, where = residual.before(places.put(x, state)), near.where()
             mixed = places.taken(residual.mixed(inner.queries(whole, where), pair, near, whole))
         state = residual.added(state, mixed)
     return state if places is None else places.put(x, state)
