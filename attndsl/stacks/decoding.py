@@ -164,7 +164,8 @@ class StackSession:
         if run.segment is not None:
             return run.segment.mixed(run, place, residual, x)
         at = run.first
-        q, k, v = (made.transpose(1, 2) for made in (inner.queries(normed, at), *inner.pair(normed, at)))
+        q = inner.queries(normed, at)
+        q, k, v = (made.transpose(1, 2) for made in (q, *inner.pair(normed, at, q)))
         beside = inner.beside(normed, at, run.tables, None)
         beside |= {name: self._grown(place, name, inner, beside[name]) for name in inner.made}
         out = self.sessions[place].prefill(q, k, v, **shared(beside, v))
@@ -248,10 +249,11 @@ class Segment:
         """What the attention at a place makes of the next tokens x [B, m, width]."""
         inner, normed = residual.inner, residual.before(x)
         assert isinstance(inner, Mixer)
-        pair = inner.pair(normed, run.first)
+        q = inner.queries(normed, run.first)
+        pair = inner.pair(normed, run.first, q)
         behind = self._cache(run, place, residual, pair, x).behind(run.first)
         near = Near(run.tables, run.first, (behind,) if behind.many else ())
-        made = residual.mixed(inner.queries(normed, run.first), pair, near, normed)
+        made = residual.mixed(q, pair, near, normed)
         self._put(run, place, residual, pair, x)
         return made
 

@@ -172,9 +172,10 @@ class Mixer(Projections):
         others = attention.streams or attention.selected or attention.parts or attention.approx
         self.placed = not (others or attention.counts_queries or self.made)
 
-    def pair(self, x: Tensor, at: At) -> Pair:
-        """Keys and values of x [B, n, width] `at` positions."""
-        return self.keys(x, at), self.values(x)
+    def pair(self, x: Tensor, at: At, q: Tensor | None = None) -> Pair:
+        """Keys and values of x [B, n, width] `at` positions, whose queries are `q`."""
+        k = self.keys(x, at) if q is None or self.k is not None else q
+        return k, self.values(x)
 
     def beside(
         self, x: Tensor, at: At, tables: Mapping[str, Any], held: tuple[Tensor, At] | None
@@ -255,7 +256,8 @@ class Residual(nn.Module):
         if not isinstance(inner, Mixer):
             return cast(Tensor, self.behind(inner(normed)))
         at = near.where()
-        return self.mixed(inner.queries(normed, at), inner.pair(normed, at), near, normed)
+        q = inner.queries(normed, at)
+        return self.mixed(q, inner.pair(normed, at, q), near, normed)
 
     def mixed(self, q: Tensor, pair: Pair, near: Near, normed: Tensor, index: Tensor | None = None) -> Tensor:
         """Of queries of the tokens at `index` [B, m], or of all, among keys of all tokens and what is held;

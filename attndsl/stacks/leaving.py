@@ -150,12 +150,13 @@ def _turn(
         normed = residual.before(state)
         index = None if places is None else places.index
         where = near.where(index)
-        pair = inner.pair(normed, where)
+        q = inner.queries(normed, where)
+        pair = inner.pair(normed, where, q)
         if places is not None:
             pair = _put(places, keys[s][1], pair)
         keys[s] = sublayer.weights, pair
         if places is None or inner.placed:
-            mixed = residual.mixed(inner.queries(normed, where), pair, near, normed, index)
+            mixed = residual.mixed(q, pair, near, normed, index)
         else:
             whole, where = residual.before(places.put(x, state)), near.where()
             mixed = places.taken(residual.mixed(inner.queries(whole, where), pair, near, whole))
