@@ -15,7 +15,6 @@ import attndsl
 from attndsl.execution import registry
 from attndsl.stacks.layers import Near
 from attndsl.stacks.reference import reference
-from attndsl.stacks.sizes import remembered
 from attndsl.stacks.tree import Stack
 from attndsl.stage import Held, Word
 
@@ -101,22 +100,18 @@ def test_segments_are_what_they_mean(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_steps_are_those_of_segments(name: str) -> None:
-    """Of as many tokens as the module is built for; and no more keys are held than these and the memory."""
+    """Of as many tokens as the module is built for; and no more keys are held, nor bytes of a row, than the
+    analysis says."""
     made, x = module(name), torch.randn(2, 43, 16, dtype=torch.float64)
     meant, _ = segments(made, x, 12)
     session, found = made.session(2, 43), []
-    most = sum(
-        12 + remembered(stage.memory)
-        for stage in made.stack.layers
-        for turn in stage.turns
-        for sublayer in turn
-        if sublayer.name != "ffn"
-    )
+    costs = attndsl.depth(made.stack, length=12, width=16, heads=2, dtype="float64")
     for piece in x.split([7, 1, 1, 1, 20, 1, 1, 1, 10], 1):
         found.append(session.step(piece))
-        assert session.keys <= most
+        assert session.keys <= sum(level.kept for level in costs.levels)
         assert session.segment is not None
-        assert sum(cache.x.shape[1] for cache in session.segment.caches.values()) <= most
+        held = [one.x.untyped_storage().nbytes() for one in session.segment.caches.values()]
+        assert sum(held) <= 2 * costs.bytes
     torch.testing.assert_close(torch.cat(found, 1), meant, rtol=0, atol=1e-12)
     _, record = made(x[:, :12])
     session = made.session(2, 43, record.state)

@@ -115,7 +115,7 @@ def test_what_does_not_go_together_is_refused() -> None:
             attndsl.build(stack(name), **sizes, **options)  # type: ignore[arg-type]
     text = TEXT + "stack kept { memory(xl(4)) { layers(2) { gated } } }"
     with pytest.raises(
-        attndsl.AttnError, match="`gate` is made of x, and has no entries for what is remembered"
+        attndsl.AttnError, match="`gate` is made of x, and has no entries for the segments before"
     ):
         attndsl.build(attndsl.parse(text)["kept"], **sizes, inputs={"gate": Gate})  # type: ignore[arg-type]
     with pytest.raises(attndsl.AttnError, match="`gate` is made of x"):

@@ -18,9 +18,10 @@ from attndsl.stacks.leaving import Progress
 from attndsl.stacks.run import Place, Run, State
 from attndsl.stacks.sizes import attentions, plugin_of
 from attndsl.stacks.tree import Layers, Reversible, Sublayer
-from attndsl.stage import Held, Seen
+from attndsl.stage import Held, Seen, joined
 
 if TYPE_CHECKING:
+    from attndsl.execution.plan import Plan
     from attndsl.stacks.module import StackModule
 
 
@@ -57,10 +58,11 @@ class StackSession:
             if isinstance(inner := module.part(sublayer).inner, Mixer)
         }
         if module.stack.remembers:
-            for plan in {inner.attention.plan for inner in mixers.values()}:
-                for one in getattr(plan, "parts", {"": plan}).values():
-                    kept(one.attention, one.problem)
-            self.segment = Segment(self.length, module.length, {} if state is None else state.held)
+            plans = {inner.attention.plan for inner in mixers.values()}
+            found = {plan: _needs(plan) for plan in plans}
+            needs = {place: found[inner.attention.plan] for place, inner in mixers.items()}
+            before = {} if state is None else state.held
+            self.segment = Segment(self.length, module.length, before, needs)
         else:
             self.sessions = {at: inner.attention.session(batch, capacity) for at, inner in mixers.items()}
 
@@ -71,7 +73,7 @@ class StackSession:
     def keys(self) -> int:
         """How many keys it holds now, of all layers and turns; what has room for others not counted."""
         if self.segment is not None:
-            return sum(cache.behind(self.length).many for cache in self.segment.caches.values())
+            return sum(held.many for held in self.segment.caches.values())
         return sum(min(self.length, session.slots) for session in self.sessions.values())
 
     @torch.no_grad()
@@ -86,7 +88,7 @@ class StackSession:
             y = self._step(Step(self.module, tables, x.shape[1], self.length), x)
             self.length += x.shape[1]
             return y
-        segment, parts, done = self.segment, list[Tensor](), 0
+        segment, parts, done = self.segment.copy(), list[Tensor](), 0
         while not parts or done < x.shape[1]:
             first = self.length + done
             piece = x[:, done : done + segment.begun + segment.length - first]
@@ -195,37 +197,8 @@ class StackSession:
         return whole
 
 
-@dataclass(frozen=True, eq=False)
-class Cache:
-    """Of one place: what is held of tokens before a segment, and room for those of it.
-
-    x:      [B, m + length, ...], keys and values; states, where parts have keys of their own.
-    at:     int64 [m + length], positions.
-    oldest: the first of them, if none is missing.
-    begun:  position of the first token of the segment.
-    length: how many it will have.
-    states: whether x are states.
-    """
-
-    x: Tensor
-    at: Tensor
-    oldest: int | None
-    begun: int
-    length: int
-    states: bool
-
-    def behind(self, first: int) -> Held:
-        """What stands before the position `first`."""
-        many = self._place(first)
-        return Held(self.x[:, :many], self.at[:many], self.oldest, pairs=not self.states)
-
-    def put(self, first: int, new: Tensor) -> None:
-        """What is made of tokens [B, m, ...] from the position `first` on."""
-        start = self._place(first)
-        self.x[:, start : start + new.shape[1]] = new
-
-    def _place(self, position: int) -> int:
-        return self.x.shape[1] - self.length + position - self.begun
+Needs = Mapping[Place, tuple[int, int] | None]
+"""Of the attention at a place, how many of the first keys and of the last any query reads; None where all."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,63 +208,77 @@ class Segment:
     begun:   position of the first.
     length:  how many there will be.
     before:  what memories hold of those before.
-    entered: of each place that remembers, states of its tokens, [B, length, width].
-    caches:  of every place, what is attended to.
+    needs:   which keys are read.
+    entered: of each place that remembers, states of its tokens, a piece each step.
+    caches:  of every place, what tokens to come read: keys and values, or states where parts have keys of
+             their own.
     """
 
     begun: int
     length: int
     before: Mapping[Place, tuple[Held | None, ...]]
-    entered: dict[Place, Tensor] = field(default_factory=dict)
-    caches: dict[Place, Cache] = field(default_factory=dict)
+    needs: Needs
+    entered: dict[Place, tuple[Tensor, ...]] = field(default_factory=dict)
+    caches: dict[Place, Held] = field(default_factory=dict)
+
+    def copy(self) -> Segment:
+        """One to which a step adds, or fails to."""
+        return replace(self, entered={**self.entered}, caches={**self.caches})
 
     def mixed(self, run: Run, place: Place, residual: Residual, x: Tensor) -> Tensor:
         """What the attention at a place makes of the next tokens x [B, m, width]."""
         inner, normed = residual.inner, residual.before(x)
         assert isinstance(inner, Mixer)
-        pair = inner.pair(normed, run.first)
-        behind = self._cache(run, place, residual, pair, x).behind(run.first)
-        near = Near(run.tables, run.first, (behind,) if behind.many else ())
-        made = residual.mixed(inner.queries(normed, run.first), pair, near, normed)
-        self._put(run, place, residual, pair, x)
+        q = inner.queries(normed, run.first)
+        pair = inner.pair(normed, run.first, q)
+        behind = self._behind(run, place, residual)
+        near = Near(run.tables, run.first, (behind,) if behind is not None and behind.many else ())
+        made = residual.mixed(q, pair, near, normed)
+        self._add(run, place, residual, pair, x)
         return made
 
     def hold(self, run: Run, place: Place, residual: Residual, x: Tensor) -> None:
         """The next tokens x [B, m, width] have entered a place, and ask nothing themselves."""
         assert isinstance(residual.inner, Mixer)
-        self._put(run, place, residual, residual.inner.pair(residual.before(x), run.first), x)
+        self._add(run, place, residual, residual.inner.pair(residual.before(x), run.first), x)
 
-    def _put(self, run: Run, place: Place, residual: Residual, pair: Pair, x: Tensor) -> None:
-        cache = self._cache(run, place, residual, pair, x)
-        cache.put(run.first, x if cache.states else flat(pair))
-        if place in self.entered:
-            start = run.first - self.begun
-            self.entered[place][:, start : start + x.shape[1]] = x
+    def _add(self, run: Run, place: Place, residual: Residual, pair: Pair, x: Tensor) -> None:
+        inner, end = residual.inner, run.first + x.shape[1]
+        assert isinstance(inner, Mixer)
+        at = torch.arange(run.first, end, device=x.device)
+        new = Held(x if inner.own else flat(pair), at, run.first, pairs=not inner.own)
+        whole = joined(self._behind(run, place, residual), new)
+        self.caches[place] = needed(whole, self.needs[place], end)
+        if run.module.stack.layers[place[0]].memory:
+            self.entered[place] = (*self.entered.get(place, ()), x)
 
-    def _cache(self, run: Run, place: Place, residual: Residual, pair: Pair, x: Tensor) -> Cache:
-        """That of a place; the first tokens x of a segment, and keys and values of them, say of what."""
+    def _behind(self, run: Run, place: Place, residual: Residual) -> Held | None:
+        """What the next tokens read beside themselves; the first of a segment what memories hold."""
         if place in self.caches:
             return self.caches[place]
-        assert isinstance(residual.inner, Mixer)
-        near = replace(run, first=self.begun, before=self.before).near(place)
-        states = bool(residual.inner.own)
-        old = [one.x if one.pairs or states else residual.paired(one.x, one.at) for one in near.held]
-        like = x if states else flat(pair)
-        room = like.new_empty(like.shape[0], self.length, like.shape[2])
-        own = torch.arange(self.begun, self.begun + self.length, device=x.device)
-        at = torch.cat([*(one.at for one in near.held), own])
-        found = Cache(torch.cat([*old, room], 1), at, near.oldest(), self.begun, self.length, states)
-        self.caches[place] = found
-        if run.module.stack.layers[place[0]].memory:
-            self.entered[place] = x.new_empty(x.shape[0], self.length, x.shape[2])
+        inner, found = residual.inner, None
+        assert isinstance(inner, Mixer)
+        for one in replace(run, before=self.before).near(place).held:
+            as_read = one.pairs or inner.own
+            made = one if as_read else replace(one, x=residual.paired(one.x, one.at), pairs=True)
+            found = joined(found, made)
         return found
 
     def after(self, module: StackModule) -> Segment:
         """The segment behind this one."""
         run = Run(module, {}, self.length, self.begun, self.before)
-        for place, x in self.entered.items():
-            run.enter(place, module.stack.sublayer(place), x)
-        return Segment(self.begun + self.length, self.length, run.held)
+        for place, pieces in self.entered.items():
+            run.enter(place, module.stack.sublayer(place), torch.cat(pieces, 1))
+        return Segment(self.begun + self.length, self.length, run.held, self.needs)
+
+
+def needed(held: Held, needs: tuple[int, int] | None, end: int) -> Held:
+    """Those that tokens from the position `end` on may read."""
+    if needs is None or held.many < sum(needs):
+        return held
+    stays = (held.at < needs[0]) | (held.at > end - needs[1])
+    first = None if held.first is None or needs[0] else end - needs[1] + 1
+    return replace(held, x=held.x[:, stays], at=held.at[stays], first=first)
 
 
 @dataclass(eq=False)
@@ -299,6 +286,15 @@ class Step(Run):
     """Of a session: in `segment`, where its stack remembers."""
 
     segment: Segment | None = None
+
+
+def _needs(plan: Plan) -> tuple[int, int] | None:
+    """Raises AttnError where later tokens may change what earlier ones gave."""
+    each = [kept(one.attention, one.problem) for one in getattr(plan, "parts", {"": plan}).values()]
+    known = [numbers for numbers in each if numbers is not None]
+    if len(known) < len(each):
+        return None
+    return max(first for first, _ in known), max(last for _, last in known)
 
 
 def greedy(logits: Tensor) -> Tensor:

@@ -295,7 +295,7 @@ def build(
         if isinstance(sublayer.what, FeedForward):
             inner = FFN(sublayer.what, width)
         else:
-            _check_sublayer(stage, sublayer, sizes, inputs)
+            _check_sublayer(sublayer, sizes, inputs, stack.remembers)
             names = [table.name for table in sublayer.what.inputs if table.name in inputs]
             inner = Mixer(
                 cast(PlanModule, plans[sublayer.what].module()), width, sizes, tied=sublayer.tied,
@@ -309,16 +309,16 @@ def build(
     return module.to(device, getattr(torch, dtype))
 
 
-def _check_sublayer(stage: Layers, sublayer: Sublayer, sizes: Sizes, inputs: Collection[str]) -> None:
-    """Raises AttnError for sizes and inputs that do not go with its words."""
+def _check_sublayer(sublayer: Sublayer, sizes: Sizes, inputs: Collection[str], remembers: bool) -> None:
+    """Raises AttnError for sizes and inputs that do not go with its words, or with a stack that remembers."""
     assert isinstance(sublayer.what, Attention)
     if sublayer.tied and sizes.heads != sizes.kv_heads:
         said = f"{sizes.heads} heads of queries and {sizes.kv_heads} of keys are not the same"
         raise fail(said, sublayer.written, "tied keys are the queries: leave out `kv_heads`")
     for table in sublayer.what.inputs:
-        if table.name in inputs and stage.memory and "n" in table.dims:
-            said = f"`{table.name}` is made of x, and has no entries for what is remembered"
-            raise fail(said, sublayer.written, "give it to calls, or take the attention out of `memory`")
+        if table.name in inputs and remembers and "n" in table.dims:
+            said = f"`{table.name}` is made of x, and has no entries for the segments before"
+            raise fail(said, sublayer.written, "give it to calls, or leave `memory` out")
 
 
 def initialise(module: StackModule) -> None:
