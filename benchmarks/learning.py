@@ -11,8 +11,10 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import math
 import runpy
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import attndsl
+from attndsl import spans
 
 TRAIN = runpy.run_path(str(Path(__file__).parent.parent / "examples" / "train.py"))
 SEEDS = (0, 1, 2)
@@ -60,10 +63,10 @@ def parity(rows: int, length: int, most: int) -> tuple[Tensor, Tensor]:
     return bits, sums % 2
 
 
-def ponder(steps: int = 400) -> list[float]:
+def ponder(steps: int = 400, costs: Sequence[float] = (0.0, 0.01, 0.1)) -> list[float]:
     """Parity of the last three bits; the mean depth by what a turn costs."""
     depths = []
-    for cost in (0.0, 0.01, 0.1):
+    for cost in costs:
         torch.manual_seed(0)
         model = attndsl.build(
             attndsl.parse(PONDER)["ut"],
@@ -92,6 +95,32 @@ def ponder(steps: int = 400) -> list[float]:
         depths.append(float(record.turns[0].float().mean()))
         print(f"cost {cost}: {depths[-1]:.2f} turns, {100 * right:.1f} % right")
     return depths
+
+
+SPAN = """
+attention spanned(z = learn[H](0.5)) { mask band(-64 .. -1)  decay ramp(q - k, 64 * z, 16) }
+stack spans { layers(2) { spanned  ffn(2) } }
+"""
+
+
+def span(steps: int = 150) -> list[float]:
+    """Moby Dick, bytes; the mean span of a head, 64 at most, by what a position costs."""
+    program, data, found = attndsl.parse(SPAN), TRAIN["read"](TRAIN["BOOK"]), []
+    for cost in (0.0, 1e-5, 1e-4):
+        torch.manual_seed(0)
+        model = TRAIN["made"](program["spans"], 64, 4, 128)
+        text = TRAIN["streams"](data, 16)
+        optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+        for step in range(steps):
+            loss, _ = TRAIN["loss_of"](model, text[:, step * 128 : step * 128 + 129], None)
+            penalty = spans.penalty(model, "z", longest=64)
+            optimizer.zero_grad()
+            (loss + cost * penalty).backward()
+            optimizer.step()
+            spans.clamp(model, "z")
+        found.append(float(penalty.detach()) / 2)
+        print(f"cost {cost}: {found[-1]:.1f} positions, {float(loss.detach()) / math.log(2):.2f} bits")
+    return found
 
 
 def main() -> None:

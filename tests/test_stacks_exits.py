@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -294,3 +296,12 @@ def test_what_is_learned_is_counted(name: str) -> None:
     made = module(name)
     own = sum(weight.numel() for key, weight in made.named_parameters() if not key.startswith("readout"))
     assert attndsl.depth(made.stack, length=40, width=16, heads=2).parameters == own
+
+
+@pytest.mark.slow
+def test_pondering_learns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer turns where they cost more, of a task that is learned."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent))
+    learning = importlib.import_module("benchmarks.learning")
+    free, dear = learning.ponder(steps=60, costs=(0.0, 0.1))
+    assert dear < free - 0.5
