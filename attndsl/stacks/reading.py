@@ -278,7 +278,12 @@ def registered(reading: Reading, e: ast.Expression, role: Role) -> Word:
     optional = tuple(n for n in parameters if n not in needed)
     given = bind_arguments_of(name, needed, optional, made, usage(name, words[name]))
     arguments = tuple(
-        (n, argument(reading, given[n], str(p.annotation)) if n in given else p.default)
+        (
+            n,
+            argument(reading, given[n], getattr(p.annotation, "__name__", p.annotation))
+            if n in given
+            else p.default,
+        )
         for n, p in parameters.items()
     )
     word = Word(name, arguments, e.span)

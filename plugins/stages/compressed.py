@@ -63,7 +63,7 @@ class Compressed:
             kept = rest if slots is None else joined(slots, rest)
             return replace(kept, loose=rest.many), None, {}
         states = whole.x
-        pieces = states.unflatten(1, (whole.many // rate, rate))
+        pieces = states.reshape(len(states), whole.many // rate, rate, states.shape[2])
         match word["by"]:
             case "mean":
                 made = pieces.mean(2)
