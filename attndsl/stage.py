@@ -69,13 +69,37 @@ class Decision:
     halts   bool [B, n], whether it was their last
     weight  [B, n], of their state in the output; None where that is their last state alone
     carry   for the turn after, of all tokens
-    sure    of an exit the confidence that it goes by
+    sure    [B, n], of an exit the confidence that it goes by
+    kept    [B, n], what the sum of their states before is multiplied by; None where by 1
+    onward  whether tokens that have left are computed on, for others to attend to: their output stays
     """
 
     halts: Tensor
     weight: Tensor | None = None
     carry: Mapping[str, Tensor] = field(default_factory=dict)
     sure: Tensor | None = None
+    kept: Tensor | None = None
+    onward: bool = False
+
+
+@dataclass(frozen=True)
+class Leaving:
+    """What an exit reads, and what a text may say of it.
+
+    logits     whether it reads what the readout makes of states
+    threshold  whether a text gives one
+    between    what a threshold may be
+    falls      whether a threshold that falls lets later tokens leave sooner
+    once       whether it decides after the first layer, for all, so that layers share what it learns
+    whole      whether it reads all tokens of a row, those to come too
+    """
+
+    logits: bool = False
+    threshold: Literal["no", "maybe", "yes"] = "yes"
+    between: tuple[float, float] = (0.0, 1.0)
+    falls: bool = True
+    once: bool = False
+    whole: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +118,7 @@ class Stage(Protocol):
     """Registered under the entry-point group `attndsl.stages`; its name there is its word in stacks.
 
     Parameters and defaults are those of `signature`, by annotation: `int`, `float`, `bool`, `str` (a word).
-    `role` says where the word stands, and which one of `decide`, `confidence` and `remember` is asked:
+    `role` says where the word stands, and which one of `Halting`, `Exit` and `Memory` it is:
 
     halting  `loop(WORD(...), max = N) { ... }`
     exit     `exit(WORD(...), threshold = ...)`
@@ -130,17 +154,20 @@ class Halting(Stage, Protocol):
 
 
 class Exit(Stage, Protocol):
-    """How sure a layer is, so that tokens may leave after it in their state.
+    """How sure a layer is, so that tokens may leave after it in their state."""
 
-    needs_logits: whether it reads what the readout makes of states.
-    needs_threshold: whether a text has to say how sure is sure.
-    """
+    def leaving(self, word: Word) -> Leaving:
+        """What it reads, and what a text may say of it."""
 
-    needs_logits: bool
-    needs_threshold: bool
+    def parameters(self, word: Word, width: int, turns: int = 1) -> int:
+        """How many numbers are learned by one of the modules that `learned` makes."""
 
-    def confidence(self, word: Word, learned: Any, seen: Seen) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """[B, n] of each token after a turn, from 0 to 1, and what `word` carries to the turn after."""
+    def learned(self, word: Word, width: int, turns: int = 1) -> nn.Module | None:
+        """Of each layer one, or one of all `turns` of a loop or where it decides `once`."""
+
+    def decide(self, word: Word, learned: Any, seen: Seen, threshold: Tensor | None) -> Decision:
+        """After a turn; `threshold` [n] is each token's, None where a text gives none. `halts` is read where
+        tokens leave of their own accord, and `sure` always."""
 
 
 class Memory(Stage, Protocol):

@@ -169,7 +169,8 @@ def test_halted_tokens_are_attended_to_as_they_were(name: str) -> None:
 
 def test_the_published_numbers_of_halting() -> None:
     """p = (.3, .3, .5), eps = .01: three turns, .4 remains for the last, and the weights are (.3, .3, .4)."""
-    act, word = registry.plugin("stages", "act"), Word("act", (("eps", 0.01),))
+    act = registry.plugin("stages", "act")
+    word = Word("act", (("eps", 0.01), ("basic", False), ("onward", False), ("rest", True)))
     found = Progress.begun(torch.zeros(1, 1, 1))
     for turn, chance in enumerate((0.3, 0.3, 0.5)):
         assert bool(found.running)

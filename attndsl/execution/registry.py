@@ -36,7 +36,7 @@ STAGE = {"check": 1, "parameters": 2, "learned": 2}
 """What a stage is asked, whatever its role, and by role:"""
 ROLES = {
     "halting": {"decide": 3, "losses": 3},
-    "exit": {"confidence": 3},
+    "exit": {"leaving": 1, "decide": 4},
     "memory": {"reach": 2, "remember": 4},
 }
 

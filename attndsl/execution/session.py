@@ -171,6 +171,21 @@ class Session:
                 found.append(self._append(new[0], new[1], new[2], here, n, learned=learned, **inputs))
         return found[0] if len(found) == 1 else torch.cat(found, 2)
 
+    def add(self, k: Tensor, v: Tensor) -> None:
+        """The next tokens of every row, k [B, Hkv, m, D], v [B, Hkv, m, Dv], whose own output nobody asks
+        for. Raises AttnError as `step`."""
+        refuse_gradients(k, v)
+        if torch.is_autocast_enabled(self.k.device.type):
+            k, v = self._cast(k, v)
+        counts = self._counts(k, k, v, None)
+        if not any(counts):
+            return
+        starts = self.lengths
+        ends = tuple([start + count for start, count in zip(starts, counts, strict=True)])
+        self._write(k, v, starts, ends)
+        self.reached = tuple(map(max, self.reached, ends))
+        self.lengths = ends
+
     def _check_tables(self, inputs: Mapping[str, Any], new: int, n: int) -> None:
         """Raises AttnError for a table of the new tokens alone, where there were others before them."""
         for table in self.plan.attention.inputs:

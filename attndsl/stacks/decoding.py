@@ -10,11 +10,11 @@ from torch import Tensor
 
 from attndsl.errors import fail
 from attndsl.execution.session import Session
+from attndsl.stacks import leaving
 from attndsl.stacks.layers import Mixer
-from attndsl.stacks.leaving import Progress
-from attndsl.stacks.run import Run
+from attndsl.stacks.run import Place, Run
+from attndsl.stacks.sizes import plugin_of
 from attndsl.stacks.tree import Layers, Reversible, Sublayer
-from attndsl.stage import Seen
 
 if TYPE_CHECKING:
     from attndsl.stacks.module import StackModule
@@ -25,6 +25,7 @@ class StackSession:
 
     batch:    rows.
     capacity: the most tokens of a row.
+    length:   tokens of a row.
 
     Made by `module.session(batch, capacity)`; refused where the session of an attention is: where tokens to
     come may change what earlier ones gave.
@@ -33,8 +34,13 @@ class StackSession:
     def __init__(self, module: StackModule, batch: int, capacity: int) -> None:
         if module.stack.remembers:
             raise fail("a stack that remembers steps by its state", help="give `state=record.state` to calls")
+        for stage in module.stack.layers:
+            if stage.exit is not None and plugin_of(rule := stage.exit.rule).leaving(rule).whole:
+                said = f"`{rule.name}` reads all tokens of a row, those to come too"
+                raise fail(said, rule.written, "a stack with it takes whole rows")
         self.module, self.batch = module, batch
-        self.sessions: dict[tuple[int, int, int], Session] = {
+        self.length = 0
+        self.sessions: dict[Place, Session] = {
             (i, t, s): inner.attention.session(batch, capacity)
             for i, stage in enumerate(module.stack.layers)
             for t, turn in enumerate(stage.turns)
@@ -45,65 +51,46 @@ class StackSession:
     def __repr__(self) -> str:
         return f"<session of {self.module.stack!r}: {self.length:,} tokens in {self.batch} rows>"
 
-    @property
-    def length(self) -> int:
-        """Tokens of the longest row."""
-        return max((max(session.lengths) for session in self.sessions.values()), default=0)
-
     @torch.no_grad()
     def step(self, x: Tensor, **tables: Any) -> Tensor:
         """The output [B, m, width] of `x` [B, m, width], the next tokens of every row; `tables` by name."""
         if x.ndim != 3 or x.shape[0] != self.batch or x.shape[2] != self.module.width:
             raise fail(f"x is [{self.batch}, m, {self.module.width}], not {[*x.shape]}")
-        number, run = 0, Run(self.module, tables, x.shape[1], self.length)
+        number, run = 0, Run(self.module, tables, x.shape[1], self.length, sessions=self.sessions)
         for each in self.module.stack.stages:
             if isinstance(each, Reversible):
-                x = self._reversible(number, each, x, tables)
+                x = self._reversible(run, number, each, x)
                 number += len(each.stages)
                 continue
-            x = self._leaving(run, number, each, x) if each.leaves else self._turns(number, each, x, tables)
+            x = self._leaving(run, number, each, x) if each.leaves else self._turns(run, number, each, x)
             number += 1
+        self.length += x.shape[1]
         return cast(Tensor, self.module.last(x))
 
-    def _turns(self, i: int, stage: Layers, x: Tensor, tables: dict[str, Any]) -> Tensor:
+    def _turns(self, run: Run, i: int, stage: Layers, x: Tensor) -> Tensor:
         for t, turn in enumerate(stage.turns):
+            x = run.entered(i, t, x)
             for s, sublayer in enumerate(turn):
-                residual = self.module.part(sublayer)
-                x = residual.added(x, self._made((i, t, s), sublayer, x, tables))
+                x = run.part(sublayer).added(x, self._made(run, (i, t, s), sublayer, x))
         return x
 
-    def _reversible(self, i: int, of: Reversible, x: Tensor, tables: dict[str, Any]) -> Tensor:
+    def _reversible(self, run: Run, i: int, of: Reversible, x: Tensor) -> Tensor:
         streams = [x, x]
         for place, sublayer in of.sublayers(i):
-            streams = [streams[1], streams[0] + self._made(place, sublayer, streams[1], tables)]
+            streams = [streams[1], streams[0] + self._made(run, place, sublayer, streams[1])]
         return (streams[0] + streams[1]) / 2
 
     def _leaving(self, run: Run, i: int, stage: Layers, x: Tensor) -> Tensor:
         """A token that has left is attended to in later turns too: they all get keys of its last state."""
         decide = run.halting(i, stage.halting) if stage.halting else run.exit(i, stage)
-        found = Progress.begun(x)
-        for t, turn in enumerate(stage.turns):
-            before = x
-            for s, sublayer in enumerate(turn):
-                residual = self.module.part(sublayer)
-                new = residual.added(x, self._made((i, t, s), sublayer, x, dict(run.tables)))
-                x = torch.where(found.running[..., None], new, x)
-            seen = Seen(
-                x, before, found.running, t, len(stage.turns), run.first, found.carry, self.module.logits
-            )
-            found = found.after(x, decide(seen), seen.last)
-        return found.y
+        return leaving.run(run, i, stage, decide, x).y
 
-    def _made(
-        self, at: tuple[int, int, int], sublayer: Sublayer, x: Tensor, tables: dict[str, Any]
-    ) -> Tensor:
-        residual = self.module.part(sublayer)
+    def _made(self, run: Run, place: Place, sublayer: Sublayer, x: Tensor) -> Tensor:
+        residual = run.part(sublayer)
         inner, normed = residual.inner, residual.before(x)
         if not isinstance(inner, Mixer):
             return cast(Tensor, residual.behind(inner(normed)))
-        q, k, v = (made.transpose(1, 2) for made in (inner.queries(normed), *inner.keys(normed)))
-        out = self.sessions[at].prefill(q, k, v, **inner.given(tables))
-        return cast(Tensor, residual.behind(inner.o(out.transpose(1, 2).flatten(2))))
+        return run.mixed(place, sublayer, inner.queries(normed), inner.keys(normed), None)
 
 
 def greedy(logits: Tensor) -> Tensor:

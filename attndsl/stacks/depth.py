@@ -15,7 +15,7 @@ from attndsl.analysis.units import scaled
 from attndsl.attention import Attention
 from attndsl.backend import DTYPES
 from attndsl.errors import AttnError
-from attndsl.expr import Expr, const, substitute
+from attndsl.expr import TRUE, Expr, const, substitute
 from attndsl.keywords import by_name, checked_dtype
 from attndsl.layers.reach import through
 from attndsl.meaning.pointwise import evaluate
@@ -152,6 +152,8 @@ def depth(
             pairs = None if pairs is None or live is None else pairs + live
             kept, weights = kept + keys, weights + projections
             masks.append(what.any_head())
+        if stage.exit is not None and plugin_of(stage.exit.rule).leaving(stage.exit.rule).whole:
+            masks.append(TRUE)
         flops = None if pairs is None else 2 * length * weights + 4 * of["head_dim"] * pairs
         held = 2 * kept * of["kv_heads"] * of["head_dim"] * DTYPES[dtype]
         named = " ".join(sublayer.name for sublayer in turn)
@@ -177,7 +179,7 @@ def _sees(masks: list[Expr], length: int) -> int | None:
 
 def _parameters(stack: Stack, width: int, projections: int, sizes: Mapping[str, int]) -> int:
     norms = {"pre": 1, "post": 1, "sandwich": 2}
-    total = sum(int(plugin_of(word).parameters(word, width)) for _, word in words(stack))
+    total = sum(int(plugin_of(word).parameters(word, width, *of)) for _, word, of in words(stack))
     total += 0 if stack.layers[-1].norm == "post" else 2 * width
     for stage, sublayer in stack.sublayers:
         total += norms[stage.norm] * 2 * width + _own(sublayer, width, projections, sizes)

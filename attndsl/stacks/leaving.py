@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from attndsl.stacks.layers import Mixer, Pair
 from attndsl.stacks.run import Decide, Run
 from attndsl.stacks.tree import Layers, Sublayer
-from attndsl.stage import Decision, Seen
+from attndsl.stage import Decision, Logits, Seen
 
 Keys = dict[int, tuple[int, Pair]]
 """Of the attentions of one turn, by their places in it: which weights they have, and keys and values of all
@@ -28,6 +28,7 @@ class Progress:
     halted:  bool [B, n], those that the last turn was the last of.
     turns:   int64 [B, n], how many each took.
     carry:   what their word carries.
+    onward:  whether those that have left are computed on.
     """
 
     y: Tensor
@@ -35,6 +36,7 @@ class Progress:
     halted: Tensor
     turns: Tensor
     carry: Mapping[str, Tensor] = field(default_factory=dict)
+    onward: bool = False
 
     @staticmethod
     def begun(x: Tensor) -> Progress:
@@ -48,8 +50,12 @@ class Progress:
         if decision.weight is None:
             y = torch.where(halted[..., None], x, self.y)
         else:
-            y = self.y + torch.where(self.running, decision.weight, 0)[..., None] * x
-        return Progress(y, self.running & ~halted, halted, self.turns + self.running, decision.carry)
+            y = self.y
+            if decision.kept is not None:
+                y = y * torch.where(self.running, decision.kept, 1)[..., None]
+            y = y + torch.where(self.running, decision.weight, 0)[..., None] * x
+        running, turns = self.running & ~halted, self.turns + self.running
+        return Progress(y, running, halted, turns, decision.carry, decision.onward)
 
 
 @dataclass(frozen=True)
@@ -89,31 +95,52 @@ def run(run: Run, i: int, stage: Layers, decide: Decide, x: Tensor) -> Progress:
     state of a token that has left."""
     found, keys = Progress.begun(x), Keys()
     for t, turn in enumerate(stage.turns):
-        if t and not bool(found.running.any()):
+        if stage.signal is not None:
+            keys = {}  # a token that has left has others in each turn
+        now = run.entered(i, t, x)
+        if t and not (found.onward and (stage.memory or run.sessions)) and not bool(found.running.any()):
+            keys = _kept(run, turn, keys, now, found) if run.sessions else {}
             for s, sublayer in enumerate(turn):
-                run.enter((i, t, s), sublayer, x)
+                run.passed((i, t, s), sublayer, now, keys[s][1] if s in keys else None)
+            found = replace(found, halted=torch.zeros_like(found.halted))
             continue
-        places = None if bool(found.running.all()) else Places.of(found.running)
-        keys = {} if places is None else _kept(run, turn, keys, x, found.halted)
-        before, x = x, _turn(run, stage, (i, t), keys, x, places)
-        seen = Seen(x, before, found.running, t, len(stage.turns), run.first, found.carry, run.module.logits)
+        places = None if found.onward or bool(found.running.all()) else Places.of(found.running)
+        keys = {} if places is None else _kept(run, turn, keys, now, found)
+        made = _turn(run, stage, (i, t), keys, now, places)
+        before, x = x, made if places is None else places.put(x, made)
+        logits = _of(places, run.module.logits)
+        seen = Seen(x, before, found.running, t, len(stage.turns), run.first, found.carry, logits)
         found = found.after(x, decide(seen), seen.last)
     return found
 
 
-def _kept(run: Run, turn: Sequence[Sublayer], before: Keys, x: Tensor, halted: Tensor) -> Keys:
-    """Those of the last states of tokens that have left, for a turn; `before` is of the turn before, in which
-    the tokens `halted` left. Where that had other weights they are made of all tokens."""
-    left, found = Places.of(halted), {}
+def _of(places: Places | None, logits: Logits) -> Logits:
+    """Logits of the tokens at `places`, or of all; of others they are 0."""
+    if places is None:
+        return logits
+
+    def found(x: Tensor) -> Tensor:
+        made = logits(places.taken(x))
+        return places.put(made.new_zeros(*x.shape[:2], made.shape[-1]), made)
+
+    return found
+
+
+def _kept(run: Run, turn: Sequence[Sublayer], before: Keys, x: Tensor, progress: Progress) -> Keys:
+    """Those of the last states of tokens that have left, as x has them; `before` is of the turn before, which
+    some of them left. Where that had other weights they are made of all that have left."""
+    just, left, found = Places.of(progress.halted), Places.of(~progress.running), Keys()
     for i, sublayer in enumerate(turn):
         residual = run.part(sublayer)
         if not isinstance(residual.inner, Mixer):
             continue
         weights, pair = before.get(i, (None, None))
         if pair is None or weights != sublayer.weights:
-            pair = residual.inner.keys(residual.before(x))
-        elif left.index.shape[1]:
-            pair = _put(left, pair, residual.inner.keys(residual.before(left.taken(x))))
+            k, v = residual.inner.keys(residual.before(left.taken(x)))
+            none = k.new_zeros(*x.shape[:2], *k.shape[2:]), v.new_zeros(*x.shape[:2], *v.shape[2:])
+            pair = _put(left, none, (k, v))
+        elif just.index.shape[1]:
+            pair = _put(just, pair, residual.inner.keys(residual.before(just.taken(x))))
         found[i] = sublayer.weights, pair
     return found
 
@@ -125,27 +152,26 @@ def _put(places: Places, pair: Pair, made: Pair) -> Pair:
 def _turn(
     run: Run, stage: Layers, at: tuple[int, int], keys: Keys, x: Tensor, places: Places | None
 ) -> Tensor:
-    """x with the states of the tokens at `places`, or of all, after the turn `at` of a stage."""
+    """States of the tokens at `places`, or of all, after the turn `at` of a stage that x enters."""
     state = x if places is None else places.taken(x)
     for s, sublayer in enumerate(stage.turns[at[1]]):
-        residual, near = run.part(sublayer), run.near((*at, s))
+        residual, place = run.part(sublayer), (*at, s)
         inner = residual.inner
         if not isinstance(inner, Mixer):
-            state = residual(state, near)
+            state = residual(state, run.near(place))
             continue
         if stage.memory:
-            run.enter((*at, s), sublayer, state if places is None else places.put(x, state))
+            run.enter(place, sublayer, state if places is None else places.put(x, state))
         normed = residual.before(state)
         made = inner.keys(normed)
         if places is not None:
             made = _put(places, keys[s][1], made)
         keys[s] = sublayer.weights, made
-        if places is None or inner.placed:
+        if places is None or inner.placed or run.sessions:
             queries = None if places is None else places.index
-            mixed = residual.mixed(inner.queries(normed), made, near, queries)
+            mixed = run.mixed(place, sublayer, inner.queries(normed), made, queries)
         else:
-            mixed = places.taken(
-                residual.mixed(inner.queries(residual.before(places.put(x, state))), made, near)
-            )
+            every = inner.queries(residual.before(places.put(x, state)))
+            mixed = places.taken(run.mixed(place, sublayer, every, made, None))
         state = residual.added(state, mixed)
-    return state if places is None else places.put(x, state)
+    return state

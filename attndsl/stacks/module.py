@@ -22,14 +22,17 @@ from attndsl.stacks.tree import FeedForward, Layers, Reversible, Stack, Sublayer
 from attndsl.stage import Decision, Seen
 
 INITS = ("gpt2", "torch")
+Depths = Tensor | Mapping[int, Tensor]
 
 
 class StackModule(nn.Module):
     """A stack that trains: `y, record = module(x, **tables)`.
 
     x, y: [B, n, width], n up to the `length` it was built for. `tables` are the run-time inputs of its
-    attentions, by name. `state` is what a call on the tokens before these left, `record.state`.
-    Raises AttnError for an x or a state that does not fit, and a table that no attention has.
+    attentions, by name. `state` is what a call on the tokens before these left, `record.state`. `depths`,
+    int64 [B, n], say after how many layers of the stage with an exit each token leaves, in training too; of
+    several such stages they are given by number, `depths={1: ...}`.
+    Raises AttnError for x, a state or depths that do not fit, and a table that no attention has.
     """
 
     def __init__(
@@ -46,14 +49,17 @@ class StackModule(nn.Module):
         self.parts = nn.ModuleDict(parts)
         self.last = last
         self.readout = readout
-        learned = {key: plugin_of(word).learned(word, width) for key, word in words(stack)}
+        learned = {key: plugin_of(word).learned(word, width, *of) for key, word, of in words(stack)}
         self.words = nn.ModuleDict({_dotless(key): one for key, one in learned.items() if one is not None})
 
-    def forward(self, x: Tensor, *, state: State | None = None, **tables: Any) -> tuple[Tensor, Record]:
-        """What it makes of `x` [B, n, width], behind the tokens of `state`, with `tables` by name, and what
-        the run tells."""
+    def forward(
+        self, x: Tensor, *, state: State | None = None, depths: Depths | None = None, **tables: Any
+    ) -> tuple[Tensor, Record]:
+        """What it makes of `x` [B, n, width], behind the tokens of `state`, with `tables` by name, tokens
+        leaving at `depths`, and what the run tells."""
         self._check(x, state, tables)
-        run = Run(self, tables, x.shape[1], state.seen if state else 0, state.held if state else {})
+        first, before = (state.seen, state.held) if state else (0, {})
+        run = Run(self, tables, x.shape[1], first, before, depths=depths_of(self.stack, depths, x))
         number = 0
         for each in self.stack.stages:
             if isinstance(each, Reversible):
@@ -74,6 +80,7 @@ class StackModule(nn.Module):
         if of.exit is not None:
             return self._exits(run, i, of, x)
         for t, turn in enumerate(of.turns):
+            x = run.entered(i, t, x)
             for s, sublayer in enumerate(turn):
                 run.enter((i, t, s), sublayer, x)
                 x = self.part(sublayer)(x, run.near((i, t, s)))
@@ -90,6 +97,7 @@ class StackModule(nn.Module):
             return decision
 
         found = leaving.run(run, i, of, decided, x)
+        states += states[-1:] * (len(of.turns) - len(states))  # where all have left none changes
         each = tuple(states) if self.training else ()
         run.exits[len(run.exits)] = Exits(each, tuple(sure), found.turns)
         return found.y
@@ -151,6 +159,31 @@ class StackModule(nn.Module):
         return f"{self.stack!r}, width={self.width}, length={self.length}"
 
 
+def depths_of(stack: Stack, given: Depths | None, x: Tensor) -> dict[int, Tensor]:
+    """By the number of their stage among those with an exit. Raises AttnError for those that do not fit a
+    call of x [B, n, width]."""
+    turns = [len(stage.turns) for stage in stack.layers if stage.exit is not None]
+    if given is None:
+        return {}
+    if not turns:
+        raise fail(f"`depths` are of stages with an exit, and `{stack.name}` has none")
+    if not isinstance(given, Mapping):
+        if len(turns) > 1:
+            raise fail(
+                f"{len(turns)} stages have an exit", help="give `depths` by number: `{0: ..., 1: ...}`"
+            )
+        given = {0: given}
+    for number, each in given.items():
+        if number not in range(len(turns)):
+            raise fail(f"no stage with an exit has the number {number}", help=f"there are {len(turns)}")
+        shape = (each.dtype, [*each.shape]) if isinstance(each, Tensor) else (type(each).__name__, "")
+        if shape != (torch.int64, [*x.shape[:2]]):
+            raise fail(f"`depths` are torch.int64 {[*x.shape[:2]]}, not {shape[0]} {shape[1]}".rstrip())
+        if each.numel() and not 1 <= int(each.min()) <= int(each.max()) <= turns[number]:
+            raise fail(f"`depths` are from 1 to {turns[number]}, not {int(each.min())} .. {int(each.max())}")
+    return {number: each.to(x.device) for number, each in given.items()}
+
+
 def _dotless(key: str) -> str:
     return key.replace(".", "_")  # a name of a module has no dot
 
@@ -206,8 +239,8 @@ def build(
         raise fail("`norm` makes a norm of so many numbers", help=help)
     if init not in INITS:
         raise fail(f"unknown init `{init}`", help=f"there are {', '.join(INITS)}")
-    for _, word in words(stack):
-        if getattr(plugin_of(word), "needs_logits", False) and readout is None:
+    for word in (stage.exit.rule for stage in stack.layers if stage.exit is not None):
+        if plugin_of(word).leaving(word).logits and readout is None:
             raise fail(f"`{word.name}` reads logits", word.written, "give `readout=` to `build`")
     behind: dict[Attention, int] = {}
     for memory, what in attentions(stack):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Literal, cast, get_args
@@ -16,7 +17,7 @@ from attndsl.language.elaborate import Elaborator
 from attndsl.language.values import TOKENS, Num, Scope, Value, attention_named
 from attndsl.stacks.tree import Exit, FeedForward, Layers, Norm, Reversible, Sublayer, layers_of
 from attndsl.stage import Argument, Role, Stage, Word
-from attndsl.stage import Exit as Leaving
+from attndsl.stage import Exit as Plugin
 from attndsl.syntax import nodes as ast
 
 LAYER_LIMIT = 1024
@@ -37,7 +38,13 @@ USAGE = {
 HALTS = "loop({}, max = N) {{ ... }}"
 STAGES = ("layers", "loop", "reversible", "memory")
 """What stands in the braces of a stack."""
-EXIT = ("threshold", "decay", "batch")
+EXIT = ("threshold", "decay", "form", "batch", "states")
+CHOICES = {
+    "form": (("paper", "code"), "`code` has the threshold of the authors' code"),
+    "batch": (("each", "min"), "with `min` rows leave together"),
+    "states": (("copy",), "layers above read of a token that has left the state that it left in"),
+}
+"""Words that some arguments of an exit are, and what is told beside them."""
 YOURS = "a stack has neither embedding nor readout: they stand around the module, and are yours"
 CLAUSE = "a layer names attentions: write `attention NAME { mask ... }` before the stack, and `NAME` here"
 NORMS = "norms are there already: `layers(N, norm = pre)` says where they stand"
@@ -95,7 +102,7 @@ def stage(reading: Reading, e: ast.Stage) -> tuple[Layers | Reversible, ...]:
 
 def layers(reading: Reading, e: ast.Stage) -> Layers:
     word = e.name.id
-    optional = ("max", "norm") if word == "loop" else ("norm",)
+    optional = ("max", "norm", "signal") if word == "loop" else ("norm",)
     given = bind_arguments_of(word, ("N",), optional, call(e), USAGE[word])
     halts = halting(reading, given["N"], "max" in given) if word == "loop" else None
     counted = given["N"] if halts is None else given.get("max")
@@ -109,6 +116,11 @@ def layers(reading: Reading, e: ast.Stage) -> Layers:
         raise fail(
             "tokens that halt cannot be undone", given["N"].span, "inside `reversible` all run as long"
         )
+    if "signal" in given:
+        chosen(given["signal"], ("sinusoid",), "it is added before each turn: of its number and of positions")
+        if reading.reversible:
+            help = "write `loop(N)`; scores may say where tokens stand"
+            raise fail("`signal` is added to a stream, and here are two", given["signal"].span, help)
     turns = reading.elaborator.constant(counted, reading.env, TOKENS, "the number of layers")
     if not 1 <= turns <= LAYER_LIMIT:
         raise fail(f"{turns} {TURN[word]}s", counted.span, f"from 1 to {LAYER_LIMIT:,}")
@@ -126,7 +138,7 @@ def layers(reading: Reading, e: ast.Stage) -> Layers:
         made.append(tuple(sub for part in body for sub in sublayers(inner, part, layer, False)))
     found = Layers(
         cast("Literal['layers', 'loop']", word), tuple(made), norm(given.get("norm")), halts, exits,
-        reading.memory,
+        reading.memory, "sinusoid" if "signal" in given else None,
     )  # fmt: skip
     for sub in (sub for turn in made for sub in turn):
         if reading.memory and isinstance(sub.what, Attention) and sub.what.streams:
@@ -182,21 +194,44 @@ def leaving(reading: Reading, e: ast.Stage) -> Exit:
         raise fail("tokens that leave cannot be undone", e.span, "inside `reversible` there is no exit")
     given = bind_arguments_of("exit", ("rule",), EXIT, call(e), USAGE["exit"])
     rule = registered(reading, given["rule"], "exit")
-    plugin = cast("Leaving", of_role("exit")[rule.name])
-    if plugin.needs_threshold and "threshold" not in given:
+    leaves = cast("Plugin", of_role("exit")[rule.name]).leaving(rule)
+    if leaves.threshold == "yes" and "threshold" not in given:
         raise fail(f"`{rule.name}` has no threshold", e.span, f"write `exit({rule.name}, threshold = 0.9)`")
-    numbers: dict[str, float | None] = {"threshold": None, "decay": None}
-    for name, value in ((name, given[name]) for name in numbers if name in given):
-        number = ir.number(reading.elaborator.num(value, reading.env, TOKENS))
-        if number is None or number < 0 or (name == "threshold" and number > 1):
-            size = "from 0 to 1" if name == "threshold" else "of 0 or more"
-            raise fail(f"the {name} is a number {size}", value.span)
-        numbers[name] = float(number)
-    batch = given.get("batch")
-    if batch is not None and not (isinstance(batch, ast.Name) and batch.id in ("each", "min")):
-        raise fail("expected `each` or `min`", batch.span, "with `min` rows leave together")
-    coupled: Literal["each", "min"] = "min" if isinstance(batch, ast.Name) and batch.id == "min" else "each"
-    return Exit(rule, numbers["threshold"], numbers["decay"], coupled)
+    if leaves.threshold == "no" and "threshold" in given:
+        raise fail(f"`{rule.name}` takes no threshold", given["threshold"].span, "it chooses the likeliest")
+    threshold = number(reading, given.get("threshold"), "threshold", leaves.between)
+    decay = number(reading, given.get("decay"), "decay", (0, math.inf))
+    if decay is not None and threshold is None:
+        raise fail("what decays is a threshold, and there is none", given["decay"].span)
+    if decay is not None and not leaves.falls:
+        said = f"below a threshold of `{rule.name}` tokens leave: one that falls keeps later ones longer"
+        raise fail(said, given["decay"].span, "leave out `decay`")
+    if "form" in given and decay is None:
+        raise fail("`form` is of a threshold that decays", given["form"].span, "write `decay = 4`")
+    words = {name: chosen(given[name], *CHOICES[name]) for name in CHOICES if name in given}
+    form = cast("Literal['paper', 'code']", words.get("form", "paper"))
+    batch = cast("Literal['each', 'min']", words.get("batch", "each"))
+    return Exit(rule, threshold, decay, form, batch)
+
+
+def number(
+    reading: Reading, e: ast.Expression | None, name: str, between: tuple[float, float]
+) -> float | None:
+    """What an exit is given by name."""
+    if e is None:
+        return None
+    found, (low, high) = ir.number(reading.elaborator.num(e, reading.env, TOKENS)), between
+    if found is None or not low <= found <= high:
+        size = f"of {low:g} or more" if high == math.inf else f"from {low:g} to {high:g}"
+        raise fail(f"the {name} is a number {size}", e.span)
+    return float(found)
+
+
+def chosen(e: ast.Expression, words: Sequence[str], help: str) -> str:
+    """One of these words."""
+    if isinstance(e, ast.Name) and e.id in words:
+        return e.id
+    raise fail("expected " + " or ".join(f"`{word}`" for word in words), e.span, help)
 
 
 def of_role(role: Role) -> Mapping[str, Stage]:
@@ -395,6 +430,14 @@ def is_attention(item: ast.Definition | ast.AttentionDef) -> bool:
 
 
 def masks(stages: tuple[Layers | Reversible, ...]) -> tuple[ir.Expr, ...]:
-    """What some head of each attention relates, from the input on."""
-    every = (sub.what for stage in layers_of(stages) for turn in stage.turns for sub in turn)
-    return tuple(what.any_head() for what in every if isinstance(what, Attention))
+    """What some head of each attention relates, from the input on; all pairs where an exit reads them."""
+    found = list[ir.Expr]()
+    for stage in layers_of(stages):
+        for turn in stage.turns:
+            found += [sub.what.any_head() for sub in turn if isinstance(sub.what, Attention)]
+        if (
+            stage.exit
+            and cast("Plugin", of_role("exit")[stage.exit.rule.name]).leaving(stage.exit.rule).whole
+        ):
+            found.append(ir.TRUE)
+    return tuple(found)

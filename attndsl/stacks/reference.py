@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, cast
 
 import torch
@@ -10,17 +11,24 @@ from torch.nn.functional import gelu, linear
 
 from attndsl.execution.plan import compile
 from attndsl.stacks.layers import FFN, Mixer, Near, Residual
-from attndsl.stacks.module import StackModule
+from attndsl.stacks.module import Depths, StackModule, depths_of
 from attndsl.stacks.run import Place, Run, State
 from attndsl.stacks.tree import Layers, Reversible, Sublayer
 from attndsl.stage import Seen
 
 
-def reference(module: StackModule, x: Tensor, state: State | None = None, **tables: Any) -> Tensor:
-    """What `module` makes of x [B, n, width] behind the tokens of `state`, in float64; `tables` as it takes
-    them. Exits are taken as it takes them: not in training."""
+def reference(
+    module: StackModule,
+    x: Tensor,
+    state: State | None = None,
+    depths: Depths | None = None,
+    **tables: Any,
+) -> Tensor:
+    """What `module` makes of x [B, n, width] behind the tokens of `state`, in float64; `tables` and `depths`
+    as it takes them. Exits are taken as it takes them: in training only where `depths` say so."""
     x = x.double()
-    run = Run(module, tables, x.shape[1], state.seen if state else 0, state.held if state else {})
+    first, before = (state.seen, state.held) if state else (0, {})
+    run = Run(module, tables, x.shape[1], first, before, depths=depths_of(module.stack, depths, x))
     number = 0
     for each in module.stack.stages:
         if isinstance(each, Reversible):
@@ -34,9 +42,28 @@ def reference(module: StackModule, x: Tensor, state: State | None = None, **tabl
 
 def _layers(run: Run, i: int, of: Layers, x: Tensor) -> Tensor:
     for t, turn in enumerate(of.turns):
+        x = _entering(run, of, t, x)
         for s, sublayer in enumerate(turn):
             x = _sublayer(run, of, (i, t, s), sublayer, x)
     return x
+
+
+def _entering(run: Run, of: Layers, turn: int, x: Tensor) -> Tensor:
+    """With the signal of a loop: a sine and a cosine of each frequency, of position and turn from 1 on."""
+    if of.signal is None:
+        return x
+    width = x.shape[2]
+    added = [
+        [
+            sum(
+                (math.cos if j % 2 else math.sin)(at / 10_000 ** ((j - j % 2) / width))
+                for at in (i, turn + 1)
+            )
+            for j in range(width)
+        ]
+        for i in range(run.first + 1, run.first + run.count + 1)
+    ]
+    return x + torch.tensor(added, dtype=x.dtype).reshape(run.count, width)
 
 
 def _reversible(run: Run, i: int, of: Reversible, x: Tensor) -> Tensor:
@@ -62,22 +89,27 @@ def _sublayer(run: Run, stage: Layers, place: Place, of: Sublayer, x: Tensor) ->
 
 
 def _leaving(run: Run, i: int, of: Layers, x: Tensor) -> Tensor:
-    """Every token is computed in every turn; one that has left keeps its state."""
+    """Every token is computed in every turn; one that has left keeps its state, or its output alone where
+    its word computes on."""
     running = torch.ones(x.shape[:2], dtype=torch.bool)
-    y, carry = torch.zeros_like(x), dict[str, Tensor]()
+    y, carry, onward = torch.zeros_like(x), dict[str, Tensor](), False
     decide = run.halting(i, of.halting) if of.halting else run.exit(i, of)
     for t, turn in enumerate(of.turns):
-        before = x
+        moves = running | onward
+        before, now = x, _entering(run, of, t, x)
+        state = now
         for s, sublayer in enumerate(turn):
-            x = torch.where(running[..., None], _sublayer(run, of, (i, t, s), sublayer, x), x)
+            state = torch.where(moves[..., None], _sublayer(run, of, (i, t, s), sublayer, state), now)
+        x = torch.where(moves[..., None], state, x)
         seen = Seen(x, before, running, t, len(of.turns), run.first, carry, run.module.logits)
         decision = decide(seen)
         halts = running & (decision.halts | seen.last)
         if decision.weight is None:
             y = torch.where(halts[..., None], x, y)
         else:
-            y = y + torch.where(running, decision.weight, 0)[..., None] * x
-        carry, running = dict(decision.carry), running & ~halts
+            kept = 1 if decision.kept is None else torch.where(running, decision.kept, 1)[..., None]
+            y = kept * y + torch.where(running, decision.weight, 0)[..., None] * x
+        carry, running, onward = dict(decision.carry), running & ~halts, decision.onward
     return y
 
 

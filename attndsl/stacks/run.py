@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from attndsl.stacks.layers import Mixer, Near, Residual
-from attndsl.stacks.sizes import plugin_of
-from attndsl.stacks.tree import Layers, Stack, Sublayer
+from attndsl.execution.session import Session
+from attndsl.stacks.layers import Mixer, Near, Pair, Residual
+from attndsl.stacks.signal import sinusoids
+from attndsl.stacks.sizes import exit_key, plugin_of
+from attndsl.stacks.tree import Exit, Layers, Stack, Sublayer
 from attndsl.stage import Decision, Held, Seen, Word
 
 if TYPE_CHECKING:
@@ -21,8 +23,6 @@ Place = tuple[int, int, int]
 """Of a sublayer: which stage, which turn of it, and where in that."""
 
 Decide = Callable[[Seen], Decision]
-HALF = 0.5
-"""As sure as a chance to leave has to be where a text names no threshold."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,9 @@ class State:
 class Exits:
     """What a stage with an exit tells.
 
-    states: where all layers ran, as they do in training: of each layer, [B, n, width].
-    sure:   of each layer, how sure it was, [B, n].
+    states: in training, where tokens leave only at depths that are given: after each layer, [B, n, width].
+    sure:   after each layer what its exit goes by, [B, n], as far as tokens ran; of `geometric` and
+            `multinomial` the chance to leave of a token that has not.
     turns:  how many layers each token took, [B, n].
     """
 
@@ -73,18 +74,25 @@ class Record:
 
 @dataclass(eq=False)
 class Run:
-    """Of `module`, on `count` tokens of each row with `tables`, the first of which stands at `first`;
-    `before` is what memories hold of those before."""
+    """Of `module`, on `count` tokens of each row with `tables`, the first of which stands at `first`.
+
+    before:   what memories hold of those before.
+    sessions: of each attention, what holds keys and values of those before; empty where a run has no such.
+    depths:   of stages with an exit, by their number among those: after how many layers tokens leave.
+    """
 
     module: StackModule
     tables: Mapping[str, Any]
     count: int
     first: int = 0
     before: Mapping[Place, tuple[Held | None, ...]] = field(default_factory=dict)
+    sessions: Mapping[Place, Session] = field(default_factory=dict)
+    depths: Mapping[int, Tensor] = field(default_factory=dict)
     losses: dict[str, Tensor] = field(default_factory=dict)
     turns: dict[int, Tensor] = field(default_factory=dict)
     exits: dict[int, Exits] = field(default_factory=dict)
     held: dict[Place, tuple[Held | None, ...]] = field(default_factory=dict)
+    signals: dict[str, Tensor] = field(default_factory=dict)
 
     def part(self, sublayer: Sublayer) -> Residual:
         return self.module.part(sublayer)
@@ -93,6 +101,46 @@ class Run:
         """What the sublayer at a place has beside its input."""
         held = tuple(one for one in reversed(self.before.get(place, ())) if one is not None and len(one.at))
         return Near(self.tables, self.first, held)
+
+    def entered(self, i: int, turn: int, x: Tensor) -> Tensor:
+        """What states x [B, n, width] are as they enter a turn of the i-th stage: with its signal."""
+        if self.module.stack.layers[i].signal is None:
+            return x
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        at = torch.arange(self.first + 1, self.first + 1 + self.count, device=x.device, dtype=dtype)
+        key = f"{i}"
+        if key not in self.signals:
+            self.signals[key] = sinusoids(at, x.shape[2])
+        now = sinusoids(at.new_full((1,), turn + 1), x.shape[2])
+        return x + (self.signals[key] + now).to(x.dtype)
+
+    def mixed(self, place: Place, sublayer: Sublayer, q: Tensor, keys: Pair, at: Tensor | None) -> Tensor:
+        """What an attention makes of queries at `at` [B, m], or of all tokens, among keys of all tokens."""
+        residual = self.part(sublayer)
+        if place not in self.sessions:
+            return residual.mixed(q, keys, self.near(place), at)
+        inner = cast(Mixer, residual.inner)
+        if at is not None:  # a session takes the queries of all tokens
+            index = at[..., None, None].expand_as(q)
+            q = q.new_zeros(*keys[0].shape[:2], *q.shape[2:]).scatter(1, index, q)
+        heads = (made.transpose(1, 2) for made in (q, *keys))
+        out = self.sessions[place].prefill(*heads, **inner.given(self.tables)).transpose(1, 2)
+        if at is not None:
+            out = out.gather(1, at[..., None, None].expand(-1, -1, *out.shape[2:]))
+        return cast(Tensor, residual.behind(inner.o(out.flatten(2))))
+
+    def passed(self, place: Place, sublayer: Sublayer, x: Tensor, keys: Pair | None) -> None:
+        """An attention is passed by: all tokens have left, in the states x, and those to come read `keys`."""
+        self.enter(place, sublayer, x)
+        if keys is None or place not in self.sessions:
+            return
+        session, (k, v) = self.sessions[place], (made.transpose(1, 2) for made in keys)
+        if type(session) is Session:
+            session.add(k, v)
+            return
+        inner = cast(Mixer, self.part(sublayer).inner)
+        q = k.new_zeros(k.shape[0], inner.heads, *k.shape[2:])
+        session.prefill(q, k, v, **inner.given(self.tables))
 
     def enter(self, place: Place, sublayer: Sublayer, x: Tensor) -> None:
         """x [B, n, width] enters an attention, which may remember it."""
@@ -119,30 +167,39 @@ class Run:
         return lambda seen: cast(Decision, plugin.decide(word, learned, seen))
 
     def exit(self, i: int, of: Layers) -> Decide:
-        """Which tokens leave the i-th stage after each turn. In training all layers run."""
-        assert of.exit is not None
-        word, plugin = of.exit.rule, plugin_of(of.exit.rule)
+        """Which tokens leave the i-th stage after each turn: of their own accord, or at depths that are
+        given; in training they leave at those alone."""
+        exit = of.exit
+        assert exit is not None
+        word, plugin = exit.rule, plugin_of(exit.rule)
+        number = sum(before.exit is not None for before in self.module.stack.layers[:i])
+        depths = self.depths.get(number)
 
         def decide(seen: Seen) -> Decision:
-            learned = self.module.word(f"{i}.{seen.turn}" if of.word == "layers" else f"{i}")
-            sure, carry = plugin.confidence(word, learned, seen)
-            leaves = self._leaves(of, sure, seen) & (not self.module.training)
-            return Decision(leaves, None, carry, sure)
+            learned = self.module.word(exit_key(i, of, seen.turn))
+            made: Decision = plugin.decide(word, learned, seen, self._threshold(exit, seen.x))
+            halts = made.halts
+            if depths is not None:
+                halts = depths <= seen.turn + 1
+            elif self.module.training:
+                halts = torch.zeros_like(seen.running)
+            elif exit.batch == "min":
+                halts = (halts | ~seen.running).all(0, keepdim=True).expand_as(halts)
+            return Decision(halts, None, made.carry, made.sure)
 
         return decide
 
-    def _leaves(self, of: Layers, sure: Tensor, seen: Seen) -> Tensor:
-        """Which tokens are sure enough, bool [B, n]. With a decay the threshold is 0.9 of itself and 0.1 of
-        what falls from 1, exp(-decay t / length) (Schuster et al. 2022, section 5.1)."""
-        assert of.exit is not None
-        if of.exit.batch == "min":
-            sure = torch.where(seen.running, sure, torch.inf).amin(0, keepdim=True).expand_as(sure)
-        least = HALF if of.exit.threshold is None else of.exit.threshold
-        if of.exit.decay is None:
-            return sure >= least
-        at = torch.arange(self.first, self.first + self.count, device=sure.device)
-        falling = torch.exp(-of.exit.decay * at / self.module.length)
-        return sure >= (0.9 * least + 0.1 * falling).clamp(0, 1)
+    def _threshold(self, exit: Exit, x: Tensor) -> Tensor | None:
+        """Of each token [n]; N of one that decays is the length that the module was built for."""
+        if exit.threshold is None:
+            return None
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        at = torch.arange(self.first, self.first + self.count, device=x.device, dtype=dtype)
+        if exit.decay is None:
+            return torch.full_like(at, exit.threshold)
+        falling = 0.1 * torch.exp(-exit.decay * at / self.module.length)
+        least = exit.threshold * falling if exit.form == "code" else falling
+        return (0.9 * exit.threshold + least).clamp(0, 1)
 
     def record(self) -> Record:
         stack = self.module.stack

@@ -9,7 +9,7 @@ from attndsl.attention import Attention
 from attndsl.errors import fail
 from attndsl.execution import registry
 from attndsl.keywords import instead
-from attndsl.stacks.tree import Stack
+from attndsl.stacks.tree import Layers, Stack
 from attndsl.stage import Word
 from attndsl.tiles import lowering
 
@@ -53,18 +53,29 @@ def remembered(memory: tuple[Word, ...]) -> int:
     return total
 
 
-def words(stack: Stack) -> Iterator[tuple[str, Word]]:
-    """The words of a stack, once for each set of what they learn, by its key: `stage` or `stage.turn` of
-    those by which tokens leave, `m.weights.number` of memories."""
+def exit_key(i: int, stage: Layers, turn: int) -> str:
+    """Of what the exit of the i-th stage learns for a turn, in `words`: `stage.turn`, or `stage` where turns
+    have the same."""
+    assert stage.exit is not None
+    rule = stage.exit.rule
+    apart = stage.word == "layers" and not plugin_of(rule).leaving(rule).once
+    return f"{i}.{turn}" if apart else f"{i}"
+
+
+def words(stack: Stack) -> Iterator[tuple[str, Word, tuple[int, ...]]]:
+    """The words of a stack, once for each set of what they learn: by its key, which is `stage` of a halting,
+    that of `exit_key` of an exit and `m.weights.number` of a memory, and with what its plugin is asked for
+    beside a width."""
     for i, stage in enumerate(stack.layers):
         if stage.halting is not None:
-            yield f"{i}", stage.halting
+            yield f"{i}", stage.halting, ()
         if stage.exit is not None:
-            turns = [f"{i}.{t}" for t in range(len(stage.turns))] if stage.word == "layers" else [f"{i}"]
-            yield from ((key, stage.exit.rule) for key in turns)
+            turns = range(len(stage.turns))
+            keys = dict.fromkeys(exit_key(i, stage, turn) for turn in turns)
+            yield from ((key, stage.exit.rule, (len(turns) // len(keys),)) for key in keys)
     for stage, sublayer in stack.sublayers:
         if isinstance(sublayer.what, Attention):
-            yield from ((f"m.{sublayer.weights}.{i}", word) for i, word in enumerate(stage.memory))
+            yield from ((f"m.{sublayer.weights}.{i}", word, ()) for i, word in enumerate(stage.memory))
 
 
 def check_tables(stack: Stack, given: Collection[str]) -> None:

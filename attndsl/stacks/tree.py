@@ -45,13 +45,16 @@ class Exit:
     """Tokens leave after the turn in which `rule` is as sure as the threshold.
 
     threshold: None where the rule says itself where tokens leave.
-    decay:     the threshold falls from position to position by this (Schuster et al. 2022, section 5.1).
+    decay:     the threshold falls from position to position by this.
+    form:      how it falls, at position t of N: to 0.9 of itself and 0.1 exp(-decay t / N) (Schuster et al.
+               2022, section 5.1), or in their code and 0.1 of itself times that.
     batch:     whether rows leave each on its own, or together with the least sure.
     """
 
     rule: Word
     threshold: float | None = None
     decay: float | None = None
+    form: Literal["paper", "code"] = "paper"
     batch: Literal["each", "min"] = "each"
 
 
@@ -64,6 +67,8 @@ class Layers:
     halting: how tokens leave a loop before its last turn, and become a sum of their states.
     exit: how they leave in the state that they have.
     memory: what its attentions remember of segments before, the nearest first.
+    signal: what is added to the states of all tokens before each turn of a loop: of position and turn, each
+            counted from 1, the sinusoids (Dehghani et al. 2019, section 2.1).
     """
 
     word: Literal["layers", "loop"]
@@ -72,6 +77,7 @@ class Layers:
     halting: Word | None = None
     exit: Exit | None = None
     memory: tuple[Word, ...] = ()
+    signal: Literal["sinusoid"] | None = None
 
     @property
     def leaves(self) -> bool:

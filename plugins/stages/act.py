@@ -17,12 +17,20 @@ class Act:
     its states weighted by them, the last by what remains, so that weights sum up to 1 (Graves 2016, section
     2.1; of each token: Dehghani et al. 2019, section 2.2).
 
-    eps  what may be left of the sum
+    eps     what may be left of the sum
+    basic   as `basic` of tensor2tensor: with a weight w the output y becomes w x + (1 - w) y, so that
+            weights are those of no sum: of chances .3, .3 and .5 they are .126, .18 and .4
+    onward  as in tensor2tensor: tokens that have left are computed on, and others attend to that; as
+            published they stay what they were
+    rest    whether a token that the last turn ends has what remains for its weight; not in tensor2tensor,
+            where weights then sum up to less than 1
     """
 
     role: Literal["halting"] = "halting"
 
-    def signature(self, eps: float = 0.01) -> None: ...
+    def signature(
+        self, eps: float = 0.01, basic: bool = False, onward: bool = False, rest: bool = True
+    ) -> None: ...
 
     def check(self, word: Word) -> None:
         if not 0 < word["eps"] < 1:
@@ -47,9 +55,14 @@ class Act:
         left = seen.carry.get("left")
         left = seen.x.new_ones(seen.x.shape[:2]) if left is None else left
         now = torch.where(seen.running, learned(seen.x)[..., 0].sigmoid(), 0)
-        halts = (left - now <= word["eps"]) | seen.last
+        full = left - now <= word["eps"]
+        halts = full | seen.last
+        weight = torch.where(halts if word["rest"] else full, left, now)
         goes = seen.running & ~halts
-        return Decision(halts, torch.where(halts, left, now), {"left": torch.where(goes, left - now, left)})
+        unpaid = seen.running & halts & ~full & (not word["rest"])
+        after = torch.where(goes, left - now, left.masked_fill(unpaid, 0))
+        kept = 1 - weight if word["basic"] else None
+        return Decision(halts, weight, {"left": after}, kept=kept, onward=word["onward"])
 
     def losses(self, word: Word, turns: Tensor, carry: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """`ponder`, the mean of the turns that a token takes and of what remained for the last of them."""

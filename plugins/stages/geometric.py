@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
-from attndsl.stage import Seen, Word
+from attndsl.stage import Decision, Leaving, Seen, Word
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+HALF = 0.5
+"""Where a text names no threshold."""
 
 
 class Geometric:
@@ -16,23 +18,25 @@ class Geometric:
     for each layer (Elbayad et al. 2020, section 3.2). Without a threshold tokens leave where it is a half."""
 
     role: Literal["exit"] = "exit"
-    needs_logits = False
-    needs_threshold = False
 
     def signature(self) -> None: ...
 
     def check(self, word: Word) -> None: ...
 
-    def parameters(self, word: Word, width: int) -> int:
+    def leaving(self, word: Word) -> Leaving:
+        return Leaving(threshold="maybe")
+
+    def parameters(self, word: Word, width: int, turns: int = 1) -> int:
         return width + 1
 
-    def learned(self, word: Word, width: int) -> nn.Module:
+    def learned(self, word: Word, width: int, turns: int = 1) -> nn.Module:
         from torch import nn
 
         return nn.Linear(width, 1)
 
-    def confidence(self, word: Word, learned: Any, seen: Seen) -> tuple[Tensor, Mapping[str, Tensor]]:
-        return cast("Tensor", learned(seen.x)[..., 0].sigmoid()), {}
+    def decide(self, word: Word, learned: Any, seen: Seen, threshold: Tensor | None) -> Decision:
+        chance = learned(seen.x)[..., 0].sigmoid()
+        return Decision(chance >= (HALF if threshold is None else threshold), sure=chance)
 
 
 stage = Geometric()

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
-from attndsl.stage import Seen, Word
+from attndsl.stage import Decision, Leaving, Seen, Word
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -16,23 +15,25 @@ class Margin:
     2022, section 3.5)."""
 
     role: Literal["exit"] = "exit"
-    needs_logits = True
-    needs_threshold = True
 
     def signature(self) -> None: ...
 
     def check(self, word: Word) -> None: ...
 
-    def parameters(self, word: Word, width: int) -> int:
+    def leaving(self, word: Word) -> Leaving:
+        return Leaving(logits=True)
+
+    def parameters(self, word: Word, width: int, turns: int = 1) -> int:
         return 0
 
-    def learned(self, word: Word, width: int) -> nn.Module | None:
+    def learned(self, word: Word, width: int, turns: int = 1) -> nn.Module | None:
         return None
 
-    def confidence(self, word: Word, learned: None, seen: Seen) -> tuple[Tensor, Mapping[str, Tensor]]:
+    def decide(self, word: Word, learned: None, seen: Seen, threshold: Tensor | None) -> Decision:
         assert seen.logits is not None
+        assert threshold is not None
         first, second = seen.logits(seen.x).softmax(-1).topk(2).values.unbind(-1)
-        return first - second, {}
+        return Decision(first - second >= threshold, sure=first - second)
 
 
 stage = Margin()
