@@ -35,7 +35,7 @@ def aligned(
     states: Sequence[Tensor], logits: Logits, targets: Tensor, weights: Sequence[float] | None = None
 ) -> Tensor:
     """The mean over layers of the cross-entropy of each, as if all tokens left there (Elbayad et al. 2020,
-    section 3.1; of CALM, whose weights rise with the layer, Schuster et al. 2022, section 3.3).
+    section 2.2; of CALM, whose weights rise with the layer, Schuster et al. 2022, section 3.3).
 
     states   N of [B, n, width]
     logits   of states, [B, n, V]: `module.logits`
@@ -66,7 +66,7 @@ def mixed(
     **tables: Any,
 ) -> Tensor:
     """The mean over `paths` of the cross-entropy where each token leaves at a depth that is drawn, and others
-    read of it what it left (Elbayad et al. 2020, section 3.1).
+    read of it what it left (Elbayad et al. 2020, section 2.2).
 
     module     one with a stage that has an exit, and a readout
     x          [B, n, width]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from attndsl.stacks.layers import Mixer, Pair
+from attndsl.stacks.places import Flat, Places
 from attndsl.stacks.run import Decide, Run
 from attndsl.stacks.tree import Layers, Sublayer
 from attndsl.stage import Decision, Logits, Seen
@@ -58,38 +59,6 @@ class Progress:
         return Progress(y, running, halted, turns, decision.carry, decision.onward)
 
 
-@dataclass(frozen=True)
-class Places:
-    """Tokens [B, m] of each batch row; beyond those that are `real` stand others, to fill the row. None where
-    all are."""
-
-    index: Tensor
-    real: Tensor | None
-
-    @staticmethod
-    def of(chosen: Tensor) -> Places:
-        """Of chosen [B, n], in their order."""
-        counts = chosen.sum(1)
-        most = int(counts.max())
-        index = chosen.logical_not().to(torch.uint8).argsort(stable=True, dim=1)[:, :most]
-        real = torch.arange(most, device=chosen.device) < counts[:, None]
-        return Places(index, None if bool(real.all()) else real)
-
-    def taken(self, x: Tensor) -> Tensor:
-        """Of x [B, n, ...] the tokens, [B, m, ...]."""
-        return x.gather(1, self._wide(self.index, x).expand(-1, -1, *x.shape[2:]))
-
-    def put(self, x: Tensor, new: Tensor) -> Tensor:
-        """x with `new` [B, m, ...] for them."""
-        if self.real is not None:
-            new = torch.where(self._wide(self.real, x), new, self.taken(x))
-        return x.scatter(1, self._wide(self.index, x).expand_as(new), new)
-
-    @staticmethod
-    def _wide(index: Tensor, x: Tensor) -> Tensor:
-        return index.reshape(*index.shape, *(1 for _ in x.shape[2:]))
-
-
 def run(run: Run, i: int, stage: Layers, decide: Decide, x: Tensor) -> Progress:
     """What the turns of a stage, the i-th, make of x [B, n, width]. Later turns of others attend to the last
     state of a token that has left."""
@@ -104,7 +73,9 @@ def run(run: Run, i: int, stage: Layers, decide: Decide, x: Tensor) -> Progress:
                 run.passed((i, t, s), sublayer, now, keys[s][1] if s in keys else None)
             found = replace(found, halted=torch.zeros_like(found.halted))
             continue
-        places = None if found.onward or bool(found.running.all()) else Places.of(found.running)
+        places: Places | Flat | None = None
+        if not (found.onward or bool(found.running.all())):
+            places = (Flat if run.sessions else Places).of(found.running)
         keys = {} if places is None else _kept(run, turn, keys, now, found)
         made = _turn(run, stage, (i, t), keys, now, places)
         before, x = x, made if places is None else places.put(x, made)
@@ -114,7 +85,7 @@ def run(run: Run, i: int, stage: Layers, decide: Decide, x: Tensor) -> Progress:
     return found
 
 
-def _of(places: Places | None, logits: Logits) -> Logits:
+def _of(places: Places | Flat | None, logits: Logits) -> Logits:
     """Logits of the tokens at `places`, or of all; of others they are 0."""
     if places is None:
         return logits
@@ -145,12 +116,12 @@ def _kept(run: Run, turn: Sequence[Sublayer], before: Keys, x: Tensor, progress:
     return found
 
 
-def _put(places: Places, pair: Pair, made: Pair) -> Pair:
+def _put(places: Places | Flat, pair: Pair, made: Pair) -> Pair:
     return places.put(pair[0], made[0]), places.put(pair[1], made[1])
 
 
 def _turn(
-    run: Run, stage: Layers, at: tuple[int, int], keys: Keys, x: Tensor, places: Places | None
+    run: Run, stage: Layers, at: tuple[int, int], keys: Keys, x: Tensor, places: Places | Flat | None
 ) -> Tensor:
     """States of the tokens at `places`, or of all, after the turn `at` of a stage that x enters."""
     state = x if places is None else places.taken(x)
@@ -168,8 +139,7 @@ def _turn(
             made = _put(places, keys[s][1], made)
         keys[s] = sublayer.weights, made
         if places is None or inner.placed or run.sessions:
-            queries = None if places is None else places.index
-            mixed = run.mixed(place, sublayer, inner.queries(normed), made, queries)
+            mixed = run.mixed(place, sublayer, inner.queries(normed), made, places)
         else:
             every = inner.queries(residual.before(places.put(x, state)))
             mixed = places.taken(run.mixed(place, sublayer, every, made, None))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from attndsl.execution.session import Session
 from attndsl.stacks.layers import Mixer, Near, Pair, Residual
+from attndsl.stacks.places import Flat, Places
 from attndsl.stacks.signal import sinusoids
 from attndsl.stacks.sizes import exit_key, plugin_of
 from attndsl.stacks.tree import Exit, Layers, Stack, Sublayer
@@ -114,20 +115,20 @@ class Run:
         now = sinusoids(at.new_full((1,), turn + 1), x.shape[2])
         return x + (self.signals[key] + now).to(x.dtype)
 
-    def mixed(self, place: Place, sublayer: Sublayer, q: Tensor, keys: Pair, at: Tensor | None) -> Tensor:
-        """What an attention makes of queries at `at` [B, m], or of all tokens, among keys of all tokens."""
+    def mixed(
+        self, place: Place, sublayer: Sublayer, q: Tensor, keys: Pair, places: Places | Flat | None
+    ) -> Tensor:
+        """What an attention makes of queries of the tokens at `places`, or of all, among keys of all."""
         residual = self.part(sublayer)
         if place not in self.sessions:
-            return residual.mixed(q, keys, self.near(place), at)
+            return residual.mixed(q, keys, self.near(place), None if places is None else places.index)
         inner = cast(Mixer, residual.inner)
-        if at is not None:  # a session takes the queries of all tokens
-            index = at[..., None, None].expand_as(q)
-            q = q.new_zeros(*keys[0].shape[:2], *q.shape[2:]).scatter(1, index, q)
+        if places is not None:  # a session takes the queries of all tokens
+            q = places.put(q.new_zeros(*keys[0].shape[:2], *q.shape[2:]), q)
         heads = (made.transpose(1, 2) for made in (q, *keys))
         out = self.sessions[place].prefill(*heads, **inner.given(self.tables)).transpose(1, 2)
-        if at is not None:
-            out = out.gather(1, at[..., None, None].expand(-1, -1, *out.shape[2:]))
-        return cast(Tensor, residual.behind(inner.o(out.flatten(2))))
+        out = (out if places is None else places.taken(out)).flatten(2)
+        return cast(Tensor, residual.behind(inner.o(out)))
 
     def passed(self, place: Place, sublayer: Sublayer, x: Tensor, keys: Pair | None) -> None:
         """An attention is passed by: all tokens have left, in the states x, and those to come read `keys`."""
