@@ -121,7 +121,8 @@ class Run:
         """What an attention makes of queries of the tokens at `places`, or of all, among keys of all."""
         residual = self.part(sublayer)
         if place not in self.sessions:
-            return residual.mixed(q, keys, self.near(place), None if places is None else places.index)
+            at = None if places is None else cast(Places, places).index
+            return residual.mixed(q, keys, self.near(place), at)
         inner = cast(Mixer, residual.inner)
         if places is not None:  # a session takes the queries of all tokens
             q = places.put(q.new_zeros(*keys[0].shape[:2], *q.shape[2:]), q)
