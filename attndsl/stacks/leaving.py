@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -68,7 +69,7 @@ def run(run: Run, i: int, stage: Layers, decide: Decide, x: Tensor) -> Progress:
             keys = {}  # a token that has left has others in each turn
         now = run.entered(i, t, x)
         if t and not (found.onward and (stage.memory or run.sessions)) and not bool(found.running.any()):
-            keys = _kept(run, turn, keys, now, found) if run.sessions else {}
+            keys = _kept(run, turn, keys, now, found.halted) if run.sessions else {}
             for s, sublayer in enumerate(turn):
                 run.passed((i, t, s), sublayer, now, keys[s][1] if s in keys else None)
             found = replace(found, halted=torch.zeros_like(found.halted))
@@ -76,7 +77,7 @@ def run(run: Run, i: int, stage: Layers, decide: Decide, x: Tensor) -> Progress:
         places: Places | Flat | None = None
         if not (found.onward or bool(found.running.all())):
             places = (Flat if run.sessions else Places).of(found.running)
-        keys = {} if places is None else _kept(run, turn, keys, now, found)
+        keys = {} if places is None else _kept(run, turn, keys, now, found.halted)
         made = _turn(run, stage, (i, t), keys, now, places)
         before, x = x, made if places is None else places.put(x, made)
         logits = _of(places, run.module.logits)
@@ -97,21 +98,17 @@ def _of(places: Places | Flat | None, logits: Logits) -> Logits:
     return found
 
 
-def _kept(run: Run, turn: Sequence[Sublayer], before: Keys, x: Tensor, progress: Progress) -> Keys:
-    """Those of the last states of tokens that have left, as x has them; `before` is of the turn before, which
-    some of them left. Where that had other weights they are made of all that have left."""
-    just, left, found = Places.of(progress.halted), Places.of(~progress.running), Keys()
+def _kept(run: Run, turn: Sequence[Sublayer], before: Keys, x: Tensor, halted: Tensor) -> Keys:
+    """Those of the turn `before` that had the weights of this one, with the last states of the tokens that
+    `halted` in it, as x has them."""
+    just, found = Places.of(halted), Keys()
     for i, sublayer in enumerate(turn):
-        residual = run.part(sublayer)
-        if not isinstance(residual.inner, Mixer):
-            continue
         weights, pair = before.get(i, (None, None))
         if pair is None or weights != sublayer.weights:
-            k, v = residual.inner.keys(residual.before(left.taken(x)))
-            none = k.new_zeros(*x.shape[:2], *k.shape[2:]), v.new_zeros(*x.shape[:2], *v.shape[2:])
-            pair = _put(left, none, (k, v))
-        elif just.index.shape[1]:
-            pair = _put(just, pair, residual.inner.keys(residual.before(just.taken(x))))
+            continue
+        if just.index.shape[1]:
+            residual = run.part(sublayer)
+            pair = _put(just, pair, cast(Mixer, residual.inner).keys(residual.before(just.taken(x))))
         found[i] = sublayer.weights, pair
     return found
 
@@ -134,9 +131,12 @@ def _turn(
         if stage.memory:
             run.enter(place, sublayer, state if places is None else places.put(x, state))
         normed = residual.before(state)
-        made = inner.keys(normed)
-        if places is not None:
-            made = _put(places, keys[s][1], made)
+        if places is None:
+            made = inner.keys(normed)
+        elif s in keys:
+            made = _put(places, keys[s][1], inner.keys(normed))
+        else:
+            made = inner.keys(residual.before(places.put(x, state)))
         keys[s] = sublayer.weights, made
         if places is None or inner.placed or run.sessions:
             mixed = run.mixed(place, sublayer, inner.queries(normed), made, places)

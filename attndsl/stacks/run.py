@@ -132,15 +132,18 @@ class Run:
         return cast(Tensor, residual.behind(inner.o(out)))
 
     def passed(self, place: Place, sublayer: Sublayer, x: Tensor, keys: Pair | None) -> None:
-        """An attention is passed by: all tokens have left, in the states x, and those to come read `keys`."""
+        """An attention is passed by: all tokens have left, in the states x. Those to come read `keys`, which
+        are made where there are none yet."""
         self.enter(place, sublayer, x)
-        if keys is None or place not in self.sessions:
+        if place not in self.sessions:
             return
-        session, (k, v) = self.sessions[place], (made.transpose(1, 2) for made in keys)
+        residual = self.part(sublayer)
+        made = keys or cast(Mixer, residual.inner).keys(residual.before(x))
+        session, (k, v) = self.sessions[place], (each.transpose(1, 2) for each in made)
         if type(session) is Session:
             session.add(k, v)
             return
-        inner = cast(Mixer, self.part(sublayer).inner)
+        inner = cast(Mixer, residual.inner)
         q = k.new_zeros(k.shape[0], inner.heads, *k.shape[2:])
         session.prefill(q, k, v, **inner.given(self.tables))
 
