@@ -242,6 +242,10 @@ def build(
     for word in (stage.exit.rule for stage in stack.layers if stage.exit is not None):
         if plugin_of(word).leaving(word).logits and readout is None:
             raise fail(f"`{word.name}` reads logits", word.written, "give `readout=` to `build`")
+    for table in (table for _, what in attentions(stack) for table in what.inputs):
+        if table.name in ("state", "depths"):
+            said = f"the table `{table.name}` has the name of an argument of a module"
+            raise fail(said, help="rename it")
     behind: dict[Attention, int] = {}
     for memory, what in attentions(stack):
         behind[what] = max(behind.get(what, 0), remembered(memory))

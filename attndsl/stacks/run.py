@@ -80,6 +80,7 @@ class Run:
     before:   what memories hold of those before.
     sessions: of each attention, what holds keys and values of those before; empty where a run has no such.
     depths:   of stages with an exit, by their number among those: after how many layers tokens leave.
+    signal:   of the positions of its tokens, once a loop has asked.
     """
 
     module: StackModule
@@ -93,7 +94,7 @@ class Run:
     turns: dict[int, Tensor] = field(default_factory=dict)
     exits: dict[int, Exits] = field(default_factory=dict)
     held: dict[Place, tuple[Held | None, ...]] = field(default_factory=dict)
-    signals: dict[str, Tensor] = field(default_factory=dict)
+    signal: Tensor | None = None
 
     def part(self, sublayer: Sublayer) -> Residual:
         return self.module.part(sublayer)
@@ -109,11 +110,10 @@ class Run:
             return x
         dtype = torch.promote_types(x.dtype, torch.float32)
         at = torch.arange(self.first + 1, self.first + 1 + self.count, device=x.device, dtype=dtype)
-        key = f"{i}"
-        if key not in self.signals:
-            self.signals[key] = sinusoids(at, x.shape[2])
+        if self.signal is None:
+            self.signal = sinusoids(at, x.shape[2])
         now = sinusoids(at.new_full((1,), turn + 1), x.shape[2])
-        return x + (self.signals[key] + now).to(x.dtype)
+        return x + (self.signal + now).to(x.dtype)
 
     def mixed(
         self, place: Place, sublayer: Sublayer, q: Tensor, keys: Pair, places: Places | Flat | None
