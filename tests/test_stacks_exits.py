@@ -169,13 +169,17 @@ attention both(l = learn[H](0.5)) = local + l * whole
 """
 
 
-@pytest.mark.parametrize("name", ["pooled", "summed", "both", "far"])
-def test_what_sessions_hold_is_given_all_tokens(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "session"),
+    [("pooled", "StreamSession"), ("summed", "StateSession"), ("both", "SumSession"), ("far", "Session")],
+)
+def test_what_sessions_hold_is_given_all_tokens(name: str, session: str) -> None:
     """Where it is not keys that are simply kept."""
     module = made(f"layers(4) {{ {name}  ffn(1)  exit(geometric) }}", ATTENTIONS + KEPT_OTHERWISE)
     x = 2 * drawn(2, 9, 8)
-    session = module.session(2, 9)
-    close(torch.cat([session.step(token) for token in x.split(1, 1)], 1), module(x)[0])
+    steps = module.session(2, 9)
+    assert {type(held).__name__ for held in steps.sessions.values()} == {session}
+    close(torch.cat([steps.step(token) for token in x.split(1, 1)], 1), module(x)[0])
 
 
 @pytest.mark.parametrize("training", [False, True])

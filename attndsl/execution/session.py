@@ -171,9 +171,13 @@ class Session:
                 found.append(self._append(new[0], new[1], new[2], here, n, learned=learned, **inputs))
         return found[0] if len(found) == 1 else torch.cat(found, 2)
 
-    def add(self, k: Tensor, v: Tensor) -> None:
+    @by_name
+    def add(self, k: Tensor, v: Tensor, **inputs: Any) -> None:
         """The next tokens of every row, k [B, Hkv, m, D], v [B, Hkv, m, Dv], whose own output nobody asks
-        for. Raises AttnError as `step`."""
+        for, with `inputs` as in `step`. Raises AttnError as it does."""
+        check_step(inputs)
+        if inputs:
+            check_names(self.plan.attention, inputs, beside=STEP)
         refuse_gradients(k, v)
         if torch.is_autocast_enabled(self.k.device.type):
             k, v = self._cast(k, v)
@@ -384,6 +388,11 @@ class Session:
             size = min(end - at, self.ring - slot)
             yield self.first + slot, at - start, size
             at += size
+
+
+def unasked(plan: Plan, k: Tensor) -> Tensor:
+    """Queries for the keys of as many tokens, k [B, Hkv, m, D]."""
+    return k.new_zeros(k.shape[0], plan.problem.heads, *k.shape[2:])
 
 
 def refuse_gradients(*given: Any) -> None:

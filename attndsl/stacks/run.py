@@ -139,13 +139,8 @@ class Run:
             return
         residual = self.part(sublayer)
         made = keys or cast(Mixer, residual.inner).keys(residual.before(x))
-        session, (k, v) = self.sessions[place], (each.transpose(1, 2) for each in made)
-        if type(session) is Session:
-            session.add(k, v)
-            return
-        inner = cast(Mixer, residual.inner)
-        q = k.new_zeros(k.shape[0], inner.heads, *k.shape[2:])
-        session.prefill(q, k, v, **inner.given(self.tables))
+        tables = cast(Mixer, residual.inner).given(self.tables)
+        self.sessions[place].add(*(each.transpose(1, 2) for each in made), **tables)
 
     def enter(self, place: Place, sublayer: Sublayer, x: Tensor) -> None:
         """x [B, n, width] enters an attention, which may remember it."""
