@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from attndsl.interop.blocks import create_block_mask
     from attndsl.interop.flex import from_mask_mod, from_score_mod
     from attndsl.relations.proofs import Verdict
-    from attndsl.stacks.calibration import Calibration, calibrate
     from attndsl.stacks.decoding import StackSession, generate
     from attndsl.stacks.depth import Depth, depth
     from attndsl.stacks.module import StackModule, build
@@ -41,7 +40,6 @@ __all__ = [
     "AttnError",
     "BlockMask",
     "Bound",
-    "Calibration",
     "Depth",
     "Plan",
     "PlanModule",
@@ -56,7 +54,6 @@ __all__ = [
     "__version__",
     "analyze",
     "build",
-    "calibrate",
     "compile",
     "create_block_mask",
     "depth",
@@ -70,7 +67,6 @@ __all__ = [
 ]
 LAZY = {
     "BlockMask": "attndsl.tiles.blockmask",
-    "Calibration": "attndsl.stacks.calibration",
     "Depth": "attndsl.stacks.depth",
     "Plan": "attndsl.execution.plan",
     "PlanModule": "attndsl.execution.plan",
@@ -82,7 +78,6 @@ LAZY = {
     "Verdict": "attndsl.relations.proofs",
     "analyze": "attndsl.analysis.report",
     "build": "attndsl.stacks.module",
-    "calibrate": "attndsl.stacks.calibration",
     "compile": "attndsl.execution.plan",
     "create_block_mask": "attndsl.interop.blocks",
     "depth": "attndsl.stacks.depth",

@@ -6,7 +6,7 @@ A word is frozen data in a stack. What it learns is a module, and what it does i
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from attndsl.errors import Span
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 Role = Literal["halting", "exit", "memory"]
 Argument = int | float | bool | str
 Logits = Callable[["Tensor"], "Tensor"]
+Read = Callable[["Tensor"], "Tensor"]
+"""What queries of a segment get, [B, n, H, D], of keys made of states [B, m, width], wherever these stand:
+softmax(Q K^T / sqrt(D)) V. Gradients go to the states alone."""
 
 
 @dataclass(frozen=True)
@@ -68,57 +71,57 @@ class Decision:
 
     halts   bool [B, n], whether it was their last
     weight  [B, n], of their state in the output; None where that is their last state alone
+    keeps   [B, n], what the sum of states before is multiplied by; None where it stays
+    onward  whether states of tokens that have left still change, though what they are in the output does not
     carry   for the turn after, of all tokens
-    sure    [B, n], of an exit the confidence that it goes by
-    kept    [B, n], what the sum of their states before is multiplied by; None where by 1
-    onward  whether tokens that have left are computed on, for others to attend to: their output stays
+    sure    of an exit the confidence that it goes by
     """
 
     halts: Tensor
     weight: Tensor | None = None
+    keeps: Tensor | None = None
+    onward: bool = False
     carry: Mapping[str, Tensor] = field(default_factory=dict)
     sure: Tensor | None = None
-    kept: Tensor | None = None
-    onward: bool = False
-
-
-@dataclass(frozen=True)
-class Leaving:
-    """What an exit reads, and what a text may say of it.
-
-    logits     whether it reads what the readout makes of states
-    threshold  whether a text gives one
-    between    what a threshold may be
-    falls      whether a threshold that falls lets later tokens leave sooner
-    once       whether it decides after the first layer, for all, so that layers share what it learns
-    whole      whether it reads all tokens of a row, those to come too
-    """
-
-    logits: bool = False
-    threshold: Literal["no", "maybe", "yes"] = "yes"
-    between: tuple[float, float] = (0.0, 1.0)
-    falls: bool = True
-    once: bool = False
-    whole: bool = False
 
 
 @dataclass(frozen=True, eq=False)
 class Held:
-    """States that a memory holds of an attention, the oldest first.
+    """What a memory holds of an attention, the oldest first.
 
-    x   [B, m, width], as they entered it, before its norm
-    at  their m positions, rising
+    x      [B, m, width], states as they entered it, before its norm; or [B, m, 2 Hkv D], keys and values
+    at     their m positions, rising
+    loose  how many of the last are to be made into something else with states to come
+    pairs  whether x are keys and values
     """
 
     x: Tensor
     at: Sequence[int]
+    loose: int = 0
+    pairs: bool = False
+
+
+def joined(held: Held | None, new: Held) -> Held:
+    """What is held, and behind it what is new; none of it loose."""
+    import torch
+
+    if held is None:
+        return replace(new, loose=0)
+    return replace(new, x=torch.cat([held.x, new.x], 1), at=[*held.at, *new.at], loose=0)
+
+
+def last(many: int, held: Held) -> tuple[Held, Held | None]:
+    """The last `many` of what is held, and those before, None where there are none."""
+    goes = max(len(held.at) - many, 0)
+    kept = replace(held, x=held.x[:, goes:], at=held.at[goes:])
+    return kept, replace(held, x=held.x[:, :goes], at=held.at[:goes], loose=0) if goes else None
 
 
 class Stage(Protocol):
     """Registered under the entry-point group `attndsl.stages`; its name there is its word in stacks.
 
     Parameters and defaults are those of `signature`, by annotation: `int`, `float`, `bool`, `str` (a word).
-    `role` says where the word stands, and which one of `Halting`, `Exit` and `Memory` it is:
+    `role` says where the word stands, and which one of `decide`, `confidence` and `remember` is asked:
 
     halting  `loop(WORD(...), max = N) { ... }`
     exit     `exit(WORD(...), threshold = ...)`
@@ -134,10 +137,10 @@ class Stage(Protocol):
     def check(self, word: Word) -> None:
         """Raises AttnError for arguments of `word` that make no sense."""
 
-    def parameters(self, word: Word, width: int) -> int:
-        """How many numbers `word` learns at a `width`."""
+    def parameters(self, word: Word, width: int, turns: int) -> int:
+        """How many numbers `word` learns at a `width`, in a stage of so many `turns`."""
 
-    def learned(self, word: Word, width: int) -> nn.Module | None:
+    def learned(self, word: Word, width: int, turns: int) -> nn.Module | None:
         """What holds them, at their first values; None where there are none."""
 
 
@@ -154,31 +157,41 @@ class Halting(Stage, Protocol):
 
 
 class Exit(Stage, Protocol):
-    """How sure a layer is, so that tokens may leave after it in their state."""
+    """How sure a layer is, so that tokens may leave after it in their state.
 
-    def leaving(self, word: Word) -> Leaving:
-        """What it reads, and what a text may say of it."""
+    needs_logits: whether it reads what the readout makes of states.
+    needs_threshold: whether a text has to say how sure is sure.
+    falls: whether less of it is surer.
+    each: whether every layer learns its own; turns of a loop share theirs.
+    """
 
-    def parameters(self, word: Word, width: int, turns: int = 1) -> int:
-        """How many numbers are learned by one of the modules that `learned` makes."""
+    needs_logits: bool
+    needs_threshold: bool
+    falls: bool
+    each: bool
 
-    def learned(self, word: Word, width: int, turns: int = 1) -> nn.Module | None:
-        """Of each layer one, or one of all `turns` of a loop or where it decides `once`."""
+    def causal(self, word: Word) -> bool:
+        """Whether how sure `word` is of a token has nothing of later ones."""
 
-    def decide(self, word: Word, learned: Any, seen: Seen, threshold: Tensor | None) -> Decision:
-        """After a turn; `threshold` [n] is each token's, None where a text gives none. `halts` is read where
-        tokens leave of their own accord, and `sure` always."""
+    def confidence(self, word: Word, learned: Any, seen: Seen) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """[B, n] of each token after a turn, and what `word` carries to the turn after. Without a threshold
+        it is the chance to leave now of one that has not left, from 0 to 1."""
 
 
 class Memory(Stage, Protocol):
-    """What stays of the tokens of a segment for those of the next."""
+    """What stays of the tokens of a segment for those of the next.
+
+    pairs: whether it holds keys and values as they were made, and not states.
+    """
+
+    pairs: bool
 
     def reach(self, word: Word, behind: int) -> tuple[int, int]:
         """How many keys it holds, and how far behind the first token of a segment they reach, where what it
         is given is `behind` already."""
 
     def remember(
-        self, word: Word, learned: Any, held: Held | None, new: Held
+        self, word: Word, learned: Any, held: Held | None, new: Held, read: Read
     ) -> tuple[Held | None, Held | None, Mapping[str, Tensor]]:
         """What it holds once states are `new` to it: those of a segment, or what the word before it lets go;
-        what it lets go itself, the oldest; and losses by name."""
+        what it lets go itself, the oldest; and losses by name. `read` is how the attention reads states."""

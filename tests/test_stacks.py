@@ -12,7 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import attndsl
@@ -169,8 +169,10 @@ def test_halted_tokens_are_attended_to_as_they_were(name: str) -> None:
 
 def test_the_published_numbers_of_halting() -> None:
     """p = (.3, .3, .5), eps = .01: three turns, .4 remains for the last, and the weights are (.3, .3, .4)."""
-    act = registry.plugin("stages", "act")
-    word = Word("act", (("eps", 0.01), ("basic", False), ("onward", False), ("rest", True)))
+    act, word = (
+        registry.plugin("stages", "act"),
+        Word("act", (("eps", 0.01), ("basic", False), ("onward", False), ("unpaid", False))),
+    )
     found = Progress.begun(torch.zeros(1, 1, 1))
     for turn, chance in enumerate((0.3, 0.3, 0.5)):
         assert bool(found.running)
@@ -237,28 +239,27 @@ def test_steps_are_the_last_tokens_of_the_whole_run(name: str) -> None:
 def test_generated_tokens_are_those_of_the_whole_run() -> None:
     torch.manual_seed(0)
     made = stack(attndsl.parse(CAUSAL), "plain")
-    module = attndsl.build(made, width=8, heads=2, length=24, dtype="float64", init="torch")
-    embedding = nn.Embedding(11, 8, dtype=torch.float64)
+    embed, readout = nn.Embedding(11, 8), nn.Linear(8, 11)
+    module = attndsl.build(
+        made, width=8, heads=2, length=24, dtype="float64", init="torch", embed=embed, readout=readout
+    )
     prompt = torch.randint(11, (2, 5))
-
-    def readout(y: Tensor) -> Tensor:
-        return y @ embedding.weight.T
-
-    found = attndsl.generate(module, prompt, 9, embed=embedding, readout=readout)
+    found = attndsl.generate(module, prompt, 9)
     tokens = prompt
     for _ in range(9):
-        following = readout(module(embedding(tokens))[0][:, -1]).argmax(-1)
+        following = readout(module(embed(tokens))[0][:, -1]).argmax(-1)
         tokens = torch.cat([tokens, following[:, None]], 1)
     assert torch.equal(found, tokens)
 
 
 def test_stacks_that_look_ahead_do_not_generate() -> None:
     made = stack(attndsl.parse("stack both { layers(2) { radius(2)  ffn } }"), "both")
-    module = attndsl.build(made, width=8, heads=2, length=24)
+    tokens, sizes = torch.zeros(1, 3, dtype=torch.long), {"width": 8, "heads": 2, "length": 24}
+    module = attndsl.build(made, **sizes, embed=nn.Embedding(5, 8), readout=nn.Linear(8, 5))
     with pytest.raises(attndsl.AttnError, match="`radius` has no sessions"):
-        attndsl.generate(
-            module, torch.zeros(1, 3, dtype=torch.long), 2, embed=nn.Embedding(5, 8), readout=nn.Linear(8, 5)
-        )
+        attndsl.generate(module, tokens, 2)
+    with pytest.raises(attndsl.AttnError, match="the module has no `embed`"):
+        attndsl.generate(attndsl.build(made, **sizes), tokens, 2)
 
 
 @pytest.mark.parametrize(("text", "name"), [(TEXT, "cycled"), (TEXT, "growing"), (HALTING, "own")])
@@ -270,7 +271,8 @@ def test_costs_are_those_that_torch_counts(text: str, name: str) -> None:
     found = attndsl.depth(made, length=40, width=16, heads=4, kv_heads=2)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         module(torch.randn(1, 40, 16))
-    assert found.flops == counter.get_total_flops()
+    assert found.flops is not None
+    assert found.flops.forward == counter.get_total_flops()
     assert found.parameters == sum(weight.numel() for weight in module.parameters())
     assert f"{found.parameters:,}" in str(found)
     session = module.session(1, 40)
@@ -303,8 +305,9 @@ def test_depth_says_what_the_last_query_sees(program: attndsl.Program) -> None:
     changed = x.repeat(24, 1, 1)
     changed[range(24), range(24), 0] += 1
     ends = module(changed)[0][:, -1] - module(x)[0][:, -1]
-    assert found.levels[-1].sees == int((ends.abs().amax(-1) > 1e-12).sum())
-    assert [level.sees for level in found.levels] == [2, 6, 10]
+    changes = int((ends.abs().amax(-1) > 1e-12).sum())
+    assert found.levels[-1].sees == (changes, changes)
+    assert [level.sees for level in found.levels] == [(2, 2), (6, 6), (10, 10)]
 
 
 def test_layers_of_one_attention_share_a_plan(program: attndsl.Program) -> None:

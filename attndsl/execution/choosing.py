@@ -6,7 +6,9 @@ that a backward pass keeps them as it keeps any other tensor, and nothing is cho
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -15,6 +17,29 @@ from torch import Tensor
 from attndsl.execution import lowered
 from attndsl.execution.lowered import Lowered, Places
 from attndsl.execution.selecting import choices, shape
+
+KEPT: ContextVar[list[list[Tensor]] | None] = ContextVar("KEPT", default=None)
+"""Where the choices of calls are kept, one after the other."""
+REMADE: ContextVar[Iterator[list[Tensor]] | None] = ContextVar("REMADE", default=None)
+"""Those of calls that are made again."""
+
+
+@contextmanager
+def keeping() -> Iterator[list[list[Tensor]]]:
+    """What calls within it choose, call by call."""
+    kept: list[list[Tensor]] = []
+    token = KEPT.set(kept)
+    yield kept
+    KEPT.reset(token)
+
+
+@contextmanager
+def remaking(kept: Sequence[list[Tensor]]) -> Iterator[None]:
+    """Calls within it choose what was kept: keys and queries that are recomputed are rounded otherwise, and
+    what is nearly a tie must not change."""
+    token = REMADE.set(iter(kept))
+    yield
+    REMADE.reset(token)
 
 
 @torch.library.custom_op("attndsl::choose", mutates_args=())
@@ -70,6 +95,17 @@ def chosen(
     found: Lowered, q: Tensor, k: Tensor, tensors: Sequence[Tensor], places: Places, watched: bool
 ) -> list[Tensor]:
     """The choices of a call, by whichever way in is right for what watches it."""
+    if (remade := REMADE.get()) is not None:
+        return next(remade)
+    made = _made(found, q, k, tensors, places, watched)
+    if (kept := KEPT.get()) is not None:
+        kept.append(made)
+    return made
+
+
+def _made(
+    found: Lowered, q: Tensor, k: Tensor, tensors: Sequence[Tensor], places: Places, watched: bool
+) -> list[Tensor]:
     if watched or torch._C._are_functorch_transforms_active():
         made: list[Tensor] = choose(
             q.detach(), k.detach(), [x.detach() for x in tensors] or [q.new_empty(0)], *places, found.identity

@@ -32,13 +32,19 @@ SELECTION = {"check": 1, "rounds": 1, "relates": 1, "reads": 1, "counts": 2, "ch
 """What a selection is asked."""
 
 
-STAGE = {"check": 1, "parameters": 2, "learned": 2}
+STAGE = {"check": 1, "parameters": 3, "learned": 3}
 """What a stage is asked, whatever its role, and by role:"""
 ROLES = {
     "halting": {"decide": 3, "losses": 3},
-    "exit": {"leaving": 1, "decide": 4},
-    "memory": {"reach": 2, "remember": 4},
+    "exit": {"confidence": 3, "causal": 1},
+    "memory": {"reach": 2, "remember": 5},
 }
+SAYS = {
+    "halting": (),
+    "exit": ("needs_logits", "needs_threshold", "falls", "each"),
+    "memory": ("pairs",),
+}
+"""What it says of itself, true or false."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +167,10 @@ def _load(point: EntryPoint) -> tuple[Any, str]:
     if group == "selections":
         return loaded, _unsaid(loaded, "kind", KINDS) or _misses(loaded, SELECTION)
     if group == "stages":
-        return loaded, _unsaid(loaded, "role", ROLES) or _misses(loaded, STAGE | ROLES[loaded.role])
+        flaw = _unsaid(loaded, "role", ROLES)
+        for name in () if flaw else SAYS[loaded.role]:
+            flaw = flaw or ("" if isinstance(getattr(loaded, name, None), bool) else f"it has no `{name}`")
+        return loaded, flaw or _misses(loaded, STAGE | ROLES[loaded.role])
     return loaded, _flaw(loaded)
 
 

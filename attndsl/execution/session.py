@@ -171,24 +171,19 @@ class Session:
                 found.append(self._append(new[0], new[1], new[2], here, n, learned=learned, **inputs))
         return found[0] if len(found) == 1 else torch.cat(found, 2)
 
-    @by_name
-    def add(self, k: Tensor, v: Tensor, **inputs: Any) -> None:
-        """The next tokens of every row, k [B, Hkv, m, D], v [B, Hkv, m, Dv], whose own output nobody asks
-        for, with `inputs` as in `step`. Raises AttnError as it does."""
-        check_step(inputs)
-        if inputs:
-            check_names(self.plan.attention, inputs, beside=STEP)
+    def hold(self, k: Tensor, v: Tensor) -> None:
+        """The next tokens of every row, k [B, Hkv, m, D], v [B, Hkv, m, Dv], which ask nothing themselves.
+
+        Raises AttnError as `step`.
+        """
         refuse_gradients(k, v)
-        if torch.is_autocast_enabled(self.k.device.type):
-            k, v = self._cast(k, v)
         counts = self._counts(k, k, v, None)
-        if not any(counts):
-            return
         starts = self.lengths
-        ends = tuple([start + count for start, count in zip(starts, counts, strict=True)])
-        self._write(k, v, starts, ends)
-        self.reached = tuple(map(max, self.reached, ends))
-        self.lengths = ends
+        self.lengths = tuple(start + count for start, count in zip(starts, counts, strict=True))
+        self.reached = tuple(map(max, self.reached, self.lengths))
+        if any(counts):
+            alike = slice(0, 1 if len(set(starts)) == 1 else None)
+            self._write(k, v, starts[alike], self.lengths[alike])
 
     def _check_tables(self, inputs: Mapping[str, Any], new: int, n: int) -> None:
         """Raises AttnError for a table of the new tokens alone, where there were others before them."""
@@ -388,11 +383,6 @@ class Session:
             size = min(end - at, self.ring - slot)
             yield self.first + slot, at - start, size
             at += size
-
-
-def unasked(plan: Plan, k: Tensor) -> Tensor:
-    """Queries for the keys of as many tokens, k [B, Hkv, m, D]."""
-    return k.new_zeros(k.shape[0], plan.problem.heads, *k.shape[2:])
 
 
 def refuse_gradients(*given: Any) -> None:

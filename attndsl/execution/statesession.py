@@ -13,7 +13,7 @@ from torch import Tensor
 from attndsl.analysis.lasting import kept, over_length
 from attndsl.axis import Axis
 from attndsl.backend import State, Stateful
-from attndsl.execution.session import Session, following, picked, unasked
+from attndsl.execution.session import Session, following, picked
 
 if TYPE_CHECKING:
     from attndsl.execution.plan import Plan
@@ -64,10 +64,6 @@ class StateSession(Session):
 
     def _back(self, row: int) -> int:
         return self.taken[row]
-
-    def add(self, k: Tensor, v: Tensor, **inputs: Any) -> None:
-        """As of a Session; what it holds is made by a step."""
-        self.prefill(unasked(self.plan, k), k, v, **inputs)
 
     def _append(
         self, q: Tensor, k: Tensor, v: Tensor, counts: tuple[int, ...], n: int, **call: Any

@@ -14,7 +14,7 @@ from torch import Tensor
 from attndsl.analysis.lasting import kept, over_length
 from attndsl.axis import Axis
 from attndsl.errors import fail
-from attndsl.execution.session import Session, following, picked, unasked
+from attndsl.execution.session import Session, following, picked
 from attndsl.execution.streaming import Pair, checked_memory, made_of
 from attndsl.keywords import by_name
 from attndsl.streams import Pool, Stream, Stretch, many_at, memory
@@ -84,10 +84,6 @@ class StreamSession(Session):
 
     def _back(self, row: int) -> int:
         return super()._back(row) if self.ring else 0
-
-    def add(self, k: Tensor, v: Tensor, **inputs: Any) -> None:
-        """As of a Session; what it holds is made by a step."""
-        self.prefill(unasked(self.plan, k), k, v, **inputs)
 
     def _append(
         self, q: Tensor, k: Tensor, v: Tensor, counts: tuple[int, ...], n: int, **call: Any

@@ -557,15 +557,6 @@ class SumSession:
                 return self.plan.added(q, found.items(), weight if some else lambda gate: 1.0)
 
     @by_name
-    def add(self, k: Tensor, v: Tensor, **inputs: Any) -> None:
-        """The next tokens of every row, as of a Session, for all parts."""
-        check_step(inputs)
-        self.plan.check_names(inputs, STEP)
-        with self._together(k.shape[2]):
-            for session in self.parts.values():
-                session.add(k, v, **of(session.plan, inputs))
-
-    @by_name
     def copy(self) -> SumSession:
         """Another one that has its own memory."""
         made = copy.copy(self)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import cast
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from attndsl.stacks.layers import Mixer, Pair
-from attndsl.stacks.places import Flat, Places
+from attndsl.stacks.layers import Mixer, Near, Pair, signalled
 from attndsl.stacks.run import Decide, Run
 from attndsl.stacks.tree import Layers, Sublayer
-from attndsl.stage import Decision, Logits, Seen
+from attndsl.stage import Decision, Seen
 
 Keys = dict[int, tuple[int, Pair]]
 """Of the attentions of one turn, by their places in it: which weights they have, and keys and values of all
@@ -29,16 +27,16 @@ class Progress:
     running: bool [B, n].
     halted:  bool [B, n], those that the last turn was the last of.
     turns:   int64 [B, n], how many each took.
+    onward:  whether states of those that have left change on.
     carry:   what their word carries.
-    onward:  whether those that have left are computed on.
     """
 
     y: Tensor
     running: Tensor
     halted: Tensor
     turns: Tensor
-    carry: Mapping[str, Tensor] = field(default_factory=dict)
     onward: bool = False
+    carry: Mapping[str, Tensor] = field(default_factory=dict)
 
     @staticmethod
     def begun(x: Tensor) -> Progress:
@@ -49,15 +47,47 @@ class Progress:
     def after(self, x: Tensor, decision: Decision, last: bool) -> Progress:
         """After a turn that left the states x."""
         halted = self.running & (decision.halts | last)
+        y = self.y
         if decision.weight is None:
-            y = torch.where(halted[..., None], x, self.y)
+            y = torch.where(halted[..., None], x, y)
         else:
-            y = self.y
-            if decision.kept is not None:
-                y = y * torch.where(self.running, decision.kept, 1)[..., None]
+            if decision.keeps is not None:
+                y = torch.where(self.running, decision.keeps, 1)[..., None] * y
             y = y + torch.where(self.running, decision.weight, 0)[..., None] * x
         running, turns = self.running & ~halted, self.turns + self.running
-        return Progress(y, running, halted, turns, decision.carry, decision.onward)
+        return Progress(y, running, halted, turns, decision.onward, decision.carry)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Tokens [B, m] of each batch row; beyond those that are `real` stand others, to fill the row. None where
+    all are."""
+
+    index: Tensor
+    real: Tensor | None
+
+    @staticmethod
+    def of(chosen: Tensor) -> Places:
+        """Of chosen [B, n], in their order."""
+        counts = chosen.sum(1)
+        most = int(counts.max())
+        index = chosen.logical_not().to(torch.uint8).argsort(stable=True, dim=1)[:, :most]
+        real = torch.arange(most, device=chosen.device) < counts[:, None]
+        return Places(index, None if bool(real.all()) else real)
+
+    def taken(self, x: Tensor) -> Tensor:
+        """Of x [B, n, ...] the tokens, [B, m, ...]."""
+        return x.gather(1, self._wide(self.index, x).expand(-1, -1, *x.shape[2:]))
+
+    def put(self, x: Tensor, new: Tensor) -> Tensor:
+        """x with `new` [B, m, ...] for them."""
+        if self.real is not None:
+            new = torch.where(self._wide(self.real, x), new, self.taken(x))
+        return x.scatter(1, self._wide(self.index, x).expand_as(new), new)
+
+    @staticmethod
+    def _wide(index: Tensor, x: Tensor) -> Tensor:
+        return index.reshape(*index.shape, *(1 for _ in x.shape[2:]))
 
 
 def run(run: Run, i: int, stage: Layers, decide: Decide, x: Tensor) -> Progress:
@@ -65,83 +95,70 @@ def run(run: Run, i: int, stage: Layers, decide: Decide, x: Tensor) -> Progress:
     state of a token that has left."""
     found, keys = Progress.begun(x), Keys()
     for t, turn in enumerate(stage.turns):
-        if stage.signal is not None:
-            keys = {}  # a token that has left has others in each turn
-        now = run.entered(i, t, x)
-        if t and not (found.onward and (stage.memory or run.sessions)) and not bool(found.running.any()):
-            keys = _kept(run, turn, keys, now, found.halted) if run.sessions else {}
+        entering = signalled(stage, x, run.first, t)
+        if t and not bool(found.running.any()) and not (found.onward and stage.memory):
             for s, sublayer in enumerate(turn):
-                run.passed((i, t, s), sublayer, now, keys[s][1] if s in keys else None)
-            found = replace(found, halted=torch.zeros_like(found.halted))
+                run.enter((i, t, s), sublayer, entering)
             continue
-        places: Places | Flat | None = None
-        if not (found.onward or bool(found.running.all())):
-            places = (Flat if run.sessions else Places).of(found.running)
-        keys = {} if places is None else _kept(run, turn, keys, now, found.halted)
-        made = _turn(run, stage, (i, t), keys, now, places)
-        before, x = x, made if places is None else places.put(x, made)
-        logits = _of(places, run.module.logits)
-        seen = Seen(x, before, found.running, t, len(stage.turns), run.first, found.carry, logits)
+        places = None if found.onward or bool(found.running.all()) else Places.of(found.running)
+        # what is added in each turn changes keys of those that have left too
+        known = {} if stage.signal else keys
+        keys = {} if places is None else _kept(run, turn, known, entering, found.halted)
+        made = _turn(run, stage, (i, t), keys, entering, places)
+        stays = places is not None and stage.signal
+        before, x = x, torch.where(found.running[..., None], made, x) if stays else made
+        seen = Seen(x, before, found.running, t, len(stage.turns), run.first, found.carry, run.module.logits)
         found = found.after(x, decide(seen), seen.last)
     return found
 
 
-def _of(places: Places | Flat | None, logits: Logits) -> Logits:
-    """Logits of the tokens at `places`, or of all; of others they are 0."""
-    if places is None:
-        return logits
-
-    def found(x: Tensor) -> Tensor:
-        made = logits(places.taken(x))
-        return places.put(made.new_zeros(*x.shape[:2], made.shape[-1]), made)
-
-    return found
-
-
 def _kept(run: Run, turn: Sequence[Sublayer], before: Keys, x: Tensor, halted: Tensor) -> Keys:
-    """Those of the turn `before` that had the weights of this one, with the last states of the tokens that
-    `halted` in it, as x has them."""
-    just, found = Places.of(halted), Keys()
+    """Those of the last states of tokens that have left, for a turn; `before` is of the turn before, in which
+    the tokens `halted` left. Where that had other weights they are made of all tokens."""
+    left, near, found = Places.of(halted), Near(run.tables, run.first), {}
     for i, sublayer in enumerate(turn):
+        residual = run.part(sublayer)
+        if not isinstance(residual.inner, Mixer):
+            continue
         weights, pair = before.get(i, (None, None))
         if pair is None or weights != sublayer.weights:
-            continue
-        if just.index.shape[1]:
-            residual = run.part(sublayer)
-            pair = _put(just, pair, cast(Mixer, residual.inner).keys(residual.before(just.taken(x))))
+            pair = residual.inner.pair(residual.before(x), near.at(x.shape[1]))
+        elif left.index.shape[1]:
+            states = residual.before(left.taken(x))
+            pair = _put(left, pair, residual.inner.pair(states, near.at(x.shape[1], left.index)))
         found[i] = sublayer.weights, pair
     return found
 
 
-def _put(places: Places | Flat, pair: Pair, made: Pair) -> Pair:
+def _put(places: Places, pair: Pair, made: Pair) -> Pair:
     return places.put(pair[0], made[0]), places.put(pair[1], made[1])
 
 
 def _turn(
-    run: Run, stage: Layers, at: tuple[int, int], keys: Keys, x: Tensor, places: Places | Flat | None
+    run: Run, stage: Layers, at: tuple[int, int], keys: Keys, x: Tensor, places: Places | None
 ) -> Tensor:
-    """States of the tokens at `places`, or of all, after the turn `at` of a stage that x enters."""
+    """x with the states of the tokens at `places`, or of all, after the turn `at` of a stage."""
     state = x if places is None else places.taken(x)
     for s, sublayer in enumerate(stage.turns[at[1]]):
-        residual, place = run.part(sublayer), (*at, s)
+        residual, near = run.part(sublayer), run.near((*at, s))
         inner = residual.inner
         if not isinstance(inner, Mixer):
-            state = residual(state, run.near(place))
+            state = residual(state, near)
             continue
         if stage.memory:
-            run.enter(place, sublayer, state if places is None else places.put(x, state))
+            run.enter((*at, s), sublayer, state if places is None else places.put(x, state))
         normed = residual.before(state)
-        if places is None:
-            made = inner.keys(normed)
-        elif s in keys:
-            made = _put(places, keys[s][1], inner.keys(normed))
+        index = None if places is None else places.index
+        where = near.at(x.shape[1], index)
+        q = inner.queries(normed, where)
+        pair = inner.pair(normed, where, q)
+        if places is not None:
+            pair = _put(places, keys[s][1], pair)
+        keys[s] = sublayer.weights, pair
+        if places is None or inner.placed:
+            mixed = residual.mixed(q, pair, near, normed, index)
         else:
-            made = inner.keys(residual.before(places.put(x, state)))
-        keys[s] = sublayer.weights, made
-        if places is None or inner.placed or run.sessions:
-            mixed = run.mixed(place, sublayer, inner.queries(normed), made, places)
-        else:
-            every = inner.queries(residual.before(places.put(x, state)))
-            mixed = places.taken(run.mixed(place, sublayer, every, made, None))
+            whole, where = residual.before(places.put(x, state)), near.at(x.shape[1])
+            mixed = places.taken(residual.mixed(inner.queries(whole, where), pair, near, whole))
         state = residual.added(state, mixed)
-    return state
+    return state if places is None else places.put(x, state)

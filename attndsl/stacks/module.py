@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, cast
 
 import torch
@@ -13,9 +13,9 @@ from attndsl.attention import Attention
 from attndsl.errors import fail
 from attndsl.execution.plan import PlanModule, compile
 from attndsl.keywords import by_name, checked_dtype
-from attndsl.stacks import leaving
+from attndsl.stacks import leaving, reversible
 from attndsl.stacks.decoding import StackSession
-from attndsl.stacks.layers import FFN, Mixer, Residual
+from attndsl.stacks.layers import FFN, Mixer, Residual, Sizes, signalled
 from attndsl.stacks.run import Exits, Record, Run, State
 from attndsl.stacks.sizes import attentions, check_tables, head_dim_of, plugin_of, remembered, words
 from attndsl.stacks.tree import FeedForward, Layers, Reversible, Stack, Sublayer
@@ -23,16 +23,16 @@ from attndsl.stage import Decision, Seen
 
 INITS = ("gpt2", "torch")
 Depths = Tensor | Mapping[int, Tensor]
+"""At which layer tokens leave, integers [B, n] from 1; of several exits by their numbers."""
 
 
 class StackModule(nn.Module):
     """A stack that trains: `y, record = module(x, **tables)`.
 
-    x, y: [B, n, width], n up to the `length` it was built for. `tables` are the run-time inputs of its
-    attentions, by name. `state` is what a call on the tokens before these left, `record.state`. `depths`,
-    int64 [B, n], say after how many layers of the stage with an exit each token leaves, in training too; of
-    several such stages they are given by number, `depths={1: ...}`.
-    Raises AttnError for x, a state or depths that do not fit, and a table that no attention has.
+    x, y: [B, n, width], n up to the `length` it was built for; x may be tokens [B, n] where it has `embed`.
+    `tables` are the run-time inputs of its attentions, by name. `state` is what a call on the tokens before
+    these left, `record.state`.
+    Raises AttnError for an x or a state that does not fit, and a table that no attention has.
     """
 
     def __init__(
@@ -42,24 +42,27 @@ class StackModule(nn.Module):
         length: int,
         parts: dict[str, Residual],
         last: nn.Module,
+        embed: nn.Module | None = None,
         readout: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.stack, self.width, self.length = stack, width, length
         self.parts = nn.ModuleDict(parts)
         self.last = last
-        self.readout = readout
-        learned = {key: plugin_of(word).learned(word, width, *of) for key, word, of in words(stack)}
+        self.embed, self.readout = embed, readout
+        learned = {key: plugin_of(word).learned(word, width, turns) for key, word, turns in words(stack)}
         self.words = nn.ModuleDict({_dotless(key): one for key, one in learned.items() if one is not None})
 
     def forward(
         self, x: Tensor, *, state: State | None = None, depths: Depths | None = None, **tables: Any
     ) -> tuple[Tensor, Record]:
-        """What it makes of `x` [B, n, width], behind the tokens of `state`, with `tables` by name, tokens
-        leaving at `depths`, and what the run tells."""
+        """What it makes of `x` [B, n, width], behind the tokens of `state`, with `tables` by name, and what
+        the run tells. At `depths` [B, n], counted from 1, tokens leave a stage with an exit; where there are
+        several, by its number."""
+        x = self.embedded(x)
         self._check(x, state, tables)
-        first, before = (state.seen, state.held) if state else (0, {})
-        run = Run(self, tables, x.shape[1], first, before, depths=depths_of(self.stack, depths, x))
+        seen, held = (state.seen, state.held) if state else (0, {})
+        run = Run(self, tables, x.shape[1], seen, held, self._depths(x, depths))
         number = 0
         for each in self.stack.stages:
             if isinstance(each, Reversible):
@@ -80,7 +83,7 @@ class StackModule(nn.Module):
         if of.exit is not None:
             return self._exits(run, i, of, x)
         for t, turn in enumerate(of.turns):
-            x = run.entered(i, t, x)
+            x = signalled(of, x, run.first, t)
             for s, sublayer in enumerate(turn):
                 run.enter((i, t, s), sublayer, x)
                 x = self.part(sublayer)(x, run.near((i, t, s)))
@@ -97,18 +100,17 @@ class StackModule(nn.Module):
             return decision
 
         found = leaving.run(run, i, of, decided, x)
-        states += states[-1:] * (len(of.turns) - len(states))  # where all have left none changes
         each = tuple(states) if self.training else ()
         run.exits[len(run.exits)] = Exits(each, tuple(sure), found.turns)
         return found.y
 
     def _reversible(self, run: Run, i: int, of: Reversible, x: Tensor) -> Tensor:
-        streams = [x, x]
-        for place, sublayer in of.sublayers(i):
-            run.enter(place, sublayer, streams[1])
-            made = self.part(sublayer).made(streams[1], run.near(place))
-            streams = [streams[1], streams[0] + made]
-        return (streams[0] + streams[1]) / 2
+        every = [*of.sublayers(i)]
+        steps = [reversible.Step(self.part(sublayer), run.near(place)) for place, sublayer in every]
+        one, other, entered = reversible.run(steps, x, of.stages[0].memory != ())
+        for (place, sublayer), states in zip(every, entered, strict=False):
+            run.enter(place, sublayer, states)
+        return (one + other) / 2
 
     def word(self, key: str) -> nn.Module | None:
         """What a word of the stack learns, by its `key` in `words` of `stacks.sizes`; None where nothing."""
@@ -119,9 +121,14 @@ class StackModule(nn.Module):
         assert self.readout is not None
         return cast(Tensor, self.readout(self.last(x)))
 
-    def session(self, batch: int, capacity: int) -> StackSession:
-        """An empty StackSession of `batch` rows of up to `capacity` tokens."""
-        return StackSession(self, batch, capacity)
+    def embedded(self, x: Tensor) -> Tensor:
+        """`x` [B, n, width] as it is, or of tokens [B, n] what `embed` makes."""
+        whole = x.ndim == 2 and not x.is_floating_point()
+        return cast(Tensor, self.embed(x)) if whole and self.embed is not None else x
+
+    def session(self, batch: int, capacity: int, state: State | None = None) -> StackSession:
+        """A StackSession of `batch` rows of up to `capacity` tokens, behind those of `state`."""
+        return StackSession(self, batch, capacity, state)
 
     def part(self, sublayer: Sublayer) -> Residual:
         """The module of a sublayer."""
@@ -129,7 +136,7 @@ class StackModule(nn.Module):
 
     def _check(self, x: Tensor, state: State | None, tables: Mapping[str, Any]) -> None:
         if x.ndim != 3 or x.shape[-1] != self.width:
-            help = "embed tokens first: `module(embedding(tokens))`" if x.ndim == 2 else ""
+            help = "tokens are embedded first, by you or by `embed=` of `build`" if x.ndim == 2 else ""
             raise fail(f"x is [B, n, {self.width}], not {[*x.shape]}", help=help)
         own = next(self.parameters()).dtype
         # weights may be kept as integers, and autocast takes any real numbers
@@ -140,48 +147,53 @@ class StackModule(nn.Module):
         if x.shape[1] > self.length:
             raise fail(f"x has {x.shape[1]:,} positions, and the stack is built for {self.length:,}")
         check_tables(self.stack, tables)
+        for inner in (cast(Residual, part).inner for part in self.parts.values()):
+            for name in inner.made if isinstance(inner, Mixer) else ():
+                if name in tables:
+                    raise fail(f"`{name}` is made of x", help="leave it out of the call")
         if state is not None:
             self._check_state(x, state)
+
+    def _depths(self, x: Tensor, depths: Depths | None) -> Mapping[int, Tensor]:
+        exits = [stage for stage in self.stack.layers if stage.exit is not None]
+        if depths is None:
+            return {}
+        found = depths if isinstance(depths, Mapping) else {0: depths}
+        if not isinstance(depths, Mapping) and len(exits) != 1:
+            raise fail(
+                f"{self.stack!r} has {len(exits)} exits", help="`depths` goes by the number of the exit"
+            )
+        for number, given in found.items():
+            if number not in range(len(exits)):
+                raise fail(f"there is no exit {number}", help=f"there are {len(exits)}, counted from 0")
+            most = len(exits[number].turns)
+            if not isinstance(given, Tensor) or given.shape != x.shape[:2]:
+                raise fail(f"depths are integers {[*x.shape[:2]]}")
+            if given.is_floating_point() or bool(((given < 1) | (given > most)).any()):
+                raise fail(f"depths are integers from 1 to {most}")
+        return found
 
     def _check_state(self, x: Tensor, state: State) -> None:
         if not isinstance(state, State):
             raise fail(f"a state is what a call left, not {type(state).__name__}", help="give `record.state`")
         if state.stack != self.stack:
             raise fail(f"the state is of {state.stack!r}, and the module of {self.stack!r}")
-        for held in (one.x for kept in state.held.values() for one in kept if one is not None):
-            if (held.shape[0], held.shape[2]) != (x.shape[0], self.width):
-                raise fail(f"the state is of {held.shape[0]} rows, and x of {x.shape[0]}")
-            if (held.dtype, held.device) != (x.dtype, x.device):
-                raise fail(f"the state is {held.dtype} on {held.device}, and x {x.dtype} on {x.device}")
+        for place, kept in state.held.items():
+            sizes = cast(Mixer, self.part(self.stack.sublayer(place)).inner).sizes
+            for held in (one for one in kept if one is not None):
+                wanted = 2 * sizes.kv_heads * sizes.head_dim if held.pairs else self.width
+                rows, _, width = held.x.shape
+                if rows != x.shape[0]:
+                    raise fail(f"the state is of {rows} rows, and x of {x.shape[0]}")
+                if width != wanted:
+                    raise fail(f"the state is of {width} numbers a token, and the module of {wanted}")
+                if (held.x.dtype, held.x.device) != (x.dtype, x.device):
+                    said = f"the state is {held.x.dtype} on {held.x.device}, and x {x.dtype} on {x.device}"
+                    raise fail(said, help="write `state.to(x)`")
 
     def extra_repr(self) -> str:
         """Its line in print(model)."""
         return f"{self.stack!r}, width={self.width}, length={self.length}"
-
-
-def depths_of(stack: Stack, given: Depths | None, x: Tensor) -> dict[int, Tensor]:
-    """By the number of their stage among those with an exit. Raises AttnError for those that do not fit a
-    call of x [B, n, width]."""
-    turns = [len(stage.turns) for stage in stack.layers if stage.exit is not None]
-    if given is None:
-        return {}
-    if not turns:
-        raise fail(f"`depths` are of stages with an exit, and `{stack.name}` has none")
-    if not isinstance(given, Mapping):
-        if len(turns) > 1:
-            raise fail(
-                f"{len(turns)} stages have an exit", help="give `depths` by number: `{0: ..., 1: ...}`"
-            )
-        given = {0: given}
-    for number, each in given.items():
-        if number not in range(len(turns)):
-            raise fail(f"no stage with an exit has the number {number}", help=f"there are {len(turns)}")
-        shape = (each.dtype, [*each.shape]) if isinstance(each, Tensor) else (type(each).__name__, "")
-        if shape != (torch.int64, [*x.shape[:2]]):
-            raise fail(f"`depths` are torch.int64 {[*x.shape[:2]]}, not {shape[0]} {shape[1]}".rstrip())
-        if each.numel() and not 1 <= int(each.min()) <= int(each.max()) <= turns[number]:
-            raise fail(f"`depths` are from 1 to {turns[number]}, not {int(each.min())} .. {int(each.max())}")
-    return {number: each.to(x.device) for number, each in given.items()}
 
 
 def _dotless(key: str) -> str:
@@ -208,6 +220,9 @@ def build(
     backend: str | None = None,
     norm: Callable[[int], nn.Module] = nn.LayerNorm,
     init: str = "gpt2",
+    rotary: float | None = None,
+    inputs: Mapping[str, Callable[[], nn.Module]] | None = None,
+    embed: nn.Module | None = None,
     readout: nn.Module | None = None,
 ) -> StackModule:
     """A stack as an nn.Module: projections, norms and feed-forward are torch's own, attentions are plans.
@@ -225,6 +240,11 @@ def build(
     norm      makes a norm of so many numbers: nn.LayerNorm, nn.RMSNorm
     init      of weights: "gpt2", normal with deviation 0.02, what enters the residual stream divided by the
               square root of how often that happens (Radford et al. 2019, section 2.3); "torch": as torch does
+    rotary    base of the angles by which queries and keys are turned by position (Su et al. 2021), 10000.0 in
+              most models; not turned if not given
+    inputs    what makes a run-time table of the normed x [B, n, width], by its name: a function that gives a
+              module, called for every attention that has such an input
+    embed     makes x [B, n, width] of tokens [B, n]; what asks for tokens is refused without
     readout   makes logits of outputs, [B, n, width] to [B, n, tokens]; what asks for them is refused without
 
     Raises AttnError for sizes that do not fit, an unknown `init`, and what a plan refuses.
@@ -239,13 +259,15 @@ def build(
         raise fail("`norm` makes a norm of so many numbers", help=help)
     if init not in INITS:
         raise fail(f"unknown init `{init}`", help=f"there are {', '.join(INITS)}")
-    for word in (stage.exit.rule for stage in stack.layers if stage.exit is not None):
-        if plugin_of(word).leaving(word).logits and readout is None:
+    for _, word, _ in words(stack):
+        if getattr(plugin_of(word), "needs_logits", False) and readout is None:
             raise fail(f"`{word.name}` reads logits", word.written, "give `readout=` to `build`")
-    for table in (table for _, what in attentions(stack) for table in what.inputs):
-        if table.name in ("state", "depths"):
-            said = f"the table `{table.name}` has the name of an argument of a module"
-            raise fail(said, help="rename it")
+    if rotary is not None and (rotary <= 0 or head_dim % 2):
+        raise fail(
+            f"rotary {rotary} of {head_dim} numbers of a head", help="a positive base, and an even head_dim"
+        )
+    sizes, inputs = Sizes(heads, kv_heads or heads, head_dim), inputs or {}
+    check_tables(stack, inputs)
     behind: dict[Attention, int] = {}
     for memory, what in attentions(stack):
         behind[what] = max(behind.get(what, 0), remembered(memory))
@@ -262,14 +284,30 @@ def build(
         if isinstance(sublayer.what, FeedForward):
             inner = FFN(sublayer.what, width)
         else:
-            plan = cast(PlanModule, plans[sublayer.what].module())
-            inner = Mixer(plan, width, heads, kv_heads or heads, head_dim)
+            _check_sublayer(stage, sublayer, sizes, inputs)
+            names = [table.name for table in sublayer.what.inputs if table.name in inputs]
+            inner = Mixer(
+                cast(PlanModule, plans[sublayer.what].module()), width, sizes, tied=sublayer.tied,
+                own=dict(sublayer.own), made={name: inputs[name]() for name in names}, rotary=rotary,
+            )  # fmt: skip
         parts[key(sublayer)] = Residual(inner, stage.norm, norm, width)
     last = nn.Identity() if stack.layers[-1].norm == "post" else norm(width)
-    module = StackModule(stack, width, length, parts, last, readout).to(device, getattr(torch, dtype))
+    module = StackModule(stack, width, length, parts, last, embed, readout)
     if init == "gpt2":
         initialise(module)
-    return module
+    return module.to(device, getattr(torch, dtype))
+
+
+def _check_sublayer(stage: Layers, sublayer: Sublayer, sizes: Sizes, inputs: Collection[str]) -> None:
+    """Raises AttnError for sizes and inputs that do not go with its words."""
+    assert isinstance(sublayer.what, Attention)
+    if sublayer.tied and sizes.heads != sizes.kv_heads:
+        said = f"{sizes.heads} heads of queries and {sizes.kv_heads} of keys are not the same"
+        raise fail(said, sublayer.written, "tied keys are the queries: leave out `kv_heads`")
+    for table in sublayer.what.inputs:
+        if table.name in inputs and stage.memory and "n" in table.dims:
+            said = f"`{table.name}` is made of x, and has no entries for what is remembered"
+            raise fail(said, sublayer.written, "give it to calls, or take the attention out of `memory`")
 
 
 def initialise(module: StackModule) -> None:
@@ -277,7 +315,8 @@ def initialise(module: StackModule) -> None:
     scale = 1 / math.sqrt(sum(len(turn) for turn in module.stack.turns))
     for part in module.parts.values():
         inner = cast(Residual, part).inner
-        for name, child in inner.named_children():
+        own = inner.own.values() if isinstance(inner, Mixer) else ()
+        for name, child in (named for of in (inner, *own) for named in of.named_children()):
             if isinstance(child, nn.Linear):
                 nn.init.normal_(child.weight, std=0.02 * (scale if name in ("o", "down") else 1))
                 if child.bias is not None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Literal, cast, get_args
@@ -16,8 +15,8 @@ from attndsl.language.arguments import bind_arguments, bind_arguments_of
 from attndsl.language.elaborate import Elaborator
 from attndsl.language.values import TOKENS, Num, Scope, Value, attention_named
 from attndsl.stacks.tree import Exit, FeedForward, Layers, Norm, Reversible, Sublayer, layers_of
-from attndsl.stage import Argument, Role, Stage, Word
-from attndsl.stage import Exit as Plugin
+from attndsl.stage import Argument, Memory, Role, Stage, Word
+from attndsl.stage import Exit as Leaving
 from attndsl.syntax import nodes as ast
 
 LAYER_LIMIT = 1024
@@ -31,6 +30,8 @@ USAGE = {
     "memory": "memory(xl(512)) { layers(N) { ... } }",
     "cycle": "cycle { a  a  b }",
     "share": "share { ... }",
+    "tied": "tied { ATTENTION }",
+    "own": "own(PART, PART = qk) { SUM }",
     "ffn": "ffn(4)",
     "exit": "exit(margin, threshold = 0.9)",
 }
@@ -38,13 +39,7 @@ USAGE = {
 HALTS = "loop({}, max = N) {{ ... }}"
 STAGES = ("layers", "loop", "reversible", "memory")
 """What stands in the braces of a stack."""
-EXIT = ("threshold", "decay", "form", "batch", "states")
-CHOICES = {
-    "form": (("paper", "code"), "`code` has the threshold of the authors' code"),
-    "batch": (("each", "min"), "with `min` rows leave together"),
-    "states": (("copy",), "layers above read of a token that has left the state that it left in"),
-}
-"""Words that some arguments of an exit are, and what is told beside them."""
+EXIT = ("threshold", "decay", "scaled", "batch")
 YOURS = "a stack has neither embedding nor readout: they stand around the module, and are yours"
 CLAUSE = "a layer names attentions: write `attention NAME { mask ... }` before the stack, and `NAME` here"
 NORMS = "norms are there already: `layers(N, norm = pre)` says where they stand"
@@ -116,11 +111,6 @@ def layers(reading: Reading, e: ast.Stage) -> Layers:
         raise fail(
             "tokens that halt cannot be undone", given["N"].span, "inside `reversible` all run as long"
         )
-    if "signal" in given:
-        chosen(given["signal"], ("sinusoid",), "it is added before each turn: of its number and of positions")
-        if reading.reversible:
-            help = "write `loop(N)`; scores may say where tokens stand"
-            raise fail("`signal` is added to a stream, and here are two", given["signal"].span, help)
     turns = reading.elaborator.constant(counted, reading.env, TOKENS, "the number of layers")
     if not 1 <= turns <= LAYER_LIMIT:
         raise fail(f"{turns} {TURN[word]}s", counted.span, f"from 1 to {LAYER_LIMIT:,}")
@@ -138,12 +128,15 @@ def layers(reading: Reading, e: ast.Stage) -> Layers:
         made.append(tuple(sub for part in body for sub in sublayers(inner, part, layer, False)))
     found = Layers(
         cast("Literal['layers', 'loop']", word), tuple(made), norm(given.get("norm")), halts, exits,
-        reading.memory, "sinusoid" if "signal" in given else None,
+        reading.memory, signal(reading, given.get("signal")),
     )  # fmt: skip
     for sub in (sub for turn in made for sub in turn):
         if reading.memory and isinstance(sub.what, Attention) and sub.what.streams:
             said = f"`{sub.name}` says what its keys are, and so does the memory around it"
             raise fail(said, sub.written, "leave out its `keys`, or take it out of the braces")
+        if sub.own and any(of_memory(word).pairs for word in reading.memory):
+            said = f"`{sub.name}` has keys of its own beside those that the memory holds"
+            raise fail(said, sub.written, "write `xl(m)`, of whose states all keys are made")
     if reading.reversible and found.norm == "post":
         raise fail("what is normed after the sum cannot be undone", given["norm"].span, "write `norm = pre`")
     return found
@@ -173,6 +166,12 @@ def remembering(reading: Reading, e: ast.Stage) -> Reading:
         if argument.name:
             raise fail("`memory` takes words, the nearest memory first", argument.span, USAGE["memory"])
     words = tuple(registered(reading, argument.value, "memory") for argument in e.args)
+    pairs = {of_memory(word).pairs for word in words}
+    if len(pairs) > 1:
+        said = " and ".join(f"`{word.name}`" for word in words)
+        raise fail(
+            f"{said} are in one memory", e.span, "one holds states, the other keys and values as they were"
+        )
     return replace(reading, memory=words)
 
 
@@ -194,44 +193,33 @@ def leaving(reading: Reading, e: ast.Stage) -> Exit:
         raise fail("tokens that leave cannot be undone", e.span, "inside `reversible` there is no exit")
     given = bind_arguments_of("exit", ("rule",), EXIT, call(e), USAGE["exit"])
     rule = registered(reading, given["rule"], "exit")
-    leaves = cast("Plugin", of_role("exit")[rule.name]).leaving(rule)
-    if leaves.threshold == "yes" and "threshold" not in given:
+    plugin = cast("Leaving", of_role("exit")[rule.name])
+    if plugin.needs_threshold and "threshold" not in given:
         raise fail(f"`{rule.name}` has no threshold", e.span, f"write `exit({rule.name}, threshold = 0.9)`")
-    if leaves.threshold == "no" and "threshold" in given:
-        raise fail(f"`{rule.name}` takes no threshold", given["threshold"].span, "it chooses the likeliest")
-    threshold = number(reading, given.get("threshold"), "threshold", leaves.between)
-    decay = number(reading, given.get("decay"), "decay", (0, math.inf))
-    if decay is not None and threshold is None:
-        raise fail("what decays is a threshold, and there is none", given["decay"].span)
-    if decay is not None and not leaves.falls:
-        said = f"below a threshold of `{rule.name}` tokens leave: one that falls keeps later ones longer"
-        raise fail(said, given["decay"].span, "leave out `decay`")
-    if "form" in given and decay is None:
-        raise fail("`form` is of a threshold that decays", given["form"].span, "write `decay = 4`")
-    words = {name: chosen(given[name], *CHOICES[name]) for name in CHOICES if name in given}
-    form = cast("Literal['paper', 'code']", words.get("form", "paper"))
-    batch = cast("Literal['each', 'min']", words.get("batch", "each"))
-    return Exit(rule, threshold, decay, form, batch)
+    numbers: dict[str, float | None] = {"threshold": None, "decay": None}
+    for name, value in ((name, given[name]) for name in numbers if name in given):
+        number = ir.number(reading.elaborator.num(value, reading.env, TOKENS))
+        if number is None or number < 0 or (name == "threshold" and not plugin.falls and number > 1):
+            size = "from 0 to 1" if name == "threshold" and not plugin.falls else "of 0 or more"
+            raise fail(f"the {name} is a number {size}", value.span)
+        numbers[name] = float(number)
+    if "decay" in given and (plugin.falls or "threshold" not in given):
+        why = "less of it is surer" if plugin.falls else "there is none"
+        raise fail(
+            "a threshold that falls makes tokens leave sooner", given["decay"].span, f"{why}: leave it out"
+        )
+    scaled = "scaled" in given and bool(argument(reading, given["scaled"], "bool"))
+    if scaled and "decay" not in given:
+        raise fail("`scaled` is of a decay", given["scaled"].span, "write `decay = 4` too")
+    batch = given.get("batch")
+    if batch is not None and not (isinstance(batch, ast.Name) and batch.id in ("each", "min")):
+        raise fail("expected `each` or `min`", batch.span, "with `min` rows leave together")
+    coupled: Literal["each", "min"] = "min" if isinstance(batch, ast.Name) and batch.id == "min" else "each"
+    return Exit(rule, numbers["threshold"], numbers["decay"], scaled, coupled)
 
 
-def number(
-    reading: Reading, e: ast.Expression | None, name: str, between: tuple[float, float]
-) -> float | None:
-    """What an exit is given by name."""
-    if e is None:
-        return None
-    found, (low, high) = ir.number(reading.elaborator.num(e, reading.env, TOKENS)), between
-    if found is None or not low <= found <= high:
-        size = f"of {low:g} or more" if high == math.inf else f"from {low:g} to {high:g}"
-        raise fail(f"the {name} is a number {size}", e.span)
-    return float(found)
-
-
-def chosen(e: ast.Expression, words: Sequence[str], help: str) -> str:
-    """One of these words."""
-    if isinstance(e, ast.Name) and e.id in words:
-        return e.id
-    raise fail("expected " + " or ".join(f"`{word}`" for word in words), e.span, help)
+def of_memory(word: Word) -> Memory:
+    return cast("Memory", of_role("memory")[word.name])
 
 
 def of_role(role: Role) -> Mapping[str, Stage]:
@@ -250,6 +238,10 @@ def registered(reading: Reading, e: ast.Expression, role: Role) -> Word:
         raise fail("expected a word", e.span, _one_of(words))
     name = made.func.id
     if name not in words:
+        from attndsl.execution import registry
+
+        if name in registry.names("stages"):
+            registry.plugin("stages", name)  # which says why it cannot be used
         help = suggest(name, words) or _one_of(words)
         raise fail(f"`{name}` is no word of {ROLES[role]}", made.func.span, help)
     parameters = inspect.signature(words[name].signature).parameters
@@ -303,6 +295,19 @@ def argument(reading: Reading, e: ast.Expression, kind: str) -> Argument:
     return float(number)
 
 
+def signal(reading: Reading, e: ast.Expression | None) -> bool:
+    """Whether turns begin with one."""
+    if e is None:
+        return False
+    if not (isinstance(e, ast.Name) and e.id == "sinusoid"):
+        raise fail("expected `sinusoid`", e.span, "it is added to all tokens before each turn")
+    if reading.reversible:
+        raise fail(
+            "`signal` stands in `reversible`", e.span, "leave it out: streams have no turns of their own"
+        )
+    return True
+
+
 def norm(e: ast.Expression | None) -> Norm:
     if e is None:
         return "pre"
@@ -327,6 +332,9 @@ def sublayers(reading: Reading, e: ast.Stage, layer: int, shared: bool) -> tuple
         if shared:
             raise fail("`share` stands in `share`", e.name.span)
         return tuple(sub for part in parts for sub in sublayers(reading, part, layer, True))
+    if word in ("tied", "own"):
+        made = (sub for part in braces(e) for sub in sublayers(reading, part, layer, shared))
+        return tuple(projected(e, sub) for sub in made)
     if word == "exit":
         raise fail("`exit` stands last in a layer", e.name.span)
     if word in STAGES:
@@ -337,7 +345,7 @@ def sublayers(reading: Reading, e: ast.Stage, layer: int, shared: bool) -> tuple
         return (weighted(reading, feed_forward(reading, e), e, shared),)
     definition = reading.elaborator.definitions.get(word)
     if definition is None:
-        raise unknown(reading, e, ("cycle", "share", "ffn"))
+        raise unknown(reading, e, ("cycle", "share", "tied", "own", "ffn"))
     if isinstance(definition, ast.Definition) and definition.word != "pattern":
         raise fail(f"`{word}` is a {definition.word}, and a layer is made of attentions", e.name.span)
     values = reading.elaborator.arguments(definition, e.args, reading.env, TOKENS)
@@ -346,6 +354,32 @@ def sublayers(reading: Reading, e: ast.Stage, layer: int, shared: bool) -> tuple
         beyond(values[name], argument, layer)
     value = reading.elaborator.instance(definition, values, reading.env, e.span, given=given)
     return (weighted(reading, Sublayer(word, attention_named(word, value), -1), e, shared),)
+
+
+def projected(e: ast.Stage, made: Sublayer) -> Sublayer:
+    """`tied { ... }` or `own(...) { ... }` of one sublayer."""
+    word, what = e.name.id, made.what
+    if not isinstance(what, Attention):
+        raise fail(f"`{made.name}` has no queries and keys", made.written, f"take it out of `{word}`")
+    if word == "tied":
+        bind_arguments_of(word, (), (), call(e), USAGE[word])
+        return replace(made, tied=True)
+    names = [part.attention.name for part in what.parts]
+    if not names:
+        raise fail(f"`{made.name}` is no sum, and has no parts", made.written, f"take it out of `{word}`")
+    if not e.args:
+        raise fail("`own` needs a part", e.span, f"write `own({names[-1]})`")
+    own = dict[str, bool]()
+    for argument in e.args:
+        value = argument.value.id if isinstance(argument.value, ast.Name) else ""
+        name, what_of_it = (argument.name, value) if argument.name else (value, "qkv")
+        if name not in names:
+            help = suggest(name, names) or f"its parts: {', '.join(names)}"
+            raise fail(f"`{made.name}` has no part `{name or argument.span.text}`", argument.span, help)
+        if what_of_it not in ("qk", "qkv"):
+            raise fail("expected `qk` or `qkv`", argument.value.span, "with `qk` its values are those of all")
+        own[name] = what_of_it == "qkv"
+    return replace(made, own=tuple(own.items()))
 
 
 def beyond(value: Value, e: ast.Expression, layer: int) -> None:
@@ -430,14 +464,6 @@ def is_attention(item: ast.Definition | ast.AttentionDef) -> bool:
 
 
 def masks(stages: tuple[Layers | Reversible, ...]) -> tuple[ir.Expr, ...]:
-    """What some head of each attention relates, from the input on; all pairs where an exit reads them."""
-    found = list[ir.Expr]()
-    for stage in layers_of(stages):
-        for turn in stage.turns:
-            found += [sub.what.any_head() for sub in turn if isinstance(sub.what, Attention)]
-        if (
-            stage.exit
-            and cast("Plugin", of_role("exit")[stage.exit.rule.name]).leaving(stage.exit.rule).whole
-        ):
-            found.append(ir.TRUE)
-    return tuple(found)
+    """What some head of each attention relates, from the input on."""
+    every = (sub.what for stage in layers_of(stages) for turn in stage.turns for sub in turn)
+    return tuple(what.any_head() for what in every if isinstance(what, Attention))

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
-from attndsl.execution.session import Session
-from attndsl.stacks.layers import Mixer, Near, Pair, Residual
-from attndsl.stacks.places import Flat, Places
-from attndsl.stacks.signal import sinusoids
-from attndsl.stacks.sizes import exit_key, plugin_of
-from attndsl.stacks.tree import Exit, Layers, Stack, Sublayer
+from attndsl.stacks.layers import Mixer, Near, Residual
+from attndsl.stacks.sizes import key_of, plugin_of
+from attndsl.stacks.tree import Layers, Stack, Sublayer
 from attndsl.stage import Decision, Held, Seen, Word
 
 if TYPE_CHECKING:
@@ -24,6 +22,8 @@ Place = tuple[int, int, int]
 """Of a sublayer: which stage, which turn of it, and where in that."""
 
 Decide = Callable[[Seen], Decision]
+HALF = 0.5
+"""As sure as a chance to leave has to be where a text names no threshold."""
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,21 @@ class State:
     seen: int
     held: Mapping[Place, tuple[Held | None, ...]] = field(repr=False)
 
+    def to(self, *like: Any, **options: Any) -> State:
+        """With tensors as `x.to(*like, **options)` makes them: of another device or dtype."""
+        held = {
+            place: tuple(one and replace(one, x=one.x.to(*like, **options)) for one in kept)
+            for place, kept in self.held.items()
+        }
+        return replace(self, held=held)
+
 
 @dataclass(frozen=True)
 class Exits:
     """What a stage with an exit tells.
 
-    states: in training, where tokens leave only at depths that are given: after each layer, [B, n, width].
-    sure:   after each layer what its exit goes by, [B, n], as far as tokens ran; of `geometric` and
-            `multinomial` the chance to leave of a token that has not.
+    states: where all layers ran, as they do in training: of each layer, [B, n, width].
+    sure:   of each layer, how sure it was, [B, n].
     turns:  how many layers each token took, [B, n].
     """
 
@@ -75,26 +82,19 @@ class Record:
 
 @dataclass(eq=False)
 class Run:
-    """Of `module`, on `count` tokens of each row with `tables`, the first of which stands at `first`.
-
-    before:   what memories hold of those before.
-    sessions: of each attention, what holds keys and values of those before; empty where a run has no such.
-    depths:   of stages with an exit, by their number among those: after how many layers tokens leave.
-    signal:   of the positions of its tokens, once a loop has asked.
-    """
+    """Of `module`, on `count` tokens of each row with `tables`, the first of which stands at `first`;
+    `before` is what memories hold of those before, `depths` [B, n] at which layer tokens leave, by exit."""
 
     module: StackModule
     tables: Mapping[str, Any]
     count: int
     first: int = 0
     before: Mapping[Place, tuple[Held | None, ...]] = field(default_factory=dict)
-    sessions: Mapping[Place, Session] = field(default_factory=dict)
     depths: Mapping[int, Tensor] = field(default_factory=dict)
     losses: dict[str, Tensor] = field(default_factory=dict)
     turns: dict[int, Tensor] = field(default_factory=dict)
     exits: dict[int, Exits] = field(default_factory=dict)
     held: dict[Place, tuple[Held | None, ...]] = field(default_factory=dict)
-    signal: Tensor | None = None
 
     def part(self, sublayer: Sublayer) -> Residual:
         return self.module.part(sublayer)
@@ -104,62 +104,32 @@ class Run:
         held = tuple(one for one in reversed(self.before.get(place, ())) if one is not None and len(one.at))
         return Near(self.tables, self.first, held)
 
-    def entered(self, i: int, turn: int, x: Tensor) -> Tensor:
-        """What states x [B, n, width] are as they enter a turn of the i-th stage: with its signal."""
-        if self.module.stack.layers[i].signal is None:
-            return x
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        at = torch.arange(self.first + 1, self.first + 1 + self.count, device=x.device, dtype=dtype)
-        if self.signal is None:
-            self.signal = sinusoids(at, x.shape[2])
-        now = sinusoids(at.new_full((1,), turn + 1), x.shape[2])
-        return x + (self.signal + now).to(x.dtype)
-
-    def mixed(
-        self, place: Place, sublayer: Sublayer, q: Tensor, keys: Pair, places: Places | Flat | None
-    ) -> Tensor:
-        """What an attention makes of queries of the tokens at `places`, or of all, among keys of all."""
-        residual = self.part(sublayer)
-        if place not in self.sessions:
-            at = None if places is None else cast(Places, places).index
-            return residual.mixed(q, keys, self.near(place), at)
-        inner = cast(Mixer, residual.inner)
-        if places is not None:  # a session takes the queries of all tokens
-            q = places.put(q.new_zeros(*keys[0].shape[:2], *q.shape[2:]), q)
-        heads = (made.transpose(1, 2) for made in (q, *keys))
-        out = self.sessions[place].prefill(*heads, **inner.given(self.tables)).transpose(1, 2)
-        out = (out if places is None else places.taken(out)).flatten(2)
-        return cast(Tensor, residual.behind(inner.o(out)))
-
-    def passed(self, place: Place, sublayer: Sublayer, x: Tensor, keys: Pair | None) -> None:
-        """An attention is passed by: all tokens have left, in the states x. Those to come read `keys`, which
-        are made where there are none yet."""
-        self.enter(place, sublayer, x)
-        if place not in self.sessions:
-            return
-        residual = self.part(sublayer)
-        made = keys or cast(Mixer, residual.inner).keys(residual.before(x))
-        tables = cast(Mixer, residual.inner).given(self.tables)
-        self.sessions[place].add(*(each.transpose(1, 2) for each in made), **tables)
-
     def enter(self, place: Place, sublayer: Sublayer, x: Tensor) -> None:
         """x [B, n, width] enters an attention, which may remember it."""
         words = self.module.stack.layers[place[0]].memory
         if not words or not isinstance(self.part(sublayer).inner, Mixer):
             return
+        self.held[place] = self.remembered(place, sublayer, x)
+
+    def remembered(self, place: Place, sublayer: Sublayer, x: Tensor) -> tuple[Held | None, ...]:
+        """What the words of a place hold once the states x [B, n, width] have entered it."""
+        words, part = self.module.stack.layers[place[0]].memory, self.part(sublayer)
         before = self.before.get(place, (None,) * len(words))
-        new: Held | None = Held(x.detach(), range(self.first, self.first + self.count))
+        at = range(self.first, self.first + x.shape[1])
+        pairs = any(plugin_of(word).pairs for word in words)
+        new: Held | None = Held(part.paired(x, at) if pairs else x.detach(), at, pairs=pairs)
         now: list[Held | None] = []
         for i, (word, held) in enumerate(zip(words, before, strict=True)):
             if new is None:
                 now.append(held)
                 continue
             learned = self.module.word(f"m.{sublayer.weights}.{i}")
-            kept, new, losses = plugin_of(word).remember(word, learned, held, new)
+            kept, new, losses = plugin_of(word).remember(word, learned, held, new, partial(part.read, x))
             for name, loss in losses.items():
                 self.losses[name] = self.losses.get(name, 0) + loss
-            now.append(None if kept is None else Held(kept.x.detach(), kept.at))
-        self.held[place] = tuple(now)
+            kept, new = (one and replace(one, x=one.x.detach()) for one in (kept, new))
+            now.append(kept)
+        return tuple(now)
 
     def halting(self, i: int, word: Word) -> Decide:
         """What the word of the i-th stage decides after each turn."""
@@ -167,39 +137,41 @@ class Run:
         return lambda seen: cast(Decision, plugin.decide(word, learned, seen))
 
     def exit(self, i: int, of: Layers) -> Decide:
-        """Which tokens leave the i-th stage after each turn: of their own accord, or at depths that are
-        given; in training they leave at those alone."""
-        exit = of.exit
-        assert exit is not None
-        word, plugin = exit.rule, plugin_of(exit.rule)
-        number = sum(before.exit is not None for before in self.module.stack.layers[:i])
-        depths = self.depths.get(number)
+        """Which tokens leave the i-th stage after each turn: where depths are given those at theirs, else
+        those that are sure enough. In training all layers run."""
+        assert of.exit is not None
+        word, plugin = of.exit.rule, plugin_of(of.exit.rule)
+        depths = self.depths.get(len(self.exits))
 
         def decide(seen: Seen) -> Decision:
-            learned = self.module.word(exit_key(i, of, seen.turn))
-            made: Decision = plugin.decide(word, learned, seen, self._threshold(exit, seen.x))
-            halts = made.halts
+            learned = self.module.word(key_of(i, of, seen.turn))
+            sure, carry = plugin.confidence(word, learned, seen)
             if depths is not None:
-                halts = depths <= seen.turn + 1
-            elif self.module.training:
-                halts = torch.zeros_like(seen.running)
-            elif exit.batch == "min":
-                halts = (halts | ~seen.running).all(0, keepdim=True).expand_as(halts)
-            return Decision(halts, None, made.carry, made.sure)
+                leaves = depths <= seen.turn + 1
+            else:
+                leaves = self._leaves(of, sure, seen) & (not self.module.training)
+            return Decision(leaves, carry=carry, sure=sure)
 
         return decide
 
-    def _threshold(self, exit: Exit, x: Tensor) -> Tensor | None:
-        """Of each token [n]; N of one that decays is the length that the module was built for."""
-        if exit.threshold is None:
-            return None
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        at = torch.arange(self.first, self.first + self.count, device=x.device, dtype=dtype)
-        if exit.decay is None:
-            return torch.full_like(at, exit.threshold)
-        falling = 0.1 * torch.exp(-exit.decay * at / self.module.length)
-        least = exit.threshold * falling if exit.form == "code" else falling
-        return (0.9 * exit.threshold + least).clamp(0, 1)
+    def _leaves(self, of: Layers, sure: Tensor, seen: Seen) -> Tensor:
+        """Which tokens are sure enough, bool [B, n]. With a decay the threshold is 0.9 of itself and 0.1 of
+        what falls from 1, exp(-decay t / length) (Schuster et al. 2022, section 5.1); in their code from
+        itself."""
+        assert of.exit is not None
+        falls = plugin_of(of.exit.rule).falls
+        if of.exit.batch == "min":
+            others = torch.where(seen.running, sure, -torch.inf if falls else torch.inf)
+            sure = (others.amax if falls else others.amin)(0, keepdim=True).expand_as(sure)
+        least = HALF if of.exit.threshold is None else of.exit.threshold
+        if falls:
+            return sure <= least
+        if of.exit.decay is None:
+            return sure >= least
+        at = torch.arange(self.first, self.first + sure.shape[1], device=sure.device).to(sure.dtype)
+        falling = torch.exp(-of.exit.decay * at / self.module.length)
+        scale = least if of.exit.scaled else 1.0
+        return sure >= (0.9 * least + 0.1 * scale * falling).clamp(0, 1)
 
     def record(self) -> Record:
         stack = self.module.stack

@@ -53,29 +53,30 @@ def remembered(memory: tuple[Word, ...]) -> int:
     return total
 
 
-def exit_key(i: int, stage: Layers, turn: int) -> str:
-    """Of what the exit of the i-th stage learns for a turn, in `words`: `stage.turn`, or `stage` where turns
-    have the same."""
-    assert stage.exit is not None
-    rule = stage.exit.rule
-    apart = stage.word == "layers" and not plugin_of(rule).leaving(rule).once
-    return f"{i}.{turn}" if apart else f"{i}"
-
-
-def words(stack: Stack) -> Iterator[tuple[str, Word, tuple[int, ...]]]:
-    """The words of a stack, once for each set of what they learn: by its key, which is `stage` of a halting,
-    that of `exit_key` of an exit and `m.weights.number` of a memory, and with what its plugin is asked for
-    beside a width."""
+def words(stack: Stack) -> Iterator[tuple[str, Word, int]]:
+    """The words of a stack and the turns of their stages, once for each set of what they learn, by its key:
+    `stage` or `stage.turn` of those by which tokens leave, `m.weights.number` of memories."""
     for i, stage in enumerate(stack.layers):
+        count = len(stage.turns)
         if stage.halting is not None:
-            yield f"{i}", stage.halting, ()
+            yield f"{i}", stage.halting, count
         if stage.exit is not None:
-            turns = range(len(stage.turns))
-            keys = dict.fromkeys(exit_key(i, stage, turn) for turn in turns)
-            yield from ((key, stage.exit.rule, (len(turns) // len(keys),)) for key in keys)
+            for turn in range(count) if apart(stage) else (0,):
+                yield key_of(i, stage, turn), stage.exit.rule, count
     for stage, sublayer in stack.sublayers:
         if isinstance(sublayer.what, Attention):
-            yield from ((f"m.{sublayer.weights}.{i}", word, ()) for i, word in enumerate(stage.memory))
+            for i, word in enumerate(stage.memory):
+                yield f"m.{sublayer.weights}.{i}", word, len(stage.turns)
+
+
+def apart(stage: Layers) -> bool:
+    """Whether every layer of it learns on its own how sure it is."""
+    return stage.exit is not None and stage.word == "layers" and plugin_of(stage.exit.rule).each
+
+
+def key_of(i: int, stage: Layers, turn: int) -> str:
+    """In `words`, of the exit of the i-th stage after a turn."""
+    return f"{i}.{turn}" if apart(stage) else f"{i}"
 
 
 def check_tables(stack: Stack, given: Collection[str]) -> None:

@@ -31,12 +31,17 @@ class Sublayer:
     """What is added to the residual stream.
 
     weights: sublayers of one number have the same.
+    tied:    whether keys are the queries of their tokens.
+    own:     parts of a sum whose queries and keys are made by projections of their own, and whether their
+             values are.
     written: where it stands in the stack.
     """
 
     name: str
     what: Attention | FeedForward
     weights: int
+    tied: bool = False
+    own: tuple[tuple[str, bool], ...] = ()
     written: Span | None = field(default=None, compare=False)
 
 
@@ -45,16 +50,15 @@ class Exit:
     """Tokens leave after the turn in which `rule` is as sure as the threshold.
 
     threshold: None where the rule says itself where tokens leave.
-    decay:     the threshold falls from position to position by this.
-    form:      how it falls, at position t of N: to 0.9 of itself and 0.1 exp(-decay t / N) (Schuster et al.
-               2022, section 5.1), or in their code and 0.1 of itself times that.
+    decay:     the threshold falls from position to position by this (Schuster et al. 2022, section 5.1).
+    scaled:    whether what falls is a part of the threshold, as in their code, or of 1, as in the paper.
     batch:     whether rows leave each on its own, or together with the least sure.
     """
 
     rule: Word
     threshold: float | None = None
     decay: float | None = None
-    form: Literal["paper", "code"] = "paper"
+    scaled: bool = False
     batch: Literal["each", "min"] = "each"
 
 
@@ -67,8 +71,7 @@ class Layers:
     halting: how tokens leave a loop before its last turn, and become a sum of their states.
     exit: how they leave in the state that they have.
     memory: what its attentions remember of segments before, the nearest first.
-    signal: what is added to the states of all tokens before each turn of a loop: of position and turn, each
-            counted from 1, the sinusoids (Dehghani et al. 2019, section 2.1).
+    signal: whether sines and cosines of position and turn are added before each turn.
     """
 
     word: Literal["layers", "loop"]
@@ -77,7 +80,7 @@ class Layers:
     halting: Word | None = None
     exit: Exit | None = None
     memory: tuple[Word, ...] = ()
-    signal: Literal["sinusoid"] | None = None
+    signal: bool = False
 
     @property
     def leaves(self) -> bool:
@@ -131,6 +134,11 @@ class Stack:
     def layers(self) -> tuple[Layers, ...]:
         """Its stages, and those inside reversible ones, from the input on."""
         return layers_of(self.stages)
+
+    def sublayer(self, place: tuple[int, int, int]) -> Sublayer:
+        """At a place: which stage, which turn of it, and where in that."""
+        stage, turn, number = place
+        return self.layers[stage].turns[turn][number]
 
     @property
     def remembers(self) -> bool:

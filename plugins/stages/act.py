@@ -18,28 +18,26 @@ class Act:
     2.1; of each token: Dehghani et al. 2019, section 2.2).
 
     eps     what may be left of the sum
-    basic   as `basic` of tensor2tensor: with a weight w the output y becomes w x + (1 - w) y, so that
-            weights are those of no sum: of chances .3, .3 and .5 they are .126, .18 and .4
-    onward  as in tensor2tensor: tokens that have left are computed on, and others attend to that; as
-            published they stay what they were
-    rest    whether a token that the last turn ends has what remains for its weight; not in tensor2tensor,
-            where weights then sum up to less than 1
+    basic   the state so far fades by as much as a new one adds, as in tensor2tensor: x p + y (1 - p), of
+            which the weights do not sum up to 1
+    onward  states of tokens that have left change on, as in tensor2tensor
+    unpaid  where the last turn comes first, what remains is not paid, as in tensor2tensor
     """
 
     role: Literal["halting"] = "halting"
 
     def signature(
-        self, eps: float = 0.01, basic: bool = False, onward: bool = False, rest: bool = True
+        self, eps: float = 0.01, basic: bool = False, onward: bool = False, unpaid: bool = False
     ) -> None: ...
 
     def check(self, word: Word) -> None:
         if not 0 < word["eps"] < 1:
             raise fail("`eps` is what may be left of the sum of 1: between 0 and 1")
 
-    def parameters(self, word: Word, width: int) -> int:
+    def parameters(self, word: Word, width: int, turns: int) -> int:
         return width + 1
 
-    def learned(self, word: Word, width: int) -> nn.Module:
+    def learned(self, word: Word, width: int, turns: int) -> nn.Module:
         """What makes the probability to halt of a state; it begins near 0.73, a bias of 1 as in
         tensor2tensor."""
         from torch import nn
@@ -55,14 +53,17 @@ class Act:
         left = seen.carry.get("left")
         left = seen.x.new_ones(seen.x.shape[:2]) if left is None else left
         now = torch.where(seen.running, learned(seen.x)[..., 0].sigmoid(), 0)
-        full = left - now <= word["eps"]
-        halts = full | seen.last
-        weight = torch.where(halts if word["rest"] else full, left, now)
+        ends = left - now <= word["eps"]
+        halts = ends | seen.last
+        weight = torch.where(ends if word["unpaid"] else halts, left, now)
         goes = seen.running & ~halts
-        unpaid = seen.running & halts & ~full & (not word["rest"])
-        after = torch.where(goes, left - now, left.masked_fill(unpaid, 0))
-        kept = 1 - weight if word["basic"] else None
-        return Decision(halts, weight, {"left": after}, kept=kept, onward=word["onward"])
+        return Decision(
+            halts,
+            weight,
+            keeps=1 - weight if word["basic"] else None,
+            onward=word["onward"],
+            carry={"left": torch.where(goes, left - now, left)},
+        )
 
     def losses(self, word: Word, turns: Tensor, carry: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """`ponder`, the mean of the turns that a token takes and of what remained for the last of them."""

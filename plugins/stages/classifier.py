@@ -1,39 +1,44 @@
-"""`exit(classifier, threshold = 0.9)`: how likely a layer is to say what the last one will, learned."""
+"""`exit(classifier, threshold = 0.9)`: a learned guess whether a state has what the last one will say."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, cast
 
-from attndsl.stage import Decision, Leaving, Seen, Word
+from attndsl.stage import Seen, Word
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
 class Classifier:
-    """Registered as `classifier`: the sigmoid of a map of the state, one for each layer of `layers`, and of
-    a loop one (Schuster et al. 2022, section 3.5). `attndsl.stacks.exits` has what it is trained to say."""
+    """Registered as `classifier`: the sigmoid of a linear map of the state, one for all layers (Schuster et
+    al. 2022, section 3.5); trained on a stack that is frozen, to say whether the likeliest token is that of
+    the last layer."""
 
     role: Literal["exit"] = "exit"
+    needs_logits = False
+    needs_threshold = True
+    falls = False
+    each = False
 
     def signature(self) -> None: ...
 
     def check(self, word: Word) -> None: ...
 
-    def leaving(self, word: Word) -> Leaving:
-        return Leaving()
+    def causal(self, word: Word) -> bool:
+        return True
 
-    def parameters(self, word: Word, width: int, turns: int = 1) -> int:
+    def parameters(self, word: Word, width: int, turns: int) -> int:
         return width + 1
 
-    def learned(self, word: Word, width: int, turns: int = 1) -> nn.Module:
+    def learned(self, word: Word, width: int, turns: int) -> nn.Module | None:
         from torch import nn
 
         return nn.Linear(width, 1)
 
-    def decide(self, word: Word, learned: Any, seen: Seen, threshold: Tensor | None) -> Decision:
-        sure = learned(seen.x)[..., 0].sigmoid()
-        return Decision(sure >= threshold, sure=sure)
+    def confidence(self, word: Word, learned: Any, seen: Seen) -> tuple[Tensor, Mapping[str, Tensor]]:
+        return cast("Tensor", learned(seen.x)[..., 0].sigmoid()), {}
 
 
 stage = Classifier()

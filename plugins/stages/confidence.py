@@ -1,10 +1,11 @@
-"""`exit(confidence, threshold = 0.9)`: the probability of the likeliest token."""
+"""`exit(confidence, threshold = 0.9)`: how likely the likeliest token is."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
-from attndsl.stage import Decision, Leaving, Seen, Word
+from attndsl.stage import Seen, Word
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -15,25 +16,27 @@ class Confidence:
     3.2)."""
 
     role: Literal["exit"] = "exit"
+    needs_logits = True
+    needs_threshold = True
+    falls = False
+    each = False
 
     def signature(self) -> None: ...
 
     def check(self, word: Word) -> None: ...
 
-    def leaving(self, word: Word) -> Leaving:
-        return Leaving(logits=True)
+    def causal(self, word: Word) -> bool:
+        return True
 
-    def parameters(self, word: Word, width: int, turns: int = 1) -> int:
+    def parameters(self, word: Word, width: int, turns: int) -> int:
         return 0
 
-    def learned(self, word: Word, width: int, turns: int = 1) -> nn.Module | None:
+    def learned(self, word: Word, width: int, turns: int) -> nn.Module | None:
         return None
 
-    def decide(self, word: Word, learned: None, seen: Seen, threshold: Tensor | None) -> Decision:
+    def confidence(self, word: Word, learned: Any, seen: Seen) -> tuple[Tensor, Mapping[str, Tensor]]:
         assert seen.logits is not None
-        assert threshold is not None
-        sure = seen.logits(seen.x).softmax(-1).amax(-1)
-        return Decision(sure >= threshold, sure=sure)
+        return seen.logits(seen.x).softmax(-1).amax(-1), {}
 
 
 stage = Confidence()

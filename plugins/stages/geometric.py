@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, cast
 
-from attndsl.stage import Decision, Leaving, Seen, Word
+from attndsl.stage import Seen, Word
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-HALF = 0.5
-"""Where a text names no threshold."""
 
 
 class Geometric:
@@ -18,25 +16,28 @@ class Geometric:
     for each layer (Elbayad et al. 2020, section 3.2). Without a threshold tokens leave where it is a half."""
 
     role: Literal["exit"] = "exit"
+    needs_logits = False
+    needs_threshold = False
+    falls = False
+    each = True
 
     def signature(self) -> None: ...
 
     def check(self, word: Word) -> None: ...
 
-    def leaving(self, word: Word) -> Leaving:
-        return Leaving(threshold="maybe")
+    def causal(self, word: Word) -> bool:
+        return True
 
-    def parameters(self, word: Word, width: int, turns: int = 1) -> int:
+    def parameters(self, word: Word, width: int, turns: int) -> int:
         return width + 1
 
-    def learned(self, word: Word, width: int, turns: int = 1) -> nn.Module:
+    def learned(self, word: Word, width: int, turns: int) -> nn.Module:
         from torch import nn
 
         return nn.Linear(width, 1)
 
-    def decide(self, word: Word, learned: Any, seen: Seen, threshold: Tensor | None) -> Decision:
-        chance = learned(seen.x)[..., 0].sigmoid()
-        return Decision(chance >= (HALF if threshold is None else threshold), sure=chance)
+    def confidence(self, word: Word, learned: Any, seen: Seen) -> tuple[Tensor, Mapping[str, Tensor]]:
+        return cast("Tensor", learned(seen.x)[..., 0].sigmoid()), {}
 
 
 stage = Geometric()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
-from attndsl.stage import Decision, Leaving, Seen, Word
+from attndsl.stage import Seen, Word
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -15,25 +16,28 @@ class Margin:
     2022, section 3.5)."""
 
     role: Literal["exit"] = "exit"
+    needs_logits = True
+    needs_threshold = True
+    falls = False
+    each = False
 
     def signature(self) -> None: ...
 
     def check(self, word: Word) -> None: ...
 
-    def leaving(self, word: Word) -> Leaving:
-        return Leaving(logits=True)
+    def causal(self, word: Word) -> bool:
+        return True
 
-    def parameters(self, word: Word, width: int, turns: int = 1) -> int:
+    def parameters(self, word: Word, width: int, turns: int) -> int:
         return 0
 
-    def learned(self, word: Word, width: int, turns: int = 1) -> nn.Module | None:
+    def learned(self, word: Word, width: int, turns: int) -> nn.Module | None:
         return None
 
-    def decide(self, word: Word, learned: None, seen: Seen, threshold: Tensor | None) -> Decision:
+    def confidence(self, word: Word, learned: None, seen: Seen) -> tuple[Tensor, Mapping[str, Tensor]]:
         assert seen.logits is not None
-        assert threshold is not None
         first, second = seen.logits(seen.x).softmax(-1).topk(2).values.unbind(-1)
-        return Decision(first - second >= threshold, sure=first - second)
+        return first - second, {}
 
 
 stage = Margin()

@@ -1,52 +1,57 @@
-"""`exit(multinomial)`: after the first layer, how many layers there are to be."""
+"""`exit(multinomial)`: after the first layer, the chances of all layers to be the last."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from attndsl.errors import fail
-from attndsl.stage import Decision, Leaving, Seen, Word
+from attndsl.stage import Seen, Word
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-LEVELS = ("token", "sequence")
-
 
 class Multinomial:
-    """Registered as `multinomial`: a distribution over the layers to leave after, a softmax of a map of the
-    state after the first (Elbayad et al. 2020, section 3.2). Tokens leave at the likeliest.
+    """Registered as `multinomial`: the softmax of a map of what the first layer gave is the chance of each
+    layer to be the last (Elbayad et al. 2020, section 3.2). How sure a layer is, is that chance beside the
+    chances of those from it on. Without a threshold tokens leave where it is a half.
 
-    level  whose state: each token's own, or the mean of all tokens of a row, which then leave together
+    of  `token`, the state of each token; `sequence`, the mean of all, which then leave together
     """
 
     role: Literal["exit"] = "exit"
+    needs_logits = False
+    needs_threshold = False
+    falls = False
+    each = False
 
-    def signature(self, level: str = "token") -> None: ...
+    def signature(self, of: str = "token") -> None: ...
 
     def check(self, word: Word) -> None:
-        if word["level"] not in LEVELS:
-            raise fail(f"`level` is {word['level']}", help="write `token` or `sequence`")
+        if word["of"] not in ("token", "sequence"):
+            raise fail(f"`{word['of']}` has no state", help="write `token` or `sequence`")
 
-    def leaving(self, word: Word) -> Leaving:
-        return Leaving(threshold="no", once=True, whole=word["level"] == "sequence")
+    def causal(self, word: Word) -> bool:
+        return cast("bool", word["of"] == "token")
 
-    def parameters(self, word: Word, width: int, turns: int = 1) -> int:
+    def parameters(self, word: Word, width: int, turns: int) -> int:
         return (width + 1) * turns
 
-    def learned(self, word: Word, width: int, turns: int = 1) -> nn.Module:
+    def learned(self, word: Word, width: int, turns: int) -> nn.Module:
         from torch import nn
 
         return nn.Linear(width, turns)
 
-    def decide(self, word: Word, learned: Any, seen: Seen, threshold: Tensor | None) -> Decision:
-        """How sure it is, is the probability of this layer among those that are left."""
-        logits = seen.carry.get("logits")
-        if logits is None:
-            x = seen.x if word["level"] == "token" else seen.x.mean(1, keepdim=True)
-            logits = learned(x).expand(*seen.x.shape[:2], seen.turns)
-        sure = (logits[..., seen.turn] - logits[..., seen.turn :].logsumexp(-1)).exp()
-        return Decision(logits.argmax(-1) <= seen.turn, carry={"logits": logits}, sure=sure)
+    def confidence(self, word: Word, learned: Any, seen: Seen) -> tuple[Tensor, Mapping[str, Tensor]]:
+        if seen.turn:
+            scores = seen.carry["scores"]
+        elif word["of"] == "token":
+            scores = learned(seen.x)
+        else:
+            scores = learned(seen.x.mean(1, keepdim=True)).expand(*seen.x.shape[:2], -1)
+        later = scores[..., seen.turn :]
+        return later.softmax(-1)[..., 0], {"scores": scores}
 
 
 stage = Multinomial()

@@ -1,40 +1,43 @@
-"""`exit(state, threshold = 0.98)`: how alike the states before and after a layer are."""
+"""`exit(state, threshold = 0.9)`: how alike a state is to the one before."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
-from attndsl.stage import Decision, Leaving, Seen, Word
+from attndsl.stage import Seen, Word
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-class Unchanged:
-    """Registered as `state`: the cosine of the angle between a token's states before and after a layer
-    (Schuster et al. 2022, section 3.5)."""
+class State:
+    """Registered as `state`: the cosine between the states of a token after the layer and before it (Schuster
+    et al. 2022, section 3.5)."""
 
     role: Literal["exit"] = "exit"
+    needs_logits = False
+    needs_threshold = True
+    falls = False
+    each = False
 
     def signature(self) -> None: ...
 
     def check(self, word: Word) -> None: ...
 
-    def leaving(self, word: Word) -> Leaving:
-        return Leaving(between=(-1.0, 1.0))
+    def causal(self, word: Word) -> bool:
+        return True
 
-    def parameters(self, word: Word, width: int, turns: int = 1) -> int:
+    def parameters(self, word: Word, width: int, turns: int) -> int:
         return 0
 
-    def learned(self, word: Word, width: int, turns: int = 1) -> nn.Module | None:
+    def learned(self, word: Word, width: int, turns: int) -> nn.Module | None:
         return None
 
-    def decide(self, word: Word, learned: None, seen: Seen, threshold: Tensor | None) -> Decision:
+    def confidence(self, word: Word, learned: Any, seen: Seen) -> tuple[Tensor, Mapping[str, Tensor]]:
         from torch.nn.functional import cosine_similarity
 
-        assert threshold is not None
-        sure = cosine_similarity(seen.x, seen.before, dim=-1)
-        return Decision(sure >= threshold, sure=sure)
+        return cosine_similarity(seen.x, seen.before, -1), {}
 
 
-stage = Unchanged()
+stage = State()

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
 from attndsl.errors import fail
-from attndsl.stage import Held, Word
+from attndsl.stage import Held, Read, Word, joined, last
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -17,6 +17,7 @@ class Recurrence:
     section 3.2)."""
 
     role: Literal["memory"] = "memory"
+    pairs = False
 
     def signature(self, m: int) -> None: ...
 
@@ -24,25 +25,20 @@ class Recurrence:
         if word["m"] < 1:
             raise fail(f"a memory of {word['m']} states", help="one or more")
 
-    def parameters(self, word: Word, width: int) -> int:
+    def parameters(self, word: Word, width: int, turns: int) -> int:
         return 0
 
-    def learned(self, word: Word, width: int) -> nn.Module | None:
+    def learned(self, word: Word, width: int, turns: int) -> nn.Module | None:
         return None
 
     def reach(self, word: Word, behind: int) -> tuple[int, int]:
         return word["m"], behind + word["m"]
 
     def remember(
-        self, word: Word, learned: None, held: Held | None, new: Held
+        self, word: Word, learned: None, held: Held | None, new: Held, read: Read
     ) -> tuple[Held | None, Held | None, Mapping[str, Tensor]]:
-        import torch
-
-        x = new.x if held is None else torch.cat([held.x, new.x], 1)
-        at = [*new.at] if held is None else [*held.at, *new.at]
-        goes = max(len(at) - word["m"], 0)
-        gone = Held(x[:, :goes], at[:goes]) if goes else None
-        return Held(x[:, goes:], at[goes:]), gone, {}
+        kept, gone = last(word["m"], joined(held, new))
+        return kept, gone, {}
 
 
 stage = Recurrence()
