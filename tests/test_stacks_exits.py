@@ -294,3 +294,44 @@ def test_what_is_learned_is_counted(name: str) -> None:
     made = module(name)
     own = sum(weight.numel() for key, weight in made.named_parameters() if not key.startswith("readout"))
     assert attndsl.depth(made.stack, length=40, width=16, heads=2).parameters == own
+
+
+def test_chances_of_one_have_slopes() -> None:
+    """The sigmoid of 20 is 1 to rounding, and the chance of what comes after it 0."""
+    given = torch.tensor([[20.0]], requires_grad=True)
+    sure = [given.sigmoid(), torch.full((1, 1), 0.3), torch.full((1, 1), 0.5)]
+    for depth, meant in ((1, 0.0), (2, 100 - np.log(0.3))):
+        loss = exits.leaving(sure, torch.tensor([[depth]]))
+        assert loss.item() == pytest.approx(meant, abs=1e-5)
+        (slope,) = torch.autograd.grad(loss, given, retain_graph=True)
+        assert slope.isfinite().all()
+
+
+def test_an_exit_that_reads_whole_rows_looks_ahead() -> None:
+    text = "attention near { mask causal & last(4) }"
+    for of, status in (("token", "proved"), ("sequence", "refuted")):
+        stack = f"stack rows {{ layers(3) {{ near  exit(multinomial(of = {of})) }} }}"
+        program = attndsl.parse(f"{text} {stack} assert reach(rows) <= causal")
+        assert [verdict.status for _, verdict in program.check()] == [status]
+
+
+def test_no_rows_leave_together() -> None:
+    stack: Any = attndsl.parse(
+        "attention near { mask causal }"
+        "stack rows { layers(2) { near  exit(margin, threshold = 0.5, batch = min) } }"
+    )["rows"]
+    module = attndsl.build(stack, width=8, heads=2, length=8, readout=torch.nn.Linear(8, 5)).eval()
+    assert module(torch.zeros(0, 4, 8))[0].shape == (0, 4, 8)
+
+
+def test_what_is_not_paid_is_no_loss() -> None:
+    """Of three turns with a chance of .2 the first two add, and nothing remains to be paid."""
+    act = registry.plugin("stages", "act")
+    for unpaid, ponder in ((True, 3.0), (False, 3.6)):
+        word = Word("act", (("eps", 0.01), ("basic", False), ("onward", False), ("unpaid", unpaid)))
+        found, x = Progress.begun(torch.zeros(1, 1, 1)), torch.ones(1, 1, 1)
+        for turn in range(3):
+            seen = Seen(x, x, found.running, turn, 3, carry=found.carry)
+            decision = act.decide(word, lambda x: torch.full_like(x, 0.2).logit(), seen)
+            found = found.after(x, decision, seen.last)
+        assert act.losses(word, found.turns, found.carry)["ponder"].item() == pytest.approx(ponder)

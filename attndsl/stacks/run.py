@@ -162,7 +162,8 @@ class Run:
         falls = plugin_of(of.exit.rule).falls
         if of.exit.batch == "min":
             others = torch.where(seen.running, sure, -torch.inf if falls else torch.inf)
-            sure = (others.amax if falls else others.amin)(0, keepdim=True).expand_as(sure)
+            if len(others):
+                sure = (others.amax if falls else others.amin)(0, keepdim=True).expand_as(sure)
         least = HALF if of.exit.threshold is None else of.exit.threshold
         if falls:
             return sure <= least
