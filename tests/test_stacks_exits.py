@@ -107,6 +107,21 @@ def test_what_has_left_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(of.lengths == (4, 4) for of in session.sessions.values())
 
 
+def test_rows_that_go_on_are_gathered() -> None:
+    """A step of several rows gives feed-forward layers those tokens alone that have not left."""
+    made, x = module("geometric_"), 2 * torch.randn(3, 12, 16, dtype=torch.float64)
+    depths, seen, session = made(x)[1].exits[0].turns, [0], made.session(3, 12)
+    for part in made.parts.values():
+        if hasattr(part.inner, "up"):
+            part.inner.up.register_forward_hook(  # type: ignore[union-attr]
+                lambda of, given, out: seen.append(given[0].shape[:-1].numel())
+            )
+    for token in x.split(1, 1):  # type: ignore[no-untyped-call]
+        session.step(token)
+    assert sum(seen) == int(depths.sum())
+    assert (depths != depths[:1]).any()
+
+
 def test_depths_are_forced() -> None:
     """In training too; the states of those that left are what upper layers read."""
     made, x = module("geometric_").train(), torch.randn(2, 9, 16, dtype=torch.float64)
