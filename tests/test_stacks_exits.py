@@ -246,6 +246,14 @@ def test_chances_sum_up_to_one() -> None:
     torch.testing.assert_close(exits.chances(record.exits[0].sure), scores.softmax(-1))
 
 
+def test_tokens_leave_after_the_likeliest_layer() -> None:
+    """Whether the chance of those left is a half or not: of .2, .35, .25 and .2 the second is .44."""
+    for name in ("multinomial_", "sequence_"):
+        made, x = module(name), torch.randn(2, 40, 16, dtype=torch.float64)
+        chances = exits.chances(made.train()(x)[1].exits[0].sure)
+        assert torch.equal(made.eval()(x)[1].exits[0].turns, chances.argmax(-1) + 1)
+
+
 def test_oracles_by_hand() -> None:
     scores = torch.tensor([[[0.0, 1.0, 1.1], [2.0, 0.0, 0.0], [0.0, 0.0, 9.0]]])
     assert exits.oracle(scores).tolist() == [[3, 1, 3]]
