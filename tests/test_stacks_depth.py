@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
 import sympy
 import torch
+from click.testing import CliRunner
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import attndsl
+from attndsl import pictures
+from attndsl.command.cli import main
 from attndsl.stacks.tree import Stack
 
 TEXT = """
@@ -208,3 +212,36 @@ def test_it_is_told_in_80_columns() -> None:
         assert max(map(len, told.splitlines())) <= 80
     assert "those of a batch leave together" in str(attndsl.depth(stack("coupled"), **SIZES))
     assert "16 keys before the segment" in str(attndsl.depth(stack("recurrent"), **SIZES))
+
+
+def test_commands_know_stacks(tmp_path: Path) -> None:
+    file, page, picture = tmp_path / "deep.attn", tmp_path / "deep.html", tmp_path / "deep.svg"
+    file.write_text(TEXT)
+
+    def said(*arguments: str) -> str:
+        result = CliRunner().invoke(main, [*arguments], catch_exceptions=False)
+        told = result.output.replace(f"{tmp_path}/", "")
+        assert max(map(len, told.splitlines()), default=0) <= 80
+        return told
+
+    shown = said("show", f"{file}:cycled", "--length", "32")
+    assert "layers 0, 2: local" in shown
+    assert "layers 1, 3: whole" in shown
+    compared = said("compare", f"{file}:cycled", f"{file}:halting", "--length", "64", "--heads", "2")
+    assert "sees at least" in compared
+    assert compared.splitlines()[0].split() == ["cycled", "halting"]
+    mixed = said("compare", f"{file}:cycled", f"{file}:local", "--length", "64")
+    assert "is a stack, and" in mixed
+    said("report", f"{file}:cycled", "--length", "64", "-o", str(page))
+    assert '<h2 id="layers">Layers</h2>' in page.read_text()
+    said("show", f"{file}:cycled", "--length", "32", "-o", str(picture))
+    assert picture.read_bytes().startswith(b"<?xml")
+    assert "`--head` is of one attention" in said("show", f"{file}:cycled", "--length", "32", "--head", "1")
+
+
+def test_turns_of_a_run_are_drawn() -> None:
+    module = attndsl.build(stack("halting"), **SIZES)
+    record = module(torch.randn(2, 64, 32))[1]
+    assert pictures.render(pictures.turns(record.turns[0], "turns"), "png").startswith(b"\x89PNG")
+    with pytest.raises(attndsl.AttnError, match=r"turns are \[B, n\], not \[64\]"):
+        pictures.turns(record.turns[0][0])

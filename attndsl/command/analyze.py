@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial, reduce
+from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
+from attndsl import pictures
 from attndsl.analysis.part import Subject
 from attndsl.analysis.report import Report, blank, chosen, extended, subject_of, usable
 from attndsl.command import child, comparison
@@ -22,10 +24,10 @@ from attndsl.command.given import (
     echo_json,
     file_and_name,
     is_file,
+    names_stack,
     read,
     tables,
     tell_heads,
-    titled,
     write,
 )
 from attndsl.command.options import (
@@ -40,10 +42,12 @@ from attndsl.command.options import (
     Whole,
     argument,
 )
+from attndsl.command.show import first_masks, layers_of
 from attndsl.errors import AttnError, Diagnostic, fail, suggest
 from attndsl.execution.registry import names
 from attndsl.html.masks import Mask, masks
 from attndsl.html.page import render
+from attndsl.html.stack import of_stack
 from attndsl.pictures import Drawing
 from attndsl.stacks.depth import Depth, depth
 from attndsl.stacks.tree import Stack
@@ -207,14 +211,27 @@ def compare(
     if both := sorted(params.keys() & columns[0].keys()):
         raise click.UsageError(f"`{both[0]}` is given by --set and by --sweep")
     given = tables(inputs)
+    stacks = [target for target in targets if names_stack(*file_and_name(target))]
+    if stacks and len(stacks) < len(targets):
+        other = next(target for target in targets if target not in stacks)
+        raise fail(f"`{stacks[0]}` is a stack, and `{other}` an attention", help="compare two of a kind")
+    if stacks:
+        rows = []
+        for target, column in product(targets, columns):
+            with sweeping(sizes):
+                stack, shown = defined(*file_and_name(target), params | own_of(column))
+            length = int(column["n"]) if "n" in column else sizes["length"]
+            assert isinstance(stack, Stack)
+            told = stacked(stack, {**sizes, "length": length}, given)
+            rows.append(comparison.row_of_stack(told, shown, sizes["heads"] or 1, column))
+        click.echo(comparison.FORMATS[form](rows))
+        return
     named, swept = [], []
     for target in targets:
         file, name = file_and_name(target)
         for column in columns:
             with sweeping(sizes):
-                attention = bound(
-                    file, name, params | {key: value for key, value in column.items() if key != "n"}
-                )
+                attention = bound(file, name, params | own_of(column))
             own = {table.name: given[table.name] for table in attention.inputs if table.name in given}
             length = int(column["n"]) if "n" in column else sizes["length"]
             if column is columns[0]:
@@ -231,6 +248,11 @@ def compare(
     rows = [comparison.row(report, column) for report, column in zip(reports, swept, strict=True)]
     click.echo(comparison.FORMATS[form](rows))
     demand_known(reports)
+
+
+def own_of(column: dict[str, str]) -> dict[str, str]:
+    """The parameters of a column."""
+    return {key: value for key, value in column.items() if key != "n"}
 
 
 @contextmanager
@@ -279,8 +301,18 @@ def report(
     suffix = Path(output).suffix.lower()
     if suffix not in ("", ".html", ".htm"):
         raise fail(f"no page ends in {suffix}", help="give the output a name in .html")
-    attention, shown = titled(file, name, params)
+    attention, shown = defined(file, name, params)
     given = tables(inputs)
+    if isinstance(attention, Stack):
+        told = stacked(attention, sizes, given)
+        of = {key: sizes[key] for key in ("length", "heads", "block_size")} | {"q_length": None}
+        found_layers = first_masks(child.run(lambda stage: layers_of(stage, attention, given, of)))
+        drawing = pictures.drawn(
+            lambda dark: pictures.layers(found_layers, shown, dark=dark), "masks of the layers"
+        )
+        path = file if name else file_and_name(file)[0]
+        write(output, of_stack(replace(told, name=shown), drawing, None if path == "-" else read(path)))
+        return
     tell_heads(attention.attention, given, sizes["heads"])
     subject = subject_of(attention, parameters=(), inputs=given, **sizes)
     (found,) = analyzed([(subject, shown)], None, time_limit)

@@ -8,6 +8,7 @@ import json
 import re
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from attndsl.analysis.report import Report
 from attndsl.analysis.text import WIDTH
 from attndsl.analysis.units import percent, scaled, seconds
 from attndsl.errors import fail
+from attndsl.stacks.depth import Depth
 
 Row = Mapping[str, Any]
 
@@ -43,6 +45,40 @@ LINES = {
 UNTOLD = ("name", "choice", "reasons")
 """What has no line in a table."""
 PARTS = list(dict.fromkeys(line.part for line in LINES.values()))
+
+
+STACKS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "layers": ("layers", "{:,}".format),
+    "parameters": ("parameters", "{:,}".format),
+    "flops": ("FLOP forward", scaled),
+    "decode_flops": ("FLOP of a step", scaled),
+    "kv_bytes": ("KV cache", partial(scaled, unit="B")),
+    "activations": ("activations", partial(scaled, unit="B")),
+    "sees_least": ("sees at least", "{:,} tokens".format),
+    "sees_most": ("sees at most", "{:,} tokens".format),
+}
+"""What is compared of stacks, how it is called, and how it is written."""
+
+
+def row_of_stack(found: Depth, name: str, heads: int, swept: Mapping[str, str]) -> dict[str, Any]:
+    """As `row`, of a stack."""
+    flops, sees = found.flops, found.levels[-1].sees
+    return {
+        "name": name,
+        "length": found.length,
+        "heads": heads,
+        **{name: value for name, value in swept.items() if name != "n"},
+        "layers": len(found.levels),
+        "parameters": found.parameters,
+        "flops": flops and flops.forward,
+        "decode_flops": flops and flops.decode,
+        "kv_bytes": found.bytes,
+        "activations": found.activations.plain,
+        "sees_least": sees and sees[0],
+        "sees_most": sees and sees[1],
+        "choice": None,
+        "reasons": None,
+    }
 
 
 def columns(sweeps: Sequence[str]) -> Iterator[dict[str, str]]:
@@ -83,6 +119,8 @@ def said(name: str) -> tuple[str, Callable[[Any], str]]:
     """The label of a line for people, and how its values are written."""
     if name in LINES:
         return LINES[name].label, LINES[name].write
+    if name in STACKS:
+        return STACKS[name]
     if name == "length":
         return "keys, n", "{:,}".format
     return (name.removesuffix("_seconds"), seconds) if name.endswith("_seconds") else (name, str)

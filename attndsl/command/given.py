@@ -82,6 +82,12 @@ def defined(file: str, name: str | None, params: dict[str, str] | None) -> tuple
     return found, title(program, name, params or {})
 
 
+def names_stack(file: str, name: str | None) -> bool:
+    """Whether a name of a file is a stack's; the parameters of it have no part in that."""
+    program = program_of(file)
+    return (name or program.default()) in program.stacks
+
+
 def title(program: Program, name: str, params: dict[str, str]) -> str:
     item = program.stacks.get(name) or program.elaborator.definitions[name]
     defaults = {param.name: param.default for param in item.params}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -12,14 +13,16 @@ import numpy as np
 from attndsl import pictures
 from attndsl.attention import Attention
 from attndsl.command import child, terminal
-from attndsl.command.given import first_query, heads_of, tables, titled, write
+from attndsl.command.given import defined, first_query, heads_of, tables, write
 from attndsl.command.options import SIZES, TARGET, Command, Whole
 from attndsl.errors import fail
 from attndsl.execution.selecting import drawn
 from attndsl.expr import nodes
+from attndsl.stacks.sizes import check_tables
+from attndsl.stacks.tree import Stack
 from attndsl.streams import listed
-from attndsl.tiles import lowering
-from attndsl.tiles.blockmask import BlockMask
+from attndsl.tiles import cells, lowering
+from attndsl.tiles.blockmask import BlockMask, TileGrid
 
 TILES = 1024
 """Tiles on a side of a mask to draw, about."""
@@ -61,7 +64,13 @@ def show(
         raise fail(f"a picture in {form} does not go to the terminal", help=f"name a file: -o mask.{form}")
     if form != "term":
         pictures.demand()
-    found, shown = titled(file, name, params)
+    found, shown = defined(file, name, params)
+    if isinstance(found, Stack):
+        if head is not None:
+            raise fail(f"`{found.name}` is a stack", help="`--head` is of one attention: name it instead")
+        drawn = child.run(lambda stage: of_layers(stage, found, shown, tables(inputs), sizes, form))
+        put(drawn, output)
+        return
     attention, given = found.attention, tables(inputs)
     heads = sizes["heads"] = heads_of(attention, given, sizes["heads"])
     if head is not None and head >= heads:
@@ -88,11 +97,68 @@ def show(
         stage("drawing", None)
         return pictures.render(pictures.mask(block_mask, title, first=first), form, transparent=form == "svg")
 
-    drawn = child.run(work)
+    put(child.run(work), output)
+
+
+def put(drawn: str | bytes, output: str | None) -> None:
+    """To a file, or to the terminal."""
     if output is not None:
         write(output, drawn)
     elif isinstance(drawn, str):
         terminal.echo(drawn.removesuffix("\n"))
+
+
+def of_layers(
+    stage: child.Stage,
+    stack: Stack,
+    title: str,
+    given: dict[str, Any],
+    sizes: dict[str, Any],
+    form: Literal["term", "svg", "png"],
+) -> str | bytes:
+    """A picture of `layers_of`."""
+    found = layers_of(stage, stack, given, sizes)
+    if form == "term":
+        return "\n\n".join(
+            f"{heading(label, mask, sizes['length'])}\n{terminal.picture(mask, terminal.width())}"
+            for label, mask in found.items()
+        )
+    stage("drawing", None)
+    return pictures.render(pictures.layers(first_masks(found), title), form, transparent=form == "svg")
+
+
+def layers_of(
+    stage: child.Stage, stack: Stack, given: dict[str, Any], sizes: dict[str, Any]
+) -> dict[str, BlockMask]:
+    """The attentions of a stack, each once under the layers that have it."""
+    stage("tiling", None)
+    check_tables(stack, given)
+    found: dict[str, BlockMask] = {}
+    for attention, label in labelled(stack).items():
+        own = {table.name: given[table.name] for table in attention.inputs if table.name in given}
+        of = {**sizes, "heads": heads_of(attention, own, sizes["heads"])}
+        found[label] = drawable(attention, {**chosen(attention, own, of), **own}, **of)
+    if not found:
+        raise fail(f"`{stack.name}` has no attention to draw")
+    return found
+
+
+def first_masks(found: Mapping[str, BlockMask]) -> dict[str, TileGrid]:
+    """Of several masks of heads the first."""
+    return {label: cells.distinct(mask)[0][1] for label, mask in found.items()}
+
+
+def labelled(stack: Stack) -> dict[Attention, str]:
+    """Each attention of a stack under its layers: `layers 0..4, 6: local`."""
+    where: dict[Attention, dict[int, str]] = {}
+    for i, turn in enumerate(stack.turns):
+        for sub in turn:
+            if isinstance(sub.what, Attention):
+                where.setdefault(sub.what, {})[i] = sub.name
+    return {
+        what: cells.heads(np.array([*at])).replace("head", "layer") + f": {next(iter(at.values()))}"
+        for what, at in where.items()
+    }
 
 
 def drawable(attention: Attention, given: dict[str, Any], **sizes: Any) -> BlockMask:

@@ -86,6 +86,12 @@ def receptive_field(after: Mapping[int, TileGrid], title: str = "", *, dark: boo
     return _sheet(panels, title, said, 0, "token", theme(dark))
 
 
+def layers(grids: Mapping[str, TileGrid], title: str = "", *, dark: bool = False) -> Figure:
+    """The masks of layers as small multiples, each under its label."""
+    panels = [Panel(label, grid) for label, grid in grids.items()]
+    return _sheet(panels, title, [f"n = {panels[0].grid.n:,}"], 0, "token", theme(dark))
+
+
 def level_image(grid: TileGrid, scale: Scale) -> NDArray[np.int8]:
     """The level of each cell. A token is shown by its tile: all live or not."""
     if not scale.exact:

@@ -120,7 +120,7 @@ class Depth:
         return sum(level.bytes for level in self.levels)
 
     def flops_at(self, depth: float) -> float | None:
-        """Of a forward pass whose tokens take so many turns on average of each stage that they may leave, all
+        """Of a forward pass whose tokens take `depth` turns on average of each stage that they may leave, all
         of one that has fewer: those that leave are taken to be spread evenly over the sequence."""
         if self.flops is None:
             return None
@@ -135,7 +135,7 @@ class Depth:
     def __str__(self) -> str:
         """For a terminal."""
         headers = ["layer", "live pairs", "FLOP", "keys kept", "KV cache", "sees"]
-        count, shown = len(self.levels), [*_rows(self.levels)]
+        count, shown = len(self.levels), [*rows(self.levels)]
         of_training, formulas = self.activations, self.formulas or {}
         by_width = [formulas[name] for name in ("parameters",) if name in formulas]
         lines = [
@@ -170,8 +170,9 @@ class Depth:
         return f"forward by mean turns: {each}"
 
 
-def _rows(levels: Sequence[Level]) -> Iterator[tuple[str, ...]]:
-    """Those that differ; layers alike are one."""
+def rows(levels: Sequence[Level]) -> Iterator[tuple[str, ...]]:
+    """What is shown of `levels`: layer, live pairs, FLOPs, keys kept, their bytes, and what is seen; those
+    alike are one."""
     alike: list[tuple[int, int, Level]] = []
     for i, level in enumerate(levels):
         if alike and replace(alike[-1][2], sees=level.sees) == level and alike[-1][2].sees == level.sees:

@@ -1,0 +1,109 @@
+"""What stacks learn on a CPU, in minutes: memory, pondering, spans, duplication.
+
+    python -m benchmarks.learning memory ponder span duplicate
+
+Each prints its figures; those measured are in RESULTS.md.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import lzma
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import attndsl
+
+TRAIN = runpy.run_path(str(Path(__file__).parent.parent / "examples" / "train.py"))
+SEEDS = (0, 1, 2)
+
+MEMORY = """
+attention whole { mask causal  score alibi }
+attention recent { mask causal & last(96)  score alibi }
+stack short { layers(3) { whole  ffn(2) } }
+stack recurrent { memory(xl(64)) { layers(3) { recent  ffn(2) } } }
+"""
+
+
+def memory(steps: int = 800) -> None:
+    """Bits per byte of the held-out end of Moby Dick, by the same model with memory and without: segments of 32
+    bytes, three layers, width 96."""
+    program, data = attndsl.parse(MEMORY), lzma.open(TRAIN["BOOK"]).read()
+    for seed in SEEDS:
+        found = {}
+        for name in ("short", "recurrent"):
+            torch.manual_seed(seed)
+            model = TRAIN["made"](program[name], 96, 4, 32)
+            _, found[name] = TRAIN["trained"](model, data, steps=steps, segment=32, rows=16, rate=3e-3)
+        gain = found["short"] - found["recurrent"]
+        print(
+            f"seed {seed}: {found['short']:.3f} without, {found['recurrent']:.3f} with memory, {gain:.3f} less"
+        )
+
+
+PONDER = """
+attention whole { mask causal  score alibi }
+stack ut { loop(act, max = 8) { share { whole  ffn(2) } } }
+"""
+
+
+def parity(rows: int, length: int, most: int) -> tuple[Tensor, Tensor]:
+    """Sequences of 0 and 1, and of each token whether the ones up to it, of the last `most`, are odd in number."""
+    bits = torch.randint(2, (rows, length))
+    sums = bits.cumsum(1)
+    sums[:, most:] -= bits.cumsum(1)[:, :-most]
+    return bits, sums % 2
+
+
+def ponder(steps: int = 250) -> list[float]:
+    """Parity of the last four bits; the mean depth by what a turn costs."""
+    depths = []
+    for cost in (0.0, 0.01, 0.1):
+        torch.manual_seed(0)
+        model = attndsl.build(
+            attndsl.parse(PONDER)["ut"],
+            width=32,
+            heads=4,
+            length=16,
+            embed=nn.Embedding(2, 32),
+            readout=nn.Linear(32, 2),
+        )
+        nn.init.constant_(model.words["0"].bias, -2.0)
+        optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+        for _ in range(steps):
+            bits, odd = parity(32, 16, 4)
+            y, record = model(bits)
+            loss = (
+                cross_entropy(model.readout(y).flatten(0, 1), odd.flatten())
+                + cost * record.losses["ponder.0"]
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        with torch.no_grad():
+            bits, odd = parity(128, 16, 4)
+            y, record = model(bits)
+            right = (model.readout(y).argmax(-1) == odd).float().mean()
+        depths.append(float(record.turns[0].float().mean()))
+        print(f"cost {cost}: {depths[-1]:.2f} turns, {100 * right:.1f} % right")
+    return depths
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    for name in sys.argv[1:] or ("memory", "ponder", "span", "duplicate"):
+        print(f"{name}:")
+        globals()[name]()
+
+
+if __name__ == "__main__":
+    main()
