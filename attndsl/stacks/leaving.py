@@ -113,8 +113,8 @@ def run(run: Run, i: int, stage: Layers, decide: Decide, x: Tensor) -> Progress:
 
 
 def _kept(run: Run, turn: Sequence[Sublayer], before: Keys, x: Tensor, halted: Tensor) -> Keys:
-    """Those of the last states of tokens that have left, for a turn; `before` is of the turn before, in which
-    the tokens `halted` left. Where that had other weights they are made of all tokens."""
+    """Those of the last states of tokens that have left, for a turn that has weights of the turn `before`, in
+    which the tokens `halted` left."""
     left, near, found = Places.of(halted), Near(run.tables, run.first), {}
     for i, sublayer in enumerate(turn):
         residual = run.part(sublayer)
@@ -122,8 +122,8 @@ def _kept(run: Run, turn: Sequence[Sublayer], before: Keys, x: Tensor, halted: T
             continue
         weights, pair = before.get(i, (None, None))
         if pair is None or weights != sublayer.weights:
-            pair = residual.inner.pair(residual.before(x), near.at(x.shape[1]))
-        elif left.index.shape[1]:
+            continue
+        if left.index.shape[1]:
             states = residual.before(left.taken(x))
             pair = _put(left, pair, residual.inner.pair(states, near.at(x.shape[1], left.index)))
         found[i] = sublayer.weights, pair
@@ -151,9 +151,11 @@ def _turn(
         index = None if places is None else places.index
         where = near.at(x.shape[1], index)
         q = inner.queries(normed, where)
-        pair = inner.pair(normed, where, q)
-        if places is not None:
-            pair = _put(places, keys[s][1], pair)
+        if places is not None and s not in keys:
+            pair = inner.pair(residual.before(places.put(x, state)), near.at(x.shape[1]))
+        else:
+            pair = inner.pair(normed, where, q)
+            pair = pair if places is None else _put(places, keys[s][1], pair)
         keys[s] = sublayer.weights, pair
         if places is None or inner.placed:
             mixed = residual.mixed(q, pair, near, normed, index)
