@@ -95,6 +95,8 @@ def chosen(
     found: Lowered, q: Tensor, k: Tensor, tensors: Sequence[Tensor], places: Places, watched: bool
 ) -> list[Tensor]:
     """The choices of a call, by whichever way in is right for what watches it."""
+    if torch.compiler.is_compiling():  # where nothing is remade
+        return _made(found, q, k, tensors, places, watched)
     if (remade := REMADE.get()) is not None:
         return next(remade)
     made = _made(found, q, k, tensors, places, watched)

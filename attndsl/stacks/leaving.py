@@ -125,7 +125,7 @@ def _kept(run: Run, turn: Sequence[Sublayer], before: Keys, x: Tensor, halted: T
             continue
         if left.index.shape[1]:
             states = residual.before(left.taken(x))
-            pair = _put(left, pair, residual.inner.pair(states, near.at(x.shape[1], left.index)))
+            pair = _put(left, pair, residual.inner.pair(states, near.where(left.index)))
         found[i] = sublayer.weights, pair
     return found
 
@@ -149,10 +149,10 @@ def _turn(
             run.enter((*at, s), sublayer, state if places is None else places.put(x, state))
         normed = residual.before(state)
         index = None if places is None else places.index
-        where = near.at(x.shape[1], index)
+        where = near.where(index)
         q = inner.queries(normed, where)
         if places is not None and s not in keys:
-            pair = inner.pair(residual.before(places.put(x, state)), near.at(x.shape[1]))
+            pair = inner.pair(residual.before(places.put(x, state)), near.where())
         else:
             pair = inner.pair(normed, where, q)
             pair = pair if places is None else _put(places, keys[s][1], pair)
@@ -160,7 +160,7 @@ def _turn(
         if places is None or inner.placed:
             mixed = residual.mixed(q, pair, near, normed, index)
         else:
-            whole, where = residual.before(places.put(x, state)), near.at(x.shape[1])
+            whole, where = residual.before(places.put(x, state)), near.where()
             mixed = places.taken(residual.mixed(inner.queries(whole, where), pair, near, whole))
         state = residual.added(state, mixed)
     return state if places is None else places.put(x, state)
