@@ -37,7 +37,7 @@ DEPTHS = (4, 24)
 
 
 class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of storages that operators make, while they live; views of what is `given` are none."""
+    """Counts the bytes of storages that operators make, while they live; views of `given` are none."""
 
     def __init__(self, *given: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
