@@ -29,8 +29,8 @@ attention near { mask causal & last(8) }
 attention gated(b = learn[H](0.3)) = sigmoid(b) * far + (1 - sigmoid(b)) * near
 attention packed { inputs doc : int[n]  g : float[B, n]  mask causal & documents(doc)  score s * g[k] }
 attention joint { mask causal & (last(8) | topk(50, of = causal & ~last(8), by = Q @ K)) }
-stack recurrent(m = 90) { memory(xl(m)) { layers(3) { local  whole  ffn(2) } } }
-stack compressive { memory(xl(5), compressed(3, rate = 3, by = conv)) { layers(3) { whole  ffn(2) } } }
+stack recurrent(m = 90) { memory(xl(m)) { layers(2) { local  whole  ffn(2) } } }
+stack compressive { memory(xl(5), compressed(3, rate = 3, by = conv)) { layers(2) { whole  ffn(2) } } }
 stack memorizing(many = 90) { memory(store(many)) { layers(2) { joint  ffn(2) } } }
 stack gating(many = 90) { memory(store(many)) { layers(2) { gated  ffn(2) } } }
 stack packing { memory(xl(20)) { layers(2) { packed  ffn(1) } } }
