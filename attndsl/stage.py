@@ -5,7 +5,7 @@ A word is frozen data in a stack. What it learns is a module, and what it does i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -90,15 +90,22 @@ class Held:
     """What a memory holds of an attention, the oldest first.
 
     x      [B, m, width], states as they entered it, before its norm; or [B, m, 2 Hkv D], keys and values
-    at     their m positions, rising
+    at     int64 [m], their positions, rising
+    first  the first of them, if none is missing between them
     loose  how many of the last are to be made into something else with states to come
     pairs  whether x are keys and values
     """
 
     x: Tensor
-    at: Sequence[int]
+    at: Tensor
+    first: int | None = None
     loose: int = 0
     pairs: bool = False
+
+    @property
+    def many(self) -> int:
+        """How many there are."""
+        return self.x.shape[1]
 
 
 def joined(held: Held | None, new: Held) -> Held:
@@ -107,13 +114,16 @@ def joined(held: Held | None, new: Held) -> Held:
 
     if held is None:
         return replace(new, loose=0)
-    return replace(new, x=torch.cat([held.x, new.x], 1), at=[*held.at, *new.at], loose=0)
+    close = held.first is not None and new.first is not None and held.first + held.many == new.first
+    x, at = torch.cat([held.x, new.x], 1), torch.cat([held.at, new.at])
+    return replace(new, x=x, at=at, first=held.first if close else None, loose=0)
 
 
 def last(many: int, held: Held) -> tuple[Held, Held | None]:
     """The last `many` of what is held, and those before, None where there are none."""
-    goes = max(len(held.at) - many, 0)
-    kept = replace(held, x=held.x[:, goes:], at=held.at[goes:])
+    goes = max(held.many - many, 0)
+    first = None if held.first is None else held.first + goes
+    kept = replace(held, x=held.x[:, goes:], at=held.at[goes:], first=first)
     return kept, replace(held, x=held.x[:, :goes], at=held.at[:goes], loose=0) if goes else None
 
 
@@ -175,7 +185,8 @@ class Exit(Stage, Protocol):
 
     def confidence(self, word: Word, learned: Any, seen: Seen) -> tuple[Tensor, Mapping[str, Tensor]]:
         """[B, n] of each token after a turn, and what `word` carries to the turn after. Without a threshold
-        it is the chance to leave now of one that has not left, from 0 to 1."""
+        it is the chance to leave now of one that has not left, from 0 to 1, and tokens leave where it is a
+        half, or where what is carried as `leaves`, bool [B, n], says so."""
 
 
 class Memory(Stage, Protocol):

@@ -37,11 +37,11 @@ DEPTHS = (4, 24)
 
 
 class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of storages that operators make, while they live."""
+    """Counts the bytes of storages that operators make, while they live; views of `given` are none."""
 
-    def __init__(self) -> None:
+    def __init__(self, *given: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.held: dict[int, int] = {}
+        self.held: dict[int, int] = {tensor.untyped_storage().data_ptr(): 0 for tensor in given}
         self.now = self.most = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

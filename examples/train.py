@@ -24,6 +24,11 @@ BOOK = Path(__file__).parent / "data" / "moby-dick.txt.xz"
 BYTES, HELD_OUT = 256, 20
 
 
+def read(path: Path) -> bytes:
+    """A text, compressed or not."""
+    return lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
+
+
 def streams(data: bytes, rows: int) -> Tensor:
     """int64 [rows, m]: as many pieces of the text, side by side."""
     text = torch.frombuffer(bytearray(data), dtype=torch.uint8).long()
@@ -96,11 +101,8 @@ def trained(
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
-            if (
-                checkpoint is not None
-                and (step + 1) % 100 == 0
-                or checkpoint is not None
-                and step + 1 == steps
+            if (checkpoint is not None and (step + 1) % 100 == 0) or (
+                checkpoint is not None and step + 1 == steps
             ):
                 kept = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
                 torch.save({**kept, "schedule": schedule.state_dict(), "losses": losses}, checkpoint)
@@ -140,11 +142,10 @@ def main(
     file, _, name = target.rpartition(":")
     stack = attndsl.load(file)[name]
     assert isinstance(stack, attndsl.Stack), f"{name} is no stack"
-    data = lzma.open(text).read() if text.suffix == ".xz" else text.read_bytes()
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     model = made(stack, width, heads, segment)
-    losses, held_out = trained(model, data, steps=steps, segment=segment, rows=rows, rate=rate, out=out)
+    losses, held_out = trained(model, read(text), steps=steps, segment=segment, rows=rows, rate=rate, out=out)
     curve(losses, held_out, out / "curve.png")
     click.echo(f"{held_out:.3f} bits per byte of the held-out text; the curve is in {out / 'curve.png'}")
 

@@ -136,3 +136,42 @@ def test_a_plugin_that_is_shown_conforms(file, name, shown, passing, tmp_path):
     lines = [f"{name} = {target}" for name, target in rows.items()]
     (info / "entry_points.txt").write_text("\n".join([f"[{group}]", *lines]))
     assert suite_of(name, text, tmp_path, environment_with(tmp_path)) > passing
+
+
+WORD = """
+import torch, attndsl
+from attndsl.stacks.reference import reference
+text = "attention a { mask causal } stack kept { memory(sinks(4)) { layers(2) { a  ffn(1) } } }"
+program = attndsl.parse(text)
+module = attndsl.build(program["kept"], width=8, heads=2, length=6, dtype="float64")
+x, state, found = torch.randn(1, 20, 8, dtype=torch.float64), None, []
+for segment in x.split(6, 1):
+    meant = reference(module, segment, state)
+    y, record = module(segment, state=state)
+    torch.testing.assert_close(y, meant)
+    found.append(y)
+    state = record.state
+assert [held.many for kept in state.held.values() for held in kept] == [4, 4]
+session = module.session(1, 20)
+steps = torch.cat([session.step(piece) for piece in x.split([3, 1, 9, 7], 1)], 1)
+torch.testing.assert_close(steps, torch.cat(found, 1))
+assert attndsl.depth(program["kept"], length=6, width=8, heads=2).memory == 4
+"""
+
+
+def test_a_word_of_stacks_that_is_shown_is_one_like_ours(tmp_path):
+    text = (ROOT / "docs/plugins.md").read_text(encoding="utf-8")
+    (source,) = (block for block in python_of(text) if "class Sinks" in block)
+    (tmp_path / "my_package.py").write_text(source)
+    info = tmp_path / "sinks-0.1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: sinks\nVersion: 0.1\n")
+    (info / "entry_points.txt").write_text("[attndsl.stages]\nsinks = my_package:stage\n")
+    done = subprocess.run(
+        [sys.executable, "-c", WORD],
+        env=environment_with(tmp_path),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr

@@ -19,7 +19,7 @@ from attndsl.execution.lowered import Lowered, Places
 from attndsl.execution.selecting import choices, shape
 
 KEPT: ContextVar[list[list[Tensor]] | None] = ContextVar("KEPT", default=None)
-"""Where the choices of calls are kept, one after the other."""
+"""Where the choices of calls are kept, one after the other, as int32: they are places, ranks or labels."""
 REMADE: ContextVar[Iterator[list[Tensor]] | None] = ContextVar("REMADE", default=None)
 """Those of calls that are made again."""
 
@@ -29,8 +29,10 @@ def keeping() -> Iterator[list[list[Tensor]]]:
     """What calls within it choose, call by call."""
     kept: list[list[Tensor]] = []
     token = KEPT.set(kept)
-    yield kept
-    KEPT.reset(token)
+    try:
+        yield kept
+    finally:
+        KEPT.reset(token)
 
 
 @contextmanager
@@ -38,8 +40,10 @@ def remaking(kept: Sequence[list[Tensor]]) -> Iterator[None]:
     """Calls within it choose what was kept: keys and queries that are recomputed are rounded otherwise, and
     what is nearly a tie must not change."""
     token = REMADE.set(iter(kept))
-    yield
-    REMADE.reset(token)
+    try:
+        yield
+    finally:
+        REMADE.reset(token)
 
 
 @torch.library.custom_op("attndsl::choose", mutates_args=())
@@ -95,11 +99,13 @@ def chosen(
     found: Lowered, q: Tensor, k: Tensor, tensors: Sequence[Tensor], places: Places, watched: bool
 ) -> list[Tensor]:
     """The choices of a call, by whichever way in is right for what watches it."""
+    if torch.compiler.is_compiling():  # where nothing is remade
+        return _made(found, q, k, tensors, places, watched)
     if (remade := REMADE.get()) is not None:
-        return next(remade)
+        return [choice.long() for choice in next(remade)]
     made = _made(found, q, k, tensors, places, watched)
     if (kept := KEPT.get()) is not None:
-        kept.append(made)
+        kept.append([choice.int() for choice in made])
     return made
 
 

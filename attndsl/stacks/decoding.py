@@ -6,20 +6,22 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from attndsl.analysis.lasting import kept
 from attndsl.errors import fail
 from attndsl.execution.session import Session
-from attndsl.stacks.layers import Mixer, Near, Residual, shared, signalled
+from attndsl.stacks.layers import Mixer, Near, Pair, Residual, flat, shared, signalled
 from attndsl.stacks.leaving import Progress
 from attndsl.stacks.run import Place, Run, State
-from attndsl.stacks.sizes import plugin_of
+from attndsl.stacks.sizes import attentions, plugin_of
 from attndsl.stacks.tree import Layers, Reversible, Sublayer
-from attndsl.stage import Held, Seen
+from attndsl.stage import Held, Seen, joined
 
 if TYPE_CHECKING:
+    from attndsl.execution.plan import Plan
     from attndsl.stacks.module import StackModule
 
 
@@ -37,6 +39,9 @@ class StackSession:
 
     def __init__(self, module: StackModule, batch: int, capacity: int, state: State | None = None) -> None:
         self.module, self.batch = module, batch
+        if state is not None:
+            weight = next(module.parameters())
+            module.check_state(state, batch, weight.dtype, weight.device)
         self.length = 0 if state is None else state.seen
         self.made: dict[tuple[Place, str], Tensor] = {}
         self.sessions: dict[Place, Session] = {}
@@ -53,10 +58,11 @@ class StackSession:
             if isinstance(inner := module.part(sublayer).inner, Mixer)
         }
         if module.stack.remembers:
-            for plan in {inner.attention.plan for inner in mixers.values()}:
-                for one in getattr(plan, "parts", {"": plan}).values():
-                    kept(one.attention, one.problem)
-            self.segment = Segment(self.length, {} if state is None else state.held)
+            plans = {inner.attention.plan for inner in mixers.values()}
+            found = {plan: _needs(plan) for plan in plans}
+            needs = {place: found[inner.attention.plan] for place, inner in mixers.items()}
+            before = {} if state is None else state.held
+            self.segment = Segment(self.length, module.length, before, needs)
         else:
             self.sessions = {at: inner.attention.session(batch, capacity) for at, inner in mixers.items()}
 
@@ -67,7 +73,7 @@ class StackSession:
     def keys(self) -> int:
         """How many keys it holds now, of all layers and turns; what has room for others not counted."""
         if self.segment is not None:
-            return sum(len(one.at) for held in self.segment.pairs.values() for one in held)
+            return sum(held.many for held in self.segment.caches.values())
         return sum(min(self.length, session.slots) for session in self.sessions.values())
 
     @torch.no_grad()
@@ -75,21 +81,38 @@ class StackSession:
         """The output [B, m, width] of `x` [B, m, width] or tokens [B, m], the next of every row; `tables` by
         name."""
         x = self.module.embedded(x)
-        if x.ndim != 3 or x.shape[0] != self.batch or x.shape[2] != self.module.width:
+        self.module.check_tokens(x, tables)
+        if x.shape[0] != self.batch:
             raise fail(f"x is [{self.batch}, m, {self.module.width}], not {[*x.shape]}")
         if self.segment is None:
-            return self._step(x, tables)
-        parts, size = list[Tensor](), self.module.length
-        while x.shape[1]:
-            fits = self.segment.begun + size - self.length
-            parts.append(self._step(x[:, :fits], tables))
-            x = x[:, fits:]
-            if self.length == self.segment.begun + size:
-                self.segment = self.segment.after(self.module, tables)
-        return torch.cat(parts, 1) if parts else x
+            y = self._step(Step(self.module, tables, x.shape[1], self.length), x)
+            self.length += x.shape[1]
+            return y
+        segment, parts, done = self.segment.copy(), list[Tensor](), 0
+        while not parts or done < x.shape[1]:
+            first = self.length + done
+            piece = x[:, done : done + segment.begun + segment.length - first]
+            count = piece.shape[1]
+            of_piece = tables if count == x.shape[1] else self._cut(tables, first + count)
+            parts.append(self._step(Step(self.module, of_piece, count, first, segment=segment), piece))
+            done += count
+            if self.length + done == segment.begun + segment.length:
+                segment = segment.after(self.module)
+        self.length, self.segment = self.length + done, segment
+        return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
-    def _step(self, x: Tensor, tables: dict[str, Any]) -> Tensor:
-        number, run = 0, Run(self.module, tables, x.shape[1], self.length)
+    def _cut(self, tables: Mapping[str, Any], end: int) -> dict[str, Any]:
+        """Of tables the entries for the tokens before the position `end`."""
+        of = {table.name: table.dims for _, what in attentions(self.module.stack) for table in what.inputs}
+        found = {}
+        for name, table in tables.items():
+            whole: Any = table if isinstance(table, Tensor) else np.asarray(table)
+            upto = tuple(slice(end) if dim == "n" else slice(None) for dim in of[name])
+            found[name] = whole[upto] if whole.ndim == len(upto) else table
+        return found
+
+    def _step(self, run: Step, x: Tensor) -> Tensor:
+        number = 0
         for each in self.module.stack.stages:
             if isinstance(each, Reversible):
                 x = self._reversible(run, number, each, x)
@@ -97,10 +120,9 @@ class StackSession:
                 continue
             x = self._leaving(run, number, each, x) if each.leaves else self._turns(run, number, each, x)
             number += 1
-        self.length += x.shape[1]
         return cast(Tensor, self.module.last(x))
 
-    def _turns(self, run: Run, i: int, stage: Layers, x: Tensor) -> Tensor:
+    def _turns(self, run: Step, i: int, stage: Layers, x: Tensor) -> Tensor:
         for t, turn in enumerate(stage.turns):
             x = signalled(stage, x, run.first, t)
             for s, sublayer in enumerate(turn):
@@ -108,24 +130,29 @@ class StackSession:
                 x = residual.added(x, self._made(run, (i, t, s), sublayer, x))
         return x
 
-    def _reversible(self, run: Run, i: int, of: Reversible, x: Tensor) -> Tensor:
+    def _reversible(self, run: Step, i: int, of: Reversible, x: Tensor) -> Tensor:
         streams = [x, x]
         for place, sublayer in of.sublayers(i):
             streams = [streams[1], streams[0] + self._made(run, place, sublayer, streams[1])]
         return (streams[0] + streams[1]) / 2
 
-    def _leaving(self, run: Run, i: int, stage: Layers, x: Tensor) -> Tensor:
+    def _leaving(self, run: Step, i: int, stage: Layers, x: Tensor) -> Tensor:
         """A token that has left is attended to in later turns too: they all get keys of its last state."""
         decide = run.halting(i, stage.halting) if stage.halting else run.exit(i, stage)
         found = Progress.begun(x)
         for t, turn in enumerate(stage.turns):
             before, made = x, signalled(stage, x, run.first, t)
-            runs = found.running[..., None] | found.onward
-            idle = not bool(runs.any())
+            alive = found.running | found.onward
+            runs, idle = alive[..., None], not bool(alive.any())
             for s, sublayer in enumerate(turn):
                 residual = self.module.part(sublayer)
                 if idle:
                     self._held(run, (i, t, s), residual, made)
+                    continue
+                if not isinstance(residual.inner, Mixer):
+                    some = made[alive]
+                    near = run.near((i, t, s))
+                    made = made.index_put((alive,), residual(some[None], near)[0].to(made.dtype))
                     continue
                 new = residual.added(made, self._made(run, (i, t, s), sublayer, made))
                 made = torch.where(runs, new, made)
@@ -136,14 +163,14 @@ class StackSession:
             found = found if idle else found.after(x, decide(seen), seen.last)
         return found.y
 
-    def _made(self, run: Run, place: Place, sublayer: Sublayer, x: Tensor) -> Tensor:
+    def _made(self, run: Step, place: Place, sublayer: Sublayer, x: Tensor) -> Tensor:
         residual = self.module.part(sublayer)
         inner, normed = residual.inner, residual.before(x)
         if not isinstance(inner, Mixer):
             return cast(Tensor, residual.behind(inner(normed)))
-        if self.segment is not None:
-            return self.segment.mixed(run, place, residual, x)
-        at = range(run.first, run.first + x.shape[1])
+        if run.segment is not None:
+            return run.segment.mixed(run, place, residual, x)
+        at = run.first
         q = inner.queries(normed, at)
         q, k, v = (made.transpose(1, 2) for made in (q, *inner.pair(normed, at, q)))
         beside = inner.beside(normed, at, run.tables, None)
@@ -151,15 +178,15 @@ class StackSession:
         out = self.sessions[place].prefill(q, k, v, **shared(beside, v))
         return cast(Tensor, residual.behind(inner.o(out.transpose(1, 2).flatten(2))))
 
-    def _held(self, run: Run, place: Place, residual: Residual, x: Tensor) -> None:
+    def _held(self, run: Step, place: Place, residual: Residual, x: Tensor) -> None:
         """Keys and values of tokens that have left; no more of these is computed."""
-        inner, at = residual.inner, range(run.first, run.first + x.shape[1])
+        inner = residual.inner
         if not isinstance(inner, Mixer):
             return
-        if self.segment is not None:
-            self.segment.hold(run, place, residual, x)
+        if run.segment is not None:
+            run.segment.hold(run, place, residual, x)
         elif type(session := self.sessions[place]) is Session and not inner.made:
-            k, v = (made.transpose(1, 2) for made in inner.pair(residual.before(x), at))
+            k, v = (made.transpose(1, 2) for made in inner.pair(residual.before(x), run.first))
             session.hold(k, v)
         else:
             self._made(run, place, self.module.stack.sublayer(place), x)
@@ -175,57 +202,104 @@ class StackSession:
         return whole
 
 
-@dataclass(eq=False)
+Needs = Mapping[Place, tuple[int, int] | None]
+"""Of the attention at a place, how many of the first keys and of the last any query reads; None where all."""
+
+
+@dataclass(frozen=True, eq=False)
 class Segment:
     """The tokens since the last ones went to memory.
 
     begun:   position of the first.
+    length:  how many there will be.
     before:  what memories hold of those before.
-    entered: the states of its tokens at each place, a piece each step.
-    pairs:   keys and values of what is held and of its tokens; states, where parts have keys of their own.
+    needs:   which keys are read.
+    entered: of each place that remembers, states of its tokens, a piece each step.
+    caches:  of every place, what tokens to come read: keys and values, or states where parts have keys of
+             their own.
     """
 
     begun: int
+    length: int
     before: Mapping[Place, tuple[Held | None, ...]]
-    entered: dict[Place, list[Tensor]] = field(default_factory=dict)
-    pairs: dict[Place, list[Held]] = field(default_factory=dict)
+    needs: Needs
+    entered: dict[Place, tuple[Tensor, ...]] = field(default_factory=dict)
+    caches: dict[Place, Held] = field(default_factory=dict)
+
+    def copy(self) -> Segment:
+        """One to which a step adds, or fails to."""
+        return replace(self, entered={**self.entered}, caches={**self.caches})
 
     def mixed(self, run: Run, place: Place, residual: Residual, x: Tensor) -> Tensor:
         """What the attention at a place makes of the next tokens x [B, m, width]."""
-        behind = Near(run.tables, run.first, tuple(self._behind(run, place, residual)))
-        made = residual.made(x, behind)
-        self.hold(run, place, residual, x)
+        inner, normed = residual.inner, residual.before(x)
+        assert isinstance(inner, Mixer)
+        q = inner.queries(normed, run.first)
+        pair = inner.pair(normed, run.first, q)
+        behind = self._behind(run, place, residual)
+        near = Near(run.tables, run.first, (behind,) if behind is not None and behind.many else ())
+        made = residual.mixed(q, pair, near, normed)
+        self._add(run, place, residual, pair, x)
         return made
 
     def hold(self, run: Run, place: Place, residual: Residual, x: Tensor) -> None:
-        """The next tokens x [B, m, width] have entered a place."""
-        at = range(run.first, run.first + x.shape[1])
-        self._behind(run, place, residual).append(self._held(residual, Held(x, at)))
-        self.entered.setdefault(place, []).append(x)
+        """The next tokens x [B, m, width] have entered a place, and ask nothing themselves."""
+        assert isinstance(residual.inner, Mixer)
+        self._add(run, place, residual, residual.inner.pair(residual.before(x), run.first), x)
 
-    def _behind(self, run: Run, place: Place, residual: Residual) -> list[Held]:
-        if place not in self.pairs:
-            held = replace(run, before=self.before).near(place).held
-            self.pairs[place] = [self._held(residual, one) for one in held]
-        return self.pairs[place]
-
-    @staticmethod
-    def _held(residual: Residual, held: Held) -> Held:
-        inner = residual.inner
+    def _add(self, run: Run, place: Place, residual: Residual, pair: Pair, x: Tensor) -> None:
+        inner, end = residual.inner, run.first + x.shape[1]
         assert isinstance(inner, Mixer)
-        if held.pairs or inner.own:
-            return held
-        at = torch.tensor([*held.at], device=held.x.device)
-        return replace(held, x=residual.paired(held.x, at), pairs=True)
+        at = torch.arange(run.first, end, device=x.device)
+        new = Held(x if inner.own else flat(pair), at, run.first, pairs=not inner.own)
+        whole = joined(self._behind(run, place, residual), new)
+        self.caches[place] = needed(whole, self.needs[place], end)
+        if run.module.stack.layers[place[0]].memory:
+            self.entered[place] = (*self.entered.get(place, ()), x)
 
-    def after(self, module: StackModule, tables: dict[str, Any]) -> Segment:
+    def _behind(self, run: Run, place: Place, residual: Residual) -> Held | None:
+        """What the next tokens read beside themselves; the first of a segment what memories hold."""
+        if place in self.caches:
+            return self.caches[place]
+        inner, found = residual.inner, None
+        assert isinstance(inner, Mixer)
+        for one in replace(run, before=self.before).near(place).held:
+            as_read = one.pairs or inner.own
+            made = one if as_read else replace(one, x=residual.paired(one.x, one.at), pairs=True)
+            found = joined(found, made)
+        return found
+
+    def after(self, module: StackModule) -> Segment:
         """The segment behind this one."""
-        entered = {place: torch.cat(pieces, 1) for place, pieces in self.entered.items()}
-        count = next(iter(entered.values())).shape[1] if entered else module.length
-        run = Run(module, tables, count, self.begun, self.before)
-        for place, x in entered.items():
-            run.enter(place, module.stack.sublayer(place), x)
-        return Segment(self.begun + count, run.held)
+        run = Run(module, {}, self.length, self.begun, self.before)
+        for place, pieces in self.entered.items():
+            run.enter(place, module.stack.sublayer(place), torch.cat(pieces, 1))
+        return Segment(self.begun + self.length, self.length, run.held, self.needs)
+
+
+def needed(held: Held, needs: tuple[int, int] | None, end: int) -> Held:
+    """Those that tokens from the position `end` on may read."""
+    if needs is None or held.many < sum(needs):
+        return held
+    stays = (held.at < needs[0]) | (held.at > end - needs[1])
+    first = None if held.first is None or needs[0] else end - needs[1] + 1
+    return replace(held, x=held.x[:, stays], at=held.at[stays], first=first)
+
+
+@dataclass(eq=False)
+class Step(Run):
+    """Of a session: in `segment`, where its stack remembers."""
+
+    segment: Segment | None = None
+
+
+def _needs(plan: Plan) -> tuple[int, int] | None:
+    """Raises AttnError where later tokens may change what earlier ones gave."""
+    each = [kept(one.attention, one.problem) for one in getattr(plan, "parts", {"": plan}).values()]
+    known = [numbers for numbers in each if numbers is not None]
+    if len(known) < len(each):
+        return None
+    return max(first for first, _ in known), max(last for _, last in known)
 
 
 def greedy(logits: Tensor) -> Tensor:

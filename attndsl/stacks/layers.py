@@ -17,8 +17,8 @@ from attndsl.stage import Held
 Pair = tuple[Tensor, Tensor]
 """Keys and values, [B, n, kv_heads, head_dim]."""
 
-At = range | Tensor
-"""Positions of tokens: of all rows, or [B, n]."""
+At = int | Tensor
+"""Positions of tokens: that of the first of them in a row, or of each, [B, n] or [n]."""
 
 
 @dataclass(frozen=True)
@@ -43,24 +43,36 @@ class Near:
     first: int = 0
     held: tuple[Held, ...] = ()
 
-    def at(self, count: int, index: Tensor | None = None) -> At:
-        """Where `count` tokens stand, or those of them that `index` [B, m] numbers."""
-        return range(self.first, self.first + count) if index is None else index + self.first
+    def where(self, index: Tensor | None = None) -> At:
+        """Where the tokens stand, or those of them that `index` [B, m] numbers."""
+        return self.first if index is None else index + self.first
 
-    def places(self, count: int, at: Tensor | None = None) -> dict[str, Any]:
-        """Where the queries of `count` tokens and their keys stand, as a plan takes it; `at` [B, m] are the
-        queries that there are, all if not given."""
+    def places(
+        self, count: int, at: Tensor | None = None, device: torch.device | None = None
+    ) -> dict[str, Any]:
+        """Where the queries of `count` tokens and their keys stand, as a plan on a device takes it; `at`
+        [B, m] are the queries that there are, all if not given."""
         if not self.first and not self.held:
             return {} if at is None else {"q_positions": at}
-        behind = [place for held in self.held for place in held.at]
         where: dict[str, Any] = {"n": self.first + count}
         if at is None:
             where["q_offset"] = self.first
         else:
             where["q_positions"] = at + self.first
-        if behind == [*range(self.first - len(behind), self.first)]:
-            return {**where, "k_offset": self.first - len(behind)}
-        return {**where, "k_positions": torch.tensor([*behind, *range(self.first, self.first + count)])}
+        oldest = self.oldest()
+        if oldest is not None:
+            return {**where, "k_offset": oldest}
+        new = torch.arange(self.first, self.first + count, device=device)
+        return {**where, "k_positions": torch.cat([*(held.at for held in self.held), new])}
+
+    def oldest(self) -> int | None:
+        """Where what is held begins, if nothing is missing between that and the first token."""
+        end = self.first
+        for held in reversed(self.held):
+            if held.first is None or held.first + held.many != end:
+                return None
+            end = held.first
+        return end
 
 
 def signalled(stage: Layers, x: Tensor, first: int, turn: int) -> Tensor:
@@ -122,7 +134,7 @@ def turned(x: Tensor, at: At, base: float) -> Tensor:
     position p (Su et al. 2021, section 3.2.2; pairs as in GPT-NeoX)."""
     half = x.shape[-1] // 2
     real = torch.float64 if x.dtype == torch.float64 else torch.float32
-    places = at if isinstance(at, Tensor) else torch.arange(at.start, at.stop, device=x.device)
+    places = at if isinstance(at, Tensor) else torch.arange(at, at + x.shape[1], device=x.device)
     rates = base ** (-torch.arange(half, device=x.device, dtype=real) / half)
     angles = (places[..., None].to(real) * rates)[..., None, :]
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
@@ -190,6 +202,11 @@ class Mixer(Projections):
         return cast(Tensor, self.o(out.transpose(1, 2).flatten(2)))
 
 
+def flat(pair: Pair) -> Tensor:
+    """Keys and values as one, [B, n, 2 kv_heads head_dim]."""
+    return torch.cat([made.flatten(2) for made in pair], 2)
+
+
 def shared(beside: Mapping[str, Any], v: Tensor) -> dict[str, Any]:
     """With the values of all for parts that have none of their own."""
     return {
@@ -238,7 +255,7 @@ class Residual(nn.Module):
         inner, normed = self.inner, self.before(x)
         if not isinstance(inner, Mixer):
             return cast(Tensor, self.behind(inner(normed)))
-        at = near.at(x.shape[1])
+        at = near.where()
         q = inner.queries(normed, at)
         return self.mixed(q, inner.pair(normed, at, q), near, normed)
 
@@ -256,8 +273,8 @@ class Residual(nn.Module):
             )
             if inner.own:
                 held = self._normed(near.held)
-        beside = inner.beside(normed, near.at(count), near.tables, held)
-        return cast(Tensor, self.behind(inner.mixed(q, pair, beside, near.places(count, index))))
+        beside = inner.beside(normed, near.where(), near.tables, held)
+        return cast(Tensor, self.behind(inner.mixed(q, pair, beside, near.places(count, index, q.device))))
 
     def _pair(self, held: Held) -> Pair:
         """Keys and values of what is held."""
@@ -270,13 +287,13 @@ class Residual(nn.Module):
     def _normed(self, held: Sequence[Held]) -> tuple[Tensor, Tensor]:
         """The normed states of what is held, and where they stand."""
         x = self.before(torch.cat([one.x for one in held], 1))
-        return x, torch.tensor([place for one in held for place in one.at], device=x.device)
+        return x, torch.cat([one.at for one in held])
 
-    def paired(self, x: Tensor, at: At) -> Tensor:
-        """Keys and values of states x [B, n, width] `at` positions, [B, n, 2 kv_heads head_dim], detached."""
+    def paired(self, x: Tensor, at: Tensor) -> Tensor:
+        """Keys and values of states x [B, n, width] `at` positions, `flat` and detached."""
         assert isinstance(self.inner, Mixer)
         with torch.no_grad():
-            return torch.cat([made.flatten(2) for made in self.inner.pair(self.before(x), at)], 2)
+            return flat(self.inner.pair(self.before(x), at))
 
     def read(self, x: Tensor, states: Tensor) -> Tensor:
         """What queries of states x [B, n, width] get of others [B, m, width], [B, n, heads, head_dim], by

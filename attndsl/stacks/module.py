@@ -17,7 +17,7 @@ from attndsl.stacks import leaving, reversible
 from attndsl.stacks.decoding import StackSession
 from attndsl.stacks.layers import FFN, Mixer, Residual, Sizes, signalled
 from attndsl.stacks.run import Exits, Record, Run, State
-from attndsl.stacks.sizes import attentions, check_tables, head_dim_of, plugin_of, remembered, words
+from attndsl.stacks.sizes import attentions, check_tables, head_dim_of, identity, plugin_of, remembered, words
 from attndsl.stacks.tree import FeedForward, Layers, Reversible, Stack, Sublayer
 from attndsl.stage import Decision, Seen
 
@@ -47,11 +47,13 @@ class StackModule(nn.Module):
     ) -> None:
         super().__init__()
         self.stack, self.width, self.length = stack, width, length
+        self.identity = identity(stack)
         self.parts = nn.ModuleDict(parts)
         self.last = last
         self.embed, self.readout = embed, readout
         learned = {key: plugin_of(word).learned(word, width, turns) for key, word, turns in words(stack)}
         self.words = nn.ModuleDict({_dotless(key): one for key, one in learned.items() if one is not None})
+        self.memories = {key: plugin_of(word) for key, word, _ in words(stack) if key.startswith("m.")}
 
     def forward(
         self, x: Tensor, *, state: State | None = None, depths: Depths | None = None, **tables: Any
@@ -135,6 +137,15 @@ class StackModule(nn.Module):
         return cast(Residual, self.parts[key(sublayer)])
 
     def _check(self, x: Tensor, state: State | None, tables: Mapping[str, Any]) -> None:
+        self.check_tokens(x, tables)
+        if x.shape[1] > self.length:
+            raise fail(f"x has {x.shape[1]:,} positions, and the stack is built for {self.length:,}")
+        if state is not None:
+            self.check_state(state, x.shape[0], x.dtype, x.device)
+
+    def check_tokens(self, x: Tensor, tables: Mapping[str, Any]) -> None:
+        """Raises AttnError for an `x` that is not [B, n, width] of its dtype, and `tables` that it does not
+        take."""
         if x.ndim != 3 or x.shape[-1] != self.width:
             help = "tokens are embedded first, by you or by `embed=` of `build`" if x.ndim == 2 else ""
             raise fail(f"x is [B, n, {self.width}], not {[*x.shape]}", help=help)
@@ -144,15 +155,11 @@ class StackModule(nn.Module):
         if not x.is_floating_point() or (of_one and x.dtype != own):
             name = str(own).removeprefix("torch.")
             raise fail(f"x is {x.dtype}, and the module {own}", help=f"write `x.to(torch.{name})`")
-        if x.shape[1] > self.length:
-            raise fail(f"x has {x.shape[1]:,} positions, and the stack is built for {self.length:,}")
         check_tables(self.stack, tables)
         for inner in (cast(Residual, part).inner for part in self.parts.values()):
             for name in inner.made if isinstance(inner, Mixer) else ():
                 if name in tables:
                     raise fail(f"`{name}` is made of x", help="leave it out of the call")
-        if state is not None:
-            self._check_state(x, state)
 
     def _depths(self, x: Tensor, depths: Depths | None) -> Mapping[int, Tensor]:
         exits = [stage for stage in self.stack.layers if stage.exit is not None]
@@ -173,22 +180,26 @@ class StackModule(nn.Module):
                 raise fail(f"depths are integers from 1 to {most}")
         return found
 
-    def _check_state(self, x: Tensor, state: State) -> None:
+    def check_state(self, state: State, rows: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Raises AttnError for a `state` that no call of this stack left on as many `rows` of this `dtype`
+        and `device`."""
         if not isinstance(state, State):
             raise fail(f"a state is what a call left, not {type(state).__name__}", help="give `record.state`")
-        if state.stack != self.stack:
-            raise fail(f"the state is of {state.stack!r}, and the module of {self.stack!r}")
+        if state.stack != self.identity:
+            raise fail(f"the state is of {state.stack}, and the module of {self.identity}")
         for place, kept in state.held.items():
             sizes = cast(Mixer, self.part(self.stack.sublayer(place)).inner).sizes
             for held in (one for one in kept if one is not None):
                 wanted = 2 * sizes.kv_heads * sizes.head_dim if held.pairs else self.width
-                rows, _, width = held.x.shape
-                if rows != x.shape[0]:
-                    raise fail(f"the state is of {rows} rows, and x of {x.shape[0]}")
-                if width != wanted:
-                    raise fail(f"the state is of {width} numbers a token, and the module of {wanted}")
-                if (held.x.dtype, held.x.device) != (x.dtype, x.device):
-                    said = f"the state is {held.x.dtype} on {held.x.device}, and x {x.dtype} on {x.device}"
+                if held.x.shape[0] != rows:
+                    raise fail(f"the state is of {held.x.shape[0]} rows, and x of {rows}")
+                if held.x.shape[2] != wanted:
+                    said = f"{held.x.shape[2]} numbers a token, and the module of {wanted}"
+                    raise fail(f"the state is of {said}")
+                # of autocast keys and values are narrower than x
+                other = held.x.dtype != dtype and not torch.is_autocast_enabled(device.type)
+                if other or held.x.device != device:
+                    said = f"the state is {held.x.dtype} on {held.x.device}, and x {dtype} on {device}"
                     raise fail(said, help="write `state.to(x)`")
 
     def extra_repr(self) -> str:
@@ -284,7 +295,7 @@ def build(
         if isinstance(sublayer.what, FeedForward):
             inner = FFN(sublayer.what, width)
         else:
-            _check_sublayer(stage, sublayer, sizes, inputs)
+            _check_sublayer(sublayer, sizes, inputs, stack.remembers)
             names = [table.name for table in sublayer.what.inputs if table.name in inputs]
             inner = Mixer(
                 cast(PlanModule, plans[sublayer.what].module()), width, sizes, tied=sublayer.tied,
@@ -298,16 +309,16 @@ def build(
     return module.to(device, getattr(torch, dtype))
 
 
-def _check_sublayer(stage: Layers, sublayer: Sublayer, sizes: Sizes, inputs: Collection[str]) -> None:
-    """Raises AttnError for sizes and inputs that do not go with its words."""
+def _check_sublayer(sublayer: Sublayer, sizes: Sizes, inputs: Collection[str], remembers: bool) -> None:
+    """Raises AttnError for sizes and inputs that do not go with its words, or with a stack that remembers."""
     assert isinstance(sublayer.what, Attention)
     if sublayer.tied and sizes.heads != sizes.kv_heads:
         said = f"{sizes.heads} heads of queries and {sizes.kv_heads} of keys are not the same"
         raise fail(said, sublayer.written, "tied keys are the queries: leave out `kv_heads`")
     for table in sublayer.what.inputs:
-        if table.name in inputs and stage.memory and "n" in table.dims:
-            said = f"`{table.name}` is made of x, and has no entries for what is remembered"
-            raise fail(said, sublayer.written, "give it to calls, or take the attention out of `memory`")
+        if table.name in inputs and remembers and "n" in table.dims:
+            said = f"`{table.name}` is made of x, and has no entries for the segments before"
+            raise fail(said, sublayer.written, "give it to calls, or leave `memory` out")
 
 
 def initialise(module: StackModule) -> None:

@@ -40,6 +40,8 @@ HALTS = "loop({}, max = N) {{ ... }}"
 STAGES = ("layers", "loop", "reversible", "memory")
 """What stands in the braces of a stack."""
 EXIT = ("threshold", "decay", "scaled", "batch")
+AT_END = ir.sub(ir.var("n"), ir.var("nq"))
+"""Where queries are if nothing is said."""
 YOURS = "a stack has neither embedding nor readout: they stand around the module, and are yours"
 CLAUSE = "a layer names attentions: write `attention NAME { mask ... }` before the stack, and `NAME` here"
 NORMS = "norms are there already: `layers(N, norm = pre)` says where they stand"
@@ -131,15 +133,42 @@ def layers(reading: Reading, e: ast.Stage) -> Layers:
         reading.memory, signal(reading, given.get("signal")),
     )  # fmt: skip
     for sub in (sub for turn in made for sub in turn):
-        if reading.memory and isinstance(sub.what, Attention) and sub.what.streams:
-            said = f"`{sub.name}` says what its keys are, and so does the memory around it"
-            raise fail(said, sub.written, "leave out its `keys`, or take it out of the braces")
+        if reading.memory and isinstance(sub.what, Attention):
+            for one in (sub.what, *(part.attention for part in sub.what.parts)):
+                behind_memory(sub, one)
         if sub.own and any(of_memory(word).pairs for word in reading.memory):
             said = f"`{sub.name}` has keys of its own beside those that the memory holds"
             raise fail(said, sub.written, "write `xl(m)`, of whose states all keys are made")
     if reading.reversible and found.norm == "post":
         raise fail("what is normed after the sum cannot be undone", given["norm"].span, "write `norm = pre`")
     return found
+
+
+def behind_memory(sub: Sublayer, of: Attention) -> None:
+    """Raises AttnError for an attention, or a part of one, whose keys cannot be those of a memory: any of
+    those before the queries."""
+    from attndsl.execution import registry
+
+    take_out = "take it out of the braces"
+    if of.streams:
+        said = f"`{sub.name}` says what its keys are, and so does the memory around it"
+        raise fail(said, sub.written, f"leave out its `keys`, or {take_out}")
+    if of.offset not in (None, AT_END):
+        said = f"`{sub.name}` says where its queries are, and so does the memory around it"
+        raise fail(said, sub.written, f"leave out its `offset`, or {take_out}")
+    if of.approx is not None and of.approx.kind == "nystrom":
+        said = (
+            f"`{sub.name}` has landmarks of as many queries as keys, and behind a memory there are more keys"
+        )
+        raise fail(said, sub.written, take_out)
+    for origin in (table.origin for table in of.selected):
+        assert isinstance(origin, ir.Selected)
+        if registry.plugin("selections", origin.selection).kind != "list":
+            said = f"`{origin.selection}` of `{sub.name}` sorts all keys, and a memory has but some"
+            raise fail(said, sub.written, f"choose by `topk`, or {take_out}")
+        if (origin.rows, origin.unit) != (1, 1):
+            said = f"`{origin.selection}` of `{sub.name}` chooses among blocks, of which a memory has pieces"
+            raise fail(said, sub.written, f"choose keys: `of = causal`, or {take_out}")
 
 
 def reversible(reading: Reading, e: ast.Stage) -> Reversible:
@@ -249,7 +278,12 @@ def registered(reading: Reading, e: ast.Expression, role: Role) -> Word:
     optional = tuple(n for n in parameters if n not in needed)
     given = bind_arguments_of(name, needed, optional, made, usage(name, words[name]))
     arguments = tuple(
-        (n, argument(reading, given[n], str(p.annotation)) if n in given else p.default)
+        (
+            n,
+            argument(reading, given[n], getattr(p.annotation, "__name__", p.annotation))
+            if n in given
+            else p.default,
+        )
         for n, p in parameters.items()
     )
     word = Word(name, arguments, e.span)
@@ -464,6 +498,13 @@ def is_attention(item: ast.Definition | ast.AttentionDef) -> bool:
 
 
 def masks(stages: tuple[Layers | Reversible, ...]) -> tuple[ir.Expr, ...]:
-    """What some head of each attention relates, from the input on."""
-    every = (sub.what for stage in layers_of(stages) for turn in stage.turns for sub in turn)
-    return tuple(what.any_head() for what in every if isinstance(what, Attention))
+    """What some head of each attention relates, from the input on; all pairs where how sure an exit is goes
+    by all tokens of a row."""
+    found = list[ir.Expr]()
+    for stage in layers_of(stages):
+        rule = stage.exit.rule if stage.exit else None
+        whole = rule is not None and not cast("Leaving", of_role("exit")[rule.name]).causal(rule)
+        for turn in stage.turns:
+            found += [sub.what.any_head() for sub in turn if isinstance(sub.what, Attention)]
+            found += [ir.TRUE] * whole
+    return tuple(found)

@@ -129,13 +129,13 @@ def _inner(part: Residual, x: Tensor, near: Near) -> Tensor:
     states = [held for held in near.held if not held.pairs]
     keys = torch.cat([*(_normed(part.before, held.x.double()) for held in states), normed], 1)
     stored = [held for held in near.held if held.pairs]
-    every = sum(len(held.at) for held in near.held) + count
+    every = sum(held.many for held in near.held) + count
     dense = compile(
         plan.attention, length=every, q_length=count, heads=sizes.heads, kv_heads=sizes.kv_heads,
         head_dim=plan.problem.head_dim, dtype="float64", backend="reference", training=True,
     )  # fmt: skip
     at = [*range(near.first, near.first + count)]
-    places = [place for held in states for place in held.at] + at
+    places = [place for held in states for place in held.at.tolist()] + at
     (q, k, v), given = _projected(inner, normed, at, keys, places), dict[str, Any]()
     for made in (x.double().chunk(2, 2) for x in (held.x for held in stored)):
         old = [_headed(one, sizes.kv_heads) for one in made]

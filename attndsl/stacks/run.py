@@ -12,7 +12,7 @@ from torch import Tensor
 
 from attndsl.stacks.layers import Mixer, Near, Residual
 from attndsl.stacks.sizes import key_of, plugin_of
-from attndsl.stacks.tree import Layers, Stack, Sublayer
+from attndsl.stacks.tree import Layers, Sublayer
 from attndsl.stage import Decision, Held, Seen, Word
 
 if TYPE_CHECKING:
@@ -30,23 +30,31 @@ HALF = 0.5
 class State:
     """What a stack leaves of the tokens that it has seen, for the segment behind them.
 
-    stack: which one.
+    stack: which one: what `identity` says of it.
     seen:  how many tokens there were of each row.
     held:  of each place of an attention that remembers, what each word of its memory holds, the nearest
            first.
+
+    A value: no call writes to it, and none keeps what it reads. `torch.save` writes it, and `torch.load`
+    reads it back.
     """
 
-    stack: Stack
+    stack: str
     seen: int
     held: Mapping[Place, tuple[Held | None, ...]] = field(repr=False)
 
     def to(self, *like: Any, **options: Any) -> State:
         """With tensors as `x.to(*like, **options)` makes them: of another device or dtype."""
-        held = {
-            place: tuple(one and replace(one, x=one.x.to(*like, **options)) for one in kept)
-            for place, kept in self.held.items()
-        }
+
+        def moved(held: Held) -> Held:
+            x = held.x.to(*like, **options)
+            return replace(held, x=x, at=held.at.to(x.device))
+
+        held = {place: tuple(one and moved(one) for one in kept) for place, kept in self.held.items()}
         return replace(self, held=held)
+
+
+torch.serialization.add_safe_globals([State, Held])
 
 
 @dataclass(frozen=True)
@@ -101,7 +109,7 @@ class Run:
 
     def near(self, place: Place) -> Near:
         """What the sublayer at a place has beside its input."""
-        held = tuple(one for one in reversed(self.before.get(place, ())) if one is not None and len(one.at))
+        held = tuple(one for one in reversed(self.before.get(place, ())) if one is not None and one.many)
         return Near(self.tables, self.first, held)
 
     def enter(self, place: Place, sublayer: Sublayer, x: Tensor) -> None:
@@ -115,20 +123,23 @@ class Run:
         """What the words of a place hold once the states x [B, n, width] have entered it."""
         words, part = self.module.stack.layers[place[0]].memory, self.part(sublayer)
         before = self.before.get(place, (None,) * len(words))
-        at = range(self.first, self.first + x.shape[1])
-        pairs = any(plugin_of(word).pairs for word in words)
-        new: Held | None = Held(part.paired(x, at) if pairs else x.detach(), at, pairs=pairs)
+        at = torch.arange(self.first, self.first + x.shape[1], device=x.device)
+        keys = [f"m.{sublayer.weights}.{i}" for i in range(len(words))]
+        pairs = any(self.module.memories[key].pairs for key in keys)
+        states = part.paired(x, at) if pairs else x.detach()
+        new: Held | None = Held(states, at, self.first, pairs=pairs)
         now: list[Held | None] = []
-        for i, (word, held) in enumerate(zip(words, before, strict=True)):
+        for key, word, held in zip(keys, words, before, strict=True):
             if new is None:
                 now.append(held)
                 continue
-            learned = self.module.word(f"m.{sublayer.weights}.{i}")
-            kept, new, losses = plugin_of(word).remember(word, learned, held, new, partial(part.read, x))
+            learned, read = self.module.word(key), partial(part.read, x)
+            kept, new, losses = self.module.memories[key].remember(word, learned, held, new, read)
             for name, loss in losses.items():
                 self.losses[name] = self.losses.get(name, 0) + loss
-            kept, new = (one and replace(one, x=one.x.detach()) for one in (kept, new))
-            now.append(kept)
+            new = new and replace(new, x=new.x.detach())
+            # a copy: x is the caller's, and of a slice of it all would stay
+            now.append(kept and replace(kept, x=kept.x.detach().clone(), at=kept.at.clone()))
         return tuple(now)
 
     def halting(self, i: int, word: Word) -> Decide:
@@ -140,7 +151,7 @@ class Run:
         """Which tokens leave the i-th stage after each turn: where depths are given those at theirs, else
         those that are sure enough. In training all layers run."""
         assert of.exit is not None
-        word, plugin = of.exit.rule, plugin_of(of.exit.rule)
+        word, plugin, threshold = of.exit.rule, plugin_of(of.exit.rule), of.exit.threshold
         depths = self.depths.get(len(self.exits))
 
         def decide(seen: Seen) -> Decision:
@@ -149,7 +160,9 @@ class Run:
             if depths is not None:
                 leaves = depths <= seen.turn + 1
             else:
-                leaves = self._leaves(of, sure, seen) & (not self.module.training)
+                by = carry.get("leaves") if threshold is None else None
+                by = sure if by is None else by.to(sure.dtype)
+                leaves = self._leaves(of, by, seen) & (not self.module.training)
             return Decision(leaves, carry=carry, sure=sure)
 
         return decide
@@ -162,7 +175,8 @@ class Run:
         falls = plugin_of(of.exit.rule).falls
         if of.exit.batch == "min":
             others = torch.where(seen.running, sure, -torch.inf if falls else torch.inf)
-            sure = (others.amax if falls else others.amin)(0, keepdim=True).expand_as(sure)
+            if len(others):
+                sure = (others.amax if falls else others.amin)(0, keepdim=True).expand_as(sure)
         least = HALF if of.exit.threshold is None else of.exit.threshold
         if falls:
             return sure <= least
@@ -175,5 +189,5 @@ class Run:
 
     def record(self) -> Record:
         stack = self.module.stack
-        state = State(stack, self.first + self.count, self.held) if stack.remembers else None
+        state = State(self.module.identity, self.first + self.count, self.held) if stack.remembers else None
         return Record(self.losses, self.turns, self.exits, state)

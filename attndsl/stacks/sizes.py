@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Collection, Iterator
+from dataclasses import fields, replace
 from typing import Any
 
+from attndsl import portable
 from attndsl.attention import Attention
 from attndsl.errors import fail
 from attndsl.execution import registry
 from attndsl.keywords import instead
-from attndsl.stacks.tree import Layers, Stack
+from attndsl.stacks.tree import Exit, FeedForward, Layers, Reversible, Stack, Sublayer
 from attndsl.stage import Word
+from attndsl.streams import described
 from attndsl.tiles import lowering
 
 
@@ -51,6 +56,25 @@ def remembered(memory: tuple[Word, ...]) -> int:
         many, behind = plugin_of(word).reach(word, behind)
         total += many
     return total
+
+
+def identity(stack: Stack) -> str:
+    """Its name, and a digest of what its stages are made of: equal for equal ones, wherever they stand."""
+    made = json.dumps(_plain(stack.stages))
+    return f"{stack!r} {hashlib.sha256(made.encode()).hexdigest()[:16]}"
+
+
+def _plain(value: Any) -> Any:
+    """Lists, numbers and texts."""
+    match value:
+        case Attention():
+            return portable.write(replace(value, streams=())).text + described(value.streams)
+        case tuple():
+            return [*map(_plain, value)]
+        case Layers() | Reversible() | Sublayer() | FeedForward() | Exit() | Word():
+            parts = (getattr(value, field.name) for field in fields(value) if field.compare)
+            return [type(value).__name__, *map(_plain, parts)]
+    return value
 
 
 def words(stack: Stack) -> Iterator[tuple[str, Word, int]]:

@@ -57,14 +57,13 @@ class Compressed:
 
         rate = word["rate"]
         slots, loose = (None, None) if held is None else last(held.loose, held)[::-1]
-        raw = new if loose is None or not loose.at else joined(loose, new)
-        full = len(raw.at) // rate * rate
-        rest = replace(raw, x=raw.x[:, full:], at=raw.at[full:])
-        if not full:
-            whole = rest if slots is None else joined(slots, rest)
-            return replace(whole, loose=len(rest.at)), None, {}
-        states = raw.x[:, :full]
-        pieces = states.reshape(len(states), -1, rate, states.shape[2])
+        raw = new if loose is None or not loose.many else joined(loose, new)
+        rest, whole = last(raw.many % rate, raw)
+        if whole is None:
+            kept = rest if slots is None else joined(slots, rest)
+            return replace(kept, loose=rest.many), None, {}
+        states = whole.x
+        pieces = states.reshape(len(states), whole.many // rate, rate, states.shape[2])
         match word["by"]:
             case "mean":
                 made = pieces.mean(2)
@@ -76,9 +75,8 @@ class Compressed:
         losses = {}
         if word["by"] == "conv" and torch.is_grad_enabled():
             losses["reconstruction"] = nn.functional.mse_loss(read(made), read(states).detach())
-        now = joined(slots, Held(made, raw.at[rate - 1 : full : rate]))
-        kept, gone = last(word["n"], now)
-        return replace(joined(kept, rest), loose=len(rest.at)), gone, losses
+        kept, gone = last(word["n"], joined(slots, Held(made, whole.at[rate - 1 :: rate])))
+        return replace(joined(kept, rest), loose=rest.many), gone, losses
 
 
 stage = Compressed()
