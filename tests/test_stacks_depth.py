@@ -29,6 +29,7 @@ stack posted { layers(2, norm = post) { tied { local }  ffn(4, chunks = 3) } }
 stack between { layers(2, norm = sandwich) { whole  ffn(1) }  loop(3) { share { local  ffn(2) } } }
 stack summed { layers(2) { own(second = qk) { differential } } }
 stack undone { reversible { layers(4) { local  ffn(2) } } }
+stack pieces { layers(1) { local }  reversible { layers(2) { local  ffn(2, chunks = 3) } } }
 stack halting { layers(1) { local }  loop(act, max = 4) { share { whole  ffn(2) } } }
 stack exiting { layers(4) { local  ffn(2)  exit(geometric) } }
 stack coupled { layers(4) { local  ffn(2)  exit(state, threshold = 0.9, batch = min) } }
@@ -53,7 +54,9 @@ def counted(module: attndsl.StackModule, x: Tensor, **call: Any) -> tuple[int, i
     return forward.get_total_flops(), backward.get_total_flops()
 
 
-@pytest.mark.parametrize("name", ["cycled", "posted", "between", "summed", "halting", "exiting", "recurrent"])
+@pytest.mark.parametrize(
+    "name", ["cycled", "posted", "between", "summed", "undone", "pieces", "halting", "exiting", "recurrent"]
+)
 def test_flops_are_those_that_torch_counts(name: str) -> None:
     found = attndsl.depth(stack(name), **SIZES, kv_heads=2 if name == "cycled" else 4)
     module = attndsl.build(stack(name), **SIZES, kv_heads=2 if name == "cycled" else 4)

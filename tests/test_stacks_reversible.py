@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -14,9 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 import attndsl
 from attndsl.execution import choosing
-from attndsl.stacks import reversible
+from attndsl.stacks import layers, reversible
 from attndsl.stacks.reference import reference
-from attndsl.stacks.tree import Stack
+from attndsl.stacks.tree import FeedForward, Stack
 
 TEXT = """
 attention local(w = 4) { mask causal & last(w)  score alibi }
@@ -33,6 +33,7 @@ stack two {
 }
 stack kept { memory(xl(8)) { reversible { layers(3) { local  whole } }  layers(1) { local } } }
 stack plain(count = 3) { reversible { layers(count) { local  ffn(1) } } }
+stack single { reversible { layers(1) { local  ffn(1) } } }
 stack choosing { reversible { layers(3) { far  ffn(1) } } }
 """
 
@@ -56,6 +57,18 @@ class Noisy(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         dropped: Tensor = self.drop(self.norm(x))
         return dropped
+
+
+class Running(nn.Module):
+    """A norm by running statistics."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed: Tensor = self.norm(x.transpose(1, 2)).transpose(1, 2)
+        return normed
 
 
 @contextmanager
@@ -104,10 +117,10 @@ def test_gradcheck() -> None:
 
 
 def test_near_ties_are_not_chosen_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All keys are alike, so that any rounding would choose others."""
+    """All tokens are alike, so that the first attention chooses among equals, and after its inversion among
+    what rounding made of them: chosen anew, other tokens get the gradients."""
     made = module("choosing")
-    nn.init.zeros_(made.parts["0_far"].inner.k.weight)  # type: ignore[union-attr,arg-type]
-    x = torch.randn(1, 33, 16, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(1, 1, 16, dtype=torch.float64).expand(1, 33, 16).clone().requires_grad_()
     calls: list[int] = []
     chosen = choosing._made
 
@@ -119,7 +132,27 @@ def test_near_ties_are_not_chosen_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     found = gradients(made, x)
     assert len(calls) == 3
     with plainly(monkeypatch):
-        compared(found, gradients(made, x))
+        meant = gradients(made, x)
+    compared(found, meant)
+    monkeypatch.setattr(reversible, "remaking", lambda kept: nullcontext())
+    assert (gradients(made, x)[0] - meant[0]).abs().max() > 1e-6
+
+
+def test_choices_are_forgotten_after_an_error() -> None:
+    made, x = module("choosing"), torch.randn(1, 33, 16, dtype=torch.float64, requires_grad=True)
+    y = made(x)[0]
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    hook = made.parts["0_far"].inner.o.register_forward_hook(stop)  # type: ignore[union-attr,operator]
+    for run in (lambda: y.sum().backward(), lambda: made(x)):
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    hook.remove()
+    assert choosing.KEPT.get() is choosing.REMADE.get() is None
+    shorter = torch.randn(1, 9, 16, dtype=torch.float64)
+    torch.testing.assert_close(made(shorter)[0], reference(made, shorter), rtol=0, atol=1e-12)
 
 
 def saved(made: attndsl.StackModule, x: Tensor) -> int:
@@ -149,6 +182,22 @@ def test_what_is_kept_does_not_grow_with_depth() -> None:
     assert few == many
 
 
+def test_pieces_are_kept_one_at_a_time() -> None:
+    """Of the inside of a feed-forward layer, whose gradients are those of the whole."""
+    x = torch.randn(2, 37, 16, dtype=torch.float64, requires_grad=True)
+    pieces, whole = (layers.FFN(FeedForward(4, chunks), 16).double() for chunks in (5, 1))
+    whole.load_state_dict(pieces.state_dict())
+    found, meant = (
+        torch.autograd.grad(of(x).square().sum(), [x, *of.parameters()]) for of in (pieces, whole)
+    )
+    compared(found, meant)
+    sizes: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda y: sizes.append(y.shape[-1]) or y, lambda y: y):
+        y = pieces(x)
+    assert y.requires_grad
+    assert max(sizes, default=0) <= 16
+
+
 def test_modules_are_used_as_others_are(monkeypatch: pytest.MonkeyPatch) -> None:
     made = module("plain")
     x = torch.randn(2, 9, 16, dtype=torch.float64, requires_grad=True)
@@ -176,6 +225,53 @@ def test_modules_are_used_as_others_are(monkeypatch: pytest.MonkeyPatch) -> None
         torch.testing.assert_close(made(x)[0], frozen(x)[0])
 
 
+def test_weights_are_those_of_the_first_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Given for a call, also where no gradient goes to them; made of one another; hooks tell them once."""
+    made = module("plain")
+    x = torch.randn(2, 9, 16, dtype=torch.float64, requires_grad=True)
+    names = [name for name, _ in made.named_parameters()]
+
+    def found(given: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        y = torch.func.functional_call(made, given, (x,))[0]
+        return torch.autograd.grad(y.square().sum(), [x, *made.parameters()], allow_unused=True)
+
+    def of_one_another() -> dict[str, Tensor]:
+        given = {name: weight * 2 for name, weight in made.named_parameters()}
+        return given | {"parts.2_local.inner.q.weight": given["parts.0_local.inner.q.weight"].sin()}
+
+    frozen = {name: torch.randn_like(made.get_parameter(name)) / 4 for name in names}
+    with plainly(monkeypatch):
+        meant = found(frozen)[:1], found(of_one_another())
+    compared(found(frozen)[:1], meant[0])
+    compared(found(of_one_another()), meant[1])
+    weight = made.get_parameter("parts.0_local.inner.q.weight")
+    told: list[Tensor] = []
+    hook = weight.register_hook(told.append)
+    compared((gradients(made, x)[1 + names.index("parts.0_local.inner.q.weight")],), (told[0],))
+    assert len(told) == 1
+    hook.remove()
+
+
+def test_tables_may_be_made_of_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = module("mixed")
+    x = torch.randn(1, 9, 16, dtype=torch.float64, requires_grad=True)
+    weight = made.get_parameter("parts.0_local.inner.q.weight")
+
+    def found() -> tuple[Tensor, ...]:
+        y = made(x, t=weight[:9, :9].sin())[0]
+        return torch.autograd.grad(y.square().sum(), [x, *made.parameters()])
+
+    with plainly(monkeypatch):
+        meant = found()
+    compared(found(), meant)
+
+
+def test_a_backward_pass_can_be_had_twice() -> None:
+    made, x = module("choosing"), torch.randn(1, 33, 16, dtype=torch.float64, requires_grad=True)
+    loss, ends = made(x)[0].square().sum(), [x, *made.parameters()]
+    compared(torch.autograd.grad(loss, ends, retain_graph=True), torch.autograd.grad(loss, ends))
+
+
 def test_gradients_are_reduced_as_others(tmp_path: Any) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/at", rank=0, world_size=1)
     made, x = module("plain"), torch.randn(2, 9, 16, dtype=torch.float64)
@@ -186,7 +282,7 @@ def test_gradients_are_reduced_as_others(tmp_path: Any) -> None:
 
 
 def test_compiled_modules_give_the_same() -> None:
-    made = module("plain")
+    made = module("single")
     x = torch.randn(1, 9, 16, dtype=torch.float64, requires_grad=True)
     whole = torch.compile(lambda x: made(x)[0], backend="aot_eager", fullgraph=True)
     ends = [x, *made.parameters()]
@@ -197,14 +293,22 @@ def test_what_would_be_wrong_is_refused() -> None:
     made = module("plain")
     x = torch.randn(1, 9, 16, dtype=torch.float64, requires_grad=True)
     y = made(x)[0]
-    made.eval()
+    made.parts["0_local"].before.eval()  # type: ignore[union-attr,operator]
     with pytest.raises(attndsl.AttnError, match=r"changed between train\(\) and eval\(\)"):
         y.sum().backward()
-    y = made(x)[0]
-    with torch.no_grad():
-        made.parts["0_local"].inner.q.weight.mul_(2)  # type: ignore[union-attr,operator]
+    for trains in (True, False):
+        y = made.requires_grad_(trains)(x)[0]
+        with torch.no_grad():
+            made.parts["0_local"].inner.q.weight.mul_(2)  # type: ignore[union-attr,operator]
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+    tabled, t = module("mixed"), torch.randn(9, 9, dtype=torch.float64)
+    y = tabled(x, t=t)[0]
+    t.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+    with pytest.raises(attndsl.AttnError, match="calls each layer twice"):
+        module("plain", norm=Running)(x)
     (grad,) = torch.autograd.grad(made(x)[0].square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()

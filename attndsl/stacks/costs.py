@@ -99,6 +99,12 @@ def maps(sublayer: Sublayer, of: Sizes) -> list[tuple[int, int]]:
     return [(of.width, q), *[(of.width, k)] * (2 - sublayer.tied), (q, of.width), *own]
 
 
+def again(sublayer: Sublayer, of: Sizes) -> list[tuple[int, int]]:
+    """The linear maps that a backward pass applies again: of a feed-forward layer in pieces the first."""
+    what = sublayer.what
+    return maps(sublayer, of)[:1] if isinstance(what, FeedForward) and what.chunks > 1 else []
+
+
 def keys(sublayer: Sublayer, of: Sizes) -> list[tuple[int, int]]:
     """The linear maps that make its keys and values."""
     k = (of.width, of.kv_heads * of.head_dim)
@@ -126,7 +132,7 @@ def saved(stage: Layers, sublayer: Sublayer, of: Sizes) -> int:
     statistics = 2 * STATISTICS * NORMS[stage.norm]
     numbers = of.width * (1 + NORMS[stage.norm])
     if isinstance(what := sublayer.what, FeedForward):
-        numbers += 2 * round(what.times * of.width)
+        numbers += 2 * round(what.times * of.width) if what.chunks == 1 else 0
     else:
         q, k = of.heads * of.head_dim, of.kv_heads * of.head_dim
         parts = max(len(what.parts), 1)
@@ -134,6 +140,17 @@ def saved(stage: Layers, sublayer: Sublayer, of: Sizes) -> int:
         numbers += (2 + parts) * q + (2 - sublayer.tied) * k + own
         statistics += STATISTICS * of.heads * parts
     return tokens * (size * numbers + statistics)
+
+
+def undone(stage: Layers, sublayer: Sublayer, of: Sizes) -> int:
+    """Bytes of what `saved` counts, and of the inside of one piece where there are pieces: the most that its
+    own backward pass needs."""
+    inside = sum(inner for _, inner in again(sublayer, of))
+    if not inside:
+        return saved(stage, sublayer, of)
+    assert isinstance(sublayer.what, FeedForward)
+    piece = math.ceil(of.length / sublayer.what.chunks)
+    return saved(stage, sublayer, of) + 2 * piece * inside * DTYPES[of.dtype]
 
 
 def learned(sublayer: Sublayer, of: Sizes) -> int:

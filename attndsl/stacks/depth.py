@@ -21,7 +21,7 @@ from attndsl.relations.relation import around
 from attndsl.stacks import costs
 from attndsl.stacks.costs import NOTHING, Passes, Seen, Sizes
 from attndsl.stacks.sizes import check_tables, head_dim_of, plugin_of, remembered, words
-from attndsl.stacks.tree import FeedForward, Layers, Stack, Sublayer
+from attndsl.stacks.tree import FeedForward, Layers, Reversible, Stack, Sublayer, layers_of
 from attndsl.stage import Word
 
 TOKENS = 2048
@@ -52,6 +52,12 @@ class Level:
     bytes: int
     sees: tuple[int, int] | None
     saved: int
+
+    @property
+    def run_again(self) -> Level:
+        """The same where its backward pass begins with a forward pass."""
+        flops, moved = (of and of + Passes(0, of.forward, 0) for of in (self.flops, self.moved))
+        return replace(self, flops=flops, moved=moved)
 
 
 @dataclass(frozen=True)
@@ -241,7 +247,8 @@ def depth(
     known: dict[tuple[Attention, tuple[Word, ...]], Seen] = {}
     levels, most, least, leaving = list[Level](), list[Step](), list[Step](), list[Leaving]()
     formulas: list[str | None] = []
-    for stage in stack.layers:
+    undoes = [isinstance(each, Reversible) for each in stack.stages for _ in layers_of([each])]
+    for stage, twice in zip(stack.layers, undoes, strict=True):
         if stage.leaves:
             rows = stage.exit is not None and stage.exit.batch == "min"
             leaving.append(Leaving(len(levels), len(stage.turns), rows))
@@ -262,15 +269,20 @@ def depth(
             if not (stage.leaves and t):
                 least += [Step(under, stage.memory) for under, _ in bounds]
             sees = _between(_sees(least, length, False), _sees(most, length, True))
-            levels.append(_level(stage, turn, found, of, sees, new=t == 0 or not _shared(stage, t)))
+            level = _level(stage, turn, found, of, sees, new=t == 0 or not _shared(stage, t))
+            levels.append(level.run_again if twice else level)
             formulas.append(_formula(stage, turn, found, of))
-    saves = [[costs.saved(stage, sub, of) for sub in turn] for stage in stack.layers for turn in stage.turns]
+    turns = [(stage, turn) for stage in stack.layers for turn in stage.turns]
+    saves, undone = (
+        [[count(stage, sub, of) for sub in turn] for stage, turn in turns]
+        for count in (costs.saved, costs.undone)
+    )
     row = width * length * DTYPES[of.dtype]
     last = 0 if stack.layers[-1].norm == "post" else row + 2 * costs.STATISTICS * length
     activations = Activations(
         sum(map(sum, saves)) + last,
-        row * len(saves) + max(map(sum, saves)) + last,
-        2 * row + max((one for turn in saves for one in turn), default=0) + last,
+        row * len(saves) + max(map(sum, undone)) + last,
+        2 * row + max((one for turn in undone for one in turn), default=0) + last,
     )
     told = Depth(
         stack.name, length, tuple(levels), _parameters(stack, of), activations, tuple(leaving),
@@ -303,12 +315,15 @@ def _level(
         _total(iter(each)) for each in ([one.flops for one in found], [one.bytes for one in found])
     )
     behind = 0 if any(plugin_of(word).pairs for word in stage.memory) else remembered(stage.memory)
+    again = [linear for sub in turn for linear in costs.again(sub, of)]
     anew = [linear for sub in turn if isinstance(sub.what, Attention) for linear in costs.keys(sub, of)]
     if flops is not None:
         flops += costs.linear_flops(anew, behind).of_calls
         flops += costs.linear_flops([*every, *decided], of.length)
+        flops += Passes(0, costs.linear_flops(again, of.length).forward, 0)
     if moved is not None:
         moved += costs.linear_bytes([*every, *decided], of.length, of.dtype)
+        moved += Passes(0, costs.linear_bytes(again, of.length, of.dtype).forward, 0)
     held = costs.linear_flops(anew, of.length).forward if new or stage.signal else 0
     kept = sum(one.kept for one in found)
     return Level(

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 from attndsl.execution.plan import PlanModule
 from attndsl.stacks.tree import FeedForward, Layers
@@ -220,7 +221,8 @@ def _headed(x: Tensor, heads: int) -> Tensor:
 
 
 class FFN(nn.Module):
-    """`FeedForward` of x [B, n, width]."""
+    """`FeedForward` of x [B, n, width]. Where there are pieces, a backward pass makes the inside of each
+    again, and none is kept; under `torch.compile`, which decides that itself, and `torch.func` all are."""
 
     def __init__(self, what: FeedForward, width: int) -> None:
         super().__init__()
@@ -229,8 +231,19 @@ class FFN(nn.Module):
         self.up, self.down = nn.Linear(width, inner), nn.Linear(inner, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        pieces = [self.down(nn.functional.gelu(self.up(piece))) for piece in x.chunk(self.chunks, 1)]
-        return torch.cat(pieces, 1) if len(pieces) > 1 else cast(Tensor, pieces[0])
+        if self.chunks == 1:
+            return self._inside(x)
+        plain = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        again = torch.is_grad_enabled() and not plain
+        return torch.cat(
+            [self._again(piece) if again else self._inside(piece) for piece in x.chunk(self.chunks, 1)], 1
+        )
+
+    def _inside(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.down(nn.functional.gelu(self.up(x))))
+
+    def _again(self, x: Tensor) -> Tensor:
+        return cast(Tensor, checkpoint(self._inside, x, use_reentrant=False, preserve_rng_state=False))
 
 
 class Residual(nn.Module):

@@ -145,7 +145,8 @@ class _Undone(torch.autograd.Function):
             tables = {name: own.get(id(table), table) for name, table in step.near.tables.items()}
             with torch.enable_grad(), _again(kept, ctx.autocast):
                 entering = one.detach().requires_grad_()
-                made = step.made_by(weights, tables, entering)
+                # a view: hooks on several gradients, as FlopCounterMode has, take no leaf here
+                made = step.made_by(weights, tables, entering.view_as(entering))
             read = (*kept.weights.values(), *step.near.tables.values())
             keys = [key for key in dict.fromkeys(map(id, read)) if key in own]
             leaves = [entering, *(own[key] for key in keys)]
