@@ -68,7 +68,7 @@ def joined(mask: Expr) -> Expr:
 def through(steps: Sequence[tuple[Expr, int]]) -> Expr:
     """The pairs joined through masks, from the input on, each of so many layers of some head, for every n;
     the residual stream counts."""
-    apart = [sides(joined(mask)) for mask, _ in steps]
+    apart = [_apart(mask) for mask, _ in steps]
     both = [pair for pair in apart if pair is not None]
     if len(both) == len(steps) > 1:
         period = math.lcm(*(side.period for pair in both for side in pair))
@@ -87,6 +87,12 @@ def through(steps: Sequence[tuple[Expr, int]]) -> Expr:
         step = reach(mask, layers)
         result = step if result is SAME else product(step, result)
     return result
+
+
+@functools.lru_cache(maxsize=256)
+def _apart(mask: Expr) -> tuple[Distances, Distances] | None:
+    """Of one layer; those of a stack are few, and asked of each of its prefixes."""
+    return sides(joined(mask))
 
 
 def reach(mask: Expr, layers: int) -> Expr:

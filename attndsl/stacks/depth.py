@@ -13,7 +13,7 @@ from attndsl.analysis.units import scaled
 from attndsl.attention import Attention
 from attndsl.backend import DTYPES
 from attndsl.errors import AttnError
-from attndsl.expr import Expr, const, substitute
+from attndsl.expr import Expr, const, nodes, substitute
 from attndsl.keywords import by_name, checked_dtype
 from attndsl.layers.reach import through
 from attndsl.meaning.pointwise import evaluate
@@ -24,6 +24,8 @@ from attndsl.stacks.sizes import check_tables, head_dim_of, plugin_of, remembere
 from attndsl.stacks.tree import FeedForward, Layers, Reversible, Stack, Sublayer, layers_of
 from attndsl.stage import Word
 
+SEARCHED = 256
+"""Longest sequence of which pairs are searched for where they are not made of sets of distances."""
 TOKENS = 2048
 """Of how many it is followed one by one what memories have seen."""
 
@@ -352,6 +354,8 @@ def _sees(steps: Sequence[Step], length: int, most: bool) -> int | None:
     except AttnError:
         return None
     if reached.tables or reached.free - {"q", "k", "n"}:
+        return None
+    if length > SEARCHED and any(node.op == "exists" for node in nodes(reached)):
         return None
     last = np.full(1, length - 1)
     return int(evaluate(substitute(reached, {"n": const(length)}), last, np.arange(length)).sum())
