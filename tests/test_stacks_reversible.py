@@ -71,6 +71,18 @@ class Running(nn.Module):
         return normed
 
 
+class First(nn.Module):
+    """The output of a stack alone."""
+
+    def __init__(self, of: nn.Module) -> None:
+        super().__init__()
+        self.of = of
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.of(x)[0]
+        return y
+
+
 @contextmanager
 def plainly(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """By ordinary autograd."""
@@ -223,6 +235,10 @@ def test_modules_are_used_as_others_are(monkeypatch: pytest.MonkeyPatch) -> None
     compared(torch.autograd.grad(frozen(x)[0].square().sum(), [x]), meant[:1])
     with torch.no_grad():
         torch.testing.assert_close(made(x)[0], frozen(x)[0])
+    made = module("single")
+    traced = torch.jit.trace(First(made), x.detach())  # type: ignore[no-untyped-call]
+    other = torch.randn(2, 9, 16, dtype=torch.float64)
+    torch.testing.assert_close(traced(other), made(other)[0])
 
 
 def test_weights_are_those_of_the_first_run(monkeypatch: pytest.MonkeyPatch) -> None:
