@@ -185,7 +185,8 @@ class Exit(Stage, Protocol):
 
     def confidence(self, word: Word, learned: Any, seen: Seen) -> tuple[Tensor, Mapping[str, Tensor]]:
         """[B, n] of each token after a turn, and what `word` carries to the turn after. Without a threshold
-        it is the chance to leave now of one that has not left, from 0 to 1."""
+        it is the chance to leave now of one that has not left, from 0 to 1, and tokens leave where it is a
+        half, or where what is carried as `leaves`, bool [B, n], says so."""
 
 
 class Memory(Stage, Protocol):

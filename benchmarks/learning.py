@@ -13,6 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import runpy
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import attndsl
+from attndsl import spans
 
 TRAIN = runpy.run_path(str(Path(__file__).parent.parent / "examples" / "train.py"))
 SEEDS = (0, 1, 2)
@@ -60,10 +62,10 @@ def parity(rows: int, length: int, most: int) -> tuple[Tensor, Tensor]:
     return bits, sums % 2
 
 
-def ponder(steps: int = 400) -> list[float]:
+def ponder(steps: int = 400, costs: Sequence[float] = (0.0, 0.01, 0.1)) -> list[float]:
     """Parity of the last three bits; the mean depth by what a turn costs."""
     depths = []
-    for cost in (0.0, 0.01, 0.1):
+    for cost in costs:
         torch.manual_seed(0)
         model = attndsl.build(
             attndsl.parse(PONDER)["ut"],
@@ -92,6 +94,99 @@ def ponder(steps: int = 400) -> list[float]:
         depths.append(float(record.turns[0].float().mean()))
         print(f"cost {cost}: {depths[-1]:.2f} turns, {100 * right:.1f} % right")
     return depths
+
+
+SPAN = """
+attention adaptive(z = learn[H](0.9)) { mask causal & last(81)  decay ramp(q - k, 64 * z, 16) }
+stack majority { layers(1) { adaptive  ffn(2) } }
+"""
+
+
+def span(steps: int = 200) -> list[float]:
+    """Whether most of the last 25 bits are 1; the mean span, of 64 at most, by what a position costs."""
+    means = []
+    for cost in (0.0, 1e-3, 1e-1):
+        torch.manual_seed(0)
+        model = attndsl.build(
+            attndsl.parse(SPAN)["majority"],
+            width=32,
+            heads=4,
+            length=96,
+            embed=nn.Embedding(2, 32),
+            readout=nn.Linear(32, 2),
+        )
+        optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+        for _ in range(steps):
+            bits = torch.randint(2, (16, 96))
+            most = (bits.unfold(1, 25, 1).sum(2) > 12).long()
+            y, _ = model(bits)
+            logits = model.readout(y[:, 24:])
+            loss = cross_entropy(logits.flatten(0, 1), most.flatten())
+            optimizer.zero_grad()
+            (loss + cost * spans.penalty(model, "z", longest=64)).backward()
+            optimizer.step()
+            spans.clamp(model, "z")
+        means.append(float(spans.penalty(model, "z", longest=64).detach()))
+        right = (logits.argmax(-1) == most).float().mean()
+        print(f"cost {cost}: spans of {means[-1]:.1f}, {100 * right:.1f} % right")
+    return means
+
+
+DUPLICATE = """
+attention hashed { mask causal & lsh(2, 16)  score shared_qk }
+stack reformer { reversible { layers(1) { tied { hashed }  ffn(2) } } }
+"""
+
+
+class Placed(nn.Module):
+    """Embeddings of symbols and of positions."""
+
+    def __init__(self, symbols: int, length: int, width: int) -> None:
+        super().__init__()
+        self.symbols, self.places = nn.Embedding(symbols, width), nn.Embedding(length, width)
+        for table in (self.symbols, self.places):
+            nn.init.normal_(table.weight, std=0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.symbols(x) + self.places.weight[: x.shape[1]]
+
+
+def doubled(rows: int) -> Tensor:
+    """[rows, 128] of 0w0w, w 63 symbols of 1 .. 15 (Kitaev et al. 2020, section 5)."""
+    half = torch.randint(1, 16, (rows, 64))
+    half[:, 0] = 0
+    return half.repeat(1, 2)
+
+
+def duplicate(steps: int = 600, seed: int = 0) -> float:
+    """The second w of 0w0w, in pieces of 16: the share of its symbols that are right, on fresh data."""
+    torch.manual_seed(seed)
+    model = attndsl.build(
+        attndsl.parse(DUPLICATE)["reformer"],
+        width=64,
+        heads=2,
+        length=128,
+        embed=Placed(16, 128, 64),
+        readout=nn.Linear(64, 16),
+    )
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=steps)
+
+    def logits(x: Tensor) -> Tensor:
+        return model.readout(model(x)[0][:, 64:-1])
+
+    for _ in range(steps):
+        x = doubled(16)
+        loss = cross_entropy(logits(x).flatten(0, 1), x[:, 65:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        x = doubled(128)
+        right = float((logits(x).argmax(-1) == x[:, 65:]).float().mean())
+    print(f"seed {seed}: {100 * right:.2f} % of 128 sequences right after {steps} steps")
+    return right
 
 
 def main() -> None:

@@ -1,12 +1,14 @@
-"""What halting saves: a loop whose tokens leave at depths that are forced, beside the loop without halting.
+"""What leaving saves: a loop that halts and layers with an exit, whose tokens leave at forced depths,
+beside the same without.
 
     python -m benchmarks.stacks
 
 Forward alone, float32, one thread, n = 1,024, width 512, 8 heads; in a turn a causal attention and a window
-of 128, each with a feed-forward layer; medians of five, in turn. Depths uniform in 1 .. 8, where 0.65 of the
-time is asked, in 1 .. 4, where 0.4 is, and 8 of all, where both give the same. Measured: 0.64, 0.36, 1.00.
+of 128, each with a feed-forward layer; CPU seconds, medians of seven, in turn. Depths uniform in 1 .. 8, in
+1 .. 4, and 8 of all, where all give the same. Asked is 0.65 and 0.4 of the time, with a signal 0.85 and 0.5.
+Measured: 0.64, 0.35 and 1.08; with a signal 0.62, 0.37 and 1.01; layers 0.63, 0.36 and 1.04.
 Tokens that run are gathered, and each turn finds the tiles of their positions; keys and values of the others
-are kept.
+are kept. With a signal those change from turn to turn and are made anew; layers have keys of their own.
 """
 
 from __future__ import annotations
@@ -17,19 +19,26 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import statistics
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import attndsl
+from attndsl.stacks.module import StackModule
 
-TURNS, RUNS = 8, 5
-BODY = "{ share { whole  ffn(4)  local  ffn(4) } }"
+TURNS, RUNS, N, WIDTH = 8, 7, 1024, 512
+BODY = "whole  ffn(4)  local  ffn(4)"
 TEXT = f"""
 attention local {{ mask causal & last(128) }}
 attention whole {{ mask causal }}
-stack plain {{ loop({TURNS}) {BODY} }}
-stack halting {{ loop(act, max = {TURNS}) {BODY} }}
+stack loop_plain {{ loop({TURNS}) {{ share {{ {BODY} }} }} }}
+stack loop_left {{ loop(act, max = {TURNS}) {{ share {{ {BODY} }} }} }}
+stack signal_plain {{ loop({TURNS}, signal = sinusoid) {{ share {{ {BODY} }} }} }}
+stack signal_left {{ loop(act, max = {TURNS}, signal = sinusoid) {{ share {{ {BODY} }} }} }}
+stack layers_plain {{ layers({TURNS}) {{ {BODY} }} }}
+stack layers_left {{ layers({TURNS}) {{ {BODY}  exit(geometric) }} }}
 """
 
 
@@ -45,30 +54,39 @@ class Forced(nn.Module):
         return torch.where(self.depths <= self.turn, 100.0, -100.0)[..., None]
 
 
+def leaving(module: StackModule, depths: Tensor) -> Callable[[Tensor], Any]:
+    """A call in which tokens leave at `depths`."""
+    if module.stack.layers[0].exit is not None:
+        return lambda x: module(x, depths=depths)
+    module.words["0"] = Forced(depths)
+    return module
+
+
 def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     program = attndsl.parse(TEXT)
-    plain, halting = (
-        attndsl.build(program[name], width=512, heads=8, length=1024) for name in ("plain", "halting")
-    )
-    halting.load_state_dict(plain.state_dict(), strict=False)
-    x = torch.randn(1, 1024, 512)
-    for most in (TURNS, TURNS // 2, 0):
-        depths = torch.randint(1, most + 1, (1, 1024)) if most else torch.full((1, 1024), TURNS)
-        seconds: dict[str, list[float]] = {"plain": [], "halting": []}
-        with torch.no_grad():
-            for _ in range(RUNS):
-                for name, module in (("plain", plain), ("halting", halting)):
-                    if name == "halting":
-                        halting.words["0"] = Forced(depths)
-                    start = time.thread_time()
-                    module(x)
-                    seconds[name].append(time.thread_time() - start)
-            if not most:
-                torch.testing.assert_close(plain(x)[0], halting(x)[0])
-        ratio = statistics.median(seconds["halting"]) / statistics.median(seconds["plain"])
-        print(f"mean depth {depths.float().mean() / TURNS:.2f} of {TURNS}: {ratio:.2f} of the time")
+    x = torch.randn(1, N, WIDTH)
+    for kind in ("loop", "signal", "layers"):
+        plain, left = (
+            attndsl.build(program[f"{kind}_{name}"], width=WIDTH, heads=8, length=N).eval()
+            for name in ("plain", "left")
+        )
+        left.load_state_dict(plain.state_dict(), strict=False)
+        for most in (TURNS, TURNS // 2, 0):
+            depths = torch.randint(1, most + 1, (1, N)) if most else torch.full((1, N), TURNS)
+            seconds: tuple[list[float], list[float]] = [], []
+            with torch.no_grad():
+                for _ in range(RUNS):
+                    for call, took in zip((plain, leaving(left, depths)), seconds, strict=True):
+                        start = time.thread_time()
+                        call(x)
+                        took.append(time.thread_time() - start)
+                if not most:
+                    torch.testing.assert_close(plain(x)[0], leaving(left, depths)(x)[0])
+            ratio = statistics.median(seconds[1]) / statistics.median(seconds[0])
+            mean = depths.float().mean() / TURNS
+            print(f"{kind}: mean depth {mean:.2f} of {TURNS}: {ratio:.2f} of the time", flush=True)
 
 
 if __name__ == "__main__":

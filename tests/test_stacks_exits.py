@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -105,6 +107,21 @@ def test_what_has_left_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     session.step(x)
     assert calls == ["0_local", "1_ffn"]
     assert all(of.lengths == (4, 4) for of in session.sessions.values())
+
+
+def test_rows_that_go_on_are_gathered() -> None:
+    """A step of several rows gives feed-forward layers those tokens alone that have not left."""
+    made, x = module("geometric_"), 2 * torch.randn(3, 12, 16, dtype=torch.float64)
+    depths, seen, session = made(x)[1].exits[0].turns, [0], made.session(3, 12)
+    for part in made.parts.values():
+        if hasattr(part.inner, "up"):
+            part.inner.up.register_forward_hook(  # type: ignore[union-attr]
+                lambda of, given, out: seen.append(given[0].shape[:-1].numel())
+            )
+    for token in x.split(1, 1):  # type: ignore[no-untyped-call]
+        session.step(token)
+    assert sum(seen) == int(depths.sum())
+    assert (depths != depths[:1]).any()
 
 
 def test_depths_are_forced() -> None:
@@ -231,6 +248,14 @@ def test_chances_sum_up_to_one() -> None:
     torch.testing.assert_close(exits.chances(record.exits[0].sure), scores.softmax(-1))
 
 
+def test_tokens_leave_after_the_likeliest_layer() -> None:
+    """Whether the chance of those left is a half or not: of .2, .35, .25 and .2 the second is .44."""
+    for name in ("multinomial_", "sequence_"):
+        made, x = module(name), torch.randn(2, 40, 16, dtype=torch.float64)
+        chances = exits.chances(made.train()(x)[1].exits[0].sure)
+        assert torch.equal(made.eval()(x)[1].exits[0].turns, chances.argmax(-1) + 1)
+
+
 def test_oracles_by_hand() -> None:
     scores = torch.tensor([[[0.0, 1.0, 1.1], [2.0, 0.0, 0.0], [0.0, 0.0, 9.0]]])
     assert exits.oracle(scores).tolist() == [[3, 1, 3]]
@@ -294,3 +319,53 @@ def test_what_is_learned_is_counted(name: str) -> None:
     made = module(name)
     own = sum(weight.numel() for key, weight in made.named_parameters() if not key.startswith("readout"))
     assert attndsl.depth(made.stack, length=40, width=16, heads=2).parameters == own
+
+
+@pytest.mark.slow
+def test_pondering_learns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer turns where they cost more, of a task that is learned."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent))
+    learning = importlib.import_module("benchmarks.learning")
+    free, dear = learning.ponder(steps=60, costs=(0.0, 0.1))
+    assert dear < free - 0.5
+
+
+def test_chances_of_one_have_slopes() -> None:
+    """The sigmoid of 20 is 1 to rounding, and the chance of what comes after it 0."""
+    given = torch.tensor([[20.0]], requires_grad=True)
+    sure = [given.sigmoid(), torch.full((1, 1), 0.3), torch.full((1, 1), 0.5)]
+    for depth, meant in ((1, 0.0), (2, 100 - np.log(0.3))):
+        loss = exits.leaving(sure, torch.tensor([[depth]]))
+        assert loss.item() == pytest.approx(meant, abs=1e-5)
+        (slope,) = torch.autograd.grad(loss, given, retain_graph=True)
+        assert slope.isfinite().all()
+
+
+def test_an_exit_that_reads_whole_rows_looks_ahead() -> None:
+    text = "attention near { mask causal & last(4) }"
+    for of, status in (("token", "proved"), ("sequence", "refuted")):
+        stack = f"stack rows {{ layers(3) {{ near  exit(multinomial(of = {of})) }} }}"
+        program = attndsl.parse(f"{text} {stack} assert reach(rows) <= causal")
+        assert [verdict.status for _, verdict in program.check()] == [status]
+
+
+def test_no_rows_leave_together() -> None:
+    stack: Any = attndsl.parse(
+        "attention near { mask causal }"
+        "stack rows { layers(2) { near  exit(margin, threshold = 0.5, batch = min) } }"
+    )["rows"]
+    module = attndsl.build(stack, width=8, heads=2, length=8, readout=torch.nn.Linear(8, 5)).eval()
+    assert module(torch.zeros(0, 4, 8))[0].shape == (0, 4, 8)
+
+
+def test_what_is_not_paid_is_no_loss() -> None:
+    """Of three turns with a chance of .2 the first two add, and nothing remains to be paid."""
+    act = registry.plugin("stages", "act")
+    for unpaid, ponder in ((True, 3.0), (False, 3.6)):
+        word = Word("act", (("eps", 0.01), ("basic", False), ("onward", False), ("unpaid", unpaid)))
+        found, x = Progress.begun(torch.zeros(1, 1, 1)), torch.ones(1, 1, 1)
+        for turn in range(3):
+            seen = Seen(x, x, found.running, turn, 3, carry=found.carry)
+            decision = act.decide(word, lambda x: torch.full_like(x, 0.2).logit(), seen)
+            found = found.after(x, decision, seen.last)
+        assert act.losses(word, found.turns, found.carry)["ponder"].item() == pytest.approx(ponder)

@@ -29,8 +29,8 @@ attention near { mask causal & last(8) }
 attention gated(b = learn[H](0.3)) = sigmoid(b) * far + (1 - sigmoid(b)) * near
 attention packed { inputs doc : int[n]  g : float[B, n]  mask causal & documents(doc)  score s * g[k] }
 attention joint { mask causal & (last(8) | topk(50, of = causal & ~last(8), by = Q @ K)) }
-stack recurrent(m = 90) { memory(xl(m)) { layers(3) { local  whole  ffn(2) } } }
-stack compressive { memory(xl(5), compressed(3, rate = 3, by = conv)) { layers(3) { whole  ffn(2) } } }
+stack recurrent(m = 90) { memory(xl(m)) { layers(2) { local  whole  ffn(2) } } }
+stack compressive { memory(xl(5), compressed(3, rate = 3, by = conv)) { layers(2) { whole  ffn(2) } } }
 stack memorizing(many = 90) { memory(store(many)) { layers(2) { joint  ffn(2) } } }
 stack gating(many = 90) { memory(store(many)) { layers(2) { gated  ffn(2) } } }
 stack packing { memory(xl(20)) { layers(2) { packed  ffn(1) } } }
@@ -262,6 +262,13 @@ def test_states_are_moved_with_their_positions() -> None:
     assert near.places(3, device=torch.device("meta"))["k_positions"].is_meta
 
 
+@pytest.mark.parametrize(("name", "first"), [("recurrent", 0), ("memorizing", 0), ("compressive", None)])
+def test_keys_without_holes_begin_at_an_offset(name: str, first: int | None) -> None:
+    _, record = segments(module(name), torch.randn(1, 36, 16, dtype=torch.float64), 12)
+    held = tuple(one for one in reversed(record.state.held[0, 0, 0]) if one is not None)
+    assert Near({}, 36, held).places(12).get("k_offset") == first
+
+
 @pytest.mark.parametrize("name", ["recurrent", "compressive", "memorizing", "document"])
 def test_rows_and_tokens_may_be_none(name: str) -> None:
     made, x = module(name), torch.randn(2, 19, 16, dtype=torch.float64)
@@ -390,6 +397,9 @@ def test_states_that_do_not_fit_are_refused() -> None:
             made(entering, state=given)
         with pytest.raises(attndsl.AttnError, match=said):
             made.session(len(entering), 20, given)
+    alike, sizes = stack("memorizing", DENSE), {"width": 16, "heads": 2, "length": 12, "dtype": "float64"}
+    with pytest.raises(attndsl.AttnError, match=r"is of <stack memo.* \w{16}, and the module of <stack memo"):
+        attndsl.build(alike, **sizes)(x, state=module("memorizing")(x)[1].state)
     same = attndsl.build(stack("recurrent")(m=8), width=16, heads=2, length=12, dtype="float64")
     for one in (same, module("plain")):
         with pytest.raises(attndsl.AttnError, match="the state is of <stack recurrent"):
@@ -407,5 +417,12 @@ def test_states_that_do_not_fit_are_refused() -> None:
     with pytest.raises(attndsl.AttnError, match="the state is of 16 numbers a token, and the module of 32"):
         wide(torch.zeros(2, 12, 32, dtype=torch.float64), state=state)
     ahead = stack("ahead", "stack ahead { memory(xl(4)) { layers(1) { radius(2) } } }")
+    # a table that a module makes of x has entries for a segment, wherever it is in such a stack
+    beside = """attention told { inputs g : float[n]  mask causal  score s + g[k] }
+stack beside { layers(1) { told }  memory(xl(4)) { layers(1) { causal } } }"""
+    with pytest.raises(
+        attndsl.AttnError, match="`g` is made of x, and has no entries for the segments before"
+    ):
+        attndsl.build(stack("beside", beside), **sizes, inputs={"g": nn.Identity})
     with pytest.raises(attndsl.AttnError, match="`radius` has no sessions"):
         attndsl.build(ahead, width=16, heads=2, length=12).session(1, 20)

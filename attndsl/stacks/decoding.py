@@ -142,12 +142,17 @@ class StackSession:
         found = Progress.begun(x)
         for t, turn in enumerate(stage.turns):
             before, made = x, signalled(stage, x, run.first, t)
-            runs = found.running[..., None] | found.onward
-            idle = not bool(runs.any())
+            alive = found.running | found.onward
+            runs, idle = alive[..., None], not bool(alive.any())
             for s, sublayer in enumerate(turn):
                 residual = self.module.part(sublayer)
                 if idle:
                     self._held(run, (i, t, s), residual, made)
+                    continue
+                if not isinstance(residual.inner, Mixer):
+                    some = made[alive]
+                    near = run.near((i, t, s))
+                    made = made.index_put((alive,), residual(some[None], near)[0].to(made.dtype))
                     continue
                 new = residual.added(made, self._made(run, (i, t, s), sublayer, made))
                 made = torch.where(runs, new, made)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import binary_cross_entropy
 
 from attndsl.errors import fail
 
@@ -58,11 +59,12 @@ def oracle(scores: Tensor, penalty: float = 0.0, spread: float | None = None) ->
 def leaving(sure: Sequence[Tensor], depths: Tensor) -> Tensor:
     """The mean of -log q at `depths` int64 [B, n], where tokens had best left, of the chances to leave after
     each layer, N of [B, n] (Elbayad et al. 2020, section 3.2)."""
-    logs, stays = [], torch.zeros_like(sure[0])
-    for chance in sure[:-1]:
-        logs.append(stays + chance.log())
-        stays = stays + torch.log1p(-chance)
-    return -torch.stack([*logs, stays], -1).gather(-1, depths[..., None] - 1).mean()
+    total = torch.zeros_like(sure[0])
+    for layer, chance in enumerate(sure[:-1], 1):
+        # a chance may be 1 or 0 to rounding: its logarithm is held above -100 there
+        told = binary_cross_entropy(chance, (depths == layer).to(chance.dtype), reduction="none")
+        total = total + torch.where(depths >= layer, told, 0)
+    return total.mean()
 
 
 def calibrated(risks: Tensor, thresholds: Sequence[float], *, tolerance: float, error: float) -> float | None:

@@ -60,34 +60,34 @@ class Progress:
 
 @dataclass(frozen=True)
 class Places:
-    """Tokens [B, m] of each batch row; beyond those that are `real` stand others, to fill the row. None where
-    all are."""
+    """Tokens [B, m] of each batch row, and `numbers` [B * m] of them among those of all rows; beyond those
+    that are `real` [B * m] stand others, to fill the row. None where all are."""
 
     index: Tensor
+    numbers: Tensor
     real: Tensor | None
 
     @staticmethod
     def of(chosen: Tensor) -> Places:
         """Of chosen [B, n], in their order."""
-        counts = chosen.sum(1)
+        counts, (rows, n) = chosen.sum(1), chosen.shape
         most = int(counts.max())
         index = chosen.logical_not().to(torch.uint8).argsort(stable=True, dim=1)[:, :most]
-        real = torch.arange(most, device=chosen.device) < counts[:, None]
-        return Places(index, None if bool(real.all()) else real)
+        numbers = (index + n * torch.arange(rows, device=chosen.device)[:, None]).flatten()
+        real = (torch.arange(most, device=chosen.device) < counts[:, None]).flatten()
+        return Places(index, numbers, None if bool(real.all()) else real)
 
     def taken(self, x: Tensor) -> Tensor:
         """Of x [B, n, ...] the tokens, [B, m, ...]."""
-        return x.gather(1, self._wide(self.index, x).expand(-1, -1, *x.shape[2:]))
+        # rows of numbers are copied whole: a tenth of the time of `gather`, a third of that of `scatter`
+        return x.flatten(0, 1).index_select(0, self.numbers).reshape(*self.index.shape, *x.shape[2:])
 
     def put(self, x: Tensor, new: Tensor) -> Tensor:
         """x with `new` [B, m, ...] for them."""
+        numbers, made = self.numbers, new.flatten(0, 1)
         if self.real is not None:
-            new = torch.where(self._wide(self.real, x), new, self.taken(x))
-        return x.scatter(1, self._wide(self.index, x).expand_as(new), new)
-
-    @staticmethod
-    def _wide(index: Tensor, x: Tensor) -> Tensor:
-        return index.reshape(*index.shape, *(1 for _ in x.shape[2:]))
+            numbers, made = numbers[self.real], made[self.real]
+        return x.flatten(0, 1).index_copy(0, numbers, made).reshape(x.shape)
 
 
 def run(run: Run, i: int, stage: Layers, decide: Decide, x: Tensor) -> Progress:
@@ -113,8 +113,8 @@ def run(run: Run, i: int, stage: Layers, decide: Decide, x: Tensor) -> Progress:
 
 
 def _kept(run: Run, turn: Sequence[Sublayer], before: Keys, x: Tensor, halted: Tensor) -> Keys:
-    """Those of the last states of tokens that have left, for a turn; `before` is of the turn before, in which
-    the tokens `halted` left. Where that had other weights they are made of all tokens."""
+    """Those of the last states of tokens that have left, for a turn that has weights of the turn `before`, in
+    which the tokens `halted` left."""
     left, near, found = Places.of(halted), Near(run.tables, run.first), {}
     for i, sublayer in enumerate(turn):
         residual = run.part(sublayer)
@@ -122,8 +122,8 @@ def _kept(run: Run, turn: Sequence[Sublayer], before: Keys, x: Tensor, halted: T
             continue
         weights, pair = before.get(i, (None, None))
         if pair is None or weights != sublayer.weights:
-            pair = residual.inner.pair(residual.before(x), near.where())
-        elif left.index.shape[1]:
+            continue
+        if left.index.shape[1]:
             states = residual.before(left.taken(x))
             pair = _put(left, pair, residual.inner.pair(states, near.where(left.index)))
         found[i] = sublayer.weights, pair
@@ -151,9 +151,11 @@ def _turn(
         index = None if places is None else places.index
         where = near.where(index)
         q = inner.queries(normed, where)
-        pair = inner.pair(normed, where, q)
-        if places is not None:
-            pair = _put(places, keys[s][1], pair)
+        if places is not None and s not in keys:
+            pair = inner.pair(residual.before(places.put(x, state)), near.where())
+        else:
+            pair = inner.pair(normed, where, q)
+            pair = pair if places is None else _put(places, keys[s][1], pair)
         keys[s] = sublayer.weights, pair
         if places is None or inner.placed:
             mixed = residual.mixed(q, pair, near, normed, index)

@@ -498,6 +498,13 @@ def is_attention(item: ast.Definition | ast.AttentionDef) -> bool:
 
 
 def masks(stages: tuple[Layers | Reversible, ...]) -> tuple[ir.Expr, ...]:
-    """What some head of each attention relates, from the input on."""
-    every = (sub.what for stage in layers_of(stages) for turn in stage.turns for sub in turn)
-    return tuple(what.any_head() for what in every if isinstance(what, Attention))
+    """What some head of each attention relates, from the input on; all pairs where how sure an exit is goes
+    by all tokens of a row."""
+    found = list[ir.Expr]()
+    for stage in layers_of(stages):
+        rule = stage.exit.rule if stage.exit else None
+        whole = rule is not None and not cast("Leaving", of_role("exit")[rule.name]).causal(rule)
+        for turn in stage.turns:
+            found += [sub.what.any_head() for sub in turn if isinstance(sub.what, Attention)]
+            found += [ir.TRUE] * whole
+    return tuple(found)

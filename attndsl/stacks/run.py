@@ -151,7 +151,7 @@ class Run:
         """Which tokens leave the i-th stage after each turn: where depths are given those at theirs, else
         those that are sure enough. In training all layers run."""
         assert of.exit is not None
-        word, plugin = of.exit.rule, plugin_of(of.exit.rule)
+        word, plugin, threshold = of.exit.rule, plugin_of(of.exit.rule), of.exit.threshold
         depths = self.depths.get(len(self.exits))
 
         def decide(seen: Seen) -> Decision:
@@ -160,7 +160,9 @@ class Run:
             if depths is not None:
                 leaves = depths <= seen.turn + 1
             else:
-                leaves = self._leaves(of, sure, seen) & (not self.module.training)
+                by = carry.get("leaves") if threshold is None else None
+                by = sure if by is None else by.to(sure.dtype)
+                leaves = self._leaves(of, by, seen) & (not self.module.training)
             return Decision(leaves, carry=carry, sure=sure)
 
         return decide
@@ -173,7 +175,8 @@ class Run:
         falls = plugin_of(of.exit.rule).falls
         if of.exit.batch == "min":
             others = torch.where(seen.running, sure, -torch.inf if falls else torch.inf)
-            sure = (others.amax if falls else others.amin)(0, keepdim=True).expand_as(sure)
+            if len(others):
+                sure = (others.amax if falls else others.amin)(0, keepdim=True).expand_as(sure)
         least = HALF if of.exit.threshold is None else of.exit.threshold
         if falls:
             return sure <= least

@@ -57,12 +57,13 @@ class Act:
         halts = ends | seen.last
         weight = torch.where(ends if word["unpaid"] else halts, left, now)
         goes = seen.running & ~halts
+        unpaid = seen.running & halts & ~ends & word["unpaid"]
         return Decision(
             halts,
             weight,
             keeps=1 - weight if word["basic"] else None,
             onward=word["onward"],
-            carry={"left": torch.where(goes, left - now, left)},
+            carry={"left": torch.where(goes, left - now, left.masked_fill(unpaid, 0))},
         )
 
     def losses(self, word: Word, turns: Tensor, carry: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

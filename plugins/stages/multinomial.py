@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class Multinomial:
     """Registered as `multinomial`: the softmax of a map of what the first layer gave is the chance of each
     layer to be the last (Elbayad et al. 2020, section 3.2). How sure a layer is, is that chance beside the
-    chances of those from it on. Without a threshold tokens leave where it is a half.
+    chances of those from it on. Without a threshold tokens leave after the likeliest.
 
     of  `token`, the state of each token; `sequence`, the mean of all, which then leave together
     """
@@ -51,7 +51,8 @@ class Multinomial:
         else:
             scores = learned(seen.x.mean(1, keepdim=True)).expand(*seen.x.shape[:2], -1)
         later = scores[..., seen.turn :]
-        return later.softmax(-1)[..., 0], {"scores": scores}
+        carry = {"scores": scores, "leaves": scores.argmax(-1) <= seen.turn}
+        return later.softmax(-1)[..., 0], carry
 
 
 stage = Multinomial()
