@@ -210,6 +210,7 @@ def test_pieces_are_kept_one_at_a_time() -> None:
     assert max(sizes, default=0) <= 16
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 def test_modules_are_used_as_others_are(monkeypatch: pytest.MonkeyPatch) -> None:
     made = module("plain")
     x = torch.randn(2, 9, 16, dtype=torch.float64, requires_grad=True)
