@@ -210,7 +210,6 @@ def test_pieces_are_kept_one_at_a_time() -> None:
     assert max(sizes, default=0) <= 16
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 def test_modules_are_used_as_others_are(monkeypatch: pytest.MonkeyPatch) -> None:
     made = module("plain")
     x = torch.randn(2, 9, 16, dtype=torch.float64, requires_grad=True)
@@ -236,10 +235,6 @@ def test_modules_are_used_as_others_are(monkeypatch: pytest.MonkeyPatch) -> None
     compared(torch.autograd.grad(frozen(x)[0].square().sum(), [x]), meant[:1])
     with torch.no_grad():
         torch.testing.assert_close(made(x)[0], frozen(x)[0])
-    made = module("single")
-    traced = torch.jit.trace(First(made), x.detach())  # type: ignore[no-untyped-call]
-    other = torch.randn(2, 9, 16, dtype=torch.float64)
-    torch.testing.assert_close(traced(other), made(other)[0])
 
 
 def test_weights_are_those_of_the_first_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,6 +299,14 @@ def test_compiled_modules_give_the_same() -> None:
     whole = torch.compile(lambda x: made(x)[0], backend="aot_eager", fullgraph=True)
     ends = [x, *made.parameters()]
     compared(torch.autograd.grad(whole(x).square().sum(), ends), gradients(made, x))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_traces_give_the_same() -> None:
+    made = module("single")
+    x, other = torch.randn(2, 2, 9, 16, dtype=torch.float64)
+    traced = torch.jit.trace(First(made), x)  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(traced(other), made(other)[0])
 
 
 def test_what_would_be_wrong_is_refused() -> None:
