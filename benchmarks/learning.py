@@ -102,10 +102,10 @@ stack majority { layers(1) { adaptive  ffn(2) } }
 """
 
 
-def span(steps: int = 200) -> list[float]:
+def span(steps: int = 300, costs: Sequence[float] = (0.0, 3e-3, 1e-2, 1e-1)) -> list[float]:
     """Whether most of the last 25 bits are 1; the mean span, of 64 at most, by what a position costs."""
     means = []
-    for cost in (0.0, 1e-3, 1e-1):
+    for cost in costs:
         torch.manual_seed(0)
         model = attndsl.build(
             attndsl.parse(SPAN)["majority"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -169,3 +170,11 @@ def test_figures_fail_when_a_number_changes(name: str, start: int, end: int) -> 
 def test_there_are_twelve() -> None:
     assert set(NAMES) == set(FIGURES)
     assert len(NAMES) >= 12
+
+
+@pytest.mark.slow
+def test_spans_shrink_where_they_cost() -> None:
+    """The shortest of what stacks learn in `benchmarks/learning.py`."""
+    learning = runpy.run_path(str(FOLDER.parent.parent / "benchmarks" / "learning.py"))
+    free, dear = learning["span"](200, (0.0, 1e-1))
+    assert dear < 5 < free
