@@ -105,7 +105,7 @@ def live(stack: Stack, norm: Callable[[int], nn.Module]) -> int:
     choices, states = apart(module(x)[0])
     with Live(x, *module.parameters()) as counted:
         pass_of(module, x)()
-    found = counted.most - parameters - choices - states
+    found: int = counted.most - parameters - choices - states
     print(
         f"{stack!r}: {found / MIB:.1f} MiB; apart from gradients {parameters / MIB:.1f}, "
         f"choices {choices / MIB:.1f}, states of generators {states / MIB:.2f}"

@@ -71,6 +71,18 @@ class Running(nn.Module):
         return normed
 
 
+class First(nn.Module):
+    """The output of a stack alone."""
+
+    def __init__(self, of: nn.Module) -> None:
+        super().__init__()
+        self.of = of
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.of(x)[0]
+        return y
+
+
 @contextmanager
 def plainly(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """By ordinary autograd."""
@@ -287,6 +299,14 @@ def test_compiled_modules_give_the_same() -> None:
     whole = torch.compile(lambda x: made(x)[0], backend="aot_eager", fullgraph=True)
     ends = [x, *made.parameters()]
     compared(torch.autograd.grad(whole(x).square().sum(), ends), gradients(made, x))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_traces_give_the_same() -> None:
+    made = module("single")
+    x, other = torch.randn(2, 2, 9, 16, dtype=torch.float64)
+    traced = torch.jit.trace(First(made), x)  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(traced(other), made(other)[0])
 
 
 def test_what_would_be_wrong_is_refused() -> None:

@@ -220,9 +220,15 @@ def _headed(x: Tensor, heads: int) -> Tensor:
     return x.reshape(*x.shape[:2], heads, x.shape[2] // heads)
 
 
+def traced() -> bool:
+    """Whether torch compiles, traces or transforms what runs, and so decides itself what is kept of it."""
+    whole = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    return whole or torch._C._are_functorch_transforms_active()
+
+
 class FFN(nn.Module):
     """`FeedForward` of x [B, n, width]. Where there are pieces, a backward pass makes the inside of each
-    again, and none is kept; under `torch.compile`, which decides that itself, and `torch.func` all are."""
+    again, and none is kept; where it is `traced` all are."""
 
     def __init__(self, what: FeedForward, width: int) -> None:
         super().__init__()
@@ -233,8 +239,7 @@ class FFN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.chunks == 1:
             return self._inside(x)
-        plain = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-        again = torch.is_grad_enabled() and not plain
+        again = torch.is_grad_enabled() and not traced()
         return torch.cat(
             [self._again(piece) if again else self._inside(piece) for piece in x.chunk(self.chunks, 1)], 1
         )

@@ -16,7 +16,7 @@ from torch.func import functional_call
 
 from attndsl.errors import fail
 from attndsl.execution.choosing import keeping, remaking
-from attndsl.stacks.layers import Near, Residual
+from attndsl.stacks.layers import Near, Residual, traced
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,8 +90,7 @@ def run(steps: Sequence[Step], x: Tensor, entering: bool) -> tuple[Tensor, Tenso
     every = {id(tensor): tensor for step in steps for tensor in step.read()}
     wanted = [tensor for tensor in every.values() if tensor.requires_grad]
     entered: list[Tensor] = []
-    plain = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    if torch.is_grad_enabled() and (x.requires_grad or wanted) and not plain:
+    if torch.is_grad_enabled() and (x.requires_grad or wanted) and not traced():
         others = [tensor for tensor in every.values() if not tensor.requires_grad]
         one, other = _Undone.apply(steps, entered if entering else None, others, x, x, *wanted)  # type: ignore[no-untyped-call]
         return one, other, entered
