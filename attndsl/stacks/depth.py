@@ -290,7 +290,9 @@ def depth(
         stack.name, length, tuple(levels), _parameters(stack, of), activations, tuple(leaving),
         max((remembered(stage.memory) for stage in stack.layers), default=0),
     )  # fmt: skip
-    return replace(told, formulas=_formulas(stack, of, told, formulas) if head_dim is None else None)
+    return replace(
+        told, formulas=_formulas(stack, of, told, formulas) if of.head_dim * heads == width else None
+    )
 
 
 def _between(least: int | None, most: int | None) -> tuple[int, int] | None:
