@@ -5,6 +5,7 @@ A word is frozen data in a stack. What it learns is a module, and what it does i
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -128,7 +129,8 @@ def last(many: int, held: Held) -> tuple[Held, Held | None]:
 
 
 class Stage(Protocol):
-    """Registered under the entry-point group `attndsl.stages`; its name there is its word in stacks.
+    """Registered under the entry-point group `attndsl.stages`; its name there is its word in stacks. What
+    stands here with a value is inherited.
 
     Parameters and defaults are those of `signature`, by annotation: `int`, `float`, `bool`, `str` (a word).
     `role` says where the word stands, and which one of `decide`, `confidence` and `remember` is asked:
@@ -141,26 +143,34 @@ class Stage(Protocol):
     role: Role
 
     def signature(self, *arguments: Any, **named: Any) -> None:
-        """Never called: its `arguments`, and those `named`, are what a text gives. Raises nothing: `check`
-        says what does not fit."""
+        """Never called: its `arguments`, and those `named`, are what a text gives; nothing if it is not
+        written. Raises nothing: `check` says what does not fit."""
+        return
 
     def check(self, word: Word) -> None:
         """Raises AttnError for arguments of `word` that make no sense."""
+        return
 
     def parameters(self, word: Word, width: int, turns: int) -> int:
         """How many numbers `word` learns at a `width`, in a stage of so many `turns`."""
+        return 0
 
     def learned(self, word: Word, width: int, turns: int) -> nn.Module | None:
         """What holds them, at their first values; None where there are none."""
+        return None
 
 
 class Halting(Stage, Protocol):
     """How tokens leave a loop; what they become is a sum of their states, or their last."""
 
+    role: Role = "halting"
+
+    @abstractmethod
     def decide(self, word: Word, learned: Any, seen: Seen) -> Decision:
         """After a turn; `learned` is the module of `word`. After the last turn all tokens leave, whatever is
         decided."""
 
+    @abstractmethod
     def losses(self, word: Word, turns: Tensor, carry: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """What may be added to the loss, by name: of how many `turns` each token took, [B, n], and of what
         `word` carried after its last one."""
@@ -175,14 +185,17 @@ class Exit(Stage, Protocol):
     each: whether every layer learns its own; turns of a loop share theirs.
     """
 
-    needs_logits: bool
-    needs_threshold: bool
-    falls: bool
-    each: bool
+    role: Role = "exit"
+    needs_logits: bool = False
+    needs_threshold: bool = True
+    falls: bool = False
+    each: bool = False
 
     def causal(self, word: Word) -> bool:
         """Whether how sure `word` is of a token has nothing of later ones."""
+        return True
 
+    @abstractmethod
     def confidence(self, word: Word, learned: Any, seen: Seen) -> tuple[Tensor, Mapping[str, Tensor]]:
         """[B, n] of each token after a turn, and what `word` carries to the turn after. Without a threshold
         it is the chance to leave now of one that has not left, from 0 to 1, and tokens leave where it is a
@@ -195,12 +208,15 @@ class Memory(Stage, Protocol):
     pairs: whether it holds keys and values as they were made, and not states.
     """
 
-    pairs: bool
+    role: Role = "memory"
+    pairs: bool = False
 
+    @abstractmethod
     def reach(self, word: Word, behind: int) -> tuple[int, int]:
         """How many keys it holds, and how far behind the first token of a segment they reach, where what it
         is given is `behind` already."""
 
+    @abstractmethod
     def remember(
         self, word: Word, learned: Any, held: Held | None, new: Held, read: Read
     ) -> tuple[Held | None, Held | None, Mapping[str, Tensor]]:

@@ -273,7 +273,7 @@ def registered(reading: Reading, e: ast.Expression, role: Role) -> Word:
             registry.plugin("stages", name)  # which says why it cannot be used
         help = suggest(name, words) or _one_of(words)
         raise fail(f"`{name}` is no word of {ROLES[role]}", made.func.span, help)
-    parameters = inspect.signature(words[name].signature).parameters
+    parameters = parameters_of(words[name])
     needed = tuple(n for n, p in parameters.items() if p.default is p.empty)
     optional = tuple(n for n in parameters if n not in needed)
     given = bind_arguments_of(name, needed, optional, made, usage(name, words[name]))
@@ -297,13 +297,19 @@ def registered(reading: Reading, e: ast.Expression, role: Role) -> Word:
 ROLES = {"halting": "halting", "exit": "an exit", "memory": "a memory"}
 
 
+def parameters_of(stage: Stage) -> dict[str, inspect.Parameter]:
+    """What a text may give a word."""
+    found = inspect.signature(stage.signature).parameters
+    return {name: p for name, p in found.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+
+
 def _one_of(words: Iterable[str]) -> str:
     return "write " + " or ".join(f"`{word}`" for word in sorted(words))
 
 
 def usage(name: str, stage: Stage) -> str:
     """How a word is written."""
-    parameters = inspect.signature(stage.signature).parameters.values()
+    parameters = parameters_of(stage).values()
     listed = ", ".join(
         p.name if p.default is p.empty else f"{p.name} = {_told(p.default)}" for p in parameters
     )

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from attndsl.errors import fail
-from attndsl.stage import Decision, Seen, Word
+from attndsl.stage import Decision, Halting, Seen, Word
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-class Act:
+class Act(Halting):
     """Registered as `act`: a token runs until its chances to halt sum up to 1 - eps. It becomes the sum of
     its states weighted by them, the last by what remains, so that weights sum up to 1 (Graves 2016, section
     2.1; of each token: Dehghani et al. 2019, section 2.2).
@@ -23,8 +23,6 @@ class Act:
     onward  states of tokens that have left change on, as in tensor2tensor
     unpaid  where the last turn comes first, what remains is not paid, as in tensor2tensor
     """
-
-    role: Literal["halting"] = "halting"
 
     def signature(
         self, eps: float = 0.01, basic: bool = False, onward: bool = False, unpaid: bool = False

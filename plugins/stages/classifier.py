@@ -3,31 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from attndsl.stage import Seen, Word
+from attndsl.stage import Exit, Seen, Word
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-class Classifier:
+class Classifier(Exit):
     """Registered as `classifier`: the sigmoid of a linear map of the state, one for all layers (Schuster et
     al. 2022, section 3.5); trained on a stack that is frozen, to say whether the likeliest token is that of
     the last layer."""
-
-    role: Literal["exit"] = "exit"
-    needs_logits = False
-    needs_threshold = True
-    falls = False
-    each = False
-
-    def signature(self) -> None: ...
-
-    def check(self, word: Word) -> None: ...
-
-    def causal(self, word: Word) -> bool:
-        return True
 
     def parameters(self, word: Word, width: int, turns: int) -> int:
         return width + 1

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from attndsl.errors import fail
-from attndsl.stage import Held, Read, Word, joined, last
+from attndsl.stage import Held, Memory, Read, Word, joined, last
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 WAYS = ("mean", "max", "conv")
 
 
-class Compressed:
+class Compressed(Memory):
     """Registered as `compressed`: the last `n` slots of what the memory before it lets go (Rae et al. 2020,
     section 3.1). A slot stands at the last of its tokens; fewer than fill one stand as they are.
 
@@ -23,9 +23,6 @@ class Compressed:
     rate  states of a slot
     by    their mean, their greatest numbers (max), or what a convolution learns that is as wide as its stride
     """
-
-    role: Literal["memory"] = "memory"
-    pairs = False
 
     def signature(self, n: int, rate: int = 3, by: str = "mean") -> None: ...
 

@@ -3,36 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from attndsl.stage import Seen, Word
+from attndsl.stage import Exit, Seen, Word
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 
-class Confidence:
+class Confidence(Exit):
     """Registered as `confidence`: the probability of the likeliest token (Elbayad et al. 2020, section
     3.2)."""
 
-    role: Literal["exit"] = "exit"
     needs_logits = True
-    needs_threshold = True
-    falls = False
-    each = False
-
-    def signature(self) -> None: ...
-
-    def check(self, word: Word) -> None: ...
-
-    def causal(self, word: Word) -> bool:
-        return True
-
-    def parameters(self, word: Word, width: int, turns: int) -> int:
-        return 0
-
-    def learned(self, word: Word, width: int, turns: int) -> nn.Module | None:
-        return None
 
     def confidence(self, word: Word, learned: Any, seen: Seen) -> tuple[Tensor, Mapping[str, Tensor]]:
         assert seen.logits is not None

@@ -3,30 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from attndsl.stage import Seen, Word
+from attndsl.stage import Exit, Seen, Word
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-class Geometric:
+class Geometric(Exit):
     """Registered as `geometric`: the chance to leave after a layer, the sigmoid of a map of the state, one
     for each layer (Elbayad et al. 2020, section 3.2). Without a threshold tokens leave where it is a half."""
 
-    role: Literal["exit"] = "exit"
-    needs_logits = False
     needs_threshold = False
-    falls = False
     each = True
-
-    def signature(self) -> None: ...
-
-    def check(self, word: Word) -> None: ...
-
-    def causal(self, word: Word) -> bool:
-        return True
 
     def parameters(self, word: Word, width: int, turns: int) -> int:
         return width + 1

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from attndsl.errors import fail
-from attndsl.stage import Seen, Word
+from attndsl.stage import Exit, Seen, Word
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-class Multinomial:
+class Multinomial(Exit):
     """Registered as `multinomial`: the softmax of a map of what the first layer gave is the chance of each
     layer to be the last (Elbayad et al. 2020, section 3.2). How sure a layer is, is that chance beside the
     chances of those from it on. Without a threshold tokens leave after the likeliest.
@@ -20,11 +20,7 @@ class Multinomial:
     of  `token`, the state of each token; `sequence`, the mean of all, which then leave together
     """
 
-    role: Literal["exit"] = "exit"
-    needs_logits = False
     needs_threshold = False
-    falls = False
-    each = False
 
     def signature(self, of: str = "token") -> None: ...
 

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from attndsl.errors import fail
-from attndsl.stage import Held, Read, Word, joined, last
+from attndsl.stage import Held, Memory, Read, Word, joined, last
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 
-class Store:
+class Store(Memory):
     """Registered as `store`: the last `n` keys and values of each attention, as they were made when their
     tokens were read, and not of states by the weights of today (Wu et al. 2022, section 3.1)."""
 
-    role: Literal["memory"] = "memory"
     pairs = True
 
     def signature(self, n: int) -> None: ...
@@ -24,12 +23,6 @@ class Store:
     def check(self, word: Word) -> None:
         if word["n"] < 1:
             raise fail(f"a memory of {word['n']} keys", help="one or more")
-
-    def parameters(self, word: Word, width: int, turns: int) -> int:
-        return 0
-
-    def learned(self, word: Word, width: int, turns: int) -> nn.Module | None:
-        return None
 
     def reach(self, word: Word, behind: int) -> tuple[int, int]:
         return word["n"], behind + word["n"]

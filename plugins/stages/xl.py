@@ -3,33 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from attndsl.errors import fail
-from attndsl.stage import Held, Read, Word, joined, last
+from attndsl.stage import Held, Memory, Read, Word, joined, last
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 
-class Recurrence:
+class Recurrence(Memory):
     """Registered as `xl`: the last `m` states of each layer are keys of the next segment (Dai et al. 2019,
     section 3.2)."""
-
-    role: Literal["memory"] = "memory"
-    pairs = False
 
     def signature(self, m: int) -> None: ...
 
     def check(self, word: Word) -> None:
         if word["m"] < 1:
             raise fail(f"a memory of {word['m']} states", help="one or more")
-
-    def parameters(self, word: Word, width: int, turns: int) -> int:
-        return 0
-
-    def learned(self, word: Word, width: int, turns: int) -> nn.Module | None:
-        return None
 
     def reach(self, word: Word, behind: int) -> tuple[int, int]:
         return word["m"], behind + word["m"]
