@@ -80,14 +80,15 @@ def trained(
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
     losses: list[float] = []
+    state = None
     checkpoint = out / "last.pt" if out else None
     if checkpoint is not None and checkpoint.exists():
         kept = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(kept["model"])
         optimizer.load_state_dict(kept["optimizer"])
         schedule.load_state_dict(kept["schedule"])
-        losses = kept["losses"]
-    state, turn = None, (text.shape[1] - 1) // segment
+        losses, state = kept["losses"], kept["state"]
+    turn = (text.shape[1] - 1) // segment
     with click.progressbar(range(len(losses), steps), label="training", show_pos=True) as bar:
         for step in bar:
             at = step % turn * segment
@@ -101,11 +102,10 @@ def trained(
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
-            if (checkpoint is not None and (step + 1) % 100 == 0) or (
-                checkpoint is not None and step + 1 == steps
-            ):
+            if checkpoint is not None and ((step + 1) % 100 == 0 or step + 1 == steps):
                 kept = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-                torch.save({**kept, "schedule": schedule.state_dict(), "losses": losses}, checkpoint)
+                kept |= {"schedule": schedule.state_dict(), "losses": losses, "state": state}
+                torch.save(kept, checkpoint)
     return losses, bits(model, held_out, segment)
 
 

@@ -447,3 +447,20 @@ def test_stacks_are_no_attentions(program: attndsl.Program, tmp_path: Path) -> N
     assert "layers 0, 3: local" in shown
     told = CliRunner().invoke(main, ["analyze", f"{file}:cycled", "--length", "8", "--heads", "2"]).output
     assert "cycled: 5 layers at 8 tokens" in told
+
+
+def test_stacks_without_choices_are_exported(program: attndsl.Program) -> None:
+    module = attndsl.build(stack(program, "cycled"), width=8, heads=2, length=8).eval()
+
+    class Output(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = module
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.module(x)[0]
+            return y
+
+    x = torch.randn(1, 8, 8)
+    exported = torch.export.export(Output(), (x,))
+    torch.testing.assert_close(exported.module()(x), module(x)[0])

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 import attndsl
 from attndsl import syntax
@@ -178,3 +180,39 @@ def test_spans_shrink_where_they_cost() -> None:
     learning = runpy.run_path(str(FOLDER.parent.parent / "benchmarks" / "learning.py"))
     free, dear = learning["span"](200, (0.0, 1e-1))
     assert dear < 5 < free
+
+
+REFUSED = {
+    "reformer": "has no sessions: what `lsh` chooses may change",
+    "depth_adaptive_sequence": "`multinomial` is sure by later tokens too, and has no sessions",
+}
+"""Files and stacks that are not generated from, and why."""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_steps_are_those_of_the_whole_run(name: str) -> None:
+    """Of every stack of the examples whose attentions are proved causal and stable; others say why not. One
+    row, as `batch = min` goes in lockstep."""
+    program = attndsl.load(FOLDER / f"{name}.attn")
+    for each in program.stacks:
+        stack = program[each]
+        assert isinstance(stack, Stack)
+        heads = 4 if name == "longformer_lm" else 2
+        torch.manual_seed(0)
+        module = attndsl.build(
+            stack, width=8 * heads, heads=heads, length=24, dtype="float64", readout=nn.Linear(8 * heads, 5)
+        ).eval()
+        x = torch.randn(1, 48 if stack.remembers else 24, 8 * heads, dtype=torch.float64)
+        reason = REFUSED.get(each) or REFUSED.get(name)
+        if reason is not None:
+            with pytest.raises(attndsl.AttnError, match=reason):
+                module.session(1, 24)
+            continue
+        session = module.session(1, 24)
+        found = torch.cat([session.step(piece) for piece in x.split([9, 1, 1, 13 + x.shape[1] - 24], 1)], 1)
+        state, meant = None, []
+        for segment in x.split(24, 1):
+            y, record = module(segment, state=state)
+            state = record.state
+            meant.append(y)
+        torch.testing.assert_close(found, torch.cat(meant, 1), rtol=0, atol=1e-11)
