@@ -106,7 +106,7 @@ def test_names_and_groups_that_cannot_be_are_listed_with_the_reason(register):
         "lost": "attndsl reads no group `attndsl.backend`: did you mean `backends`?",
         "empty": "`empty_files` holds no .attn file",
         "other": "attndsl reads no group `attndsl.layouts`: there are `analyses`, `backends`, "
-        "`libraries`, `selections`",
+        "`libraries`, `selections`, `stages`",
     }
 
 
